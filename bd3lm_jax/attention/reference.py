@@ -1,0 +1,74 @@
+"""Dense attention: the oracle of every backend, and the path for tiny inputs and for decoding with a cache."""
+
+import jax
+import jax.numpy as jnp
+
+from bd3lm_jax.attention.spec import MaskSpec, Tokens, allowed
+
+MASKED = -1e30  # finite, so that a query which sees nobody gives 0 and not NaN
+
+
+def dense_attention(spec: MaskSpec, noised, clean, cache):
+    """Attention of every query to every key that `allowed` admits, with the whole mask in memory.
+
+    noised: (q, k, v), `[B, M, T, H, Dh]`. clean: (q, k, v), `[B, C, H, Dh]`, q None when its output is not wanted.
+    cache: (k, v) `[B, P, Hkv, Dh]`. Each None when absent. k and v may have fewer heads (grouped queries).
+    Returns (noised output or None, clean output or None), shaped like their queries.
+    """
+    queries, q_tokens, keys, values, kv_tokens = [], [], [], [], []
+    if cache is not None:
+        keys.append(cache[0])
+        values.append(cache[1])
+        kv_tokens.append(spec.cache)
+    if clean is not None:
+        keys.append(clean[1])
+        values.append(clean[2])
+        kv_tokens.append(spec.clean)
+        if clean[0] is not None:
+            queries.append(clean[0])
+            q_tokens.append(spec.clean)
+    if noised is not None:
+        views = noised[0].shape[1]
+        queries.append(_flat_views(noised[0]))
+        keys.append(_flat_views(noised[1]))
+        values.append(_flat_views(noised[2]))
+        tokens = _view_tokens(spec.noised, views)
+        q_tokens.append(tokens)
+        kv_tokens.append(tokens)
+    q, k, v = (jnp.concatenate(parts, axis=1) for parts in (queries, keys, values))
+    mask = allowed(spec.rule, _concat(q_tokens).expand(2), _concat(kv_tokens).expand(1))
+    out = _attend(q, k, v, mask)
+    clean_out = None
+    if clean is not None and clean[0] is not None:
+        split = clean[0].shape[1]
+        clean_out, out = out[:, :split], out[:, split:]
+    return (None if noised is None else out.reshape(noised[0].shape)), clean_out
+
+
+def _attend(q_BxQxHxD, k_BxPxGxD, v_BxPxGxD, mask_BxQxP):
+    batch, length, heads, size = q_BxQxHxD.shape
+    groups = k_BxPxGxD.shape[2]
+    q = q_BxQxHxD.reshape(batch, length, groups, heads // groups, size)
+    scores = jnp.einsum("bqgrd,bpgd->bgrqp", q, k_BxPxGxD, preferred_element_type=jnp.float32) * size**-0.5
+    mask = mask_BxQxP[:, None, None]
+    weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)
+    weights = jnp.where(mask.any(-1, keepdims=True), weights, 0.0).astype(v_BxPxGxD.dtype)
+    out = jnp.einsum("bgrqp,bpgd->bqgrd", weights, v_BxPxGxD, preferred_element_type=jnp.float32)
+    return out.reshape(q_BxQxHxD.shape).astype(q_BxQxHxD.dtype)
+
+
+def _flat_views(x_BxMxTxHxD):
+    batch, views, length, *rest = x_BxMxTxHxD.shape
+    return x_BxMxTxHxD.reshape(batch, views * length, *rest)
+
+
+def _view_tokens(tokens: Tokens, views: int) -> Tokens:
+    """Tokens `[B, T]` of one view -> `[B, M T]` of all views, numbered from 1."""
+    batch, length = tokens.segment.shape
+    tiled = jax.tree.map(lambda x: jnp.tile(x, (1, views)), tokens.replace(view=tokens.segment))
+    return tiled.replace(view=jnp.broadcast_to(jnp.repeat(jnp.arange(1, views + 1), length), (batch, views * length)))
+
+
+def _concat(parts: list[Tokens]) -> Tokens:
+    full = [part.replace(view=jnp.broadcast_to(part.view, part.segment.shape)) for part in parts]
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), *full)

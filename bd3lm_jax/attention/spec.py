@@ -1,0 +1,83 @@
+"""Who sees whom: one predicate, from which dense masks, tile lists and tests are derived.
+
+Two streams share a row: the *noised* stream (one or more views of the row, what is predicted) and the *clean* stream
+(the context). A finished prefix may sit in a *cache*, which behaves like clean tokens.
+
+Source: BD3-LM (arXiv 2503.09573) section 3 and appendix B.6; segments for packed documents as in LLaDA2.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+RULES = ("causal", "block_causal", "bidirectional")  # how clean tokens see clean tokens
+
+
+@flax.struct.dataclass
+class Tokens:
+    """What the predicate knows of tokens; int32 arrays that broadcast together, normally `[B, T]`.
+
+    position: place in its document. block: index of its block in its document. segment: the document within the row,
+    0 for padding. view: 0 for clean tokens, m >= 1 for the m-th noised view.
+    """
+
+    position: jax.Array
+    block: jax.Array
+    segment: jax.Array
+    view: jax.Array | int
+
+    def expand(self, *axes: int) -> "Tokens":
+        """New axes in every array (for broadcasting queries against keys)."""
+        return jax.tree.map(lambda x: jnp.expand_dims(x, axes) if jnp.ndim(x) else x, self)
+
+
+@flax.struct.dataclass
+class MaskSpec:
+    """One attention call: the rule, its static tile structure and the tokens of each stream (None: absent).
+
+    block_size: every block begins at a row index that is a multiple of it, whatever the segments; it bounds which
+    tiles can be seen. aligned: noised token i and clean token i stand at the same row index (training); False when the
+    clean stream is the block before the noised one (decoding).
+    """
+
+    rule: str = flax.struct.field(pytree_node=False)
+    block_size: int = flax.struct.field(pytree_node=False)
+    aligned: bool = flax.struct.field(pytree_node=False)
+    noised: Tokens | None
+    clean: Tokens | None
+    cache: Tokens | None
+
+
+def allowed(rule: str, q: Tokens, kv: Tokens) -> jax.Array:
+    """Whether query token `q` may attend to key token `kv`: bool, shape of the two broadcast together.
+
+    Noised sees its own block of its own view and earlier clean blocks; clean sees clean by `rule`; clean never sees
+    noised; nobody sees another segment or padding.
+    """
+    q_noised, kv_noised = jnp.asarray(q.view) > 0, jnp.asarray(kv.view) > 0
+    own_block = q_noised & (q.view == kv.view) & (q.block == kv.block)
+    earlier = q_noised & ~kv_noised & (kv.block < q.block)
+    clean = ~q_noised & ~kv_noised
+    if rule == "causal":
+        clean &= kv.position <= q.position
+    elif rule == "block_causal":
+        clean &= kv.block <= q.block
+    return (q.segment == kv.segment) & (kv.segment > 0) & (own_block | earlier | clean)
+
+
+def seen_tiles(rule: str, block_size: int, queries: int, keys: int, tile: int) -> np.ndarray:
+    """Static superset of the (query tile, key tile) pairs that clean queries of one row can see: int32 [n, 2].
+
+    Derived from row indices alone, so it holds for any segments. Sorted by query tile.
+    """
+    q_tiles, k_tiles = -(-queries // tile), -(-keys // tile)
+    last_query = np.minimum((np.arange(q_tiles) + 1) * tile, queries) - 1
+    if rule == "causal":
+        last_key = last_query
+    elif rule == "block_causal":
+        last_key = (last_query // block_size + 1) * block_size - 1
+    else:
+        last_key = np.full_like(last_query, keys - 1)
+    seen = np.arange(k_tiles)[None, :] * tile <= last_key[:, None]
+    return np.argwhere(seen).astype(np.int32)

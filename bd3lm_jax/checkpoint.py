@@ -1,0 +1,297 @@
+"""Saving and restoring runs: whole, verified, on any mesh. The only user of orbax.
+
+`WORKDIR/checkpoints/STEP/` holds the items `params`, `ema` (absent if the average is off), `opt` (step and optimiser
+state) and `meta` (JSON). `meta` records shape, dtype and fingerprint of every array: orbax does not notice a flipped
+bit in array data, and its shape errors do not name the array.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
+
+from bd3lm_jax.errors import RunError, UserError
+from bd3lm_jax.log import note
+from bd3lm_jax.state import TrainState
+
+FORMAT = 1  # of the meta item
+TRASH = ".trash"  # where orbax moves a step before deleting it
+DAMAGED = ".damaged"  # where steps that could not be read are put when a run goes on without them
+SHOWN = 5  # differing leaves named in an error
+
+T = TypeVar("T")
+
+# Orbax logs every failure with tracebacks, often several times, before it raises the exception that is reported here.
+logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+
+
+class _Damaged(Exception):
+    """A step whose files are there but do not hold what was saved."""
+
+
+class Checkpoints:
+    """The checkpoints of a run directory: the `keep` latest ones stay.
+
+    `read_only` is for evaluation beside a run that may be writing: nothing is created, moved or deleted. `warn` gets
+    one line for every step that had to be skipped.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, keep: int, read_only: bool = False,
+                 warn: Callable[[str], None] = note):
+        self.directory = Path(workdir).absolute() / "checkpoints"
+        self._read_only = read_only
+        self._warn = warn
+        self._manager = None
+        if read_only and not self.directory.is_dir():
+            return
+        if not read_only:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._empty_trash()
+        options = {} if read_only else {
+            "cleanup_tmp_directories": True, "todelete_subdir": TRASH,
+            "preservation_policy": checkpoint_managers.LatestN(keep)}
+        self._manager = ocp.CheckpointManager(
+            self.directory, options=ocp.CheckpointManagerOptions(read_only=read_only, **options))
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def steps(self) -> list[int]:
+        """Steps that were saved completely, ascending (their contents are verified by a restore)."""
+        return sorted(self._manager.all_steps(read=self._read_only)) if self._manager else []
+
+    def latest_step(self) -> int | None:
+        return max(self.steps(), default=None)
+
+    def save(self, step: int, state: TrainState, meta: dict, wait: bool = False) -> None:
+        """Save `state` and `meta` (JSON values) as `step`; writing goes on in the background unless `wait`.
+
+        The arrays may be donated as soon as this returns. Raises RunError if this or the previous save failed, or if
+        `step` exists.
+        """
+        self.wait()
+        if step in self.steps():
+            raise RunError(f"step {step} is already saved in {self.directory}: a checkpoint is never overwritten")
+        items = _items(state)
+        leaves = {name: _describe(tree) for name, tree in items.items()}
+        record = _seal({"format": FORMAT, "step": step, "meta": meta, "leaves": leaves})
+        arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        try:
+            saved = self._manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(record), **arguments))
+        except Exception as error:
+            self._raise_save_failed(error)
+        if not saved:
+            raise RunError(f"step {step} was not saved in {self.directory}: it has a later step, {self.latest_step()}")
+        if wait:
+            self.wait()
+
+    def restore(self, abstract_state: TrainState) -> tuple[TrainState, dict]:
+        """The newest checkpoint that can be read, and its `meta`.
+
+        `abstract_state`: TrainState of ShapeDtypeStruct with shardings, of any mesh. Steps that are half-written or
+        corrupt are skipped with a warning and moved to `checkpoints/.damaged` (unless read-only). Raises UserError if
+        there is no checkpoint or if it is one of another model (differing arrays named), RunError if none can be read.
+        """
+        def read(step: int) -> tuple[TrainState, dict]:
+            record = self._record(step)
+            expected = _items(abstract_state)
+            unexpected = {name: {} for name in record["leaves"] if name not in expected}
+            trees = self._read(step, record, expected | unexpected)
+            state = TrainState(step=trees["opt"]["step"], params=trees["params"], ema=trees.get("ema", {}),
+                               opt_state=trees["opt"]["state"])
+            return state, record["meta"]
+
+        result, _ = self._newest(read)
+        return result
+
+    def restore_params(self, which: str, abstract: Any) -> tuple[Any, dict, int]:
+        """Only the weights `which` ("ema" or "params"): (tree, meta, step); "ema" means "params" if no EMA was kept.
+
+        `abstract`: the parameter tree of ShapeDtypeStruct; a leaf without sharding goes to the first device. Errors
+        as in `restore`.
+        """
+        if which not in ("ema", "params"):
+            raise UserError(f"weights are {which!r}, expected 'ema' or 'params'")
+
+        def read(step: int) -> tuple[Any, dict]:
+            record = self._record(step)
+            item = which if which in record["leaves"] else "params"
+            return self._read(step, record, {item: abstract})[item], record["meta"]
+
+        (tree, meta), step = self._newest(read)
+        return tree, meta, step
+
+    def wait(self) -> None:
+        """Wait until everything handed to `save` is on disk. Raises RunError if it is not."""
+        if self._manager is None or self._read_only:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._raise_save_failed(error)
+        self._empty_trash()
+
+    def close(self) -> None:
+        """`wait`, then let go of threads and files. Raises RunError as `wait` does."""
+        try:
+            self.wait()
+        finally:
+            if self._manager is not None:
+                self._manager.close()
+
+    def _newest(self, read: Callable[[int], T]) -> tuple[T, int]:
+        """`read(step)` of the newest step that can be read, and that step."""
+        steps, damaged = self.steps(), []
+        if not steps:
+            raise UserError(f"no checkpoint in {self.directory}: train first (python -m launch train --workdir="
+                            f"{self.directory.parent}) or pass another --workdir")
+        for step in reversed(steps):
+            try:
+                found = read(step)
+            except UserError:
+                raise
+            except Exception as error:  # orbax and its storage raise many kinds; all of them mean: not readable
+                damaged.append(step)
+                reason = _reason(error)
+                self._warn(f"warning: checkpoint {self.directory / str(step)} is damaged ({reason}); "
+                           f"trying the one before it")
+                continue
+            self._set_aside(damaged)
+            return found, step
+        raise RunError(f"none of the checkpoints {steps} in {self.directory} can be read (the oldest: {reason}): "
+                       f"restore the directory from a copy, or train again in another --workdir")
+
+    def _record(self, step: int) -> dict:
+        """The verified contents of the meta item."""
+        sealed = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        if not isinstance(sealed, dict) or _seal(sealed.get("record")) != sealed:
+            raise _Damaged("meta does not match its hash")
+        record = sealed["record"]
+        if record["format"] != FORMAT:
+            raise UserError(f"checkpoint {self.directory / str(step)} has format {record['format']}, this version "
+                            f"reads {FORMAT}: install the version that wrote it")
+        return record
+
+    def _read(self, step: int, record: dict, abstract: dict[str, Any]) -> dict[str, Any]:
+        """The items named in `abstract`, checked against the record before and after reading."""
+        recorded = {name: record["leaves"].get(name, {}) for name in abstract}
+        self._check_fits(step, recorded, abstract)
+        arguments = {name: ocp.args.StandardRestore(_placed(tree)) for name, tree in abstract.items()}
+        trees = self._manager.restore(step, args=ocp.args.Composite(**arguments))
+        for name in abstract:
+            for path, value in fingerprints(trees[name]).items():
+                if value != recorded[name][path]["fingerprint"]:
+                    raise _Damaged(f"{name}/{path} differs from its fingerprint")
+        return {name: trees[name] for name in abstract}
+
+    def _check_fits(self, step: int, recorded: dict[str, dict], abstract: dict[str, Any]) -> None:
+        """UserError that names the arrays whose shape or dtype is not the recorded one."""
+        here = {f"{name}/{path}": f"{leaf.dtype}{list(leaf.shape)}"
+                for name, tree in abstract.items() for path, leaf in _leaves(tree)}
+        there = {f"{name}/{path}": f"{leaf['dtype']}{leaf['shape']}"
+                 for name, leaves in recorded.items() for path, leaf in leaves.items()}
+        wrong = [f"{name} is {there.get(name, 'absent')} in the checkpoint, {here.get(name, 'absent')} in this model"
+                 for name in {**here, **there} if here.get(name) != there.get(name)]
+        if wrong:
+            more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+            raise UserError(f"checkpoint {self.directory / str(step)} is of another model: {'; '.join(wrong[:SHOWN])}"
+                            f"{more}. Use the config it was trained with, or another --workdir")
+
+    def _set_aside(self, damaged: list[int]) -> None:
+        """Move damaged steps away: they would count as kept ones and stop the run from saving these steps again."""
+        if not damaged or self._read_only:
+            return
+        if jax.process_index() == 0:
+            for step in damaged:
+                target = self.directory / DAMAGED / str(step)
+                shutil.rmtree(target, ignore_errors=True)
+                target.parent.mkdir(exist_ok=True)
+                os.replace(self.directory / str(step), target)
+        multihost_utils.sync_global_devices("damaged checkpoints set aside")
+        self._manager.reload()
+
+    def _empty_trash(self) -> None:
+        if jax.process_index() == 0:
+            shutil.rmtree(self.directory / TRASH, ignore_errors=True)
+
+    def _raise_save_failed(self, error: Exception) -> NoReturn:
+        complete = [int(path.name) for path in self.directory.iterdir() if path.name.isdecimal()]
+        last = f"the last complete checkpoint is step {max(complete)}" if complete else "no checkpoint is complete"
+        raise RunError(f"could not save a checkpoint to {self.directory}: {_reason(error)}; {last}. "
+                       f"Free some disk space and run the same command again") from error
+
+
+def fingerprints(tree: Any) -> dict[str, int]:
+    """Path of every leaf -> a 32-bit sum over its bits that depends on values and positions, not on sharding.
+
+    Any single wrong element changes it for certain, other damage is missed with probability 2^-32.
+    """
+    sums = {path: _fingerprint(leaf) for path, leaf in _leaves(tree)}
+    return {path: int(value) for path, value in jax.device_get(sums).items()}
+
+
+@jax.jit
+def _fingerprint(x: jax.Array) -> jax.Array:
+    """Sum of (bits of the element) times (odd hash of its position), modulo 2^32."""
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    position = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    position = (position ^ (position >> 16)) * jnp.uint32(0x7FEB352D)
+    position = (position ^ (position >> 15)) * jnp.uint32(0x846CA68B)
+    return jnp.sum(bits * ((position ^ (position >> 16)) | 1), dtype=jnp.uint32)
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """The trees that are stored apart, so that an evaluation reads only what it needs."""
+    items = {"params": state.params, "ema": state.ema, "opt": {"step": state.step, "state": state.opt_state}}
+    return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
+
+
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]
+
+
+def _describe(tree: Any) -> dict[str, dict]:
+    sums = fingerprints(tree)
+    return {path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "fingerprint": sums[path]}
+            for path, leaf in _leaves(tree)}
+
+
+def _placed(abstract: Any) -> Any:
+    """Abstract arrays without a sharding get the first device: else orbax asks for the devices that saved them."""
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or first), abstract)
+
+
+def _seal(record: Any) -> dict:
+    """The record beside a hash of its canonical JSON."""
+    text = json.dumps(record, sort_keys=True)
+    return {"record": json.loads(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong first, in one short line: storage errors put it behind the quoted names of all layers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    first_line = f"{error}\n".splitlines()[0]
+    text = re.sub(r" \[\w+=.*", "", first_line).rsplit('": ', 1)[-1][:200]
+    return text if isinstance(error, _Damaged) else f"{type(error).__name__}: {text}"

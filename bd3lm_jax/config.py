@@ -1,0 +1,274 @@
+"""The resolved configuration of a run: frozen dataclasses, no defaults (defaults live in `configs/`).
+
+`Config.from_dict` turns a nested mapping (an ml_collections ConfigDict, a `config.json`) into dataclasses. A key that
+nobody reads, a missing key and a wrong type are errors that name the key.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, get_args, get_origin
+
+from bd3lm_jax.diffusion import OBJECTIVES
+from bd3lm_jax.errors import UserError, lookup, nearest
+from bd3lm_jax.models import BACKBONES
+
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def one_of(name: str, value: Any, allowed: tuple) -> None:
+    check(value in allowed, f"{name} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read and how it becomes rows of `length` tokens."""
+
+    source: str  # "austen" (embedded), "text", "jsonl", "tfds"
+    path: str  # file or directory of local sources; "" for embedded ones
+    name: str  # TFDS name, e.g. "lm1b"; "" otherwise
+    field: str  # JSONL or TFDS key that holds the text
+    tokenizer: str  # "bytes", "gpt2", "bert-base-uncased", "bpe:2048" (trained on the corpus), or a tokenizer.json
+    length: int  # tokens a row
+    layout: str  # "wrap", "pack", "pad"
+    valid_fraction: float  # held out from the end of a local source that names no valid split
+    cache_dir: str  # prepared rows; "" = ~/.cache/bd3lm_jax (or $BD3LM_CACHE)
+    workers: int  # threads that tokenise and prefetch
+
+    def __post_init__(self):
+        one_of("data.source", self.source, ("austen", "text", "jsonl", "tfds"))
+        one_of("data.layout", self.layout, ("wrap", "pack", "pad"))
+        check(self.length > 0, f"data.length is {self.length}, expected a positive number of tokens")
+        check(0 < self.valid_fraction < 1, f"data.valid_fraction is {self.valid_fraction}, expected between 0 and 1")
+        check(self.source not in ("text", "jsonl") or self.path, f"data.source={self.source!r} needs data.path")
+        check(self.source != "tfds" or self.name, "data.source='tfds' needs data.name, e.g. 'lm1b'")
+        check(self.workers >= 1, f"data.workers is {self.workers}, expected at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with warm-up, clipping and an exponential moving average (BD3-LM's recipe in `configs/common.py`)."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float  # on matrices only: never on norms, biases and embeddings
+    clip_norm: float  # 0 = off
+    warmup_steps: int
+    schedule: str  # "constant", "cosine", "wsd" (warm-up, stable, decay)
+    final_lr_fraction: float  # the last learning rate of cosine and wsd, as a fraction of lr
+    decay_fraction: float  # wsd: the part of the steps spent decaying
+    ema: float  # 0 = off; warmed up as min(ema, (1 + n) / (10 + n))
+
+    def __post_init__(self):
+        one_of("optim.schedule", self.schedule, ("constant", "cosine", "wsd"))
+        check(self.lr > 0, f"optim.lr is {self.lr}, expected a positive number")
+        for name in ("beta1", "beta2", "ema"):
+            value = getattr(self, name)
+            check(0 <= value < 1, f"optim.{name} is {value}, expected in [0, 1)")
+        for name in ("eps", "weight_decay", "clip_norm", "warmup_steps"):
+            value = getattr(self, name)
+            check(value >= 0, f"optim.{name} is {value}, expected at least 0")
+        for name in ("final_lr_fraction", "decay_fraction"):
+            value = getattr(self, name)
+            check(0 <= value <= 1, f"optim.{name} is {value}, expected in [0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int
+    batch: int  # rows a step, over all devices
+    init_from: str  # run directory whose (EMA) weights start this run, e.g. one of another block size; "" = random
+
+    def __post_init__(self):
+        check(self.steps >= 1, f"train.steps is {self.steps}, expected at least 1")
+        check(self.batch >= 1, f"train.batch is {self.batch}, expected at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """How the same numbers are computed; only dtype changes them beyond rounding."""
+
+    dtype: str  # "auto" (bfloat16 on accelerators, float32 on CPU), "float32", "bfloat16"
+    attention: str  # backend name, "auto"
+    layers: str  # "scan", "unroll"
+    remat: str  # "none", "dots", "full"
+    microbatch: int  # rows a forward pass, over all devices; 0 = the whole batch
+
+    def __post_init__(self):
+        one_of("compute.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        one_of("compute.layers", self.layers, ("scan", "unroll"))
+        one_of("compute.remat", self.remat, ("none", "dots", "full"))
+        check(self.microbatch >= 0, f"compute.microbatch is {self.microbatch}, expected at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices an axis; one may be -1 (what is left)."""
+
+    data: int
+    fsdp: int
+    tensor: int
+
+    def __post_init__(self):
+        sizes = dataclasses.astuple(self)
+        check(all(n == -1 or n >= 1 for n in sizes) and sizes.count(-1) <= 1,
+              f"mesh is {dataclasses.asdict(self)}, expected positive sizes with at most one -1")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    every: int  # steps between logged lines
+
+    def __post_init__(self):
+        check(self.every >= 1, f"log.every is {self.every}, expected at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int  # steps between saves; the last step is always saved
+    keep: int  # latest checkpoints kept
+
+    def __post_init__(self):
+        check(self.every >= 1, f"checkpoint.every is {self.every}, expected at least 1")
+        check(self.keep >= 1, f"checkpoint.keep is {self.keep}, expected at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    every: int  # steps between validations; the last step is always validated
+    rows: int  # rows of the validation split used while training; 0 = all
+    batch: int  # rows a forward pass, over all devices
+    draws: int
+    samples: int  # texts in the closing report
+    sample_length: int
+
+    def __post_init__(self):
+        for name in ("every", "batch", "draws"):
+            value = getattr(self, name)
+            check(value >= 1, f"eval.{name} is {value}, expected at least 1")
+        for name in ("rows", "samples", "sample_length"):
+            value = getattr(self, name)
+            check(value >= 0, f"eval.{name} is {value}, expected at least 0")
+
+
+SECTIONS = {
+    "data": DataConfig, "optim": OptimConfig, "train": TrainConfig, "compute": ComputeConfig, "mesh": MeshConfig,
+    "log": LogConfig, "checkpoint": CheckpointConfig, "eval": EvalConfig,
+}
+# Sections and keys that may differ when a run goes on: they do not change what is learned.
+RESUMABLE = ("mesh", "log", "checkpoint", "eval", "train.steps", "data.cache_dir", "data.workers", "compute.attention",
+             "compute.layers", "compute.remat", "compute.microbatch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run. `model` and `diffusion` are the dataclasses of the registered backbone and objective.
+
+    A published checkpoint knows only `model` and `diffusion`: its other sections are None.
+    """
+
+    seed: int
+    model: Any
+    diffusion: Any
+    data: DataConfig | None
+    optim: OptimConfig | None
+    train: TrainConfig | None
+    compute: ComputeConfig | None
+    mesh: MeshConfig | None
+    log: LogConfig | None
+    checkpoint: CheckpointConfig | None
+    eval: EvalConfig | None
+
+    @property
+    def block_size(self) -> int:
+        return self.diffusion.block_size
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping) -> "Config":
+        """Validate a nested mapping. Raises UserError naming the first unknown, missing or ill-typed key."""
+        mapping = {key: value for key, value in mapping.items()}
+        _same_keys("", mapping, [field.name for field in dataclasses.fields(cls)])
+        sections = {name: _section(name, mapping[name], kind) for name, kind in SECTIONS.items()}
+        for name, registry, what in (("model", BACKBONES, "backbone"), ("diffusion", OBJECTIVES, "objective")):
+            section = dict(_mapping(name, mapping[name]))
+            kind = lookup(registry, section.pop("kind", ""), f"{what} {name}.kind")
+            sections[name] = _section(name, section, kind.Config if what == "backbone" else kind)
+        seed = _typed("seed", mapping["seed"], int)
+        config = cls(seed=seed, **sections)
+        length, block_size = config.data.length, config.block_size
+        check(length % block_size == 0,
+              f"diffusion.block_size={block_size} does not divide data.length={length}: choose a length that is a "
+              f"multiple, e.g. {-(-length // block_size) * block_size}")
+        rows, batch = config.compute.microbatch, config.train.batch
+        check(rows == 0 or batch % rows == 0, f"compute.microbatch={rows} does not divide train.batch={batch}")
+        return config
+
+    def to_dict(self) -> dict:
+        """Nested plain dict, with `kind` for the model and the objective; `from_dict` inverts it."""
+        result = dataclasses.asdict(self)
+        result["model"] = {"kind": self.model.kind, **result["model"]}
+        result["diffusion"] = {"kind": self.diffusion.kind, **result["diffusion"]}
+        return result
+
+    def sha256(self) -> str:
+        """Hash of everything that decides what is learned (see RESUMABLE for what is left out)."""
+        return hashlib.sha256(json.dumps(self._decisive(), sort_keys=True).encode()).hexdigest()
+
+    def differing_keys(self, other: "Config") -> list[str]:
+        """`key: here != there` for every decisive key whose value differs."""
+        here, there = self._decisive(), other._decisive()
+        return [f"{key}: {here.get(key)!r} != {there.get(key)!r}"
+                for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
+
+    def _decisive(self) -> dict:
+        flat = flatten(self.to_dict())
+        return {key: value for key, value in flat.items() if key not in RESUMABLE and key.split(".")[0] not in RESUMABLE}
+
+
+def flatten(nested: Mapping, prefix: str = "") -> dict:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
+    flat = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _mapping(name: str, value: Any) -> Mapping:
+    check(isinstance(value, Mapping) or hasattr(value, "items"), f"config key '{name}' is {value!r}, expected a section")
+    return value
+
+
+def _same_keys(prefix: str, mapping: Mapping, known: list[str]) -> None:
+    for key in mapping:
+        check(key in known, f"unknown config key '{prefix}{key}': {nearest(key, known)}")
+    missing = [key for key in known if key not in mapping]
+    check(not missing, f"missing config key '{prefix}{missing[0] if missing else ''}'")
+
+
+def _section(name: str, section: Any, kind: type) -> Any:
+    section = dict(_mapping(name, section).items())
+    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+    _same_keys(f"{name}.", section, list(fields))
+    return kind(**{key: _typed(f"{name}.{key}", section[key], fields[key]) for key in fields})
+
+
+def _typed(key: str, value: Any, kind: type) -> Any:
+    """`value` as `kind`: int widens to float, lists become tuples, nothing else is converted."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
+        inner = get_args(kind)[0]
+        return tuple(_typed(key, item, inner) for item in value)
+    plain = get_origin(kind) or kind
+    right = isinstance(value, plain) and not (plain is int and isinstance(value, bool))
+    check(right, f"config key '{key}' is {value!r} ({type(value).__name__}), expected {getattr(kind, '__name__', kind)}")
+    return value

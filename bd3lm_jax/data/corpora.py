@@ -1,0 +1,261 @@
+"""Text sources: a corpus is an iterator of documents for each of the splits train, valid and test.
+
+A new source is one function `(data, split) -> Corpus` and one line in SOURCES.
+"""
+
+import dataclasses
+import gzip
+import hashlib
+import itertools
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from importlib import resources
+from pathlib import Path
+
+from bd3lm_jax.config import DataConfig
+from bd3lm_jax.errors import UserError, lookup, nearest
+
+SPLITS = ("train", "valid", "test")
+SPLIT_NAMES = {split: split for split in SPLITS} | {"validation": "valid", "val": "valid", "dev": "valid"}
+NOVELS = ("SENSE AND SENSIBILITY", "PRIDE AND PREJUDICE", "MANSFIELD PARK", "EMMA", "NORTHANGER ABBEY")
+AUSTEN_VALID_FRACTION = 0.05  # of each train novel: part of the definition of the corpus
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """One split of a source."""
+
+    documents: Callable[[], Iterator[str]]  # a fresh pass over the documents
+    fingerprint: Callable[[], str]  # changes whenever the documents could
+
+
+def open_corpus(data: DataConfig, split: str) -> Corpus:
+    """The split "train", "valid" or "test" of `data.source`. UserError if it cannot be found."""
+    if split not in SPLITS:
+        raise UserError(f"unknown split '{split}': {nearest(split, SPLITS)}")
+    return lookup(SOURCES, data.source, "data.source")(data, split)
+
+
+def load_documents(data: DataConfig, split: str) -> Iterator[str]:
+    """Documents of a split, in a fixed order, without the newline at their end. UserError for unreadable input."""
+    return open_corpus(data, split).documents()
+
+
+def join_documents(documents: Iterable[str]) -> bytes:
+    """UTF-8 text in which every document is followed by a newline: what bits per byte are counted over."""
+    return b"".join(document.encode() + b"\n" for document in documents)
+
+
+# ---- embedded corpus
+
+
+def austen(data: DataConfig, split: str) -> Corpus:
+    """Jane Austen. train: five novels; valid: the last 5 % of each of them; test: *Persuasion*."""
+    del data
+    name = "austen_persuasion.txt.xz" if split == "test" else "austen_train.txt.xz"
+    packed = resources.files("bd3lm_jax.data").joinpath("resources", name).read_bytes()
+
+    def documents():
+        lines = lzma.decompress(packed).decode().splitlines()
+        if split != "test":
+            lines = _austen_part(lines, split)
+        return iter([line for line in lines if line.strip()])
+
+    return Corpus(documents, lambda: hashlib.sha256(packed).hexdigest() + split)
+
+
+def _austen_part(lines: list[str], split: str) -> list[str]:
+    """Whole paragraphs: valid are those that start in the last AUSTEN_VALID_FRACTION of the bytes of their novel."""
+    starts = [lines.index(title) for title in NOVELS] + [len(lines)]
+    part = []
+    for start, stop in itertools.pairwise(starts):
+        sizes = [len(line.encode()) + 1 for line in lines[start:stop]]
+        offsets = itertools.accumulate(sizes, initial=0)
+        limit = (1 - AUSTEN_VALID_FRACTION) * sum(sizes)
+        part += [line for line, offset in zip(lines[start:stop], offsets) if (offset >= limit) == (split == "valid")]
+    return part
+
+
+# ---- local files
+
+
+def text(data: DataConfig, split: str) -> Corpus:
+    """A file or a directory of .txt files (also .xz, .gz): one line is one document, blank lines are dropped."""
+
+    def read(path: Path) -> Iterator[str]:
+        return (line for _, line in _lines(path) if line.strip())
+
+    return _local(data, split, ".txt", read, key="text")
+
+
+def jsonl(data: DataConfig, split: str) -> Corpus:
+    """A file or a directory of .jsonl files (also .xz, .gz): one object a line, its `data.field` is the document."""
+
+    def read(path: Path) -> Iterator[str]:
+        documents = (_json_field(path, number, line, data.field) for number, line in _lines(path) if line.strip())
+        return (document for document in documents if document.strip())
+
+    return _local(data, split, ".jsonl", read, key=f"jsonl {data.field}")
+
+
+def _json_field(path: Path, number: int, line: str, field: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} line {number} is not JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{path} line {number} is a JSON {type(record).__name__}, expected an object with '{field}'")
+    if field not in record:
+        raise UserError(f"{path} line {number} has no field '{field}' (data.field): {nearest(field, record)}")
+    if not isinstance(record[field], str):
+        raise UserError(f"{path} line {number}: field '{field}' is {type(record[field]).__name__}, expected text")
+    return record[field].rstrip("\r\n")
+
+
+def _local(data: DataConfig, split: str, suffix: str, read: Callable, key: str) -> Corpus:
+    files = _split_files(Path(data.path), suffix)
+    held_out = split != "test" and not files["valid"]
+    chosen = files["train"] if held_out else files[split]
+    if not chosen:
+        raise UserError(f"{data.path} has no {split} split: give data.path a directory that holds a file named "
+                        f"{split}{suffix}")
+
+    def all_documents() -> Iterator[str]:
+        return itertools.chain.from_iterable(map(read, chosen))
+
+    def documents() -> Iterator[str]:
+        return _held_out(all_documents, split, data) if held_out else all_documents()
+
+    def fingerprint() -> str:
+        hashes = [_sha256(path) for path in chosen]
+        return json.dumps([key, hashes, [split, data.valid_fraction] if held_out else None])
+
+    return Corpus(documents, fingerprint)
+
+
+def _held_out(all_documents: Callable[[], Iterator[str]], split: str, data: DataConfig) -> Iterator[str]:
+    """The last `valid_fraction` of the documents (at least one) is the valid split, the others are the train split."""
+    total = sum(1 for _ in all_documents())
+    if total < 2:
+        raise UserError(f"{data.path} holds {total} documents, expected at least 2 (one a line): the last "
+                        f"{data.valid_fraction:.1%}, at least one, is held out for validation")
+    train = total - max(1, round(data.valid_fraction * total))
+    return itertools.islice(all_documents(), *((0, train) if split == "train" else (train, total)))
+
+
+def _split_files(path: Path, suffix: str) -> dict[str, list[Path]]:
+    """Files of each split. In a directory a name with the word train, valid (val, dev) or test says which."""
+    if not path.exists():
+        raise UserError(f"data.path={str(path)!r} does not exist (looked for {path.absolute()})")
+    if path.is_file():
+        return {"train": [path], "valid": [], "test": []}
+    endings = tuple(suffix + packed for packed in ("", ".xz", ".gz"))
+    found = {split: [] for split in SPLITS}
+    for file in sorted(path.iterdir()):
+        if file.name.endswith(endings):
+            found[_split_of(file)].append(file)
+    if not any(found.values()):
+        raise UserError(f"data.path={str(path)!r} is a directory without *{suffix} (or .xz, .gz) files")
+    return found
+
+
+def _split_of(file: Path) -> str:
+    words = re.findall("[a-z]+", file.name.lower())
+    return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "train")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Line numbers from 1 and lines without their end; UserError with the byte offset if the file is not UTF-8."""
+    opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
+    offset = 0
+    try:
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield number, _decode(path, line, offset)
+                offset += len(line)
+    except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise UserError(f"{path} is a damaged {path.suffix} file: {error}") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _decode(path: Path, line: bytes, offset: int) -> str:
+    try:
+        return line.decode("utf-8-sig" if offset == 0 else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: byte 0x{line[error.start]:02x} at offset {offset + error.start}; "
+                        f"convert it, e.g. iconv -f LATIN1 -t UTF-8") from None
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot read {path}: {error.strerror or error}")
+
+
+# ---- TensorFlow Datasets
+
+
+def tfds(data: DataConfig, split: str) -> Corpus:
+    """A TFDS data set as array_record (read without TensorFlow); `data.path` is its data_dir, "" = TFDS's own."""
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise UserError(f"data.source='tfds' needs tensorflow-datasets ({error}): pip install tensorflow-datasets "
+                        "importlib_resources") from None
+    try:
+        builder = tensorflow_datasets.builder(data.name, data_dir=data.path or None, file_format="array_record")
+        builder.download_and_prepare()
+    except Exception as error:  # TFDS raises many kinds; all mean that the data set is not there
+        raise UserError(f"TFDS data set '{data.name}' cannot be prepared: {_first_line(error)}") from None
+    chosen = _tfds_split(builder, split, data)
+    records = builder.as_data_source(split=chosen)
+
+    def documents() -> Iterator[str]:
+        texts = (_tfds_text(records[index], data) for index in range(len(records)))
+        return (text for text in texts if text.strip())
+
+    return Corpus(documents, lambda: f"{builder.info.full_name} {chosen} {len(records)} {data.field}")
+
+
+def _tfds_split(builder, split: str, data: DataConfig) -> str:
+    """TFDS's name of a split; without a valid one the last `valid_fraction` of train stands in."""
+    known = builder.info.splits
+    named = next((name for name in known if SPLIT_NAMES.get(name) == split), None)
+    has_valid = any(SPLIT_NAMES.get(name) == "valid" for name in known)
+    if split == "test" or has_valid or "train" not in known:
+        if named is None:
+            raise UserError(f"TFDS data set '{data.name}' has no {split} split, it has {', '.join(known)}")
+        return named
+    total = known["train"].num_examples
+    train = total - max(1, round(data.valid_fraction * total))
+    return f"train[:{train}]" if split == "train" else f"train[{train}:]"
+
+
+def _tfds_text(record: dict, data: DataConfig) -> str:
+    if data.field not in record:
+        raise UserError(f"TFDS data set '{data.name}' has no field '{data.field}' (data.field): "
+                        f"{nearest(data.field, record)}")
+    value = record[data.field]
+    if not isinstance(value, (str, bytes)):
+        raise UserError(f"field '{data.field}' of TFDS data set '{data.name}' is {type(value).__name__}, expected text")
+    try:
+        return (value.decode() if isinstance(value, bytes) else value).rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"field '{data.field}' of TFDS data set '{data.name}' is not UTF-8: {error}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+SOURCES = {"austen": austen, "text": text, "jsonl": jsonl, "tfds": tfds}

@@ -1,0 +1,81 @@
+"""Batches as a function of (seed, step) and of nothing else, so the step is all that a resumed run needs."""
+
+import collections
+import functools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from bd3lm_jax.data.prepare import Rows
+
+
+def row_ids(num_rows: int, batch: int, seed: int, step: int) -> np.ndarray:
+    """int64 [batch]: rows of a step. Every epoch is a new permutation of all rows; a batch may straddle epochs."""
+    position = np.arange(step * batch, (step + 1) * batch, dtype=np.int64)
+    epoch, index = np.divmod(position, num_rows)
+    return np.concatenate([_permutation(num_rows, seed, int(e))[index[epoch == e]] for e in np.unique(epoch)])
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """Order of a stream of raw random bits, which, unlike Generator.permutation, no NumPy version may change."""
+    bits = np.random.Philox(key=[seed % 2**64, epoch]).random_raw(num_rows)
+    return np.argsort(bits, kind="stable")
+
+
+class Loader:
+    """`get(step)` -> row ids [B] and the arrays `tokens`, `segments`, `positions` (int32 [B, L]) of the batch.
+
+    With a `sharding` (over [B, L]) they are global jax arrays, of which a process reads only the rows that lie on its
+    own devices; without one they are NumPy arrays.
+    """
+
+    def __init__(self, rows: Rows, batch: int, seed: int, sharding):
+        self.rows, self.batch, self.seed, self.sharding = rows, batch, seed, sharding
+
+    def get(self, step: int) -> tuple[np.ndarray, dict]:
+        ids = row_ids(len(self.rows), self.batch, self.seed, step)
+        if self.sharding is None:
+            return ids, read_rows(self.rows, ids)
+        return ids, place_rows(self.rows, ids, self.sharding)
+
+
+def read_rows(rows: Rows, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """`tokens`, `segments` and `positions`, int32 [n, L], of the given rows."""
+    return {"tokens": rows.tokens(ids), "segments": rows.segments(ids), "positions": rows.positions(ids)}
+
+
+def place_rows(rows: Rows, ids: np.ndarray, sharding) -> dict:
+    """As `read_rows`, as jax arrays sharded over all processes; reads only what this process's devices hold."""
+    import jax
+
+    @functools.cache
+    def read(start: int | None, stop: int | None) -> dict[str, np.ndarray]:
+        return read_rows(rows, ids[start:stop])
+
+    def place(name: str):
+        shape = (len(ids), rows.length)
+        return jax.make_array_from_callback(
+            shape, sharding, lambda index: read(index[0].start, index[0].stop)[name][:, index[1]])
+
+    return {name: place(name) for name in ("tokens", "segments", "positions")}
+
+
+def prefetch(get: Callable[[int], object], start: int, stop: int, workers: int, depth: int) -> Iterator:
+    """`get(start)`, ..., `get(stop - 1)` in order, computed up to `depth` steps ahead in `workers` threads.
+
+    An exception in `get` is raised here, at its step.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        pending = collections.deque()
+        try:
+            for step in range(start, stop):
+                pending.append(pool.submit(get, step))
+                if len(pending) > depth:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()

@@ -1,0 +1,256 @@
+"""Tokenise and lay out a split once; read its rows memory mapped ever after.
+
+A prepared split is a directory named by a hash of all that decides its content: tokens.npy `[R, L]` (uint16 or
+uint32), pieces.npy `[P, 4]` (see packing.py) and meta.json, which is written last and holds sizes and hashes of both.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from bd3lm_jax.config import DataConfig
+from bd3lm_jax.data import corpora, packing
+from bd3lm_jax.data.tokenizers import Tokenizer, get_tokenizer, load_tokenizer
+from bd3lm_jax.errors import RunError, UserError
+
+FORMAT = 1  # raise it when the same documents would be stored differently
+BATCH_CHARS = 1 << 22  # text tokenised at once
+CHUNK_TOKENS = 1 << 22  # tokens held in memory while rows are written
+HASHED_BYTES = 1 << 30  # of each file: enough to see damage, and never a long wait at start-up
+
+Progress = Callable[[int, int], None]  # called with the documents and tokens done so far
+
+
+class Rows:
+    """A prepared split: `len()` rows of `length` tokens. Row ids may be in any order and repeat."""
+
+    def __init__(self, path: Path, meta: dict):
+        self.path, self.meta, self.length = path, meta, meta["length"]
+        self._tokens_RxL = np.load(path / "tokens.npy", mmap_mode="r")
+        self._pieces_Px4 = np.load(path / "pieces.npy")
+        self._first_piece = np.searchsorted(self._pieces_Px4[:, packing.ROW], np.arange(len(self) + 1))
+
+    def __len__(self) -> int:
+        return self._tokens_RxL.shape[0]
+
+    def tokens(self, row_ids: np.ndarray) -> np.ndarray:
+        """int32 [n, L]; padding holds the end token."""
+        return self._tokens_RxL[np.asarray(row_ids)].astype(np.int32)
+
+    def segments(self, row_ids: np.ndarray) -> np.ndarray:
+        """int32 [n, L]: tokens see only their own segment; 0 = padding."""
+        chosen, target, index = self._places(row_ids)
+        segment = np.ones_like(index) if self.meta["layout"] == "wrap" else index + 1
+        return self._paint(len(row_ids), chosen, target, segment, 0, 0)
+
+    def positions(self, row_ids: np.ndarray) -> np.ndarray:
+        """int32 [n, L]: from 0 in each segment; 0 in padding."""
+        chosen, target, _ = self._places(row_ids)
+        start = chosen[:, packing.START] if self.meta["layout"] == "wrap" else np.zeros_like(target)
+        return self._paint(len(row_ids), chosen, target, start, 1, 0)
+
+    def documents(self, row_ids: np.ndarray) -> np.ndarray:
+        """int32 [n, L]: index of the document in the split; -1 = padding."""
+        chosen, target, _ = self._places(row_ids)
+        return self._paint(len(row_ids), chosen, target, chosen[:, packing.DOCUMENT], 0, -1)
+
+    def stream(self) -> np.ndarray:
+        """int32 [meta["tokens"]]: all tokens without padding, document after document.
+
+        A packed document longer than a row may have its last piece, which fills gaps, before the others.
+        """
+        pieces = self._pieces_Px4[np.lexsort((self._pieces_Px4[:, packing.ROW], self._pieces_Px4[:, packing.DOCUMENT]))]
+        starts = pieces[:, packing.ROW].astype(np.int64) * self.length + pieces[:, packing.START]
+        return self._tokens_RxL.reshape(-1)[packing.spans(starts, pieces[:, packing.LENGTH])].astype(np.int32)
+
+    def _places(self, row_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pieces of the rows, where each starts in the flattened result, and its index in its row."""
+        row_ids = np.asarray(row_ids)
+        first = self._first_piece[row_ids]
+        count = self._first_piece[row_ids + 1] - first
+        chosen = self._pieces_Px4[packing.spans(first, count)]
+        target = np.repeat(np.arange(len(row_ids)) * self.length, count) + chosen[:, packing.START]
+        return chosen, target, packing.spans(np.zeros_like(count), count)
+
+    def _paint(self, num: int, chosen, target, value, step: int, padding: int) -> np.ndarray:
+        """[num, L] with value, value + step, value + 2 step, ... in each piece."""
+        size = chosen[:, packing.LENGTH]
+        result = np.full(num * self.length, padding, np.int32)
+        within = packing.spans(np.zeros_like(target), size)
+        result[np.repeat(target, size) + within] = np.repeat(value, size) + step * within
+        return result.reshape(num, self.length)
+
+
+def cache_directory(data: DataConfig) -> Path:
+    """`data.cache_dir`, else $BD3LM_CACHE, else ~/.cache/bd3lm_jax; created if missing."""
+    chosen = data.cache_dir or os.environ.get("BD3LM_CACHE") or "~/.cache/bd3lm_jax"
+    path = Path(chosen).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create the cache directory {path}: {error.strerror}; set data.cache_dir or "
+                        "$BD3LM_CACHE to a directory that can be written") from None
+    return path
+
+
+def prepare_tokenizer(data: DataConfig) -> Tokenizer:
+    """The tokenizer of `data.tokenizer`; one trained on the corpus is kept in the cache directory."""
+    if not data.tokenizer.startswith("bpe:"):
+        return get_tokenizer(data.tokenizer, tuple)
+    corpus = corpora.open_corpus(data, "train")
+    path = cache_directory(data) / f"tokenizer-{_digest([FORMAT, data.tokenizer, corpus.fingerprint()])}.json"
+    if path.exists():
+        return load_tokenizer(path)
+    tokenizer = get_tokenizer(data.tokenizer, corpus.documents)
+    with _disk_errors(path.parent):
+        part = path.with_suffix(f".{os.getpid()}.part")
+        tokenizer.save(part)
+        part.rename(path)
+    return tokenizer
+
+
+def prepare(data: DataConfig, split: str, block_size: int, tokenizer: Tokenizer,
+            progress: Progress | None = None) -> Rows:
+    """Rows of a split, from the cache if they are there and whole, else built now.
+
+    Only the "pack" layout depends on `block_size`. Raises UserError for input that cannot be read or an empty split,
+    RunError when the disk is full.
+    """
+    corpus = corpora.open_corpus(data, split)
+    identity = {"format": FORMAT, "source": data.source, "split": split, "corpus": corpus.fingerprint(),
+                "tokenizer": tokenizer.identity, "layout": data.layout, "length": data.length,
+                "block_size": block_size if data.layout == "pack" else 0}
+    path = cache_directory(data) / f"{data.source}-{split}-{_digest(identity)}"
+    if path.exists():
+        damage = _damage(path)
+        if damage is None:
+            return Rows(path, _read_meta(path))
+        warnings.warn(f"prepared rows in {path} are damaged ({damage}): building them again", stacklevel=2)
+        shutil.rmtree(path)
+    with _disk_errors(path.parent), _work_directory(path) as work:
+        meta = _build(work, corpus.documents(), identity, tokenizer, progress)
+        _publish(work, path)
+    return Rows(path, meta)
+
+
+@contextlib.contextmanager
+def _disk_errors(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write in the cache directory {directory}: {error.strerror or error}; free some space "
+                       "or set data.cache_dir to another disk") from error
+
+
+@contextlib.contextmanager
+def _work_directory(path: Path) -> Iterator[Path]:
+    """A directory beside `path`, gone afterwards unless it was renamed."""
+    work = Path(tempfile.mkdtemp(prefix=f"{path.name}.part-", dir=path.parent))
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _build(work: Path, documents: Iterable[str], identity: dict, tokenizer: Tokenizer,
+           progress: Progress | None) -> dict:
+    """Write tokens.npy, pieces.npy and meta.json of a split in the directory `work`."""
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    flat_path = work / "flat"
+    lengths, num_bytes = _tokenise(flat_path, documents, dtype, tokenizer, progress)
+    if not len(lengths):
+        raise UserError(f"the {identity['split']} split of data.source='{identity['source']}' holds no documents")
+    length = identity["length"]
+    layout = packing.lay_out(identity["layout"], lengths, length, identity["block_size"])
+    flat = np.memmap(flat_path, dtype, "r")
+    with open(work / "tokens.npy", "wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False,
+                  "shape": (layout.num_rows, length)}
+        np.lib.format.write_array_header_1_0(file, header)
+        rows = max(1, CHUNK_TOKENS // length)
+        for first in range(0, layout.num_rows, rows):
+            last = min(first + rows, layout.num_rows)
+            file.write(packing.fill_rows(flat, layout, first, last, length, tokenizer.end_id).tobytes())
+    np.save(work / "pieces.npy", layout.pieces_Px4)
+    del flat
+    flat_path.unlink()
+    files = {name: _file_check(work / name) for name in ("tokens.npy", "pieces.npy")}
+    meta = identity | {"rows": layout.num_rows, "tokens": int(lengths.sum()), "documents": len(lengths),
+                       "bytes": num_bytes, "hash": _digest(identity), "files": files}
+    (work / "meta.json").write_text(json.dumps(meta, indent=1))
+    return meta
+
+
+def _tokenise(path: Path, documents: Iterable[str], dtype: type, tokenizer: Tokenizer, progress: Progress | None):
+    """Write the ids of all documents, each with its end token, to `path`. Returns lengths [D] and bytes of text.
+
+    A document counts its UTF-8 bytes and one for the newline that its end token stands for.
+    """
+    lengths, num_bytes, num_tokens = [], 0, 0
+    with open(path, "wb") as file:
+        for batch in _batches(documents):
+            for ids in tokenizer.encode_batch(batch):
+                file.write(np.append(ids, tokenizer.end_id).astype(dtype).tobytes())
+                lengths.append(len(ids) + 1)
+                num_tokens += len(ids) + 1
+            num_bytes += sum(len(document.encode()) + 1 for document in batch)
+            if progress is not None:
+                progress(len(lengths), num_tokens)
+    return np.asarray(lengths, np.int64), num_bytes
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    batch, chars = [], 0
+    for document in documents:
+        batch.append(document)
+        chars += len(document)
+        if chars >= BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def _publish(work: Path, path: Path) -> None:
+    """Rename into place; another process may have been faster with the same content."""
+    work.chmod(0o755)  # mkdtemp's directories are private
+    try:
+        work.rename(path)
+    except OSError:
+        if _damage(path) is not None:
+            raise
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a prepared directory, None if nothing."""
+    try:
+        files = _read_meta(path)["files"]
+        wrong = [name for name, check in files.items() if _file_check(path / name) != check]
+    except (OSError, ValueError, KeyError) as error:
+        return str(error)
+    return f"{wrong[0]} does not match meta.json" if wrong else None
+
+
+def _read_meta(path: Path) -> dict:
+    return json.loads((path / "meta.json").read_text())
+
+
+def _file_check(path: Path) -> dict:
+    digest, left = hashlib.sha256(), HASHED_BYTES
+    with open(path, "rb") as file:
+        while left > 0 and (part := file.read(min(left, 1 << 20))):
+            digest.update(part)
+            left -= len(part)
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _digest(content) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]

@@ -1,0 +1,208 @@
+"""Text to token ids and back: bytes, GPT-2 BPE, BERT WordPiece, a BPE trained on the corpus, any tokenizer.json.
+
+Besides its own `size` ids every tokenizer has an end-of-document id and a mask id; the mask comes on top of `size`
+unless the vocabulary has one of its own ([MASK]).
+"""
+
+import hashlib
+import json
+import lzma
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from bd3lm_jax.errors import UserError, nearest
+
+PRESETS = ("gpt2", "bert-base-uncased")
+SPECS = ("bytes", *PRESETS, "bpe:N", "a path to a tokenizer.json")
+END_TOKEN = "<|endoftext|>"
+# Names in use for the two special tokens, most telling first.
+END_TOKENS = (END_TOKEN, "</s>", "[SEP]", "<|end_of_text|>", "<eos>", "<|im_end|>")
+MASK_TOKENS = ("[MASK]", "<mask>", "<|mask|>", "<|mdm_mask|>")
+NUM_BYTES = 256
+
+
+class Tokenizer:
+    """Ids 0..size-1 are the vocabulary, `vocab_size` counts the mask as well."""
+
+    def __init__(self, kind: str, size: int, end_id: int, mask_id: int):
+        self.kind, self.size, self.end_id, self.mask_id = kind, size, end_id, mask_id
+        self.vocab_size = max(size, mask_id + 1)
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 [n]; no special token is ever added or read from the text."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids; an end token becomes a newline, masks and ids >= size are left out."""
+        ids = np.asarray(ids, np.int64).reshape(-1)
+        ids = ids[(ids >= 0) & (ids < self.size) & (ids != self.mask_id)]
+        documents = np.split(ids, np.flatnonzero(ids == self.end_id) + 1)
+        parts = [self._decode_plain(document[document != self.end_id].tolist()) for document in documents]
+        return "\n".join(parts)
+
+    def _decode_plain(self, ids: list[int]) -> str:
+        raise NotImplementedError
+
+    def check_ids(self, ids, what: str) -> None:
+        """UserError unless all ids are in 0..vocab_size-1; `what` names them in the message."""
+        ids = np.asarray(ids)
+        if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
+            bad = ids.min() if ids.min() < 0 else ids.max()
+            raise UserError(f"{what} hold id {bad}, expected 0..{self.vocab_size - 1} (tokenizer '{self.kind}'): "
+                            "was the text encoded with another tokenizer?")
+
+    def _content(self) -> dict:
+        return {"kind": self.kind, "end_id": self.end_id, "mask_id": self.mask_id}
+
+    def to_bytes(self) -> bytes:
+        """Everything that `load_tokenizer` needs, as canonical JSON."""
+        return json.dumps(self._content(), sort_keys=True).encode()
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_bytes(self.to_bytes())
+
+    @cached_property
+    def identity(self) -> str:
+        """Two tokenizers with the same identity give the same ids."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()[:16]
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes 0..255, end 256, mask 257."""
+
+    def __init__(self):
+        super().__init__("bytes", NUM_BYTES + 1, NUM_BYTES, NUM_BYTES + 1)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+
+    def _decode_plain(self, ids: list[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+class SubwordTokenizer(Tokenizer):
+    """A Hugging Face tokenizer, kept as the JSON text it came from. A mask_id of None puts the mask on top."""
+
+    def __init__(self, kind: str, model: str, end_id: int, mask_id: int | None):
+        self._model = model
+        self._tokenizer = _parse(kind, model)
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = True  # "[MASK]" in a document is text, not the mask
+        size = max(self._tokenizer.get_vocab().values()) + 1
+        super().__init__(kind, size, end_id, size if mask_id is None else mask_id)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+
+    def _decode_plain(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids)
+
+    def _content(self) -> dict:
+        return super()._content() | {"model": self._model}
+
+
+def get_tokenizer(spec: str, train_documents: Callable[[], Iterable[str]]) -> Tokenizer:
+    """The tokenizer named by `data.tokenizer`; only "bpe:N" reads `train_documents()`. UserError if there is none."""
+    if spec == "bytes":
+        return ByteTokenizer()
+    if spec in PRESETS:
+        packed = resources.files("bd3lm_jax.data").joinpath("resources", f"{spec}.json.xz").read_bytes()
+        return _from_model(spec, lzma.decompress(packed).decode(), {})
+    if spec.startswith("bpe:"):
+        return train_bpe(spec, train_documents())
+    if spec.endswith(".json") or Path(spec).exists():
+        return load_tokenizer(spec)
+    raise UserError(f"unknown data.tokenizer '{spec}': {nearest(spec, SPECS)}")
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """A file written by `Tokenizer.save`, or a Hugging Face tokenizer.json (and tokenizer_config.json beside it)."""
+    path = Path(path)
+    content = _read_json(path)
+    if "kind" not in content:
+        config = path.with_name("tokenizer_config.json")
+        return _from_model(path.name, path.read_text(encoding="utf-8"), _read_json(config) if config.exists() else {})
+    if content["kind"] == "bytes":
+        return ByteTokenizer()
+    missing = [key for key in ("model", "end_id", "mask_id") if key not in content]
+    if missing:
+        raise UserError(f"tokenizer file {path} has no '{missing[0]}': damaged, or not written by this library")
+    return SubwordTokenizer(content["kind"], content["model"], content["end_id"], content["mask_id"])
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"tokenizer file {path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer file {path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"tokenizer file {path} holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def train_bpe(spec: str, documents: Iterable[str]) -> Tokenizer:
+    """Byte-level BPE "bpe:N" of exactly N ids: the end token (id 0), 256 bytes and N - 257 merges. Deterministic."""
+    size = _bpe_size(spec)
+    library = _library()
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
+    trainer = library.trainers.BpeTrainer(vocab_size=size, special_tokens=[END_TOKEN], initial_alphabet=alphabet,
+                                          show_progress=False)
+    tokenizer.train_from_iterator(documents, trainer)
+    found = tokenizer.get_vocab_size()
+    if found != size:
+        raise UserError(f"data.tokenizer='{spec}' found only {found} tokens in the train documents: "
+                        f"ask for bpe:{found} or less, or give more text")
+    return SubwordTokenizer(spec, tokenizer.to_str(), tokenizer.token_to_id(END_TOKEN), None)
+
+
+def _bpe_size(spec: str) -> int:
+    number = spec.removeprefix("bpe:")
+    if not number.isdecimal() or int(number) < NUM_BYTES + 1:
+        raise UserError(f"data.tokenizer='{spec}': expected bpe:N with N at least {NUM_BYTES + 1} (bytes and the end)")
+    return int(number)
+
+
+def _from_model(kind: str, model: str, config: dict) -> Tokenizer:
+    """Reads the end and the mask from tokenizer_config.json where it names them, else from the usual names."""
+    vocab = _parse(kind, model).get_vocab()
+
+    def find(keys: tuple, usual: tuple) -> int | None:
+        named = [config.get(key) for key in keys]
+        named = [name["content"] if isinstance(name, dict) else name for name in named]
+        return next((vocab[name] for name in (*named, *usual) if name in vocab), None)
+
+    end_id = find(("eos_token", "sep_token"), END_TOKENS)
+    if end_id is None:
+        raise UserError(f"tokenizer '{kind}' has no end token: expected one of {', '.join(END_TOKENS)}, or eos_token "
+                        "in a tokenizer_config.json beside it")
+    return SubwordTokenizer(kind, model, end_id, find(("mask_token",), MASK_TOKENS))
+
+
+def _parse(kind: str, model: str):
+    library = _library()
+    try:
+        return library.Tokenizer.from_str(model)
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"tokenizer '{kind}' is not a Hugging Face tokenizer.json: {error}") from None
+
+
+def _library():
+    try:
+        import tokenizers
+    except ImportError:
+        raise UserError("sub-word tokenizers need the package tokenizers: pip install tokenizers") from None
+    return tokenizers

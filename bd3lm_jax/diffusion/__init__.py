@@ -1,0 +1,10 @@
+"""The mathematics of the objectives: noise schedules, corruption and loss weights. No network, no optimiser.
+
+An objective is a frozen dataclass of its hyperparameters with a `kind` and a `block_size`; to add one, write its file
+and register it here.
+"""
+
+from bd3lm_jax.diffusion.ar import AR
+from bd3lm_jax.diffusion.masked import Masked
+
+OBJECTIVES = {objective.kind: objective for objective in (Masked, AR)}

@@ -1,0 +1,51 @@
+"""The autoregressive objective: next-token cross-entropy, with inputs aligned to targets."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from bd3lm_jax.diffusion.noised import Noised
+
+
+@dataclasses.dataclass(frozen=True)
+class AR:
+    """Output i predicts token i from the tokens before it in its segment.
+
+    With `bos` the end token is fed before the first token of every segment, so that every token is predicted. Without
+    it that token is not predicted; a caller whose network must not see the end token either (models that were trained
+    without it) gives these positions segment 0 in the attention: `jnp.where(weight_BxL > 0, segment_BxL, 0)`.
+    """
+
+    kind: ClassVar[str] = "ar"
+    causal: ClassVar[bool] = True  # the network reads one stream, the tokens before
+    block_size: ClassVar[int] = 1
+    bos: bool
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the weighted loss is the NLL of every token (without `bos` the first ones are missing)."""
+        return self.bos
+
+    def corrupt(self, key, x0_BxL: jax.Array, segment_BxL: jax.Array, views: int, mask_id: int, end_id: int) -> Noised:
+        """The input of the network and the weights, in the form of every objective; nothing is random here."""
+        inputs_BxL, weight_BxL = self.inputs(x0_BxL, segment_BxL, end_id), self.weight(segment_BxL)
+        return Noised(xt_BxMxL=inputs_BxL[:, None].astype(jnp.int32), weight_BxMxL=weight_BxL[:, None],
+                      sigma_BxMxK=jnp.zeros((*x0_BxL.shape[:1], 1, 1)), capacity=x0_BxL.shape[1])
+
+    def inputs(self, x0_BxL: jax.Array, segment_BxL: jax.Array, end_id: int) -> jax.Array:
+        """The previous token of the segment at every position, `end_id` at its first. Returns ids [B, L]."""
+        return jnp.where(_starts(segment_BxL), end_id, jnp.roll(x0_BxL, 1, axis=-1))
+
+    def weight(self, segment_BxL: jax.Array) -> jax.Array:
+        """1 where a token is predicted; 0 on padding and, without `bos`, at first tokens. Returns float32 [B, L]."""
+        predicted_BxL = segment_BxL != 0
+        if not self.bos:
+            predicted_BxL &= ~_starts(segment_BxL)
+        return predicted_BxL.astype(jnp.float32)
+
+
+def _starts(segment_BxL):
+    """Where a segment begins: position 0, and wherever the segment id changes."""
+    return (segment_BxL != jnp.roll(segment_BxL, 1, axis=-1)).at[..., 0].set(True)

@@ -1,0 +1,175 @@
+"""Masked (absorbing) diffusion inside blocks: BD3-LM (arXiv 2503.09573); block_size = L is MDLM (arXiv 2406.07524)."""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bd3lm_jax.diffusion import corrupt
+from bd3lm_jax.diffusion.noised import Noised
+from bd3lm_jax.diffusion.schedule import get_schedule, stratified_uniform, systematic_uniform
+from bd3lm_jax.errors import UserError
+
+MASK_PROB_MAX = 1 - 1e-6  # keeps sigma = -log(1 - mask probability) finite
+COUNT_RESOLUTION = 2**20  # count probabilities become whole numbers: their sums, and the capacity, are exact
+
+
+@dataclasses.dataclass(frozen=True)
+class Masked:
+    """Masked diffusion with one noise level a block.
+
+    `exact_count` draws the number k of masked tokens from `count_probs`, then a uniform subset: an unbiased estimate of
+    the NELBO whatever the schedule (integrating the noise level out leaves 1/k), with far less variance.
+    `bernoulli` draws a time and masks each token independently. It omits the mask probabilities below `eps`, which hold
+    `eps` times the cross-entropy of a token masked almost alone, in nats a token.
+    `bernoulli` with clip_low, clip_high other than 0, 1 is the paper's clipped schedule: times restricted to these mask
+    probabilities, weighted as if they were not, and blocks redrawn until their masked fraction lies inside. Biased by
+    design (low gradient variance): its loss is no bound.
+
+    Raises:
+        UserError: a hyperparameter is out of range or does not go with another.
+    """
+
+    kind: ClassVar[str] = "masked"
+    causal: ClassVar[bool] = False  # the network reads two streams: noised blocks and the clean text before them
+    block_size: int  # tokens a block
+    schedule: str  # name for `schedule.get_schedule`; `exact_count` does not depend on it
+    corruption: str  # "exact_count", "bernoulli"
+    count_probs: tuple[float, ...]  # exact_count: relative probability of masking 1..block_size tokens; () = uniform
+    clip_low: float  # bernoulli: smallest mask probability of the clipped schedule; 0 with clip_high = 1 is unclipped
+    clip_high: float
+    eps: float  # bernoulli: no mask probability below this
+
+    def __post_init__(self):
+        _check(self.block_size >= 1, f"diffusion.block_size is {self.block_size}, expected at least 1")
+        get_schedule(self.schedule)
+        _check(self.corruption in ("exact_count", "bernoulli"),
+               f"diffusion.corruption is {self.corruption!r}, expected 'exact_count' or 'bernoulli'")
+        _check(0 < self.eps < 1, f"diffusion.eps is {self.eps}, expected between 0 and 1, e.g. 1e-3")
+        _check(0 <= self.clip_low < self.clip_high <= 1,
+               f"diffusion.clip_low={self.clip_low} and diffusion.clip_high={self.clip_high}: expected "
+               "0 <= clip_low < clip_high <= 1")
+        _check(self.eps < self.clip_high,
+               f"diffusion.eps is {self.eps}, expected below diffusion.clip_high={self.clip_high}")
+        _check(self.corruption == "bernoulli" or not self._clipped,
+               f"diffusion.clip_low={self.clip_low} and diffusion.clip_high={self.clip_high} have no effect with "
+               "diffusion.corruption='exact_count': use 0 and 1, or corruption='bernoulli', or shape the counts with "
+               "diffusion.count_probs")
+        self._check_count_probs()
+
+    def _check_count_probs(self):
+        probs = self.count_probs
+        if not probs:
+            return
+        _check(self.corruption == "exact_count",
+               f"diffusion.count_probs has no effect with diffusion.corruption='{self.corruption}': use () or "
+               "corruption='exact_count'")
+        _check(len(probs) == self.block_size,
+               f"diffusion.count_probs has {len(probs)} numbers, expected diffusion.block_size={self.block_size}: one "
+               "for each number of masked tokens")
+        _check(all(0 <= p < math.inf for p in probs) and sum(probs) > 0,
+               f"diffusion.count_probs is {probs}, expected numbers of at least 0, not all 0")
+
+    @property
+    def _clipped(self) -> bool:
+        return (self.clip_low, self.clip_high) != (0, 1)
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the weighted loss estimates the NELBO without bias."""
+        return self.corruption == "exact_count" and all(p > 0 for p in self.count_probs)
+
+    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, views: int, mask_id: int,
+                end_id: int) -> Noised:
+        """`views` independent noised copies of a batch, stratified over all its rows, views and blocks.
+
+        A function of the key and of the global shape: draw it for the whole batch, before microbatches are cut.
+
+        Args:
+            key: typed key of this step.
+            x0_BxL: clean ids.
+            segment_BxL: document of each token; padding (0) keeps its id and has weight 0.
+            end_id: not used here (every objective is called alike).
+
+        Raises:
+            UserError: the block size does not divide L, or `views` is not positive.
+        """
+        batch, length = x0_BxL.shape
+        _check(views >= 1, f"views is {views}, expected at least 1 noised view of each row")
+        _check(length % self.block_size == 0,
+               f"length {length} is not a multiple of diffusion.block_size={self.block_size}: pad the rows to "
+               f"{-(-length // self.block_size) * self.block_size} tokens")
+        maskable_BxMxL = jnp.broadcast_to((segment_BxL != 0)[:, None], (batch, views, length))
+        draw = self._exact_count if self.corruption == "exact_count" else self._bernoulli
+        masked_BxMxL, weight_BxMxK, prob_BxMxK, capacity = draw(key, maskable_BxMxL)
+        return Noised(
+            xt_BxMxL=jnp.where(masked_BxMxL, mask_id, x0_BxL[:, None]).astype(jnp.int32),
+            weight_BxMxL=jnp.where(masked_BxMxL, jnp.repeat(weight_BxMxK, self.block_size, axis=-1), 0),
+            sigma_BxMxK=-jnp.log1p(-jnp.minimum(prob_BxMxK, MASK_PROB_MAX)),
+            capacity=capacity,
+        )
+
+    def _exact_count(self, key, maskable_BxMxL):
+        """Counts k from `count_probs`, weight 1 / (k pi(k)), capacity of systematic counts."""
+        batch, views, length = maskable_BxMxL.shape
+        blocks = length // self.block_size
+        level_key, subset_key = jax.random.split(key)
+        level_BxMxK = systematic_uniform(level_key, batch * views, blocks).reshape(batch, views, blocks)
+        probs_S = self._whole_count_probs()
+        n_BxMxK = corrupt.maskable_counts(maskable_BxMxL, self.block_size)
+        counts_BxMxK, pi_BxMxK = corrupt.counts_from_probs(level_BxMxK, jnp.asarray(probs_S, jnp.float32), n_BxMxK)
+        u_BxMxL = jax.random.uniform(subset_key, maskable_BxMxL.shape)
+        masked_BxMxL = corrupt.exact_count(u_BxMxL, counts_BxMxK, maskable_BxMxL)
+        # The level given the count is Beta(k, n-k+1): the law of the k-th smallest uniform, whichever tokens it masks.
+        prob_BxMxK = jnp.where(masked_BxMxL, u_BxMxL, 0).reshape(batch, views, blocks, -1).max(-1)
+        weight_BxMxK = 1 / (jnp.maximum(counts_BxMxK, 1) * pi_BxMxK)
+        return masked_BxMxL, weight_BxMxK, prob_BxMxK, corrupt.count_capacity(probs_S, blocks)
+
+    def _bernoulli(self, key, maskable_BxMxL):
+        """Times uniform between the mask probabilities max(eps, clip_low) and clip_high."""
+        batch, views, length = maskable_BxMxL.shape
+        blocks = length // self.block_size
+        level_key, count_key, subset_key = jax.random.split(key, 3)
+        schedule = get_schedule(self.schedule)
+        t_low, t_high = schedule.inverse(max(self.eps, self.clip_low)), schedule.inverse(self.clip_high)
+        t_BxMxK = t_low + (t_high - t_low) * stratified_uniform(level_key, (batch, views, blocks))
+        prob_BxMxK = jnp.minimum(schedule.mask_prob(t_BxMxK), 1)  # rounding near t = 1
+        weight_BxMxK = schedule.weight(t_BxMxK)
+        u_BxMxL = jax.random.uniform(subset_key, maskable_BxMxL.shape)
+        if not self._clipped:
+            masked_BxMxL = corrupt.bernoulli(u_BxMxL, prob_BxMxK, maskable_BxMxL)
+            return masked_BxMxL, weight_BxMxK * (t_high - t_low), prob_BxMxK, length
+        counts_BxMxK = corrupt.truncated_binomial_counts(
+            jax.random.uniform(count_key, prob_BxMxK.shape), prob_BxMxK,
+            corrupt.maskable_counts(maskable_BxMxL, self.block_size), self.clip_low, self.clip_high, self.block_size)
+        masked_BxMxL = corrupt.exact_count(u_BxMxL, counts_BxMxK, maskable_BxMxL)
+        capacity = blocks * corrupt.truncated_capacity(self.clip_low, self.clip_high, self.block_size)
+        return masked_BxMxL, weight_BxMxK, prob_BxMxK, capacity
+
+    def _whole_count_probs(self) -> np.ndarray:
+        """`count_probs` as whole numbers, positive where they are positive."""
+        if not self.count_probs:
+            return np.ones(self.block_size, np.int64)
+        probs_S = np.array(self.count_probs)
+        return np.ceil(probs_S / probs_S.sum() * COUNT_RESOLUTION).astype(np.int64)
+
+
+def cross_entropy_subs(logits_NxV: jax.Array, target_N: jax.Array, mask_id: int) -> jax.Array:
+    """-log p(target) in nats, float32 [N], where the mask token has probability 0 (SUBS, arXiv 2406.07524).
+
+    Args:
+        logits_NxV: any float type; computed in float32.
+        target_N: ids of clean tokens (a target that is the mask token gets a huge finite value).
+        mask_id: the mask token; -1 for a vocabulary without one.
+    """
+    logits_NxV = jnp.where(jnp.arange(logits_NxV.shape[-1]) == mask_id, -1e30, logits_NxV.astype(jnp.float32))
+    target_logit_N = jnp.take_along_axis(logits_NxV, target_N[:, None], axis=-1)[:, 0]
+    return jax.nn.logsumexp(logits_NxV, axis=-1) - target_logit_N
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)

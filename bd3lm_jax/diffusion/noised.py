@@ -1,0 +1,17 @@
+"""What every objective hands to the network: noised views with loss weights."""
+
+import flax.struct
+import jax
+
+
+@flax.struct.dataclass
+class Noised:
+    """M noised views of a batch: what the network reads and how its errors count.
+
+    The sum over a row's tokens of weight * cross-entropy estimates the row's NELBO in nats, for each view by itself.
+    """
+
+    xt_BxMxL: jax.Array  # int32 ids, masked tokens replaced by the mask token
+    weight_BxMxL: jax.Array  # float32, 0 where not masked
+    sigma_BxMxK: jax.Array  # float32 noise level -log(alpha) of each block, finite
+    capacity: int = flax.struct.field(pytree_node=False)  # no view of a row has more masked tokens than this

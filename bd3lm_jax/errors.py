@@ -1,0 +1,36 @@
+"""Errors that a person reads: one line saying what was wrong, what was expected and how to fix it."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Wrong input, found at the door: nothing was started. Command-line exit code 2."""
+
+    exit_code = 2
+
+
+class RunError(UserError):
+    """Work that had started could not go on (full disk, loss not finite, damaged checkpoint). Exit code 1."""
+
+    exit_code = 1
+
+
+class Preempted(UserError):
+    """The run was told to stop and has saved its state: run the same command again. Exit code 42."""
+
+    exit_code = 42
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`did you mean 'x'?` for the closest known name, else the list of what is known."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+
+
+def lookup(registry: dict, name: str, what: str):
+    """`registry[name]`, or a UserError that names `what` and the nearest registered name."""
+    if name not in registry:
+        raise UserError(f"unknown {what} '{name}': {nearest(str(name), registry)}")
+    return registry[name]

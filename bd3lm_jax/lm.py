@@ -1,0 +1,264 @@
+"""A language model in hand: likelihood, generation and raw logits of a run directory or a published checkpoint."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bd3lm_jax import evaluate, models, passes, rundir, stats
+from bd3lm_jax.config import Config
+from bd3lm_jax.data.tokenizers import Tokenizer
+from bd3lm_jax.denoise import BlockDenoiser, CausalDenoiser
+from bd3lm_jax.errors import UserError, lookup
+from bd3lm_jax.models import Backbone, trunk
+from bd3lm_jax.sampling import STEPS, Settings, generate
+from bd3lm_jax.sampling.filters import check_filters
+from bd3lm_jax.step import SpecialIds
+
+PREFILL = 64  # prompts are padded to multiples of this, so that few lengths compile
+ANCESTRAL_STEPS = 64  # reverse steps a block of the ancestral sampler; one that reveals nothing costs no network call
+
+
+class Sample(NamedTuple):
+    """text and tokens are the new ones, without prompt and end token; stop: "end" (end token) or "length"."""
+
+    text: str | None
+    tokens: list[int]
+    nfe: int
+    stop: str
+
+
+class NLL(NamedTuple):
+    """Nats. per_token `[B, L]`: entry i belongs to token i (contributions that sum to the estimate). mean and its ci95:
+    per weighted token, over rows as documents, or over draws alone if there is only one row. total: the sum."""
+
+    per_token: np.ndarray
+    mean: float
+    ci95: tuple[float, float]
+    total: float
+
+
+def load(path: str, weights: str = "ema") -> "LM":
+    """The model in `path`: a run directory, or a published checkpoint (config.json + safetensors).
+
+    weights: "ema" or "params" (of a run; "ema" falls back to the parameters when the run kept no average).
+    Raises UserError if there is nothing to load or it does not fit.
+    """
+    description = Path(path) / "config.json"
+    if description.exists() and "model_type" in _json(description):
+        from bd3lm_jax import hf
+
+        model_config, objective, length, params = hf.read_model(path)
+        config = Config(seed=0, model=model_config, diffusion=objective, data=None, optim=None, train=None, compute=None,
+                        mesh=None, log=None, checkpoint=None, eval=None)
+        return LM(config, params, None, models.build(model_config, jnp.float32), length)
+    from bd3lm_jax.checkpoint import Checkpoints
+
+    config, tokenizer = rundir.read(path)
+    model = models.build(config.model, jnp.float32)
+    abstract = jax.eval_shape(lambda: trunk.init(model, jax.random.key(0)))
+    with Checkpoints(path, 1, read_only=True) as checkpoints:
+        params, meta, step = checkpoints.restore_params(weights, abstract)
+    rundir.check_tokenizer(tokenizer, meta["tokenizer"], f"the checkpoint in {path}")
+    lm = LM(config, params, tokenizer, model, config.data.length)
+    lm.step = step
+    return lm
+
+
+class LM:
+    """`config`, `params`, `tokenizer` (None if the checkpoint brings none) and what can be done with them.
+
+    context: the most tokens a row may hold (what the model was trained on).
+    """
+
+    def __init__(self, config: Config, params: dict, tokenizer: Tokenizer | None, model: Backbone, context: int):
+        self.config, self.params, self.tokenizer, self.model, self.context = config, params, tokenizer, model, context
+        self.step = None
+
+    @property
+    def special(self) -> SpecialIds:
+        """Mask and end token; a published checkpoint without tokenizer has its mask last and no end token (-1)."""
+        if self.tokenizer is not None:
+            return SpecialIds(self.tokenizer.mask_id, self.tokenizer.end_id)
+        return SpecialIds(-1 if self.config.diffusion.causal else self.config.model.vocab_size - 1, -1)
+
+    def logits(self, xt, x0=None, *, sigma=None) -> jax.Array:
+        """Raw network output, float32 `[B, L, V]`, before SUBS.
+
+        With x0: the two-stream pass at the model's block size. Without: a plain pass (causal for AR, else block causal).
+        sigma = -log(alpha): `[B]` conditions both streams, as published; `[B, K]` the noised blocks only (clean: 0).
+        Raises UserError for ids out of range and for a missing sigma on a time-conditioned model.
+        """
+        xt = self._check_ids(xt)
+        sigma = self._check_sigma(sigma, xt.shape)
+        if x0 is None:
+            return self._plain_logits(self.params, xt, sigma)
+        x0 = self._check_ids(x0)
+        if x0.shape != xt.shape:
+            raise UserError(f"x0 has shape {x0.shape}, expected that of xt, {xt.shape}")
+        return self._two_stream_logits(self.params, xt, x0, sigma)
+
+    def nll(self, tokens, *, weights=None, estimator: str = "exact_count", draws: int = 1, seed: int = 0) -> NLL:
+        """Bound on the negative log-likelihood of each row (exact for AR and block size 1).
+
+        tokens: ids `[B, L]`, any L up to the context. weights: `[B, L]`, which tokens count and how much (None: all; for
+        AR without a beginning token position 0 counts 0).
+        """
+        tokens = np.asarray(self._check_ids(tokens))
+        objective = self.config.diffusion
+        exact = objective.block_size == 1
+        evaluate.check_estimator("nll" if exact and estimator == "exact_count" else estimator, objective, draws)
+        batch, length = tokens.shape
+        weights = np.ones((batch, length)) if weights is None else np.asarray(weights, np.float64)
+        if weights.shape != tokens.shape:
+            raise UserError(f"weights have shape {weights.shape}, expected that of tokens, {tokens.shape}")
+        if objective.causal and not objective.bos:
+            weights = weights * (np.arange(length) > 0)
+        padded = np.pad(tokens, ((0, 0), (0, -length % objective.block_size)))
+        position, _ = passes.plain_rows(padded)
+        segment = jnp.broadcast_to(jnp.arange(padded.shape[1]) < length, padded.shape).astype(jnp.int32)
+        parts = [self._row_nats(self.params, jax.random.key(seed), draw, jnp.arange(batch), padded, position, segment)[0]
+                 for draw in range(1 if exact else draws)]
+        views_BxMxL = np.concatenate(parts, axis=1, dtype=np.float64)[..., :length] * weights[:, None]
+        per_token = views_BxMxL.mean(1)
+        mean, low, high = stats.ratio_interval(per_token.sum(1), weights.sum(1))
+        if batch == 1:
+            margin = 0.0 if exact else 1.96 * stats.monte_carlo_se(views_BxMxL.sum(-1)) / weights.sum()
+            low, high = mean - margin, mean + margin
+        return NLL(per_token, mean, (low, high), float(per_token.sum()))
+
+    def generate(self, prompts=None, *, num: int = 1, length: int, sampler: str = "first_hitting",
+                 temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+                 seed: int = 0) -> list[Sample]:
+        """Write texts of `length` tokens (prompt included), or up to an end token.
+
+        prompts: texts or lists of ids, `num` samples of each; None: `num` from nothing. sampler: "first_hitting" (exact)
+        or "ancestral" (masked diffusion only). Request i is keyed by (seed, i), so a batch does not change its members.
+        """
+        prompts = self._encode_prompts(prompts, num, length)
+        lookup(STEPS, sampler, "sampler")
+        check_filters(temperature, top_k, top_p)
+        if self.config.diffusion.causal and sampler != "first_hitting":
+            raise UserError(f"sampler '{sampler}' is for masked diffusion: an autoregressive model uses first_hitting")
+        size = self.config.block_size
+        tokens = np.zeros((len(prompts), -(-length // size) * size), np.int32)
+        for row, prompt in zip(tokens, prompts):
+            row[:len(prompt)] = prompt
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        first_block = int(lengths.min()) // size
+        prefilled = self._denoiser().stored_before(first_block)
+        settings = Settings(size, ANCESTRAL_STEPS, temperature, top_k, top_p, self.special.mask, self.special.end)
+        result = self._sample(sampler, settings, min(tokens.shape[1], -(-prefilled // PREFILL) * PREFILL), self.params,
+                              jax.random.key(seed), tokens, lengths, first_block, prefilled)
+        return [self._finish(row, len(prompt), length, nfe) for row, prompt, nfe in
+                zip(np.asarray(result.tokens), prompts, np.asarray(result.nfe))]
+
+    def _finish(self, row_L, start: int, length: int, nfe) -> Sample:
+        new = row_L[start:length]
+        ends = np.flatnonzero(new == self.special.end)
+        new = new[:ends[0]] if len(ends) else new
+        text = None if self.tokenizer is None else self.tokenizer.decode(new)
+        return Sample(text, new.tolist(), int(nfe), "end" if len(ends) else "length")
+
+    def _encode_prompts(self, prompts, num: int, length: int) -> list[np.ndarray]:
+        if num < 1:
+            raise UserError(f"num is {num}, expected at least 1 sample")
+        if not 1 <= length <= self.context:
+            raise UserError(f"length is {length}, expected 1 to {self.context}, the tokens the model was trained on")
+        encoded = []
+        for prompt in [np.zeros(0, np.int32)] if prompts is None else prompts:
+            if isinstance(prompt, str):
+                if self.tokenizer is None:
+                    raise UserError("this checkpoint has no tokenizer: give prompts as lists of token ids")
+                prompt = self.tokenizer.encode(prompt)
+            ids = np.asarray(self._check_ids(np.asarray(prompt, np.int32).reshape(1, -1)))[0]
+            if (ids == self.special.mask).any():
+                raise UserError(f"the prompt holds the mask token {self.special.mask}, which is never part of a text")
+            if len(ids) >= length:
+                raise UserError(f"the prompt has {len(ids)} tokens, which leaves none of length {length} to write: shorten "
+                                f"the prompt or raise the length (at most {self.context})")
+            if not len(ids) and self.config.diffusion.causal and not self.config.diffusion.bos:
+                raise UserError("this autoregressive model has no beginning token: give it a prompt of at least one token")
+            encoded += [ids] * num
+        return encoded
+
+    def _denoiser(self):
+        kind = CausalDenoiser if self.config.diffusion.causal else BlockDenoiser
+        return kind(self.model, self.config.diffusion, self.special.end)
+
+    @functools.cached_property
+    def _sample(self):
+        """Jitted once per (sampler, settings, shapes)."""
+        @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+        def sample(sampler, settings, prefill, params, key, tokens, lengths, first_block, prefilled):
+            denoiser = self._denoiser()
+            keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(tokens.shape[0]))
+            cache = denoiser.prefill(params, tokens, prefill, prefilled)
+            return generate(functools.partial(denoiser, params), STEPS[sampler], settings, keys, tokens, lengths,
+                            first_block, cache)
+        return sample
+
+    @functools.cached_property
+    def _row_nats(self):
+        views = 1 if self.config.diffusion.block_size == 1 else evaluate.VIEWS
+        return jax.jit(evaluate.make_row_nats(self.model, self.config.diffusion, self.special, passes.PLAIN, views))
+
+    @functools.cached_property
+    def _plain_logits(self):
+        objective = self.config.diffusion
+        rule = "causal" if objective.causal else "block_causal"
+
+        @jax.jit
+        def plain(params, ids, sigma):
+            position, segment = passes.plain_rows(ids)
+            h = passes.one_stream(self.model, params, ids, position, segment, rule=rule, block_size=objective.block_size,
+                                  sigma_Bxn=sigma, execution=passes.PLAIN)
+            return trunk.logits(self.model, params, h, sigma)
+        return plain
+
+    @functools.cached_property
+    def _two_stream_logits(self):
+        size = self.config.block_size
+
+        @jax.jit
+        def two_stream(params, xt, x0, sigma):
+            length = xt.shape[1]
+            xt, x0 = (jnp.pad(x, ((0, 0), (0, -length % size))) for x in (xt, x0))
+            position, _ = passes.plain_rows(x0)
+            segment = (position < length).astype(jnp.int32)
+            noised_sigma = None if sigma is None else sigma[:, None]
+            clean_sigma = sigma if sigma is not None and sigma.shape[1] == 1 else None
+            h = passes.two_stream(self.model, params, xt[:, None], x0, position, segment, block_size=size,
+                                  sigma_BxMxn=noised_sigma, clean_sigma_Bxn=clean_sigma, execution=passes.PLAIN)
+            return trunk.logits(self.model, params, h, noised_sigma)[:, 0, :length]
+        return two_stream
+
+    def _check_ids(self, ids) -> jax.Array:
+        ids, vocab = np.asarray(ids), self.config.model.vocab_size
+        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+            raise UserError(f"token ids have shape {ids.shape} and type {ids.dtype}, expected integers [batch, length]")
+        if ids.size and (ids.min() < 0 or ids.max() >= vocab):
+            raise UserError(f"token id {ids.min() if ids.min() < 0 else ids.max()} is out of range, expected 0 to {vocab - 1}")
+        return jnp.asarray(ids, jnp.int32)
+
+    def _check_sigma(self, sigma, shape) -> jax.Array | None:
+        if not getattr(self.config.model, "time_conditioning", False):
+            return None
+        if sigma is None:
+            raise UserError("this model is conditioned on the noise level: give sigma = -log(alpha), [batch] or "
+                            "[batch, blocks]")
+        sigma, blocks = jnp.asarray(sigma, jnp.float32), -(-shape[1] // self.config.block_size)
+        if sigma.shape not in ((shape[0],), (shape[0], blocks)):
+            raise UserError(f"sigma has shape {sigma.shape}, expected ({shape[0]},) or ({shape[0]}, {blocks})")
+        return sigma.reshape(shape[0], -1)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from error

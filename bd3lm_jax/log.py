@@ -1,0 +1,160 @@
+"""What a run tells: `metrics.jsonl`, progress and tables on stderr, the result on stdout."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+METRICS_FILE = "metrics.jsonl"
+PLAIN_SECONDS = 5.0  # between progress lines when stderr is not a terminal
+
+_console = Console(stderr=True, highlight=False)
+
+
+def note(text: str) -> None:
+    """One line for people, on stderr."""
+    _console.print(text, markup=False, soft_wrap=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table on stderr: the first column to the left, the others to the right."""
+    grid = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        grid.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        grid.add_row(*map(str, row))
+    _console.print(grid, markup=False)
+
+
+def result(values: Mapping[str, Any]) -> None:
+    """The result of a command: one JSON object, the last line of stdout. Numbers that are not finite become null."""
+    print(_to_json(values), flush=True)
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict]:
+    """The logged lines of a run in order ([] if there are none); a line cut off by a kill is left out."""
+    path = Path(workdir) / METRICS_FILE
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+class RunLog:
+    """The log of one run; a context manager. Only the first process writes, `quiet` silences stderr.
+
+    `start_step`: updates done when this log begins. Lines of later steps, left by a run that was killed after its last
+    checkpoint, are removed (all lines if it is 0), so that no step appears twice.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, total_steps: int, quiet: bool = False, start_step: int = 0):
+        import jax
+
+        self._writes = jax.process_index() == 0
+        self._quiet = quiet or not self._writes
+        self._total_steps = total_steps
+        self._path = Path(workdir) / METRICS_FILE
+        self._file = None
+        self._bar = None
+        self._first = None  # (seconds, step) of the first plain call
+        self._last_line = None  # seconds of the last plain line
+        if self._writes:
+            self._keep_until(start_step)
+
+    def __enter__(self) -> "RunLog":
+        if self._writes:
+            self._file = self._path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append one line for `step`. Call it once a step, and before that step is saved."""
+        if self._file is not None:
+            self._file.write(_to_json({"step": step, **values}) + "\n")
+            self._file.flush()
+
+    def progress(self, step: int, loss: float, tokens_per_s: float) -> None:
+        """Show that `step` updates are done: a live bar on a terminal, else a line every few seconds and at the end."""
+        if self._quiet:
+            return
+        if _console.is_terminal:
+            self._show_bar(step, loss, tokens_per_s)
+        else:
+            self._print_line(step, loss, tokens_per_s)
+
+    def note(self, text: str) -> None:
+        """One line for people, above the live bar."""
+        if not self._quiet:
+            note(text)
+
+    def _show_bar(self, step: int, loss: float, tokens_per_s: float) -> None:
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("loss {task.fields[loss]:.4f}"),
+                TextColumn("{task.fields[rate]:,.0f} tokens/s"), TimeRemainingColumn(), TextColumn("left"),
+                console=_console)
+            self._bar.add_task("train", total=self._total_steps, completed=step, loss=loss, rate=tokens_per_s)
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=step, loss=loss, rate=tokens_per_s)
+
+    def _print_line(self, step: int, loss: float, tokens_per_s: float) -> None:
+        now = time.monotonic()
+        self._first = self._first or (now, step)
+        recent = self._last_line is not None and now - self._last_line < PLAIN_SECONDS
+        if recent and step < self._total_steps:
+            return
+        self._last_line = now
+        seconds, steps = now - self._first[0], step - self._first[1]
+        left = f"  {_duration(seconds / steps * (self._total_steps - step))} left" if steps else ""
+        note(f"step {step}/{self._total_steps}  loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s{left}")
+
+    def _keep_until(self, start_step: int) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_metrics(self._path.parent) if line["step"] <= start_step] if start_step else []
+        replacement = self._path.with_suffix(".tmp")
+        replacement.write_text("".join(_to_json(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(replacement, self._path)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
+
+
+def _to_json(values: Any) -> str:
+    return json.dumps(_plain(values), allow_nan=False, ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and their scalars become numbers and lists, numbers that are not finite become None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

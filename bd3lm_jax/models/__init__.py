@@ -1,0 +1,21 @@
+"""Networks by name. A backbone module offers `Config` (frozen dataclass with `kind`) and `build(config, dtype)`."""
+
+from typing import Any, NamedTuple
+
+from bd3lm_jax.models import dit, trunk
+from bd3lm_jax.models.trunk import Backbone
+
+
+class Entry(NamedTuple):
+    Config: type
+    build: Any
+
+
+BACKBONES = {"dit": Entry(dit.DiTConfig, dit.build)}
+
+__all__ = ["BACKBONES", "Backbone", "build", "trunk"]
+
+
+def build(config, dtype) -> Backbone:
+    """The backbone of a model config, computing in `dtype`."""
+    return BACKBONES[config.kind].build(config, dtype)

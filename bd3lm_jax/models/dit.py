@@ -1,0 +1,210 @@
+"""The paper's transformer: adaLN, RoPE, LayerNorm without bias, GELU MLP (DiT, arXiv 2212.09748, as in MDLM / BD3-LM).
+
+`adaln=False` is the published autoregressive form; with `time_conditioning` it also carries SEDD.
+"""
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bd3lm_jax.errors import UserError
+from bd3lm_jax.models.trunk import Backbone
+
+LEVEL_FEATURES = 256  # sinusoidal features of the noise level
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Sizes of the network. vocab_size counts the mask token; -1 in a config: taken from the tokenizer."""
+
+    kind: ClassVar[str] = "dit"
+    vocab_size: int
+    layers: int
+    width: int
+    heads: int
+    mlp_ratio: int
+    dropout: float
+    adaln: bool
+    cond_dim: int
+    time_conditioning: bool  # the noise level is an input; otherwise the adaLN input is a constant
+    rope_base: float
+
+    def __post_init__(self):
+        for name in ("layers", "width", "heads", "mlp_ratio", "cond_dim"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}, expected at least 1")
+        if self.vocab_size != -1 and self.vocab_size < 2:
+            raise UserError(f"model.vocab_size is {self.vocab_size}, expected at least 2, or -1 for the tokenizer's")
+        if self.width % (2 * self.heads):
+            raise UserError(f"model.width={self.width} must be a multiple of 2 * model.heads={2 * self.heads} (RoPE)")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.dropout is {self.dropout}, expected in [0, 1)")
+        if self.time_conditioning and not self.adaln:
+            raise UserError("model.time_conditioning needs model.adaln=True: the noise level enters through it")
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding table: a multiple of 128, which divides over devices; hidden from callers."""
+        return -(-self.vocab_size // 128) * 128
+
+
+def build(config: DiTConfig, dtype: Any) -> Backbone:
+    """The backbone that computes in `dtype`; parameters are float32."""
+    frequencies = config.rope_base ** (-jnp.arange(0, config.width // config.heads, 2) / (config.width // config.heads))
+
+    def rotary(position):
+        """cos and sin `[..., T, 1, Dh / 2]`, float32."""
+        angle = position[..., None, None].astype(jnp.float32) * frequencies
+        return jnp.cos(angle), jnp.sin(angle)
+
+    return Backbone(config=config, embed=Embed(config, dtype), condition=Condition(config) if config.adaln else None,
+                    rotary=rotary, groups=(("blocks", Block(config, dtype), config.layers),), head=Head(config, dtype),
+                    dtype=dtype)
+
+
+def _uniform_fan_in(in_axis=-2, out_axis=-1):
+    """PyTorch's default for linear layers, U(+-1 / sqrt(fan_in)), which the published recipe keeps."""
+    return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=in_axis, out_axis=out_axis)
+
+
+class Embed(nn.Module):
+    config: DiTConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, ids):
+        """int32 `[..., T]` -> `[..., T, D]`."""
+        shape = (self.config.padded_vocab, self.config.width)
+        bound = 1 / math.sqrt(self.config.width)
+        table = self.param("embedding", lambda key: jax.random.uniform(key, shape, jnp.float32, -bound, bound))
+        return table.astype(self.dtype)[ids]
+
+
+class Condition(nn.Module):
+    """Noise level -> the input of every adaLN: `[..., n]` -> `[..., n, cond_dim]`, float32."""
+
+    config: DiTConfig
+
+    def setup(self):
+        self.fc1 = nn.Dense(self.config.cond_dim, kernel_init=nn.initializers.normal(0.02))
+        self.fc2 = nn.Dense(self.config.cond_dim, kernel_init=nn.initializers.normal(0.02))
+
+    def __call__(self, sigma):
+        half = LEVEL_FEATURES // 2
+        frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half) / half)
+        angle = sigma[..., None] * frequencies
+        features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+        return nn.silu(self.fc2(nn.silu(self.fc1(features))))
+
+
+class Block(nn.Module):
+    """A transformer layer in two halves, around the attention that the trunk does."""
+
+    config: DiTConfig
+    dtype: Any
+
+    def setup(self):
+        config, dtype = self.config, self.dtype
+        heads, size = config.heads, config.width // config.heads
+        self.norm1, self.norm2 = _norm(dtype), _norm(dtype)
+        self.qkv = nn.DenseGeneral((3, heads, size), use_bias=False, dtype=dtype, kernel_init=_uniform_fan_in())
+        self.out = nn.DenseGeneral(config.width, axis=(-2, -1), use_bias=False, dtype=dtype,
+                                   kernel_init=_uniform_fan_in())
+        self.mlp_in = nn.Dense(config.mlp_ratio * config.width, dtype=dtype, kernel_init=_uniform_fan_in())
+        self.mlp_out = nn.Dense(config.width, dtype=dtype, kernel_init=_uniform_fan_in())
+        if config.adaln:
+            self.modulation = _modulation(6, config, dtype)
+
+    def __call__(self, h, cond, rotary):
+        """All parameters once, for `init`."""
+        q, k, v = self.pre(h, cond, rotary)
+        return self.post(h, q + k + v, cond, None)
+
+    def pre(self, h, cond, rotary):
+        """h `[..., T, D]` -> q, k, v `[..., T, H, Dh]`, rotated."""
+        shift, scale = self._modulate(h, cond, 0, 1)
+        qkv = self.qkv(_affine(self.norm1(h), shift, scale))
+        q, k, v = jnp.moveaxis(qkv, -3, 0)
+        return rotate(q, rotary), rotate(k, rotary), v
+
+    def post(self, h, attended, cond, dropout_keys):
+        """h and attention output `[..., T, H, Dh]` -> the next h, auxiliary loss (none)."""
+        gate1, shift, scale, gate2 = self._modulate(h, cond, 2, 3, 4, 5)
+        h = h + _gated(self._drop(self.out(attended), dropout_keys, 0), gate1)
+        inner = nn.gelu(self.mlp_in(_affine(self.norm2(h), shift, scale)), approximate=True)
+        return h + _gated(self._drop(self.mlp_out(inner), dropout_keys, 1), gate2), 0.0
+
+    def _modulate(self, h, cond, *parts):
+        if not self.config.adaln:
+            return (None,) * len(parts)
+        return _per_token(self.modulation(cond), h.shape[-2], parts)
+
+    def _drop(self, x, row_keys, index):
+        """Dropout with one key a row, so that the noise does not depend on how rows are grouped."""
+        if row_keys is None or self.config.dropout == 0:
+            return x
+        kept = 1 - self.config.dropout
+        def keep(key):
+            return jax.random.bernoulli(jax.random.fold_in(key, index), kept, x.shape[1:])
+        return jnp.where(jax.vmap(keep)(row_keys), x / kept, 0)
+
+
+class Head(nn.Module):
+    """Final norm and the untied, zero-initialised output layer."""
+
+    config: DiTConfig
+    dtype: Any
+
+    def setup(self):
+        self.norm = _norm(self.dtype)
+        self.linear = nn.Dense(self.config.padded_vocab, dtype=self.dtype, kernel_init=nn.initializers.zeros,
+                               dot_general=_float32_products)
+        if self.config.adaln:
+            self.modulation = _modulation(2, self.config, self.dtype)
+
+    def __call__(self, h, cond):
+        """h `[..., T, D]` -> logits float32 `[..., T, V]`, without the padding of the vocabulary."""
+        h = self.norm(h)
+        if self.config.adaln:
+            h = _affine(h, *_per_token(self.modulation(cond), h.shape[-2], (0, 1)))
+        return self.linear(h).astype(jnp.float32)[..., :self.config.vocab_size]
+
+
+def rotate(x, rotary):
+    """RoPE, half-split layout (arXiv 2104.09864): x `[..., T, H, Dh]`, rotary cos and sin `[..., T, 1, Dh / 2]`."""
+    cos, sin = rotary
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _norm(dtype):
+    return nn.LayerNorm(epsilon=1e-5, use_bias=False, dtype=dtype)
+
+
+def _modulation(parts, config, dtype):
+    return nn.DenseGeneral((parts, config.width), dtype=dtype, kernel_init=nn.initializers.zeros)
+
+
+def _per_token(modulation, length, parts):
+    """`[..., n, P, D]` -> for each wanted part `[..., length, D]` (n parts of the row), or `[..., 1, D]` if n = 1."""
+    n = modulation.shape[-3]
+    chosen = [modulation[..., part, :] for part in parts]
+    return chosen if n in (1, length) else [jnp.repeat(x, length // n, axis=-2) for x in chosen]
+
+
+def _affine(x, shift, scale):
+    return x if shift is None else x * (1 + scale) + shift
+
+
+def _gated(x, gate):
+    return x if gate is None else gate * x
+
+
+def _float32_products(*args, **kwargs):
+    """The head's matrix product accumulates and returns float32 whatever the compute dtype."""
+    kwargs["preferred_element_type"] = jnp.float32
+    return jax.lax.dot_general(*args, **kwargs)

@@ -1,0 +1,216 @@
+"""The one place that runs a backbone: layers scanned or unrolled, rematerialised, attending, with cache and streams.
+
+A backbone (see `Backbone`) is a set of Linen leaf modules that know nothing of masks, streams or caches. Layers come
+in groups; each group is initialised by vmap and stored stacked, so scanned, unrolled and peeled execution share one
+checkpoint layout. Everything here is a pure function.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from bd3lm_jax.attention import MaskSpec, Tokens, attend
+
+
+class Backbone(NamedTuple):
+    """The leaf modules of a network; `models/dit.py` is the example to read.
+
+    embed(ids) -> h. condition(sigma) -> cond, or None for a network that takes no noise level. rotary(positions) ->
+    whatever `pre` wants of positions. groups: (name, block, count) with block methods
+    pre(h, cond, rotary) -> q, k, v and post(h, attended, cond, dropout_keys) -> h, aux. head(h, cond) -> logits.
+    """
+
+    config: Any
+    embed: nn.Module
+    condition: nn.Module | None
+    rotary: Callable
+    groups: tuple[tuple[str, nn.Module, int], ...]
+    head: nn.Module
+    dtype: Any
+
+
+@flax.struct.dataclass
+class Stream:
+    """Tokens going in. ids: int32, clean `[B, C]` or noised `[B, M, T]`; position, block, segment: int32 `[B, T]`
+    (block: index of the block in its document; segment 0: padding).
+
+    sigma: float32 noise level -log(alpha) as the network takes it, `[B, n]` (clean) or `[B, M, n]` (noised) with n
+    dividing the length (one level for n-th parts of the row); None: the constant 0.
+    """
+
+    ids: jax.Array
+    position: jax.Array
+    block: jax.Array
+    segment: jax.Array
+    sigma: jax.Array | None = None
+
+    def tokens(self, noised: bool) -> Tokens:
+        return Tokens(self.position, self.block, self.segment, int(noised))
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of finished tokens: per layer group `[layers, B, P, Hkv, Dh]`; what the mask needs `[B, P]`.
+
+    empty (static): nothing is stored yet, so nothing attends to it.
+    """
+
+    keys: dict[str, jax.Array]
+    values: dict[str, jax.Array]
+    position: jax.Array
+    block: jax.Array
+    segment: jax.Array
+    empty: bool = flax.struct.field(pytree_node=False)
+
+    def tokens(self) -> Tokens:
+        return Tokens(self.position, self.block, self.segment, 0)
+
+    def write(self, stored: dict[str, tuple], stream: Stream, start) -> "Cache":
+        """The clean stream's keys and values put at slots `start`, `start` + 1, ... (the same in every row)."""
+        def put(buffer, new, axis):
+            return jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), start, axis)
+        keys = {name: put(self.keys[name], k, 2) for name, (k, _) in stored.items()}
+        values = {name: put(self.values[name], v, 2) for name, (_, v) in stored.items()}
+        info = {name: put(getattr(self, name), getattr(stream, name), 1) for name in ("position", "block", "segment")}
+        return Cache(keys=keys, values=values, empty=False, **info)
+
+
+class Out(NamedTuple):
+    """noised `[B, M, T, D]` and clean `[B, C, D]` hidden states before the head (None: absent or not wanted)."""
+
+    noised: jax.Array | None
+    clean: jax.Array | None
+    cache: Cache | None
+    aux: jax.Array
+
+
+def init(model: Backbone, key) -> dict:
+    """Random parameters: nested dict of float32 arrays; every layer group has a leading layer axis."""
+    ids = jnp.zeros((1, 1), jnp.int32)
+    keys = jax.random.split(key, 3 + len(model.groups))
+    params = {"embed": model.embed.init(keys[0], ids)["params"]}
+    h = model.embed.apply({"params": params["embed"]}, ids)
+    cond = None
+    if model.condition is not None:
+        params["condition"] = model.condition.init(keys[1], jnp.zeros((1, 1)))["params"]
+        cond = model.condition.apply({"params": params["condition"]}, jnp.zeros((1, 1)))
+    for (name, block, count), group_key in zip(model.groups, keys[3:]):
+        def init_layer(layer_key, block=block):
+            return block.init(layer_key, h, cond, model.rotary(ids))["params"]
+        params[name] = jax.vmap(init_layer)(jax.random.split(group_key, count))
+    params["head"] = model.head.init(keys[2], h, cond)["params"]
+    return params
+
+
+def new_cache(model: Backbone, params: dict, batch: int, capacity: int) -> Cache:
+    """An empty cache for `capacity` tokens a row."""
+    shapes = jax.eval_shape(lambda p: _stored_shapes(model, p), params)
+    buffers = {name: jnp.zeros((x.shape[0], batch, capacity, *x.shape[3:]), x.dtype) for name, x in shapes.items()}
+    zeros = jnp.zeros((batch, capacity), jnp.int32)
+    return Cache(keys=buffers, values=buffers, position=zeros, block=zeros, segment=zeros, empty=True)
+
+
+def _stored_shapes(model, params):
+    token = jnp.zeros((1, 1), jnp.int32)
+    stream = Stream(token, token, token, token)
+    stored = _run(model, params, None, stream, None, rule="causal", block_size=1, backend="dense", remat="none",
+                  layers="scan", dropout_keys=None)[2]
+    return {name: k for name, (k, _) in stored.items()}
+
+
+def hidden(model: Backbone, params: dict, *, noised: Stream | None, clean: Stream | None, cache: Cache | None,
+           write_at, rule: str, block_size: int, backend: str, remat: str, layers: str, dropout_keys) -> Out:
+    """One pass of both streams through all layers.
+
+    Noised tokens attend to cache, earlier clean blocks and their own block; clean tokens to cache and clean by `rule`
+    ("causal", "block_causal", "bidirectional"). Training: clean without its last block (nobody reads it), no cache.
+    Decoding: noised = one block, clean = the block just finished, whose keys and values go to cache slots `write_at`.
+    block_size: blocks begin at row indices that are multiples of it. With a noised stream the clean stream's last
+    layer computes keys and values only and its hidden states are not returned. dropout_keys: one typed key a row `[B]`; None: no dropout.
+    """
+    h_noised, h_clean, stored, aux = _run(model, params, noised, clean, cache, rule=rule, block_size=block_size,
+                                          backend=backend, remat=remat, layers=layers, dropout_keys=dropout_keys)
+    if cache is not None and clean is not None:
+        cache = cache.write(stored, clean, write_at)
+    return Out(h_noised, h_clean, cache, aux)
+
+
+def logits(model: Backbone, params: dict, h, sigma=None) -> jax.Array:
+    """Hidden states `[..., D]` -> logits float32 `[..., V]`. sigma `[..., n]` as in `Stream`, None: the constant 0."""
+    return model.head.apply({"params": params["head"]}, h, _condition(model, params, sigma))
+
+
+def _condition(model, params, sigma):
+    if model.condition is None:
+        return None
+    sigma = jnp.zeros((1,) * 2) if sigma is None else sigma
+    return model.condition.apply({"params": params["condition"]}, sigma)
+
+
+def _run(model, params, noised, clean, cache, *, rule, block_size, backend, remat, layers, dropout_keys):
+    spec = MaskSpec(rule=rule, block_size=block_size, aligned=cache is None,
+                    noised=None if noised is None else noised.tokens(True),
+                    clean=None if clean is None else clean.tokens(False),
+                    cache=None if cache is None or cache.empty else cache.tokens())
+    streams = {name: stream for name, stream in (("noised", noised), ("clean", clean)) if stream is not None}
+    h = {name: model.embed.apply({"params": params["embed"]}, stream.ids) for name, stream in streams.items()}
+    cond = {name: _condition(model, params, stream.sigma) for name, stream in streams.items()}
+    rotary = {name: model.rotary(stream.position[:, None] if name == "noised" else stream.position)
+              for name, stream in streams.items()}
+    aux, stored, first = jnp.zeros(()), {}, 0
+    for index, (name, block, count) in enumerate(model.groups):
+        layer = functools.partial(_layer, block, spec, cond, rotary, backend, dropout_keys)
+        drop_clean = noised is not None and clean is not None and index == len(model.groups) - 1
+        cached = None if spec.cache is None else (cache.keys[name], cache.values[name])
+        h, stored[name], group_aux = _run_group(layer, params[name], cached, h, first, count, drop_clean, remat, layers)
+        aux, first = aux + group_aux, first + count
+    return h.get("noised"), h.get("clean"), stored, aux
+
+
+def _run_group(layer, params, cached, h, first, count, drop_clean, remat, layers):
+    """All layers of a group; the last one is peeled off when its clean output is not wanted."""
+    scanned = count - 1 if drop_clean else count
+    xs = (params, cached, first + jnp.arange(count))
+    def body(h, x, last):
+        h, stored, aux = layer(*x, h, last)
+        return h, (stored, aux)
+    if remat != "none":
+        policy = jax.checkpoint_policies.checkpoint_dots if remat == "dots" else None
+        body = jax.checkpoint(body, policy=policy, static_argnums=(2,), prevent_cse=layers != "scan")
+    if layers == "scan" and scanned > 1:
+        h, ys = jax.lax.scan(lambda h, x: body(h, x, False), h, jax.tree.map(lambda x: x[:scanned], xs))
+        parts = [ys]
+    else:
+        parts = []
+        for i in range(scanned):
+            h, y = body(h, jax.tree.map(lambda x, i=i: x[i], xs), False)
+            parts.append(jax.tree.map(lambda y: y[None], y))
+    if drop_clean:
+        h, y = body(h, jax.tree.map(lambda x: x[-1], xs), True)
+        parts.append(jax.tree.map(lambda y: y[None], y))
+    stored, aux = parts[0] if len(parts) == 1 else jax.tree.map(lambda *ys: jnp.concatenate(ys), *parts)
+    return h, stored, aux.sum()
+
+
+def _layer(block, spec, cond, rotary, backend, dropout_keys, params, cached, index, h, last):
+    """One layer of both streams -> hidden states, the clean stream's (k, v) or None, auxiliary loss."""
+    variables = {"params": params}
+    qkv = {name: block.apply(variables, h[name], cond[name], rotary[name], method=block.pre) for name in h}
+    stored = qkv["clean"][1:] if "clean" in qkv else None
+    if last:
+        h = {"noised": h["noised"]}
+        qkv["clean"] = (None, *qkv["clean"][1:])
+    attended = dict(zip(("noised", "clean"), attend(backend, spec, qkv.get("noised"), qkv.get("clean"), cached)))
+    result, aux = {}, jnp.zeros(())
+    for name in h:
+        key = None
+        if dropout_keys is not None:
+            key = jax.vmap(lambda k, name=name: jax.random.fold_in(k, 2 * index + (name == "noised")))(dropout_keys)
+        result[name], extra = block.apply(variables, h[name], attended[name], cond[name], key, method=block.post)
+        aux = aux + extra
+    return result, stored, aux

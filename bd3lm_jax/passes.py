@@ -1,0 +1,65 @@
+"""The passes of a network over whole rows: two streams for training and bounds, one stream for everything else."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from bd3lm_jax.models import trunk
+from bd3lm_jax.models.trunk import Backbone, Stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a pass is computed; none of it changes the result beyond rounding."""
+
+    backend: str  # attention backend, "auto"
+    layers: str  # "scan", "unroll"
+    remat: str  # "none", "dots", "full"
+
+
+PLAIN = Execution(backend="auto", layers="scan", remat="none")
+
+
+def compute_dtype(name: str):
+    """"auto": bfloat16 on accelerators, float32 on CPU."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def two_stream(model: Backbone, params: dict, xt_BxMxL, x0_BxL, position_BxL, segment_BxL, *, block_size: int,
+               sigma_BxMxn=None, clean_sigma_Bxn=None, execution: Execution, dropout_keys=None) -> jax.Array:
+    """Hidden states `[B, M, L, D]` of M noised views, every block seeing the clean blocks before it (BD3-LM eq. 6).
+
+    The last clean block is read by nobody and left out; with one block a row (MDLM) there is no clean stream.
+    sigma: noise level of each n-th part of the row, None for the constant 0 (networks without time conditioning).
+    """
+    length = x0_BxL.shape[1]
+    block = position_BxL // block_size
+    noised = Stream(xt_BxMxL, position_BxL, block, segment_BxL, sigma_BxMxn)
+    clean, kept = None, length - block_size
+    if kept > 0:
+        parts = 1 if clean_sigma_Bxn is None else clean_sigma_Bxn.shape[-1]
+        clean_sigma = None if clean_sigma_Bxn is None else clean_sigma_Bxn[:, :max(1, kept * parts // length)]
+        clean = Stream(x0_BxL[:, :kept], position_BxL[:, :kept], block[:, :kept], segment_BxL[:, :kept], clean_sigma)
+    return _run(model, params, noised, clean, "block_causal", block_size, execution, dropout_keys).noised
+
+
+def one_stream(model: Backbone, params: dict, ids_BxL, position_BxL, segment_BxL, *, rule: str, block_size: int,
+               sigma_Bxn=None, execution: Execution, dropout_keys=None) -> jax.Array:
+    """Hidden states `[B, L, D]` of a plain pass; rule "causal", "block_causal" or "bidirectional"."""
+    clean = Stream(ids_BxL, position_BxL, position_BxL // block_size, segment_BxL, sigma_Bxn)
+    return _run(model, params, None, clean, rule, block_size, execution, dropout_keys).clean
+
+
+def _run(model, params, noised, clean, rule, block_size, execution, dropout_keys):
+    return trunk.hidden(model, params, noised=noised, clean=clean, cache=None, write_at=None, rule=rule,
+                        block_size=block_size, backend=execution.backend, remat=execution.remat,
+                        layers=execution.layers, dropout_keys=dropout_keys)
+
+
+def plain_rows(ids_BxL) -> tuple[jax.Array, jax.Array]:
+    """Positions 0 .. L-1 and segment 1 for rows that hold one document each: int32 `[B, L]` both."""
+    position = jnp.broadcast_to(jnp.arange(ids_BxL.shape[1], dtype=jnp.int32), ids_BxL.shape)
+    return position, jnp.ones_like(position)

@@ -1,0 +1,83 @@
+"""What a run says when it ends: likelihood beside count models, samples, plots. People read it on stderr."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bd3lm_jax import plots, textmetrics
+from bd3lm_jax.data.corpora import join_documents, load_documents
+from bd3lm_jax.errors import UserError
+from bd3lm_jax.log import note, table
+
+BYTE_ORDERS = (3, 4, 5)
+
+
+def closing(run: Any, weights: Any, valid: dict, evaluator: Any) -> None:
+    """The report after `train`: valid (and, for the embedded corpus, test) beside count models, samples, plots."""
+    splits = {"valid": (run.rows["valid"], valid)}
+    config = run.config
+    if config.data.source == "austen":
+        rows = _test_rows(run)
+        estimate = evaluator.run(weights, rows, estimator=valid["estimator"], draws=config.eval.draws, seed=config.seed)
+        splits["test"] = (rows, estimate)
+    for split, (rows, estimate) in splits.items():
+        _likelihood_table(run, split, rows, estimate)
+    if len(valid["nll_by_count"]) > 1:
+        plots.nll_by_count(Path(run.workdir) / "plots" / "nll_by_count.png", *zip(*sorted(valid["nll_by_count"].items())))
+    plots.loss_curve(run.workdir)
+    note(f"plots in {Path(run.workdir) / 'plots'}")
+    if config.eval.samples:
+        _samples(run, weights)
+
+
+def _test_rows(run):
+    from bd3lm_jax.data.prepare import prepare
+
+    return prepare(run.config.data, "test", run.config.block_size, run.tokenizer)
+
+
+def _likelihood_table(run, split: str, rows, estimate: dict) -> None:
+    low, high = estimate["nll_ci95"]
+    per_token = rows.meta["bytes"] * np.log(2) / rows.meta["tokens"]
+    lines = [("this model", f"{estimate['bits_per_byte']:.3f}", f"{low / per_token:.3f} .. {high / per_token:.3f}",
+              f"{estimate['nll']:.4f}", f"{estimate['ppl']:.1f}")]
+    try:
+        counted = _count_models(run, split, rows)
+    except UserError as error:
+        note(f"no count models: {error}")
+        counted = {}
+    lines += [(name, f"{bits:.3f}", "", f"{bits * per_token:.4f}", f"{np.exp(bits * per_token):.1f}")
+              for name, bits in counted.items()]
+    kind = "NLL" if estimate["estimator"] == "nll" else "bound on the NLL"
+    table(f"{split}: {kind}, {estimate['documents']} documents, {estimate['tokens']} tokens",
+          ("model", "bits/byte", "95 % interval", "nats/token", "perplexity"), lines)
+
+
+def _count_models(run, split: str, rows) -> dict[str, float]:
+    """Bits per byte of models that only count, trained on the training split."""
+    train, vocab, size = run.rows["train"].stream(), run.tokenizer.size, rows.meta["bytes"]
+    if len(train) > 20_000_000:
+        raise UserError("the training split has more than 20 million tokens")
+    test = rows.stream()
+    result = {"unigram of its tokens": textmetrics.unigram_bits_per_byte(train, test, vocab, size),
+              "bigram of its tokens": textmetrics.bigram_bits_per_byte(train, test, vocab, size)}
+    train_bytes, test_bytes = (join_documents(load_documents(run.config.data, name)) for name in ("train", split))
+    for order in BYTE_ORDERS:
+        result[f"byte {order}-gram"] = textmetrics.byte_ngram_bits_per_byte(train_bytes, test_bytes, order)
+    return result
+
+
+def _samples(run, weights) -> None:
+    """A few generated texts, shown and kept in samples/."""
+    from bd3lm_jax.lm import LM
+
+    lm = LM(run.config, weights, run.tokenizer, run.model, run.config.data.length)
+    samples = lm.generate(num=run.config.eval.samples, length=run.config.eval.sample_length, seed=run.config.seed)
+    note(f"{len(samples)} samples:")
+    for sample in samples:
+        note("  " + sample.text.replace("\n", "\n  "))
+        note("  --")
+    path = Path(run.workdir) / "samples"
+    path.mkdir(exist_ok=True)
+    (path / f"step_{run.config.train.steps}.txt").write_text("\n--\n".join(s.text for s in samples) + "\n", encoding="utf-8")

@@ -1,0 +1,68 @@
+"""The run directory: config.json (resolved), tokenizer.json, metrics.jsonl, checkpoints/, samples/, plots/."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from bd3lm_jax.config import Config
+from bd3lm_jax.data.tokenizers import Tokenizer, load_tokenizer
+from bd3lm_jax.errors import UserError
+
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+
+
+def resolve(config: Config, tokenizer: Tokenizer) -> Config:
+    """The config with what the tokenizer decides filled in; UserError if the vocabulary cannot hold its ids."""
+    wanted, given = tokenizer.vocab_size, config.model.vocab_size
+    if given == -1:
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=wanted))
+    if given < wanted:
+        raise UserError(f"model.vocab_size={given} is smaller than the {wanted} ids of tokenizer "
+                        f"'{config.data.tokenizer}' with its mask token: use -1 to take the tokenizer's")
+    return config
+
+
+def claim(workdir: str | os.PathLike, config: Config, tokenizer: Tokenizer) -> None:
+    """Make `workdir` the directory of this run, or check that it is; UserError naming the keys that differ."""
+    path = Path(workdir)
+    if (path / CONFIG).exists():
+        there, there_tokenizer = read(workdir)
+        differing = config.differing_keys(there)
+        if differing:
+            raise UserError(f"{path} holds a run of another config ({'; '.join(differing)}; here != there): choose "
+                            "another --workdir, or repeat the config it was started with")
+        check_tokenizer(tokenizer, there_tokenizer.identity, f"the run in {path}")
+    elif path.exists() and any(path.iterdir()):
+        raise UserError(f"{path} is not empty and holds no {CONFIG}: choose another --workdir")
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(path / TOKENIZER)
+    _write(path / CONFIG, json.dumps(config.to_dict() | {"config_sha256": config.sha256()}, indent=2) + "\n")
+
+
+def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:
+    """Config and tokenizer of a run directory; UserError if it is none."""
+    path = Path(workdir)
+    if not path.is_dir():
+        raise UserError(f"no run directory {path}: train first (python -m launch train --workdir={path})")
+    if not (path / CONFIG).exists():
+        raise UserError(f"{path} holds no {CONFIG}: expected a directory written by 'python -m launch train'")
+    try:
+        stored = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path / CONFIG} is not valid JSON ({error}): restore it or train again") from error
+    stored.pop("config_sha256", None)
+    return Config.from_dict(stored), load_tokenizer(path / TOKENIZER)
+
+
+def check_tokenizer(tokenizer: Tokenizer, identity: str, owner: str) -> None:
+    """UserError unless `tokenizer` is the one that `owner` was made with."""
+    if tokenizer.identity != identity:
+        raise UserError(f"tokenizer {tokenizer.identity} does not match {owner}, made with tokenizer {identity}: ids would "
+                        "mean other text; use the tokenizer.json saved with it")
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,118 @@
+"""Where arrays live: the device mesh, one path rule for every parameter, and activation constraints.
+
+Mesh axes: "data" replicates the parameters, "fsdp" shards them (both split the batch), "tensor" splits heads, the
+hidden layer of the MLP and the vocabulary.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bd3lm_jax.errors import UserError
+from bd3lm_jax.state import TrainState
+
+if TYPE_CHECKING:
+    from bd3lm_jax.config import MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# (pattern of the whole path, spec). Layers are stacked: parameters under "blocks" have a leading layer axis.
+RULES = (
+    (r"embed/embedding", P("tensor", "fsdp")),
+    (r"condition/fc[12]/(kernel|bias)", P()),
+    (r"(.*/)?norm\d?/scale", P()),
+    (r"blocks/qkv/kernel", P(None, "fsdp", None, "tensor", None)),
+    (r"blocks/out/kernel", P(None, "tensor", None, "fsdp")),
+    (r"blocks/mlp_in/kernel", P(None, "fsdp", "tensor")),
+    (r"blocks/mlp_in/bias", P(None, "tensor")),
+    (r"blocks/mlp_out/kernel", P(None, "tensor", "fsdp")),
+    (r"blocks/mlp_out/bias", P()),
+    (r"blocks/modulation/kernel", P(None, None, None, "fsdp")),
+    (r"head/modulation/kernel", P(None, None, "fsdp")),
+    (r"(.*/)?modulation/bias", P()),
+    (r"head/linear/kernel", P("fsdp", "tensor")),
+    (r"head/linear/bias", P("tensor")),
+)
+
+
+def make_mesh(mesh: "MeshConfig", devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh of all `devices` (None: every device of the run); a size of -1 takes the devices that are left.
+
+    Raises UserError, with the numbers, if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(mesh, axis) for axis in AXES]
+    fixed = math.prod(size for size in sizes if size != -1)
+    resolved = [len(devices) // fixed if size == -1 else size for size in sizes]
+    if math.prod(resolved) != len(devices):
+        wanted = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes))
+        raise UserError(f"{wanted} does not fit {len(devices)} devices: the product must be {len(devices)} "
+                        f"(one size may be -1: whatever is left)")
+    return jax.make_mesh(tuple(resolved), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def check_mesh(mesh: Mesh, model_config: Any, batch: int) -> None:
+    """UserError unless "tensor" divides the heads and "data" x "fsdp" divides `batch` (rows over all devices)."""
+    tensor, rows = mesh.shape["tensor"], math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if model_config.heads % tensor:
+        raise UserError(f"mesh.tensor={tensor} does not divide model.heads={model_config.heads}: "
+                        f"use a divisor of {model_config.heads}")
+    if batch % rows:
+        raise UserError(f"mesh.data x mesh.fsdp = {rows} does not divide a batch of {batch} rows: "
+                        f"use a multiple of {rows}, e.g. {-(-batch // rows) * rows}")
+
+
+def param_specs(params: Any) -> Any:
+    """Tree of PartitionSpec by RULES, for arrays or abstract arrays. Raises UserError listing leaves without a rule."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    specs = [next((spec for rule, spec in RULES if re.fullmatch(rule, path)), None) for path in paths]
+    uncovered = [path for path, spec in zip(paths, specs) if spec is None]
+    if uncovered:
+        raise UserError(f"no sharding rule covers {', '.join(uncovered)}: add a line to RULES in {__name__}")
+    return jax.tree.unflatten(treedef, specs)
+
+
+def param_shardings(params: Any, mesh: Mesh) -> Any:
+    """Tree of NamedSharding: `param_specs`, with every axis that does not divide its dimension left out."""
+    return jax.tree.map(lambda leaf, spec: NamedSharding(mesh, _fit(spec, leaf.shape, mesh)),
+                        params, param_specs(params))
+
+
+def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+    axes = [axis if axis is not None and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape)]
+    return P(*axes)
+
+
+def state_shardings(tx: optax.GradientTransformation, abstract_state: TrainState, mesh: Mesh) -> TrainState:
+    """TrainState of NamedSharding for a state from `jax.eval_shape`: moments and average lie where their weights do."""
+    params = param_shardings(abstract_state.params, mesh)
+    replicated = NamedSharding(mesh, P())
+    opt_state = optax.tree_map_params(tx, lambda _, sharding: sharding, abstract_state.opt_state, params,
+                                      transform_non_params=lambda _: replicated)
+    return TrainState(step=replicated, params=params, ema=params if abstract_state.ema else {}, opt_state=opt_state)
+
+
+def with_shardings(abstract: Any, shardings: Any) -> Any:
+    """Abstract arrays that carry shardings, as a restore needs them."""
+    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                        abstract, shardings)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows (the leading axis) split over "data" and "fsdp"."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def constrain(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
+    """`x` laid out by `spec`, one entry a dimension, under `jax.set_mesh`; without a mesh `x` itself."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*spec))

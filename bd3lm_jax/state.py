@@ -1,0 +1,19 @@
+"""What a training run carries from one step to the next."""
+
+from typing import Any
+
+import flax.struct
+import jax
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All of a run's memory: the batch and the noise of a step are functions of (seed, step).
+
+    `step`: int32 scalar, updates done so far. `ema`: a tree like `params` in float32, or {} when the average is off.
+    """
+
+    step: jax.Array
+    params: Any
+    ema: Any
+    opt_state: Any

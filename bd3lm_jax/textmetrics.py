@@ -1,0 +1,96 @@
+"""What counting achieves: n-gram models that a trained model must beat, and the entropy of a text.
+
+The models are interpolated Witten-Bell (Witten and Bell 1991; Chen and Goodman 1998, section 2.5): with c counts and
+T(h) the number of distinct tokens that followed the history h,
+
+    p(w | h) = (c(h, w) + T(h) p(w | shorter h)) / (c(h) + T(h)),    p(w) without history backs off to 1 / vocabulary.
+
+The train text is read as a circle, and the test text follows it: both end with the end of a document.
+"""
+
+import math
+
+import numpy as np
+
+from bd3lm_jax.errors import UserError
+
+BYTES = 256
+
+
+def ngram_nats(train_ids, test_ids, vocab: int, order: int) -> float:
+    """Total nats of `test_ids` [n] under an `order`-gram model of `train_ids` [m]; ids in 0..vocab-1.
+
+    Raises UserError if either is empty or `order` tokens do not fit in 64 bits.
+    """
+    train_ids, test_ids = (np.asarray(ids).reshape(-1) for ids in (train_ids, test_ids))
+    if not train_ids.size or not test_ids.size:
+        raise UserError(f"a count model needs text: {train_ids.size} train and {test_ids.size} test tokens given")
+    bits = max(1, (vocab - 1).bit_length())
+    if order * bits > 64:
+        raise UserError(f"a {order}-gram of {vocab} tokens needs {order * bits} bits, expected at most 64")
+    history = np.resize(train_ids[::-1], order - 1)[::-1]
+    codes = np.sort(_codes(train_ids, history, order, bits))
+    test_codes = _codes(test_ids, history, order, bits)
+    probability = np.full(test_ids.shape, 1 / vocab)
+    for length in range(1, order + 1):
+        shift = np.uint64((order - length) * bits)  # drops the oldest tokens; what was sorted stays sorted
+        probability = _interpolate(codes >> shift, test_codes >> shift, (length - 1) * bits, probability)
+    return float(-np.log(probability).sum())
+
+
+def unigram_bits_per_byte(train_ids, test_ids, vocab: int, test_bytes: int) -> float:
+    """Bits per byte of a text of `test_bytes` UTF-8 bytes (a newline a document) under counts of its tokens."""
+    return ngram_nats(train_ids, test_ids, vocab, 1) / math.log(2) / test_bytes
+
+
+def bigram_bits_per_byte(train_ids, test_ids, vocab: int, test_bytes: int) -> float:
+    """As `unigram_bits_per_byte`, given the token before."""
+    return ngram_nats(train_ids, test_ids, vocab, 2) / math.log(2) / test_bytes
+
+
+def byte_ngram_bits_per_byte(train_bytes: bytes, test_bytes: bytes, order: int) -> float:
+    """Bits per byte under the `order`-gram model of bytes, `order` from 1 to 8."""
+    train_ids, test_ids = (np.frombuffer(text, np.uint8) for text in (train_bytes, test_bytes))
+    return ngram_nats(train_ids, test_ids, BYTES, order) / math.log(2) / max(1, len(test_bytes))
+
+
+def entropy_of_tokens(ids) -> float:
+    """Entropy in nats of the empirical distribution of `ids` (any shape); 0 without ids."""
+    counts = np.unique(np.asarray(ids).reshape(-1), return_counts=True)[1]
+    frequency = counts / max(1, counts.sum())
+    return float(-(frequency * np.log(frequency)).sum())
+
+
+def _codes(ids: np.ndarray, history: np.ndarray, order: int, bits: int) -> np.ndarray:
+    """uint64 [n]: each token with the order - 1 before it, the token itself in the highest bits, the oldest lowest."""
+    padded = np.concatenate([history, ids]).astype(np.uint64)
+    codes = np.zeros(len(ids), np.uint64)
+    for age in range(order):
+        start = order - 1 - age
+        codes = (codes << np.uint64(bits)) | padded[start:start + len(ids)]
+    return codes
+
+
+def _interpolate(codes: np.ndarray, test_codes: np.ndarray, history_bits: int, lower: np.ndarray) -> np.ndarray:
+    """p(w | h) of the test n-grams from sorted train n-grams and p(w | shorter h)."""
+    ngrams, counts = _runs(codes)
+    mask = np.uint64((1 << history_bits) - 1)
+    order = np.argsort(ngrams & mask)
+    histories, kinds = _runs((ngrams & mask)[order])
+    totals = np.add.reduceat(counts[order], np.cumsum(kinds) - kinds)
+    count = _look_up(ngrams, counts, test_codes)
+    kind, total = (_look_up(histories, values, test_codes & mask) for values in (kinds, totals))
+    seen = total > 0
+    return np.where(seen, (count + kind * lower) / np.where(seen, total + kind, 1), lower)
+
+
+def _runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct values of a sorted array and how often each occurs."""
+    first = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))
+    return values[first], np.diff(first, append=len(values))
+
+
+def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """values[keys == wanted], 0 where `wanted` is not among the sorted keys."""
+    place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return np.where(keys[place] == wanted, values[place], 0)

@@ -1,0 +1,236 @@
+"""Training: one loop from a laptop CPU to a pod. `train(config, workdir)` does everything `python -m launch train` does."""
+
+import contextlib
+import dataclasses
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bd3lm_jax import models, optim, passes, report, rundir, sharding
+from bd3lm_jax.checkpoint import Checkpoints
+from bd3lm_jax.config import Config
+from bd3lm_jax.data.loader import Loader, prefetch
+from bd3lm_jax.data.prepare import Rows, prepare, prepare_tokenizer
+from bd3lm_jax.data.tokenizers import Tokenizer
+from bd3lm_jax.errors import Preempted, RunError, UserError
+from bd3lm_jax.evaluate import Evaluator, default_estimator
+from bd3lm_jax.log import RunLog, note, read_metrics
+from bd3lm_jax.models import Backbone, trunk
+from bd3lm_jax.state import TrainState
+from bd3lm_jax.step import SpecialIds, make_step
+
+PREFETCH = 2  # batches placed ahead of the step
+RATE_STEPS = 20  # steps over which the shown rate is averaged
+
+
+@dataclasses.dataclass
+class Run:
+    """What a run is made of, resolved and placed; built once by `set_up`."""
+
+    config: Config
+    workdir: Path
+    tokenizer: Tokenizer
+    rows: dict[str, Rows]  # by split: "train", "valid"
+    mesh: jax.sharding.Mesh
+    model: Backbone
+    tx: optax.GradientTransformation
+    shardings: TrainState
+    abstract: TrainState
+
+    @property
+    def special(self) -> SpecialIds:
+        return SpecialIds(self.tokenizer.mask_id, self.tokenizer.end_id)
+
+
+def train(config: Config, workdir: str) -> dict[str, Any]:
+    """Train to `config.train.steps`, going on from the newest checkpoint in `workdir` if there is one.
+
+    Returns the result object of the `train` command. Raises UserError for wrong input, RunError when the loss is not
+    finite (with step and rows) or a save fails, Preempted after SIGTERM once the state is saved.
+    """
+    began = time.perf_counter()
+    run = set_up(config, workdir)
+    with jax.set_mesh(run.mesh), Checkpoints(run.workdir, run.config.checkpoint.keep) as checkpoints:
+        state = _first_state(run, checkpoints)
+        start = int(state.step)
+        with RunLog(run.workdir, run.config.train.steps, start_step=start) as log, _termination() as stop:
+            evaluator = Evaluator(run.config, run.model, run.special, run.mesh)
+            state, step_ms = _loop(run, state, start, checkpoints, evaluator, log, stop)
+        weights = state.ema or state.params
+        valid = evaluator.run(weights, run.rows["valid"], estimator=default_estimator(run.config.diffusion),
+                              draws=run.config.eval.draws, seed=run.config.seed)
+        report.closing(run, weights, valid, evaluator)
+    lines = read_metrics(run.workdir)
+    return {"workdir": str(run.workdir), "step": run.config.train.steps, "train_nll": _last(lines, "train/nll"),
+            "valid_nll": valid["nll"], "valid_ppl": valid["ppl"], "tokens_per_s": _last(lines, "train/tokens_per_s"),
+            "step_ms": step_ms, "params": sum(x.size for x in jax.tree.leaves(state.params)),
+            "wall_s": time.perf_counter() - began}
+
+
+def set_up(config: Config, workdir: str) -> Run:
+    """Read the data, check everything that can be wrong and claim the run directory; nothing is computed yet."""
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_mesh(mesh, config.model, config.compute.microbatch or config.train.batch)
+    tokenizer = prepare_tokenizer(config.data)
+    config = rundir.resolve(config, tokenizer)
+    model = models.build(config.model, passes.compute_dtype(config.compute.dtype))
+    tx = optim.make_optimizer(config.optim, config.train.steps)
+    abstract = jax.eval_shape(lambda: _initial_state(config, model, tx))
+    rows = {split: prepare(config.data, split, config.block_size, tokenizer, _say) for split in ("train", "valid")}
+    rundir.claim(workdir, config, tokenizer)
+    return Run(config, Path(workdir), tokenizer, rows, mesh, model, tx,
+               sharding.state_shardings(tx, abstract, mesh), abstract)
+
+
+def _say(*progress: Any) -> None:
+    note(" ".join(map(str, progress)))
+
+
+def _initial_state(config: Config, model: Backbone, tx) -> TrainState:
+    params = trunk.init(model, jax.random.key(config.seed))
+    ema = jax.tree.map(jnp.copy, params) if config.optim.ema > 0 else {}
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(params))
+
+
+def _first_state(run: Run, checkpoints: Checkpoints) -> TrainState:
+    """The newest checkpoint of this run, else the weights of `init_from`, else random ones."""
+    placed = sharding.with_shardings(run.abstract, run.shardings)
+    if checkpoints.latest_step() is not None:
+        state, meta = checkpoints.restore(placed)
+        rundir.check_tokenizer(run.tokenizer, meta["tokenizer"], f"the checkpoint in {run.workdir}")
+        note(f"continuing from step {int(state.step)} of {run.workdir}")
+        return state
+    state = jax.jit(lambda: _initial_state(run.config, run.model, run.tx), out_shardings=run.shardings)()
+    source = run.config.train.init_from
+    if not source:
+        return state
+    _, there_tokenizer = rundir.read(source)
+    rundir.check_tokenizer(run.tokenizer, there_tokenizer.identity, f"train.init_from={source}")
+    with Checkpoints(source, 1, read_only=True) as others:
+        params, _, step = others.restore_params("ema", placed.params)
+    note(f"starting from the weights of {source}, step {step}")
+    ema = jax.tree.map(jnp.copy, params) if state.ema else {}
+    return state.replace(params=params, ema=ema)
+
+
+def _loop(run: Run, state, start: int, checkpoints: Checkpoints, evaluator: Evaluator, log: RunLog, stop):
+    """All steps; returns the last state and the median milliseconds a step. Metrics are read one step late."""
+    config, shards = run.config, sharding.batch_sharding(run.mesh)
+    step_fn = jax.jit(make_step(config, run.model, run.tx, run.special), donate_argnums=0,
+                      out_shardings=(run.shardings, None))
+    loader = Loader(run.rows["train"], config.train.batch, config.seed, shards)
+    tokens_a_step = config.train.batch * config.data.length
+    pending, clock, saved = None, _Clock(), start
+    schedule = optim.make_schedule(config.optim, config.train.steps)
+    window = _Window(config.diffusion, config.log.every, tokens_a_step, schedule)
+    batches = prefetch(loader.get, start, config.train.steps, config.data.workers, PREFETCH)
+    for step, (ids, batch) in zip(range(start, config.train.steps), batches):
+        state, metrics = step_fn(state, batch)
+        if pending is not None:
+            _account(run, pending, window, clock, log)
+        pending, done = (step, ids, metrics), step + 1
+        last = done == config.train.steps
+        if last or done % config.eval.every == 0 or done % config.checkpoint.every == 0 or stop.is_set():
+            _account(run, pending, window, clock, log)
+            pending = None
+        if not last and done % config.eval.every == 0:
+            window.validate(done, evaluator.during_training(state.ema or state.params, run.rows["valid"]), log)
+            clock.pause()
+        if last or done % config.checkpoint.every == 0 or stop.is_set():
+            checkpoints.save(done, state, {"tokenizer": run.tokenizer.identity, "config_sha256": config.sha256()},
+                             wait=last or stop.is_set())
+            saved = done
+            clock.pause()
+        if stop.is_set() and not last:
+            raise Preempted(f"stopped by SIGTERM after step {done}, which is saved in {run.workdir}: run the same command "
+                            "again to go on")
+    if saved == start and start < config.train.steps:
+        raise RunError("the training loop ended without a step")
+    return state, clock.median_ms()
+
+
+def _account(run: Run, pending, window: "_Window", clock: "_Clock", log: RunLog) -> None:
+    """Read the metrics of a step (waiting for it), log and show them, stop if they are not finite."""
+    step, ids, metrics = pending
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    clock.tick()
+    if not values["finite"]:
+        raise RunError(
+            f"the loss of step {step + 1} is not finite (loss {values['loss']}, gradient norm {values['grad_norm']}; rows "
+            f"{', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''} of the training split): lower optim.lr or "
+            f"raise optim.warmup_steps; the last checkpoint in {run.workdir} is whole")
+    window.add(step + 1, values, clock, log)
+
+
+class _Window:
+    """Averages what is logged over `every` steps."""
+
+    def __init__(self, objective, every: int, tokens_a_step: int, schedule):
+        self.objective, self.every, self.tokens_a_step, self.schedule = objective, every, tokens_a_step, schedule
+        self.losses = []
+
+    def add(self, step: int, values: dict, clock: "_Clock", log: RunLog) -> None:
+        self.losses.append(values["loss"])
+        rate = self.tokens_a_step / clock.recent_s()
+        log.progress(step, float(np.mean(self.losses[-RATE_STEPS:])), rate)
+        if step % self.every:
+            return
+        loss = float(np.mean(self.losses[-self.every:]))
+        line = {"train/loss": loss, "train/grad_norm": values["grad_norm"], "train/lr": float(self.schedule(step - 1)),
+                "train/masked_fraction": values["masked"], "train/tokens_per_s": rate}
+        if self.objective.is_bound:
+            line["train/nll"] = loss
+        log.metrics(step, line)
+        self.losses = self.losses[-RATE_STEPS:]
+
+    def validate(self, step: int, valid: dict, log: RunLog) -> None:
+        log.metrics(step, {"valid/nll": valid["nll"], "valid/ppl": valid["ppl"], "valid/bits_per_byte": valid["bits_per_byte"],
+                           **{f"valid/nll_at_{k}_masked": nll for k, nll in valid["nll_by_count"].items()}})
+        log.note(f"step {step}: valid nll {valid['nll']:.4f} ({valid['bits_per_byte']:.3f} bits per byte)")
+
+
+class _Clock:
+    """Seconds between steps; what happens in a pause does not count."""
+
+    def __init__(self):
+        self.seconds, self.last = [], None
+
+    def tick(self) -> None:
+        now = time.perf_counter()
+        if self.last is not None:
+            self.seconds.append(now - self.last)
+        self.last = now
+
+    def pause(self) -> None:
+        self.last = None
+
+    def recent_s(self) -> float:
+        return float(np.mean(self.seconds[-RATE_STEPS:])) if self.seconds else float("inf")
+
+    def median_ms(self) -> float | None:
+        return float(np.median(self.seconds)) * 1e3 if self.seconds else None
+
+
+@contextlib.contextmanager
+def _termination():
+    """An event that SIGTERM sets; the previous handler comes back at the end."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _last(lines: list[dict], key: str) -> float | None:
+    return next((line[key] for line in reversed(lines) if line.get(key) is not None), None)

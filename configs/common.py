@@ -1,0 +1,103 @@
+"""What every config starts from: all keys with the recipe of BD3-LM (arXiv 2503.09573) as their values.
+
+A config takes one string of comma-separated words after the colon, `--config=configs/lm1b.py:medium,block_size=8`;
+`parse` reads it. What the keys mean is said in bd3lm_jax/config.py.
+"""
+
+from types import SimpleNamespace
+
+from ml_collections import ConfigDict
+
+ALGORITHMS = ("bd3lm", "mdlm", "ar")
+SIZES = {  # the paper's small, and the usual medium
+    "tiny": dict(layers=4, width=256, heads=4),
+    "small": dict(layers=12, width=768, heads=12),
+    "medium": dict(layers=24, width=1024, heads=16),
+}
+CLIPS = {4: (0.45, 0.95), 16: (0.3, 0.8)}  # the paper's mask probabilities by block size; other sizes: unclipped
+
+
+def base() -> ConfigDict:
+    """Every key of every section: BD3-LM's recipe at its small size, on the embedded corpus."""
+    return ConfigDict({
+        "seed": 0,
+        "model": {
+            "kind": "dit", "vocab_size": -1, **SIZES["small"], "mlp_ratio": 4, "dropout": 0.1, "adaln": True,
+            "cond_dim": 128, "time_conditioning": False, "rope_base": 10_000.0,
+        },
+        "diffusion": {
+            "kind": "masked", "block_size": 4, "schedule": "loglinear", "corruption": "bernoulli", "count_probs": (),
+            "clip_low": 0.0, "clip_high": 1.0, "eps": 1e-3,
+        },
+        "data": {
+            "source": "austen", "path": "", "name": "", "field": "text", "tokenizer": "bpe:2048", "length": 256,
+            "layout": "wrap", "valid_fraction": 0.01, "cache_dir": "", "workers": 2,
+        },
+        "optim": {
+            "lr": 3e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0,
+            "warmup_steps": 2500, "schedule": "constant", "final_lr_fraction": 0.0, "decay_fraction": 0.2,
+            "ema": 0.9999,
+        },
+        "train": {"steps": 1_000_000, "batch": 512, "init_from": ""},
+        "compute": {"dtype": "auto", "attention": "auto", "layers": "scan", "remat": "none", "microbatch": 0},
+        "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+        "log": {"every": 100},
+        "checkpoint": {"every": 10_000, "keep": 2},
+        "eval": {"every": 10_000, "rows": 4096, "batch": 512, "draws": 1, "samples": 4, "sample_length": 256},
+    })
+
+
+def parse(arg: str, **defaults: str | int) -> SimpleNamespace:
+    """`"medium,block_size=8"` -> the defaults with these changes. A bare word names a size.
+
+    Raises ValueError, listing what is known, for a word that is not among the defaults or has a wrong value.
+    """
+    given = {}
+    for word in filter(None, arg.split(",")):
+        key, equals, value = word.partition("=")
+        if not equals and "size" in defaults and word in SIZES:
+            key, value = "size", word
+        if key not in defaults or not value:
+            raise ValueError(f"unknown config argument '{word}': {_known(defaults)}")
+        given[key] = _whole(key, value) if isinstance(defaults[key], int) else value
+    options = SimpleNamespace(**defaults | given)
+    for key, allowed in (("algo", ALGORITHMS), ("size", SIZES)):
+        if getattr(options, key, None) not in (None, *allowed):
+            raise ValueError(f"config argument {key}={given[key]}: expected one of {', '.join(allowed)}")
+    if "block_size" in given and options.algo != "bd3lm":
+        raise ValueError(f"config argument block_size={given['block_size']} has no effect with algo={options.algo}: "
+                         "leave it out")
+    return options
+
+
+def set_algo(config: ConfigDict, algo: str, block_size: int) -> None:
+    """Block diffusion with `block_size`, one block a row (MDLM), or the same trunk without adaLN as an AR model."""
+    if algo == "ar":
+        config.model.adaln = False
+        config.diffusion = ConfigDict({"kind": "ar", "bos": True})
+    else:
+        config.diffusion.block_size = config.data.length if algo == "mdlm" else block_size
+
+
+def set_paper_recipe(config: ConfigDict, algo: str, block_size: int) -> None:
+    """`set_algo`; for block diffusion the last 150K of the 1M steps, with the paper's clipped noise."""
+    set_algo(config, algo, block_size)
+    if algo == "bd3lm":
+        config.train.steps = 150_000
+        config.diffusion.clip_low, config.diffusion.clip_high = CLIPS.get(block_size, (0.0, 1.0))
+
+
+def set_size(config: ConfigDict, size: str) -> None:
+    config.model.update(SIZES[size])
+
+
+def _whole(key: str, value: str) -> int:
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(f"config argument {key}={value}: expected a positive whole number")
+    return int(value)
+
+
+def _known(defaults: dict) -> str:
+    allowed = {"algo": "|".join(ALGORITHMS), "size": "|".join(SIZES)}
+    words = [f"{key}={allowed.get(key, 'N')}" for key in defaults]
+    return f"known are {', '.join(words)}" + (" (or the size by itself)" if "size" in defaults else "")

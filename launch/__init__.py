@@ -1,0 +1,1 @@
+"""Commands: `python -m launch COMMAND`; strings in, one library call out."""

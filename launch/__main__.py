@@ -1,0 +1,89 @@
+"""`python -m launch COMMAND`: finds the command, prints its result, turns errors into one line and an exit code."""
+
+import importlib
+import os
+import sys
+import traceback
+
+COMMANDS = {
+    "train": "train a model, or go on with a run",
+    "eval": "likelihood of a split, with its error bar",
+    "sample": "generate text",
+    "prepare": "tokenise and pack a corpus ahead of time",
+    "doctor": "what is installed, which devices, and a small self-test",
+    "bench": "time and memory of the hot paths",
+}
+USAGE = """Block diffusion language models in JAX.
+
+  python -m launch COMMAND [--config=FILE.py[:args]] [--config.key=value ...] [flags]
+
+{commands}
+
+Examples:
+  python -m launch train                                # the main job: a model of Jane Austen, minutes on two cores
+  python -m launch eval --workdir=runs/tiny
+  python -m launch sample --workdir=runs/tiny --prompt="It was a truth"
+  python -m launch COMMAND --help                       # flags and examples of a command
+
+People read stderr; the last line of stdout is the result as one JSON object.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 42 preempted and saved, 75 stuck (both: run the same command again)."""
+HELP = ("--help", "-h")
+
+
+def main(argv: list[str]) -> int:
+    """Run one command; returns the exit code."""
+    if not argv or argv[0] in HELP:
+        print(USAGE.format(commands="\n".join(f"  {name:<9} {line}" for name, line in COMMANDS.items())))
+        return 0
+    from bd3lm_jax.errors import UserError, nearest
+
+    name, rest = argv[0], argv[1:]
+    try:
+        if name not in COMMANDS:
+            raise UserError(f"unknown command '{name}': {nearest(name, COMMANDS)}")
+        command = importlib.import_module(f"launch.{name}")
+        if any(word in HELP for word in rest):
+            print(_help(command))
+            return 0
+        return _run(command, rest)
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        print(f"error: the package '{error.name}' is not installed: pip install -e .", file=sys.stderr)
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def _run(command, argv: list[str]) -> int:
+    from bd3lm_jax import log
+    from launch import arguments
+
+    if command.TAKES_CONFIG:
+        spec, overrides, argv = arguments.split_config(argv)
+        args = arguments.parse_flags(command.define, argv)
+        result = command.main(args, arguments.load_config(spec, overrides), arguments.config_name(spec))
+    else:
+        result = command.main(arguments.parse_flags(command.define, argv))
+    log.result(result)
+    return 0 if result.get("ok", True) else 1
+
+
+def _help(command) -> str:
+    from launch import arguments
+
+    config = arguments.CONFIG_HELP if command.TAKES_CONFIG else ""
+    return f"{command.__doc__.strip()}\n\nFlags:{config}\n{arguments.flags_help(command.define)}".rstrip()
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    if code:  # at once: exit handlers of a failed process would wait for its peers and threads
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

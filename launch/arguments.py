@@ -1,0 +1,138 @@
+"""Command-line flags and `--config=FILE.py[:args] --config.key=value` to plain values; no device is touched."""
+
+import importlib.util
+import inspect
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from bd3lm_jax.errors import UserError, nearest
+
+DEFAULT_CONFIG = "configs/tiny.py"
+CONFIG_HELP = f"""
+  --config=FILE.py[:args]   the run's configuration (default {DEFAULT_CONFIG}); its docstring says which args it takes
+  --config.KEY=VALUE        change one key, e.g. --config.optim.lr=1e-3 --config.train.steps=2000;
+                            values in configs/common.py, meanings in bd3lm_jax/config.py"""
+
+
+def parse_flags(define: Callable[[flags.FlagValues], None], argv: Sequence[str]) -> flags.FlagValues:
+    """Values of the flags that `define` declares. UserError for an unknown flag, a bad value, a stray argument."""
+    values = flags.FlagValues()
+    define(values)
+    try:
+        rest = values(["launch", *argv])[1:]
+    except flags.Error as error:
+        raise UserError(_one_line(error)) from None
+    if rest:
+        raise UserError(f"unexpected argument '{rest[0]}': flags are written --name=value")
+    return values
+
+
+def required(values: flags.FlagValues, name: str) -> str:
+    """The value of a flag that has no sensible default. UserError if it is not given."""
+    if not values[name].value:
+        raise UserError(f"--{name} is missing: see --help for an example")
+    return values[name].value
+
+
+def flags_help(define: Callable[[flags.FlagValues], None]) -> str:
+    """One line a flag, with its default."""
+    values = flags.FlagValues()
+    define(values)
+    return "\n".join(f"  --{name:<12} {' '.join(values[name].help.split())} (default {values[name].default!r})"
+                     for name in values)
+
+
+def split_config(argv: Sequence[str]) -> tuple[str, list[str], list[str]]:
+    """(config file and its args, `--config.key=value` words, the other words)."""
+    spec, overrides, rest = DEFAULT_CONFIG, [], []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in ("--config", "-config"):
+            spec = value if equals else next(words, "")
+        elif re.match(r"--?(no)?config\.", word):
+            overrides.append(word if equals or name.lstrip("-").startswith("no") else f"{word}={next(words, '')}")
+        else:
+            rest.append(word)
+    return spec, overrides, rest
+
+
+def config_name(spec: str) -> str:
+    """The name of a config file without directory, ending and args: what its run directory is called."""
+    return Path(spec.partition(":")[0]).stem
+
+
+def load_config(spec: str, overrides: Sequence[str]):
+    """A bd3lm_jax.config.Config: `get_config(args)` of a config file with keys changed, validated.
+
+    UserError for a missing file, bad args, key or value.
+    """
+    from bd3lm_jax.config import Config
+
+    config = _get_config(spec)
+    known = list(_leaves(config))
+    for word in overrides:
+        key = re.sub(r"^--?(no)?config\.", "", word).partition("=")[0]
+        if key not in known:
+            raise UserError(f"unknown config key '{key}': {_nearest_key(key, known)}")
+    values = flags.FlagValues()
+    try:
+        argv = ["launch", *overrides]
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        values(argv)
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(_one_line(error)) from None
+    return Config.from_dict(values.config)
+
+
+def _get_config(spec: str) -> ConfigDict:
+    path, colon, arg = spec.partition(":")
+    if not os.path.isfile(path):
+        there = sorted(str(file) for file in Path("configs").glob("*.py") if file.stem not in ("__init__", "common"))
+        raise UserError(f"config file '{path}' does not exist: " + (
+            nearest(path, there) if there else "run from the checkout, which holds configs/, or give --config=FILE.py"))
+    module_spec = importlib.util.spec_from_file_location(f"config_{config_name(spec)}", path)
+    if module_spec is None:
+        raise UserError(f"config file '{path}' is not a Python file: expected a name that ends in .py")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"config file '{error.filename}' line {error.lineno}: {error.msg}") from None
+    if not hasattr(module, "get_config"):
+        raise UserError(f"config file '{path}' has no function get_config(arg)")
+    args = [arg] if colon else []
+    try:
+        inspect.signature(module.get_config).bind(*args)
+    except TypeError:
+        raise UserError(f"config file '{path}' takes " + ("no args after ':'" if args else "args: give FILE.py:args"))
+    try:
+        return ConfigDict(module.get_config(*args))
+    except ValueError as error:
+        raise UserError(f"{spec}: {error}") from None
+
+
+def _leaves(config: ConfigDict, prefix: str = ""):
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def _nearest_key(key: str, known: list[str]) -> str:
+    """The key of that name in another section, else the closest of its section, else the closest section."""
+    section, leaf = key.partition(".")[0], key.rpartition(".")[2]
+    same_name = [name for name in known if name.rpartition(".")[2] == leaf]
+    same_section = [name for name in known if name.startswith(f"{section}.")]
+    sections = {name.partition(".")[0] for name in known}
+    return nearest(key, same_name or same_section) if same_name or same_section else nearest(section, sections)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,29 @@
+"""The registry of objectives, and what the package may import."""
+
+import ast
+import sys
+from pathlib import Path
+
+import bd3lm_jax.diffusion
+from bd3lm_jax.diffusion import OBJECTIVES
+from bd3lm_jax.diffusion.ar import AR
+from bd3lm_jax.diffusion.masked import Masked
+
+
+def test_registry():
+    assert OBJECTIVES == {"masked": Masked, "ar": AR}
+
+
+def test_import_walls():
+    """Only jax, flax, numpy, chex, the errors and itself: no network, no configuration, no optimiser."""
+    imported = set()
+    for file in Path(bd3lm_jax.diffusion.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module)
+    ours = {name for name in imported if name.startswith("bd3lm_jax")}
+    assert all(name == "bd3lm_jax.errors" or name.startswith("bd3lm_jax.diffusion") for name in ours)
+    others = {name.split(".")[0] for name in imported - ours} - sys.stdlib_module_names
+    assert others <= {"jax", "flax", "numpy", "chex"}

@@ -1,0 +1,332 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bd3lm_jax.checkpoint import Checkpoints, fingerprints
+from bd3lm_jax.errors import RunError, UserError
+from bd3lm_jax.state import TrainState
+
+# Reads that fail leave coroutines behind, which complain when they are collected.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+
+
+def make_state(step, ema=True, width=16):
+    rng = np.random.default_rng(step)
+    # Incompressible values: a flipped byte of a data file then lands in the array and not in the compression.
+    params = {"blocks": {"qkv": {"kernel": jnp.asarray(rng.standard_normal((2, 64, width)), jnp.float32)}},
+              "head": {"bias": jnp.asarray(rng.standard_normal(width), jnp.bfloat16)}}
+    opt_state = jax.tree.map(lambda x: x + jnp.asarray(rng.integers(9), x.dtype), TX.init(params))
+    average = jax.tree.map(lambda x: 2 * x.astype(jnp.float32), params) if ema else {}
+    return TrainState(step=jnp.int32(step), params=params, ema=average, opt_state=opt_state)
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def saved(workdir, steps, keep=3, **options):
+    with Checkpoints(workdir, keep) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, make_state(step, **options), {"config": {"seed": step}})
+    return workdir / "checkpoints"
+
+
+def assert_equal(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right)):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def restore(workdir, **options):
+    """(state, meta, warnings) of a fresh Checkpoints."""
+    warnings = []
+    with Checkpoints(workdir, keep=3, warn=warnings.append, **options) as checkpoints:
+        state, meta = checkpoints.restore(abstract(make_state(0)))
+    return state, meta, warnings
+
+
+def test_round_trip_keeps_the_latest(tmp_path):
+    saved(tmp_path, [1, 2, 3, 4], keep=2)
+    state, meta, warnings = restore(tmp_path)
+    assert_equal(state, make_state(4))
+    assert meta == {"config": {"seed": 4}} and not warnings
+    checkpoints = Checkpoints(tmp_path, 2, read_only=True)
+    assert checkpoints.steps() == [3, 4] and checkpoints.latest_step() == 4
+
+
+def test_deleted_steps_leave_no_files(tmp_path):
+    directory = saved(tmp_path, [1, 2, 3], keep=1)
+    names = {path.name for path in directory.rglob("*") if path.name.isdecimal()}
+    assert names == {"3"} and not (directory / ".trash").exists()
+
+
+def test_saved_arrays_may_be_donated_at_once(tmp_path):
+    state = make_state(1)
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save(1, state, {})
+        jax.jit(lambda s: jax.tree.map(jnp.zeros_like, s), donate_argnums=0)(state)
+    assert_equal(restore(tmp_path)[0], make_state(1))
+
+
+def test_latest_step_counts_a_save_under_way(tmp_path):
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        assert checkpoints.latest_step() is None
+        checkpoints.save(7, make_state(7), {})
+        assert checkpoints.latest_step() == 7
+
+
+def test_existing_and_earlier_steps_are_refused(tmp_path):
+    saved(tmp_path, [2])
+    with Checkpoints(tmp_path, 3) as checkpoints:
+        with pytest.raises(RunError, match="step 2 is already saved"):
+            checkpoints.save(2, make_state(2), {})
+        with pytest.raises(RunError, match="step 1 was not saved.*later step, 2"):
+            checkpoints.save(1, make_state(1), {})
+
+
+@pytest.mark.parametrize("which, factor", [("ema", 2), ("params", 1)])
+def test_weights_alone(tmp_path, which, factor):
+    directory = saved(tmp_path, [5])
+    for other in {"ema", "params", "opt"} - {which}:
+        shutil.rmtree(directory / "5" / other)
+    target = make_state(0).ema if which == "ema" else make_state(0).params
+    tree, meta, step = Checkpoints(tmp_path, 1, read_only=True).restore_params(which, abstract(target))
+    assert_equal(tree, make_state(5).ema if which == "ema" else make_state(5).params)
+    assert step == 5 and meta == {"config": {"seed": 5}}
+
+
+def test_without_average_ema_means_params(tmp_path):
+    saved(tmp_path, [5], ema=False)
+    with Checkpoints(tmp_path, 1, read_only=True) as checkpoints:
+        tree, _, _ = checkpoints.restore_params("ema", abstract(make_state(0).params))
+        assert_equal(tree, make_state(5).params)
+        state, _ = checkpoints.restore(abstract(make_state(0, ema=False)))
+    assert_equal(state, make_state(5, ema=False))
+
+
+def test_unknown_weights(tmp_path):
+    with pytest.raises(UserError, match="'best'.*'ema' or 'params'"):
+        Checkpoints(tmp_path, 1, read_only=True).restore_params("best", {})
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+def test_no_checkpoint(tmp_path, read_only):
+    checkpoints = Checkpoints(tmp_path / "run", 1, read_only=read_only)
+    with pytest.raises(UserError, match=f"no checkpoint in {tmp_path}/run/checkpoints: train first"):
+        checkpoints.restore(abstract(make_state(0)))
+    assert (tmp_path / "run").exists() != read_only
+
+
+def test_other_shapes_are_named_before_anything_is_read(tmp_path):
+    directory = saved(tmp_path, [1, 2])
+    shutil.rmtree(directory / "2" / "params")
+    for read_only in (True, False):
+        with Checkpoints(tmp_path, 3, read_only) as checkpoints, pytest.raises(UserError) as error:
+            checkpoints.restore(abstract(make_state(0, width=8)))
+    message = str(error.value)
+    assert error.value.exit_code == 2 and "checkpoints/2 is of another model" in message
+    assert "params/head/bias is bfloat16[16] in the checkpoint, bfloat16[8] in this model" in message
+    assert "\n" not in message and "; and 3 more" in message  # of 8: weights, average and two moments
+
+
+def test_other_trees_are_named(tmp_path):
+    saved(tmp_path, [1])
+    with Checkpoints(tmp_path, 3) as checkpoints:
+        with pytest.raises(UserError, match="ema/head/bias is float32.16. in the checkpoint, absent in this model"):
+            checkpoints.restore(abstract(make_state(0, ema=False)))
+        wanted = {**make_state(0).params, "extra": jnp.zeros(2)}
+        with pytest.raises(UserError, match="params/extra is absent in the checkpoint, float32.2. in this model"):
+            checkpoints.restore_params("params", abstract(wanted))
+
+
+def largest(directory):
+    return max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip_bit(path, position):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("item", ["params", "ema", "opt"])
+@pytest.mark.parametrize("position", [0.3, 0.7])
+def test_flipped_bit_falls_back_to_the_previous_step(tmp_path, item, position):
+    directory = saved(tmp_path, [1, 2])
+    path = largest(directory / "2" / item)
+    flip_bit(path, int(position * path.stat().st_size))
+    state, _, warnings = restore(tmp_path)
+    assert_equal(state, make_state(1))
+    assert len(warnings) == 1 and "checkpoints/2 is damaged" in warnings[0] and "\n" not in warnings[0]
+
+
+def test_flipped_bit_is_named_by_its_array(tmp_path):
+    directory = saved(tmp_path, [1, 2])
+    path = largest(directory / "2" / "params")
+    flip_bit(path, path.stat().st_size // 2)
+    assert "params/blocks/qkv/kernel differs from its fingerprint" in restore(tmp_path, read_only=True)[2][0]
+
+
+def change_meta(step):
+    path = step / "meta" / "metadata"
+    path.write_text(path.read_text().replace('"seed": 2', '"seed": 3'))
+
+
+DAMAGE = {
+    "meta changed": change_meta,
+    "meta cut": lambda step: os.truncate(step / "meta" / "metadata", 40),
+    "meta gone": lambda step: shutil.rmtree(step / "meta"),
+    "array data cut": lambda step: os.truncate(largest(step / "params"), 100),
+    "array data gone": lambda step: largest(step / "params").unlink(),
+    "item gone": lambda step: shutil.rmtree(step / "opt"),
+    "half deleted": lambda step: [shutil.rmtree(step / name) for name in ("opt", "meta", "params")],
+    "empty": lambda step: (shutil.rmtree(step), step.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_step_is_skipped_moved_away_and_saved_again(tmp_path, damage):
+    directory = saved(tmp_path, [1, 2])
+    DAMAGE[damage](directory / "2")
+    state, _, warnings = restore(tmp_path, read_only=True)
+    assert_equal(state, make_state(1))
+    assert len(warnings) == 1 and (directory / "2").exists()
+    with Checkpoints(tmp_path, keep=1, warn=warnings.append) as checkpoints:
+        assert_equal(checkpoints.restore(abstract(make_state(0)))[0], make_state(1))
+        assert checkpoints.steps() == [1] and (directory / ".damaged" / "2").exists()
+        checkpoints.save(2, make_state(2), {})
+    assert_equal(restore(tmp_path)[0], make_state(2))
+
+
+def test_half_written_step_is_never_seen(tmp_path):
+    directory = saved(tmp_path, [1, 2])
+    os.rename(directory / "2", directory / "2.orbax-checkpoint-tmp-0")
+    state, _, warnings = restore(tmp_path)
+    assert_equal(state, make_state(1))
+    assert not warnings
+
+
+def test_nothing_readable_is_an_error_and_moves_nothing(tmp_path):
+    directory = saved(tmp_path, [1, 2])
+    for step in ("1", "2"):
+        shutil.rmtree(directory / step / "params")
+    with pytest.raises(RunError, match=r"none of the checkpoints \[1, 2\]") as error:
+        restore(tmp_path)
+    assert error.value.exit_code == 1 and (directory / "1").exists() and (directory / "2").exists()
+
+
+def test_warnings_go_to_stderr(tmp_path, capsys):
+    directory = saved(tmp_path, [1, 2])
+    shutil.rmtree(directory / "2" / "opt")
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        checkpoints.restore(abstract(make_state(0)))
+    assert "checkpoints/2 is damaged" in capsys.readouterr().err
+
+
+def test_other_format_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("bd3lm_jax.checkpoint.FORMAT", 99)
+    saved(tmp_path, [1])
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="has format 99, this version reads 1"):
+        restore(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
+def test_fingerprint_sees_every_bit_and_every_swap(dtype):
+    x = np.asarray(jnp.asarray(np.random.default_rng(0).integers(0, 2, (5, 7)), dtype))
+    before = fingerprints(x)[""]
+    raw = x.view(np.uint8).reshape(-1)
+    for position in range(0, raw.size, 3):
+        for bit in range(1 if dtype == "bool" else 8):
+            changed = raw.copy()
+            changed[position] ^= 1 << bit
+            assert fingerprints(changed.view(x.dtype).reshape(x.shape))[""] != before
+    swapped = np.ascontiguousarray(x[::-1])
+    assert fingerprints(swapped)[""] != before
+    assert fingerprints(x.copy())[""] == before
+
+
+def test_fingerprint_tells_zero_from_minus_zero():
+    assert fingerprints(jnp.zeros(3)) != fingerprints(-jnp.zeros(3))
+
+
+def run_python(code, *arguments):
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def test_restores_on_other_meshes_bit_for_bit(tmp_path):
+    saved(tmp_path, [3])
+    expected = jax.tree.leaves(fingerprints(make_state(3)))
+    answer = json.loads(run_python("""
+        import json, sys
+        import jax, jax.numpy as jnp
+        jax.config.update("jax_num_cpu_devices", 8)
+        import optax
+        from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+        from bd3lm_jax.checkpoint import Checkpoints, fingerprints
+        from bd3lm_jax.state import TrainState
+
+        params = {"blocks": {"qkv": {"kernel": jax.ShapeDtypeStruct((2, 64, 16), jnp.float32)}},
+                  "head": {"bias": jax.ShapeDtypeStruct((16,), jnp.bfloat16)}}
+        tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+        ema = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
+        state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, ema, jax.eval_shape(tx.init, params))
+        sums = []
+        for shape in ((8, 1), (2, 4)):
+            mesh = jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+            specs = {0: P(), 1: P("fsdp"), 3: P(None, "fsdp", "data")}
+            target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=NamedSharding(mesh, specs[len(x.shape)])), state)
+            with Checkpoints(sys.argv[1], 5) as checkpoints:
+                restored, _ = checkpoints.restore(target)
+                assert restored.params["blocks"]["qkv"]["kernel"].sharding == target.params["blocks"]["qkv"][
+                    "kernel"].sharding
+                sums.append(jax.tree.leaves(fingerprints(restored)))
+                checkpoints.save(4 + len(sums), restored, {"mesh": shape})
+        print(json.dumps(sums))
+    """, tmp_path))
+    assert answer == [expected, expected]
+    state, meta, _ = restore(tmp_path)
+    assert meta == {"mesh": [2, 4]}
+    assert_equal(state, make_state(3))
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_full_disk_names_the_last_complete_checkpoint(tmp_path, waits):
+    saved(tmp_path, [3])
+    message = run_python("""
+        import resource, signal, sys
+        import jax, numpy as np
+        from bd3lm_jax.checkpoint import Checkpoints
+        from bd3lm_jax.errors import RunError
+        from bd3lm_jax.state import TrainState
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        big = jax.numpy.asarray(np.random.default_rng(0).standard_normal(2**18), "float32")
+        state = TrainState(jax.numpy.int32(5), {"kernel": big}, {}, {"kernel": big})
+        checkpoints = Checkpoints(sys.argv[1], keep=1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, 2**17))
+        try:
+            checkpoints.save(5, state, {}, wait=sys.argv[2] == "True")
+            checkpoints.save(6, state, {})
+        except RunError as error:
+            print(error)
+    """, tmp_path, waits)
+    assert message.startswith(f"could not save a checkpoint to {tmp_path}/checkpoints: ")
+    assert "File too large" in message
+    assert "the last complete checkpoint is step 3. Free some disk space" in message
+    assert_equal(restore(tmp_path)[0], make_state(3))

@@ -1,0 +1,117 @@
+"""Every shipped config with all its documented arguments builds and validates, and says what its notes say."""
+
+import itertools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bd3lm_jax import models
+from bd3lm_jax.config import Config
+from bd3lm_jax.models import trunk
+from bd3lm_jax.optim import make_schedule
+from configs import austen, common, lm1b, owt, tiny
+from launch.arguments import load_config
+
+CONFIGS = {"tiny": tiny, "austen": austen, "lm1b": lm1b, "owt": owt}
+ALGORITHMS = ("", "algo=mdlm", "algo=ar", "block_size=1", "block_size=16", "block_size=4,algo=bd3lm")
+SIZES_AND_ALGORITHMS = [",".join(filter(None, words))
+                        for words in itertools.product(("", "tiny", "size=small", "medium"), ALGORITHMS)]
+ARGS = {
+    "tiny": ALGORITHMS,
+    "austen": ALGORITHMS,
+    "lm1b": SIZES_AND_ALGORITHMS,
+    "owt": SIZES_AND_ALGORITHMS,
+}
+
+
+def test_every_config_file_is_tested():
+    files = {path.stem for path in Path(common.__file__).parent.glob("*.py")} - {"__init__", "common"}
+    assert files == set(CONFIGS)
+
+
+@pytest.mark.parametrize(("name", "arg"), [(name, arg) for name in CONFIGS for arg in ARGS[name]])
+def test_builds_and_validates(name, arg):
+    config = Config.from_dict(CONFIGS[name].get_config(arg))
+    length = config.data.length
+    expected = 1 if "ar" in arg.split("=") else length if "mdlm" in arg else 4
+    for word in arg.split(","):
+        if word.startswith("block_size="):
+            expected = int(word.removeprefix("block_size="))
+    assert config.block_size == expected
+    assert config.diffusion.kind == ("ar" if "algo=ar" in arg else "masked")
+    assert config.model.adaln == ("algo=ar" not in arg)
+    assert Config.from_dict(config.to_dict()) == config
+    make_schedule(config.optim, config.train.steps)  # warm-up and decay fit into the steps
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_is_a_lab_note(name):
+    note = CONFIGS[name].__doc__.lower()
+    for part in ("python -m launch train", "arguments:", "hardware", "time:", "expected"):
+        assert part in note, f"the docstring of configs/{name}.py does not say {part!r}"
+
+
+def test_default_arguments_are_the_block_diffusion_model_of_size_4():
+    for config in CONFIGS.values():
+        assert config.get_config().to_dict() == config.get_config("block_size=4,algo=bd3lm").to_dict()
+
+
+@pytest.mark.parametrize(("block_size", "clip"), [(4, (0.45, 0.95)), (16, (0.3, 0.8)), (8, (0.0, 1.0))])
+def test_published_clips(block_size, clip):
+    """The noise ranges that the paper found for block sizes 4 and 16; other sizes train on all of it."""
+    for config in (lm1b, owt):
+        diffusion = config.get_config(f"block_size={block_size}").diffusion
+        assert (diffusion.clip_low, diffusion.clip_high) == clip
+
+
+def test_recipe_trains_on_the_published_number_of_tokens():
+    """850K steps with one block and 150K with small ones; 65B and 524B tokens in all."""
+    for config, billions in ((lm1b, 65), (owt, 524)):
+        whole, last = config.get_config("algo=ar"), config.get_config("block_size=4")
+        assert whole.train.steps * whole.train.batch * whole.data.length == pytest.approx(billions * 1e9, rel=0.01)
+        assert last.train.steps + 850_000 == whole.train.steps
+
+
+def test_small_has_the_published_number_of_parameters():
+    """169.6M at the 50258 tokens of GPT-2 with a mask (BD3-LM), counted without the padding of the vocabulary."""
+    config = Config.from_dict({**owt.get_config("small").to_dict(),
+                               "model": {**owt.get_config("small").model.to_dict(), "vocab_size": 50258}})
+    params = jax.eval_shape(lambda: trunk.init(models.build(config.model, jnp.float32), jax.random.key(0)))
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    padding = (config.model.padded_vocab - 50258) * (2 * config.model.width + 1)
+    assert (total - padding) / 1e6 == pytest.approx(169.6, abs=0.05)
+
+
+@pytest.mark.parametrize(("arg", "message"), [
+    ("foo", "unknown config argument 'foo'"),
+    ("blok_size=4", "block_size=N"),
+    ("block_size=", "block_size="),
+    ("block_size=0", "positive whole number"),
+    ("block_size=4.0", "positive whole number"),
+    ("algo=gpt", "expected one of bd3lm, mdlm, ar"),
+    ("size=huge", "expected one of tiny, small, medium"),
+    ("block_size=4,algo=ar", "no effect with algo=ar"),
+    ("block_size=4,algo=mdlm", "no effect with algo=mdlm"),
+])
+def test_bad_arguments_say_what_is_known(arg, message):
+    with pytest.raises(ValueError, match=message):
+        lm1b.get_config(arg)
+
+
+def test_a_size_is_unknown_where_none_is_documented():
+    with pytest.raises(ValueError, match="unknown config argument 'small'"):
+        tiny.get_config("small")
+
+
+def test_overrides_have_the_types_of_the_keys():
+    config = load_config(f"{tiny.__file__}:block_size=8", [
+        "--config.optim.lr=1", "--config.train.steps=7", "--noconfig.model.adaln", "--config.data.path=x y",
+        "--config.diffusion.count_probs=(1, 2, 3, 4, 5, 6, 7, 8)"])
+    assert (config.optim.lr, type(config.optim.lr)) == (1.0, float)
+    assert config.train.steps == 7
+    assert config.model.adaln is False
+    assert config.data.path == "x y"
+    assert config.diffusion.count_probs == (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
+    assert config.block_size == 8

@@ -1,0 +1,253 @@
+"""The command line: help, one clean line for bad input, exit codes, and what each command hands to the library."""
+
+import importlib
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from bd3lm_jax.errors import Preempted, RunError, UserError
+from launch.__main__ import COMMANDS, main
+
+ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / "configs" / "tiny.py")
+
+
+@pytest.fixture(autouse=True)
+def in_checkout(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("BD3LM_CACHE", str(tmp_path / "cache"))
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    code = main(list(argv))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def stand_in(monkeypatch, module: str, **attributes) -> None:
+    """A module whose functions a command will call instead of the real ones."""
+    fake = types.ModuleType(module)
+    vars(fake).update(attributes)
+    monkeypatch.setitem(sys.modules, module, fake)
+    parent, _, child = module.rpartition(".")
+    monkeypatch.setattr(importlib.import_module(parent), child, fake, raising=False)
+
+
+# ---- help
+
+
+@pytest.mark.parametrize("argv", [(), ("--help",), ("-h",)])
+def test_usage_lists_every_command(capsys, argv):
+    code, out, _ = run(capsys, *argv)
+    assert code == 0
+    for name, line in COMMANDS.items():
+        assert f"{name} " in out and line in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(capsys, command):
+    code, out, err = run(capsys, command, "--help")
+    assert (code, err) == (0, "")
+    assert f"python -m launch {command}" in out
+    names = {word.split("=")[0] for word in out.split("Flags:")[0].split() if word.startswith("--")}
+    assert all(name in out.split("Flags:")[1] or name.startswith("--config.") for name in names)
+
+
+def test_help_does_not_import_jax():
+    code = ("import sys; from launch.__main__ import main; main([]); main(['train', '--help']); "
+            "sys.exit('jax' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+
+
+# ---- bad usage
+
+
+BAD = [
+    (("trian",), "unknown command 'trian': did you mean 'train'?"),
+    (("train", "--wordir=x"), "'wordir'. Did you mean: workdir"),
+    (("train", "tiny"), "unexpected argument 'tiny'"),
+    (("train", f"--config={TINY}x"), "does not exist"),
+    (("train", "--config=configs/tinny.py"), "did you mean 'configs/tiny.py'?"),
+    (("train", "--config=LICENSE"), "LICENSE' is not a Python file"),
+    (("train", "--config=setup.cfg.py"), "does not exist"),
+    (("train", "--config"), "config file '' does not exist"),
+    (("train", f"--config={TINY}:foo"), "unknown config argument 'foo': known are block_size=N"),
+    (("train", f"--config={TINY}:block_size=x"), "block_size=x: expected a positive whole number"),
+    (("train", "--config.optim.lrr=1"), "unknown config key 'optim.lrr': did you mean 'optim.lr'?"),
+    (("train", "--config.steps=1"), "train.steps"),
+    (("train", "--config.optm.rate=1"), "did you mean 'optim'?"),
+    (("train", "--config.zebra=1"), "known: checkpoint, compute, data"),
+    (("train", "--config.train.steps=many"), "--config.train.steps=many: invalid literal for int()"),
+    (("train", "--config.train.steps=1.5"), "invalid literal for int()"),
+    (("train", "--config.model.adaln=perhaps"), "--config.model.adaln=perhaps"),
+    (("train", "--config.diffusion.count_probs=(1, 'a')"), "config key 'diffusion.count_probs' is 'a' (str)"),
+    (("train", "--config.train.steps=0"), "train.steps is 0, expected at least 1"),
+    (("train", "--config.diffusion.block_size=3"), "block_size=3 does not divide data.length=256"),
+    (("train", "--config.data.source=autsen"), "data.source is 'autsen'"),
+    (("prepare", "--split=tets"), "unknown split 'tets': did you mean 'test'?"),
+    (("prepare", "--config.data.tokenizer=gpt3"), "gpt3"),
+    (("eval",), "--workdir is missing"),
+    (("eval", "--workdir=x", "--draws=0"), "--draws=0"),
+    (("eval", "--workdir=x", "--weights=emma"), "--weights=emma"),
+    (("sample",), "--workdir is missing"),
+    (("sample", "--workdir=x", "--num=0"), "--num=0"),
+    (("sample", "--workdir=x", "--top_p=1.5"), "--top_p=1.5"),
+    (("sample", "--workdir=x", "--temperature=warm"), "--temperature=warm"),
+    (("bench", "--rounds=0"), "--rounds=0"),
+    (("doctor", "--fix"), "'fix'"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD)
+def test_bad_usage_is_one_line_and_exit_code_2(capsys, argv, message):
+    code, out, err = run(capsys, *argv)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert (code, out, len(lines)) == (2, "", 1)
+    assert err.splitlines()[-1] == lines[0], "the error is the last thing said"
+    assert message in lines[0]
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (None, "does not exist"), (b"", "expected at least 2"), (b"one line\n", "expected at least 2"),
+    (b"good\nbad \xff\n", "byte 0xff at offset 9"),
+])
+def test_bad_text_file(capsys, tmp_path, content, message):
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    code, out, err = run(capsys, "prepare", "--config.data.source=text", f"--config.data.path={path}",
+                         "--config.data.tokenizer=bytes")
+    assert (code, out) == (2, "")
+    assert message in err.splitlines()[-1] and str(path) in err
+
+
+@pytest.mark.parametrize(("source", "message"), [
+    ("def get_config(:\n", "line 1"),
+    ("x = 1\n", "has no function get_config"),
+    ("def get_config():\n    return {}\n", "missing config key"),
+])
+def test_bad_config_file(capsys, tmp_path, source, message):
+    path = tmp_path / "mine.py"
+    path.write_text(source)
+    code, out, err = run(capsys, "train", f"--config={path}")
+    assert (code, out) == (2, "")
+    assert message in err and len(err.splitlines()) == 1
+
+
+def test_config_without_args_says_so(capsys, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def get_config():\n    return {}\n")
+    code, _, err = run(capsys, "train", f"--config={path}:small")
+    assert code == 2 and "takes no args" in err and len(err.splitlines()) == 1
+
+
+# ---- exit codes
+
+
+@pytest.mark.parametrize(("error", "code", "said"), [
+    (UserError("wrong input:\n  two lines"), 2, "error: wrong input: two lines\n"),
+    (RunError("disk full"), 1, "error: disk full\n"),
+    (Preempted("saved at step 7"), 42, "error: saved at step 7\n"),
+    (KeyboardInterrupt(), 130, "interrupted\n"),
+    (ModuleNotFoundError("No module named 'rich'", name="rich"), 1, "error: the package 'rich' is not installed: "
+     "pip install -e .\n"),
+])
+def test_exit_codes(capsys, monkeypatch, error, code, said):
+    def diagnose():
+        raise error
+
+    stand_in(monkeypatch, "bd3lm_jax.doctor", diagnose=diagnose)
+    assert run(capsys, "doctor") == (code, "", said)
+
+
+def test_unexpected_error_keeps_its_traceback(capsys, monkeypatch):
+    stand_in(monkeypatch, "bd3lm_jax.doctor", diagnose=lambda: {}["lost"])
+    code, out, err = run(capsys, "doctor")
+    assert (code, out) == (1, "")
+    assert "Traceback" in err and "KeyError: 'lost'" in err
+
+
+@pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 1)])
+def test_doctor_fails_with_its_report(capsys, monkeypatch, ok, code):
+    stand_in(monkeypatch, "bd3lm_jax.doctor", diagnose=lambda: {"ok": ok})
+    assert run(capsys, "doctor")[:2] == (code, json.dumps({"ok": ok}) + "\n")
+
+
+# ---- what the commands hand over
+
+
+def recorder(calls: list, returns):
+    def call(*args, **kwargs):
+        calls.append((args, kwargs))
+        return returns
+
+    return call
+
+
+def test_train_gets_the_config_and_a_workdir_named_after_it(capsys, monkeypatch):
+    calls = []
+    stand_in(monkeypatch, "bd3lm_jax.train", train=recorder(calls, {"step": 5}))
+    assert run(capsys, "train", "--config.train.steps", "5", "--config.optim.lr=1e-2")[:2] == (0, '{"step": 5}\n')
+    assert run(capsys, "train", "--config=configs/austen.py:algo=ar", "--workdir=elsewhere")[0] == 0
+    (first, workdir), (second, elsewhere) = (args for args, _ in calls)
+    assert (first.train.steps, first.optim.lr, workdir) == (5, 0.01, "runs/tiny")
+    assert (second.diffusion.kind, elsewhere) == ("ar", "elsewhere")
+
+
+def test_eval_hands_every_flag_over(capsys, monkeypatch):
+    calls = []
+    stand_in(monkeypatch, "bd3lm_jax.evaluate", evaluate_run=recorder(calls, {"nll": 1.0}))
+    code, out, _ = run(capsys, "eval", "--workdir=w", "--split=valid", "--data=d.txt", "--estimator=nll", "--draws=3",
+                       "--seed=4", "--weights=params", "--batch=5")
+    assert (code, json.loads(out)) == (0, {"nll": 1.0})
+    assert calls == [(("w",), {"split": "valid", "data": "d.txt", "estimator": "nll", "draws": 3, "seed": 4,
+                               "weights": "params", "batch": 5})]
+
+
+def test_sample_prints_the_contract(capsys, monkeypatch):
+    loads, calls = [], []
+    texts = [types.SimpleNamespace(text="a [b] c", tokens=[1, 2, 3], nfe=3, stop="end"),
+             types.SimpleNamespace(text="d", tokens=[4], nfe=5, stop="length")]
+    model = types.SimpleNamespace(generate=recorder(calls, texts))
+    monkeypatch.setattr("bd3lm_jax.load", recorder(loads, model), raising=False)
+    code, out, err = run(capsys, "sample", "--workdir=w", "--prompt=one", "--prompt=two, three", "--num=1", "--top_k=9",
+                         "--seed=3", "--length=64")
+    assert code == 0
+    assert loads == [(("w",), {"weights": "ema"})]
+    assert calls == [((["one", "two, three"],), {"num": 1, "length": 64, "sampler": "first_hitting", "temperature": 1.0,
+                                                 "top_k": 9, "top_p": None, "seed": 3})]
+    result = json.loads(out)
+    assert result.pop("tokens_per_s") > 0
+    assert result == {
+        "samples": [{"text": "a [b] c", "num_tokens": 3, "nfe": 3, "stop": "end"},
+                    {"text": "d", "num_tokens": 1, "nfe": 5, "stop": "length"}],
+        "nfe_per_token": 2.0, "seed": 3,
+        "sampler": {"name": "first_hitting", "temperature": 1.0, "top_k": 9, "top_p": None}}
+    assert "a [b] c" in err
+
+
+def test_prepare_counts_rows_and_tokens(capsys, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"line number {i}\n" for i in range(200)))
+    code, out, _ = run(capsys, "prepare", "--config.data.source=text", f"--config.data.path={path}",
+                       "--config.data.tokenizer=bytes", "--config.data.length=64", "--config.data.valid_fraction=0.1")
+    result = json.loads(out)
+    sizes = [len(f"line number {i}\n") for i in range(200)]
+    assert code == 0
+    assert result["tokens"] == {"train": sum(sizes[:180]), "valid": sum(sizes[180:])}
+    assert result["rows"] == {split: -(-tokens // 64) for split, tokens in result["tokens"].items()}
+    assert all(Path(directory).is_dir() for directory in result["path"].values())
+    assert len(set(result["hash"].values())) == 2
+
+
+def test_bench_lists_and_runs(capsys, monkeypatch):
+    calls = []
+    stand_in(monkeypatch, "bd3lm_jax.bench", bench=recorder(calls, {"ratio": 1.5}), BENCHES={"step": None})
+    assert run(capsys, "bench")[:2] == (0, '{"benches": ["step"]}\n')
+    assert run(capsys, "bench", "--name=step", "--rounds=3")[:2] == (0, '{"ratio": 1.5}\n')
+    assert calls == [(("step", 3), {})]

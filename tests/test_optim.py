@@ -1,0 +1,114 @@
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bd3lm_jax.errors import UserError
+from bd3lm_jax.optim import ema_decay, make_optimizer, make_schedule, update_ema
+
+OPTIM = dict(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, clip_norm=1.0, warmup_steps=10,
+             schedule="constant", final_lr_fraction=0.1, decay_fraction=0.2, ema=0.999)
+
+
+def optim(**changes):
+    return types.SimpleNamespace(**{**OPTIM, **changes})
+
+
+def rates(steps, **changes):
+    schedule = make_schedule(optim(**changes), steps)
+    return np.array([float(schedule(n)) for n in range(steps + 1)])
+
+
+def test_warm_up_is_linear_from_zero_then_constant():
+    values = rates(100)
+    np.testing.assert_allclose(values[:11], 1e-2 * np.arange(11) / 10, rtol=1e-6)
+    np.testing.assert_allclose(values[10:], 1e-2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine", "wsd"])
+def test_no_warm_up_starts_at_the_full_rate(name):
+    assert rates(100, schedule=name, warmup_steps=0)[0] == pytest.approx(1e-2)
+
+
+def test_cosine_follows_its_formula():
+    n = np.arange(10, 101)
+    expected = 1e-2 * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * (n - 10) / 90)))
+    np.testing.assert_allclose(rates(100, schedule="cosine")[10:], expected, rtol=1e-5)
+
+
+def test_wsd_is_stable_then_falls_linearly_over_the_last_fifth():
+    values = rates(100, schedule="wsd")
+    np.testing.assert_allclose(values[10:81], 1e-2, rtol=1e-6)
+    np.testing.assert_allclose(values[80:], np.linspace(1e-2, 1e-3, 21), rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes, numbers", [
+    (dict(schedule="cosine", warmup_steps=100), "optim.warmup_steps=100 and 1 decay"),
+    (dict(schedule="wsd", warmup_steps=90), "optim.warmup_steps=90 and 20 decay"),
+])
+def test_warm_up_that_leaves_no_room_is_refused(changes, numbers):
+    with pytest.raises(UserError, match=f"{numbers}.*train.steps=100"):
+        make_schedule(optim(**changes), 100)
+
+
+def test_unknown_schedule_names_the_nearest():
+    with pytest.raises(UserError, match="cosine"):
+        make_schedule(optim(schedule="cosin"), 100)
+
+
+PARAMS = {"embed": {"embedding": np.full((3, 2), 2.0)}, "blocks": {"qkv": {"kernel": np.full((2, 2), -3.0)},
+          "norm1": {"scale": np.ones(2)}, "mlp_in": {"kernel": np.ones((2, 2)), "bias": np.full(2, 0.5)}}}
+
+
+def test_only_kernels_decay():
+    tx = make_optimizer(optim(warmup_steps=0), 100)
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    np.testing.assert_allclose(updates["blocks"]["qkv"]["kernel"], 1e-2 * 0.1 * 3.0, rtol=1e-6)
+    np.testing.assert_allclose(updates["blocks"]["mlp_in"]["kernel"], -1e-2 * 0.1, rtol=1e-6)
+    for leaf in (updates["embed"]["embedding"], updates["blocks"]["norm1"], updates["blocks"]["mlp_in"]["bias"]):
+        assert not np.any(jax.tree.leaves(leaf))
+
+
+def adamw_by_hand(x, gradients, clip):
+    m = v = np.zeros_like(x)
+    for n, g in enumerate(gradients, 1):
+        g = g * min(1.0, clip / np.linalg.norm(g)) if clip else g
+        m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+        step = (m / (1 - 0.9**n)) / (np.sqrt(v / (1 - 0.99**n)) + 1e-8)
+        x = x - 1e-2 * (step + 0.1 * x)
+    return x
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_update_is_clipped_adamw(clip):
+    rng = np.random.default_rng(0)
+    x, scales = rng.standard_normal((4, 3)), np.array([1, 9, 0.1, 1, 3])
+    gradients = scales[:, None, None] * rng.standard_normal((5, 4, 3))
+    tx = make_optimizer(optim(warmup_steps=0, clip_norm=clip), 100)
+    params = {"kernel": jnp.asarray(x, jnp.float32)}
+    state = tx.init(params)
+    for g in gradients:
+        updates, state = tx.update({"kernel": jnp.asarray(g, jnp.float32)}, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params["kernel"], adamw_by_hand(x, gradients, clip), atol=2e-6)
+
+
+def test_ema_warms_up():
+    assert float(ema_decay(0.9999, jnp.int32(0))) == pytest.approx(0.1)
+    assert float(ema_decay(0.9999, jnp.int32(90))) == pytest.approx(0.91)
+    assert float(ema_decay(0.9999, jnp.int32(10**7))) == pytest.approx(0.9999)
+
+
+def test_ema_moves_by_one_minus_the_decay_in_float32():
+    params = {"kernel": jnp.full(3, 5.0, jnp.bfloat16)}
+    average = update_ema({"kernel": jnp.full(3, 1.0)}, params, 0.5, jnp.int32(1000))
+    assert average["kernel"].dtype == jnp.float32
+    np.testing.assert_allclose(average["kernel"], 3.0)
+
+
+def test_ema_that_is_off_stays_off():
+    assert update_ema({}, {"kernel": jnp.ones(3)}, 0.0, jnp.int32(0)) == {}
