@@ -152,11 +152,6 @@ class Evaluator:
         self._row_nats = jax.jit(make_row_nats(model, self.objective, special, execution, self.views),
                                  out_shardings=(everywhere, everywhere))
 
-    def during_training(self, params, rows: Rows) -> dict:
-        """The bound on the first `eval.rows` rows (0: all), from one draw."""
-        return self.run(params, rows, estimator=default_estimator(self.objective), draws=1, seed=self.config.seed,
-                        num_rows=self.config.eval.rows)
-
     def run(self, params, rows: Rows, *, estimator: str, draws: int, seed: int, num_rows: int = 0) -> dict:
         """NLL of the first `num_rows` rows (0: all) in nats per token, with intervals.
 

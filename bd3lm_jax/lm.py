@@ -233,7 +233,7 @@ class LM:
             noised_sigma = None if sigma is None else sigma[:, None]
             clean_sigma = sigma if sigma is not None and sigma.shape[1] == 1 else None
             h = passes.two_stream(self.model, params, xt[:, None], x0, position, segment, block_size=size,
-                                  sigma_BxMxn=noised_sigma, clean_sigma_Bxn=clean_sigma, execution=passes.PLAIN)
+                                  sigma_BxMxn=noised_sigma, clean_sigma_Bx1=clean_sigma, execution=passes.PLAIN)
             return trunk.logits(self.model, params, h, noised_sigma)[:, 0, :length]
         return two_stream
 

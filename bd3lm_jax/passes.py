@@ -29,20 +29,19 @@ def compute_dtype(name: str):
 
 
 def two_stream(model: Backbone, params: dict, xt_BxMxL, x0_BxL, position_BxL, segment_BxL, *, block_size: int,
-               sigma_BxMxn=None, clean_sigma_Bxn=None, execution: Execution, dropout_keys=None) -> jax.Array:
+               sigma_BxMxn=None, clean_sigma_Bx1=None, execution: Execution, dropout_keys=None) -> jax.Array:
     """Hidden states `[B, M, L, D]` of M noised views, every block seeing the clean blocks before it (BD3-LM eq. 6).
 
     The last clean block is read by nobody and left out; with one block a row (MDLM) there is no clean stream.
-    sigma: noise level of each n-th part of the row, None for the constant 0 (networks without time conditioning).
+    sigma: noise level of each n-th part of the row, clean_sigma: one for the whole row (published checkpoints); None is
+    the constant 0 (and all that networks without time conditioning take).
     """
     length = x0_BxL.shape[1]
     block = position_BxL // block_size
     noised = Stream(xt_BxMxL, position_BxL, block, segment_BxL, sigma_BxMxn)
     clean, kept = None, length - block_size
     if kept > 0:
-        parts = 1 if clean_sigma_Bxn is None else clean_sigma_Bxn.shape[-1]
-        clean_sigma = None if clean_sigma_Bxn is None else clean_sigma_Bxn[:, :max(1, kept * parts // length)]
-        clean = Stream(x0_BxL[:, :kept], position_BxL[:, :kept], block[:, :kept], segment_BxL[:, :kept], clean_sigma)
+        clean = Stream(x0_BxL[:, :kept], position_BxL[:, :kept], block[:, :kept], segment_BxL[:, :kept], clean_sigma_Bx1)
     return _run(model, params, noised, clean, "block_causal", block_size, execution, dropout_keys).noised
 
 

@@ -19,7 +19,7 @@ from bd3lm_jax.config import Config
 from bd3lm_jax.data.loader import Loader, prefetch
 from bd3lm_jax.data.prepare import Rows, prepare, prepare_tokenizer
 from bd3lm_jax.data.tokenizers import Tokenizer
-from bd3lm_jax.errors import Preempted, RunError, UserError
+from bd3lm_jax.errors import Preempted, RunError
 from bd3lm_jax.evaluate import Evaluator, default_estimator
 from bd3lm_jax.log import RunLog, note, read_metrics
 from bd3lm_jax.models import Backbone, trunk
@@ -45,6 +45,10 @@ class Run:
     abstract: TrainState
 
     @property
+    def num_params(self) -> int:
+        return sum(x.size for x in jax.tree.leaves(self.abstract.params))
+
+    @property
     def special(self) -> SpecialIds:
         return SpecialIds(self.tokenizer.mask_id, self.tokenizer.end_id)
 
@@ -58,19 +62,18 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
     began = time.perf_counter()
     run = set_up(config, workdir)
     with jax.set_mesh(run.mesh), Checkpoints(run.workdir, run.config.checkpoint.keep) as checkpoints:
-        state = _first_state(run, checkpoints)
+        state, losses = _first_state(run, checkpoints)
         start = int(state.step)
+        evaluator = Evaluator(run.config, run.model, run.special, run.mesh)
         with RunLog(run.workdir, run.config.train.steps, start_step=start) as log, _termination() as stop:
-            evaluator = Evaluator(run.config, run.model, run.special, run.mesh)
-            state, step_ms = _loop(run, state, start, checkpoints, evaluator, log, stop)
+            state, step_ms, valid = _loop(run, state, losses, checkpoints, evaluator, log, stop)
         weights = state.ema or state.params
-        valid = evaluator.run(weights, run.rows["valid"], estimator=default_estimator(run.config.diffusion),
-                              draws=run.config.eval.draws, seed=run.config.seed)
+        valid = valid or _validate(run, evaluator, weights, whole=True)
         report.closing(run, weights, valid, evaluator)
     lines = read_metrics(run.workdir)
     return {"workdir": str(run.workdir), "step": run.config.train.steps, "train_nll": _last(lines, "train/nll"),
             "valid_nll": valid["nll"], "valid_ppl": valid["ppl"], "tokens_per_s": _last(lines, "train/tokens_per_s"),
-            "step_ms": step_ms, "params": sum(x.size for x in jax.tree.leaves(state.params)),
+            "step_ms": step_ms, "params": run.num_params,
             "wall_s": time.perf_counter() - began}
 
 
@@ -99,101 +102,110 @@ def _initial_state(config: Config, model: Backbone, tx) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(params))
 
 
-def _first_state(run: Run, checkpoints: Checkpoints) -> TrainState:
-    """The newest checkpoint of this run, else the weights of `init_from`, else random ones."""
+def _first_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, list[float]]:
+    """The newest checkpoint of this run and its latest losses, else the weights of `init_from`, else random ones."""
     placed = sharding.with_shardings(run.abstract, run.shardings)
     if checkpoints.latest_step() is not None:
         state, meta = checkpoints.restore(placed)
         rundir.check_tokenizer(run.tokenizer, meta["tokenizer"], f"the checkpoint in {run.workdir}")
         note(f"continuing from step {int(state.step)} of {run.workdir}")
-        return state
+        return state, meta["losses"]
     state = jax.jit(lambda: _initial_state(run.config, run.model, run.tx), out_shardings=run.shardings)()
     source = run.config.train.init_from
     if not source:
-        return state
+        return state, []
     _, there_tokenizer = rundir.read(source)
     rundir.check_tokenizer(run.tokenizer, there_tokenizer.identity, f"train.init_from={source}")
     with Checkpoints(source, 1, read_only=True) as others:
         params, _, step = others.restore_params("ema", placed.params)
     note(f"starting from the weights of {source}, step {step}")
     ema = jax.tree.map(jnp.copy, params) if state.ema else {}
-    return state.replace(params=params, ema=ema)
+    return state.replace(params=params, ema=ema), []
 
 
-def _loop(run: Run, state, start: int, checkpoints: Checkpoints, evaluator: Evaluator, log: RunLog, stop):
+def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evaluator: Evaluator, log: RunLog, stop):
     """All steps; returns the last state and the median milliseconds a step. Metrics are read one step late."""
-    config, shards = run.config, sharding.batch_sharding(run.mesh)
+    config, shards, start = run.config, sharding.batch_sharding(run.mesh), int(state.step)
     step_fn = jax.jit(make_step(config, run.model, run.tx, run.special), donate_argnums=0,
                       out_shardings=(run.shardings, None))
     loader = Loader(run.rows["train"], config.train.batch, config.seed, shards)
     tokens_a_step = config.train.batch * config.data.length
-    pending, clock, saved = None, _Clock(), start
+    pending, clock, valid = None, _Clock(), {}
     schedule = optim.make_schedule(config.optim, config.train.steps)
-    window = _Window(config.diffusion, config.log.every, tokens_a_step, schedule)
+    window = _Window(config.diffusion, config.log.every, tokens_a_step, schedule, losses)
+    log.note(f"{run.num_params:,} parameters, {len(run.rows['train'])} rows of {config.data.length} tokens, "
+             f"{run.mesh.size} x {jax.devices()[0].device_kind}; compiling the step")
     batches = prefetch(loader.get, start, config.train.steps, config.data.workers, PREFETCH)
-    for step, (ids, batch) in zip(range(start, config.train.steps), batches):
-        state, metrics = step_fn(state, batch)
-        if pending is not None:
-            _account(run, pending, window, clock, log)
-        pending, done = (step, ids, metrics), step + 1
-        last = done == config.train.steps
-        if last or done % config.eval.every == 0 or done % config.checkpoint.every == 0 or stop.is_set():
-            _account(run, pending, window, clock, log)
-            pending = None
-        if not last and done % config.eval.every == 0:
-            window.validate(done, evaluator.during_training(state.ema or state.params, run.rows["valid"]), log)
-            clock.pause()
-        if last or done % config.checkpoint.every == 0 or stop.is_set():
-            checkpoints.save(done, state, {"tokenizer": run.tokenizer.identity, "config_sha256": config.sha256()},
-                             wait=last or stop.is_set())
-            saved = done
-            clock.pause()
-        if stop.is_set() and not last:
-            raise Preempted(f"stopped by SIGTERM after step {done}, which is saved in {run.workdir}: run the same command "
-                            "again to go on")
-    if saved == start and start < config.train.steps:
-        raise RunError("the training loop ended without a step")
-    return state, clock.median_ms()
+    with contextlib.closing(batches):
+        for step, (ids, batch) in zip(range(start, config.train.steps), batches):
+            state, metrics = step_fn(state, batch)
+            if pending is not None:
+                window.add(*_read(run, pending, clock), {}, clock, log)
+            pending, done = (step, ids, metrics), step + 1
+            last, stopping = done == config.train.steps, stop.is_set()
+            validating = last or done % config.eval.every == 0
+            saving = last or stopping or done % config.checkpoint.every == 0
+            if validating or saving:
+                values = _read(run, pending, clock)
+                valid = _validate(run, evaluator, state.ema or state.params, whole=last) if validating else {}
+                window.add(*values, valid, clock, log)
+                pending = None
+                clock.pause()
+            if saving:
+                checkpoints.save(done, state, {"tokenizer": run.tokenizer.identity, "config_sha256": config.sha256(),
+                                               "losses": window.losses}, wait=last or stopping)
+            if stopping and not last:
+                raise Preempted(f"stopped by SIGTERM after step {done}, which is saved in {run.workdir}: run the same "
+                                "command again to go on")
+    return state, clock.median_ms(), valid
 
 
-def _account(run: Run, pending, window: "_Window", clock: "_Clock", log: RunLog) -> None:
-    """Read the metrics of a step (waiting for it), log and show them, stop if they are not finite."""
+def _validate(run: Run, evaluator: Evaluator, weights, whole: bool) -> dict:
+    """The bound on the validation split: on `eval.rows` rows from one draw, or with all rows and draws."""
+    settings = run.config.eval
+    return evaluator.run(weights, run.rows["valid"], estimator=default_estimator(run.config.diffusion),
+                         draws=settings.draws if whole else 1, seed=run.config.seed,
+                         num_rows=0 if whole else settings.rows)
+
+
+def _read(run: Run, pending, clock: "_Clock") -> tuple[int, dict]:
+    """Updates done and metrics of a step, once it has run. Raises RunError if they are not finite."""
     step, ids, metrics = pending
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     clock.tick()
     if not values["finite"]:
         raise RunError(
-            f"the loss of step {step + 1} is not finite (loss {values['loss']}, gradient norm {values['grad_norm']}; rows "
-            f"{', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''} of the training split): lower optim.lr or "
-            f"raise optim.warmup_steps; the last checkpoint in {run.workdir} is whole")
-    window.add(step + 1, values, clock, log)
+            f"the loss of step {step + 1} is not finite (loss {values['loss']}, gradient norm {values['grad_norm']}; "
+            f"rows {', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''} of the training split): lower "
+            f"optim.lr or raise optim.warmup_steps; the last checkpoint in {run.workdir} is whole")
+    return step + 1, values
 
 
 class _Window:
     """Averages what is logged over `every` steps."""
 
-    def __init__(self, objective, every: int, tokens_a_step: int, schedule):
+    def __init__(self, objective, every: int, tokens_a_step: int, schedule, losses: list[float]):
         self.objective, self.every, self.tokens_a_step, self.schedule = objective, every, tokens_a_step, schedule
-        self.losses = []
+        self.losses = losses  # the latest ones; they travel with the checkpoint, so that a resumed run logs the same
 
-    def add(self, step: int, values: dict, clock: "_Clock", log: RunLog) -> None:
-        self.losses.append(values["loss"])
-        rate = self.tokens_a_step / clock.recent_s()
+    def add(self, step: int, values: dict, valid: dict, clock: "_Clock", log: RunLog) -> None:
+        """Show a step; log it if it ends a window or was validated (`valid`: result of `Evaluator.run`, or {})."""
+        self.losses = [*self.losses, values["loss"]][-max(self.every, RATE_STEPS):]
+        rate, line = self.tokens_a_step / clock.recent_s(), {}
         log.progress(step, float(np.mean(self.losses[-RATE_STEPS:])), rate)
-        if step % self.every:
-            return
-        loss = float(np.mean(self.losses[-self.every:]))
-        line = {"train/loss": loss, "train/grad_norm": values["grad_norm"], "train/lr": float(self.schedule(step - 1)),
-                "train/masked_fraction": values["masked"], "train/tokens_per_s": rate}
-        if self.objective.is_bound:
-            line["train/nll"] = loss
-        log.metrics(step, line)
-        self.losses = self.losses[-RATE_STEPS:]
-
-    def validate(self, step: int, valid: dict, log: RunLog) -> None:
-        log.metrics(step, {"valid/nll": valid["nll"], "valid/ppl": valid["ppl"], "valid/bits_per_byte": valid["bits_per_byte"],
-                           **{f"valid/nll_at_{k}_masked": nll for k, nll in valid["nll_by_count"].items()}})
-        log.note(f"step {step}: valid nll {valid['nll']:.4f} ({valid['bits_per_byte']:.3f} bits per byte)")
+        if step % self.every == 0 or valid:
+            loss = float(np.mean(self.losses[-self.every:]))
+            line = {"train/loss": loss, "train/grad_norm": values["grad_norm"],
+                    "train/lr": float(self.schedule(step - 1)), "train/masked_fraction": values["masked"],
+                    "train/tokens_per_s": rate}
+            if self.objective.is_bound:
+                line["train/nll"] = loss
+        if valid:
+            line |= {f"valid/{name}": valid[name] for name in ("nll", "ppl", "bits_per_byte")}
+            line |= {f"valid/nll_at_{k}_masked": nll for k, nll in valid["nll_by_count"].items()}
+            log.note(f"step {step}: valid nll {valid['nll']:.4f} ({valid['bits_per_byte']:.3f} bits per byte)")
+        if line:
+            log.metrics(step, line)
 
 
 class _Clock:

@@ -56,7 +56,7 @@ STATIC = ("model", "block_size", "execution")
 def two_stream_logits(model, params, xt_BxMxL, x0_BxL, position, segment, *, block_size, sigma=None, clean_sigma=None,
                       execution=PLAIN):
     h = passes.two_stream(model, params, xt_BxMxL, x0_BxL, position, segment, block_size=block_size,
-                          sigma_BxMxn=sigma, clean_sigma_Bxn=clean_sigma, execution=execution)
+                          sigma_BxMxn=sigma, clean_sigma_Bx1=clean_sigma, execution=execution)
     return trunk.logits(model, params, h, sigma)
 
 
@@ -212,13 +212,13 @@ def test_noise_level_acts_on_its_own_block():
     xt, rows = masked_somewhere(x0)[:, None], passes.plain_rows(x0)
     run = functools.partial(two_stream_logits, model, params, xt, x0, *rows, block_size=4)
     level = np.full((1, 1, 3), 0.5, np.float32)
-    base = run(sigma=level, clean_sigma=np.zeros((1, 3), np.float32))
+    base = run(sigma=level, clean_sigma=np.zeros((1, 1), np.float32))
     np.testing.assert_allclose(run(sigma=level), base, atol=1e-5)  # the clean stream's level is 0 unless given
 
-    noised_changed = run(sigma=np.array([[[0.5, 1.5, 0.5]]], np.float32))
+    noised_changed = run(sigma=np.array([[[0.5, 1.5, 0.5]]], np.float32), clean_sigma=np.zeros((1, 1), np.float32))
     assert changed_blocks(noised_changed, base) == [False, True, False]
-    clean_changed = run(sigma=level, clean_sigma=np.array([[0, 1, 0]], np.float32))
-    assert changed_blocks(clean_changed, base) == [False, False, True]
+    clean_changed = run(sigma=level, clean_sigma=np.ones((1, 1), np.float32))
+    assert changed_blocks(clean_changed, base) == [False, True, True]
 
 
 def test_plain_rows():

@@ -1,0 +1,123 @@
+"""Filters against sorted lists in NumPy and published nucleus probabilities; draws against their law."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special, stats
+
+from bd3lm_jax.errors import UserError
+from bd3lm_jax.sampling.filters import check_filters, draw, filter_logits
+
+PRIMITIVES = np.load(Path(__file__).parents[1] / "data" / "golden" / "primitives.npz")
+LOGITS_NxV = PRIMITIVES["logits"].reshape(-1, PRIMITIVES["logits"].shape[-1])
+
+
+def probabilities(logits_NxV, temperature=1.0, top_k=None, top_p=None):
+    return special.softmax(np.asarray(filter_logits(jnp.asarray(logits_NxV), temperature, top_k, top_p), np.float64), -1)
+
+
+def keys(count, seed=0):
+    return jax.random.split(jax.random.key(seed), count)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+def test_temperature_divides_logits(temperature):
+    expected = special.softmax(LOGITS_NxV.astype(np.float64) / temperature, -1)
+    np.testing.assert_allclose(probabilities(LOGITS_NxV, temperature), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 7, 41, 100])
+def test_top_k_keeps_the_most_probable(top_k):
+    expected = special.softmax(LOGITS_NxV.astype(np.float64), -1)
+    for row in expected:
+        row[np.argsort(-row)[top_k:]] = 0
+    expected /= expected.sum(-1, keepdims=True)
+    np.testing.assert_allclose(probabilities(LOGITS_NxV, top_k=top_k), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("top_p", ["0.5", "0.9", "0.99"])
+def test_nucleus_is_the_published_one_and_the_token_that_crosses(top_p):
+    """The published sampler stops one token short of `top_p`, except that it keeps the first."""
+    published = PRIMITIVES[f"nucleus/{top_p}"].reshape(LOGITS_NxV.shape)
+    plain = special.softmax(LOGITS_NxV.astype(np.float64), -1)
+    for ours, theirs, plain_V in zip(probabilities(LOGITS_NxV, top_p=float(top_p)), published, plain, strict=True):
+        kept, order = theirs > 0, np.argsort(-plain_V)
+        if plain_V[order[0]] < float(top_p):
+            crossing = order[kept.sum()]
+            assert plain_V[kept].sum() < float(top_p) <= plain_V[kept].sum() + plain_V[crossing]
+            kept[crossing] = True
+        np.testing.assert_array_equal(ours > 0, kept)
+        np.testing.assert_allclose(ours, np.where(kept, plain_V, 0) / plain_V[kept].sum(), atol=1e-6)
+
+
+def test_nucleus_at_the_ends():
+    np.testing.assert_array_equal(probabilities(LOGITS_NxV, top_p=1.0), probabilities(LOGITS_NxV))
+    smallest = probabilities(LOGITS_NxV, top_p=1e-6)
+    np.testing.assert_array_equal(smallest, np.eye(41)[LOGITS_NxV.argmax(-1)])
+
+
+def test_filters_apply_in_order():
+    """Temperature 2 flattens before top-k = 3 and nucleus 0.6 count: of square roots 4, 3, 2 : 1 two of three stay."""
+    logits = 2 * np.log([[4.0, 3.0, 2.0, 1.0]])
+    np.testing.assert_allclose(probabilities(logits, 2.0, 3, 0.6), [[4 / 7, 3 / 7, 0, 0]], atol=1e-6)
+    np.testing.assert_allclose(probabilities(logits, 1.0, 3, 0.5), [[1, 0, 0, 0]], atol=1e-6)
+
+
+def test_temperature_zero_is_the_most_probable_token():
+    filtered = filter_logits(jnp.asarray(LOGITS_NxV), 0, 5, 0.9)
+    drawn = [np.asarray(draw(keys(len(LOGITS_NxV), seed), filtered)) for seed in range(3)]
+    np.testing.assert_array_equal(drawn, np.broadcast_to(LOGITS_NxV.argmax(-1), (3, len(LOGITS_NxV))))
+
+
+def test_excluded_tokens_stay_excluded():
+    logits = jnp.array([[-jnp.inf, 0.0, 1.0, -jnp.inf]])
+    for setting in ((0, None, None), (1.0, 3, None), (1.0, None, 0.99), (0.1, None, None)):
+        np.testing.assert_array_equal(probabilities(logits, *setting)[0, [0, 3]], 0)
+
+
+@pytest.mark.parametrize("setting", [(1.0, None, None), (0.7, 6, None), (1.0, None, 0.8)])
+def test_law_of_draws(setting):
+    logits_V, count = LOGITS_NxV[0], 20_000
+    filtered = jnp.broadcast_to(filter_logits(jnp.asarray(logits_V[None]), *setting), (count, len(logits_V)))
+    seen = np.bincount(jax.jit(draw)(keys(count), filtered), minlength=len(logits_V))
+    expected = probabilities(logits_V[None], *setting)[0]
+    assert seen[expected == 0].sum() == 0
+    assert stats.chisquare(seen[expected > 0], count * expected[expected > 0]).pvalue > 1e-3
+
+
+def test_a_row_depends_on_its_own_key_alone():
+    filtered = filter_logits(jnp.asarray(LOGITS_NxV), 1.0, None, None)
+    together = draw(keys(len(LOGITS_NxV)), filtered)
+    alone = [int(draw(key[None], row[None])[0]) for key, row in zip(keys(len(LOGITS_NxV)), filtered)]
+    np.testing.assert_array_equal(together, alone)
+    assert together.dtype == jnp.int32
+
+
+def test_half_precision_logits_get_float32_noise():
+    """Noise rounded to bfloat16 has few values: among 4096 equal logits the largest would often be a tie."""
+    half = jnp.zeros((256, 4096), jnp.bfloat16)
+    assert filter_logits(half, 1.0, 10, 0.9).dtype == jnp.float32
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, (4096,), jnp.float32))(keys(256))
+    rounded = noise.astype(jnp.bfloat16)
+    assert ((rounded == rounded.max(-1, keepdims=True)).sum(-1) > 1).any()
+    np.testing.assert_array_equal(draw(keys(256), half), noise.argmax(-1))
+
+
+@pytest.mark.parametrize("setting, message", [
+    ((-1, None, None), "temperature is -1, expected at least 0"),
+    ((float("nan"), None, None), "temperature is nan"),
+    ((1.0, 0, None), "top_k is 0, expected at least 1"),
+    ((1.0, None, 0), r"top_p is 0, expected in \(0, 1\]"),
+    ((1.0, None, 1.1), "top_p is 1.1"),
+])
+def test_bad_settings(setting, message):
+    with pytest.raises(UserError, match=message):
+        check_filters(*setting)
+
+
+@pytest.mark.parametrize("setting", [(0, None, None), (1.0, 1, 1.0), (2.5, 10**6, 1e-9)])
+def test_good_settings(setting):
+    check_filters(*setting)
