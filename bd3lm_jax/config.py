@@ -228,7 +228,7 @@ class Config:
 
     def _decisive(self) -> dict:
         flat = flatten(self.to_dict())
-        return {key: value for key, value in flat.items() if key not in RESUMABLE and key.split(".")[0] not in RESUMABLE}
+        return {key: value for key, value in flat.items() if not {key, key.split(".")[0]} & set(RESUMABLE)}
 
 
 def flatten(nested: Mapping, prefix: str = "") -> dict:
@@ -243,7 +243,7 @@ def flatten(nested: Mapping, prefix: str = "") -> dict:
 
 
 def _mapping(name: str, value: Any) -> Mapping:
-    check(isinstance(value, Mapping) or hasattr(value, "items"), f"config key '{name}' is {value!r}, expected a section")
+    check(hasattr(value, "items"), f"config key '{name}' is {value!r}, expected a section")
     return value
 
 
@@ -270,5 +270,6 @@ def _typed(key: str, value: Any, kind: type) -> Any:
         return tuple(_typed(key, item, inner) for item in value)
     plain = get_origin(kind) or kind
     right = isinstance(value, plain) and not (plain is int and isinstance(value, bool))
-    check(right, f"config key '{key}' is {value!r} ({type(value).__name__}), expected {getattr(kind, '__name__', kind)}")
+    wanted = getattr(kind, "__name__", kind)
+    check(right, f"config key '{key}' is {value!r} ({type(value).__name__}), expected {wanted}")
     return value

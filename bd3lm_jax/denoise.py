@@ -1,8 +1,7 @@
-"""How the sampling loop asks a network: `denoise(canvas, start, previous, ...)` with an exact cache (`sampling/generate.py`)."""
+"""How the sampling loop (`sampling/generate.py`) asks a network: `denoise(canvas, start, previous, ...)`, with cache."""
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from bd3lm_jax.models import Backbone, trunk
@@ -18,7 +17,7 @@ class BlockDenoiser(NamedTuple):
     end_id: int
 
     def stored_before(self, first_block: int) -> int:
-        """Tokens that `prefill` stores: all blocks but the last one before `first_block`, which the first call stores."""
+        """Tokens for `prefill`: all blocks before `first_block` but the last one, which the first call stores."""
         return max(first_block - 1, 0) * self.objective.block_size
 
     def prefill(self, params, tokens_BxL, slots: int, count) -> Cache:
@@ -26,7 +25,8 @@ class BlockDenoiser(NamedTuple):
         cache = trunk.new_cache(self.model, params, *tokens_BxL.shape)
         if slots == 0:
             return cache.replace(empty=False)
-        return _store(self.model, params, tokens_BxL[:, :slots], count, self.objective.block_size, "block_causal", cache)
+        ids = tokens_BxL[:, :slots]
+        return _store(self.model, params, ids, count, self.objective.block_size, "block_causal", cache)
 
     def __call__(self, params, canvas_BxS, start, previous_BxS, previous_real, positions_BxP, level_B, cache):
         batch, size = canvas_BxS.shape

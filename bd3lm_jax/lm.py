@@ -33,8 +33,8 @@ class Sample(NamedTuple):
 
 
 class NLL(NamedTuple):
-    """Nats. per_token `[B, L]`: entry i belongs to token i (contributions that sum to the estimate). mean and its ci95:
-    per weighted token, over rows as documents, or over draws alone if there is only one row. total: the sum."""
+    """Nats. per_token `[B, L]`: entry i belongs to token i (contributions that sum to the estimate). mean and its
+    ci95: per weighted token, over rows as documents, or over draws alone if there is only one row. total: the sum."""
 
     per_token: np.ndarray
     mean: float
@@ -84,7 +84,7 @@ class LM:
         """Mask and end token; a published checkpoint without tokenizer has its mask last and no end token (-1)."""
         if self.tokenizer is not None:
             return SpecialIds(self.tokenizer.mask_id, self.tokenizer.end_id)
-        return SpecialIds(-1 if self.config.diffusion.causal else self.config.model.vocab_size - 1, -1)
+        return SpecialIds(self.config.model.vocab_size - 1, -1)
 
     def logits(self, xt, x0=None, *, sigma=None) -> jax.Array:
         """Raw network output, float32 `[B, L, V]`, before SUBS.
@@ -105,9 +105,10 @@ class LM:
     def nll(self, tokens, *, weights=None, estimator: str = "exact_count", draws: int = 1, seed: int = 0) -> NLL:
         """Bound on the negative log-likelihood of each row (exact for AR and block size 1).
 
-        tokens: ids `[B, L]`, any L up to the context. weights: `[B, L]`, which tokens count and how much (None: all; for
-        AR without a beginning token position 0 counts 0).
+        tokens: ids `[B, L]`, any L up to the context. weights: `[B, L]`, which tokens count and how much (None: all;
+        for AR without a beginning token position 0 counts 0).
         """
+        self._check_probabilities()
         tokens = np.asarray(self._check_ids(tokens))
         objective = self.config.diffusion
         exact = objective.block_size == 1
@@ -121,7 +122,8 @@ class LM:
         padded = np.pad(tokens, ((0, 0), (0, -length % objective.block_size)))
         position, _ = passes.plain_rows(padded)
         segment = jnp.broadcast_to(jnp.arange(padded.shape[1]) < length, padded.shape).astype(jnp.int32)
-        parts = [self._row_nats(self.params, jax.random.key(seed), draw, jnp.arange(batch), padded, position, segment)[0]
+        key, rows = jax.random.key(seed), jnp.arange(batch)
+        parts = [self._row_nats(self.params, key, draw, rows, padded, position, segment)[0]
                  for draw in range(1 if exact else draws)]
         views_BxMxL = np.concatenate(parts, axis=1, dtype=np.float64)[..., :length] * weights[:, None]
         per_token = views_BxMxL.mean(1)
@@ -137,8 +139,9 @@ class LM:
         """Write texts of `length` tokens (prompt included), or up to an end token.
 
         prompts: texts or lists of ids, `num` samples of each; None: `num` from nothing. sampler: "first_hitting" (exact)
-        or "ancestral" (masked diffusion only). Request i is keyed by (seed, i), so a batch does not change its members.
+        or "ancestral" (masked diffusion only). Request i is keyed by (seed, i): a batch does not change its members.
         """
+        self._check_probabilities()
         prompts = self._encode_prompts(prompts, num, length)
         lookup(STEPS, sampler, "sampler")
         check_filters(temperature, top_k, top_p)
@@ -152,8 +155,9 @@ class LM:
         first_block = int(lengths.min()) // size
         prefilled = self._denoiser().stored_before(first_block)
         settings = Settings(size, ANCESTRAL_STEPS, temperature, top_k, top_p, self.special.mask, self.special.end)
-        result = self._sample(sampler, settings, min(tokens.shape[1], -(-prefilled // PREFILL) * PREFILL), self.params,
-                              jax.random.key(seed), tokens, lengths, first_block, prefilled)
+        slots = min(tokens.shape[1], -(-prefilled // PREFILL) * PREFILL)
+        result = self._sample(sampler, settings, slots, self.params, jax.random.key(seed), tokens, lengths,
+                              first_block, prefilled)
         return [self._finish(row, len(prompt), length, nfe) for row, prompt, nfe in
                 zip(np.asarray(result.tokens), prompts, np.asarray(result.nfe))]
 
@@ -169,20 +173,26 @@ class LM:
             raise UserError(f"num is {num}, expected at least 1 sample")
         if not 1 <= length <= self.context:
             raise UserError(f"length is {length}, expected 1 to {self.context}, the tokens the model was trained on")
+        if prompts is not None and (isinstance(prompts, str) or not len(prompts)):
+            raise UserError(f"prompts are {prompts!r}, expected a list of one or more texts or lists of token ids")
         encoded = []
-        for prompt in [np.zeros(0, np.int32)] if prompts is None else prompts:
+        for prompt in [()] if prompts is None else prompts:
             if isinstance(prompt, str):
                 if self.tokenizer is None:
                     raise UserError("this checkpoint has no tokenizer: give prompts as lists of token ids")
                 prompt = self.tokenizer.encode(prompt)
-            ids = np.asarray(self._check_ids(np.asarray(prompt, np.int32).reshape(1, -1)))[0]
+            ids = np.asarray(prompt)
+            if ids.ndim != 1:
+                raise UserError(f"a prompt is {prompt!r}, expected a text or a list of token ids")
+            ids = np.asarray(self._check_ids(ids[None] if ids.size else np.zeros((1, 0), np.int32)))[0]
             if (ids == self.special.mask).any():
                 raise UserError(f"the prompt holds the mask token {self.special.mask}, which is never part of a text")
             if len(ids) >= length:
-                raise UserError(f"the prompt has {len(ids)} tokens, which leaves none of length {length} to write: shorten "
-                                f"the prompt or raise the length (at most {self.context})")
+                raise UserError(f"the prompt has {len(ids)} tokens, which leaves none of length {length} to write: "
+                                f"shorten the prompt or raise the length (at most {self.context})")
             if not len(ids) and self.config.diffusion.causal and not self.config.diffusion.bos:
-                raise UserError("this autoregressive model has no beginning token: give it a prompt of at least one token")
+                raise UserError("this autoregressive model has no beginning token: give it a prompt of at least one "
+                                "token")
             encoded += [ids] * num
         return encoded
 
@@ -214,10 +224,13 @@ class LM:
 
         @jax.jit
         def plain(params, ids, sigma):
-            position, segment = passes.plain_rows(ids)
-            h = passes.one_stream(self.model, params, ids, position, segment, rule=rule, block_size=objective.block_size,
-                                  sigma_Bxn=sigma, execution=passes.PLAIN)
-            return trunk.logits(self.model, params, h, sigma)
+            length = ids.shape[1]
+            ids = jnp.pad(ids, ((0, 0), (0, -length % objective.block_size)))
+            position, _ = passes.plain_rows(ids)
+            segment = (position < length).astype(jnp.int32)
+            h = passes.one_stream(self.model, params, ids, position, segment, rule=rule,
+                                  block_size=objective.block_size, sigma_Bxn=sigma, execution=passes.PLAIN)
+            return trunk.logits(self.model, params, h, sigma)[:, :length]
         return plain
 
     @functools.cached_property
@@ -242,8 +255,16 @@ class LM:
         if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
             raise UserError(f"token ids have shape {ids.shape} and type {ids.dtype}, expected integers [batch, length]")
         if ids.size and (ids.min() < 0 or ids.max() >= vocab):
-            raise UserError(f"token id {ids.min() if ids.min() < 0 else ids.max()} is out of range, expected 0 to {vocab - 1}")
+            wrong = ids.min() if ids.min() < 0 else ids.max()
+            raise UserError(f"token id {wrong} is out of range, expected 0 to {vocab - 1}")
+        if ids.shape[1] > self.context:
+            raise UserError(f"rows have {ids.shape[1]} tokens, expected at most {self.context}, what the model was "
+                            "trained on")
         return jnp.asarray(ids, jnp.int32)
+
+    def _check_probabilities(self) -> None:
+        if self.config.diffusion.kind == "sedd":
+            raise UserError("this SEDD checkpoint gives scores, not probabilities: only logits are offered")
 
     def _check_sigma(self, sigma, shape) -> jax.Array | None:
         if not getattr(self.config.model, "time_conditioning", False):

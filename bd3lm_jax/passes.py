@@ -41,7 +41,7 @@ def two_stream(model: Backbone, params: dict, xt_BxMxL, x0_BxL, position_BxL, se
     noised = Stream(xt_BxMxL, position_BxL, block, segment_BxL, sigma_BxMxn)
     clean, kept = None, length - block_size
     if kept > 0:
-        clean = Stream(x0_BxL[:, :kept], position_BxL[:, :kept], block[:, :kept], segment_BxL[:, :kept], clean_sigma_Bx1)
+        clean = Stream(*(x[:, :kept] for x in (x0_BxL, position_BxL, block, segment_BxL)), clean_sigma_Bx1)
     return _run(model, params, noised, clean, "block_causal", block_size, execution, dropout_keys).noised
 
 

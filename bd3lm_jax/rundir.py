@@ -33,11 +33,15 @@ def claim(workdir: str | os.PathLike, config: Config, tokenizer: Tokenizer) -> N
             raise UserError(f"{path} holds a run of another config ({'; '.join(differing)}; here != there): choose "
                             "another --workdir, or repeat the config it was started with")
         check_tokenizer(tokenizer, there_tokenizer.identity, f"the run in {path}")
-    elif path.exists() and any(path.iterdir()):
-        raise UserError(f"{path} is not empty and holds no {CONFIG}: choose another --workdir")
-    path.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(path / TOKENIZER)
-    _write(path / CONFIG, json.dumps(config.to_dict() | {"config_sha256": config.sha256()}, indent=2) + "\n")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not (path / CONFIG).exists() and any(path.iterdir()):
+            raise UserError(f"{path} is not empty and holds no {CONFIG}: choose another --workdir")
+        tokenizer.save(path / TOKENIZER)
+        _write(path / CONFIG, json.dumps(config.to_dict() | {"config_sha256": config.sha256()}, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write in {path}: {error.strerror or error}; choose another --workdir, or free some "
+                        "disk space") from None
 
 
 def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:

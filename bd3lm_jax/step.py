@@ -34,6 +34,7 @@ def row_losses(model: Backbone, params: dict, objective: Any, noised: Noised, to
     """
     sigma = noised.sigma_BxMxK if getattr(model.config, "time_conditioning", False) else None
     if objective.causal:
+        segment_BxL = jnp.where(noised.weight_BxMxL[:, 0] > 0, segment_BxL, 0)  # without bos nobody reads the end token
         h = passes.one_stream(model, params, noised.xt_BxMxL[:, 0], position_BxL, segment_BxL, rule="causal", block_size=1,
                               execution=execution, dropout_keys=dropout_keys)[:, None]
     else:
@@ -85,7 +86,7 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
         total, grads = _accumulate(loss_of, state.params, rows, config.compute.microbatch or tokens.shape[0])
         count = jnp.maximum(jnp.sum(batch["segments"] != 0), 1).astype(jnp.float32)
         loss, grads = total / count, jax.tree.map(lambda g: g / count, grads)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

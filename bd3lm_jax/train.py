@@ -19,7 +19,7 @@ from bd3lm_jax.config import Config
 from bd3lm_jax.data.loader import Loader, prefetch
 from bd3lm_jax.data.prepare import Rows, prepare, prepare_tokenizer
 from bd3lm_jax.data.tokenizers import Tokenizer
-from bd3lm_jax.errors import Preempted, RunError
+from bd3lm_jax.errors import Preempted, RunError, UserError
 from bd3lm_jax.evaluate import Evaluator, default_estimator
 from bd3lm_jax.log import RunLog, note, read_metrics
 from bd3lm_jax.models import Backbone, trunk
@@ -105,7 +105,11 @@ def _initial_state(config: Config, model: Backbone, tx) -> TrainState:
 def _first_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, list[float]]:
     """The newest checkpoint of this run and its latest losses, else the weights of `init_from`, else random ones."""
     placed = sharding.with_shardings(run.abstract, run.shardings)
-    if checkpoints.latest_step() is not None:
+    done = checkpoints.latest_step()
+    if done is not None and done > run.config.train.steps:
+        raise UserError(f"{run.workdir} is at step {done} already, train.steps={run.config.train.steps}: give at least "
+                        f"{done}, or another --workdir")
+    if done is not None:
         state, meta = checkpoints.restore(placed)
         rundir.check_tokenizer(run.tokenizer, meta["tokenizer"], f"the checkpoint in {run.workdir}")
         note(f"continuing from step {int(state.step)} of {run.workdir}")

@@ -16,13 +16,13 @@ from configs import common
 def get_config(arg: str = "") -> ConfigDict:
     options = common.parse(arg, block_size=4, algo="bd3lm")
     config = common.base()
-    config.model.update(layers=6, width=384, heads=6, dropout=0.1)
-    config.data.update(source="austen", tokenizer="bpe:4096", length=256)
+    config.model.update(layers=4, width=192, heads=3, dropout=0.0, rope_base=500.0)
+    config.data.update(source="austen", tokenizer="bpe:2048", length=256)
     config.diffusion.corruption = "exact_count"
-    config.optim.update(lr=1e-3, warmup_steps=200, schedule="wsd", ema=0.999)
-    config.train.update(steps=3000, batch=32)
+    config.optim.update(lr=1.5e-3, beta2=0.99, warmup_steps=100, schedule="wsd", decay_fraction=0.4, ema=0.995)
+    config.train.update(steps=3000, batch=8)
     config.log.every = 20
     config.checkpoint.every = 500
-    config.eval.update(every=500, rows=256, batch=32)
+    config.eval.update(every=500, rows=64, batch=32)
     common.set_algo(config, options.algo, options.block_size)
     return config

@@ -17,13 +17,13 @@ from configs import common
 def get_config(arg: str = "") -> ConfigDict:
     options = common.parse(arg, block_size=4, algo="bd3lm")
     config = common.base()
-    config.model.update(layers=4, width=256, heads=4, dropout=0.0)
-    config.data.update(source="austen", tokenizer="bpe:2048", length=256)
+    config.model.update(layers=4, width=128, heads=4, dropout=0.0, rope_base=100.0)
+    config.data.update(source="austen", tokenizer="bpe:2048", length=128)
     config.diffusion.corruption = "exact_count"
-    config.optim.update(lr=1e-3, warmup_steps=50, schedule="wsd", ema=0.99)
-    config.train.update(steps=700, batch=16)
+    config.optim.update(lr=2e-3, beta2=0.99, warmup_steps=35, schedule="wsd", decay_fraction=0.3, ema=0.98)
+    config.train.update(steps=700, batch=8)
     config.log.every = 10
     config.checkpoint.every = 350
-    config.eval.update(every=350, rows=64, batch=16)
+    config.eval.update(every=175, rows=64, batch=64, sample_length=128)
     common.set_algo(config, options.algo, options.block_size)
     return config

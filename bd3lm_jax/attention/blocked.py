@@ -54,7 +54,8 @@ def _forward_parts(spec, noised, clean):
     if noised is None:
         return (None, clean_out.astype(clean[1].dtype)), (None, clean_lse)
     merged_lse = jnp.logaddexp(own_lse, noised_lse)
-    merged = own_out * jnp.exp(own_lse - merged_lse)[..., None] + noised_out * jnp.exp(noised_lse - merged_lse)[..., None]
+    own_share, prefix_share = (jnp.exp(lse - merged_lse)[..., None] for lse in (own_lse, noised_lse))
+    merged = own_out * own_share + noised_out * prefix_share
     clean_out = None if clean_out is None else clean_out.astype(clean[1].dtype)
     return (merged.astype(noised[0].dtype), clean_out), (merged_lse, clean_lse)
 
@@ -72,7 +73,8 @@ def _merged_backward(saved, cotangents):
             d_clean_out = d_clean_out.astype(jnp.float32)
             clean_delta = jnp.sum(d_clean_out * clean_out, axis=-1)
         part = _Prefix(spec, noised, clean)
-        dq_noised, d_clean = part.backward((noised_lse, d_noised_out, noised_delta), (clean_lse, d_clean_out, clean_delta))
+        dq_noised, d_clean = part.backward((noised_lse, d_noised_out, noised_delta),
+                                           (clean_lse, d_clean_out, clean_delta))
         if noised is not None:
             d_noised = (d_noised[0] + dq_noised, *d_noised[1:])
     return _no_gradient(spec), _cast_like(d_noised, noised), _cast_like(d_clean, clean)
@@ -95,12 +97,10 @@ class _Prefix:
         if noised is not None:
             self.length = max(self.length, self.noised_length - self.shift)
             queries.append(self._fit(noised[0][:, :, self.shift:], axis=2))
-            shifted = jax.tree.map(lambda x: self._fit(x[:, self.shift:], axis=1), spec.noised.replace(view=spec.noised.segment))
-            tokens += [shifted.replace(view=jnp.ones_like(shifted.segment))] * self.views
+            tokens += [self._fit_tokens(spec.noised, self.shift, view=1)] * self.views
         if self.clean_q is not None:
             queries.append(self._fit(self.clean_q[:, None], axis=2))
-            own = jax.tree.map(lambda x: self._fit(x, axis=1), spec.clean.replace(view=spec.clean.segment))
-            tokens.append(own.replace(view=jnp.zeros_like(own.segment)))
+            tokens.append(self._fit_tokens(spec.clean, 0, view=0))
         self.q = jnp.concatenate(queries, axis=1)
         self.q_tokens = jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *tokens)
         self.kv_tokens = spec.clean.replace(view=jnp.zeros_like(spec.clean.segment))
@@ -112,6 +112,10 @@ class _Prefix:
         """Cut or zero-pad `axis` to the common query length (padding has segment 0 and sees nobody)."""
         x = jax.lax.slice_in_dim(x, 0, min(x.shape[axis], self.length), axis=axis)
         return _pad(x, axis, self.length)
+
+    def _fit_tokens(self, tokens: Tokens, first: int, view: int) -> Tokens:
+        arrays = (self._fit(x[:, first:], axis=1) for x in (tokens.position, tokens.block, tokens.segment))
+        return Tokens(*arrays, jnp.full((tokens.segment.shape[0], self.length), view))
 
     def forward(self):
         return _tiled_forward(self.rule, self.tiles, self.q, self.k, self.v, self.q_tokens, self.kv_tokens)
@@ -202,7 +206,8 @@ def _small_forward(rule, q_PxSxHxD, k_PxSxGxD, v_PxSxGxD, tokens: Tokens):
     weights = jnp.where(mask, jnp.exp(scores - top[..., None]), 0.0)
     total = weights.sum(-1)
     weights = weights / jnp.maximum(total, 1e-30)[..., None]
-    out = jnp.einsum("pgrqk,pkgd->pqgrd", weights.astype(v_PxSxGxD.dtype), v_PxSxGxD, preferred_element_type=jnp.float32)
+    out = jnp.einsum("pgrqk,pkgd->pqgrd", weights.astype(v_PxSxGxD.dtype), v_PxSxGxD,
+                     preferred_element_type=jnp.float32)
     lse = jnp.where(total > 0, top + jnp.log(jnp.maximum(total, 1e-30)), NEVER)
     return out.reshape(q_PxSxHxD.shape), lse.transpose(0, 3, 1, 2).reshape(q_PxSxHxD.shape[:-1])
 

@@ -131,7 +131,8 @@ def hidden(model: Backbone, params: dict, *, noised: Stream | None, clean: Strea
     ("causal", "block_causal", "bidirectional"). Training: clean without its last block (nobody reads it), no cache.
     Decoding: noised = one block, clean = the block just finished, whose keys and values go to cache slots `write_at`.
     block_size: blocks begin at row indices that are multiples of it. With a noised stream the clean stream's last
-    layer computes keys and values only and its hidden states are not returned. dropout_keys: one typed key a row `[B]`; None: no dropout.
+    layer computes keys and values only and its hidden states are not returned. dropout_keys: one typed key a row
+    `[B]`; None: no dropout.
     """
     h_noised, h_clean, stored, aux = _run(model, params, noised, clean, cache, rule=rule, block_size=block_size,
                                           backend=backend, remat=remat, layers=layers, dropout_keys=dropout_keys)

@@ -67,11 +67,13 @@ def generate(denoise: Callable, sampler: Sampler, settings: Settings, keys_B, to
         given = cut(given_BxL, block)
         previous = cut(tokens, jnp.maximum(block - 1, 0))
         block_keys = jax.vmap(lambda key: jax.random.fold_in(key, block))(keys_B)
-        state = _Block(cut(tokens, block), ~given & ~ended[:, None], jnp.ones(batch), nfe, jnp.zeros((), jnp.int32), cache)
+        masked = ~given & ~ended[:, None]
+        state = _Block(cut(tokens, block), masked, jnp.ones(batch), nfe, jnp.zeros((), jnp.int32), cache)
         state = _reveal(denoise, sampler, settings, block_keys, block, (previous, block > 0), state)
-        state = jax.lax.while_loop(
-            lambda state: state.masked.any(),
-            lambda state: _reveal(denoise, sampler, settings, block_keys, block, None, state), state)
+        if size > 1 or not sampler.single:  # else that call revealed the whole block
+            state = jax.lax.while_loop(
+                lambda state: state.masked.any(),
+                lambda state: _reveal(denoise, sampler, settings, block_keys, block, None, state), state)
         ended = ended | ((state.canvas == settings.end_id) & ~given).any(-1)
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, state.canvas, block * size, axis=1)
         return block + 1, tokens, ended, state.nfe, state.cache
@@ -83,7 +85,8 @@ def generate(denoise: Callable, sampler: Sampler, settings: Settings, keys_B, to
 
 def _reveal(denoise, sampler: Sampler, settings: Settings, keys_B, block, finished, state: _Block) -> _Block:
     """One reveal step of every row. `finished`: the previous block and whether there is one, when it must be stored."""
-    choice_keys, draw_keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, state.index)), out_axes=1)(keys_B)
+    step_keys = jax.vmap(lambda key: jax.random.fold_in(key, state.index))(keys_B)
+    choice_keys, draw_keys = jax.vmap(jax.random.split, out_axes=1)(step_keys)
     choice = jax.vmap(lambda key, masked, level: sampler.step(key, masked, level, state.index, settings.steps))(
         choice_keys, state.masked, state.level)
     positions = jnp.argmax(choice.reveal, axis=1)[:, None] if sampler.single else \
@@ -95,7 +98,9 @@ def _reveal(denoise, sampler: Sampler, settings: Settings, keys_B, block, finish
         return _draw_tokens(settings, draw_keys, positions, logits), cache
 
     if finished is None and not sampler.single:
-        drawn, cache = jax.lax.cond(choice.reveal.any(), ask, lambda cache: (jnp.zeros_like(positions), cache), state.cache)
+        def skip(cache):
+            return jnp.zeros_like(positions), cache
+        drawn, cache = jax.lax.cond(choice.reveal.any(), ask, skip, state.cache)
     else:
         drawn, cache = ask(state.cache)
     rows = jnp.arange(state.canvas.shape[0])[:, None]

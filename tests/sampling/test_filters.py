@@ -16,7 +16,8 @@ LOGITS_NxV = PRIMITIVES["logits"].reshape(-1, PRIMITIVES["logits"].shape[-1])
 
 
 def probabilities(logits_NxV, temperature=1.0, top_k=None, top_p=None):
-    return special.softmax(np.asarray(filter_logits(jnp.asarray(logits_NxV), temperature, top_k, top_p), np.float64), -1)
+    filtered = filter_logits(jnp.asarray(logits_NxV), temperature, top_k, top_p)
+    return special.softmax(np.asarray(filtered, np.float64), -1)
 
 
 def keys(count, seed=0):

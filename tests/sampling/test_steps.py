@@ -12,7 +12,7 @@ PVALUE = 1e-3
 
 
 def run_block(step, masked_S, steps, calls, count):
-    """`count` independent blocks through `calls` steps: reveal [calls, count, S], level and next level [calls, count]."""
+    """`count` independent blocks through `calls` steps: choices with leading [calls, count]."""
     def one_step(state, index, key):
         masked, level = state
         choice = step(jax.random.fold_in(key, index), masked, level, index, steps)

@@ -1,0 +1,86 @@
+import types
+
+import numpy as np
+import pytest
+from toy_runs import WORDS, network, toy_config, write_text
+
+from bd3lm_jax import report
+from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
+from bd3lm_jax.log import RunLog
+
+ESTIMATE = {"nll": 1.5, "nll_ci95": [1.4, 1.6], "ppl": float(np.exp(1.5)), "bits_per_byte": 2.25, "documents": 20,
+            "tokens": 700, "estimator": "exact_count", "nll_by_count": {1: 1.2, 2: 1.4, 3: 1.6, 4: 1.8}}
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """What `train` hands to the report, with random weights."""
+    directory = tmp_path_factory.mktemp("report")
+    write_text(directory / "text.txt", 200)
+    config = toy_config(directory, {"eval.samples": 2, "eval.sample_length": 16})
+    tokenizer = prepare_tokenizer(config.data)
+    rows = {split: prepare(config.data, split, 4, tokenizer) for split in ("train", "valid")}
+    model, params = network(config)
+    config = toy_config(directory, {"eval.samples": 2, "eval.sample_length": 16, "model.vocab_size": 258})
+    run = types.SimpleNamespace(config=config, workdir=directory / "run", tokenizer=tokenizer, rows=rows, model=model)
+    with RunLog(run.workdir, 2) as log:
+        for step in (1, 2):
+            log.metrics(step, {"train/loss": 5.0 - step, "train/nll": 5.0 - step, "valid/nll": 5.1 - step})
+    return run, params
+
+
+def test_closing_leaves_plots_and_samples_and_a_table(run, capsys):
+    run, params = run
+    report.closing(run, params, ESTIMATE, evaluator=None)
+    for name in ("loss.png", "nll_by_count.png"):
+        assert (run.workdir / "plots" / name).read_bytes().startswith(PNG)
+    samples = (run.workdir / "samples" / "step_6.txt").read_text(encoding="utf-8")
+    assert samples.count("\n--\n") >= 1
+    shown = capsys.readouterr().err
+    assert "valid: bound on the NLL, 20 documents, 700 tokens" in shown and "2 samples:" in shown
+    for text in ("this model", "2.250", "1.5000", "unigram of its tokens", "byte 5-gram"):
+        assert text in shown, text
+
+
+def test_count_models_order_as_they_should(run):
+    """Bytes are the tokens here: their unigram and bigram are byte models, and longer contexts tell random words apart."""
+    run, _ = run
+    found = report._count_models(run, "valid", run.rows["valid"])
+    assert list(found) == ["unigram of its tokens", "bigram of its tokens", "byte 3-gram", "byte 4-gram", "byte 5-gram"]
+    bits = list(found.values())
+    assert bits[:4] == sorted(bits[:4], reverse=True)  # contexts of four bytes are rare in so little text
+    counts = np.bincount(run.rows["valid"].stream())
+    share = counts[counts > 0] / counts.sum()
+    entropy = -np.sum(share * np.log2(share))  # no unigram model of another text does better
+    assert entropy < bits[0] < entropy + 0.15
+    word_entropy = np.log2(len(WORDS)) / np.mean([len(word.encode()) + 1 for word in WORDS])
+    assert bits[-1] > word_entropy  # the words are independent: nothing can do better
+
+
+def test_large_corpora_are_not_counted(run, capsys, monkeypatch):
+    run, _ = run
+    monkeypatch.setattr(report, "COUNTED_TOKENS", 1000)
+    monkeypatch.setattr(type(run.rows["train"]), "stream", None)  # not even read
+    report._likelihood_table(run, "valid", run.rows["valid"], ESTIMATE)
+    shown = capsys.readouterr().err
+    assert "no count models: the training split has more than" in shown and "this model" in shown
+
+
+def test_the_embedded_corpus_is_tested_too(run, capsys, monkeypatch):
+    run, params = run
+    calls = []
+
+    def evaluate(weights, rows, **settings):
+        calls.append(settings)
+        return {**ESTIMATE, "documents": 33}
+
+    austen = toy_config(run.workdir, {"data.source": "austen"})
+    monkeypatch.setattr(report, "_test_rows", lambda run: run.rows["valid"])
+    monkeypatch.setattr(report, "_count_models", lambda run, split, rows: {f"counts of {split}": 3.0})
+    other = types.SimpleNamespace(**vars(run) | {"config": austen})
+    report.closing(other, params, ESTIMATE, types.SimpleNamespace(run=evaluate))
+    assert calls == [{"estimator": "exact_count", "draws": austen.eval.draws, "seed": austen.seed}]
+    shown = capsys.readouterr().err
+    assert "test: bound on the NLL, 33 documents" in shown and "counts of test" in shown and "counts of valid" in shown
+    assert "samples:" not in shown

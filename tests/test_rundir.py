@@ -1,0 +1,85 @@
+import dataclasses
+import json
+
+import pytest
+from toy_runs import toy_config
+
+from bd3lm_jax import rundir
+from bd3lm_jax.config import Config
+from bd3lm_jax.data.tokenizers import ByteTokenizer, get_tokenizer
+from bd3lm_jax.errors import UserError
+
+BYTES = ByteTokenizer()
+
+
+@pytest.fixture
+def config(tmp_path):
+    return rundir.resolve(toy_config(tmp_path), BYTES)
+
+
+def test_the_vocabulary_is_the_tokenizers_with_its_mask(tmp_path, config):
+    assert config.model.vocab_size == 258  # 256 bytes, end, mask
+    larger = toy_config(tmp_path, {"model.vocab_size": 300})
+    assert rundir.resolve(larger, BYTES) == larger
+    with pytest.raises(UserError, match="model.vocab_size=257 is smaller than the 258 ids of tokenizer 'bytes'.*-1"):
+        rundir.resolve(toy_config(tmp_path, {"model.vocab_size": 257}), BYTES)
+
+
+def test_what_is_claimed_is_read_back(tmp_path, config):
+    rundir.claim(tmp_path / "deep" / "run", config, BYTES)
+    there, tokenizer = rundir.read(tmp_path / "deep" / "run")
+    assert there == config and tokenizer.identity == BYTES.identity
+    stored = json.loads((tmp_path / "deep" / "run" / "config.json").read_text())
+    assert stored.pop("config_sha256") == config.sha256()
+    assert Config.from_dict(stored) == config
+    assert {path.name for path in (tmp_path / "deep" / "run").iterdir()} == {"config.json", "tokenizer.json"}
+
+
+def test_a_claim_may_be_repeated_with_what_does_not_change_the_run(tmp_path, config):
+    workdir = tmp_path / "run"
+    rundir.claim(workdir, config, BYTES)
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=99),
+                                 compute=dataclasses.replace(config.compute, microbatch=2),
+                                 mesh=dataclasses.replace(config.mesh, data=1))
+    rundir.claim(workdir, longer, BYTES)
+    assert rundir.read(workdir)[0] == longer
+    other = dataclasses.replace(longer, seed=7, train=dataclasses.replace(longer.train, batch=16))
+    with pytest.raises(UserError, match="another config .seed: 7 != 0; train.batch: 16 != 8; here != there"):
+        rundir.claim(workdir, other, BYTES)
+    assert rundir.read(workdir)[0] == longer
+
+
+def test_another_tokenizer_is_refused(tmp_path, config):
+    rundir.claim(tmp_path / "run", config, BYTES)
+    other = get_tokenizer("bert-base-uncased", tuple)
+    with pytest.raises(UserError, match=f"tokenizer {other.identity} does not match the run in .*{BYTES.identity}"):
+        rundir.claim(tmp_path / "run", config, other)
+    rundir.check_tokenizer(BYTES, BYTES.identity, "the checkpoint")
+
+
+def test_directories_that_are_none_of_ours(tmp_path, config):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="full is not empty and holds no config.json: choose another --workdir"):
+        rundir.claim(tmp_path / "full", config, BYTES)
+    for place in ("full/letter.txt", "full/letter.txt/run"):
+        with pytest.raises(UserError, match=r"cannot write in .*letter\.txt.*; choose another --workdir"):
+            rundir.claim(tmp_path / place, config, BYTES)
+    assert (tmp_path / "full" / "letter.txt").read_text() == "dear"
+    (tmp_path / "empty").mkdir()
+    rundir.claim(tmp_path / "empty", config, BYTES)
+
+
+def test_reading_what_is_not_there(tmp_path, config):
+    with pytest.raises(UserError, match="no run directory .*absent: train first"):
+        rundir.read(tmp_path / "absent")
+    with pytest.raises(UserError, match="holds no config.json: expected a directory written by"):
+        rundir.read(tmp_path)
+    rundir.claim(tmp_path / "run", config, BYTES)
+    path = tmp_path / "run" / "config.json"
+    path.write_text(path.read_text()[:50])
+    with pytest.raises(UserError, match="config.json is not valid JSON"):
+        rundir.read(tmp_path / "run")
+    path.write_text('{"seed": 0, "modle": {}}')
+    with pytest.raises(UserError, match="unknown config key 'modle': did you mean 'model'"):
+        rundir.read(tmp_path / "run")

@@ -1,0 +1,237 @@
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from toy_runs import AR, END, LENGTH, MASK, network, quick_jit, toy_config
+
+from bd3lm_jax import passes
+from bd3lm_jax.diffusion.noised import Noised
+from bd3lm_jax.passes import PLAIN, Execution
+from bd3lm_jax.state import TrainState
+from bd3lm_jax.step import SpecialIds, counted_positions, make_step, row_losses
+
+SPECIAL = SpecialIds(MASK, END)
+BATCH = 4
+TX = optax.adam(1e-2)
+OBJECTIVES = {
+    "exact_count": {},
+    "bernoulli": {"diffusion.corruption": "bernoulli"},
+    "clipped": {"diffusion.corruption": "bernoulli", "diffusion.clip_low": 0.45, "diffusion.clip_high": 0.95},
+    "mdlm": {"diffusion.block_size": LENGTH},
+    "time_conditioned": {"model.time_conditioning": True},
+    "ar": {"diffusion": AR, "model.adaln": False},
+}
+
+
+def make_batch(seed=0, padding=0):
+    """Rows of text-like ids; the last `padding` tokens of the last row are not there."""
+    tokens = np.random.default_rng(seed).integers(97, 105, size=(BATCH, LENGTH)).astype(np.int32)
+    position, segment = (np.array(x) for x in passes.plain_rows(tokens))
+    if padding:
+        tokens[-1, -padding:], position[-1, -padding:], segment[-1, -padding:] = END, 0, 0
+    return {"tokens": jnp.asarray(tokens), "positions": jnp.asarray(position), "segments": jnp.asarray(segment)}
+
+
+class Setting:
+    """A step in use: its config, network, first state (weights and average differ), and how often it was traced."""
+
+    def __init__(self, changes, tx):
+        self.config = toy_config(Path("unused"), {"optim.ema": 0.99, **changes})
+        self.model, params = network(self.config)
+        average = jax.tree.map(lambda p: p + 1.0, params) if self.config.optim.ema else {}
+        self.state = TrainState(jnp.int32(0), params, average, tx.init(params))
+        self.traces = 0
+        step = make_step(self.config, self.model, tx, SPECIAL)
+
+        def counted(state, batch):
+            self.traces += 1
+            return step(state, batch)
+
+        self.step = quick_jit(counted)
+
+
+@functools.cache
+def setting(name):
+    return Setting(OBJECTIVES[name], TX)
+
+
+def noise_of_step(config, step, batch):
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    return quick_jit(functools.partial(config.diffusion.corrupt, views=1, mask_id=MASK, end_id=END))(
+        jax.random.split(key)[0], batch["tokens"], batch["segments"])
+
+
+def losses_of(config, model, params, noised, batch, execution):
+    """`row_losses` in one program."""
+    return quick_jit(lambda p, noised, batch: row_losses(
+        model, p, config.diffusion, noised, batch["tokens"], batch["positions"], batch["segments"], MASK, execution))(
+            params, noised, batch)
+
+
+def direct_loss(config, model, params, noised, batch):
+    """The objective written out: all logits, probabilities without the mask token, weights token by token."""
+    dense = Execution("dense", "unroll", "none")
+    if config.diffusion.causal:
+        h = passes.one_stream(model, params, noised.xt_BxMxL[:, 0], batch["positions"], batch["segments"], rule="causal",
+                              block_size=1, execution=dense)
+        logits = model.head.apply({"params": params["head"]}, h, None)
+    else:
+        sigma = noised.sigma_BxMxK if config.model.time_conditioning else jnp.zeros((1, 1, 1))
+        h = passes.two_stream(model, params, noised.xt_BxMxL, batch["tokens"], batch["positions"], batch["segments"],
+                              block_size=config.block_size, execution=dense,
+                              sigma_BxMxn=sigma if config.model.time_conditioning else None)
+        cond = model.condition.apply({"params": params["condition"]}, sigma)
+        logits = model.head.apply({"params": params["head"]}, h, cond)[:, 0]
+    odds = jnp.exp(logits - logits.max(-1, keepdims=True)).at[..., MASK].set(0)
+    chosen = jnp.take_along_axis(odds, batch["tokens"][..., None], axis=-1)[..., 0]
+    return jnp.sum(noised.weight_BxMxL[:, 0] * -jnp.log(chosen / odds.sum(-1))) / jnp.sum(batch["segments"] != 0)
+
+
+SLOW_NAMES = [pytest.param(name, marks=pytest.mark.ci_slow) for name in ("bernoulli", "mdlm", "time_conditioned")]
+
+
+@pytest.mark.parametrize("name", ["exact_count", "clipped", "ar", *SLOW_NAMES])
+def test_loss_is_the_formula_and_goes_down(name):
+    """Alternating letters: a network that looks at its neighbours pays almost nothing."""
+    it, batch = setting(name), make_batch(padding=6)
+    noised = noise_of_step(it.config, 5, batch)
+    loss = quick_jit(lambda p: direct_loss(it.config, it.model, p, noised, batch))(it.state.params)
+    new, metrics = it.step(it.state.replace(step=jnp.int32(5)), batch)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=2e-6)
+    masked = np.asarray(noised.weight_BxMxL > 0).sum() / np.asarray(batch["segments"] != 0).sum()
+    np.testing.assert_allclose(metrics["masked"], masked, rtol=1e-6)
+    assert int(new.step) == 6 and bool(metrics["finite"])
+
+    easy = {**make_batch(), "tokens": jnp.tile(jnp.asarray([97, 98], jnp.int32), (BATCH, LENGTH // 2))}
+    losses, state = [], it.state
+    for _ in range(60):
+        state, metrics = it.step(state, easy)
+        losses.append(float(metrics["loss"]))
+    assert np.mean(losses[-5:]) < 0.3 * np.mean(losses[:2])
+
+
+@pytest.mark.parametrize("name", ["exact_count", pytest.param("ar", marks=pytest.mark.ci_slow)])
+def test_update_follows_the_gradient_of_the_formula(name):
+    it, batch = setting(name), make_batch(padding=6)
+    noised, params = noise_of_step(it.config, 0, batch), it.state.params
+    grads = quick_jit(jax.grad(lambda p: direct_loss(it.config, it.model, p, noised, batch)))(params)
+    new, metrics = it.step(it.state, batch)
+    norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(grads)))
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+    momentum = new.opt_state[0].mu  # a tenth of the gradient
+    for found, gradient in zip(*map(jax.tree.leaves, (momentum, grads))):
+        np.testing.assert_allclose(10 * found, gradient, atol=2e-6 * norm)
+    updates, _ = TX.update(jax.tree.map(lambda m: 10 * m, momentum), TX.init(params), params)
+    for after, before, update in zip(*map(jax.tree.leaves, (new.params, params, updates))):
+        np.testing.assert_allclose(after, before + update, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["exact_count", pytest.param("time_conditioned", marks=pytest.mark.ci_slow)])
+def test_only_masked_positions_reach_the_head_and_nothing_is_lost(name):
+    it, batch = setting(name), make_batch(padding=6)
+    noised = noise_of_step(it.config, 0, batch)
+    assert noised.capacity < LENGTH
+
+    def by_token(noised):
+        losses, index = losses_of(it.config, it.model, it.state.params, noised, batch, PLAIN)
+        assert losses.shape == (BATCH, 1, noised.capacity)
+        full = np.zeros((BATCH, 1, LENGTH), np.float32)
+        np.put_along_axis(full, np.asarray(index), np.asarray(losses), axis=2)
+        return np.where(noised.weight_BxMxL > 0, full, 0)
+
+    np.testing.assert_allclose(by_token(noised), by_token(noised.replace(capacity=LENGTH)), atol=1e-5)
+
+
+def test_counted_positions_come_first_and_in_order():
+    counted = jnp.asarray([[[False, True, False, True, True]], [[False] * 5]])
+    np.testing.assert_array_equal(counted_positions(counted, 4), [[[1, 3, 4, 0]], [[0, 1, 2, 3]]])
+
+
+def test_microbatches_change_nothing():
+    """Not even dropout; and an average that is off stays off."""
+    batch, results = make_batch(padding=6), {}
+    changes = {"model.dropout": 0.2, "train.batch": BATCH, "optim.ema": 0.0}
+    for rows in (0, 1, 2):
+        it = Setting({**changes, "compute.microbatch": rows}, optax.sgd(0.1))
+        results[rows] = it.step(it.state, batch)
+    whole, metrics = results[0]
+    assert whole.ema == {}
+    for new, other in (results[1], results[2]):
+        for name in metrics:
+            np.testing.assert_allclose(other[name], metrics[name], rtol=1e-5, err_msg=name)
+        for left, right in zip(*map(jax.tree.leaves, (new, whole))):
+            np.testing.assert_allclose(left, right, atol=2e-6)
+    noised = noise_of_step(it.config, 0, batch)
+    without = quick_jit(lambda p: direct_loss(it.config, it.model, p, noised, batch))(it.state.params)
+    assert abs(float(metrics["loss"] - without)) > 1e-3  # dropout was on
+
+
+def test_noise_changes_with_the_step_and_nothing_is_traced_again():
+    it, losses = setting("exact_count"), []
+    for step in range(3):
+        _, metrics = it.step(it.state.replace(step=jnp.int32(step)), make_batch())
+        losses.append(float(metrics["loss"]))
+    it.step(it.state, make_batch(seed=1))
+    assert it.traces == 1 and len(set(losses)) == 3
+
+
+def test_a_step_that_is_not_finite_changes_only_the_count():
+    it = setting("exact_count")
+    state, metrics = it.step(it.state, make_batch())
+    assert bool(metrics["finite"])
+    head = state.params["head"]
+    for bad in (jnp.nan, jnp.inf):
+        linear = {**head["linear"], "bias": head["linear"]["bias"].at[3].set(bad)}
+        broken = state.replace(params={**state.params, "head": {**head, "linear": linear}})
+        new, metrics = it.step(broken, make_batch(seed=1))
+        assert not bool(metrics["finite"]) and int(new.step) == 2
+        for left, right in zip(jax.tree.leaves(new.replace(step=0)), jax.tree.leaves(broken.replace(step=0))):
+            np.testing.assert_array_equal(left, right)
+
+
+def test_average_is_warmed_up():
+    it = setting("exact_count")
+    for step, decay in ((0, 0.1), (2, 0.25), (8, 0.5), (10_000, 0.99)):
+        new, _ = it.step(it.state.replace(step=jnp.int32(step)), make_batch())
+        for average, old, params in zip(*map(jax.tree.leaves, (new.ema, it.state.ema, new.params))):
+            np.testing.assert_allclose(average, decay * old + (1 - decay) * params, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("backend", ["dense", "blocked"])
+def test_plain_padded_and_packed_rows_have_the_same_losses(causal, backend):
+    """Two documents of 8 and 12 tokens with the same masks: alone, with padding behind, in one row of 24."""
+    config = toy_config(Path("unused"), OBJECTIVES["ar"] if causal else {})
+    model, params = network(config)
+    draw = np.random.default_rng(3)
+    documents = [draw.integers(97, 105, size=n).astype(np.int32) for n in (8, 12)]
+    masks = [draw.uniform(size=n) < 0.5 for n in (8, 12)]
+
+    def losses(pieces, length):
+        tokens, mask = np.full(length, END, np.int32), np.zeros(length, bool)
+        segment, position, first = np.zeros(length, np.int32), np.zeros(length, np.int32), 0
+        for name, piece in enumerate(pieces, start=1):
+            own = slice(first, first + len(documents[piece]))
+            tokens[own], mask[own], segment[own] = documents[piece], masks[piece], name
+            position[own] = np.arange(len(documents[piece]))
+            first = own.stop
+        if causal:
+            noised = config.diffusion.corrupt(jax.random.key(0), tokens[None], jnp.asarray(segment[None]), 1, -1, END)
+        else:
+            noised = Noised(xt_BxMxL=jnp.where(mask, MASK, tokens)[None, None], sigma_BxMxK=jnp.zeros((1, 1, 1)),
+                            weight_BxMxL=jnp.asarray(mask, jnp.float32)[None, None], capacity=int(mask.sum()))
+        batch = {"tokens": tokens[None], "positions": position[None], "segments": segment[None]}
+        found, index = losses_of(config, model, params, noised, batch, Execution(backend, "scan", "none"))
+        full = np.zeros(length)
+        full[np.asarray(index)[0, 0]] = np.asarray(found * jnp.take_along_axis(noised.weight_BxMxL, index, 2))[0, 0]
+        assert np.all(full[first:] == 0) and np.count_nonzero(full) == (first if causal else mask.sum())
+        return full[:first]
+
+    plain = [losses([0], 8), losses([1], 12)]
+    np.testing.assert_allclose(losses([0], 16), plain[0], atol=1e-5)
+    np.testing.assert_allclose(losses([0, 1], 24), np.concatenate(plain), atol=1e-5)
+    np.testing.assert_allclose(losses([1, 0], 20), np.concatenate(plain[::-1]), atol=1e-5)

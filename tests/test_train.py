@@ -1,0 +1,302 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from toy_runs import AR, environment, network, run_python, toy_config, toy_dict, write_text
+
+from bd3lm_jax import train as module
+from bd3lm_jax.checkpoint import Checkpoints
+from bd3lm_jax.data.prepare import prepare_tokenizer
+from bd3lm_jax.errors import RunError, UserError
+from bd3lm_jax.log import read_metrics
+from bd3lm_jax.train import train
+
+RESULT = {"workdir", "step", "train_nll", "valid_nll", "valid_ppl", "tokens_per_s", "step_ms", "params", "wall_s"}
+# A run in a process of its own: sys.argv[1] is a config in JSON, sys.argv[2] the work directory.
+RUN = """
+import json, sys
+from bd3lm_jax.config import Config
+from bd3lm_jax.errors import UserError
+from bd3lm_jax.train import train
+try:
+    print(json.dumps(train(Config.from_dict(json.loads(sys.argv[1])), sys.argv[2])))
+except UserError as error:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("train")
+    write_text(directory / "text.txt", 80)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def whole(home):
+    """A run of six steps that nothing disturbed, its result, and how often its step was traced."""
+    workdir, traces, original = home / "whole", [], module.make_step
+
+    def counting(*arguments):
+        step = original(*arguments)
+        return lambda state, batch: traces.append(1) or step(state, batch)
+
+    module.make_step = counting
+    try:
+        result = train(toy_config(home, {"checkpoint.every": 3, "eval.every": 3}), str(workdir))
+    finally:
+        module.make_step = original
+    return workdir, result, len(traces)
+
+
+def losses(workdir):
+    return {line["step"]: line["train/loss"] for line in read_metrics(workdir) if "train/loss" in line}
+
+
+def steps_saved(workdir):
+    return Checkpoints(workdir, 1, read_only=True).steps()
+
+
+def continued(whole, directory):
+    """A copy of the undisturbed run that has lost its last checkpoint, as if it had been stopped at step 3."""
+    shutil.copytree(whole[0], directory)
+    shutil.rmtree(directory / "checkpoints" / "6")
+    return directory
+
+
+def test_result_and_run_directory(whole):
+    workdir, result, traces = whole
+    assert set(result) == RESULT
+    assert (result["workdir"], result["step"]) == (str(workdir), 6)
+    assert result["valid_ppl"] == pytest.approx(np.exp(result["valid_nll"]))
+    assert all(result[key] > 0 for key in ("train_nll", "valid_nll", "tokens_per_s", "step_ms", "params", "wall_s"))
+    assert {path.name for path in workdir.iterdir()} == {"config.json", "tokenizer.json", "metrics.jsonl", "checkpoints",
+                                                         "plots"}
+    assert steps_saved(workdir) == [3, 6]
+    assert traces == 1
+
+
+def test_metrics(whole):
+    workdir, result, _ = whole
+    lines = read_metrics(workdir)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    keys = {"step", "train/loss", "train/nll", "train/grad_norm", "train/lr", "train/masked_fraction",
+            "train/tokens_per_s"}
+    valid = {"valid/nll", "valid/ppl", "valid/bits_per_byte", *(f"valid/nll_at_{k}_masked" for k in (1, 2, 3, 4))}
+    for line in lines:
+        assert set(line) == (keys | valid if line["step"] in (3, 6) else keys)
+        assert line["train/loss"] == line["train/nll"] and line["train/lr"] == pytest.approx(1e-2)
+    assert lines[0]["train/loss"] == pytest.approx(np.log(257), rel=0.05)  # the head starts at zero
+    assert lines[-1]["train/nll"] == result["train_nll"] < 5.0
+    assert lines[-1]["valid/nll"] == result["valid_nll"]
+
+
+def test_going_on_gives_the_same_losses_bit_for_bit(home, whole, tmp_path):
+    """First half in one call with fewer steps, second half in another, which validates and logs in between."""
+    workdir = str(tmp_path / "run")
+    train(toy_config(home, {"train.steps": 3}), workdir)
+    assert steps_saved(workdir) == [3]
+    train(toy_config(home, {"checkpoint.every": 2}), workdir)
+    assert losses(workdir) == losses(whole[0])
+
+
+def test_a_finished_run_only_reports(home, whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    again = train(toy_config(home), str(tmp_path / "run"))
+    assert again["valid_nll"] == whole[1]["valid_nll"] and again["step_ms"] is None
+    assert read_metrics(tmp_path / "run") == read_metrics(whole[0])
+
+
+def test_fewer_steps_than_are_done_are_refused(home, whole):
+    with pytest.raises(UserError, match="is at step 6.*train.steps=4"):
+        train(toy_config(home, {"train.steps": 4}), str(whole[0]))
+
+
+def test_a_damaged_newest_checkpoint_costs_only_its_steps(home, whole, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole[0], workdir)
+    (workdir / "checkpoints" / "6" / "meta" / "metadata").write_text("{")
+    train(toy_config(home), str(workdir))
+    assert "warning: checkpoint" in (shown := capsys.readouterr().err) and "continuing from step 3" in shown
+    assert losses(workdir) == losses(whole[0]) and steps_saved(workdir) == [3, 6]
+
+
+def test_another_config_is_refused_with_the_keys_that_differ(home, whole):
+    before = (whole[0] / "config.json").read_text()
+    with pytest.raises(UserError) as error:
+        train(toy_config(home, {"optim.lr": 0.5, "diffusion.block_size": 8}), str(whole[0]))
+    assert error.value.exit_code == 2
+    assert "diffusion.block_size: 8 != 4" in str(error.value) and "optim.lr: 0.5 != 0.01" in str(error.value)
+    assert (whole[0] / "config.json").read_text() == before
+
+
+def test_a_directory_of_something_else_is_left_alone(home, tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="is not empty and holds no config.json"):
+        train(toy_config(home), str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_a_loss_that_is_not_finite_names_step_and_rows(home, whole, tmp_path, monkeypatch):
+    """From step 5 on the network returns NaN; the checkpoint of step 3 stays, and the run can go on from it."""
+    workdir, original = continued(whole, tmp_path / "run"), module.make_step
+
+    def breaking(*arguments):
+        step = original(*arguments)
+
+        def broken(state, batch):
+            new, metrics = step(state, batch)
+            late = state.step >= 4
+            return new, {**metrics, "loss": jax.numpy.where(late, jax.numpy.nan, metrics["loss"]),
+                         "finite": metrics["finite"] & ~late}
+        return broken
+
+    monkeypatch.setattr(module, "make_step", breaking)
+    from bd3lm_jax.data.loader import row_ids
+    from bd3lm_jax.data.prepare import prepare
+
+    config = toy_config(home)
+    rows = prepare(config.data, "train", 4, prepare_tokenizer(config.data))
+    ids = ", ".join(map(str, row_ids(len(rows), 8, config.seed, 4)))
+    with pytest.raises(RunError, match=f"the loss of step 5 is not finite .*rows {ids} of the training split.*optim.lr") as e:
+        train(config, str(workdir))
+    assert e.value.exit_code == 1
+    assert steps_saved(workdir) == [3] and max(losses(workdir)) == 4
+
+
+def test_a_diverging_run_stops(home, tmp_path):
+    with pytest.raises(RunError, match="the loss of step [2-6] is not finite"):
+        train(toy_config(home, {"optim.lr": 1e30, "optim.clip_norm": 0.0}), str(tmp_path / "run"))
+    assert steps_saved(tmp_path / "run") == []
+
+
+def test_a_save_that_fails_is_an_error_of_the_run(home, whole, tmp_path, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    workdir = continued(whole, tmp_path / "run")
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    with pytest.raises(RunError, match="could not save .*No space left on device; the last complete checkpoint is step 3"):
+        train(toy_config(home), str(workdir))
+    assert steps_saved(workdir) == [3]
+
+
+def test_a_work_directory_that_cannot_be_made(home, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write in .*file/run: Not a directory"):
+        train(toy_config(home), str(tmp_path / "file" / "run"))
+
+
+def test_starting_from_a_run_of_another_block_size(home, whole, tmp_path, capsys):
+    """The weights of the first step are the average of the other run: the loss starts where that one had come to."""
+    changes = {"diffusion.block_size": 8, "train.init_from": str(whole[0]), "train.steps": 1, "optim.lr": 1e-9}
+    train(toy_config(home, changes), str(tmp_path / "run"))
+    assert f"starting from the weights of {whole[0]}, step 6" in capsys.readouterr().err
+    model, params = network(toy_config(home))
+    shapes = jax.eval_shape(lambda: params)
+    with Checkpoints(whole[0], 1, read_only=True) as there, Checkpoints(tmp_path / "run", 1, read_only=True) as here:
+        old, new = (checkpoints.restore_params("ema", shapes)[0] for checkpoints in (there, here))
+    for left, right in zip(jax.tree.leaves(old), jax.tree.leaves(new)):
+        np.testing.assert_allclose(left, right, atol=1e-6)
+
+
+def test_starting_from_a_run_with_another_tokenizer_is_refused(home, whole, tmp_path):
+    with pytest.raises(UserError, match="tokenizer .* does not match train.init_from="):
+        train(toy_config(home, {"train.init_from": str(whole[0]), "data.tokenizer": "bpe:270"}), str(tmp_path / "run"))
+
+
+def test_autoregressive_run(home, tmp_path):
+    result = train(toy_config(home, {"diffusion": AR, "model.adaln": False, "train.steps": 2}), str(tmp_path / "run"))
+    assert result["step"] == 2 and result["valid_nll"] < np.log(257)
+
+
+# ---- processes
+
+
+def started(config, workdir):
+    return subprocess.Popen([sys.executable, "-c", RUN, json.dumps(config), str(workdir)], env=environment(),
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(process, workdir, step):
+    deadline = time.monotonic() + 240
+    while not losses(workdir) or max(losses(workdir)) < step:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.01)
+
+
+@pytest.mark.ci_slow
+def test_killed_runs_go_on_bit_for_bit(home, tmp_path):
+    """SIGKILL in the middle, then the same command again."""
+    config = toy_dict(home, {"train.steps": 400, "checkpoint.every": 7})
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    first = started(config, killed)
+    wait_for_step(first, killed, 20)
+    first.send_signal(signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
+    done = max(losses(killed))
+    assert done < 400
+    for workdir in (killed, undisturbed):
+        process = started(config, workdir)
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        assert ("continuing from step" in errors) == (workdir == killed)
+    assert losses(killed) == losses(undisturbed) and len(losses(killed)) == 400
+
+
+@pytest.mark.ci_slow
+def test_sigterm_saves_and_exits_42(home, tmp_path):
+    config = toy_dict(home, {"train.steps": 2000, "checkpoint.every": 1000})
+    first = started(config, tmp_path)
+    wait_for_step(first, tmp_path, 5)
+    first.send_signal(signal.SIGTERM)
+    _, errors = first.communicate(timeout=120)
+    assert first.returncode == 42, errors
+    saved, = steps_saved(tmp_path)
+    assert f"stopped by SIGTERM after step {saved}, which is saved" in errors and saved == max(losses(tmp_path))
+    config["train"]["steps"] = saved + 3
+    second = started(config, tmp_path)
+    output, errors = second.communicate(timeout=120)
+    assert second.returncode == 0, errors
+    assert f"continuing from step {saved} " in errors
+    assert json.loads(output.splitlines()[-1])["step"] == saved + 3
+    assert sorted(losses(tmp_path)) == list(range(1, saved + 4))
+
+
+@pytest.mark.ci_slow
+def test_devices_and_meshes_give_the_same_losses(home, tmp_path):
+    """Three steps on one device, and on eight in two meshes; samples are drawn from sharded weights too."""
+    changes = {"train.steps": 3, "model.layers": 3, "eval.samples": 1}
+    meshes = {"one": (1, {}), "data": (8, {"mesh.data": 8}), "all": (8, {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})}
+    found = {}
+    for name, (devices, mesh) in meshes.items():
+        done = run_python(RUN, json.dumps(toy_dict(home, changes | mesh)), tmp_path / name, devices=devices)
+        assert done.returncode == 0, done.stderr
+        found[name] = [*losses(tmp_path / name).values(), json.loads(done.stdout.splitlines()[-1])["valid_nll"]]
+    assert len(found["one"]) == 4
+    for name in ("data", "all"):
+        np.testing.assert_allclose(found[name], found["one"], rtol=1e-5)
+
+
+@pytest.mark.ci_slow
+def test_a_full_disk_while_saving(home, tmp_path):
+    """Files may not grow beyond 20 kB; the parameters take more."""
+    code = "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" \
+           "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n" + RUN
+    train(toy_config(home, {"train.steps": 1}), str(tmp_path / "prepared"))  # the limit is not for the prepared rows
+    environment_without_cache = environment() | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(toy_dict(home, {})), str(tmp_path / "run")],
+                          env=environment_without_cache, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    assert "could not save a checkpoint" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert steps_saved(tmp_path / "run") == [] and os.path.exists(tmp_path / "run" / "config.json")
