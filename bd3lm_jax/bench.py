@@ -1,4 +1,4 @@
-"""Benchmarks that run both sides, interleaved, in one process, and print ratios (times on shared machines mean nothing)."""
+"""Benchmarks that run all sides, interleaved, in one process, and print ratios (times on shared machines mislead)."""
 
 import dataclasses
 import importlib.metadata
@@ -56,8 +56,8 @@ def bench(name: str, rounds: int) -> dict[str, Any]:
 
 
 def step_bench(rounds: int) -> list[dict]:
-    """Training steps: `ar` and `two_stream` are this library's, `published_structure` is one dense 2L x 2L pass with the
-    head on all L noised tokens, as published. Ratios to `ar`."""
+    """Training steps: `ar` and `two_stream` are this library's, `published_structure` is one dense 2L x 2L pass with
+    the head on all L noised tokens, as published. Ratios to `ar`."""
     rows = []
     for case in STEP_CASES:
         variants = {"ar": _ours(case, AR(bos=True), adaln=True), "two_stream": _ours(case, _masked(case), adaln=True),
@@ -72,9 +72,9 @@ def _masked(case: Case) -> Masked:
 
 
 def _model(case: Case, adaln: bool) -> models.Backbone:
-    return models.build(DiTConfig(vocab_size=case.vocab, layers=case.layers, width=case.width, heads=case.heads, mlp_ratio=4,
-                                  dropout=0.0, adaln=adaln, cond_dim=128, time_conditioning=False, rope_base=1e4),
-                        compute_dtype("auto"))
+    config = DiTConfig(vocab_size=case.vocab, layers=case.layers, width=case.width, heads=case.heads, mlp_ratio=4,
+                       dropout=0.0, adaln=adaln, cond_dim=128, time_conditioning=False, rope_base=1e4)
+    return models.build(config, compute_dtype("auto"))
 
 
 def _ours(case: Case, objective: Any, adaln: bool) -> tuple[Callable, tuple]:
@@ -105,7 +105,8 @@ def _published(case: Case) -> tuple[Callable, tuple]:
             variables = {"params": layer_params}
             qkv = module.apply(variables, h, cond, rotary, method=module.pre)
             halves = [jnp.split(x, 2, axis=1) for x in qkv]
-            noisy, clean = dense_attention(spec, tuple(x[0][:, None] for x in halves), tuple(x[1] for x in halves), None)
+            noised_qkv, clean_qkv = tuple(x[0][:, None] for x in halves), tuple(x[1] for x in halves)
+            noisy, clean = dense_attention(spec, noised_qkv, clean_qkv, None)
             attended = jnp.concatenate([noisy[:, 0], clean], axis=1)
             return module.apply(variables, h, attended, cond, None, method=module.post)[0], None
 
@@ -137,7 +138,7 @@ def _updating(case: Case, model: models.Backbone, loss: Callable) -> tuple[Calla
 
 
 def _compare(case: str, variants: dict[str, tuple[Callable, tuple]], baseline: str, rounds: int) -> list[dict]:
-    """Compile all, run each once, then `rounds` interleaved rounds; a function's first result is its next first argument."""
+    """Compile all, run each once, then `rounds` interleaved rounds; a first result is the next first argument."""
     compiled, arguments, memory, wall, cpu = {}, {}, {}, {}, {}
     for name, (function, first) in variants.items():
         compiled[name] = function.lower(*first).compile()

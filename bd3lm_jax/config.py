@@ -146,7 +146,7 @@ class EvalConfig:
     batch: int  # rows a forward pass, over all devices
     draws: int
     samples: int  # texts in the closing report
-    sample_length: int
+    sample_length: int  # tokens of each; never more than data.length
 
     def __post_init__(self):
         for name in ("every", "batch", "draws"):

@@ -1,4 +1,4 @@
-"""How the sampling loop (`sampling/generate.py`) asks a network: `denoise(canvas, start, previous, ...)`, with cache."""
+"""How the sampling loop (`sampling/generate.py`) asks a network, with an exact cache."""
 
 from typing import Any, NamedTuple
 

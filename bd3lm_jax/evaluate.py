@@ -72,7 +72,8 @@ def make_row_nats(model: Backbone, objective: Any, special: SpecialIds, executio
 
     def row_nats(params, key, draw, row_ids, tokens, positions, segments):
         noised = jax.vmap(lambda *row: noise(key, draw, *row))(row_ids, tokens, segments)
-        losses, index = row_losses(model, params, objective, noised, tokens, positions, segments, special.mask, execution)
+        losses, index = row_losses(model, params, objective, noised, tokens, positions, segments, special.mask,
+                                   execution)
         weight = noised.weight_BxMxL
         losses = losses * jnp.take_along_axis(weight, index, axis=2)
         place = jax.vmap(jax.vmap(lambda losses, index: jnp.zeros(tokens.shape[1]).at[index].add(losses)))
@@ -111,7 +112,8 @@ def evaluate_run(workdir: str, *, split: str, data: str, estimator: str, draws: 
     result = evaluator.run(params, rows, estimator=estimator, draws=draws, seed=seed)
     by_count = result.pop("nll_by_count")
     _show(workdir, split, result, by_count)
-    return {"data": data or config.data.source, "split": split, **result, "step": step, "config_sha256": meta["config_sha256"]}
+    return {"data": data or config.data.source, "split": split, **result, "step": step,
+            "config_sha256": meta["config_sha256"]}
 
 
 def _other_data(own, data: str):
@@ -131,8 +133,8 @@ def _show(workdir: str, split: str, result: dict, by_count: dict) -> None:
     low, high = result["ppl_ci95"]
     log.table(f"{workdir}, {split}: {result['documents']} documents, {result['tokens']} tokens",
               ("nats/token", "perplexity", "95 % interval", "bits/byte", "Monte-Carlo error"),
-              [(f"{result['nll']:.4f}", f"{result['ppl']:.2f}", f"{low:.2f} .. {high:.2f}", f"{result['bits_per_byte']:.4f}",
-                f"{result['nll_mc_se']:.5f}")])
+              [(f"{result['nll']:.4f}", f"{result['ppl']:.2f}", f"{low:.2f} .. {high:.2f}",
+                f"{result['bits_per_byte']:.4f}", f"{result['nll_mc_se']:.5f}")])
     if 1 < len(by_count) <= 32:
         log.table("nats per masked token, by masked tokens in the block", [str(k) for k in by_count],
                   [[f"{nll:.3f}" for nll in by_count.values()]])
@@ -173,7 +175,8 @@ class Evaluator:
         """One batch of rows, all draws. A short batch is filled up with its last row, which is then not counted."""
         padded = np.concatenate([ids, np.full(self.batch - len(ids), ids[-1])])
         arrays = place_rows(rows, padded, self.sharding)
-        row_ids = jax.make_array_from_callback(padded.shape, self.sharding, lambda index: padded[index].astype(np.int32))
+        row_ids = jax.make_array_from_callback(padded.shape, self.sharding,
+                                               lambda index: padded[index].astype(np.int32))
         key = jax.random.key(seed)
         parts = [self._row_nats(params, key, draw, row_ids, arrays["tokens"], arrays["positions"], arrays["segments"])
                  for draw in range(draws)]

@@ -34,7 +34,7 @@ NAMED = 6  # tensors named in an error, of each kind
 
 @dataclasses.dataclass(frozen=True)
 class ScoreNetwork(Masked):
-    """What is known of an SEDD checkpoint: its outputs are log scores, so it offers raw logits, no likelihood or texts."""
+    """An SEDD checkpoint: its outputs are log scores, so it offers raw logits, no likelihood and no texts."""
 
     kind: ClassVar[str] = "sedd"
 

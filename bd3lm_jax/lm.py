@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bd3lm_jax import evaluate, models, passes, rundir, stats
-from bd3lm_jax.config import Config
+from bd3lm_jax.config import SECTIONS, Config
 from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.denoise import BlockDenoiser, CausalDenoiser
 from bd3lm_jax.errors import UserError, lookup
@@ -53,8 +53,7 @@ def load(path: str, weights: str = "ema") -> "LM":
         from bd3lm_jax import hf
 
         model_config, objective, length, params = hf.read_model(path)
-        config = Config(seed=0, model=model_config, diffusion=objective, data=None, optim=None, train=None, compute=None,
-                        mesh=None, log=None, checkpoint=None, eval=None)
+        config = Config(0, model_config, objective, **dict.fromkeys(SECTIONS))
         return LM(config, params, None, models.build(model_config, jnp.float32), length)
     from bd3lm_jax.checkpoint import Checkpoints
 
@@ -89,7 +88,7 @@ class LM:
     def logits(self, xt, x0=None, *, sigma=None) -> jax.Array:
         """Raw network output, float32 `[B, L, V]`, before SUBS.
 
-        With x0: the two-stream pass at the model's block size. Without: a plain pass (causal for AR, else block causal).
+        With x0: the two-stream pass at the model's block size. Without: a plain pass, causal for AR, else block causal.
         sigma = -log(alpha): `[B]` conditions both streams, as published; `[B, K]` the noised blocks only (clean: 0).
         Raises UserError for ids out of range and for a missing sigma on a time-conditioned model.
         """
@@ -138,8 +137,8 @@ class LM:
                  seed: int = 0) -> list[Sample]:
         """Write texts of `length` tokens (prompt included), or up to an end token.
 
-        prompts: texts or lists of ids, `num` samples of each; None: `num` from nothing. sampler: "first_hitting" (exact)
-        or "ancestral" (masked diffusion only). Request i is keyed by (seed, i): a batch does not change its members.
+        prompts: texts or lists of ids, `num` samples of each; None: `num` from nothing. sampler: "first_hitting"
+        (exact) or "ancestral" (masked diffusion only). Request i is keyed by (seed, i), whatever else is in the batch.
         """
         self._check_probabilities()
         prompts = self._encode_prompts(prompts, num, length)

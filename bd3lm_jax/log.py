@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from bd3lm_jax.errors import RunError
+
 METRICS_FILE = "metrics.jsonl"
 PLAIN_SECONDS = 5.0  # between progress lines when stderr is not a terminal
 
@@ -88,9 +90,14 @@ class RunLog:
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one line for `step`. Call it once a step, and before that step is saved."""
-        if self._file is not None:
+        if self._file is None:
+            return
+        try:
             self._file.write(_to_json({"step": step, **values}) + "\n")
             self._file.flush()
+        except OSError as error:
+            raise RunError(f"cannot write {self._path}: {error.strerror or error}; free some disk space and run the "
+                           "same command again") from None
 
     def progress(self, step: int, loss: float, tokens_per_s: float) -> None:
         """Show that `step` updates are done: a live bar on a terminal, else a line every few seconds and at the end."""

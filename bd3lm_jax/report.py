@@ -25,7 +25,8 @@ def closing(run: Any, weights: Any, valid: dict, evaluator: Any) -> None:
     for split, (rows, estimate) in splits.items():
         _likelihood_table(run, split, rows, estimate)
     if len(valid["nll_by_count"]) > 1:
-        plots.nll_by_count(Path(run.workdir) / "plots" / "nll_by_count.png", *zip(*sorted(valid["nll_by_count"].items())))
+        points = zip(*sorted(valid["nll_by_count"].items()))
+        plots.nll_by_count(Path(run.workdir) / "plots" / "nll_by_count.png", *points)
     plots.loss_curve(run.workdir)
     note(f"plots in {Path(run.workdir) / 'plots'}")
     if config.eval.samples:
@@ -73,11 +74,13 @@ def _samples(run, weights) -> None:
     from bd3lm_jax.lm import LM
 
     lm = LM(run.config, weights, run.tokenizer, run.model, run.config.data.length)
-    samples = lm.generate(num=run.config.eval.samples, length=run.config.eval.sample_length, seed=run.config.seed)
+    length = min(run.config.eval.sample_length, lm.context)
+    samples = lm.generate(num=run.config.eval.samples, length=length, seed=run.config.seed)
     note(f"{len(samples)} samples:")
     for sample in samples:
         note("  " + sample.text.replace("\n", "\n  "))
         note("  --")
     path = Path(run.workdir) / "samples"
     path.mkdir(exist_ok=True)
-    (path / f"step_{run.config.train.steps}.txt").write_text("\n--\n".join(s.text for s in samples) + "\n", encoding="utf-8")
+    text = "\n--\n".join(sample.text for sample in samples) + "\n"
+    (path / f"step_{run.config.train.steps}.txt").write_text(text, encoding="utf-8")

@@ -35,7 +35,7 @@ def claim(workdir: str | os.PathLike, config: Config, tokenizer: Tokenizer) -> N
         check_tokenizer(tokenizer, there_tokenizer.identity, f"the run in {path}")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if not (path / CONFIG).exists() and any(path.iterdir()):
+        if not (path / CONFIG).exists() and any(file.name != TOKENIZER for file in path.iterdir()):
             raise UserError(f"{path} is not empty and holds no {CONFIG}: choose another --workdir")
         tokenizer.save(path / TOKENIZER)
         _write(path / CONFIG, json.dumps(config.to_dict() | {"config_sha256": config.sha256()}, indent=2) + "\n")
@@ -55,6 +55,9 @@ def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:
         stored = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path / CONFIG} is not valid JSON ({error}): restore it or train again") from error
+    if "model_type" in stored:
+        raise UserError(f"{path} is a published checkpoint, which brings no data and no tokenizer: use sample, or "
+                        "bd3lm_jax.load(...).nll from Python")
     stored.pop("config_sha256", None)
     return Config.from_dict(stored), load_tokenizer(path / TOKENIZER)
 
@@ -62,8 +65,8 @@ def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:
 def check_tokenizer(tokenizer: Tokenizer, identity: str, owner: str) -> None:
     """UserError unless `tokenizer` is the one that `owner` was made with."""
     if tokenizer.identity != identity:
-        raise UserError(f"tokenizer {tokenizer.identity} does not match {owner}, made with tokenizer {identity}: ids would "
-                        "mean other text; use the tokenizer.json saved with it")
+        raise UserError(f"tokenizer {tokenizer.identity} does not match {owner}, made with tokenizer {identity}: ids "
+                        "would mean other text; use the tokenizer.json saved with it")
 
 
 def _write(path: Path, text: str) -> None:

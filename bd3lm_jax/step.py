@@ -35,8 +35,8 @@ def row_losses(model: Backbone, params: dict, objective: Any, noised: Noised, to
     sigma = noised.sigma_BxMxK if getattr(model.config, "time_conditioning", False) else None
     if objective.causal:
         segment_BxL = jnp.where(noised.weight_BxMxL[:, 0] > 0, segment_BxL, 0)  # without bos nobody reads the end token
-        h = passes.one_stream(model, params, noised.xt_BxMxL[:, 0], position_BxL, segment_BxL, rule="causal", block_size=1,
-                              execution=execution, dropout_keys=dropout_keys)[:, None]
+        h = passes.one_stream(model, params, noised.xt_BxMxL[:, 0], position_BxL, segment_BxL, rule="causal",
+                              block_size=1, execution=execution, dropout_keys=dropout_keys)[:, None]
     else:
         h = passes.two_stream(model, params, noised.xt_BxMxL, tokens_BxL, position_BxL, segment_BxL,
                               block_size=objective.block_size, sigma_BxMxn=sigma, execution=execution,

@@ -1,4 +1,4 @@
-"""Training: one loop from a laptop CPU to a pod. `train(config, workdir)` does everything `python -m launch train` does."""
+"""Training: one loop from a laptop CPU to a pod; `train(config, workdir)` is all that `python -m launch train` does."""
 
 import contextlib
 import dataclasses

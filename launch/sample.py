@@ -17,7 +17,8 @@ TAKES_CONFIG = False
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "run directory, or one in Hugging Face layout", flag_values=values)
     flags.DEFINE_integer("num", 4, "texts, for each prompt if there are any", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("length", 256, "tokens of prompt and text", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("length", None, "tokens of prompt and text; by default 256, or the model's context if less",
+                         lower_bound=1, flag_values=values)
     flags.DEFINE_multi_string("prompt", None, "how a text begins", flag_values=values)
     flags.DEFINE_string("sampler", "first_hitting", "first_hitting or ancestral", flag_values=values)
     flags.DEFINE_float("temperature", 1.0, "below 1: likelier tokens", lower_bound=0.0, flag_values=values)
@@ -38,12 +39,13 @@ def main(args: flags.FlagValues) -> dict:
     lm = bd3lm_jax.load(workdir, weights=args.weights)
     sampler = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     start = time.perf_counter()
-    samples = lm.generate(args.prompt, num=args.num, length=args.length, sampler=args.sampler, seed=args.seed,
+    length = args.length or min(256, lm.context)
+    samples = lm.generate(args.prompt, num=args.num, length=length, sampler=args.sampler, seed=args.seed,
                           **sampler)
     seconds = time.perf_counter() - start
     for i, sample in enumerate(samples):
         log.note(f"--- sample {i}: {len(sample.tokens)} tokens, {sample.nfe} network calls, stop: {sample.stop}\n"
-                 f"{sample.text}\n")
+                 f"{sample.tokens if sample.text is None else sample.text}\n")
     tokens = sum(len(sample.tokens) for sample in samples)
     return {
         "samples": [{"text": sample.text, "num_tokens": len(sample.tokens), "nfe": sample.nfe, "stop": sample.stop}

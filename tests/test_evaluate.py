@@ -53,7 +53,9 @@ def arrays(rows):
 
 def log_probs(model, params, h, targets):
     """Of the targets, in float64, where the mask token is impossible."""
-    cond = None if model.condition is None else model.condition.apply({"params": params["condition"]}, jnp.zeros((1, 1)))
+    cond = None
+    if model.condition is not None:
+        cond = model.condition.apply({"params": params["condition"]}, jnp.zeros((1, 1)))
     logits = np.array(model.head.apply({"params": params["head"]}, h, cond), np.float64)
     logits[..., MASK] = -np.inf
     norm = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
@@ -61,7 +63,7 @@ def log_probs(model, params, h, targets):
 
 
 def enumerated_bound(model, params, rows, size):
-    """Nats of every row: sum over blocks, counts k and subsets of k of the n real tokens of (1/k) mean cross-entropy."""
+    """Nats of every row: over blocks and k, (1/k) the mean over subsets of k real tokens of their cross-entropies."""
     tokens, position, segment, _ = arrays(rows)
     patterns = np.array(list(itertools.product([False, True], repeat=size))[1:])
     masks = np.tile(patterns, LENGTH // size)  # [15, L]: every block in the same pattern; blocks do not see each other
@@ -173,8 +175,9 @@ def test_blocks_of_one_token_are_the_chain_rule(prepared):
 
     @quick_jit
     def ask(row):
-        h = passes.one_stream(model, params, jnp.where(here, MASK, row), position, jnp.asarray(before | here, jnp.int32),
-                              rule="block_causal", block_size=1, execution=passes.PLAIN)
+        ids, segment = jnp.where(here, MASK, row), jnp.asarray(before | here, jnp.int32)
+        h = passes.one_stream(model, params, ids, position, segment, rule="block_causal", block_size=1,
+                              execution=passes.PLAIN)
         return h[at, at]
 
     nats = [-log_probs(model, params, ask(row)[None], row[None]).sum() for row in tokens]
@@ -249,8 +252,8 @@ def evaluated(workdir, **changes):
 def test_eval_of_a_run_is_repeatable_and_complete(run):
     first, second = evaluated(run), evaluated(run)
     assert {**first, "wall_s": 0} == {**second, "wall_s": 0}
-    assert set(first) == {"data", "split", "estimator", "nll", "nll_ci95", "nll_mc_se", "ppl", "ppl_ci95", "bits_per_byte",
-                          "tokens", "documents", "draws", "seed", "step", "config_sha256", "wall_s"}
+    assert set(first) == {"data", "split", "estimator", "nll", "nll_ci95", "nll_mc_se", "ppl", "ppl_ci95",
+                          "bits_per_byte", "tokens", "documents", "draws", "seed", "step", "config_sha256", "wall_s"}
     assert (first["data"], first["split"], first["estimator"], first["step"]) == ("text", "valid", "exact_count", 2)
     assert first["config_sha256"] == json.loads((run / "config.json").read_text())["config_sha256"]
     low, high = first["nll_ci95"]

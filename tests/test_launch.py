@@ -86,7 +86,7 @@ BAD = [
     (("train", "--config.model.adaln=perhaps"), "--config.model.adaln=perhaps"),
     (("train", "--config.diffusion.count_probs=(1, 'a')"), "config key 'diffusion.count_probs' is 'a' (str)"),
     (("train", "--config.train.steps=0"), "train.steps is 0, expected at least 1"),
-    (("train", "--config.diffusion.block_size=3"), "block_size=3 does not divide data.length=256"),
+    (("train", "--config.diffusion.block_size=3"), "block_size=3 does not divide data.length=128"),
     (("train", "--config.data.source=autsen"), "data.source is 'autsen'"),
     (("prepare", "--split=tets"), "unknown split 'tets': did you mean 'test'?"),
     (("prepare", "--config.data.tokenizer=gpt3"), "gpt3"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from bd3lm_jax import log
+from bd3lm_jax.errors import RunError
 from bd3lm_jax.log import RunLog, note, read_metrics, result, table
 
 
@@ -126,3 +127,12 @@ result({"step": 4})
     assert done.returncode == 0 and json.loads(done.stdout) == {"step": 4}
     for text in ("4/4", "loss 1.2500", "5,000 tokens/s", "after step 2", "left"):
         assert text in shown
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path):
+    with RunLog(tmp_path, 10, quiet=True) as run:
+        run._file.close()
+        run._file = open("/dev/full", "a", encoding="utf-8")
+        with pytest.raises(RunError, match="metrics.jsonl: No space left on device; free some disk space"):
+            run.metrics(1, {"train/loss": 1.0})
+        run._file = None

@@ -44,7 +44,7 @@ def test_closing_leaves_plots_and_samples_and_a_table(run, capsys):
 
 
 def test_count_models_order_as_they_should(run):
-    """Bytes are the tokens here: their unigram and bigram are byte models, and longer contexts tell random words apart."""
+    """Bytes are the tokens here, so all five are byte models; contexts tell the letters of the random words apart."""
     run, _ = run
     found = report._count_models(run, "valid", run.rows["valid"])
     assert list(found) == ["unigram of its tokens", "bigram of its tokens", "byte 3-gram", "byte 4-gram", "byte 5-gram"]

@@ -83,3 +83,10 @@ def test_reading_what_is_not_there(tmp_path, config):
     path.write_text('{"seed": 0, "modle": {}}')
     with pytest.raises(UserError, match="unknown config key 'modle': did you mean 'model'"):
         rundir.read(tmp_path / "run")
+
+
+def test_claim_goes_on_after_a_kill_between_its_two_files(tmp_path, config):
+    (tmp_path / "run").mkdir()
+    BYTES.save(tmp_path / "run" / rundir.TOKENIZER)
+    rundir.claim(tmp_path / "run", config, BYTES)
+    assert rundir.read(tmp_path / "run")[0] == config

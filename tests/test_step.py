@@ -76,8 +76,8 @@ def direct_loss(config, model, params, noised, batch):
     """The objective written out: all logits, probabilities without the mask token, weights token by token."""
     dense = Execution("dense", "unroll", "none")
     if config.diffusion.causal:
-        h = passes.one_stream(model, params, noised.xt_BxMxL[:, 0], batch["positions"], batch["segments"], rule="causal",
-                              block_size=1, execution=dense)
+        h = passes.one_stream(model, params, noised.xt_BxMxL[:, 0], batch["positions"], batch["segments"],
+                              rule="causal", block_size=1, execution=dense)
         logits = model.head.apply({"params": params["head"]}, h, None)
     else:
         sigma = noised.sigma_BxMxK if config.model.time_conditioning else jnp.zeros((1, 1, 1))

@@ -51,7 +51,8 @@ def test_one_file_a_foreign_package(foreign, files):
 
 def test_configs_import_nothing_of_ours_but_common():
     for path in (ROOT / "configs").glob("*.py"):
-        ours = {name for name in imports(path, top_only=False) if name.split(".")[0] in ("bd3lm_jax", "launch", "configs")}
+        names = imports(path, top_only=False)
+        ours = {name for name in names if name.split(".")[0] in ("bd3lm_jax", "launch", "configs")}
         assert ours <= {"configs.common"}, path
 
 
