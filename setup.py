@@ -28,7 +28,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],
         "data": ["tensorflow>=2.21"],  # TFDS needs it to build lm1b and its kin; never to read them
-        "test": ["pytest>=9.0", "scipy>=1.17"],
+        "test": ["pytest>=9.0", "pytest-xdist>=3.8", "scipy>=1.17"],
         "bench": ["psutil>=7.0"],
     },
 )

@@ -105,7 +105,7 @@ def _attention() -> str:
     import numpy as np
 
     from bd3lm_jax import passes
-    from bd3lm_jax.attention import TILE
+    from bd3lm_jax.attention.blocked import TILE
 
     rng = np.random.default_rng(0)
     model, params = _tiny_model(rng)
