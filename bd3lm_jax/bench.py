@@ -60,7 +60,7 @@ def step_bench(rounds: int) -> list[dict]:
     the head on all L noised tokens, as published. Ratios to `ar`."""
     rows = []
     for case in STEP_CASES:
-        variants = {"ar": _ours(case, AR(bos=True), adaln=True), "two_stream": _ours(case, _masked(case), adaln=True),
+        variants = {"ar": _ours(case, AR(bos=True)), "two_stream": _ours(case, _masked(case)),
                     "published_structure": _published(case)}
         rows += _compare(str(case), variants, "ar", rounds)
     return rows
@@ -71,14 +71,14 @@ def _masked(case: Case) -> Masked:
                   clip_low=0.0, clip_high=1.0, eps=1e-3)
 
 
-def _model(case: Case, adaln: bool) -> models.Backbone:
+def _model(case: Case) -> models.Backbone:
     config = DiTConfig(vocab_size=case.vocab, layers=case.layers, width=case.width, heads=case.heads, mlp_ratio=4,
-                       dropout=0.0, adaln=adaln, cond_dim=128, time_conditioning=False, rope_base=1e4)
+                       dropout=0.0, adaln=True, cond_dim=128, time_conditioning=False, rope_base=1e4)
     return models.build(config, compute_dtype("auto"))
 
 
-def _ours(case: Case, objective: Any, adaln: bool) -> tuple[Callable, tuple]:
-    model, special = _model(case, adaln), SpecialIds(case.vocab - 1, 0)
+def _ours(case: Case, objective: Any) -> tuple[Callable, tuple]:
+    model, special = _model(case), SpecialIds(case.vocab - 1, 0)
 
     def loss(params, key, tokens, positions, segments):
         noised = objective.corrupt(key, tokens, segments, views=1, mask_id=special.mask, end_id=special.end)
@@ -89,7 +89,7 @@ def _ours(case: Case, objective: Any, adaln: bool) -> tuple[Callable, tuple]:
 
 
 def _published(case: Case) -> tuple[Callable, tuple]:
-    model, objective, mask_id = _model(case, True), _masked(case), case.vocab - 1
+    model, objective, mask_id = _model(case), _masked(case), case.vocab - 1
 
     def loss(params, key, tokens, positions, segments):
         noised = objective.corrupt(key, tokens, segments, views=1, mask_id=mask_id, end_id=0)

@@ -37,7 +37,7 @@ class DataConfig:
     layout: str  # "wrap", "pack", "pad"
     valid_fraction: float  # held out from the end of a local source that names no valid split
     cache_dir: str  # prepared rows; "" = ~/.cache/bd3lm_jax (or $BD3LM_CACHE)
-    workers: int  # threads that tokenise and prefetch
+    workers: int  # threads that read batches ahead of the step
 
     def __post_init__(self):
         one_of("data.source", self.source, ("austen", "text", "jsonl", "tfds"))
@@ -161,7 +161,7 @@ SECTIONS = {
     "data": DataConfig, "optim": OptimConfig, "train": TrainConfig, "compute": ComputeConfig, "mesh": MeshConfig,
     "log": LogConfig, "checkpoint": CheckpointConfig, "eval": EvalConfig,
 }
-# Sections and keys that may differ when a run goes on: they do not change what is learned.
+# Sections and keys that may differ when a run goes on. More steps change a decaying learning rate from there on.
 RESUMABLE = ("mesh", "log", "checkpoint", "eval", "train.steps", "data.cache_dir", "data.workers", "compute.attention",
              "compute.layers", "compute.remat", "compute.microbatch")
 

@@ -33,7 +33,7 @@ class BlockDenoiser(NamedTuple):
         position = jnp.broadcast_to(start + jnp.arange(size), (batch, size))
         ones = jnp.ones_like(position)
         sigma = None
-        if self.model.config.time_conditioning:
+        if trunk.takes_level(self.model.config):
             sigma = -jnp.log1p(-jnp.minimum(level_B, 1 - 1e-6))[:, None, None]
         noised = Stream(canvas_BxS[:, None], position, ones * (start // size), ones, sigma)
         clean = None

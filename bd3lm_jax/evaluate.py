@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from bd3lm_jax import log, passes, sharding, stats
 from bd3lm_jax.config import Config
+from bd3lm_jax.data.corpora import WHOLE
 from bd3lm_jax.data.loader import place_rows
 from bd3lm_jax.data.prepare import Rows
 from bd3lm_jax.diffusion.masked import Masked
@@ -32,17 +33,22 @@ ESTIMATORS = ("exact_count", "nll")
 VIEWS = 2  # maskings of each draw: the fewest that show their own error
 
 
-def default_estimator(objective: Any) -> str:
-    """"nll" where the likelihood is exact (AR and blocks of one token), else "exact_count"."""
-    return "nll" if objective.block_size == 1 else "exact_count"
+def is_exact(config: Config) -> bool:
+    """Whether one pass gives the likelihood itself: AR, and blocks of one token without a noise level as input."""
+    return config.diffusion.causal or (config.block_size == 1 and not trunk.takes_level(config.model))
 
 
-def check_estimator(estimator: str, objective: Any, draws: int) -> None:
+def default_estimator(config: Config) -> str:
+    """"nll" where the likelihood is exact, else "exact_count"."""
+    return "nll" if is_exact(config) else "exact_count"
+
+
+def check_estimator(estimator: str, config: Config, draws: int) -> None:
     if estimator not in ESTIMATORS:
         raise UserError(f"unknown estimator '{estimator}': known: {', '.join(ESTIMATORS)}")
-    if estimator == "nll" and objective.block_size != 1:
-        raise UserError(f"estimator 'nll' is exact only for block size 1 and AR, this model has block size "
-                        f"{objective.block_size}: use --estimator=exact_count")
+    if estimator == "nll" and not is_exact(config):
+        raise UserError(f"estimator 'nll' is exact only for AR and for block size 1 without time conditioning, this "
+                        f"model has block size {config.block_size}: use --estimator=exact_count")
     if draws < 1:
         raise UserError(f"draws is {draws}, expected at least 1")
 
@@ -87,16 +93,18 @@ def evaluate_run(workdir: str, *, split: str, data: str, estimator: str, draws: 
                  batch: int) -> dict[str, Any]:
     """The `eval` command: likelihood of a split under the newest checkpoint of a run.
 
-    data: "" for the run's own corpus, "austen", or a .txt / .jsonl file or directory, tokenised with the run's
-    tokenizer. estimator: "" for the best one. weights: "ema" or "params". batch: rows a pass, 0 for the config's.
+    data: "" for the run's own corpus, "austen", or a .txt / .jsonl file (all of it, whatever the split) or directory,
+    tokenised with the run's tokenizer. estimator: "" for the best one. weights: "ema" or "params". batch: rows a pass,
+    0 for the config's.
     """
     from bd3lm_jax import models, rundir
     from bd3lm_jax.checkpoint import Checkpoints
     from bd3lm_jax.data.prepare import prepare
 
     config, tokenizer = rundir.read(workdir)
-    estimator = estimator or default_estimator(config.diffusion)
-    check_estimator(estimator, config.diffusion, draws)
+    split = WHOLE if Path(data).is_file() else split
+    estimator = estimator or default_estimator(config)
+    check_estimator(estimator, config, draws)
     config = dataclasses.replace(config, data=_other_data(config.data, data),
                                  eval=dataclasses.replace(config.eval, batch=batch or config.eval.batch),
                                  mesh=dataclasses.replace(config.mesh, data=-1, fsdp=1, tensor=1))
@@ -125,7 +133,7 @@ def _other_data(own, data: str):
         return dataclasses.replace(own, source="austen", path="")
     if not path.exists():
         raise UserError(f"--data={data} is neither 'austen' nor a file or directory of .txt or .jsonl text")
-    jsonl = path.suffix == ".jsonl" or (path.is_dir() and any(path.glob("*.jsonl*")))
+    jsonl = ".jsonl" in path.suffixes or (path.is_dir() and any(path.glob("*.jsonl*")))
     return dataclasses.replace(own, source="jsonl" if jsonl else "text", path=str(path))
 
 
@@ -146,7 +154,7 @@ class Evaluator:
     def __init__(self, config: Config, model: Backbone, special: SpecialIds, mesh):
         self.config, self.objective, self.mesh = config, config.diffusion, mesh
         execution = Execution(config.compute.attention, config.compute.layers, "none")
-        self.views = 1 if self.objective.block_size == 1 else VIEWS
+        self.views = 1 if is_exact(config) else VIEWS
         devices = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
         self.batch = -(-config.eval.batch // devices) * devices
         self.sharding = batch_sharding(mesh)
@@ -160,15 +168,15 @@ class Evaluator:
         Returns the numbers of the `eval` command, and `nll_by_count`: mean cross-entropy of the masked tokens of
         blocks with k of them, by k. Deterministic in (params, rows, seed, draws), whatever the devices.
         """
-        check_estimator(estimator, self.objective, draws)
+        check_estimator(estimator, self.config, draws)
         began = time.perf_counter()
-        draws = 1 if estimator == "nll" else draws
+        draws = 1 if is_exact(self.config) else draws
         total = _Totals(self.objective.block_size)
         chosen = np.arange(len(rows) if num_rows == 0 else min(num_rows, len(rows)))
         with jax.set_mesh(self.mesh):
             for start in range(0, len(chosen), self.batch):
                 self._add_rows(total, params, rows, chosen[start:start + self.batch], draws, seed)
-        return {**total.summary(rows, len(chosen) == len(rows)), "estimator": estimator, "draws": draws, "seed": seed,
+        return {**total.summary(rows), "estimator": estimator, "draws": draws, "seed": seed,
                 "wall_s": time.perf_counter() - began}
 
     def _add_rows(self, total: "_Totals", params, rows: Rows, ids: np.ndarray, draws: int, seed: int) -> None:
@@ -182,7 +190,10 @@ class Evaluator:
                  for draw in range(draws)]
         parts = [(np.asarray(nats)[:len(ids)], np.asarray(counts)[:len(ids)]) for nats, counts in parts]
         nats_BxMxL, counts_BxMxK = (np.concatenate(x, axis=1) for x in zip(*parts))
-        total.add(nats_BxMxL.astype(np.float64), counts_BxMxK, rows.documents(ids))
+        documents_BxL = rows.documents(ids)
+        if self.objective.causal:
+            documents_BxL = np.where(self.objective.weight(rows.segments(ids)) > 0, documents_BxL, -1)
+        total.add(nats_BxMxL.astype(np.float64), counts_BxMxK, documents_BxL)
 
 
 class _Totals:
@@ -207,15 +218,16 @@ class _Totals:
         self.count_nats += np.bincount(counts, mean.reshape(-1), self.block_size + 1)
         self.count_blocks += np.bincount(counts, minlength=self.block_size + 1)
 
-    def summary(self, rows: Rows, whole: bool) -> dict:
+    def summary(self, rows: Rows) -> dict:
         kept = self.tokens > 0
         nll, low, high = stats.ratio_interval(self.nats[kept], self.tokens[kept])
         tokens, views_RxM = self.tokens.sum(), np.array(self.rows)
         mc_se = 0.0 if views_RxM.shape[1] == 1 else stats.monte_carlo_se(views_RxM) / tokens
-        size = rows.meta["bytes"] if whole else rows.meta["bytes"] * tokens / rows.meta["tokens"]
+        # Without all tokens scored (some rows, or AR without bos) bytes are those of as many average tokens.
+        size = rows.meta["bytes"] * tokens / rows.meta["tokens"]
         by_count = {k: self.count_nats[k] / self.count_blocks[k] for k in range(1, self.block_size + 1)
                     if self.count_blocks[k]}
-        return {"nll": nll, "nll_ci95": [low, high], "nll_mc_se": mc_se, "ppl": math.exp(nll),
+        return {"nll": nll, "nll_ci95": [low, high], "nll_mc_se": mc_se, "ppl": _exp(nll),
                 "ppl_ci95": [_exp(low), _exp(high)], "bits_per_byte": self.nats.sum() / math.log(2) / size,
                 "tokens": int(tokens), "documents": int(kept.sum()), "nll_by_count": by_count}
 

@@ -20,7 +20,7 @@ from bd3lm_jax.sampling.filters import check_filters
 from bd3lm_jax.step import SpecialIds
 
 PREFILL = 64  # prompts are padded to multiples of this, so that few lengths compile
-ANCESTRAL_STEPS = 64  # reverse steps a block of the ancestral sampler; one that reveals nothing costs no network call
+ANCESTRAL_STEPS = 1000  # reverse steps a block of the ancestral sampler; one that reveals nothing asks no network
 
 
 class Sample(NamedTuple):
@@ -61,11 +61,9 @@ def load(path: str, weights: str = "ema") -> "LM":
     model = models.build(config.model, jnp.float32)
     abstract = jax.eval_shape(lambda: trunk.init(model, jax.random.key(0)))
     with Checkpoints(path, 1, read_only=True) as checkpoints:
-        params, meta, step = checkpoints.restore_params(weights, abstract)
+        params, meta, _ = checkpoints.restore_params(weights, abstract)
     rundir.check_tokenizer(tokenizer, meta["tokenizer"], f"the checkpoint in {path}")
-    lm = LM(config, params, tokenizer, model, config.data.length)
-    lm.step = step
-    return lm
+    return LM(config, params, tokenizer, model, config.data.length)
 
 
 class LM:
@@ -76,7 +74,6 @@ class LM:
 
     def __init__(self, config: Config, params: dict, tokenizer: Tokenizer | None, model: Backbone, context: int):
         self.config, self.params, self.tokenizer, self.model, self.context = config, params, tokenizer, model, context
-        self.step = None
 
     @property
     def special(self) -> SpecialIds:
@@ -109,9 +106,11 @@ class LM:
         """
         self._check_probabilities()
         tokens = np.asarray(self._check_ids(tokens))
+        if (tokens == self.special.mask).any():
+            raise UserError(f"the tokens hold the mask token {self.special.mask}, which is never part of a text")
         objective = self.config.diffusion
-        exact = objective.block_size == 1
-        evaluate.check_estimator("nll" if exact and estimator == "exact_count" else estimator, objective, draws)
+        exact = evaluate.is_exact(self.config)
+        evaluate.check_estimator("nll" if exact and estimator == "exact_count" else estimator, self.config, draws)
         batch, length = tokens.shape
         weights = np.ones((batch, length)) if weights is None else np.asarray(weights, np.float64)
         if weights.shape != tokens.shape:
@@ -128,7 +127,10 @@ class LM:
         per_token = views_BxMxL.mean(1)
         mean, low, high = stats.ratio_interval(per_token.sum(1), weights.sum(1))
         if batch == 1:
-            margin = 0.0 if exact else 1.96 * stats.monte_carlo_se(views_BxMxL.sum(-1)) / weights.sum()
+            margin = 0.0
+            if not exact:
+                quantile = stats.t_quantile(0.975, views_BxMxL.shape[1] - 1)
+                margin = quantile * stats.monte_carlo_se(views_BxMxL.sum(-1)) / weights.sum()
             low, high = mean - margin, mean + margin
         return NLL(per_token, mean, (low, high), float(per_token.sum()))
 
@@ -213,7 +215,7 @@ class LM:
 
     @functools.cached_property
     def _row_nats(self):
-        views = 1 if self.config.diffusion.block_size == 1 else evaluate.VIEWS
+        views = 1 if evaluate.is_exact(self.config) else evaluate.VIEWS
         return jax.jit(evaluate.make_row_nats(self.model, self.config.diffusion, self.special, passes.PLAIN, views))
 
     @functools.cached_property
@@ -266,7 +268,7 @@ class LM:
             raise UserError("this SEDD checkpoint gives scores, not probabilities: only logits are offered")
 
     def _check_sigma(self, sigma, shape) -> jax.Array | None:
-        if not getattr(self.config.model, "time_conditioning", False):
+        if not trunk.takes_level(self.config.model):
             return None
         if sigma is None:
             raise UserError("this model is conditioned on the noise level: give sigma = -log(alpha), [batch] or "

@@ -68,7 +68,10 @@ def ema_decay(ema: float, step: jax.Array) -> jax.Array:
 
 
 def update_ema(average: Any, params: Any, ema: float, step: jax.Array) -> Any:
-    """`d * average + (1 - d) * params` in float32 with d = ema_decay(ema, step); an average that is off ({}) stays."""
+    """`d * average + (1 - d) * params` in float32, d = ema_decay(ema, step), after `step` updates (this one counted).
+
+    An average that is off ({}) stays {}.
+    """
     if not average:
         return average
     decay = ema_decay(ema, step)

@@ -10,6 +10,7 @@ from bd3lm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3lm_jax.errors import UserError
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+PART = ".tmp"  # a file being written
 
 
 def resolve(config: Config, tokenizer: Tokenizer) -> Config:
@@ -35,10 +36,12 @@ def claim(workdir: str | os.PathLike, config: Config, tokenizer: Tokenizer) -> N
         check_tokenizer(tokenizer, there_tokenizer.identity, f"the run in {path}")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if not (path / CONFIG).exists() and any(file.name != TOKENIZER for file in path.iterdir()):
+        others = [file for file in path.iterdir() if file.name != TOKENIZER and file.suffix != PART]
+        if others and not (path / CONFIG).exists():
             raise UserError(f"{path} is not empty and holds no {CONFIG}: choose another --workdir")
-        tokenizer.save(path / TOKENIZER)
-        _write(path / CONFIG, json.dumps(config.to_dict() | {"config_sha256": config.sha256()}, indent=2) + "\n")
+        _write(path / TOKENIZER, tokenizer.to_bytes())
+        resolved = config.to_dict() | {"config_sha256": config.sha256()}
+        _write(path / CONFIG, json.dumps(resolved, indent=2).encode() + b"\n")
     except OSError as error:
         raise UserError(f"cannot write in {path}: {error.strerror or error}; choose another --workdir, or free some "
                         "disk space") from None
@@ -69,7 +72,8 @@ def check_tokenizer(tokenizer: Tokenizer, identity: str, owner: str) -> None:
                         "would mean other text; use the tokenizer.json saved with it")
 
 
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
+def _write(path: Path, content: bytes) -> None:
+    """All of it or nothing: a kill or a full disk leaves the old file."""
+    temporary = path.with_suffix(PART)
+    temporary.write_bytes(content)
     os.replace(temporary, path)

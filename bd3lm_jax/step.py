@@ -32,7 +32,7 @@ def row_losses(model: Backbone, params: dict, objective: Any, noised: Noised, to
     Returns float32 `[B, M, C]` and row indices int32 `[B, M, C]`, where C = noised.capacity: every token with weight
     > 0 is among them, the others have weight 0. Only these C positions reach the head.
     """
-    sigma = noised.sigma_BxMxK if getattr(model.config, "time_conditioning", False) else None
+    sigma = noised.sigma_BxMxK if trunk.takes_level(model.config) else None
     if objective.causal:
         segment_BxL = jnp.where(noised.weight_BxMxL[:, 0] > 0, segment_BxL, 0)  # without bos nobody reads the end token
         h = passes.one_stream(model, params, noised.xt_BxMxL[:, 0], position_BxL, segment_BxL, rule="causal",
@@ -84,13 +84,14 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
         dropout_keys = jax.vmap(lambda row: jax.random.fold_in(dropout_key, row))(jnp.arange(tokens.shape[0]))
         rows = {**batch, "noised": noised, "dropout_keys": dropout_keys}
         total, grads = _accumulate(loss_of, state.params, rows, config.compute.microbatch or tokens.shape[0])
-        count = jnp.maximum(jnp.sum(batch["segments"] != 0), 1).astype(jnp.float32)
+        scored = noised.weight_BxMxL > 0 if objective.causal else batch["segments"] != 0
+        count = jnp.maximum(jnp.sum(scored), 1).astype(jnp.float32)
         loss, grads = total / count, jax.tree.map(lambda g: g / count, grads)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = optim.update_ema(state.ema, params, config.optim.ema, state.step)
+        ema = optim.update_ema(state.ema, params, config.optim.ema, state.step + 1)
         new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, ema, opt_state),
                            (state.params, state.ema, state.opt_state))
         metrics = {"loss": loss, "grad_norm": grad_norm, "finite": finite,

@@ -26,7 +26,8 @@ from bd3lm_jax.models import Backbone, trunk
 from bd3lm_jax.state import TrainState
 from bd3lm_jax.step import SpecialIds, make_step
 
-PREFETCH = 2  # batches placed ahead of the step
+PREFETCH = 2  # batches placed ahead of the step, at least
+SHOWN_COUNTS = 32  # larger blocks log their NLL at powers of two masked tokens only
 RATE_STEPS = 20  # steps over which the shown rate is averaged
 
 
@@ -86,14 +87,31 @@ def set_up(config: Config, workdir: str) -> Run:
     model = models.build(config.model, passes.compute_dtype(config.compute.dtype))
     tx = optim.make_optimizer(config.optim, config.train.steps)
     abstract = jax.eval_shape(lambda: _initial_state(config, model, tx))
+    if config.train.init_from:
+        _check_source(config, tokenizer)
     rows = {split: prepare(config.data, split, config.block_size, tokenizer, _say) for split in ("train", "valid")}
     rundir.claim(workdir, config, tokenizer)
     return Run(config, Path(workdir), tokenizer, rows, mesh, model, tx,
                sharding.state_shardings(tx, abstract, mesh), abstract)
 
 
-def _say(*progress: Any) -> None:
-    note(" ".join(map(str, progress)))
+def _check_source(config: Config, tokenizer: Tokenizer) -> None:
+    """UserError unless `train.init_from` is a run of the same network and tokenizer with a checkpoint."""
+    source = config.train.init_from
+    there, there_tokenizer = rundir.read(source)
+    rundir.check_tokenizer(tokenizer, there_tokenizer.identity, f"train.init_from={source}")
+    ours, theirs = ({**section.to_dict()["model"], "dropout": None} for section in (config, there))
+    differing = [f"model.{key}: {ours.get(key)!r} != {theirs.get(key)!r}" for key in ours | theirs
+                 if ours.get(key) != theirs.get(key)]
+    if differing:
+        raise UserError(f"train.init_from={source} is another network ({'; '.join(differing)}; here != there)")
+    with Checkpoints(source, 1, read_only=True) as checkpoints:
+        if checkpoints.latest_step() is None:
+            raise UserError(f"train.init_from={source} holds no checkpoint: train it first")
+
+
+def _say(documents: int, tokens: int) -> None:
+    note(f"preparing: {documents:,} documents, {tokens:,} tokens")
 
 
 def _initial_state(config: Config, model: Backbone, tx) -> TrainState:
@@ -118,8 +136,6 @@ def _first_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, list[f
     source = run.config.train.init_from
     if not source:
         return state, []
-    _, there_tokenizer = rundir.read(source)
-    rundir.check_tokenizer(run.tokenizer, there_tokenizer.identity, f"train.init_from={source}")
     with Checkpoints(source, 1, read_only=True) as others:
         params, _, step = others.restore_params("ema", placed.params)
     note(f"starting from the weights of {source}, step {step}")
@@ -128,7 +144,7 @@ def _first_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, list[f
 
 
 def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evaluator: Evaluator, log: RunLog, stop):
-    """All steps; returns the last state and the median milliseconds a step. Metrics are read one step late."""
+    """All steps -> last state, median milliseconds a step, last validation. Metrics are read one step late."""
     config, shards, start = run.config, sharding.batch_sharding(run.mesh), int(state.step)
     step_fn = jax.jit(make_step(config, run.model, run.tx, run.special), donate_argnums=0,
                       out_shardings=(run.shardings, None))
@@ -139,7 +155,8 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
     window = _Window(config.diffusion, config.log.every, tokens_a_step, schedule, losses)
     log.note(f"{run.num_params:,} parameters, {len(run.rows['train'])} rows of {config.data.length} tokens, "
              f"{run.mesh.size} x {jax.devices()[0].device_kind}; compiling the step")
-    batches = prefetch(loader.get, start, config.train.steps, config.data.workers, PREFETCH)
+    workers = config.data.workers
+    batches = prefetch(loader.get, start, config.train.steps, workers, max(PREFETCH, workers))
     with contextlib.closing(batches):
         for step, (ids, batch) in zip(range(start, config.train.steps), batches):
             state, metrics = step_fn(state, batch)
@@ -167,7 +184,7 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
 def _validate(run: Run, evaluator: Evaluator, weights, whole: bool) -> dict:
     """The bound on the validation split: on `eval.rows` rows from one draw, or with all rows and draws."""
     settings = run.config.eval
-    return evaluator.run(weights, run.rows["valid"], estimator=default_estimator(run.config.diffusion),
+    return evaluator.run(weights, run.rows["valid"], estimator=default_estimator(run.config),
                          draws=settings.draws if whole else 1, seed=run.config.seed,
                          num_rows=0 if whole else settings.rows)
 
@@ -206,7 +223,9 @@ class _Window:
                 line["train/nll"] = loss
         if valid:
             line |= {f"valid/{name}": valid[name] for name in ("nll", "ppl", "bits_per_byte")}
-            line |= {f"valid/nll_at_{k}_masked": nll for k, nll in valid["nll_by_count"].items()}
+            by_count, size = valid["nll_by_count"], self.objective.block_size
+            shown = [k for k in by_count if size <= SHOWN_COUNTS or k == size or k & (k - 1) == 0]
+            line |= {f"valid/nll_at_{k}_masked": by_count[k] for k in shown}
             log.note(f"step {step}: valid nll {valid['nll']:.4f} ({valid['bits_per_byte']:.3f} bits per byte)")
         if line:
             log.metrics(step, line)

@@ -43,7 +43,7 @@ def base() -> ConfigDict:
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
         "log": {"every": 100},
         "checkpoint": {"every": 10_000, "keep": 2},
-        "eval": {"every": 10_000, "rows": 4096, "batch": 512, "draws": 1, "samples": 4, "sample_length": 256},
+        "eval": {"every": 10_000, "rows": 4096, "batch": 32, "draws": 1, "samples": 4, "sample_length": 256},
     })
 
 

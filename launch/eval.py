@@ -13,9 +13,10 @@ TAKES_CONFIG = False
 
 
 def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", "", "run directory, or one in Hugging Face layout", flag_values=values)
+    flags.DEFINE_string("workdir", "", "run directory", flag_values=values)
     flags.DEFINE_string("split", "test", "train, valid or test", flag_values=values)
-    flags.DEFINE_string("data", "", "a .txt or .jsonl file or a data name; empty: the run's own", flag_values=values)
+    flags.DEFINE_string("data", "", "a .txt or .jsonl file (all of it), or austen; empty: the run's own",
+                        flag_values=values)
     flags.DEFINE_string("estimator", "", "exact_count, or nll (AR, block size 1); empty: the best", flag_values=values)
     flags.DEFINE_integer("draws", 1, "noise draws a row", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("seed", 0, "of the noise", lower_bound=0, flag_values=values)

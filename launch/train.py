@@ -2,7 +2,7 @@
 
   python -m launch train
   python -m launch train --config=configs/austen.py --workdir=runs/mine
-  python -m launch train --config=configs/tiny.py:block_size=8 --config.optim.lr=5e-4 --config.seed=1
+  python -m launch train --config=configs/tiny.py:block_size=8 --config.optim.lr=5e-4 --workdir=runs/blocks-of-8
   python -m launch train --config=configs/tiny.py:algo=ar --workdir=runs/tiny-ar
 
 Result: workdir, step, train_nll, valid_nll (nats a token), valid_ppl, tokens_per_s, step_ms, params, wall_s.

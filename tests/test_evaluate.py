@@ -215,7 +215,7 @@ def test_the_first_rows_alone(prepared):
 
 @pytest.mark.parametrize(("estimator", "draws", "message"), [
     ("elbo", 1, "unknown estimator 'elbo': known: exact_count, nll"),
-    ("nll", 1, "'nll' is exact only for block size 1 and AR, this model has block size 4"),
+    ("nll", 1, "'nll' is exact only for AR and for block size 1 .* this model has block size 4"),
     ("exact_count", 0, "draws is 0, expected at least 1"),
 ])
 def test_wrong_requests(prepared, estimator, draws, message):
@@ -226,12 +226,26 @@ def test_wrong_requests(prepared, estimator, draws, message):
 
 def test_a_clipped_model_is_measured_by_the_bound(tmp_path):
     clipped = toy_config(tmp_path, {"diffusion.corruption": "bernoulli", "diffusion.clip_low": 0.3,
-                                    "diffusion.clip_high": 0.8}).diffusion
-    assert not clipped.is_bound
-    measure = evaluate.unbiased(clipped)
+                                    "diffusion.clip_high": 0.8})
+    assert not clipped.diffusion.is_bound
+    measure = evaluate.unbiased(clipped.diffusion)
     assert measure.is_bound and measure.block_size == clipped.block_size
     assert evaluate.default_estimator(clipped) == "exact_count"
-    assert evaluate.default_estimator(toy_config(tmp_path, SINGLE).diffusion) == "nll"
+
+
+def test_exact_is_what_needs_no_noise(tmp_path):
+    assert evaluate.default_estimator(toy_config(tmp_path, SINGLE)) == "nll"
+    assert evaluate.default_estimator(toy_config(tmp_path, CAUSAL)) == "nll"
+    told_the_level = toy_config(tmp_path, {**SINGLE, "model.time_conditioning": True})
+    assert evaluate.default_estimator(told_the_level) == "exact_count"
+
+
+def test_tokens_that_nobody_predicts_are_not_counted(prepared):
+    evaluator, _, params, rows = prepared({"diffusion": {"kind": "ar", "bos": False}, "model.adaln": False})
+    result = evaluator.run(params, rows, estimator="nll", draws=1, seed=0)
+    assert result["tokens"] == rows.meta["tokens"] - len(rows)  # the first token of each row
+    assert result["bits_per_byte"] / result["nll"] == pytest.approx(
+        rows.meta["tokens"] / rows.meta["bytes"] / math.log(2))
 
 
 # ---- a run directory
@@ -264,7 +278,8 @@ def test_eval_of_a_run_is_repeatable_and_complete(run):
 def test_eval_of_another_text(run, tmp_path):
     documents = write_text(tmp_path / "other.txt", 20, seed=1)
     result = evaluated(run, data=str(tmp_path / "other.txt"))
-    assert result["data"] == str(tmp_path / "other.txt") and result["documents"] == 2  # a tenth is the valid split
+    assert (result["data"], result["split"]) == (str(tmp_path / "other.txt"), "all")
+    assert result["documents"] == len(documents)
     (tmp_path / "dir").mkdir()
     lines = "".join(json.dumps({"text": document}) + "\n" for document in documents)
     (tmp_path / "dir" / "test.jsonl").write_text(lines)

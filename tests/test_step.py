@@ -195,7 +195,7 @@ def test_a_step_that_is_not_finite_changes_only_the_count():
 
 def test_average_is_warmed_up():
     it = setting("exact_count")
-    for step, decay in ((0, 0.1), (2, 0.25), (8, 0.5), (10_000, 0.99)):
+    for step, decay in ((0, 2 / 11), (2, 4 / 13), (8, 10 / 19), (10_000, 0.99)):
         new, _ = it.step(it.state.replace(step=jnp.int32(step)), make_batch())
         for average, old, params in zip(*map(jax.tree.leaves, (new.ema, it.state.ema, new.params))):
             np.testing.assert_allclose(average, decay * old + (1 - decay) * params, atol=1e-5)

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import lzma
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,8 @@ from bd3lm_jax.config import DataConfig
 from bd3lm_jax.errors import UserError, lookup, nearest
 
 SPLITS = ("train", "valid", "test")
+HASHED_BYTES = 1 << 28  # of a source file
+WHOLE = "all"  # every document of local files, whatever their split
 SPLIT_NAMES = {split: split for split in SPLITS} | {"validation": "valid", "val": "valid", "dev": "valid"}
 NOVELS = ("SENSE AND SENSIBILITY", "PRIDE AND PREJUDICE", "MANSFIELD PARK", "EMMA", "NORTHANGER ABBEY")
 AUSTEN_VALID_FRACTION = 0.05  # of each train novel: part of the definition of the corpus
@@ -33,8 +36,8 @@ class Corpus:
 
 
 def open_corpus(data: DataConfig, split: str) -> Corpus:
-    """The split "train", "valid" or "test" of `data.source`. UserError if it cannot be found."""
-    if split not in SPLITS:
+    """The split "train", "valid" or "test" of `data.source`, or "all" of local files. UserError if it is not there."""
+    if split not in SPLITS and not (split == WHOLE and data.path):
         raise UserError(f"unknown split '{split}': {nearest(split, SPLITS)}")
     return lookup(SOURCES, data.source, "data.source")(data, split)
 
@@ -117,8 +120,8 @@ def _json_field(path: Path, number: int, line: str, field: str) -> str:
 
 def _local(data: DataConfig, split: str, suffix: str, read: Callable, key: str) -> Corpus:
     files = _split_files(Path(data.path), suffix)
-    held_out = split != "test" and not files["valid"]
-    chosen = files["train"] if held_out else files[split]
+    held_out = split in ("train", "valid") and not files["valid"]
+    chosen = sum(files.values(), []) if split == WHOLE else files["train"] if held_out else files[split]
     if not chosen:
         raise UserError(f"{data.path} has no {split} split: give data.path a directory that holds a file named "
                         f"{split}{suffix}")
@@ -191,9 +194,14 @@ def _decode(path: Path, line: bytes, offset: int) -> str:
 
 
 def _sha256(path: Path) -> str:
+    """Of the file; of a very large one its start, size and date, so that no run waits for it."""
     try:
         with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            facts = os.fstat(file.fileno())
+            if facts.st_size <= HASHED_BYTES:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+            start = hashlib.sha256(file.read(HASHED_BYTES)).hexdigest()
+            return f"{start} {facts.st_size} {facts.st_mtime_ns}"
     except OSError as error:
         raise _unreadable(path, error) from None
 

@@ -66,9 +66,8 @@ def build(config: DiTConfig, dtype: Any) -> Backbone:
                     dtype=dtype)
 
 
-def _uniform_fan_in(in_axis=-2, out_axis=-1):
-    """PyTorch's default for linear layers, U(+-1 / sqrt(fan_in)), which the published recipe keeps."""
-    return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=in_axis, out_axis=out_axis)
+# PyTorch's default for linear layers, U(+-1 / sqrt(fan_in)), which the published recipe keeps.
+UNIFORM_FAN_IN = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class Embed(nn.Module):
@@ -111,11 +110,11 @@ class Block(nn.Module):
         config, dtype = self.config, self.dtype
         heads, size = config.heads, config.width // config.heads
         self.norm1, self.norm2 = _norm(dtype), _norm(dtype)
-        self.qkv = nn.DenseGeneral((3, heads, size), use_bias=False, dtype=dtype, kernel_init=_uniform_fan_in())
+        self.qkv = nn.DenseGeneral((3, heads, size), use_bias=False, dtype=dtype, kernel_init=UNIFORM_FAN_IN)
         self.out = nn.DenseGeneral(config.width, axis=(-2, -1), use_bias=False, dtype=dtype,
-                                   kernel_init=_uniform_fan_in())
-        self.mlp_in = nn.Dense(config.mlp_ratio * config.width, dtype=dtype, kernel_init=_uniform_fan_in())
-        self.mlp_out = nn.Dense(config.width, dtype=dtype, kernel_init=_uniform_fan_in())
+                                   kernel_init=UNIFORM_FAN_IN)
+        self.mlp_in = nn.Dense(config.mlp_ratio * config.width, dtype=dtype, kernel_init=UNIFORM_FAN_IN)
+        self.mlp_out = nn.Dense(config.width, dtype=dtype, kernel_init=UNIFORM_FAN_IN)
         if config.adaln:
             self.modulation = _modulation(6, config, dtype)
 

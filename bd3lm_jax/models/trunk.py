@@ -89,6 +89,11 @@ class Out(NamedTuple):
     aux: jax.Array
 
 
+def takes_level(model_config) -> bool:
+    """Whether a backbone of this config is told the noise level."""
+    return getattr(model_config, "time_conditioning", False)
+
+
 def init(model: Backbone, key) -> dict:
     """Random parameters: nested dict of float32 arrays; every layer group has a leading layer axis."""
     ids = jnp.zeros((1, 1), jnp.int32)

@@ -1,10 +1,10 @@
 """The one sampling loop: blocks left to right, reveal steps inside, an exact cache across; compiled as a whole.
 
 It knows the network only as
-    denoise(canvas_BxS, start, previous_BxS, previous_real_B, positions_BxP, level_B, cache) -> logits_BxPxV, cache
-(previous: the block just finished, whose keys and values this call stores; None when they are stored already), so
-that a test can pass a table of probabilities. Rows do not influence each other: randomness is keyed by (seed,
-request, block, step, position), and every row has its own clock and its own stop.
+    denoise(canvas_BxS, start, previous_BxS, previous_real, positions_BxP, level_B, cache) -> logits_BxPxV, cache
+(previous: the block just finished, whose keys and values this call stores; None when they are stored already;
+previous_real: False before the first block), so that a test can pass a table of probabilities. Rows do not influence
+each other: randomness is keyed by (seed, request, block, step, position), and every row has its own clock and stop.
 """
 
 from collections.abc import Callable
