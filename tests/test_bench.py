@@ -35,7 +35,7 @@ def test_rows(result):
 def test_variants_of_one_model_have_the_same_loss():
     """The published structure computes the same function of the same noise: its first loss is that of two streams."""
     losses = []
-    for function, arguments in (module._ours(CASE, module._masked(CASE), adaln=True), module._published(CASE)):
+    for function, arguments in (module._ours(CASE, module._masked(CASE)), module._published(CASE)):
         params, opt_state = arguments[0]
         draw = np.random.default_rng(0)
         params = jax.tree.map(lambda p: p + 0.2 * draw.normal(size=p.shape).astype(np.float32), params)
