@@ -4,8 +4,8 @@
     python -m launch eval --workdir=runs/austen
 
 Arguments: block_size=N, algo=bd3lm|mdlm|ar, e.g. --config=configs/austen.py:block_size=16.
-Hardware and time: two CPU cores, at most 60 minutes.
-Expected: at most 2.20 bits per byte on *Persuasion* (to be measured).
+Hardware and time: two CPU cores busy with other work, 48 minutes. On an accelerator: to be measured.
+Measured: 1.836 bits per byte on *Persuasion*, 95 % interval 1.827 .. 1.845 (seed 0, jax 0.10.2).
 """
 
 from ml_collections import ConfigDict
