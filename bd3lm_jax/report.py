@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from bd3lm_jax import plots, textmetrics
@@ -73,6 +74,8 @@ def _samples(run, weights) -> None:
     """A few generated texts, shown and kept in samples/."""
     from bd3lm_jax.lm import LM
 
+    if jax.default_backend() == "cpu":  # simulated devices share few threads, which collectives in a loop can starve
+        weights = jax.device_put(weights, jax.local_devices()[0])
     lm = LM(run.config, weights, run.tokenizer, run.model, run.config.data.length)
     length = min(run.config.eval.sample_length, lm.context)
     samples = lm.generate(num=run.config.eval.samples, length=length, seed=run.config.seed)

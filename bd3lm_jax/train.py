@@ -70,7 +70,7 @@ def train(config: Config, workdir: str) -> dict[str, Any]:
             state, step_ms, valid = _loop(run, state, losses, checkpoints, evaluator, log, stop)
         weights = state.ema or state.params
         valid = valid or _validate(run, evaluator, weights, whole=True)
-        report.closing(run, weights, valid, evaluator)
+    report.closing(run, weights, valid, evaluator)
     lines = read_metrics(run.workdir)
     return {"workdir": str(run.workdir), "step": run.config.train.steps, "train_nll": _last(lines, "train/nll"),
             "valid_nll": valid["nll"], "valid_ppl": valid["ppl"], "tokens_per_s": _last(lines, "train/tokens_per_s"),

@@ -277,7 +277,7 @@ def test_sigterm_saves_and_exits_42(home, tmp_path):
 
 @pytest.mark.ci_slow
 def test_devices_and_meshes_give_the_same_losses(home, tmp_path):
-    """Three steps on one device, and on eight in two meshes; samples are drawn from sharded weights too."""
+    """Three steps on one device, and on eight in two meshes; samples are drawn at the end of each."""
     changes = {"train.steps": 3, "model.layers": 3, "eval.samples": 1}
     meshes = {"one": (1, {}), "data": (8, {"mesh.data": 8}),
               "all": (8, {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})}
