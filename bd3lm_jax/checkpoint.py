@@ -229,6 +229,8 @@ class Checkpoints:
             shutil.rmtree(self.directory / TRASH, ignore_errors=True)
 
     def _raise_save_failed(self, error: Exception) -> NoReturn:
+        # The tasks of the failed save would report it once more, with tracebacks, when they are collected.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         complete = [int(path.name) for path in self.directory.iterdir() if path.name.isdecimal()]
         last = f"the last complete checkpoint is step {max(complete)}" if complete else "no checkpoint is complete"
         raise RunError(f"could not save a checkpoint to {self.directory}: {_reason(error)}; {last}. "

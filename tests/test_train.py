@@ -301,6 +301,6 @@ def test_a_full_disk_while_saving(home, tmp_path):
     done = subprocess.run([sys.executable, "-c", code, json.dumps(toy_dict(home, {})), str(tmp_path / "run")],
                           env=environment_without_cache, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr
-    assert "could not save a checkpoint" in done.stderr.splitlines()[-1]
-    assert "bd3lm_jax/" not in done.stderr.replace(str(tmp_path), "")  # a thread of TensorStore may leave a traceback
+    assert "could not save a checkpoint to" in done.stderr  # among what threads of Orbax and TensorStore may write
+    assert "Free some disk space and run the same command again" in done.stderr
     assert steps_saved(tmp_path / "run") == [] and os.path.exists(tmp_path / "run" / "config.json")
