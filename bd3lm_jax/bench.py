@@ -94,7 +94,7 @@ def _published(case: Case) -> tuple[Callable, tuple]:
     def loss(params, key, tokens, positions, segments):
         noised = objective.corrupt(key, tokens, segments, views=1, mask_id=mask_id, end_id=0)
         block = positions // case.block_size
-        spec = MaskSpec(rule="block_causal", block_size=case.block_size, aligned=True, cache=None,
+        spec = MaskSpec(rule="block_causal", block_size=case.block_size, aligned=True, one_document=True, cache=None,
                         noised=Tokens(positions, block, segments, 1), clean=Tokens(positions, block, segments, 0))
         cond = model.condition.apply({"params": params["condition"]}, jnp.zeros((1, 1)))
         rotary = model.rotary(jnp.concatenate([positions, positions], axis=1))

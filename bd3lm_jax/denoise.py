@@ -82,5 +82,4 @@ def _store(model, params, ids_BxP, count, block_size: int, rule: str, cache: Cac
 
 def _hidden(model, params, noised, clean, cache, write_at, rule: str, block_size: int):
     return trunk.hidden(model, params, noised=noised, clean=clean, cache=cache, write_at=write_at, rule=rule,
-                        block_size=block_size, backend=PLAIN.backend, remat=PLAIN.remat, layers=PLAIN.layers,
-                        dropout_keys=None)
+                        block_size=block_size, execution=PLAIN, dropout_keys=None)

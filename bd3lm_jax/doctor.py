@@ -115,7 +115,7 @@ def _attention() -> str:
 
     @functools.partial(jax.jit, static_argnums=0)
     def hidden(backend):
-        execution = passes.Execution(backend=backend, layers="scan", remat="none")
+        execution = passes.Execution(backend=backend, layers="scan", remat="none", one_document=True)
         return passes.two_stream(model, params, xt_BxMxL, x0_BxL, position_BxL, segment_BxL, block_size=4,
                                  execution=execution)
 

@@ -27,7 +27,7 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import Backbone, trunk
 from bd3lm_jax.passes import Execution
 from bd3lm_jax.sharding import batch_sharding
-from bd3lm_jax.step import SpecialIds, row_losses
+from bd3lm_jax.step import SpecialIds, execution_of, row_losses
 
 ESTIMATORS = ("exact_count", "nll")
 VIEWS = 2  # maskings of each draw: the fewest that show their own error
@@ -153,7 +153,7 @@ class Evaluator:
 
     def __init__(self, config: Config, model: Backbone, special: SpecialIds, mesh):
         self.config, self.objective, self.mesh = config, config.diffusion, mesh
-        execution = Execution(config.compute.attention, config.compute.layers, "none")
+        execution = dataclasses.replace(execution_of(config), remat="none")
         self.views = 1 if is_exact(config) else VIEWS
         devices = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
         self.batch = -(-config.eval.batch // devices) * devices

@@ -1,24 +1,13 @@
 """The passes of a network over whole rows: two streams for training and bounds, one stream for everything else."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
 from bd3lm_jax.models import trunk
-from bd3lm_jax.models.trunk import Backbone, Stream
+from bd3lm_jax.models.trunk import Backbone, Execution, Stream
 
 
-@dataclasses.dataclass(frozen=True)
-class Execution:
-    """How a pass is computed; none of it changes the result beyond rounding."""
-
-    backend: str  # attention backend, "auto"
-    layers: str  # "scan", "unroll"
-    remat: str  # "none", "dots", "full"
-
-
-PLAIN = Execution(backend="auto", layers="scan", remat="none")
+PLAIN = Execution(backend="auto", layers="scan", remat="none", one_document=False)
 
 
 def compute_dtype(name: str):
@@ -54,8 +43,7 @@ def one_stream(model: Backbone, params: dict, ids_BxL, position_BxL, segment_BxL
 
 def _run(model, params, noised, clean, rule, block_size, execution, dropout_keys):
     return trunk.hidden(model, params, noised=noised, clean=clean, cache=None, write_at=None, rule=rule,
-                        block_size=block_size, backend=execution.backend, remat=execution.remat,
-                        layers=execution.layers, dropout_keys=dropout_keys)
+                        block_size=block_size, execution=execution, dropout_keys=dropout_keys)
 
 
 def plain_rows(ids_BxL) -> tuple[jax.Array, jax.Array]:

@@ -25,6 +25,12 @@ class SpecialIds:
     end: int
 
 
+def execution_of(config: Config) -> Execution:
+    """How the passes of a run are computed."""
+    compute = config.compute
+    return Execution(compute.attention, compute.layers, compute.remat, one_document=config.data.layout != "pack")
+
+
 def row_losses(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_BxL, position_BxL, segment_BxL,
                mask_id: int, execution: Execution, dropout_keys=None) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy of the tokens that count, in nats, and where they are.
@@ -34,7 +40,9 @@ def row_losses(model: Backbone, params: dict, objective: Any, noised: Noised, to
     """
     sigma = noised.sigma_BxMxK if trunk.takes_level(model.config) else None
     if objective.causal:
-        segment_BxL = jnp.where(noised.weight_BxMxL[:, 0] > 0, segment_BxL, 0)  # without bos nobody reads the end token
+        if not objective.bos:  # nobody reads the end token
+            segment_BxL = jnp.where(noised.weight_BxMxL[:, 0] > 0, segment_BxL, 0)
+            execution = dataclasses.replace(execution, one_document=False)
         h = passes.one_stream(model, params, noised.xt_BxMxL[:, 0], position_BxL, segment_BxL, rule="causal",
                               block_size=1, execution=execution, dropout_keys=dropout_keys)[:, None]
     else:
@@ -65,7 +73,7 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
     The noise is a function of (seed, step, row), drawn for the whole batch before microbatches are cut. A step whose
     loss or gradient is not finite leaves the state as it was, except for the step count.
     """
-    execution = Execution(config.compute.attention, config.compute.layers, config.compute.remat)
+    execution = execution_of(config)
     objective = config.diffusion
 
     def loss_of(params, rows):

@@ -79,7 +79,7 @@ def test_two_streams_equal_published(name, backend):
     view_sigma = None if sigma is None else sigma[:, None]
     logits = two_stream_logits(model, params, io["xt"][:, None], io["x0"], *passes.plain_rows(io["x0"]),
                                block_size=objective.block_size, sigma=view_sigma, clean_sigma=sigma,
-                               execution=Execution(backend, "scan", "none"))[:, 0]
+                               execution=Execution(backend, "scan", "none", False))[:, 0]
     np.testing.assert_allclose(logits, io["logits"], atol=TOLERANCE, rtol=0)
 
     masked, mask_id = io["xt"] == io["mask_id"], int(io["mask_id"])
@@ -99,7 +99,7 @@ def test_block_causal_stream_equals_published(name, backend):
     ids = io["sample_input"]
     logits = one_stream_logits(model, params, ids, *passes.plain_rows(ids), rule="block_causal",
                                block_size=objective.block_size, sigma=published_sigma(model, io),
-                               execution=Execution(backend, "unroll", "none"))
+                               execution=Execution(backend, "unroll", "none", False))
     np.testing.assert_allclose(logits, io["sample_logits"], atol=TOLERANCE, rtol=0)
 
 
@@ -107,7 +107,7 @@ def test_block_causal_stream_equals_published(name, backend):
 def test_autoregression_equals_published(backend):
     model, params, _, io = published("ar")
     logits = one_stream_logits(model, params, io["x0"], *passes.plain_rows(io["x0"]), rule="causal", block_size=1,
-                               execution=Execution(backend, "scan", "none"))
+                               execution=Execution(backend, "scan", "none", False))
     np.testing.assert_allclose(logits, io["logits"], atol=TOLERANCE, rtol=0)
     log_probs = jax.nn.log_softmax(jnp.where(jnp.arange(67) == io["mask_id"], -jnp.inf, logits))
     real = np.arange(67) != io["mask_id"]
@@ -147,7 +147,7 @@ def test_bound_at_block_size_one_is_the_chain_rule():
     @jax.jit
     def ask(cache, asked, before, write_at):
         out = trunk.hidden(model, params, noised=asked, clean=before, cache=cache, write_at=write_at,
-                           rule="block_causal", block_size=1, backend="dense", remat="none", layers="scan",
+                           rule="block_causal", block_size=1, execution=Execution("dense", "scan", "none", False),
                            dropout_keys=None)
         return trunk.logits(model, params, out.noised)[:, 0, 0], out.cache
 
@@ -165,7 +165,7 @@ def test_bound_at_block_size_one_is_the_chain_rule():
 @pytest.mark.parametrize("backend", ["dense", "blocked"])
 def test_padded_and_packed_rows_equal_plain_ones(backend):
     model, params = network()
-    execution = Execution(backend, "scan", "none")
+    execution = Execution(backend, "scan", "none", False)
     run = functools.partial(two_stream_logits, model, params, block_size=4, execution=execution)
     first, second = make_ids(20)[:8], make_ids(20)[8:]
     documents = [(ids, masked_somewhere(ids)) for ids in (first, second)]
@@ -192,7 +192,7 @@ def test_views_equal_separate_passes(backend):
     x0 = make_ids(2, 12)
     xt = masked_somewhere(np.repeat(x0[:, None], 3, axis=1))
     sigma = np.random.default_rng(3).uniform(0.1, 2, size=(2, 3, 3)).astype(np.float32)
-    execution = Execution(backend, "scan", "none")
+    execution = Execution(backend, "scan", "none", False)
     run = functools.partial(two_stream_logits, model, params, block_size=4, execution=execution)
     together = run(xt, x0, *passes.plain_rows(x0), sigma=sigma)
     for view in range(3):

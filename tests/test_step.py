@@ -74,7 +74,7 @@ def losses_of(config, model, params, noised, batch, execution):
 
 def direct_loss(config, model, params, noised, batch):
     """The objective written out: all logits, probabilities without the mask token, weights token by token."""
-    dense = Execution("dense", "unroll", "none")
+    dense = Execution("dense", "unroll", "none", False)
     if config.diffusion.causal:
         h = passes.one_stream(model, params, noised.xt_BxMxL[:, 0], batch["positions"], batch["segments"],
                               rule="causal", block_size=1, execution=dense)
@@ -225,7 +225,7 @@ def test_plain_padded_and_packed_rows_have_the_same_losses(causal, backend):
             noised = Noised(xt_BxMxL=jnp.where(mask, MASK, tokens)[None, None], sigma_BxMxK=jnp.zeros((1, 1, 1)),
                             weight_BxMxL=jnp.asarray(mask, jnp.float32)[None, None], capacity=int(mask.sum()))
         batch = {"tokens": tokens[None], "positions": position[None], "segments": segment[None]}
-        found, index = losses_of(config, model, params, noised, batch, Execution(backend, "scan", "none"))
+        found, index = losses_of(config, model, params, noised, batch, Execution(backend, "scan", "none", False))
         full = np.zeros(length)
         full[np.asarray(index)[0, 0]] = np.asarray(found * jnp.take_along_axis(noised.weight_BxMxL, index, 2))[0, 0]
         assert np.all(full[first:] == 0) and np.count_nonzero(full) == (first if causal else mask.sum())

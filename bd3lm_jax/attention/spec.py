@@ -38,12 +38,14 @@ class MaskSpec:
 
     block_size: every block begins at a row index that is a multiple of it, whatever the segments; it bounds which
     tiles can be seen. aligned: noised token i and clean token i stand at the same row index (training); False when the
-    clean stream is the block before the noised one (decoding).
+    clean stream is the block before the noised one (decoding). one_document: every row is known to hold one document,
+    padding only after it, so that position = row index; backends without segments need it.
     """
 
     rule: str = flax.struct.field(pytree_node=False)
     block_size: int = flax.struct.field(pytree_node=False)
     aligned: bool = flax.struct.field(pytree_node=False)
+    one_document: bool = flax.struct.field(pytree_node=False)
     noised: Tokens | None
     clean: Tokens | None
     cache: Tokens | None

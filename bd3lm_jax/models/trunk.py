@@ -5,6 +5,7 @@ in groups; each group is initialised by vmap and stored stacked, so scanned, unr
 checkpoint layout. Everything here is a pure function.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,6 +16,16 @@ import jax
 import jax.numpy as jnp
 
 from bd3lm_jax.attention import MaskSpec, Tokens, attend
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a pass is computed; none of it changes the result beyond rounding."""
+
+    backend: str  # attention backend, "auto"
+    layers: str  # "scan", "unroll"
+    remat: str  # "none", "dots", "full"
+    one_document: bool  # rows are known to hold one document each, which allows more attention backends
 
 
 class Backbone(NamedTuple):
@@ -123,13 +134,13 @@ def new_cache(model: Backbone, params: dict, batch: int, capacity: int) -> Cache
 def _stored_shapes(model, params):
     token = jnp.zeros((1, 1), jnp.int32)
     stream = Stream(token, token, token, token)
-    stored = _run(model, params, None, stream, None, rule="causal", block_size=1, backend="dense", remat="none",
-                  layers="scan", dropout_keys=None)[2]
+    stored = _run(model, params, None, stream, None, rule="causal", block_size=1,
+                  execution=Execution("dense", "scan", "none", one_document=True), dropout_keys=None)[2]
     return {name: k for name, (k, _) in stored.items()}
 
 
 def hidden(model: Backbone, params: dict, *, noised: Stream | None, clean: Stream | None, cache: Cache | None,
-           write_at, rule: str, block_size: int, backend: str, remat: str, layers: str, dropout_keys) -> Out:
+           write_at, rule: str, block_size: int, execution: Execution, dropout_keys) -> Out:
     """One pass of both streams through all layers.
 
     Noised tokens attend to cache, earlier clean blocks and their own block; clean tokens to cache and clean by `rule`
@@ -140,7 +151,7 @@ def hidden(model: Backbone, params: dict, *, noised: Stream | None, clean: Strea
     `[B]`; None: no dropout.
     """
     h_noised, h_clean, stored, aux = _run(model, params, noised, clean, cache, rule=rule, block_size=block_size,
-                                          backend=backend, remat=remat, layers=layers, dropout_keys=dropout_keys)
+                                          execution=execution, dropout_keys=dropout_keys)
     if cache is not None and clean is not None:
         cache = cache.write(stored, clean, write_at)
     return Out(h_noised, h_clean, cache, aux)
@@ -158,8 +169,8 @@ def _condition(model, params, sigma):
     return model.condition.apply({"params": params["condition"]}, sigma)
 
 
-def _run(model, params, noised, clean, cache, *, rule, block_size, backend, remat, layers, dropout_keys):
-    spec = MaskSpec(rule=rule, block_size=block_size, aligned=cache is None,
+def _run(model, params, noised, clean, cache, *, rule, block_size, execution, dropout_keys):
+    spec = MaskSpec(rule=rule, block_size=block_size, aligned=cache is None, one_document=execution.one_document,
                     noised=None if noised is None else noised.tokens(True),
                     clean=None if clean is None else clean.tokens(False),
                     cache=None if cache is None or cache.empty else cache.tokens())
@@ -170,25 +181,25 @@ def _run(model, params, noised, clean, cache, *, rule, block_size, backend, rema
               for name, stream in streams.items()}
     aux, stored, first = jnp.zeros(()), {}, 0
     for index, (name, block, count) in enumerate(model.groups):
-        layer = functools.partial(_layer, block, spec, cond, rotary, backend, dropout_keys)
+        layer = functools.partial(_layer, block, spec, cond, rotary, execution.backend, dropout_keys)
         drop_clean = noised is not None and clean is not None and index == len(model.groups) - 1
         cached = None if spec.cache is None else (cache.keys[name], cache.values[name])
-        h, stored[name], group_aux = _run_group(layer, params[name], cached, h, first, count, drop_clean, remat, layers)
+        h, stored[name], group_aux = _run_group(layer, params[name], cached, h, first, count, drop_clean, execution)
         aux, first = aux + group_aux, first + count
     return h.get("noised"), h.get("clean"), stored, aux
 
 
-def _run_group(layer, params, cached, h, first, count, drop_clean, remat, layers):
+def _run_group(layer, params, cached, h, first, count, drop_clean, execution: Execution):
     """All layers of a group; the last one is peeled off when its clean output is not wanted."""
     scanned = count - 1 if drop_clean else count
     xs = (params, cached, first + jnp.arange(count))
     def body(h, x, last):
         h, stored, aux = layer(*x, h, last)
         return h, (stored, aux)
-    if remat != "none":
-        policy = jax.checkpoint_policies.checkpoint_dots if remat == "dots" else None
-        body = jax.checkpoint(body, policy=policy, static_argnums=(2,), prevent_cse=layers != "scan")
-    if layers == "scan" and scanned > 1:
+    if execution.remat != "none":
+        policy = jax.checkpoint_policies.checkpoint_dots if execution.remat == "dots" else None
+        body = jax.checkpoint(body, policy=policy, static_argnums=(2,), prevent_cse=execution.layers != "scan")
+    if execution.layers == "scan" and scanned > 1:
         h, ys = jax.lax.scan(lambda h, x: body(h, x, False), h, jax.tree.map(lambda x: x[:scanned], xs))
         parts = [ys]
     else:

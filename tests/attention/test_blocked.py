@@ -38,7 +38,7 @@ def two_stream_spec(rows, length, block_size):
     noised = make_tokens(rows, length, block_size, 1)
     kept = length - block_size
     clean = Tokens(noised.position[:, :kept], noised.block[:, :kept], noised.segment[:, :kept], 0)
-    return MaskSpec("block_causal", block_size, True, noised, clean, None)
+    return MaskSpec("block_causal", block_size, True, False, noised, clean, None)
 
 
 def make_stream(seed, shape, heads, kv_heads):
@@ -90,14 +90,14 @@ def test_two_streams(small_tiles, length, block_size, rows, heads, kv_heads, vie
 
 @pytest.mark.parametrize("length", [12, 40])
 def test_one_block_needs_no_clean_stream(small_tiles, length):
-    spec = MaskSpec("block_causal", length, True, make_tokens([[length], [length - 5]], length, length, 1), None, None)
+    spec = MaskSpec("block_causal", length, True, False, make_tokens([[length], [length - 5]], length, length, 1), None, None)
     assert_equal_to_dense(spec, make_stream(2, (2, 2, length), 2, 1), None)
 
 
 @pytest.mark.parametrize("rule, block_size", [("causal", 1), ("block_causal", 4), ("bidirectional", 40)])
 @pytest.mark.parametrize("rows", [[[40]], [[8, 20, 12], [20, 16]]])
 def test_one_stream(small_tiles, rule, block_size, rows):
-    spec = MaskSpec(rule, block_size, True, None, make_tokens(rows, 40, block_size, 0), None)
+    spec = MaskSpec(rule, block_size, True, False, None, make_tokens(rows, 40, block_size, 0), None)
     assert_equal_to_dense(spec, None, make_stream(3, (len(rows), 40), 2, 1))
 
 
@@ -120,14 +120,14 @@ def test_padding_gives_exact_zeros(small_tiles):
 
 
 def test_extreme_scores_stay_finite(small_tiles):
-    spec = MaskSpec("causal", 1, True, None, make_tokens([[40]], 40, 1, 0), None)
+    spec = MaskSpec("causal", 1, True, False, None, make_tokens([[40]], 40, 1, 0), None)
     q, k, v = make_stream(8, (1, 40), 1, 1)
     outputs, gradients = assert_equal_to_dense(spec, None, (300 * q, 300 * k, v), atol=1e-2)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((outputs, gradients)))
 
 
 def test_bfloat16_is_close_to_float32(small_tiles):
-    spec = MaskSpec("block_causal", 4, True, None, make_tokens([[40]], 40, 4, 0), None)
+    spec = MaskSpec("block_causal", 4, True, False, None, make_tokens([[40]], 40, 4, 0), None)
     clean = make_stream(9, (1, 40), 2, 2)
     exact = jax.jit(dense_attention)(spec, None, clean, None)[1]
     rounded = jax.jit(blocked_attention)(spec, None, tuple(jnp.asarray(x, jnp.bfloat16) for x in clean), None)[1]
@@ -152,7 +152,7 @@ def test_decoding_is_refused():
     tokens = make_tokens([[8]], 8, 4, 0)
     stream = make_stream(12, (1, 8), 1, 1)
     with pytest.raises(ValueError, match="no cache"):
-        blocked_attention(MaskSpec("causal", 1, False, None, tokens, tokens), None, stream, stream[1:])
+        blocked_attention(MaskSpec("causal", 1, False, False, None, tokens, tokens), None, stream, stream[1:])
     with pytest.raises(ValueError, match="aligned"):
-        spec = MaskSpec("causal", 4, False, tokens.replace(view=1), tokens, None)
+        spec = MaskSpec("causal", 4, False, False, tokens.replace(view=1), tokens, None)
         blocked_attention(spec, tuple(x[:, None] for x in stream), stream, None)

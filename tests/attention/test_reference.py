@@ -45,7 +45,7 @@ def test_decoding_step_equals_loop(heads, kv_heads):
     noised = arrays(0, (BATCH, VIEWS, 4), heads, kv_heads)
     clean = arrays(1, (BATCH, 4), heads, kv_heads)
     cache = arrays(2, (BATCH, 4), heads, kv_heads)[1:]
-    spec = MaskSpec("causal", 4, False, tokens("noised"), tokens("clean"), tokens("cache"))
+    spec = MaskSpec("causal", 4, False, False, tokens("noised"), tokens("clean"), tokens("cache"))
     noised_out, clean_out = map(np.asarray, attend(spec, noised, clean, cache))
     for b in range(BATCH):
         real = {name: np.array(SEGMENT[name][b]) > 0 for name in SEGMENT}
@@ -62,7 +62,7 @@ def test_decoding_step_equals_loop(heads, kv_heads):
 
 def test_query_that_sees_nobody_is_exactly_zero():
     clean = arrays(3, (BATCH, 4), 2, 2)
-    spec = MaskSpec("bidirectional", 4, True, None, tokens("clean"), None)
+    spec = MaskSpec("bidirectional", 4, True, False, None, tokens("clean"), None)
 
     def total(clean):
         return jnp.sum(jnp.sin(1 + dense_attention(spec, None, clean, None)[1]))
@@ -78,7 +78,7 @@ def test_query_that_sees_nobody_is_exactly_zero():
 
 def test_keys_alone_give_no_clean_output():
     noised, clean = arrays(4, (BATCH, 1, 4), 2, 2), arrays(5, (BATCH, 4), 2, 2)
-    spec = MaskSpec("block_causal", 4, False, tokens("noised"), tokens("clean"), None)
+    spec = MaskSpec("block_causal", 4, False, False, tokens("noised"), tokens("clean"), None)
     both, _ = attend(spec, noised, clean, None)
     noised_out, clean_out = attend(spec, noised, (None, *clean[1:]), None)
     assert clean_out is None
@@ -86,7 +86,7 @@ def test_keys_alone_give_no_clean_output():
 
 
 def spec_of(aligned=True, cache=None):
-    return MaskSpec("causal", 1, aligned, None, tokens("clean", 1), cache)
+    return MaskSpec("causal", 1, aligned, False, None, tokens("clean", 1), cache)
 
 
 def test_choice_of_backend():
