@@ -67,8 +67,7 @@ def step_bench(rounds: int) -> list[dict]:
 
 
 def _masked(case: Case) -> Masked:
-    return Masked(block_size=case.block_size, schedule="loglinear", corruption="exact_count", count_probs=(),
-                  clip_low=0.0, clip_high=1.0, eps=1e-3)
+    return Masked.uniform_counts(case.block_size)
 
 
 def _model(case: Case) -> models.Backbone:

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin
 from bd3lm_jax.diffusion import OBJECTIVES
 from bd3lm_jax.errors import UserError, lookup, nearest
 from bd3lm_jax.models import BACKBONES
+from bd3lm_jax.models.trunk import REMAT
 
 
 def check(condition: bool, message: str) -> None:
@@ -83,11 +84,13 @@ class OptimConfig:
 class TrainConfig:
     steps: int
     batch: int  # rows a step, over all devices
+    views: int  # noised views of each row; they share one pass of the clean stream
     init_from: str  # run directory whose (EMA) weights start this run, e.g. one of another block size; "" = random
 
     def __post_init__(self):
         check(self.steps >= 1, f"train.steps is {self.steps}, expected at least 1")
         check(self.batch >= 1, f"train.batch is {self.batch}, expected at least 1")
+        check(self.views >= 1, f"train.views is {self.views}, expected at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,14 +100,17 @@ class ComputeConfig:
     dtype: str  # "auto" (bfloat16 on accelerators, float32 on CPU), "float32", "bfloat16"
     attention: str  # backend name, "auto"
     layers: str  # "scan", "unroll"
-    remat: str  # "none", "dots", "full"
+    remat: str  # what is computed again to save memory: "none", "dots", "attention", "full" (trunk.REMAT)
     microbatch: int  # rows a forward pass, over all devices; 0 = the whole batch
+    loss_chunk: int  # positions that go through the output layer at a time, a device; 0 = automatic
 
     def __post_init__(self):
         one_of("compute.dtype", self.dtype, ("auto", "float32", "bfloat16"))
         one_of("compute.layers", self.layers, ("scan", "unroll"))
-        one_of("compute.remat", self.remat, ("none", "dots", "full"))
-        check(self.microbatch >= 0, f"compute.microbatch is {self.microbatch}, expected at least 0")
+        one_of("compute.remat", self.remat, tuple(REMAT))
+        for name in ("microbatch", "loss_chunk"):
+            value = getattr(self, name)
+            check(value >= 0, f"compute.{name} is {value}, expected at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +169,7 @@ SECTIONS = {
 }
 # Sections and keys that may differ when a run goes on. More steps change a decaying learning rate from there on.
 RESUMABLE = ("mesh", "log", "checkpoint", "eval", "train.steps", "data.cache_dir", "data.workers", "compute.attention",
-             "compute.layers", "compute.remat", "compute.microbatch")
+             "compute.layers", "compute.remat", "compute.microbatch", "compute.loss_chunk")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +211,11 @@ class Config:
         check(length % block_size == 0,
               f"diffusion.block_size={block_size} does not divide data.length={length}: choose a length that is a "
               f"multiple, e.g. {-(-length // block_size) * block_size}")
+        views = config.train.views
+        check(views == 1 or not config.diffusion.causal,
+              f"train.views={views}: an autoregressive model has nothing noised, use 1")
+        check(views % 2 == 0 or not getattr(config.diffusion, "complement", False),
+              f"train.views={views} is odd, diffusion.complement needs pairs: use {views + 1}")
         rows, batch = config.compute.microbatch, config.train.batch
         check(rows == 0 or batch % rows == 0, f"compute.microbatch={rows} does not divide train.batch={batch}")
         return config

@@ -27,7 +27,7 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import Backbone, trunk
 from bd3lm_jax.passes import Execution
 from bd3lm_jax.sharding import batch_sharding
-from bd3lm_jax.step import SpecialIds, execution_of, row_losses
+from bd3lm_jax.step import SpecialIds, execution_of, row_losses, score
 
 ESTIMATORS = ("exact_count", "nll")
 VIEWS = 2  # maskings of each draw: the fewest that show their own error
@@ -57,8 +57,7 @@ def unbiased(objective: Any) -> Any:
     """The objective whose weighted losses estimate the bound of a model trained with `objective`."""
     if objective.causal:
         return objective
-    return Masked(block_size=objective.block_size, schedule="loglinear", corruption="exact_count", count_probs=(),
-                  clip_low=0.0, clip_high=1.0, eps=1e-3)
+    return Masked.uniform_counts(objective.block_size)
 
 
 def make_row_nats(model: Backbone, objective: Any, special: SpecialIds, execution: Execution, views: int):
@@ -78,13 +77,11 @@ def make_row_nats(model: Backbone, objective: Any, special: SpecialIds, executio
 
     def row_nats(params, key, draw, row_ids, tokens, positions, segments):
         noised = jax.vmap(lambda *row: noise(key, draw, *row))(row_ids, tokens, segments)
-        losses, index = row_losses(model, params, objective, noised, tokens, positions, segments, special.mask,
-                                   execution)
-        weight = noised.weight_BxMxL
-        losses = losses * jnp.take_along_axis(weight, index, axis=2)
+        scored = score(model, params, objective, noised, tokens, positions, segments, execution)
+        losses = row_losses(model, params, scored, special.mask, chunk=0) * scored.weight_BxMxC
         place = jax.vmap(jax.vmap(lambda losses, index: jnp.zeros(tokens.shape[1]).at[index].add(losses)))
-        counts = (weight > 0).reshape(*weight.shape[:2], -1, objective.block_size).sum(-1)
-        return place(losses, index), counts
+        counts = (noised.weight_BxMxL > 0).reshape(*losses.shape[:2], -1, objective.block_size).sum(-1)
+        return place(losses, scored.index_BxMxC), counts
 
     return row_nats
 

@@ -95,7 +95,7 @@ def _objective(published: dict, tensors: dict) -> Masked | AR:
     block_size = published["block_size"] if published["cross_attn"] else published["model_length"]
     low, high = (round(float(tensors[name]), 6) for name in CLIP) if CLIP[0] in tensors else (0.0, 1.0)
     kind = ScoreNetwork if published.get("algo") == ScoreNetwork.kind else Masked
-    return kind(block_size=block_size, schedule="loglinear", corruption="bernoulli", count_probs=(),
+    return kind(block_size=block_size, schedule="loglinear", corruption="bernoulli", count_probs=(), complement=False,
                 clip_low=low if low > TRAINING_EPS else 0.0, clip_high=high, eps=TRAINING_EPS)
 
 

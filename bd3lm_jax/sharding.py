@@ -111,8 +111,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
+def batch_devices() -> int:
+    """Devices that the rows of a batch are split over under `jax.set_mesh`; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def constrain(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
-    """`x` laid out by `spec`, one entry a dimension, under `jax.set_mesh`; without a mesh `x` itself."""
+    """`x` laid out by `spec`, one entry a dimension (those left out: not split), under `jax.set_mesh`; without a mesh `x` itself."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, P(*spec))

@@ -1,7 +1,8 @@
 """The training step: noise, two-stream pass, loss, update; one jitted function of (state, batch)."""
 
 import dataclasses
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,11 @@ import optax
 
 from bd3lm_jax import optim, passes
 from bd3lm_jax.config import Config
-from bd3lm_jax.diffusion.masked import cross_entropy_subs
 from bd3lm_jax.diffusion.noised import Noised
+from bd3lm_jax.loss import Output, token_losses, weighted_total
 from bd3lm_jax.models import Backbone, trunk
 from bd3lm_jax.passes import Execution
-from bd3lm_jax.sharding import BATCH_AXES, constrain
+from bd3lm_jax.sharding import BATCH_AXES, batch_devices, constrain
 from bd3lm_jax.state import TrainState
 
 
@@ -31,13 +32,22 @@ def execution_of(config: Config) -> Execution:
     return Execution(compute.attention, compute.layers, compute.remat, one_document=config.data.layout != "pack")
 
 
-def row_losses(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_BxL, position_BxL, segment_BxL,
-               mask_id: int, execution: Execution, dropout_keys=None) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of the tokens that count, in nats, and where they are.
+class Scored(NamedTuple):
+    """What the output layer and the loss need: C = capacity positions of each view, which hold all that count.
 
-    Returns float32 `[B, M, C]` and row indices int32 `[B, M, C]`, where C = noised.capacity: every token with weight
-    > 0 is among them, the others have weight 0. Only these C positions reach the head.
+    features_BxMxCxD go into the output layer; weight_BxMxC is 0 where a position does not count; index_BxMxC says where
+    in the row it stands.
     """
+
+    features_BxMxCxD: jax.Array
+    target_BxMxC: jax.Array
+    weight_BxMxC: jax.Array
+    index_BxMxC: jax.Array
+
+
+def score(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_BxL, position_BxL, segment_BxL,
+          execution: Execution, dropout_keys=None) -> Scored:
+    """The network on noised rows, up to its output layer. A row that masks more than its capacity has weight NaN."""
     sigma = noised.sigma_BxMxK if trunk.takes_level(model.config) else None
     if objective.causal:
         if not objective.bos:  # nobody reads the end token
@@ -49,17 +59,44 @@ def row_losses(model: Backbone, params: dict, objective: Any, noised: Noised, to
         h = passes.two_stream(model, params, noised.xt_BxMxL, tokens_BxL, position_BxL, segment_BxL,
                               block_size=objective.block_size, sigma_BxMxn=sigma, execution=execution,
                               dropout_keys=dropout_keys)
-    length = tokens_BxL.shape[1]
-    if noised.capacity >= length:
-        index = jnp.broadcast_to(jnp.arange(length), noised.xt_BxMxL.shape)
+    weight, target = noised.weight_BxMxL, jnp.broadcast_to(tokens_BxL[:, None], noised.xt_BxMxL.shape)
+    if noised.capacity >= tokens_BxL.shape[1]:
+        index = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), target.shape)
     else:
-        index = counted_positions(noised.weight_BxMxL > 0, noised.capacity)
+        index = counted_positions(weight > 0, noised.capacity)
         h = jnp.take_along_axis(h, index[..., None], axis=2)
         sigma = None if sigma is None else jnp.take_along_axis(sigma, index // objective.block_size, axis=2)
-    logits = trunk.logits(model, params, h, sigma)
-    target = jnp.take_along_axis(jnp.broadcast_to(tokens_BxL[:, None], noised.xt_BxMxL.shape), index, axis=2)
-    loss = cross_entropy_subs(logits.reshape(-1, logits.shape[-1]), target.reshape(-1), mask_id)
-    return loss.reshape(index.shape), index
+        target, weight = (jnp.take_along_axis(x, index, axis=2) for x in (target, weight))
+        weight = jnp.where(overflows(noised)[..., None], jnp.nan, weight)
+    return Scored(trunk.features(model, params, h, sigma), target, weight, index)
+
+
+def overflows(noised: Noised) -> jax.Array:
+    """Views `[B, M]` that mask more tokens than their capacity: no objective may draw them."""
+    return (noised.weight_BxMxL > 0).sum(-1) > noised.capacity
+
+
+def row_losses(model: Backbone, params: dict, scored: Scored, mask_id: int, chunk: int) -> jax.Array:
+    """Cross-entropy in nats of every position of `scored`, float32 `[B, M, C]`; chunk as in `loss.token_losses`."""
+    target = scored.target_BxMxC
+    losses = token_losses(_output(model, params, mask_id), *_groups(scored.features_BxMxCxD, target), chunk)
+    return losses.reshape(target.shape)
+
+
+def total_loss(model: Backbone, params: dict, scored: Scored, mask_id: int, chunk: int) -> jax.Array:
+    """Sum of weight * cross-entropy over all positions of `scored`, in nats; chunk as in `loss.weighted_total`."""
+    arrays = _groups(scored.features_BxMxCxD, scored.target_BxMxC, scored.weight_BxMxC)
+    return weighted_total(_output(model, params, mask_id), *arrays, chunk)
+
+
+def _output(model, params, mask_id) -> Output:
+    return Output(*trunk.output_layer(model, params)).without(mask_id, model.config.vocab_size)
+
+
+def _groups(*arrays_BxMxC):
+    """`[B, M, C, ...]` -> `[G, N, ...]` where group g holds the rows of one device (all rows without a mesh)."""
+    groups = math.gcd(batch_devices(), arrays_BxMxC[0].shape[0])
+    return [constrain(x.reshape(groups, -1, *x.shape[3:]), BATCH_AXES) for x in arrays_BxMxC]
 
 
 def counted_positions(counted_BxMxL, capacity: int) -> jax.Array:
@@ -78,22 +115,21 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
 
     def loss_of(params, rows):
         keys = rows["dropout_keys"] if config.model.dropout > 0 else None
-        losses, index = row_losses(model, params, objective, rows["noised"], rows["tokens"], rows["positions"],
-                                   rows["segments"], special.mask, execution, keys)
-        weight = jnp.take_along_axis(rows["noised"].weight_BxMxL, index, axis=2)
-        return jnp.sum(weight * losses)
+        scored = score(model, params, objective, rows["noised"], rows["tokens"], rows["positions"], rows["segments"],
+                       execution, keys)
+        return total_loss(model, params, scored, special.mask, config.compute.loss_chunk)
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         noise_key, dropout_key = jax.random.split(key)
         tokens = batch["tokens"]
-        noised = objective.corrupt(noise_key, tokens, batch["segments"], views=1, mask_id=special.mask,
-                                   end_id=special.end)
+        noised = objective.corrupt(noise_key, tokens, batch["segments"], views=config.train.views,
+                                   mask_id=special.mask, end_id=special.end)
         dropout_keys = jax.vmap(lambda row: jax.random.fold_in(dropout_key, row))(jnp.arange(tokens.shape[0]))
         rows = {**batch, "noised": noised, "dropout_keys": dropout_keys}
         total, grads = _accumulate(loss_of, state.params, rows, config.compute.microbatch or tokens.shape[0])
         scored = noised.weight_BxMxL > 0 if objective.causal else batch["segments"] != 0
-        count = jnp.maximum(jnp.sum(scored), 1).astype(jnp.float32)
+        count = config.train.views * jnp.maximum(jnp.sum(scored), 1).astype(jnp.float32)
         loss, grads = total / count, jax.tree.map(lambda g: g / count, grads)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -103,7 +139,7 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
         new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, ema, opt_state),
                            (state.params, state.ema, state.opt_state))
         metrics = {"loss": loss, "grad_norm": grad_norm, "finite": finite,
-                   "masked": jnp.sum(noised.weight_BxMxL > 0) / count}
+                   "masked": jnp.sum(noised.weight_BxMxL > 0) / count, "overflow": jnp.any(overflows(noised))}
         return TrainState(state.step + 1, *new), metrics
 
     return step

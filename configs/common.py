@@ -27,7 +27,7 @@ def base() -> ConfigDict:
         },
         "diffusion": {
             "kind": "masked", "block_size": 4, "schedule": "loglinear", "corruption": "bernoulli", "count_probs": (),
-            "clip_low": 0.0, "clip_high": 1.0, "eps": 1e-3,
+            "complement": False, "clip_low": 0.0, "clip_high": 1.0, "eps": 1e-3,
         },
         "data": {
             "source": "austen", "path": "", "name": "", "field": "text", "tokenizer": "bpe:2048", "length": 256,
@@ -38,8 +38,10 @@ def base() -> ConfigDict:
             "warmup_steps": 2500, "schedule": "constant", "final_lr_fraction": 0.0, "decay_fraction": 0.2,
             "ema": 0.9999,
         },
-        "train": {"steps": 1_000_000, "batch": 512, "init_from": ""},
-        "compute": {"dtype": "auto", "attention": "auto", "layers": "scan", "remat": "none", "microbatch": 0},
+        "train": {"steps": 1_000_000, "batch": 512, "views": 1, "init_from": ""},
+        "compute": {
+            "dtype": "auto", "attention": "auto", "layers": "scan", "remat": "none", "microbatch": 0, "loss_chunk": 0,
+        },
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
         "log": {"every": 100},
         "checkpoint": {"every": 10_000, "keep": 2},

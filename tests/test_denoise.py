@@ -15,8 +15,7 @@ from bd3lm_jax.models.dit import DiTConfig
 from bd3lm_jax.passes import PLAIN
 
 VOCAB, MASK, END, SIZE, LENGTH = 13, 12, 3, 4, 16
-MASKED = Masked(block_size=SIZE, schedule="loglinear", corruption="exact_count", count_probs=(), clip_low=0.0,
-                clip_high=1.0, eps=1e-3)
+MASKED = Masked.uniform_counts(SIZE)
 TOKENS = np.random.default_rng(1).integers(0, MASK, size=(3, LENGTH)).astype(np.int32)
 CANVAS = np.where(np.random.default_rng(2).uniform(size=TOKENS.shape) < 0.6, MASK, TOKENS)
 TOLERANCE = 1e-5

@@ -137,8 +137,7 @@ def test_bound_at_block_size_one_is_the_chain_rule():
     model, params = network()
     length, x0 = 9, make_ids(2, 9)
     rows = passes.plain_rows(x0)
-    objective = Masked(block_size=1, schedule="loglinear", corruption="exact_count", count_probs=(), clip_low=0.0,
-                       clip_high=1.0, eps=1e-3)
+    objective = Masked.uniform_counts(1)
     noised = objective.corrupt(jax.random.key(0), x0, rows[1], views=1, mask_id=MASK, end_id=-1)
     logits = two_stream_logits(model, params, noised.xt_BxMxL, x0, *rows, block_size=1)
     nats = cross_entropy_subs(logits.reshape(-1, 31), x0.reshape(-1), MASK).reshape(2, length)

@@ -12,7 +12,7 @@ from bd3lm_jax import passes
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.passes import PLAIN, Execution
 from bd3lm_jax.state import TrainState
-from bd3lm_jax.step import SpecialIds, counted_positions, make_step, row_losses
+from bd3lm_jax.step import SpecialIds, counted_positions, make_step, row_losses, score
 
 SPECIAL = SpecialIds(MASK, END)
 BATCH = 4
@@ -66,10 +66,12 @@ def noise_of_step(config, step, batch):
 
 
 def losses_of(config, model, params, noised, batch, execution):
-    """`row_losses` in one program."""
-    return quick_jit(lambda p, noised, batch: row_losses(
-        model, p, config.diffusion, noised, batch["tokens"], batch["positions"], batch["segments"], MASK, execution))(
-            params, noised, batch)
+    """`row_losses` and where they stand, in one program."""
+    def run(params, noised, batch):
+        scored = score(model, params, config.diffusion, noised, batch["tokens"], batch["positions"], batch["segments"],
+                       execution)
+        return row_losses(model, params, scored, MASK, chunk=5), scored.index_BxMxC
+    return quick_jit(run)(params, noised, batch)
 
 
 def direct_loss(config, model, params, noised, batch):

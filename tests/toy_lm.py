@@ -16,8 +16,7 @@ VOCAB, MASK, END, CONTEXT = 13, 12, 3, 24
 
 
 def masked(block_size):
-    return Masked(block_size=block_size, schedule="loglinear", corruption="exact_count", count_probs=(), clip_low=0.0,
-                  clip_high=1.0, eps=1e-3)
+    return Masked.uniform_counts(block_size)
 
 
 class Letters:

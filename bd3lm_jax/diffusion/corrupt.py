@@ -44,15 +44,22 @@ def counts_from_probs(u_BxK: jax.Array, probs_S: jax.Array, n_BxK: jax.Array) ->
     Returns:
         counts int32 [B, K], and the probability of each drawn count, float32 [B, K].
     """
+    counts_BxK = jnp.where(n_BxK > 0, _draw(u_BxK, _restricted(probs_S, n_BxK)) + 1, 0)
+    return counts_BxK, jnp.where(n_BxK > 0, count_probability(counts_BxK, probs_S, n_BxK), 1)
+
+
+def count_probability(counts_BxK: jax.Array, probs_S: jax.Array, n_BxK: jax.Array) -> jax.Array:
+    """The probability of each count under the law of `counts_from_probs`, float32 [B, K]; 0 for the count 0."""
+    probs_BxKxS = _restricted(probs_S, n_BxK)
+    drawn_BxK = jnp.take_along_axis(probs_BxKxS, jnp.maximum(counts_BxK - 1, 0)[..., None], axis=-1)[..., 0]
+    return jnp.where(counts_BxK > 0, drawn_BxK / jnp.where(counts_BxK > 0, probs_BxKxS.sum(-1), 1), 0)
+
+
+def _restricted(probs_S, n_BxK):
+    """Relative probabilities [B, K, S] of the counts 1..n; equal where the restriction leaves nothing."""
     possible_BxKxS = jnp.arange(probs_S.shape[0]) < n_BxK[..., None]
     probs_BxKxS = jnp.where(possible_BxKxS, probs_S, 0)
-    empty_BxKx1 = probs_BxKxS.sum(-1, keepdims=True) == 0
-    probs_BxKxS = jnp.where(empty_BxKx1, possible_BxKxS, probs_BxKxS)
-    index_BxK = _draw(u_BxK, probs_BxKxS)
-    drawn_BxK = jnp.take_along_axis(probs_BxKxS, index_BxK[..., None], axis=-1)[..., 0]
-    real_BxK = n_BxK > 0
-    pi_BxK = jnp.where(real_BxK, drawn_BxK / jnp.where(real_BxK, probs_BxKxS.sum(-1), 1), 1)
-    return jnp.where(real_BxK, index_BxK + 1, 0), pi_BxK
+    return jnp.where(probs_BxKxS.sum(-1, keepdims=True) == 0, possible_BxKxS, probs_BxKxS)
 
 
 def count_capacity(probs_S: np.ndarray, blocks: int) -> int:
@@ -63,6 +70,19 @@ def count_capacity(probs_S: np.ndarray, blocks: int) -> int:
     """
     below_S = np.cumsum(probs_S.astype(np.int64))
     return sum(1 + int(np.searchsorted(below_S * blocks, j * below_S[-1])) for j in range(1, blocks + 1))
+
+
+def complement_capacity(probs_S: np.ndarray, blocks: int) -> int:
+    """The most tokens that a row leaves unmasked under the law of `count_capacity`, whatever its padding.
+
+    The j-th smallest uniform lies at or above j / K, j from 0; a block of n maskable tokens leaves n less its quantile
+    there.
+    """
+    def left(n, j):
+        probs = probs_S[:n] if probs_S[:n].sum() else np.ones(n)
+        below = np.cumsum(probs.astype(np.int64))
+        return n - 1 - int(np.searchsorted(below * blocks, j * below[-1], side="right"))
+    return sum(max(left(n, j) for n in range(1, len(probs_S) + 1)) for j in range(blocks))
 
 
 def truncated_binomial_counts(u_BxK: jax.Array, prob_BxK: jax.Array, n_BxK: jax.Array, low: float, high: float,

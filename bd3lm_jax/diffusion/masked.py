@@ -23,6 +23,8 @@ class Masked:
 
     `exact_count` draws the number k of masked tokens from `count_probs`, then a uniform subset: an unbiased estimate of
     the NELBO whatever the schedule (integrating the noise level out leaves 1/k), with far less variance.
+    With `complement` views come in pairs, a mask and what it left: each has weight 1 / (k (pi(k) + pi(n - k))) with
+    pi(0) = 0 in the *sum* of the two (by itself neither is unbiased), hence twice that in the mean over views.
     `bernoulli` draws a time and masks each token independently. It omits the mask probabilities below `eps`, which hold
     `eps` times the cross-entropy of a token masked almost alone, in nats a token.
     `bernoulli` with clip_low, clip_high other than 0, 1 is the paper's clipped schedule: times restricted to these mask
@@ -39,6 +41,7 @@ class Masked:
     schedule: str  # name for `schedule.get_schedule`; `exact_count` does not depend on it
     corruption: str  # "exact_count", "bernoulli"
     count_probs: tuple[float, ...]  # exact_count: relative probability of masking 1..block_size tokens; () = uniform
+    complement: bool  # exact_count: every second view masks what the one before left unmasked
     clip_low: float  # bernoulli: smallest mask probability of the clipped schedule; 0 with clip_high = 1 is unclipped
     clip_high: float
     eps: float  # bernoulli: no mask probability below this
@@ -58,6 +61,9 @@ class Masked:
                f"diffusion.clip_low={self.clip_low} and diffusion.clip_high={self.clip_high} have no effect with "
                "diffusion.corruption='exact_count': use 0 and 1, or corruption='bernoulli', or shape the counts with "
                "diffusion.count_probs")
+        _check(self.corruption == "exact_count" or not self.complement,
+               f"diffusion.complement has no effect with diffusion.corruption='{self.corruption}': use False or "
+               "corruption='exact_count'")
         self._check_count_probs()
 
     def _check_count_probs(self):
@@ -73,6 +79,12 @@ class Masked:
         _check(all(0 <= p < math.inf for p in probs) and sum(probs) > 0,
                f"diffusion.count_probs is {probs}, expected numbers of at least 0, not all 0")
 
+    @classmethod
+    def uniform_counts(cls, block_size: int) -> "Masked":
+        """The plain bound: every number of masked tokens equally likely."""
+        return cls(block_size=block_size, schedule="loglinear", corruption="exact_count", count_probs=(),
+                   complement=False, clip_low=0.0, clip_high=1.0, eps=1e-3)
+
     @property
     def _clipped(self) -> bool:
         return (self.clip_low, self.clip_high) != (0, 1)
@@ -84,7 +96,8 @@ class Masked:
 
     def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, views: int, mask_id: int,
                 end_id: int) -> Noised:
-        """`views` independent noised copies of a batch, stratified over all its rows, views and blocks.
+        """`views` noised copies of a batch, independent but for stratification over all its rows, views and blocks,
+        and for pairs of a mask and its complement.
 
         A function of the key and of the global shape: draw it for the whole batch, before microbatches are cut.
 
@@ -95,10 +108,11 @@ class Masked:
             end_id: not used here (every objective is called alike).
 
         Raises:
-            UserError: the block size does not divide L, or `views` is not positive.
+            UserError: the block size does not divide L, `views` is not positive, or odd with `complement`.
         """
         batch, length = x0_BxL.shape
         _check(views >= 1, f"views is {views}, expected at least 1 noised view of each row")
+        _check(views % 2 == 0 or not self.complement, f"views is {views}, diffusion.complement needs an even number")
         _check(length % self.block_size == 0,
                f"length {length} is not a multiple of diffusion.block_size={self.block_size}: pad the rows to "
                f"{-(-length // self.block_size) * self.block_size} tokens")
@@ -114,19 +128,39 @@ class Masked:
 
     def _exact_count(self, key, maskable_BxMxL):
         """Counts k from `count_probs`, weight 1 / (k pi(k)), capacity of systematic counts."""
-        batch, views, length = maskable_BxMxL.shape
-        blocks = length // self.block_size
-        level_key, subset_key = jax.random.split(key)
-        level_BxMxK = systematic_uniform(level_key, batch * views, blocks).reshape(batch, views, blocks)
-        probs_S = self._whole_count_probs()
-        n_BxMxK = corrupt.maskable_counts(maskable_BxMxL, self.block_size)
-        counts_BxMxK, pi_BxMxK = corrupt.counts_from_probs(level_BxMxK, jnp.asarray(probs_S, jnp.float32), n_BxMxK)
-        u_BxMxL = jax.random.uniform(subset_key, maskable_BxMxL.shape)
-        masked_BxMxL = corrupt.exact_count(u_BxMxL, counts_BxMxK, maskable_BxMxL)
-        # The level given the count is Beta(k, n-k+1): the law of the k-th smallest uniform, whichever tokens it masks.
-        prob_BxMxK = jnp.where(masked_BxMxL, u_BxMxL, 0).reshape(batch, views, blocks, -1).max(-1)
+        if self.complement:
+            return self._complementary(key, maskable_BxMxL[:, ::2])
+        u_BxMxL, masked_BxMxL, counts_BxMxK, _, pi_BxMxK = self._draw_counts(key, maskable_BxMxL)
         weight_BxMxK = 1 / (jnp.maximum(counts_BxMxK, 1) * pi_BxMxK)
-        return masked_BxMxL, weight_BxMxK, prob_BxMxK, corrupt.count_capacity(probs_S, blocks)
+        capacity = corrupt.count_capacity(self._whole_count_probs(), counts_BxMxK.shape[-1])
+        return masked_BxMxL, weight_BxMxK, self._count_level(u_BxMxL, masked_BxMxL), capacity
+
+    def _complementary(self, key, maskable_BxPxL):
+        """As `_exact_count`, for P pairs: views 2p and 2p + 1 share out the maskable tokens of their blocks."""
+        u, masked, counts, n, pi = self._draw_counts(key, maskable_BxPxL)
+        probs_S, others = self._whole_count_probs(), n - counts
+        pi_pair = pi + corrupt.count_probability(others, jnp.asarray(probs_S, jnp.float32), n)
+        masks = masked, maskable_BxPxL & ~masked
+        weights = (2 / (jnp.maximum(k, 1) * pi_pair) for k in (counts, others))
+        levels = (self._count_level(order, mask) for order, mask in zip((u, 1 - u), masks))
+        blocks = counts.shape[-1]
+        capacity = max(corrupt.count_capacity(probs_S, blocks), corrupt.complement_capacity(probs_S, blocks))
+        return *(_interleave(*pair) for pair in (masks, weights, levels)), capacity
+
+    def _draw_counts(self, key, maskable_BxMxL):
+        """Uniforms of the tokens, the mask they give, and for each block count, maskable tokens and pi(count)."""
+        batch, views, length = maskable_BxMxL.shape
+        level_key, subset_key = jax.random.split(key)
+        level = systematic_uniform(level_key, batch * views, length // self.block_size).reshape(batch, views, -1)
+        n_BxMxK = corrupt.maskable_counts(maskable_BxMxL, self.block_size)
+        probs_S = jnp.asarray(self._whole_count_probs(), jnp.float32)
+        counts_BxMxK, pi_BxMxK = corrupt.counts_from_probs(level, probs_S, n_BxMxK)
+        u_BxMxL = jax.random.uniform(subset_key, maskable_BxMxL.shape)
+        return u_BxMxL, corrupt.exact_count(u_BxMxL, counts_BxMxK, maskable_BxMxL), counts_BxMxK, n_BxMxK, pi_BxMxK
+
+    def _count_level(self, u_BxMxL, masked_BxMxL):
+        """Mask probability given the count: Beta(k, n-k+1), the law of the k-th smallest uniform, whichever it masks."""
+        return jnp.where(masked_BxMxL, u_BxMxL, 0).reshape(*u_BxMxL.shape[:2], -1, self.block_size).max(-1)
 
     def _bernoulli(self, key, maskable_BxMxL):
         """Times uniform between the mask probabilities max(eps, clip_low) and clip_high."""
@@ -168,6 +202,11 @@ def cross_entropy_subs(logits_NxV: jax.Array, target_N: jax.Array, mask_id: int)
     logits_NxV = jnp.where(jnp.arange(logits_NxV.shape[-1]) == mask_id, -1e30, logits_NxV.astype(jnp.float32))
     target_logit_N = jnp.take_along_axis(logits_NxV, target_N[:, None], axis=-1)[:, 0]
     return jax.nn.logsumexp(logits_NxV, axis=-1) - target_logit_N
+
+
+def _interleave(first, second):
+    """`[B, P, ...]` twice -> `[B, 2 P, ...]`: first, second, first, ..."""
+    return jnp.stack([first, second], axis=2).reshape(first.shape[0], -1, *first.shape[2:])
 
 
 def _check(condition: bool, message: str) -> None:

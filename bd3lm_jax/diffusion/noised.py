@@ -8,7 +8,7 @@ import jax
 class Noised:
     """M noised views of a batch: what the network reads and how its errors count.
 
-    The sum over a row's tokens of weight * cross-entropy estimates the row's NELBO in nats, for each view by itself.
+    The mean over a row's views of the sum over its tokens of weight * cross-entropy estimates the row's NELBO in nats.
     """
 
     xt_BxMxL: jax.Array  # int32 ids, masked tokens replaced by the mask token

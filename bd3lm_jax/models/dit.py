@@ -167,10 +167,19 @@ class Head(nn.Module):
 
     def __call__(self, h, cond):
         """h `[..., T, D]` -> logits float32 `[..., T, V]`, without the padding of the vocabulary."""
+        return self.linear(self.features(h, cond)).astype(jnp.float32)[..., :self.config.vocab_size]
+
+    def features(self, h, cond):
+        """h `[..., T, D]` -> what the output layer multiplies, `[..., T, D]`."""
         h = self.norm(h)
         if self.config.adaln:
             h = _affine(h, *_per_token(self.modulation(cond), h.shape[-2], (0, 1)))
-        return self.linear(h).astype(jnp.float32)[..., :self.config.vocab_size]
+        return h
+
+    def output_layer(self):
+        """Its float32 kernel `[D, V']` and bias `[V']`, V' = config.padded_vocab."""
+        params = self.linear.variables["params"]
+        return params["kernel"], params["bias"]
 
 
 def rotate(x, rotary):

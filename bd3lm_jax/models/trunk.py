@@ -16,6 +16,16 @@ import jax
 import jax.numpy as jnp
 
 from bd3lm_jax.attention import MaskSpec, Tokens, attend
+from bd3lm_jax.errors import lookup
+
+
+REMAT = {  # what the backward pass finds stored and need not compute again, from most to least memory
+    "none": None,  # everything
+    "dots": jax.checkpoint_policies.save_from_both_policies(  # results of matrix products and of attention
+        jax.checkpoint_policies.checkpoint_dots, jax.checkpoint_policies.save_only_these_names("attended")),
+    "attention": jax.checkpoint_policies.save_only_these_names("attended"),  # results of attention
+    "full": jax.checkpoint_policies.nothing_saveable,  # the input of every layer
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +34,7 @@ class Execution:
 
     backend: str  # attention backend, "auto"
     layers: str  # "scan", "unroll"
-    remat: str  # "none", "dots", "full"
+    remat: str  # one of REMAT
     one_document: bool  # rows are known to hold one document each, which allows more attention backends
 
 
@@ -33,7 +43,8 @@ class Backbone(NamedTuple):
 
     embed(ids) -> h. condition(sigma) -> cond, or None for a network that takes no noise level. rotary(positions) ->
     whatever `pre` wants of positions. groups: (name, block, count) with block methods
-    pre(h, cond, rotary) -> q, k, v and post(h, attended, cond, dropout_keys) -> h, aux. head(h, cond) -> logits.
+    pre(h, cond, rotary) -> q, k, v and post(h, attended, cond, dropout_keys) -> h, aux. head(h, cond) -> logits, in two parts: head.features(h, cond) and
+    head.output_layer() -> kernel, bias.
     """
 
     config: Any
@@ -162,6 +173,18 @@ def logits(model: Backbone, params: dict, h, sigma=None) -> jax.Array:
     return model.head.apply({"params": params["head"]}, h, _condition(model, params, sigma))
 
 
+def features(model: Backbone, params: dict, h, sigma=None) -> jax.Array:
+    """Hidden states -> what the output layer multiplies, both `[..., D]`; sigma as in `logits`."""
+    cond = _condition(model, params, sigma)
+    return model.head.apply({"params": params["head"]}, h, cond, method=model.head.features)
+
+
+def output_layer(model: Backbone, params: dict) -> tuple[jax.Array, jax.Array]:
+    """Kernel `[D, V']` and bias `[V']` with logits = features @ kernel + bias; ids from config.vocab_size on are unused.
+    """
+    return model.head.apply({"params": params["head"]}, method=model.head.output_layer)
+
+
 def _condition(model, params, sigma):
     if model.condition is None:
         return None
@@ -197,8 +220,8 @@ def _run_group(layer, params, cached, h, first, count, drop_clean, execution: Ex
         h, stored, aux = layer(*x, h, last)
         return h, (stored, aux)
     if execution.remat != "none":
-        policy = jax.checkpoint_policies.checkpoint_dots if execution.remat == "dots" else None
-        body = jax.checkpoint(body, policy=policy, static_argnums=(2,), prevent_cse=execution.layers != "scan")
+        body = jax.checkpoint(body, policy=lookup(REMAT, execution.remat, "remat policy compute.remat"),
+                              static_argnums=(2,), prevent_cse=execution.layers != "scan")
     if execution.layers == "scan" and scanned > 1:
         h, ys = jax.lax.scan(lambda h, x: body(h, x, False), h, jax.tree.map(lambda x: x[:scanned], xs))
         parts = [ys]

@@ -1,5 +1,6 @@
 """The masked objective against enumeration of every mask of a block, published losses and the laws it promises."""
 
+import dataclasses
 import itertools
 import math
 from pathlib import Path
@@ -17,8 +18,7 @@ from bd3lm_jax.errors import UserError
 GOLDEN = Path(__file__).parents[1] / "data/golden"
 MASK, END = 99, 0
 ROWS, VIEWS, LENGTH = 256, 2, 64  # one shape, so that each objective compiles once
-PLAIN = dict(block_size=4, schedule="loglinear", corruption="exact_count", count_probs=(), clip_low=0.0, clip_high=1.0,
-             eps=1e-3)
+PLAIN = dataclasses.asdict(Masked.uniform_counts(4))
 VARIANTS = {
     "exact_count": {},
     "exact_count_shaped": dict(count_probs=(0.1, 0.2, 0.4, 0.3)),

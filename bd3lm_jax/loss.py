@@ -1,0 +1,119 @@
+"""Cross-entropy of a network's output layer without the matrix of all logits.
+
+Positions go through the output layer in chunks. The gradient is found in the forward pass, where the chunk's softmax is
+at hand: three matrix products in all, as many as backpropagation needs, and no logits kept.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+NEVER = -1e30  # logit of what cannot be predicted; finite, so that its gradient is 0 and not NaN
+CPU_LOGITS, ACCELERATOR_LOGITS = 24 * 2**20, 256 * 2**20  # bytes of a chunk's logits: few, and enough work a chunk
+GRADIENT_SLICES = 8  # the output layer's gradient grows by slices of its rows: no second copy of it
+
+
+class Output(NamedTuple):
+    """The output layer: logits = features @ kernel + bias, in the features' dtype with float32 results."""
+
+    kernel_DxV: jax.Array
+    bias_V: jax.Array
+
+    def without(self, mask_id: int, vocab_size: int) -> "Output":
+        """The same layer where the mask token (SUBS; -1: none) and rows from `vocab_size` on have probability 0."""
+        ids = jnp.arange(self.bias_V.shape[0])
+        return self._replace(bias_V=jnp.where((ids == mask_id) | (ids >= vocab_size), NEVER, self.bias_V))
+
+
+def chunk_positions(positions: int, vocab_size: int, chunk: int) -> int:
+    """Positions a chunk: `chunk`, or for 0 what keeps the logits of a chunk small; never more than needed."""
+    if chunk == 0:
+        budget = CPU_LOGITS if jax.default_backend() == "cpu" else ACCELERATOR_LOGITS
+        chunk = max(budget // (4 * vocab_size), 1)
+    chunks = -(-positions // chunk)
+    return -(-positions // chunks)
+
+
+def token_losses(output: Output, features_GxNxD, target_GxN, chunk: int) -> jax.Array:
+    """-log p(target) in nats, float32 `[G, N]`, for evaluation (its derivative would store the logits).
+
+    chunk: positions of each group at a time, 0 for automatic. A target that cannot be predicted gets a huge finite loss.
+    """
+    positions = target_GxN.shape[1]
+    chunk = chunk_positions(positions, output.bias_V.shape[0], chunk)
+    losses = jax.lax.map(lambda xs: _losses(output, *xs)[0], (_cut(features_GxNxD, chunk), _cut(target_GxN, chunk)))
+    return _join(losses, positions)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def weighted_total(output: Output, features_GxNxD, target_GxN, weight_GxN, chunk: int) -> jax.Array:
+    """Sum of weight * -log p(target) in nats, float32 scalar; differentiable in all floats.
+
+    Positions with weight 0 count nothing. Rows that lie on one device form a group g: the gradient of the output layer
+    is summed over a group's chunks first and over groups once, so a sharded batch needs one reduction, not one a chunk.
+    """
+    return jnp.sum(token_losses(output, features_GxNxD, target_GxN, chunk) * weight_GxN)
+
+
+def _total_forward(output, features_GxNxD, target_GxN, weight_GxN, chunk):
+    groups, positions, depth = features_GxNxD.shape
+    vocab = output.bias_V.shape[0]
+    chunk = chunk_positions(positions, vocab, chunk)
+    slices = GRADIENT_SLICES if depth % GRADIENT_SLICES == 0 else 1
+
+    def step(carry, xs):
+        d_kernel, d_bias = carry
+        x, target, weight = xs
+        losses, log_p, hit = _losses(output, x, target)
+        d_logits = (jnp.exp(log_p) - hit) * weight[..., None]
+        low = d_logits.astype(x.dtype)
+        d_x = jnp.einsum("gnv,dv->gnd", low, output.kernel_DxV.astype(x.dtype), preferred_element_type=jnp.float32)
+
+        def grow(s, d_kernel):
+            part = jax.lax.dynamic_slice_in_dim(x, s * (depth // slices), depth // slices, axis=2)
+            part = jnp.einsum("gnd,gnv->gdv", part, low, preferred_element_type=jnp.float32)
+            return jax.lax.dynamic_update_index_in_dim(
+                d_kernel, jax.lax.dynamic_index_in_dim(d_kernel, s, 1, keepdims=False) + part, s, 1)
+
+        d_kernel = jax.lax.fori_loop(0, slices, grow, d_kernel)
+        return (d_kernel, d_bias + d_logits.sum(1)), (d_x.astype(x.dtype), losses)
+
+    init = (jnp.zeros((groups, slices, depth // slices, vocab)), jnp.zeros((groups, vocab)))
+    xs = tuple(_cut(x, chunk) for x in (features_GxNxD, target_GxN, weight_GxN))
+    (d_kernel, d_bias), (d_features, losses) = jax.lax.scan(step, init, xs)
+    d_output = Output(d_kernel.sum(0).reshape(depth, vocab), d_bias.sum(0))
+    losses = _join(losses, positions)
+    return jnp.sum(losses * weight_GxN), (d_output, _join(d_features, positions), losses)
+
+
+def _total_backward(chunk, saved, d_total):
+    del chunk
+    d_output, d_features, losses = jax.tree.map(lambda x: (x * d_total).astype(x.dtype), saved)
+    return d_output, d_features, None, losses
+
+
+weighted_total.defvjp(_total_forward, _total_backward)
+
+
+def _losses(output: Output, x_GxNxD, target_GxN):
+    """-log p(target) `[G, N]`, log p `[G, N, V]` and where the target is `[G, N, V]`."""
+    kernel = output.kernel_DxV.astype(x_GxNxD.dtype)
+    logits = jnp.einsum("gnd,dv->gnv", x_GxNxD, kernel, preferred_element_type=jnp.float32)
+    log_p = jax.nn.log_softmax(logits + output.bias_V)
+    hit = jnp.arange(log_p.shape[-1]) == target_GxN[..., None]  # a comparison, not a gather: V may be sharded
+    return -jnp.sum(jnp.where(hit, log_p, 0), axis=-1), log_p, hit
+
+
+def _cut(x_GxN, chunk: int):
+    """`[G, N, ...]` -> `[n, G, chunk, ...]`, zeros after the end."""
+    chunks = -(-x_GxN.shape[1] // chunk)
+    x = jnp.pad(x_GxN, [(0, chunks * chunk - x_GxN.shape[1] if axis == 1 else 0) for axis in range(x_GxN.ndim)])
+    return x.reshape(x.shape[0], chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+
+def _join(x, positions: int):
+    """Inverse of `_cut`."""
+    x = x.swapaxes(0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :positions]
