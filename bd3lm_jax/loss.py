@@ -39,7 +39,7 @@ def chunk_positions(positions: int, vocab_size: int, chunk: int) -> int:
 def token_losses(output: Output, features_GxNxD, target_GxN, chunk: int) -> jax.Array:
     """-log p(target) in nats, float32 `[G, N]`, for evaluation (its derivative would store the logits).
 
-    chunk: positions of each group at a time, 0 for automatic. A target that cannot be predicted gets a huge finite loss.
+    chunk: positions of each group at a time, 0 for automatic. A target that cannot be predicted has a huge loss.
     """
     positions = target_GxN.shape[1]
     chunk = chunk_positions(positions, output.bias_V.shape[0], chunk)

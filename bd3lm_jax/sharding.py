@@ -118,7 +118,10 @@ def batch_devices() -> int:
 
 
 def constrain(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
-    """`x` laid out by `spec`, one entry a dimension (those left out: not split), under `jax.set_mesh`; without a mesh `x` itself."""
+    """`x` laid out by `spec` under `jax.set_mesh`, one entry a dimension (those left out are not split).
+
+    Without a mesh `x` itself.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, P(*spec))

@@ -195,9 +195,9 @@ def _read(run: Run, pending, clock: "_Clock") -> tuple[int, dict]:
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     clock.tick()
     if values["overflow"]:
-        raise RunError(f"a row of step {step + 1} has more masked tokens than the capacity of its objective, which "
-                       f"drew them: a mistake in {type(run.config.diffusion).__name__}; nothing was counted wrongly, the "
-                       f"last checkpoint in {run.workdir} is whole")
+        raise RunError(f"a row of step {step + 1} has more masked tokens than the capacity of its objective: "
+                       f"{type(run.config.diffusion).__name__} draws more than it declares; the last checkpoint in "
+                       f"{run.workdir} is whole")
     if not values["finite"]:
         raise RunError(
             f"the loss of step {step + 1} is not finite (loss {values['loss']}, gradient norm {values['grad_norm']}; "

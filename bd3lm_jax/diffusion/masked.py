@@ -159,7 +159,7 @@ class Masked:
         return u_BxMxL, corrupt.exact_count(u_BxMxL, counts_BxMxK, maskable_BxMxL), counts_BxMxK, n_BxMxK, pi_BxMxK
 
     def _count_level(self, u_BxMxL, masked_BxMxL):
-        """Mask probability given the count: Beta(k, n-k+1), the law of the k-th smallest uniform, whichever it masks."""
+        """Level given the count: Beta(k, n-k+1), the law of the k-th smallest uniform, whichever token."""
         return jnp.where(masked_BxMxL, u_BxMxL, 0).reshape(*u_BxMxL.shape[:2], -1, self.block_size).max(-1)
 
     def _bernoulli(self, key, maskable_BxMxL):

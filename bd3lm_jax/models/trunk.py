@@ -43,8 +43,8 @@ class Backbone(NamedTuple):
 
     embed(ids) -> h. condition(sigma) -> cond, or None for a network that takes no noise level. rotary(positions) ->
     whatever `pre` wants of positions. groups: (name, block, count) with block methods
-    pre(h, cond, rotary) -> q, k, v and post(h, attended, cond, dropout_keys) -> h, aux. head(h, cond) -> logits, in two parts: head.features(h, cond) and
-    head.output_layer() -> kernel, bias.
+    pre(h, cond, rotary) -> q, k, v and post(h, attended, cond, dropout_keys) -> h, aux. head(h, cond) -> logits, in
+    two parts: head.features(h, cond) and head.output_layer() -> kernel, bias.
     """
 
     config: Any
@@ -180,8 +180,7 @@ def features(model: Backbone, params: dict, h, sigma=None) -> jax.Array:
 
 
 def output_layer(model: Backbone, params: dict) -> tuple[jax.Array, jax.Array]:
-    """Kernel `[D, V']` and bias `[V']` with logits = features @ kernel + bias; ids from config.vocab_size on are unused.
-    """
+    """Kernel `[D, V']` and bias `[V']`: logits = features @ kernel + bias; no token has an id from vocab_size on."""
     return model.head.apply({"params": params["head"]}, method=model.head.output_layer)
 
 

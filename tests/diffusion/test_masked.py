@@ -22,6 +22,8 @@ PLAIN = dataclasses.asdict(Masked.uniform_counts(4))
 VARIANTS = {
     "exact_count": {},
     "exact_count_shaped": dict(count_probs=(0.1, 0.2, 0.4, 0.3)),
+    "exact_complement": dict(complement=True),
+    "exact_complement_shaped": dict(complement=True, count_probs=(0.1, 0.2, 0.4, 0.3)),
     "bernoulli": dict(corruption="bernoulli"),
     "bernoulli_cosine": dict(corruption="bernoulli", schedule="cosine"),
     "clipped": dict(corruption="bernoulli", clip_low=0.45, clip_high=0.95),
@@ -114,7 +116,7 @@ def test_exact_count_varies_less_than_bernoulli():
 
 def test_only_unbiased_losses_are_bounds():
     bounds = {name for name, changes in VARIANTS.items() if objective(**changes).is_bound}
-    assert bounds == {"exact_count", "exact_count_shaped"}
+    assert bounds == {name for name in VARIANTS if name.startswith("exact")}
     assert not objective(count_probs=(0.0, 0.5, 0.5, 0.0)).is_bound  # counts that never occur are missing
 
 
@@ -146,7 +148,7 @@ def test_capacity_is_never_exceeded(name):
     capacity = noised[0].capacity
     assert totals.max() <= capacity <= 64
     if name.startswith("exact"):
-        assert totals.max() == capacity and np.ptp(totals[:, 65:]) <= 3  # full rows: within S - 1
+        assert totals.max() == capacity and np.ptp(totals[:, 65:], axis=(0, 1)).max() <= 3  # full rows: within S - 1
     if name.startswith("clipped"):
         assert capacity == 48
 
@@ -157,13 +159,33 @@ def test_capacity_of_long_rows_of_uniform_counts_is_the_mean():
     assert noised.capacity == 128 * 5 / 2
 
 
+@pytest.mark.parametrize("name", ["exact_complement", "exact_complement_shaped"])
+def test_complement_masks_what_was_left(name):
+    x0_BxL, segment_BxL = batch()
+    noised = corrupt(objective(**VARIANTS[name]), jax.random.key(0), x0_BxL, segment_BxL, 4, MASK, END)
+    masked = np.asarray(noised.xt_BxMxL) == MASK
+    np.testing.assert_array_equal(masked[:, 0] ^ masked[:, 1], segment_BxL == 1)
+    np.testing.assert_array_equal(masked[:, 2] ^ masked[:, 3], segment_BxL == 1)
+    assert (masked[:, 0] != masked[:, 2]).any() and not (masked[:, 0] & masked[:, 1]).any()
+
+
+@pytest.mark.parametrize("probs", [(1.0, 1.0, 1.0, 1.0), (0.5, 0.0, 0.0, 0.5), (0.05, 0.05, 0.1, 0.8)])
+def test_padded_rows_leave_no_more_than_the_capacity(probs):
+    """Fewer maskable tokens change the law of the count; what is left must still fit."""
+    model = objective(complement=True, count_probs=probs)
+    for n in (4, 3, 2, 1):
+        noised = noised_toy(model, n, n)
+        assert (np.asarray(noised.weight_BxMxL) > 0).sum(-1).max() <= noised.capacity <= LENGTH
+
+
+@pytest.mark.parametrize("view, changes", [(0, {}), (1, dict(complement=True))])
 @pytest.mark.parametrize("n", [4, 3])
-def test_level_given_the_count(n):
+def test_level_given_the_count(n, view, changes):
     """A network that sees the level gets one with the posterior law given the count: Beta(k, n - k + 1)."""
-    noised = noised_toy(objective(), 5, n)
-    count = np.asarray(noised.weight_BxMxL > 0).reshape(-1, 4).sum(-1)
-    prob = -np.expm1(-np.asarray(noised.sigma_BxMxK).ravel())
-    for k in range(1, n + 1):
+    noised = noised_toy(objective(**changes), 5, n)
+    count = np.asarray(noised.weight_BxMxL > 0)[:, view].reshape(-1, 4).sum(-1)
+    prob = -np.expm1(-np.asarray(noised.sigma_BxMxK)[:, view].ravel())
+    for k in range(1, n + 1 - view):
         assert (count == k).sum() > 500
         assert stats.kstest(prob[count == k], stats.beta(k, n - k + 1).cdf).pvalue > 1e-3
 
@@ -255,6 +277,7 @@ def test_mask_logit_has_no_gradient_and_a_masked_target_is_finite():
     (dict(corruption="bernoulli", clip_high=0.1, eps=0.2), "diffusion.eps is 0.2, expected below"),
     (dict(clip_low=0.3, clip_high=0.8), "no effect with diffusion.corruption='exact_count'"),
     (dict(corruption="bernoulli", count_probs=(1.0, 1.0, 1.0, 1.0)), "diffusion.count_probs has no effect"),
+    (dict(corruption="bernoulli", complement=True), "diffusion.complement has no effect"),
     (dict(count_probs=(1.0, 2.0)), "diffusion.count_probs has 2 numbers, expected diffusion.block_size=4"),
     (dict(count_probs=(1.0, -2.0, 1.0, 1.0)), "diffusion.count_probs is"),
     (dict(count_probs=(0.0, 0.0, 0.0, 0.0)), "not all 0"),

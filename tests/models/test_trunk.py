@@ -165,6 +165,7 @@ def loop_values_and_gradients():
 @pytest.mark.parametrize("execution", [
     {"layers": "scan"}, {"layers": "scan", "remat": "dots"}, {"layers": "unroll", "remat": "full"},
     {"layers": "scan", "remat": "full", "backend": "blocked"},
+    {"layers": "scan", "remat": "attention", "backend": "blocked"},
 ], ids=lambda execution: "-".join(execution.values()))
 def test_execution_equals_plain_loop(small_tiles, execution):
     logits, gradients = loop_values_and_gradients()
