@@ -133,11 +133,14 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
         loss, grads = total / count, jax.tree.map(lambda g: g / count, grads)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = optim.update_ema(state.ema, params, config.optim.ema, state.step + 1)
-        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, ema, opt_state),
-                           (state.params, state.ema, state.opt_state))
+
+        def update(params, ema, opt_state):
+            updates, opt_state = tx.update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
+            return params, optim.update_ema(ema, params, config.optim.ema, state.step + 1), opt_state
+
+        # A branch, not a selection: the new state is written over the old one, with no second copy.
+        new = jax.lax.cond(finite, update, lambda *old: old, state.params, state.ema, state.opt_state)
         metrics = {"loss": loss, "grad_norm": grad_norm, "finite": finite,
                    "masked": jnp.sum(noised.weight_BxMxL > 0) / count, "overflow": jnp.any(overflows(noised))}
         return TrainState(state.step + 1, *new), metrics
