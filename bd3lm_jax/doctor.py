@@ -1,6 +1,5 @@
 """What is installed, which devices there are, and whether the core computes the same thing two ways on them."""
 
-import functools
 import os
 import platform
 import sys
@@ -20,14 +19,15 @@ EXTRA = {  # what is lost without it, and how to get it
     "tensorflow-datasets": "data.source='tfds' (pip install tensorflow-datasets)",
     "tensorflow": "building TFDS data sets such as lm1b, not reading them (pip install 'bd3lm_jax[data]')",
 }
-TOLERANCE = 1e-4  # of the largest hidden state, in float32 through two layers
+ATTENTION_SHAPE = {"length": 1024, "block_size": 16, "heads": 1, "kv_heads": 1, "head_size": 64}
+ATTENTION_ROWS = {"one document a row": [[1000]], "packed documents": [[512, 500]]}
 
 
 def diagnose() -> dict:
     """Report on stderr; the same as a dict whose `ok` is False if anything needed fails. Raises nothing."""
     versions = {name: _version(name) for name in (*CORE, *EXTRA)}
     checks = [_check("core packages", lambda: _core_packages(versions)), _check("devices", _devices),
-              _check("cache directory", _cache_directory), _check("attention, blocked = dense", _attention),
+              _check("cache directory", _cache_directory), _check("attention", _attention),
               _check("sampler", _sampler)]
     log.table("Versions", ["package", "version"],
               [["python", platform.python_version()], *((name, version or "-") for name, version in versions.items())])
@@ -83,48 +83,21 @@ def _cache_directory() -> str:
         return f"{path} can be written"
 
 
-def _tiny_model(rng):
-    """A 2-layer backbone with random parameters (at its start adaLN gates and head are zero and hide everything)."""
-    import jax
-    import jax.numpy as jnp
-
-    from bd3lm_jax import models
-    from bd3lm_jax.models import trunk
-
-    config = models.BACKBONES["dit"].Config(
-        vocab_size=64, layers=2, width=32, heads=2, mlp_ratio=2, dropout=0.0, adaln=True, cond_dim=16,
-        time_conditioning=False, rope_base=10_000.0)
-    model = models.build(config, jnp.float32)
-    abstract = jax.eval_shape(lambda: trunk.init(model, jax.random.key(0)))
-    return model, jax.tree.map(lambda x: rng.normal(scale=0.3, size=x.shape).astype(x.dtype), abstract)
-
-
 def _attention() -> str:
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
+    """What training on this device would run, for both layouts of a row, each checked against the dense mask."""
+    from bd3lm_jax import attention, passes
+    from bd3lm_jax.attention import check
 
-    from bd3lm_jax import passes
-    from bd3lm_jax.attention.blocked import TILE
-
-    rng = np.random.default_rng(0)
-    model, params = _tiny_model(rng)
-    x0_BxL = rng.integers(63, size=(2, 2 * TILE), dtype=np.int32)
-    xt_BxMxL = np.where(rng.random(x0_BxL.shape) < 0.5, 63, x0_BxL)[:, None]
-    position_BxL, segment_BxL = passes.plain_rows(x0_BxL)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def hidden(backend):
-        execution = passes.Execution(backend=backend, layers="scan", remat="none", one_document=True)
-        return passes.two_stream(model, params, xt_BxMxL, x0_BxL, position_BxL, segment_BxL, block_size=4,
-                                 execution=execution)
-
-    with jax.default_matmul_precision("highest"):
-        dense = hidden("dense")
-        difference = float(jnp.abs(hidden("blocked") - dense).max() / jnp.abs(dense).max())
-    if not difference <= TOLERANCE:
-        raise RunError(f"relative difference {difference:.1e}, expected at most {TOLERANCE:.0e}")
-    return f"relative difference {difference:.1e}"
+    dtype, found = passes.compute_dtype("auto"), []
+    for layout, rows in ATTENTION_ROWS.items():
+        spec, noised, clean = check.example(rows, **ATTENTION_SHAPE, dtype=dtype)
+        name, reason = attention.choose("auto", spec, noised, clean, attention.target_platform())
+        difference = check.largest_difference(attention.BACKENDS[name], spec, noised, clean)
+        if not difference <= check.tolerance(dtype):
+            raise RunError(f"{layout}: '{name}' has a relative difference of {difference:.1e} to the dense mask, "
+                           f"expected at most {check.tolerance(dtype)}: set compute.attention='dense'")
+        found.append(f"{layout}: {name} ({reason}; relative difference {difference:.1e})")
+    return f"auto in {dtype}, " + ", ".join(found)
 
 
 def _sampler() -> str:

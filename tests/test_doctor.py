@@ -24,6 +24,8 @@ def test_healthy(capsys):
     assert failed(report) == []
     assert captured.out == "", "stdout is for the result"
     assert all(name in captured.err for name in doctor.CORE)
+    said, = [check["detail"] for check in report["checks"] if check["check"] == "attention"]
+    assert "one document a row: blocked (fastest on cpu" in said and "packed documents: blocked (fastest on cpu" in said
 
 
 def test_attention_that_sees_too_much_is_found(monkeypatch):

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = sorted((ROOT / "bd3lm_jax").rglob("*.py"))
 CORE = {"attention", "models", "diffusion", "sampling"}
 CORE_NEEDS = {"jax", "flax", "numpy", "optax", "chex", "bd3lm_jax"}
-STANDARD = {"dataclasses", "functools", "math", "typing", "collections", "difflib"}
+STANDARD = {"collections", "concurrent", "dataclasses", "difflib", "functools", "logging", "math", "typing"}
 ONLY_IN = {"orbax": {"checkpoint.py"}, "safetensors": {"hf.py"}, "ml_collections": set(), "matplotlib": {"plots.py"},
            "tensorflow_datasets": {"corpora.py"}, "rich": {"log.py"}}
 

@@ -1,65 +1,23 @@
 """Blocked attention against the dense oracle, values and gradients, over layouts of the row; its memory."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle import (assert_equal_to_dense, assert_padding_is_nothing, make_stream, make_tokens, one_stream_spec,
+                    streams_for, two_stream_spec)
 
 from bd3lm_jax.attention import blocked
 from bd3lm_jax.attention.blocked import blocked_attention
 from bd3lm_jax.attention.reference import dense_attention
-from bd3lm_jax.attention.spec import MaskSpec, Tokens
-
-SMALL_TILE = 16  # many tiles in short rows
-SIZE = 4
+from bd3lm_jax.attention.spec import MaskSpec
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(blocked, "TILE", SMALL_TILE)
-
-
-def make_tokens(rows, length, block_size, view):
-    """rows: for each row the lengths of its documents; the rest is padding."""
-    position, segment = np.zeros((2, len(rows), length), np.int32)
-    for row, documents in enumerate(rows):
-        start = 0
-        for index, size in enumerate(documents):
-            position[row, start:start + size] = np.arange(size)
-            segment[row, start:start + size] = index + 1
-            start += size
-    return Tokens(position, position // block_size, segment, view)
-
-
-def two_stream_spec(rows, length, block_size):
-    """The training layout: the clean stream lacks its last block."""
-    noised = make_tokens(rows, length, block_size, 1)
-    kept = length - block_size
-    clean = Tokens(noised.position[:, :kept], noised.block[:, :kept], noised.segment[:, :kept], 0)
-    return MaskSpec("block_causal", block_size, True, False, noised, clean, None)
-
-
-def make_stream(seed, shape, heads, kv_heads):
-    draw = np.random.default_rng(seed)
-    return tuple(draw.normal(size=(*shape, n, SIZE)).astype(np.float32) for n in (heads, kv_heads, kv_heads))
-
-
-def assert_equal_to_dense(spec, noised, clean, atol=2e-5):
-    """Outputs, and gradients of a random projection of them, on both backends."""
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(attend, streams):
-        def projected(streams):
-            outputs = attend(spec, *streams, None)
-            return sum(jnp.sum(jnp.sin(3 * x)) for x in jax.tree.leaves(outputs)), outputs
-        (_, outputs), gradients = jax.value_and_grad(projected, has_aux=True)(streams)
-        return outputs, gradients
-
-    dense, tiled = (run(attend, (noised, clean)) for attend in (dense_attention, blocked_attention))
-    assert jax.tree.structure(dense) == jax.tree.structure(tiled)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=atol), tiled, dense)
-    return tiled
+    """Many tiles in short rows."""
+    monkeypatch.setattr(blocked, "TILE", 16)
+    monkeypatch.setattr(blocked, "OWN_TILE", 8)
 
 
 # length, block size, documents of each row, heads, key heads, views, is the clean stream's own output wanted
@@ -79,55 +37,57 @@ TWO_STREAM = [
 
 @pytest.mark.parametrize("length, block_size, rows, heads, kv_heads, views, clean_output", TWO_STREAM)
 def test_two_streams(small_tiles, length, block_size, rows, heads, kv_heads, views, clean_output):
-    batch, kept = len(rows), length - block_size
     spec = two_stream_spec(rows, length, block_size)
-    noised = make_stream(0, (batch, views, length), heads, kv_heads)
-    clean = make_stream(1, (batch, kept), heads, kv_heads)
-    if not clean_output:
-        clean = (None, *clean[1:])
-    assert_equal_to_dense(spec, noised, clean)
+    assert_equal_to_dense(blocked_attention, spec, *streams_for(spec, heads, kv_heads, views, clean_output))
+
+
+def test_one_document_is_a_promise_not_a_need(small_tiles):
+    """The tiles whose mask is left out are those that need none."""
+    spec = two_stream_spec([[48], [21]], 48, 4)
+    for promised in (True, False):
+        assert_equal_to_dense(blocked_attention, spec.replace(one_document=promised), *streams_for(spec, 1, 1, 1, True))
 
 
 @pytest.mark.parametrize("length", [12, 40])
 def test_one_block_needs_no_clean_stream(small_tiles, length):
-    spec = MaskSpec("block_causal", length, True, False, make_tokens([[length], [length - 5]], length, length, 1), None, None)
-    assert_equal_to_dense(spec, make_stream(2, (2, 2, length), 2, 1), None)
+    spec = two_stream_spec([[length], [length - 5]], length, length)
+    assert_equal_to_dense(blocked_attention, spec, *streams_for(spec, 2, 1, 2, False))
 
 
 @pytest.mark.parametrize("rule, block_size", [("causal", 1), ("block_causal", 4), ("bidirectional", 40)])
 @pytest.mark.parametrize("rows", [[[40]], [[8, 20, 12], [20, 16]]])
 def test_one_stream(small_tiles, rule, block_size, rows):
-    spec = MaskSpec(rule, block_size, True, False, None, make_tokens(rows, 40, block_size, 0), None)
-    assert_equal_to_dense(spec, None, make_stream(3, (len(rows), 40), 2, 1))
+    spec = one_stream_spec(rule, rows, 40, block_size)
+    assert_equal_to_dense(blocked_attention, spec, *streams_for(spec, 2, 1, 0, True))
+
+
+def test_causal_clean_stream_beside_a_noised_one(small_tiles):
+    spec = two_stream_spec([[48]], 48, 4, rule="causal")
+    assert_equal_to_dense(blocked_attention, spec, *streams_for(spec, 1, 1, 1, True))
 
 
 @pytest.mark.parametrize("length, block_size", [(300, 4), (384, 128), (512, 256)])
 def test_tiles_of_the_shipped_size(length, block_size):
     spec = two_stream_spec([[length - 7]], length, block_size)
-    noised, clean = make_stream(4, (1, 1, length), 1, 1), make_stream(5, (1, length - block_size), 1, 1)
-    assert_equal_to_dense(spec, noised, clean)
+    assert_equal_to_dense(blocked_attention, spec, *streams_for(spec, 1, 1, 1, True))
 
 
-def test_padding_gives_exact_zeros(small_tiles):
-    spec = two_stream_spec([[24, 9]], 48, 4)
-    noised, clean = make_stream(6, (1, 2, 48), 2, 1), make_stream(7, (1, 44), 2, 1)
-    outputs, gradients = assert_equal_to_dense(spec, noised, clean)
-    padding = spec.noised.segment[0] == 0
-    for noised_array, clean_array in ((outputs[0], outputs[1]), *zip(*gradients)):
-        assert np.all(np.asarray(noised_array)[0][:, padding] == 0)
-        assert np.all(np.asarray(clean_array)[0][padding[:44]] == 0)
-        assert np.all(np.any(np.asarray(noised_array)[0][:, ~padding] != 0, axis=(-1, -2)))
+@pytest.mark.parametrize("documents", [[24, 9], [29], []])
+def test_padding_gives_exact_zeros(small_tiles, documents):
+    spec = two_stream_spec([documents, [48]], 48, 4)
+    found = assert_equal_to_dense(blocked_attention, spec, *streams_for(spec, 2, 1, 2, True))
+    assert_padding_is_nothing(spec, found)
 
 
 def test_extreme_scores_stay_finite(small_tiles):
-    spec = MaskSpec("causal", 1, True, False, None, make_tokens([[40]], 40, 1, 0), None)
+    spec = one_stream_spec("causal", [[40]], 40, 1)
     q, k, v = make_stream(8, (1, 40), 1, 1)
-    outputs, gradients = assert_equal_to_dense(spec, None, (300 * q, 300 * k, v), atol=1e-2)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves((outputs, gradients)))
+    found = assert_equal_to_dense(blocked_attention, spec, None, (300 * q, 300 * k, v), atol=1e-2)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
 
 
 def test_bfloat16_is_close_to_float32(small_tiles):
-    spec = MaskSpec("block_causal", 4, True, False, None, make_tokens([[40]], 40, 4, 0), None)
+    spec = one_stream_spec("block_causal", [[40]], 40, 4)
     clean = make_stream(9, (1, 40), 2, 2)
     exact = jax.jit(dense_attention)(spec, None, clean, None)[1]
     rounded = jax.jit(blocked_attention)(spec, None, tuple(jnp.asarray(x, jnp.bfloat16) for x in clean), None)[1]
@@ -136,9 +96,8 @@ def test_bfloat16_is_close_to_float32(small_tiles):
 
 
 def test_memory_far_below_dense():
-    length, block_size = 1024, 16
-    spec = two_stream_spec([[length]], length, block_size)
-    streams = make_stream(10, (1, 1, length), 2, 2), make_stream(11, (1, length - block_size), 2, 2)
+    spec = two_stream_spec([[1024]], 1024, 16)
+    streams = streams_for(spec, 2, 2, 1, True)
 
     def temporary_bytes(attend):
         def total(streams):

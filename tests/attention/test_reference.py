@@ -1,14 +1,12 @@
-"""Dense attention against a float64 loop over queries; the choice of backend."""
+"""Dense attention against a float64 loop over queries."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bd3lm_jax import attention
 from bd3lm_jax.attention.reference import dense_attention
 from bd3lm_jax.attention.spec import MaskSpec, Tokens
-from bd3lm_jax.errors import UserError
 
 BATCH, VIEWS, SIZE = 2, 2, 4
 SEGMENT = {"cache": [[1] * 4, [0] * 4], "clean": [[1] * 4, [1] * 2 + [0] * 2], "noised": [[1] * 4, [1] * 4]}
@@ -83,21 +81,3 @@ def test_keys_alone_give_no_clean_output():
     noised_out, clean_out = attend(spec, noised, (None, *clean[1:]), None)
     assert clean_out is None
     np.testing.assert_allclose(noised_out, both, atol=1e-6)
-
-
-def spec_of(aligned=True, cache=None):
-    return MaskSpec("causal", 1, aligned, False, None, tokens("clean", 1), cache)
-
-
-def test_choice_of_backend():
-    assert attention.choose("auto", spec_of(), 64) == "dense"
-    assert attention.choose("auto", spec_of(), 4096) == "blocked"
-    assert attention.choose("blocked", spec_of(), 64) == "blocked"
-    assert attention.choose("dense", spec_of(), 4096) == "dense"
-    assert attention.choose("blocked", spec_of(aligned=False), 4096) == "dense"
-    assert attention.choose("blocked", spec_of(cache=tokens("cache")), 4096) == "dense"
-
-
-def test_unknown_backend_names_the_nearest():
-    with pytest.raises(UserError, match="'blokced'.*did you mean 'blocked'"):
-        attention.choose("blokced", spec_of(), 64)

@@ -1,0 +1,89 @@
+"""Layouts of rows, random streams, and the comparison of a backend with the dense oracle."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bd3lm_jax.attention.reference import dense_attention
+from bd3lm_jax.attention.spec import MaskSpec, Tokens
+
+
+def make_tokens(rows, length, block_size, view):
+    """rows: for each row the lengths of its documents; the rest is padding."""
+    position, segment = np.zeros((2, len(rows), length), np.int32)
+    for row, documents in enumerate(rows):
+        start = 0
+        for index, size in enumerate(documents):
+            position[row, start:start + size] = np.arange(size)
+            segment[row, start:start + size] = index + 1
+            start += size
+    return Tokens(position, position // block_size, segment, view)
+
+
+def one_stream_spec(rule, rows, length, block_size):
+    return MaskSpec(rule, block_size, True, max(map(len, rows)) == 1, None, make_tokens(rows, length, block_size, 0),
+                    None)
+
+
+def two_stream_spec(rows, length, block_size, rule="block_causal"):
+    """The training layout: the clean stream lacks its last block; with one block there is none."""
+    noised = make_tokens(rows, length, block_size, 1)
+    kept = length - block_size
+    clean = Tokens(noised.position[:, :kept], noised.block[:, :kept], noised.segment[:, :kept], 0) if kept else None
+    return MaskSpec(rule, block_size, True, max(map(len, rows)) == 1, noised, clean, None)
+
+
+def make_stream(seed, shape, heads, kv_heads, size=4):
+    draw = np.random.default_rng(seed)
+    return tuple(draw.normal(size=(*shape, n, size)).astype(np.float32) for n in (heads, kv_heads, kv_heads))
+
+
+def streams_for(spec, heads, kv_heads, views, clean_output):
+    """Random (q, k, v) of both streams of a mask; None for an absent stream and for an unwanted clean query."""
+    noised = clean = None
+    if spec.noised is not None:
+        batch, length = spec.noised.segment.shape
+        noised = make_stream(0, (batch, views, length), heads, kv_heads)
+    if spec.clean is not None:
+        clean = make_stream(1, spec.clean.segment.shape, heads, kv_heads)
+        clean = clean if clean_output else (None, *clean[1:])
+    return noised, clean
+
+
+def run(attend, spec, streams):
+    """Outputs, and gradients of a projection of them, in a program of their own."""
+    @jax.jit
+    def values(streams):
+        def projected(streams):
+            outputs = attend(spec, *streams, None)
+            return sum(jnp.sum(jnp.sin(3 * x.astype(jnp.float32))) for x in jax.tree.leaves(outputs)), outputs
+        gradients, outputs = jax.grad(projected, has_aux=True)(streams)
+        return outputs, gradients
+    return values(streams)
+
+
+def assert_equal_to_dense(attend, spec, noised, clean, atol=2e-5):
+    found, expected = (run(function, spec, (noised, clean)) for function in (attend, dense_attention))
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=atol), found, expected)
+    return found
+
+
+def assert_padding_is_nothing(spec, found):
+    """Outputs and gradients of padding are exactly 0; other outputs are not."""
+    outputs, gradients = found
+    for output, gradient, tokens in zip(outputs, gradients, (spec.noised, spec.clean)):
+        for x in filter(lambda x: x is not None, (output, *(gradient or ()))):
+            padding, real = _split(x, tokens)
+            assert np.all(padding == 0) and np.any(real != 0)
+        if output is not None:
+            assert np.all(np.any(_split(output, tokens)[1] != 0, axis=-1))
+
+
+def _split(x, tokens):
+    """`[B, L, H, Dh]` or `[B, M, L, H, Dh]` -> all numbers of padding, those of real tokens `[..., Dh]`."""
+    x = np.asarray(x).reshape(len(x), -1, *x.shape[-3:])
+    real = np.broadcast_to((tokens.segment > 0)[:, None], x.shape[:3])
+    return x[~real], x[real]
