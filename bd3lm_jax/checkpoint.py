@@ -1,8 +1,8 @@
 """Saving and restoring runs: whole, verified, on any mesh. The only user of orbax.
 
 `WORKDIR/checkpoints/STEP/` holds the items `params`, `ema` (absent if the average is off), `opt` (step and optimiser
-state) and `meta` (JSON). `meta` records shape, dtype and fingerprint of every array: orbax does not notice a flipped
-bit in array data, and its shape errors do not name the array.
+state), `noise` (absent if the noise is fixed) and `meta` (JSON). `meta` records shape, dtype and fingerprint of every
+array: orbax does not notice a flipped bit in array data, and its shape errors do not name the array.
 """
 
 import hashlib
@@ -112,7 +112,7 @@ class Checkpoints:
             unexpected = {name: {} for name in record["leaves"] if name not in expected}
             trees = self._read(step, record, expected | unexpected)
             state = TrainState(step=trees["opt"]["step"], params=trees["params"], ema=trees.get("ema", {}),
-                               opt_state=trees["opt"]["state"])
+                               opt_state=trees["opt"]["state"], noise=trees.get("noise", {}))
             return state, record["meta"]
 
         result, _ = self._newest(read)
@@ -263,7 +263,8 @@ def _fingerprint(x: jax.Array) -> jax.Array:
 
 def _items(state: TrainState) -> dict[str, Any]:
     """The trees that are stored apart, so that an evaluation reads only what it needs."""
-    items = {"params": state.params, "ema": state.ema, "opt": {"step": state.step, "state": state.opt_state}}
+    items = {"params": state.params, "ema": state.ema, "opt": {"step": state.step, "state": state.opt_state},
+             "noise": state.noise}
     return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, get_args, get_origin
 
 from bd3lm_jax.diffusion import OBJECTIVES
+from bd3lm_jax.diffusion.clip import ClipSearch, CountSchedule
 from bd3lm_jax.errors import UserError, lookup, nearest
 from bd3lm_jax.models import BACKBONES
 from bd3lm_jax.models.trunk import REMAT
@@ -94,6 +95,42 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class NoiseConfig:
+    """Training noise that is chosen from the data (diffusion/clip.py), in place of what `diffusion` says."""
+
+    adapt: str  # "none", "clip" (search for the best interval, every eval.every steps), "counts" (law of the count)
+    clip_widths: tuple[float, ...]  # of the intervals, inside diffusion.clip_low .. diffusion.clip_high
+    clip_stride: float  # between the intervals of a width
+    clip_batches: int  # batches a search
+    count_floor: float  # part of its uniform probability that every count keeps
+    count_decay: float  # of the running averages by count, a step
+
+    def __post_init__(self):
+        one_of("noise.adapt", self.adapt, ("none", "clip", "counts"))
+        widths = self.clip_widths
+        check(bool(widths) and all(0 < width <= 1 for width in widths),
+              f"noise.clip_widths is {widths}, expected numbers above 0 and up to 1")
+        check(0.001 <= self.clip_stride <= 1, f"noise.clip_stride is {self.clip_stride}, expected 0.001 to 1")
+        check(self.clip_batches >= 1, f"noise.clip_batches is {self.clip_batches}, expected at least 1")
+        check(0 < self.count_floor <= 1, f"noise.count_floor is {self.count_floor}, expected above 0 and up to 1")
+        check(0 <= self.count_decay < 1, f"noise.count_decay is {self.count_decay}, expected in [0, 1)")
+
+    def schedule(self, objective: Any) -> ClipSearch | CountSchedule | None:
+        """What chooses the noise of an objective; None if its noise is fixed. UserError if they do not go together."""
+        if self.adapt == "none":
+            return None
+        wanted = {"clip": "bernoulli", "counts": "exact_count"}[self.adapt]
+        given = getattr(objective, "corruption", None)
+        check(given == wanted, f"noise.adapt='{self.adapt}' needs diffusion.corruption='{wanted}', "
+              f"{f'not {given!r}' if given else 'which an autoregressive model does not have'}: use noise.adapt='none'")
+        if self.adapt == "clip":
+            return ClipSearch(objective.block_size, objective.clip_low, objective.clip_high, self.clip_widths,
+                              self.clip_stride)
+        check(not objective.count_probs, "diffusion.count_probs has no effect with noise.adapt='counts': use ()")
+        return CountSchedule(objective.block_size, self.count_floor, self.count_decay)
+
+
+@dataclasses.dataclass(frozen=True)
 class ComputeConfig:
     """How the same numbers are computed; only dtype changes them beyond rounding."""
 
@@ -165,7 +202,7 @@ class EvalConfig:
 
 SECTIONS = {
     "data": DataConfig, "optim": OptimConfig, "train": TrainConfig, "compute": ComputeConfig, "mesh": MeshConfig,
-    "log": LogConfig, "checkpoint": CheckpointConfig, "eval": EvalConfig,
+    "log": LogConfig, "checkpoint": CheckpointConfig, "eval": EvalConfig, "noise": NoiseConfig,
 }
 # Sections and keys that may differ when a run goes on. More steps change a decaying learning rate from there on.
 RESUMABLE = ("mesh", "log", "checkpoint", "eval", "train.steps", "data.cache_dir", "data.workers", "compute.attention",
@@ -190,10 +227,16 @@ class Config:
     log: LogConfig | None
     checkpoint: CheckpointConfig | None
     eval: EvalConfig | None
+    noise: NoiseConfig | None = None
 
     @property
     def block_size(self) -> int:
         return self.diffusion.block_size
+
+    @property
+    def schedule(self) -> ClipSearch | CountSchedule | None:
+        """What chooses the training noise from the data; None if it is fixed."""
+        return self.noise and self.noise.schedule(self.diffusion)
 
     @classmethod
     def from_dict(cls, mapping: Mapping) -> "Config":
@@ -216,6 +259,7 @@ class Config:
               f"train.views={views}: an autoregressive model has nothing noised, use 1")
         check(views % 2 == 0 or not getattr(config.diffusion, "complement", False),
               f"train.views={views} is odd, diffusion.complement needs pairs: use {views + 1}")
+        config.noise.schedule(config.diffusion)  # raises if they do not go together
         rows, batch = config.compute.microbatch, config.train.batch
         check(rows == 0 or batch % rows == 0, f"compute.microbatch={rows} does not divide train.batch={batch}")
         return config

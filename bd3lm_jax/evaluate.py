@@ -1,15 +1,15 @@
-"""Likelihood of a split with its error bars: the exact-count bound, and the exact NLL where there is one.
+"""Likelihood of a split with its error bars, by any estimator of `estimators.py`.
 
-Each draw masks every block of a row twice, independently, by `Masked` with uniform counts; both views share one clean
-pass. Every view is an unbiased estimate of the bound (see `diffusion/masked.py`); the difference between the views of
-a row tells the Monte-Carlo error. The noise is a function of (seed, row, draw, view) alone.
+A round of D draws gives every row `replicates` independent estimates; their spread tells the Monte-Carlo error. The
+noise is a function of (seed, round, row, replicate, draw) alone.
 """
 
+import collections
 import dataclasses
+import itertools
 import math
 import time
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,147 +17,148 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bd3lm_jax import log, passes, sharding, stats
-from bd3lm_jax.config import Config
-from bd3lm_jax.data.corpora import WHOLE
+from bd3lm_jax import domains, estimators, log, sharding, stats
+from bd3lm_jax.config import Config, MeshConfig
 from bd3lm_jax.data.loader import place_rows
 from bd3lm_jax.data.prepare import Rows
-from bd3lm_jax.diffusion.masked import Masked
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.models import Backbone, trunk
+from bd3lm_jax.errors import RunError, UserError
+from bd3lm_jax.estimators import default_estimator
+from bd3lm_jax.models import Backbone
 from bd3lm_jax.passes import Execution
 from bd3lm_jax.sharding import batch_sharding
-from bd3lm_jax.step import SpecialIds, execution_of, row_losses, score
+from bd3lm_jax.step import SpecialIds, execution_of, overflows, row_losses, score
 
-ESTIMATORS = ("exact_count", "nll")
-VIEWS = 2  # maskings of each draw: the fewest that show their own error
-
-
-def is_exact(config: Config) -> bool:
-    """Whether one pass gives the likelihood itself: AR, and blocks of one token without a noise level as input."""
-    return config.diffusion.causal or (config.block_size == 1 and not trunk.takes_level(config.model))
+QUEUE = 2  # batches in flight: the device goes on while the host reads rows and adds up
+PILOT_ROWS, PILOT_ROUND = 32, 2**32 - 1  # what "importance" learns from; a round that is never scored
+HOPELESS = 2  # a target that seems to need so many times --max_draws is given up at once
 
 
-def default_estimator(config: Config) -> str:
-    """"nll" where the likelihood is exact, else "exact_count"."""
-    return "nll" if is_exact(config) else "exact_count"
+class Target(NamedTuple):
+    """Draw until the 95 % half width of the Monte-Carlo part is `ci` of the nll, at most `max_draws` draws a row."""
+
+    ci: float
+    max_draws: int
 
 
-def check_estimator(estimator: str, config: Config, draws: int) -> None:
-    if estimator not in ESTIMATORS:
-        raise UserError(f"unknown estimator '{estimator}': known: {', '.join(ESTIMATORS)}")
-    if estimator == "nll" and not is_exact(config):
-        raise UserError(f"estimator 'nll' is exact only for AR and for block size 1 without time conditioning, this "
-                        f"model has block size {config.block_size}: use --estimator=exact_count")
+def check_draws(draws: int) -> None:
     if draws < 1:
         raise UserError(f"draws is {draws}, expected at least 1")
 
 
-def unbiased(objective: Any) -> Any:
-    """The objective whose weighted losses estimate the bound of a model trained with `objective`."""
-    if objective.causal:
-        return objective
-    return Masked.uniform_counts(objective.block_size)
+def make_scores(model: Backbone, objective: Any, estimator: Any, special: SpecialIds, execution: Execution, draws: int):
+    """`f(params, key, index, row_ids, tokens, positions, segments, scored)` -> pass `index` of `draws` draws of rows.
 
-
-def make_row_nats(model: Backbone, objective: Any, special: SpecialIds, execution: Execution, views: int):
-    """`f(params, key, draw, row_ids, tokens, positions, segments)` -> contributions and masked tokens a block.
-
-    float32 `[B, views, L]` that sum to each view's estimate in nats, int32 `[B, views, K]`.
+    Tokens that are not `scored` (bool [B, L]) are given: never masked, never counted. Returns contributions in nats,
+    float32 `[B, R, L]` (summed over L and averaged over passes: an estimate of the row by each of R replicates), and of
+    every block of the M views the masked tokens, int32 `[B, M, K]`, and their mean cross-entropy, float32 `[B, M, K]`.
     """
-    measure = unbiased(objective)
+    def noise(key, index, tokens, segments):
+        return estimator.noised(key, index, draws, tokens, segments, special)
 
-    def noise(key, draw, row, tokens, segments):
-        def view(index):
-            view_key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, row), draw), index)
-            noised = measure.corrupt(view_key, tokens[None], segments[None], views=1, mask_id=special.mask,
-                                     end_id=special.end)
-            return jax.tree.map(lambda x: x[0, 0], noised)
-        return jax.vmap(view)(jnp.arange(views))
+    def scores(params, key, index, row_ids, tokens, positions, segments, scored):
+        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_ids)
+        maskable = segments if objective.causal else jnp.where(scored, segments, 0)
+        noised = jax.vmap(noise, in_axes=(0, None, 0, 0))(keys, index, tokens, maskable)
+        return score_views(model, params, objective, noised, tokens, positions, segments, scored, special, execution,
+                           estimator.replicates)
 
-    def row_nats(params, key, draw, row_ids, tokens, positions, segments):
-        noised = jax.vmap(lambda *row: noise(key, draw, *row))(row_ids, tokens, segments)
-        scored = score(model, params, objective, noised, tokens, positions, segments, execution)
-        losses = row_losses(model, params, scored, special.mask, chunk=0) * scored.weight_BxMxC
-        place = jax.vmap(jax.vmap(lambda losses, index: jnp.zeros(tokens.shape[1]).at[index].add(losses)))
-        counts = (noised.weight_BxMxL > 0).reshape(*losses.shape[:2], -1, objective.block_size).sum(-1)
-        return place(losses, scored.index_BxMxC), counts
+    return scores
 
-    return row_nats
+
+def score_views(model: Backbone, params: dict, objective: Any, noised: Any, tokens_BxL, position_BxL, segment_BxL,
+                scored_BxL, special: SpecialIds, execution: Execution,
+                replicates: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What `make_scores` returns, of given views."""
+    scored = score(model, params, objective, noised, tokens_BxL, position_BxL, segment_BxL, execution)
+    losses = jnp.where(scored.weight_BxMxC == 0, 0, row_losses(model, params, scored, special.mask, chunk=0))
+    place = jax.vmap(jax.vmap(lambda losses, index: jnp.zeros(tokens_BxL.shape[1]).at[index].add(losses)))
+    losses_BxMxL = jnp.where(scored_BxL[:, None], place(losses, scored.index_BxMxC), 0)
+    nats_BxMxL = losses_BxMxL * noised.weight_BxMxL + jnp.where(overflows(noised), jnp.nan, 0)[..., None]
+    batch, views, length = nats_BxMxL.shape
+    nats_BxRxL = nats_BxMxL.reshape(batch, replicates, views // replicates, length).mean(2)
+    blocks = (batch, views, -1, objective.block_size)
+    counts_BxMxK = ((noised.weight_BxMxL > 0) & scored_BxL[:, None]).reshape(blocks).sum(-1)
+    return nats_BxRxL, counts_BxMxK, losses_BxMxL.reshape(blocks).sum(-1) / jnp.maximum(counts_BxMxK, 1)
+
+
+class Opened(NamedTuple):
+    """A run that is ready to be measured."""
+
+    workdir: str
+    config: Config
+    tokenizer: Any
+    params: Any
+    evaluator: "Evaluator"
+    step: int
+    config_sha256: str
+
+
+def open_run(workdir: str, weights: str, batch: int) -> Opened:
+    """The newest checkpoint of a run, over all devices. weights: "ema" or "params"; batch: rows a pass, 0 for the
+    run's own."""
+    from bd3lm_jax.restore import restore
+
+    mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
+    run = restore(workdir, weights, None, mesh)
+    config = dataclasses.replace(run.config, eval=dataclasses.replace(run.config.eval,
+                                                                      batch=batch or run.config.eval.batch))
+    evaluator = Evaluator(config, run.model, SpecialIds(run.tokenizer.mask_id, run.tokenizer.end_id), mesh)
+    return Opened(workdir, config, run.tokenizer, run.params, evaluator, run.step, run.meta["config_sha256"])
 
 
 def evaluate_run(workdir: str, *, split: str, data: str, estimator: str, draws: int, seed: int, weights: str,
-                 batch: int) -> dict[str, Any]:
+                 batch: int, target_ci: float, max_draws: int, against: str, data_dir: str, chunks: str, stride: int,
+                 first_token: str, end_token: str) -> dict[str, Any]:
     """The `eval` command: likelihood of a split under the newest checkpoint of a run.
 
-    data: "" for the run's own corpus, "austen", or a .txt / .jsonl file (all of it, whatever the split) or directory,
-    tokenised with the run's tokenizer. estimator: "" for the best one. weights: "ema" or "params". batch: rows a pass,
-    0 for the config's.
+    data, split, data_dir: which text (`domains.open_text`). chunks, stride, first_token, end_token: what of it counts
+    (`domains.convention_for`). estimator: "" for the best one. target_ci: as `Target`, 0 for none; then `draws`
+    is the size of a round. against: another run to compare with on the same documents, or "" (see `compare.py`).
     """
-    from bd3lm_jax import models, rundir
-    from bd3lm_jax.checkpoint import Checkpoints
-    from bd3lm_jax.data.prepare import prepare
+    from bd3lm_jax import compare
 
-    config, tokenizer = rundir.read(workdir)
-    split = WHOLE if Path(data).is_file() else split
-    estimator = estimator or default_estimator(config)
-    check_estimator(estimator, config, draws)
-    config = dataclasses.replace(config, data=_other_data(config.data, data),
-                                 eval=dataclasses.replace(config.eval, batch=batch or config.eval.batch),
-                                 mesh=dataclasses.replace(config.mesh, data=-1, fsdp=1, tensor=1))
-    mesh = sharding.make_mesh(config.mesh)
-    model = models.build(config.model, passes.compute_dtype(config.compute.dtype))
-    abstract = jax.eval_shape(lambda: trunk.init(model, jax.random.key(0)))
-    abstract = sharding.with_shardings(abstract, sharding.param_shardings(abstract, mesh))
-    with Checkpoints(workdir, 1, read_only=True) as checkpoints:
-        params, meta, step = checkpoints.restore_params(weights, abstract)
-    rundir.check_tokenizer(tokenizer, meta["tokenizer"], f"the checkpoint in {workdir}")
-    rows = prepare(config.data, split, config.block_size, tokenizer)
-    evaluator = Evaluator(config, model, SpecialIds(tokenizer.mask_id, tokenizer.end_id), mesh)
-    result = evaluator.run(params, rows, estimator=estimator, draws=draws, seed=seed)
+    run = open_run(workdir, weights, batch)
+    other = open_run(against, weights, batch) if against else None
+    convention = domains.convention_for([side.config for side in (run, other) if side is not None], chunks=chunks,
+                                        stride=stride, first_token=first_token, end_token=end_token)
+    which = {"data": data, "split": split, "data_dir": data_dir, "convention": convention}
+    text = domains.open_text(run.config, run.tokenizer, **which)
+    target = Target(target_ci, max_draws) if target_ci else None
+    measured = run.evaluator.measure(run.params, text.rows, estimator=estimator or default_estimator(run.config),
+                                     draws=draws, seed=seed, target=target)
+    result = measured.summary(text.rows)
     by_count = result.pop("nll_by_count")
-    _show(workdir, split, result, by_count)
-    return {"data": data or config.data.source, "split": split, **result, "step": step,
-            "config_sha256": meta["config_sha256"]}
+    show(workdir, f"{text.name}, {text.split}", result, by_count)
+    result = {**text.describe(result), "step": run.step, "config_sha256": run.config_sha256}
+    if other is not None:
+        result["against"] = compare.against(run, text, measured, other, which, draws)
+        result["wall_s"] += result["against"].pop("wall_s")
+    return result
 
 
-def _other_data(own, data: str):
-    """The data section with another source of text, or itself."""
-    path = Path(data)
-    if data in ("", own.source):
-        return own
-    if data == "austen":
-        return dataclasses.replace(own, source="austen", path="")
-    if not path.exists():
-        raise UserError(f"--data={data} is neither 'austen' nor a file or directory of .txt or .jsonl text")
-    jsonl = ".jsonl" in path.suffixes or (path.is_dir() and any(path.glob("*.jsonl*")))
-    return dataclasses.replace(own, source="jsonl" if jsonl else "text", path=str(path))
-
-
-def _show(workdir: str, split: str, result: dict, by_count: dict) -> None:
+def show(workdir: str, text: str, result: dict, by_count: dict) -> None:
+    """Tables for people: the likelihood with both parts of its error, and by masked tokens of a block."""
     low, high = result["ppl_ci95"]
-    log.table(f"{workdir}, {split}: {result['documents']} documents, {result['tokens']} tokens",
-              ("nats/token", "perplexity", "95 % interval", "bits/byte", "Monte-Carlo error"),
+    log.table(f"{workdir}, {text}: {result['documents']} documents, {result['tokens']} tokens, "
+              f"{result['estimator']}, {result['draws']} draws",
+              ("nats/token", "perplexity", "95 % interval", "bits/byte", "se: documents", "se: draws"),
               [(f"{result['nll']:.4f}", f"{result['ppl']:.2f}", f"{low:.2f} .. {high:.2f}",
-                f"{result['bits_per_byte']:.4f}", f"{result['nll_mc_se']:.5f}")])
+                f"{result['bits_per_byte']:.4f}", f"{result['nll_document_se']:.5f}", f"{result['nll_mc_se']:.5f}")])
     if 1 < len(by_count) <= 32:
         log.table("nats per masked token, by masked tokens in the block", [str(k) for k in by_count],
                   [[f"{nll:.3f}" for nll in by_count.values()]])
 
 
 class Evaluator:
-    """Likelihood of prepared rows under one model; compiles once."""
+    """Likelihood of prepared rows under one model; compiles once for each estimator and number of draws."""
 
     def __init__(self, config: Config, model: Backbone, special: SpecialIds, mesh):
-        self.config, self.objective, self.mesh = config, config.diffusion, mesh
-        execution = dataclasses.replace(execution_of(config), remat="none")
-        self.views = 1 if is_exact(config) else VIEWS
+        self.config, self.model, self.special, self.mesh = config, model, special, mesh
+        self.execution = dataclasses.replace(execution_of(config), remat="none")
         devices = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
         self.batch = -(-config.eval.batch // devices) * devices
         self.sharding = batch_sharding(mesh)
-        everywhere = NamedSharding(mesh, P())
-        self._row_nats = jax.jit(make_row_nats(model, self.objective, special, execution, self.views),
-                                 out_shardings=(everywhere, everywhere))
+        self._programs = {}
 
     def run(self, params, rows: Rows, *, estimator: str, draws: int, seed: int, num_rows: int = 0) -> dict:
         """NLL of the first `num_rows` rows (0: all) in nats per token, with intervals.
@@ -165,68 +166,160 @@ class Evaluator:
         Returns the numbers of the `eval` command, and `nll_by_count`: mean cross-entropy of the masked tokens of
         blocks with k of them, by k. Deterministic in (params, rows, seed, draws), whatever the devices.
         """
-        check_estimator(estimator, self.config, draws)
-        began = time.perf_counter()
-        draws = 1 if is_exact(self.config) else draws
-        total = _Totals(self.objective.block_size)
-        chosen = np.arange(len(rows) if num_rows == 0 else min(num_rows, len(rows)))
-        with jax.set_mesh(self.mesh):
-            for start in range(0, len(chosen), self.batch):
-                self._add_rows(total, params, rows, chosen[start:start + self.batch], draws, seed)
-        return {**total.summary(rows), "estimator": estimator, "draws": draws, "seed": seed,
-                "wall_s": time.perf_counter() - began}
+        return self.measure(params, rows, estimator=estimator, draws=draws, seed=seed, target=None,
+                            num_rows=num_rows).summary(rows)
 
-    def _add_rows(self, total: "_Totals", params, rows: Rows, ids: np.ndarray, draws: int, seed: int) -> None:
-        """One batch of rows, all draws. A short batch is filled up with its last row, which is then not counted."""
+    def measure(self, params, rows: Rows, *, estimator: Any, draws: int, seed: int, target: Target | None,
+                num_rows: int = 0, rounds: int = 1) -> "Measured":
+        """As `run`, as sums by row and document. estimator: a name, or an estimator (say, one that has learnt).
+
+        `rounds` rounds of `draws` draws, or with a target until it is met. Raises RunError if `max_draws` do not meet
+        it.
+        """
+        check_draws(draws)
+        began = time.perf_counter()
+        ids = np.arange(len(rows) if num_rows == 0 else min(num_rows, len(rows)))
+        with jax.set_mesh(self.mesh):
+            if isinstance(estimator, str):
+                estimator = estimators.make(estimator, self.config)
+            if estimator.learns:
+                estimator = self._learn(estimator, params, rows, ids[:PILOT_ROWS], seed)
+            draws = draws if estimator.replicates > 1 else 1
+            total = Measured(estimator, draws, seed, self.config.block_size)
+            for round_ in itertools.count():
+                for batch, passes in self._batches(estimator, params, rows, ids, draws, seed, round_):
+                    total.add(round_, passes, self._documents(rows, batch))
+                total.wall_s = time.perf_counter() - began
+                if target is None and round_ + 1 == rounds or target is not None and _met(total, target):
+                    return total
+
+    def _learn(self, estimator, params, rows, ids, seed):
+        """The estimator with the count law of a pilot, whose noise and rows depend on nothing but seed and split."""
+        parts = [part for _, passes in self._batches(estimator, params, rows, ids, 1, seed, PILOT_ROUND)
+                 for part in passes]
+        counts, means = (np.concatenate([part[i].swapaxes(1, 2).reshape(-1, estimator.views) for part in parts])
+                         for i in (1, 2))
+        return estimator.learn(counts, means)
+
+    def _batches(self, estimator, params, rows, ids, draws: int, seed: int, round_: int):
+        """Yields row ids and the passes of their scores (NumPy, see `make_scores`) batch by batch, a few in flight."""
+        pending = collections.deque()
+        for start in range(0, len(ids), self.batch):
+            batch = ids[start:start + self.batch]
+            pending.append((batch, self._start(estimator, params, rows, batch, draws, seed, round_)))
+            if len(pending) > QUEUE:
+                yield _fetch(*pending.popleft())
+        while pending:
+            yield _fetch(*pending.popleft())
+
+    def _start(self, estimator, params, rows, ids, draws, seed, round_):
+        """All passes of a batch, on their way. A short batch is filled up with its last row, which then counts nothing.
+        """
         padded = np.concatenate([ids, np.full(self.batch - len(ids), ids[-1])])
         arrays = place_rows(rows, padded, self.sharding)
         row_ids = jax.make_array_from_callback(padded.shape, self.sharding,
                                                lambda index: padded[index].astype(np.int32))
-        key = jax.random.key(seed)
-        parts = [self._row_nats(params, key, draw, row_ids, arrays["tokens"], arrays["positions"], arrays["segments"])
-                 for draw in range(draws)]
-        parts = [(np.asarray(nats)[:len(ids)], np.asarray(counts)[:len(ids)]) for nats, counts in parts]
-        nats_BxMxL, counts_BxMxK = (np.concatenate(x, axis=1) for x in zip(*parts))
-        documents_BxL = rows.documents(ids)
-        if self.objective.causal:
-            documents_BxL = np.where(self.objective.weight(rows.segments(ids)) > 0, documents_BxL, -1)
-        total.add(nats_BxMxL.astype(np.float64), counts_BxMxK, documents_BxL)
+        scored = jax.make_array_from_callback((len(padded), rows.length), self.sharding,
+                                              lambda index: rows.scored(padded[index[0]])[:, index[1]])
+        key = jax.random.fold_in(jax.random.key(seed), round_)
+        program = self._program(estimator, draws)
+        return [program(params, key, index, row_ids, arrays["tokens"], arrays["positions"], arrays["segments"], scored)
+                for index in range(estimator.passes(draws))]
+
+    def _program(self, estimator, draws: int):
+        if (estimator, draws) not in self._programs:
+            scores = make_scores(self.model, self.config.diffusion, estimator, self.special, self.execution, draws)
+            everywhere = NamedSharding(self.mesh, P())
+            self._programs[estimator, draws] = jax.jit(scores, out_shardings=(everywhere,) * 3)
+        return self._programs[estimator, draws]
+
+    def _documents(self, rows: Rows, ids) -> np.ndarray:
+        """The document of every token that is scored `[n, L]`; -1 elsewhere."""
+        documents_BxL, objective = np.where(rows.scored(ids), rows.documents(ids), -1), self.config.diffusion
+        if objective.causal:
+            documents_BxL = np.where(objective.weight(rows.segments(ids)) > 0, documents_BxL, -1)
+        return documents_BxL
 
 
-class _Totals:
-    """Sums over rows on the host, in float64."""
+def _fetch(ids, passes):
+    return ids, [tuple(np.asarray(x)[:len(ids)] for x in part) for part in passes]
 
-    def __init__(self, block_size: int):
-        self.block_size = block_size
-        self.nats, self.tokens = np.zeros(0), np.zeros(0)  # by document
-        self.rows = []  # [views] nats of each row and view
+
+def _met(total: "Measured", target: Target) -> bool:
+    """Whether the Monte-Carlo part is as tight as it should be. Raises RunError where it will not be."""
+    half = stats.mc_margin(total.rows_UxR) / total.rows_UxR.mean(0).sum()
+    reached = f"the Monte-Carlo part of the 95 % interval is +- {half:.3%} of the nll after {total.draws} draws"
+    log.note(f"{reached}, wanted: {target.ci:.3%}; more draws cannot shrink the part that comes from the choice of "
+             "documents")
+    if half <= target.ci:
+        return True
+    needed = total.draws * (half / target.ci) ** 2
+    if total.draws + total.round_draws > target.max_draws or needed > HOPELESS * target.max_draws:
+        nll = total.rows_UxR.mean(0).sum() / total.tokens_N.sum()
+        raise RunError(f"{reached} (nll {nll:.4f}), wanted: {target.ci:.3%}, which takes about {math.ceil(needed)} "
+                       f"draws and --max_draws is {target.max_draws}: raise --max_draws or --target_ci")
+    return False
+
+
+class Measured:
+    """Sums over rows on the host, in float64: U independent estimates (rounds x replicates) of every row and document.
+    """
+
+    def __init__(self, estimator: Any, draws: int, seed: int, block_size: int):
+        self.estimator, self.round_draws, self.seed, self.block_size = estimator, draws, seed, block_size
+        self.rounds, self.wall_s = 0, 0.0
+        self._documents, self._rows, self.tokens_N = [], [], np.zeros(0)
         self.count_nats, self.count_blocks = np.zeros(block_size + 1), np.zeros(block_size + 1)
 
-    def add(self, nats_BxMxL, counts_BxMxK, documents_BxL) -> None:
+    @property
+    def draws(self) -> int:
+        return self.rounds * self.round_draws
+
+    @property
+    def documents_UxN(self) -> np.ndarray:
+        """Nats of the documents in every estimate."""
+        return np.stack(self._documents)
+
+    @property
+    def rows_UxR(self) -> np.ndarray:
+        """Nats of the rows in every estimate."""
+        return np.array(self._rows)
+
+    def add(self, round_: int, passes: list, documents_BxL: np.ndarray) -> None:
+        """Scores of a batch of rows, all passes of a round."""
+        replicates = self.estimator.replicates
+        if round_ == self.rounds:
+            self.rounds += 1
+            self._documents += [np.zeros(0) for _ in range(replicates)]
+            self._rows += [[] for _ in range(replicates)]
+        nats_BxRxL = np.mean([nats for nats, _, _ in passes], axis=0, dtype=np.float64)
         real = documents_BxL >= 0
         documents = documents_BxL[real]
-        self.nats = _grow(self.nats, np.bincount(documents, nats_BxMxL.mean(1)[real]))
-        self.tokens = _grow(self.tokens, np.bincount(documents))
-        self.rows.extend(nats_BxMxL.sum(-1))
-        blocks = nats_BxMxL.reshape(*counts_BxMxK.shape, -1).sum(-1)
-        n = np.minimum(self.block_size, np.maximum(real.reshape(len(real), -1, self.block_size).sum(-1), 1))[:, None]
-        mean = blocks / n  # weight is n / k (uniform counts): this is the mean cross-entropy of the k masked tokens
-        counts = counts_BxMxK.reshape(-1)
-        self.count_nats += np.bincount(counts, mean.reshape(-1), self.block_size + 1)
-        self.count_blocks += np.bincount(counts, minlength=self.block_size + 1)
+        if round_ == 0:
+            self.tokens_N = _grow(self.tokens_N, np.bincount(documents))
+        for replicate in range(replicates):
+            nats, unit = nats_BxRxL[:, replicate], round_ * replicates + replicate
+            self._documents[unit] = _grow(self._documents[unit], np.bincount(documents, nats[real]))
+            self._rows[unit].extend(nats.sum(-1))
+        for _, counts, means in passes:
+            self.count_nats += np.bincount(counts.ravel(), means.ravel(), self.block_size + 1)
+            self.count_blocks += np.bincount(counts.ravel(), minlength=self.block_size + 1)
 
     def summary(self, rows: Rows) -> dict:
-        kept = self.tokens > 0
-        nll, low, high = stats.ratio_interval(self.nats[kept], self.tokens[kept])
-        tokens, views_RxM = self.tokens.sum(), np.array(self.rows)
-        mc_se = 0.0 if views_RxM.shape[1] == 1 else stats.monte_carlo_se(views_RxM) / tokens
+        """The numbers of the `eval` command, and nll_by_count."""
+        kept = self.tokens_N > 0
+        nll = stats.two_part_interval(self.documents_UxN[:, kept], self.rows_UxR, self.tokens_N[kept])
+        tokens = self.tokens_N.sum()
         # Without all tokens scored (some rows, or AR without bos) bytes are those of as many average tokens.
         size = rows.meta["bytes"] * tokens / rows.meta["tokens"]
         by_count = {k: self.count_nats[k] / self.count_blocks[k] for k in range(1, self.block_size + 1)
                     if self.count_blocks[k]}
-        return {"nll": nll, "nll_ci95": [low, high], "nll_mc_se": mc_se, "ppl": _exp(nll),
-                "ppl_ci95": [_exp(low), _exp(high)], "bits_per_byte": self.nats.sum() / math.log(2) / size,
-                "tokens": int(tokens), "documents": int(kept.sum()), "nll_by_count": by_count}
+        law = {"count_probs": self.estimator.measure.count_probs} if self.estimator.name == "importance" else {}
+        return {"nll": nll.value, "nll_ci95": [nll.low, nll.high], "nll_mc_se": nll.mc_se,
+                "nll_document_se": nll.document_se, "ppl": _exp(nll.value), "ppl_ci95": [_exp(nll.low), _exp(nll.high)],
+                "bits_per_byte": nll.value * tokens / math.log(2) / size, "tokens": int(tokens),
+                "documents": int(kept.sum()), "nll_by_count": by_count, "estimator": self.estimator.name, **law,
+                "draws": self.draws, "seed": self.seed, "wall_s": self.wall_s}
 
 
 def _exp(x: float) -> float:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import evaluate, models, passes, rundir, stats
+from bd3lm_jax import estimators, evaluate, models, passes, stats
 from bd3lm_jax.config import SECTIONS, Config
 from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.denoise import BlockDenoiser, CausalDenoiser
@@ -55,15 +55,10 @@ def load(path: str, weights: str = "ema") -> "LM":
         model_config, objective, length, params = hf.read_model(path)
         config = Config(0, model_config, objective, **dict.fromkeys(SECTIONS))
         return LM(config, params, None, models.build(model_config, jnp.float32), length)
-    from bd3lm_jax.checkpoint import Checkpoints
+    from bd3lm_jax.restore import restore
 
-    config, tokenizer = rundir.read(path)
-    model = models.build(config.model, jnp.float32)
-    abstract = jax.eval_shape(lambda: trunk.init(model, jax.random.key(0)))
-    with Checkpoints(path, 1, read_only=True) as checkpoints:
-        params, meta, _ = checkpoints.restore_params(weights, abstract)
-    rundir.check_tokenizer(tokenizer, meta["tokenizer"], f"the checkpoint in {path}")
-    return LM(config, params, tokenizer, model, config.data.length)
+    run = restore(path, weights, "float32", None)
+    return LM(run.config, run.params, run.tokenizer, run.model, run.config.data.length)
 
 
 class LM:
@@ -102,37 +97,47 @@ class LM:
         """Bound on the negative log-likelihood of each row (exact for AR and block size 1).
 
         tokens: ids `[B, L]`, any L up to the context. weights: `[B, L]`, which tokens count and how much (None: all;
-        for AR without a beginning token position 0 counts 0).
+        for AR without a beginning token position 0 counts 0). estimator: see `estimators.py` ("importance" learns from
+        a whole split: `python -m launch eval`). draws: independent ones.
         """
         self._check_probabilities()
         tokens = np.asarray(self._check_ids(tokens))
         if (tokens == self.special.mask).any():
             raise UserError(f"the tokens hold the mask token {self.special.mask}, which is never part of a text")
         objective = self.config.diffusion
-        exact = evaluate.is_exact(self.config)
-        evaluate.check_estimator("nll" if exact and estimator == "exact_count" else estimator, self.config, draws)
+        chosen = estimators.make(estimator, self.config)
+        if chosen.learns:
+            raise UserError(f"estimator '{estimator}' learns from a split: use it with eval, and exact_count here")
+        evaluate.check_draws(draws)
         batch, length = tokens.shape
         weights = np.ones((batch, length)) if weights is None else np.asarray(weights, np.float64)
         if weights.shape != tokens.shape:
             raise UserError(f"weights have shape {weights.shape}, expected that of tokens, {tokens.shape}")
         if objective.causal and not objective.bos:
             weights = weights * (np.arange(length) > 0)
-        padded = np.pad(tokens, ((0, 0), (0, -length % objective.block_size)))
-        position, _ = passes.plain_rows(padded)
-        segment = jnp.broadcast_to(jnp.arange(padded.shape[1]) < length, padded.shape).astype(jnp.int32)
-        key, rows = jax.random.key(seed), jnp.arange(batch)
-        parts = [self._row_nats(self.params, key, draw, rows, padded, position, segment)[0]
-                 for draw in range(1 if exact else draws)]
-        views_BxMxL = np.concatenate(parts, axis=1, dtype=np.float64)[..., :length] * weights[:, None]
-        per_token = views_BxMxL.mean(1)
+        estimates_BxUxL = self._estimates(chosen, tokens, draws, seed) * weights[:, None]
+        per_token = estimates_BxUxL.mean(1)
         mean, low, high = stats.ratio_interval(per_token.sum(1), weights.sum(1))
         if batch == 1:
-            margin = 0.0
-            if not exact:
-                quantile = stats.t_quantile(0.975, views_BxMxL.shape[1] - 1)
-                margin = quantile * stats.monte_carlo_se(views_BxMxL.sum(-1)) / weights.sum()
+            margin = stats.mc_margin(estimates_BxUxL.sum(-1).T) / weights.sum()
             low, high = mean - margin, mean + margin
         return NLL(per_token, mean, (low, high), float(per_token.sum()))
+
+    def _estimates(self, estimator, tokens_BxL, draws: int, seed: int) -> np.ndarray:
+        """Contributions of the tokens in nats, float64 `[B, U, L]`, of U independent estimates."""
+        batch, length = tokens_BxL.shape
+        padded = np.pad(tokens_BxL, ((0, 0), (0, -length % self.config.block_size)))
+        position, _ = passes.plain_rows(padded)
+        segment = jnp.broadcast_to(jnp.arange(padded.shape[1]) < length, padded.shape).astype(jnp.int32)
+        rounds = draws if estimator.replicates > 1 else 1
+        estimates = []
+        for round_ in range(rounds):
+            key = jax.random.fold_in(jax.random.key(seed), round_)
+            parts = [self._scores(estimator)(self.params, key, index, jnp.arange(batch), padded, position, segment,
+                                             segment > 0)[0]
+                     for index in range(estimator.passes(1))]
+            estimates.append(np.mean(parts, axis=0, dtype=np.float64)[..., :length])
+        return np.concatenate(estimates, axis=1)
 
     def generate(self, prompts=None, *, num: int = 1, length: int, sampler: str = "first_hitting",
                  temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
@@ -213,10 +218,13 @@ class LM:
                             first_block, cache)
         return sample
 
-    @functools.cached_property
-    def _row_nats(self):
-        views = 1 if evaluate.is_exact(self.config) else evaluate.VIEWS
-        return jax.jit(evaluate.make_row_nats(self.model, self.config.diffusion, self.special, passes.PLAIN, views))
+    def _scores(self, estimator):
+        """Jitted once for each estimator."""
+        known = self.__dict__.setdefault("_known_scores", {})
+        if estimator not in known:
+            known[estimator] = jax.jit(evaluate.make_scores(self.model, self.config.diffusion, estimator, self.special,
+                                                            passes.PLAIN, 1))
+        return known[estimator]
 
     @functools.cached_property
     def _plain_logits(self):

@@ -40,6 +40,14 @@ def result(values: Mapping[str, Any]) -> None:
     print(_to_json(values), flush=True)
 
 
+def save(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
+    """Write a JSON file, all of it or nothing: a kill leaves the old one. Numbers that are not finite become null."""
+    temporary = Path(path).with_suffix(".tmp")
+    temporary.write_text(json.dumps(_plain(values), indent=1, allow_nan=False, ensure_ascii=False) + "\n",
+                         encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:
     """The logged lines of a run in order ([] if there are none); a line cut off by a kill is left out."""
     path = Path(workdir) / METRICS_FILE

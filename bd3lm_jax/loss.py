@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bd3lm_jax.attention import target_platform
+
 NEVER = -1e30  # logit of what cannot be predicted; finite, so that its gradient is 0 and not NaN
 CPU_LOGITS, ACCELERATOR_LOGITS = 24 * 2**20, 256 * 2**20  # bytes of a chunk's logits: few, and enough work a chunk
 GRADIENT_SLICES = 8  # the output layer's gradient grows by slices of its rows: no second copy of it
@@ -30,7 +32,7 @@ class Output(NamedTuple):
 def chunk_positions(positions: int, vocab_size: int, chunk: int) -> int:
     """Positions a chunk: `chunk`, or for 0 what keeps the logits of a chunk small; never more than needed."""
     if chunk == 0:
-        budget = CPU_LOGITS if jax.default_backend() == "cpu" else ACCELERATOR_LOGITS
+        budget = CPU_LOGITS if target_platform() == "cpu" else ACCELERATOR_LOGITS
         chunk = max(budget // (4 * vocab_size), 1)
     chunks = -(-positions // chunk)
     return -(-positions // chunks)

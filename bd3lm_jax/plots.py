@@ -1,7 +1,7 @@
 """Pictures of a run: PNG files for people."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bd3lm_jax.log import read_metrics
@@ -35,6 +35,38 @@ def nll_by_count(path: str | os.PathLike, ks: Sequence[int], nll: Sequence[float
     return _save(figure, Path(path))
 
 
+def ratio_bars(path: str | os.PathLike, panels: Mapping[str, Mapping[tuple[str, str], float]]) -> Path:
+    """Draw positive ratios as bars beside each other, a panel a measure: {measure: {(case, variant): ratio}}.
+
+    The dashed line is the baseline, 1; beyond a factor of 10 the axis is logarithmic. Returns the path.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    keys = list(dict.fromkeys(key for panel in panels.values() for key in panel))
+    ticks = []  # label and bar from top to bottom: every case has a heading
+    for case in dict.fromkeys(case for case, _ in keys):
+        ticks += [(case, None)] + [(variant, (case, variant)) for inside, variant in keys if inside == case]
+    figure = Figure(figsize=(3 * len(panels) + 4, 0.25 * len(ticks) + 1), layout="constrained")
+    FigureCanvasAgg(figure)
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (measure, panel) in zip(all_axes, panels.items()):
+        bars = [(y, panel[key]) for y, (_, key) in enumerate(ticks) if key in panel]
+        drawn = axes.barh(*zip(*bars), color="#3182bd", height=0.7)
+        axes.bar_label(drawn, fmt="{:.3g}", padding=2, fontsize=8)
+        axes.axvline(1, color="black", linestyle="--", linewidth=1)
+        axes.set_xlabel(measure)
+        axes.set_xscale("log" if max(panel.values()) > 10 * min(panel.values()) else "linear")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.margins(x=0.2, y=0.01)
+        axes.spines[["top", "right"]].set_visible(False)
+    all_axes[0].set_yticks(range(len(ticks)), [label for label, _ in ticks])
+    for label, (_, key) in zip(all_axes[0].get_yticklabels(), ticks):
+        label.set_fontweight("normal" if key else "bold")
+    all_axes[0].invert_yaxis()
+    return _save(figure, Path(path))
+
+
 def _figure(xlabel: str, ylabel: str):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -51,3 +83,68 @@ def _save(figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     return path
+
+
+def nll_intervals(path: str | os.PathLike, xlabel: str,
+                  curves: Mapping[str, Sequence[tuple[float | str, float, float, float]]]) -> Path:
+    """Draw validation NLLs (nats) with their 95 % intervals: {curve: [(x, nll, low, high), ...]}; returns the path.
+
+    x: all numbers, on a logarithmic axis beyond a factor of 10, or all names, each with a line of its own.
+    """
+    figure, axes = _figure(xlabel, "validation NLL, nats per token")
+    for label, points in curves.items():
+        xs, nll, low, high = zip(*points)
+        bars = [[y - end for y, end in zip(nll, low)], [end - y for y, end in zip(nll, high)]]
+        if isinstance(xs[0], str):
+            axes.errorbar(nll, xs, xerr=bars, fmt="o", markersize=4, capsize=3)
+        else:
+            axes.errorbar(xs, nll, yerr=bars, fmt="o-", markersize=4, capsize=3, linewidth=1.5, label=label)
+    values = sorted({x for points in curves.values() for x, *_ in points})
+    if isinstance(values[0], str):
+        axes.set(xlabel=axes.get_ylabel(), ylabel="")
+        axes.invert_yaxis()
+    elif 0 < 10 * values[0] < values[-1]:
+        axes.set_xscale("log")
+        axes.set_xticks(values, [f"{x:g}" for x in values])
+        axes.minorticks_off()
+    if len(curves) > 1:
+        axes.legend(frameon=False)
+    return _save(figure, Path(path))
+
+
+def intervals(path: str | os.PathLike, series: Mapping[str, Mapping[str, tuple[float, float, float]]],
+              xlabel: str) -> Path:
+    """Draw estimates with their intervals, a line a case: {series: {case: (value, low, high)}}; returns the path."""
+    cases = list(dict.fromkeys(case for points in series.values() for case in points))
+    figure, axes = _figure(xlabel, "")
+    figure.set_figheight(0.25 * len(cases) * (len(series) + 1) + 1)
+    for i, (label, points) in enumerate(series.items()):
+        offset = 0.6 * ((i + 0.5) / len(series) - 0.5)
+        ys = [cases.index(case) + offset for case in points]
+        values = [value for value, _, _ in points.values()]
+        errors = [(value - low, high - value) for value, low, high in points.values()]
+        axes.errorbar(values, ys, xerr=list(zip(*errors)), label=label, fmt="o", markersize=4, capsize=3, linewidth=1.5)
+    axes.set_yticks(range(len(cases)), cases)
+    axes.invert_yaxis()
+    axes.legend(frameon=False)
+    return _save(figure, Path(path))
+
+
+def noise_over_steps(workdir: str | os.PathLike) -> Path:
+    """Draw the noise that was chosen from the data, the metrics `noise/clip` (a band of mask probabilities) and
+    `noise/count_probs` (a line a count), into `plots/noise.png`; returns its path."""
+    lines = read_metrics(workdir)
+    clips, laws = ([(line["step"], line[key]) for line in lines if key in line]
+                   for key in ("noise/clip", "noise/count_probs"))
+    figure, axes = _figure("step", "mask probability" if clips else "probability of the count")
+    if clips:
+        steps, intervals = zip(*clips)
+        axes.fill_between(steps, *zip(*intervals), step="post", color="#9ecae1")
+        axes.set_ylim(0, 1)
+    if laws:
+        steps, probs = zip(*laws)
+        for count, values in enumerate(zip(*probs), start=1):
+            if count & (count - 1) == 0 or count == len(probs[0]):
+                axes.plot(steps, values, marker="o", markersize=4, linewidth=1.5, label=f"{count} masked")
+        axes.legend(frameon=False)
+    return _save(figure, Path(workdir) / "plots" / "noise.png")

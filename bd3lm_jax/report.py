@@ -1,5 +1,10 @@
-"""What a run says when it ends: likelihood beside count models, samples, plots. People read it on stderr."""
+"""What a run says when it ends: likelihood beside count models, samples, plots. People read it on stderr.
 
+The likelihoods with their intervals stay in the run directory as report.json.
+"""
+
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +14,9 @@ import numpy as np
 from bd3lm_jax import plots, textmetrics
 from bd3lm_jax.data.corpora import join_documents, load_documents
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.log import note, table
+from bd3lm_jax.log import note, save, table
 
+REPORT = "report.json"
 BYTE_ORDERS = (3, 4, 5)
 COUNTED_TOKENS = 20_000_000  # count models are for training splits up to this size: they sort all of it
 
@@ -29,9 +35,20 @@ def closing(run: Any, weights: Any, valid: dict, evaluator: Any) -> None:
         points = zip(*sorted(valid["nll_by_count"].items()))
         plots.nll_by_count(Path(run.workdir) / "plots" / "nll_by_count.png", *points)
     plots.loss_curve(run.workdir)
+    if config.schedule:
+        plots.noise_over_steps(run.workdir)
     note(f"plots in {Path(run.workdir) / 'plots'}")
     if config.eval.samples:
         _samples(run, weights)
+    numbers = {split: {key: value for key, value in estimate.items() if key != "wall_s"}
+               for split, (_, estimate) in splits.items()}
+    save(Path(run.workdir) / REPORT, {"step": config.train.steps, **numbers})  # last: a run that has it is finished
+
+
+def read(workdir: str | os.PathLike) -> dict | None:
+    """`{"step", "valid": {"nll", "nll_ci95", ...}, "test": ...}` of a run that was trained to its end, else None."""
+    path = Path(workdir) / REPORT
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def _test_rows(run):

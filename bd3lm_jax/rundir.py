@@ -11,6 +11,13 @@ from bd3lm_jax.errors import UserError
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 PART = ".tmp"  # a file being written
+ADDED = {  # keys that the run directories of earlier versions lack, with values that mean what these runs did
+    "noise": {"adapt": "none", "clip_widths": [0.5, 0.6, 0.7, 0.8, 0.9], "clip_stride": 0.05, "clip_batches": 1,
+              "count_floor": 0.1, "count_decay": 0.99},
+    "train": {"views": 1},
+    "compute": {"loss_chunk": 0},
+}
+ADDED_BY_KIND = {"masked": {"complement": False}}  # the same for objectives
 
 
 def resolve(config: Config, tokenizer: Tokenizer) -> Config:
@@ -62,7 +69,12 @@ def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:
         raise UserError(f"{path} is a published checkpoint, which brings no data and no tokenizer: use sample, or "
                         "bd3lm_jax.load(...).nll from Python")
     stored.pop("config_sha256", None)
-    return Config.from_dict(stored), load_tokenizer(path / TOKENIZER)
+    return Config.from_dict(_brought_up_to_date(stored)), load_tokenizer(path / TOKENIZER)
+
+
+def _brought_up_to_date(stored: dict) -> dict:
+    missing = {**ADDED, "diffusion": ADDED_BY_KIND.get(stored.get("diffusion", {}).get("kind"), {})}
+    return stored | {name: keys | stored.get(name, {}) for name, keys in missing.items()}
 
 
 def check_tokenizer(tokenizer: Tokenizer, identity: str, owner: str) -> None:

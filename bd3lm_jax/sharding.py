@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import optax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -55,7 +56,12 @@ def make_mesh(mesh: "MeshConfig", devices: Sequence[jax.Device] | None = None) -
         wanted = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes))
         raise UserError(f"{wanted} does not fit {len(devices)} devices: the product must be {len(devices)} "
                         f"(one size may be -1: whatever is left)")
-    return jax.make_mesh(tuple(resolved), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(tuple(resolved), AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # sizes that are no products of the slice's own axes
+        placed = mesh_utils.create_device_mesh(tuple(resolved), devices, allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=types)
 
 
 def check_mesh(mesh: Mesh, model_config: Any, batch: int) -> None:
@@ -97,7 +103,8 @@ def state_shardings(tx: optax.GradientTransformation, abstract_state: TrainState
     replicated = NamedSharding(mesh, P())
     opt_state = optax.tree_map_params(tx, lambda _, sharding: sharding, abstract_state.opt_state, params,
                                       transform_non_params=lambda _: replicated)
-    return TrainState(step=replicated, params=params, ema=params if abstract_state.ema else {}, opt_state=opt_state)
+    noise = dict.fromkeys(abstract_state.noise, replicated)
+    return TrainState(replicated, params, params if abstract_state.ema else {}, opt_state, noise)
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:

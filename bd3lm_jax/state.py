@@ -11,9 +11,11 @@ class TrainState:
     """All of a run's memory: the batch and the noise of a step are functions of (seed, step).
 
     `step`: int32 scalar, updates done so far. `ema`: a tree like `params` in float32, or {} when the average is off.
+    `noise`: state of the schedule that chooses the noise from the data (diffusion/clip.py), {} when the noise is fixed.
     """
 
     step: jax.Array
     params: Any
     ema: Any
     opt_state: Any
+    noise: dict[str, jax.Array] = flax.struct.field(default_factory=dict)

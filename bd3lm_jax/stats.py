@@ -1,6 +1,7 @@
 """Error bars: intervals over documents, standard errors over draws."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,6 +34,53 @@ def ratio_interval(numerators_N: np.ndarray, denominators_N: np.ndarray,
     return ratio, ratio - margin, ratio + margin
 
 
+class Interval(NamedTuple):
+    """A ratio with its confidence interval and the two parts of its standard error: se**2 = document_se**2 + mc_se**2.
+
+    p_value: two-sided, for the hypothesis that the ratio is 0. NaN where there are too few documents or draws.
+    """
+
+    value: float
+    low: float
+    high: float
+    document_se: float
+    mc_se: float
+    p_value: float
+
+
+def two_part_interval(documents_UxN: np.ndarray, rows_UxR: np.ndarray, denominators_N: np.ndarray,
+                      level: float = 0.95) -> Interval:
+    """sum(numerators) / sum(denominators) with errors from the choice of documents and from noise draws apart.
+
+    documents_UxN: U independent noisy estimates (draws) of each document's numerator. rows_UxR: their sums over the
+    rows of noise that are independent of each other (a document may lie in several rows, a row hold several documents).
+    U = 1 means exact. The spread of the documents' means holds the noise of each document; what that noise explains is
+    taken off, and what the draws leave in the total is added: mc_se**2. As `ratio_interval` otherwise.
+    """
+    documents_UxN, rows_UxR = (np.asarray(x, np.float64) for x in (documents_UxN, rows_UxR))
+    draws, n = documents_UxN.shape
+    value, low, high = ratio_interval(documents_UxN.mean(0), denominators_N, level)
+    total = float(np.sum(denominators_N))
+    quantile = t_quantile((1 + level) / 2, n - 1) if n > 1 else math.nan
+    document_variance, mc_se = ((high - low) / 2 / quantile) ** 2, 0.0
+    if draws > 1:
+        mc_se = monte_carlo_se(rows_UxR.T) / total
+        noise = float(np.sum(np.var(documents_UxN, axis=0, ddof=1))) / draws / total**2
+        document_variance = max(document_variance - noise, 0) if n > 1 else math.nan
+    se = math.sqrt(document_variance + mc_se**2)
+    p_value = t_p_value(value / se, n - 1) if se > 0 else math.nan
+    return Interval(value, value - quantile * se, value + quantile * se, math.sqrt(document_variance), mc_se, p_value)
+
+
+def mc_margin(rows_UxR: np.ndarray, level: float = 0.95) -> float:
+    """Half width of the confidence interval of the sum over rows of the mean over U draws, as far as draws make it.
+
+    0 if U = 1: an exact number.
+    """
+    draws, rows = rows_UxR.shape
+    return 0.0 if draws == 1 else t_quantile((1 + level) / 2, rows * (draws - 1)) * monte_carlo_se(rows_UxR.T)
+
+
 def monte_carlo_se(views_NxM: np.ndarray) -> float:
     """Standard error of sum over N of the mean over M, where row n holds M independent estimates of the same quantity.
 
@@ -59,3 +107,10 @@ def t_quantile(probability: float, freedom: int) -> float:
         integral = angle / 2 * float(np.sum(weights * np.cos(angle / 2 * (nodes + 1)) ** (freedom - 1)))
         low, high = (angle, high) if scale * integral < probability - 0.5 else (low, angle)
     return math.sqrt(freedom) * math.tan(low)
+
+
+def t_p_value(t: float, freedom: int) -> float:
+    """Probability that |T| >= |t| for Student's t, as an incomplete beta function (Abramowitz and Stegun 26.7.1)."""
+    from scipy.special import betainc  # comes with jax
+
+    return float(betainc(freedom / 2, 0.5, freedom / (freedom + t * t)))

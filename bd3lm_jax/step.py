@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -107,40 +108,52 @@ def counted_positions(counted_BxMxL, capacity: int) -> jax.Array:
 def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation, special: SpecialIds):
     """`step(state, batch) -> (state, metrics)`, to be jitted; batch holds int32 `[B, L]` tokens, segments, positions.
 
-    The noise is a function of (seed, step, row), drawn for the whole batch before microbatches are cut. A step whose
-    loss or gradient is not finite leaves the state as it was, except for the step count.
+    The noise is a function of (seed, step, row), and of `state.noise` if it is chosen from the data, drawn for the
+    whole batch before microbatches are cut. A step whose loss or gradient is not finite leaves the state as it was,
+    except for the step count.
     """
     execution = execution_of(config)
-    objective = config.diffusion
+    objective, schedule = config.diffusion, config.schedule
+    learns = schedule is not None and schedule.learns
 
-    def loss_of(params, rows):
+    def loss_of(params, weight_BxMxL, rows):
         keys = rows["dropout_keys"] if config.model.dropout > 0 else None
-        scored = score(model, params, objective, rows["noised"], rows["tokens"], rows["positions"], rows["segments"],
+        noised = rows["noised"].replace(weight_BxMxL=weight_BxMxL)
+        scored = score(model, params, objective, noised, rows["tokens"], rows["positions"], rows["segments"],
                        execution, keys)
         return total_loss(model, params, scored, special.mask, config.compute.loss_chunk)
+
+    def gradients(params, rows):
+        """Loss, its gradient, and what the schedule sees of the losses: the derivatives in the weights."""
+        weight_BxMxL = rows["noised"].weight_BxMxL
+        if not learns:
+            return *jax.value_and_grad(loss_of)(params, weight_BxMxL, rows), {}
+        total, (grads, losses_BxMxL) = jax.value_and_grad(loss_of, argnums=(0, 1))(params, weight_BxMxL, rows)
+        return total, grads, schedule.seen(losses_BxMxL, weight_BxMxL > 0)
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         noise_key, dropout_key = jax.random.split(key)
         tokens = batch["tokens"]
-        noised = objective.corrupt(noise_key, tokens, batch["segments"], views=config.train.views,
-                                   mask_id=special.mask, end_id=special.end)
+        noised = draw_noise(config, special, noise_key, tokens, batch["segments"], config.train.views, state.noise)
         dropout_keys = jax.vmap(lambda row: jax.random.fold_in(dropout_key, row))(jnp.arange(tokens.shape[0]))
         rows = {**batch, "noised": noised, "dropout_keys": dropout_keys}
-        total, grads = _accumulate(loss_of, state.params, rows, config.compute.microbatch or tokens.shape[0])
+        total, grads, seen = sum_over_rows(lambda part: gradients(state.params, part), rows,
+                                           config.compute.microbatch or tokens.shape[0])
         scored = noised.weight_BxMxL > 0 if objective.causal else batch["segments"] != 0
         count = config.train.views * jnp.maximum(jnp.sum(scored), 1).astype(jnp.float32)
         loss, grads = total / count, jax.tree.map(lambda g: g / count, grads)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-        def update(params, ema, opt_state):
+        def update(params, ema, opt_state, noise):
             updates, opt_state = tx.update(grads, opt_state, params)
             params = optax.apply_updates(params, updates)
-            return params, optim.update_ema(ema, params, config.optim.ema, state.step + 1), opt_state
+            ema = optim.update_ema(ema, params, config.optim.ema, state.step + 1)
+            return params, ema, opt_state, schedule.learn(noise, seen) if learns else noise
 
         # A branch, not a selection: the new state is written over the old one, with no second copy.
-        new = jax.lax.cond(finite, update, lambda *old: old, state.params, state.ema, state.opt_state)
+        new = jax.lax.cond(finite, update, lambda *old: old, state.params, state.ema, state.opt_state, state.noise)
         metrics = {"loss": loss, "grad_norm": grad_norm, "finite": finite,
                    "masked": jnp.sum(noised.weight_BxMxL > 0) / count, "overflow": jnp.any(overflows(noised))}
         return TrainState(state.step + 1, *new), metrics
@@ -148,11 +161,20 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
     return step
 
 
-def _accumulate(loss_of, params, rows, microbatch: int):
-    """Sum of the losses of all rows and its gradient, `microbatch` rows at a time."""
+def draw_noise(config: Config, special: SpecialIds, key, tokens_BxL, segments_BxL, views: int, noise: dict) -> Noised:
+    """Noised views of a batch as training draws them when the schedule of the noise is in the state `noise`."""
+    objective, schedule = config.diffusion, config.schedule
+    arguments = key, tokens_BxL, segments_BxL, views, special.mask, special.end
+    if schedule is None:
+        return objective.corrupt(*arguments)
+    return objective.corrupt(*arguments, schedule.law(noise, tokens_BxL.shape[1] // objective.block_size))
+
+
+def sum_over_rows(function: Callable[[dict], Any], rows: dict, microbatch: int) -> Any:
+    """Sum of `function(part)`, a tree of float arrays, over parts of `microbatch` rows of a batch."""
     batch = rows["tokens"].shape[0]
     if microbatch == batch:
-        return jax.value_and_grad(loss_of)(params, rows)
+        return function(rows)
     parts = batch // microbatch
 
     def cut(x):
@@ -161,7 +183,9 @@ def _accumulate(loss_of, params, rows, microbatch: int):
         return constrain(x, None, BATCH_AXES, *(None,) * (x.ndim - 2))
 
     def body(carry, part):
-        return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss_of)(params, part)), None
+        return jax.tree.map(jnp.add, carry, function(part)), None
 
-    zero = (jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
-    return jax.lax.scan(body, zero, jax.tree.map(cut, rows))[0]
+    cut_rows = jax.tree.map(cut, rows)
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], cut_rows))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    return jax.lax.scan(body, zero, cut_rows)[0]

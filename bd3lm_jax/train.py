@@ -11,9 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from bd3lm_jax import models, optim, passes, report, rundir, sharding
+from bd3lm_jax import memory, optim, passes, profiling, report, rundir, sharding
 from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.config import Config
 from bd3lm_jax.data.loader import Loader, prefetch
@@ -22,9 +21,11 @@ from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.errors import Preempted, RunError, UserError
 from bd3lm_jax.evaluate import Evaluator, default_estimator
 from bd3lm_jax.log import RunLog, note, read_metrics
-from bd3lm_jax.models import Backbone, trunk
+from bd3lm_jax.noise import Chooser
+from bd3lm_jax.profiling import Profiler
+from bd3lm_jax.program import Program
 from bd3lm_jax.state import TrainState
-from bd3lm_jax.step import SpecialIds, make_step
+from bd3lm_jax.step import SpecialIds
 
 PREFETCH = 2  # batches placed ahead of the step, at least
 SHOWN_COUNTS = 32  # larger blocks log their NLL at powers of two masked tokens only
@@ -39,60 +40,47 @@ class Run:
     workdir: Path
     tokenizer: Tokenizer
     rows: dict[str, Rows]  # by split: "train", "valid"
-    mesh: jax.sharding.Mesh
-    model: Backbone
-    tx: optax.GradientTransformation
-    shardings: TrainState
-    abstract: TrainState
-
-    @property
-    def num_params(self) -> int:
-        return sum(x.size for x in jax.tree.leaves(self.abstract.params))
-
-    @property
-    def special(self) -> SpecialIds:
-        return SpecialIds(self.tokenizer.mask_id, self.tokenizer.end_id)
+    program: Program
 
 
-def train(config: Config, workdir: str) -> dict[str, Any]:
+def train(config: Config, workdir: str, profile: bool = False) -> dict[str, Any]:
     """Train to `config.train.steps`, going on from the newest checkpoint in `workdir` if there is one.
 
-    Returns the result object of the `train` command. Raises UserError for wrong input, RunError when the loss is not
-    finite (with step and rows) or a save fails, Preempted after SIGTERM once the state is saved.
+    profile: write a trace of a few steps into WORKDIR/profile. Returns the result object of the `train` command.
+    Raises UserError for wrong input, RunError when the loss is not finite (with step and rows), memory runs out (with
+    what would fit) or a save fails, Preempted after SIGTERM once the state is saved.
     """
     began = time.perf_counter()
     run = set_up(config, workdir)
-    with jax.set_mesh(run.mesh), Checkpoints(run.workdir, run.config.checkpoint.keep) as checkpoints:
+    program = run.program
+    with jax.set_mesh(program.mesh), Checkpoints(run.workdir, run.config.checkpoint.keep) as checkpoints:
         state, losses = _first_state(run, checkpoints)
         start = int(state.step)
-        evaluator = Evaluator(run.config, run.model, run.special, run.mesh)
-        with RunLog(run.workdir, run.config.train.steps, start_step=start) as log, _termination() as stop:
-            state, step_ms, valid = _loop(run, state, losses, checkpoints, evaluator, log, stop)
+        evaluator = Evaluator(run.config, program.model, program.special, program.mesh)
+        with (RunLog(run.workdir, run.config.train.steps, start_step=start) as log, _termination() as stop,
+              Profiler(run.workdir, start + profiling.FIRST, profiling.STEPS if profile else 0) as profiler):
+            state, step_ms, valid = _loop(run, state, losses, checkpoints, evaluator, log, stop, profiler)
         weights = state.ema or state.params
         valid = valid or _validate(run, evaluator, weights, whole=True)
     report.closing(run, weights, valid, evaluator)
     lines = read_metrics(run.workdir)
     return {"workdir": str(run.workdir), "step": run.config.train.steps, "train_nll": _last(lines, "train/nll"),
             "valid_nll": valid["nll"], "valid_ppl": valid["ppl"], "tokens_per_s": _last(lines, "train/tokens_per_s"),
-            "step_ms": step_ms, "params": run.num_params,
-            "wall_s": time.perf_counter() - began}
+            "step_ms": step_ms, "params": program.num_params, "wall_s": time.perf_counter() - began}
 
 
 def set_up(config: Config, workdir: str) -> Run:
     """Read the data, check everything that can be wrong and claim the run directory; nothing is computed yet."""
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_mesh(mesh, config.model, config.compute.microbatch or config.train.batch)
     tokenizer = prepare_tokenizer(config.data)
     config = rundir.resolve(config, tokenizer)
-    model = models.build(config.model, passes.compute_dtype(config.compute.dtype))
-    tx = optim.make_optimizer(config.optim, config.train.steps)
-    abstract = jax.eval_shape(lambda: _initial_state(config, model, tx))
+    program = Program.of(config, SpecialIds(tokenizer.mask_id, tokenizer.end_id), mesh,
+                         passes.compute_dtype(config.compute.dtype))
     if config.train.init_from:
         _check_source(config, tokenizer)
     rows = {split: prepare(config.data, split, config.block_size, tokenizer, _say) for split in ("train", "valid")}
     rundir.claim(workdir, config, tokenizer)
-    return Run(config, Path(workdir), tokenizer, rows, mesh, model, tx,
-               sharding.state_shardings(tx, abstract, mesh), abstract)
+    return Run(config, Path(workdir), tokenizer, rows, program)
 
 
 def _check_source(config: Config, tokenizer: Tokenizer) -> None:
@@ -114,15 +102,9 @@ def _say(documents: int, tokens: int) -> None:
     note(f"preparing: {documents:,} documents, {tokens:,} tokens")
 
 
-def _initial_state(config: Config, model: Backbone, tx) -> TrainState:
-    params = trunk.init(model, jax.random.key(config.seed))
-    ema = jax.tree.map(jnp.copy, params) if config.optim.ema > 0 else {}
-    return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(params))
-
-
 def _first_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, list[float]]:
     """The newest checkpoint of this run and its latest losses, else the weights of `init_from`, else random ones."""
-    placed = sharding.with_shardings(run.abstract, run.shardings)
+    placed = run.program.arguments()[0]
     done = checkpoints.latest_step()
     if done is not None and done > run.config.train.steps:
         raise UserError(f"{run.workdir} is at step {done} already, train.steps={run.config.train.steps}: give at least "
@@ -132,7 +114,8 @@ def _first_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, list[f
         rundir.check_tokenizer(run.tokenizer, meta["tokenizer"], f"the checkpoint in {run.workdir}")
         note(f"continuing from step {int(state.step)} of {run.workdir}")
         return state, meta["losses"]
-    state = jax.jit(lambda: _initial_state(run.config, run.model, run.tx), out_shardings=run.shardings)()
+    with memory.explained(run.program):
+        state = jax.block_until_ready(run.program.initial_state())
     source = run.config.train.init_from
     if not source:
         return state, []
@@ -143,38 +126,46 @@ def _first_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, list[f
     return state.replace(params=params, ema=ema), []
 
 
-def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evaluator: Evaluator, log: RunLog, stop):
+def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evaluator: Evaluator, log: RunLog, stop,
+          profiler: Profiler):
     """All steps -> last state, median milliseconds a step, last validation. Metrics are read one step late."""
-    config, shards, start = run.config, sharding.batch_sharding(run.mesh), int(state.step)
-    step_fn = jax.jit(make_step(config, run.model, run.tx, run.special), donate_argnums=0,
-                      out_shardings=(run.shardings, None))
-    loader = Loader(run.rows["train"], config.train.batch, config.seed, shards)
+    config, program, start = run.config, run.program, int(state.step)
+    step_fn = program.step()
+    loader = Loader(run.rows["train"], config.train.batch, config.seed, sharding.batch_sharding(program.mesh))
     tokens_a_step = config.train.batch * config.data.length
     pending, clock, valid = None, _Clock(), {}
     schedule = optim.make_schedule(config.optim, config.train.steps)
+    choose_noise = Chooser(config, program.model, program.special, program.mesh)
     window = _Window(config.diffusion, config.log.every, tokens_a_step, schedule, losses)
-    log.note(f"{run.num_params:,} parameters, {len(run.rows['train'])} rows of {config.data.length} tokens, "
-             f"{run.mesh.size} x {jax.devices()[0].device_kind}; compiling the step")
+    log.note(f"{program.num_params:,} parameters, {len(run.rows['train'])} rows of {config.data.length} tokens, "
+             f"{program.mesh.size} x {jax.devices()[0].device_kind}; compiling the step")
     workers = config.data.workers
     batches = prefetch(loader.get, start, config.train.steps, workers, max(PREFETCH, workers))
     with contextlib.closing(batches):
         for step, (ids, batch) in zip(range(start, config.train.steps), batches):
-            state, metrics = step_fn(state, batch)
-            if pending is not None:
-                window.add(*_read(run, pending, clock), {}, clock, log)
+            profiler.step(step, state)
+            with memory.explained(program):
+                state, metrics = step_fn(state, batch)
+                values = _read(run, pending, clock) if pending is not None else None
+            if values is not None:
+                window.add(*values, {}, {}, clock, log)
             pending, done = (step, ids, metrics), step + 1
             last, stopping = done == config.train.steps, stop.is_set()
             validating = last or done % config.eval.every == 0
             saving = last or stopping or done % config.checkpoint.every == 0
             if validating or saving:
                 values = _read(run, pending, clock)
-                valid = _validate(run, evaluator, state.ema or state.params, whole=last) if validating else {}
-                window.add(*values, valid, clock, log)
+                valid, noise = {}, {}
+                if validating:
+                    valid = _validate(run, evaluator, state.ema or state.params, whole=last)
+                    state, noise = choose_noise(state, lambda at: loader.get(at)[1], done)
+                window.add(*values, valid, noise, clock, log)
                 pending = None
                 clock.pause()
             if saving:
                 checkpoints.save(done, state, {"tokenizer": run.tokenizer.identity, "config_sha256": config.sha256(),
-                                               "losses": window.losses}, wait=last or stopping)
+                                               "losses": window.losses,
+                                               "noise": choose_noise.shown(state)}, wait=last or stopping)
             if stopping and not last:
                 raise Preempted(f"stopped by SIGTERM after step {done}, which is saved in {run.workdir}: run the same "
                                 "command again to go on")
@@ -213,8 +204,9 @@ class _Window:
         self.objective, self.every, self.tokens_a_step, self.schedule = objective, every, tokens_a_step, schedule
         self.losses = losses  # the latest ones; they travel with the checkpoint, so that a resumed run logs the same
 
-    def add(self, step: int, values: dict, valid: dict, clock: "_Clock", log: RunLog) -> None:
-        """Show a step; log it if it ends a window or was validated (`valid`: result of `Evaluator.run`, or {})."""
+    def add(self, step: int, values: dict, valid: dict, noise: dict, clock: "_Clock", log: RunLog) -> None:
+        """Show a step; log it if it ends a window or was validated (`valid`: result of `Evaluator.run`, or {}; `noise`:
+        what is used from then on)."""
         self.losses = [*self.losses, values["loss"]][-max(self.every, RATE_STEPS):]
         rate, line = self.tokens_a_step / clock.recent_s(), {}
         log.progress(step, float(np.mean(self.losses[-RATE_STEPS:])), rate)
@@ -230,6 +222,7 @@ class _Window:
             by_count, size = valid["nll_by_count"], self.objective.block_size
             shown = [k for k in by_count if size <= SHOWN_COUNTS or k == size or k & (k - 1) == 0]
             line |= {f"valid/nll_at_{k}_masked": by_count[k] for k in shown}
+            line |= {f"noise/{name}": value for name, value in noise.items()}
             log.note(f"step {step}: valid nll {valid['nll']:.4f} ({valid['bits_per_byte']:.3f} bits per byte)")
         if line:
             log.metrics(step, line)

@@ -46,6 +46,10 @@ def base() -> ConfigDict:
         "log": {"every": 100},
         "checkpoint": {"every": 10_000, "keep": 2},
         "eval": {"every": 10_000, "rows": 4096, "batch": 32, "draws": 1, "samples": 4, "sample_length": 256},
+        "noise": {
+            "adapt": "none", "clip_widths": (0.5, 0.6, 0.7, 0.8, 0.9), "clip_stride": 0.05, "clip_batches": 1,
+            "count_floor": 0.1, "count_decay": 0.99,
+        },
     })
 
 

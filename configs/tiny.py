@@ -4,6 +4,8 @@
     python -m launch eval --workdir=runs/tiny
     python -m launch sample --workdir=runs/tiny
 
+    python -m launch sweep             # the same with block sizes 1, 4 and 16
+
 Arguments: block_size=N, algo=bd3lm|mdlm|ar, e.g. --config=configs/tiny.py:algo=ar.
 Hardware and time: two shared CPU cores, 3 min 20 s with data, validation, report and samples.
 Expected (measured): 2.176 bits per byte on *Persuasion*, 95 % interval 2.168 .. 2.183 (seed 0, jax 0.10.2).
@@ -27,3 +29,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.eval.update(every=300, rows=64, batch=64, sample_length=128)
     common.set_algo(config, options.algo, options.block_size)
     return config
+
+
+def sweep():
+    for block_size in (1, 4, 16):
+        yield {"diffusion.block_size": block_size}

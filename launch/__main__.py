@@ -12,6 +12,7 @@ COMMANDS = {
     "prepare": "tokenise and pack a corpus ahead of time",
     "doctor": "what is installed, which devices, and a small self-test",
     "bench": "time and memory of the hot paths",
+    "sweep": "train a config with some keys changed, many times, and compare",
 }
 USAGE = """Block diffusion language models in JAX.
 
@@ -67,9 +68,12 @@ def _run(command, argv: list[str]) -> int:
     if command.TAKES_CONFIG:
         spec, overrides, argv = arguments.split_config(argv)
         args = arguments.parse_flags(command.define, argv)
-        result = command.main(args, arguments.load_config(spec, overrides), arguments.config_name(spec))
+        if getattr(command, "LOADS_CONFIG", False):
+            result = command.main(args, spec, overrides)
+        else:
+            result = command.main(args, arguments.load_config(spec, overrides), arguments.config_name(spec))
     else:
-        result = command.main(arguments.parse_flags(command.define, argv))
+        result = command.main(arguments.parse_flags(command.define, argv, getattr(command, "POSITIONAL", None)))
     log.result(result)
     return 0 if result.get("ok", True) else 1
 

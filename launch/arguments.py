@@ -19,14 +19,21 @@ CONFIG_HELP = f"""
                             values in configs/common.py, meanings in bd3lm_jax/config.py"""
 
 
-def parse_flags(define: Callable[[flags.FlagValues], None], argv: Sequence[str]) -> flags.FlagValues:
-    """Values of the flags that `define` declares. UserError for an unknown flag, a bad value, a stray argument."""
+def parse_flags(define: Callable[[flags.FlagValues], None], argv: Sequence[str],
+                positional: str | None = None) -> flags.FlagValues:
+    """Values of the flags that `define` declares; one word without dashes is the value of the flag `positional`.
+
+    UserError for an unknown flag, a bad value, a stray argument.
+    """
     values = flags.FlagValues()
+    values.set_gnu_getopt(True)
     define(values)
     try:
         rest = values(["launch", *argv])[1:]
     except flags.Error as error:
         raise UserError(_one_line(error)) from None
+    if rest and positional and not values[positional].present:
+        values[positional].value = rest.pop(0)
     if rest:
         raise UserError(f"unexpected argument '{rest[0]}': flags are written --name=value")
     return values
@@ -62,6 +69,11 @@ def split_config(argv: Sequence[str]) -> tuple[str, list[str], list[str]]:
     return spec, overrides, rest
 
 
+def override_key(word: str) -> str:
+    """`--config.optim.lr=1` -> `optim.lr`."""
+    return re.sub(r"^--?(no)?config\.", "", word).partition("=")[0]
+
+
 def config_name(spec: str) -> str:
     """The name of a config file without directory, ending and args: what its run directory is called."""
     return Path(spec.partition(":")[0]).stem
@@ -77,7 +89,7 @@ def load_config(spec: str, overrides: Sequence[str]):
     config = _get_config(spec)
     known = list(_leaves(config))
     for word in overrides:
-        key = re.sub(r"^--?(no)?config\.", "", word).partition("=")[0]
+        key = override_key(word)
         if key not in known:
             raise UserError(f"unknown config key '{key}': {_nearest_key(key, known)}")
     values = flags.FlagValues()
@@ -90,13 +102,37 @@ def load_config(spec: str, overrides: Sequence[str]):
     return Config.from_dict(values.config)
 
 
-def _get_config(spec: str) -> ConfigDict:
-    path, colon, arg = spec.partition(":")
+def load_sweep(path: str) -> list[dict]:
+    """What `sweep()` of a config file yields, the changed keys of each run: `[{"optim.lr": 1e-3}, ...]`.
+
+    UserError for a missing file, no sweep(), or one that yields nothing or something else.
+    """
+    module = _load_module(path)
+    if not hasattr(module, "sweep"):
+        raise UserError(f"config file '{path}' has no function sweep(): write one that yields the changed keys of each "
+                        "run, e.g. def sweep(): yield from ({'optim.lr': lr} for lr in (1e-3, 3e-3))")
+    if inspect.signature(module.sweep).parameters:
+        raise UserError(f"sweep() in config file '{path}' takes arguments, expected none")
+    try:
+        points = list(module.sweep())
+    except (TypeError, ValueError) as error:
+        raise UserError(f"sweep() in config file '{path}': {error}") from None
+    if not points:
+        raise UserError(f"sweep() in config file '{path}' yields nothing, expected a dict of changed keys for each run")
+    for point in points:
+        if not isinstance(point, dict) or not all(isinstance(key, str) for key in point):
+            raise UserError(f"sweep() in config file '{path}' yields {point!r}, expected a dict of changed keys, e.g. "
+                            "{'optim.lr': 1e-3}")
+    return points
+
+
+def _load_module(path: str):
+    """The module of a config file. UserError if there is none."""
     if not os.path.isfile(path):
         there = sorted(str(file) for file in Path("configs").glob("*.py") if file.stem not in ("__init__", "common"))
         raise UserError(f"config file '{path}' does not exist: " + (
             nearest(path, there) if there else "run from the checkout, which holds configs/, or give --config=FILE.py"))
-    module_spec = importlib.util.spec_from_file_location(f"config_{config_name(spec)}", path)
+    module_spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
     if module_spec is None:
         raise UserError(f"config file '{path}' is not a Python file: expected a name that ends in .py")
     module = importlib.util.module_from_spec(module_spec)
@@ -104,6 +140,12 @@ def _get_config(spec: str) -> ConfigDict:
         module_spec.loader.exec_module(module)
     except SyntaxError as error:
         raise UserError(f"config file '{error.filename}' line {error.lineno}: {error.msg}") from None
+    return module
+
+
+def _get_config(spec: str) -> ConfigDict:
+    path, colon, arg = spec.partition(":")
+    module = _load_module(path)
     if not hasattr(module, "get_config"):
         raise UserError(f"config file '{path}' has no function get_config(arg)")
     args = [arg] if colon else []

@@ -4,20 +4,60 @@
   python -m launch train --config=configs/austen.py --workdir=runs/mine
   python -m launch train --config=configs/tiny.py:block_size=8 --config.optim.lr=5e-4 --workdir=runs/blocks-of-8
   python -m launch train --config=configs/tiny.py:algo=ar --workdir=runs/tiny-ar
+  python -m launch train --config=configs/owt.py --mesh=data=8,fsdp=4 --plan               # what it will need
+  python -m launch train --config=configs/owt.py --mesh=data=8,fsdp=4 --plan --for=v5e     # says the TPU compiler
 
 Result: workdir, step, train_nll, valid_nll (nats a token), valid_ppl, tokens_per_s, step_ms, params, wall_s.
+With --plan nothing is read, downloaded or trained; result: params, devices, mesh, bytes_per_device, flops_per_step,
+communication (calls and bytes that a device sends a step), compile_s, expected (tokens_per_s by device), compiler.
 """
 
+import dataclasses
+
 from absl import flags
+
+from bd3lm_jax.errors import UserError
 
 TAKES_CONFIG = True
 
 
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "where the run is kept; empty: runs/<config file name>", flag_values=values)
+    flags.DEFINE_list("mesh", [], "devices by axis, e.g. data=8,fsdp=4; -1: what is left (planned as 1); "
+                      "empty: the config's",
+                      flag_values=values)
+    flags.DEFINE_boolean("profile", False, "trace a few steps into WORKDIR/profile", flag_values=values)
+    flags.DEFINE_boolean("plan", False, "do not train: say what training needs, no accelerator needed",
+                         flag_values=values)
+    flags.DEFINE_enum("for", None, ["v4", "v5e", "v5p", "v6e"],
+                      "with --plan: a TPU whose compiler (package libtpu) is asked instead of estimating",
+                      flag_values=values)
+    flags.DEFINE_float("utilisation", 0.4, "with --plan: the part of the peak that is reached", lower_bound=1e-3,
+                       upper_bound=1.0, flag_values=values)
 
 
 def main(args: flags.FlagValues, config, name: str) -> dict:
+    if args.mesh:
+        config = dataclasses.replace(config, mesh=parse_mesh(args.mesh))
+    if args.plan:
+        from bd3lm_jax.plan import plan
+
+        return plan(config, target=args["for"].value or "", utilisation=args.utilisation)
+    if args["for"].present:
+        raise UserError("--for goes with --plan: training uses the devices that are there")
     from bd3lm_jax.train import train
 
-    return train(config, args.workdir or f"runs/{name}")
+    return train(config, args.workdir or f"runs/{name}", profile=args.profile)
+
+
+def parse_mesh(words: list[str]):
+    """`["data=8", "fsdp=4"]` -> a MeshConfig; axes that are not named have size 1."""
+    from bd3lm_jax.config import MeshConfig
+
+    sizes = dict.fromkeys((field.name for field in dataclasses.fields(MeshConfig)), 1)
+    for word in words:
+        axis, _, size = word.partition("=")
+        if axis not in sizes or not size.removeprefix("-").isdecimal():
+            raise UserError(f"--mesh: '{word}' is not one of {', '.join(f'{axis}=N' for axis in sizes)}")
+        sizes[axis] = int(size)
+    return MeshConfig(**sizes)

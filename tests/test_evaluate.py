@@ -11,8 +11,8 @@ from toy_runs import AR, END, LENGTH, MASK, network, quick_jit, run_python, toy_
 
 from bd3lm_jax import evaluate, passes, sharding, stats
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluate import Evaluator
+from bd3lm_jax.errors import RunError, UserError
+from bd3lm_jax.evaluate import Evaluator, Target
 from bd3lm_jax.step import SpecialIds
 from bd3lm_jax.train import train
 
@@ -154,6 +154,7 @@ def causal_nats(model, params, rows):
 def test_autoregression_is_summed_token_by_token(prepared, estimator):
     evaluator, model, params, rows = prepared(CAUSAL)
     result = evaluator.run(params, rows, estimator=estimator, draws=1, seed=0)
+    assert result["estimator"] == "nll"
     nats, documents = causal_nats(model, params, rows), arrays(rows)[3]
     by_document = [nats[documents == d].sum() for d in range(documents.max() + 1)]
     lengths = [(documents == d).sum() for d in range(documents.max() + 1)]
@@ -214,7 +215,7 @@ def test_the_first_rows_alone(prepared):
 
 
 @pytest.mark.parametrize(("estimator", "draws", "message"), [
-    ("elbo", 1, "unknown estimator 'elbo': known: exact_count, nll"),
+    ("elbo", 1, "unknown estimator 'elbo': known: bernoulli, exact, exact_count, importance, nll"),
     ("nll", 1, "'nll' is exact only for AR and for block size 1 .* this model has block size 4"),
     ("exact_count", 0, "draws is 0, expected at least 1"),
 ])
@@ -224,20 +225,50 @@ def test_wrong_requests(prepared, estimator, draws, message):
         evaluator.run(params, rows, estimator=estimator, draws=draws, seed=0)
 
 
-def test_a_clipped_model_is_measured_by_the_bound(tmp_path):
-    clipped = toy_config(tmp_path, {"diffusion.corruption": "bernoulli", "diffusion.clip_low": 0.3,
-                                    "diffusion.clip_high": 0.8})
-    assert not clipped.diffusion.is_bound
-    measure = evaluate.unbiased(clipped.diffusion)
-    assert measure.is_bound and measure.block_size == clipped.block_size
-    assert evaluate.default_estimator(clipped) == "exact_count"
+def test_a_clipped_model_is_measured_by_the_bound(prepared, runs):
+    """The way it was trained does not matter: the same network has the same bound."""
+    clipped = {"diffusion.corruption": "bernoulli", "diffusion.clip_low": 0.3, "diffusion.clip_high": 0.8}
+    evaluator, _, params, rows = prepared(clipped)
+    result = evaluator.run(params, rows, estimator="exact_count", draws=1, seed=0)
+    assert result["nll"] == pytest.approx(runs[0]["nll"], rel=1e-6)
 
 
-def test_exact_is_what_needs_no_noise(tmp_path):
-    assert evaluate.default_estimator(toy_config(tmp_path, SINGLE)) == "nll"
-    assert evaluate.default_estimator(toy_config(tmp_path, CAUSAL)) == "nll"
-    told_the_level = toy_config(tmp_path, {**SINGLE, "model.time_conditioning": True})
-    assert evaluate.default_estimator(told_the_level) == "exact_count"
+def test_enumeration_has_no_error(prepared):
+    evaluator, model, params, rows = prepared()
+    result = evaluator.run(params, rows, estimator="exact", draws=5, seed=0)
+    truth = enumerated_bound(model, params, rows, 4).sum() / rows.meta["tokens"]
+    assert result["nll"] == pytest.approx(truth, rel=1e-5)
+    assert (result["nll_mc_se"], result["draws"], result["estimator"]) == (0, 1, "exact")
+
+
+@pytest.mark.parametrize("estimator", ["importance", "bernoulli"])
+def test_other_estimators_mean_the_same(prepared, estimator):
+    evaluator, model, params, rows = prepared()
+    truth = enumerated_bound(model, params, rows, 4).sum() / rows.meta["tokens"]
+    found = [evaluator.run(params, rows, estimator=estimator, draws=2, seed=seed) for seed in range(3)]
+    error = math.sqrt(np.mean([run["nll_mc_se"]**2 for run in found]) / len(found))
+    assert abs(np.mean([run["nll"] for run in found]) - truth) < 4 * error < 0.15 * truth
+    assert ("count_probs" in found[0]) == (estimator == "importance")
+
+
+def test_draws_until_the_target_is_met(prepared, capsys):
+    evaluator, _, params, rows = prepared()
+    once = evaluator.measure(params, rows, estimator="exact_count", draws=2, seed=0, target=None)
+    half = stats.mc_margin(once.rows_UxR) / once.rows_UxR.mean(0).sum()
+    tight = evaluator.measure(params, rows, estimator="exact_count", draws=2, seed=0, target=Target(half / 2, 64))
+    assert once.draws == 2 and 4 <= tight.draws <= 20 and tight.draws % 2 == 0
+    assert stats.mc_margin(tight.rows_UxR) / tight.rows_UxR.mean(0).sum() <= half / 2
+    np.testing.assert_allclose(tight.rows_UxR[:2], once.rows_UxR, rtol=1e-9)  # the first round is what one round is
+    assert "more draws cannot shrink the part that comes from the choice of documents" in capsys.readouterr().err
+    exact = evaluator.measure(params, rows, estimator="exact", draws=2, seed=0, target=Target(1e-9, 2))
+    assert exact.draws == 1
+
+
+@pytest.mark.parametrize(("ci", "max_draws"), [(1e-6, 8), (0.004, 1)])
+def test_a_target_out_of_reach(prepared, ci, max_draws):
+    evaluator, _, params, rows = prepared()
+    with pytest.raises(RunError, match=r"is \+- .*% of the nll after 1 draws .* about \d+ draws and --max_draws is"):
+        evaluator.measure(params, rows, estimator="exact_count", draws=1, seed=0, target=Target(ci, max_draws))
 
 
 def test_tokens_that_nobody_predicts_are_not_counted(prepared):
@@ -259,15 +290,19 @@ def run(home):
 
 
 def evaluated(workdir, **changes):
-    arguments = {"split": "valid", "data": "", "estimator": "", "draws": 1, "seed": 0, "weights": "ema", "batch": 0}
+    arguments = {"split": "valid", "data": "", "estimator": "", "draws": 1, "seed": 0, "weights": "ema", "batch": 0,
+                 "target_ci": 0.0, "max_draws": 64, "against": "", "data_dir": "",
+                 "chunks": "independent", "stride": 0, "first_token": "", "end_token": "count"}
     return evaluate.evaluate_run(str(workdir), **arguments | changes)
 
 
 def test_eval_of_a_run_is_repeatable_and_complete(run):
     first, second = evaluated(run), evaluated(run)
     assert {**first, "wall_s": 0} == {**second, "wall_s": 0}
-    assert set(first) == {"data", "split", "estimator", "nll", "nll_ci95", "nll_mc_se", "ppl", "ppl_ci95",
-                          "bits_per_byte", "tokens", "documents", "draws", "seed", "step", "config_sha256", "wall_s"}
+    assert set(first) == {"data", "split", "estimator", "nll", "nll_ci95", "nll_mc_se", "nll_document_se", "ppl",
+                          "ppl_ci95", "bits_per_byte", "bits_per_byte_ci95", "chunks", "stride", "length",
+                          "first_token", "end_token", "tokens", "documents", "draws", "seed", "step", "config_sha256",
+                          "wall_s"}
     assert (first["data"], first["split"], first["estimator"], first["step"]) == ("text", "valid", "exact_count", 2)
     assert first["config_sha256"] == json.loads((run / "config.json").read_text())["config_sha256"]
     low, high = first["nll_ci95"]
@@ -288,7 +323,7 @@ def test_eval_of_another_text(run, tmp_path):
 
 
 def test_eval_of_missing_things(run, tmp_path):
-    with pytest.raises(UserError, match="--data=nothing.txt is neither 'austen' nor a file or directory"):
+    with pytest.raises(UserError, match="--data=nothing.txt is no file or directory"):
         evaluated(run, data="nothing.txt")
     with pytest.raises(UserError, match="no run directory .*absent: train first"):
         evaluated(tmp_path / "absent")
@@ -318,7 +353,8 @@ def test_eight_devices_give_the_same_result(run):
         from bd3lm_jax.evaluate import evaluate_run
         assert len(jax.devices()) == 8
         print(json.dumps(evaluate_run(sys.argv[1], split="valid", data="", estimator="", draws=2, seed=0, weights="ema",
-                                      batch=12)))
+                                      batch=12, target_ci=0.0, max_draws=64, against="", data_dir="",
+                                      chunks="independent", stride=0, first_token="", end_token="count")))
     """
     done = run_python(code, run, devices=8)
     assert done.returncode == 0, done.stderr

@@ -88,6 +88,10 @@ BAD = [
     (("train", "--config.train.steps=0"), "train.steps is 0, expected at least 1"),
     (("train", "--config.diffusion.block_size=3"), "block_size=3 does not divide data.length=128"),
     (("train", "--config.data.source=autsen"), "data.source is 'autsen'"),
+    (("train", "--mesh=rows=8"), "--mesh: 'rows=8' is not one of data=N, fsdp=N, tensor=N"),
+    (("train", "--for=v5e"), "--for goes with --plan"),
+    (("train", "--plan", "--for=v3"), "value should be one of <v4|v5e|v5p|v6e>"),
+    (("train", "--plan", "--utilisation=1.5"), "--utilisation=1.5"),
     (("prepare", "--split=tets"), "unknown split 'tets': did you mean 'test'?"),
     (("prepare", "--config.data.tokenizer=gpt3"), "gpt3"),
     (("eval",), "--workdir is missing"),
@@ -194,19 +198,48 @@ def test_train_gets_the_config_and_a_workdir_named_after_it(capsys, monkeypatch)
     stand_in(monkeypatch, "bd3lm_jax.train", train=recorder(calls, {"step": 5}))
     assert run(capsys, "train", "--config.train.steps", "5", "--config.optim.lr=1e-2")[:2] == (0, '{"step": 5}\n')
     assert run(capsys, "train", "--config=configs/austen.py:algo=ar", "--workdir=elsewhere")[0] == 0
-    (first, workdir), (second, elsewhere) = (args for args, _ in calls)
-    assert (first.train.steps, first.optim.lr, workdir) == (5, 0.01, "runs/tiny")
+    ((first, workdir), options), ((second, elsewhere), _) = calls
+    assert (first.train.steps, first.optim.lr, workdir, options) == (5, 0.01, "runs/tiny", {"profile": False})
     assert (second.diffusion.kind, elsewhere) == ("ar", "elsewhere")
+
+
+def test_train_takes_a_mesh_and_a_profile(capsys, monkeypatch):
+    calls = []
+    stand_in(monkeypatch, "bd3lm_jax.train", train=recorder(calls, {}))
+    assert run(capsys, "train", "--mesh=data=-1,fsdp=4", "--profile")[0] == 0
+    ((config, _), options), = calls
+    assert (config.mesh.data, config.mesh.fsdp, config.mesh.tensor, options) == (-1, 4, 1, {"profile": True})
+
+
+def test_plan_trains_nothing(capsys, monkeypatch):
+    calls, trained = [], []
+    stand_in(monkeypatch, "bd3lm_jax.train", train=recorder(trained, {}))
+    stand_in(monkeypatch, "bd3lm_jax.plan", plan=recorder(calls, {"params": 1}))
+    assert run(capsys, "train", "--plan")[:2] == (0, '{"params": 1}\n')
+    assert run(capsys, "train", "--plan", "--for=v5p", "--utilisation=0.6", "--mesh=data=8")[0] == 0
+    (_, first), ((config,), second) = calls
+    assert (first, second) == ({"target": "", "utilisation": 0.4}, {"target": "v5p", "utilisation": 0.6})
+    assert config.mesh.data == 8 and not trained
 
 
 def test_eval_hands_every_flag_over(capsys, monkeypatch):
     calls = []
     stand_in(monkeypatch, "bd3lm_jax.evaluate", evaluate_run=recorder(calls, {"nll": 1.0}))
     code, out, _ = run(capsys, "eval", "--workdir=w", "--split=valid", "--data=d.txt", "--estimator=nll", "--draws=3",
-                       "--seed=4", "--weights=params", "--batch=5")
+                       "--seed=4", "--weights=params", "--batch=5", "--target_ci=0.5%", "--max_draws=9", "--against=v",
+                       "--chunks=sliding", "--stride=7", "--data_dir=d", "--first_token=skip", "--end_token=skip")
     assert (code, json.loads(out)) == (0, {"nll": 1.0})
     assert calls == [(("w",), {"split": "valid", "data": "d.txt", "estimator": "nll", "draws": 3, "seed": 4,
-                               "weights": "params", "batch": 5})]
+                               "weights": "params", "batch": 5, "target_ci": 0.005, "max_draws": 9, "against": "v",
+                               "chunks": "sliding", "stride": 7, "data_dir": "d", "first_token": "skip",
+                               "end_token": "skip"})]
+    assert run(capsys, "eval", "--workdir=w", "--target_ci=0.02")[0] == 0 and calls[-1][1]["target_ci"] == 0.02
+
+
+@pytest.mark.parametrize("target", ["tight", "0", "200%", "-1%"])
+def test_eval_targets_that_are_no_fraction(capsys, target):
+    code, _, err = run(capsys, "eval", "--workdir=w", f"--target_ci={target}")
+    assert code == 2 and f"--target_ci={target}: expected a part of the nll" in err
 
 
 def test_sample_prints_the_contract(capsys, monkeypatch):
@@ -246,8 +279,18 @@ def test_prepare_counts_rows_and_tokens(capsys, tmp_path):
 
 
 def test_bench_lists_and_runs(capsys, monkeypatch):
-    calls = []
-    stand_in(monkeypatch, "bd3lm_jax.bench", bench=recorder(calls, {"ratio": 1.5}), BENCHES={"step": None})
-    assert run(capsys, "bench")[:2] == (0, '{"benches": ["step"]}\n')
-    assert run(capsys, "bench", "--name=step", "--rounds=3")[:2] == (0, '{"ratio": 1.5}\n')
-    assert calls == [(("step", 3), {})]
+    calls, module = [], types.SimpleNamespace(__doc__="Steps of training.\n\nAt length.")
+    stand_in(monkeypatch, "bd3lm_jax.bench", bench=recorder(calls, {"ratio": 1.5}), BENCHES={"step": module})
+    code, out, err = run(capsys, "bench")
+    assert (code, out) == (0, '{"benches": ["step"]}\n') and "Steps of training." in err and not calls
+    for words in (("step", "--rounds=3"), ("--rounds=3", "step"), ("--name=step", "--rounds=3")):
+        assert run(capsys, "bench", *words)[:2] == (0, '{"ratio": 1.5}\n')
+    assert calls == [(("step", 3, "", "runs/bench"), {})] * 3
+    assert run(capsys, "bench", "step", "--against=torch", "--out=d")[0] == 0
+    assert calls[-1] == (("step", 7, "torch", "d"), {})
+
+
+@pytest.mark.parametrize("words", [("step", "loss"), ("--name=step", "loss")])
+def test_bench_takes_one_name(capsys, words):
+    code, out, err = run(capsys, "bench", *words)
+    assert (code, out, err) == (2, "", "error: unexpected argument 'loss': flags are written --name=value\n")

@@ -11,7 +11,7 @@ import pytest
 
 from bd3lm_jax import log
 from bd3lm_jax.errors import RunError
-from bd3lm_jax.log import RunLog, note, read_metrics, result, table
+from bd3lm_jax.log import RunLog, note, read_metrics, result, save, table
 
 
 def write(workdir, steps, **options):
@@ -65,6 +65,21 @@ def test_result_is_one_strict_json_line_on_stdout(tmp_path, capsys):
     assert json.loads(captured.out, parse_constant=pytest.fail) == {
         "nll": 0.5, "nll_ci95": [None, None], "steps": 3, "sampler": {"name": "é"}, "workdir": str(tmp_path),
         "done": True, "ppl": None}
+
+
+def test_a_saved_file_is_whole_or_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "numbers.json"
+    save(path, {"nll": jnp.float32(1.5), "ci": [math.nan, np.float64(2.0)], 4: "é"})
+    old = {"nll": 1.5, "ci": [None, 2.0], "4": "é"}
+    assert json.loads(path.read_text(encoding="utf-8")) == old
+
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(path, {"nll": 2.5})
+    assert json.loads(path.read_text(encoding="utf-8")) == old
 
 
 def test_notes_and_tables_go_to_stderr_as_they_are(capsys):

@@ -35,3 +35,70 @@ def test_nll_by_count(tmp_path, drawn):
     path = plots.nll_by_count(tmp_path / "deep" / "k.png", [1, 2, 3], [1.0, 1.5, 1.75])
     assert path.read_bytes().startswith(PNG)
     assert drawn[0].axes[0].lines[0].get_xydata().tolist() == [[1, 1.0], [2, 1.5], [3, 1.75]]
+
+
+def test_ratio_bars(tmp_path, drawn):
+    path = plots.ratio_bars(tmp_path / "deep" / "bars.png", {
+        "time": {("small", "a"): 1.0, ("small", "b"): 0.05, ("large", "a"): 1.0}, "memory": {("small", "b"): 2.0}})
+    assert path.read_bytes().startswith(PNG)
+    time, memory = drawn[0].axes
+    labels = [label.get_text() for label in time.get_yticklabels()]
+    assert labels == ["small", "a", "b", "large", "a"]
+    def bars(axes):
+        return [(labels[round(bar.get_y() + bar.get_height() / 2)], bar.get_width()) for bar in axes.patches]
+    assert bars(time) == [("a", 1.0), ("b", 0.05), ("a", 1.0)] and bars(memory) == [("b", 2.0)]
+    assert (time.get_xlabel(), time.get_xscale(), memory.get_xscale()) == ("time", "log", "linear")
+
+
+def test_nll_intervals_of_numbers(tmp_path, drawn):
+    path = plots.nll_intervals(tmp_path / "deep" / "sweep.png", "block size", {
+        "seed=0": [(1, 5.0, 4.5, 5.25), (16, 6.0, 5.5, 6.5)], "seed=1": [(4, 5.5, 5.0, 6.0)]})
+    assert path.read_bytes().startswith(PNG)
+    axes = drawn[0].axes[0]
+    assert (axes.get_xlabel(), axes.get_xscale(), list(axes.get_xticks())) == ("block size", "log", [1, 4, 16])
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["seed=0", "seed=1"]
+    lines = [container.lines[0].get_xydata().tolist() for container in axes.containers]
+    assert lines == [[[1, 5.0], [16, 6.0]], [[4, 5.5]]]
+    bars = [segment.tolist() for segment in axes.containers[0].lines[2][0].get_segments()]
+    assert bars == [[[1, 4.5], [1, 5.25]], [[16, 5.5], [16, 6.5]]]
+
+
+def test_nll_intervals_of_names(tmp_path, drawn):
+    plots.nll_intervals(tmp_path / "sweep.png", "", {"": [("cosine", 5.0, 4.5, 5.25), ("wsd", 5.5, 5.0, 6.0)]})
+    axes = drawn[0].axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cosine", "wsd"]
+    assert axes.get_xlabel() == "validation NLL, nats per token" and axes.get_legend() is None
+    assert axes.containers[0].lines[2][0].get_segments()[0].tolist() == [[4.5, 0], [5.25, 0]]
+
+
+def test_nll_intervals_of_near_numbers_have_a_linear_axis(tmp_path, drawn):
+    plots.nll_intervals(tmp_path / "sweep.png", "dropout", {"": [(0.0, 5.0, 4.5, 5.25), (0.1, 5.5, 5.0, 6.0)]})
+    assert drawn[0].axes[0].get_xscale() == "linear"
+
+
+def test_intervals(tmp_path, drawn):
+    series = {"a": {"one": (1.0, 0.5, 2.0), "two": (3.0, 2.5, 3.5)}, "b": {"two": (2.0, 1.0, 4.0)}}
+    path = plots.intervals(tmp_path / "deep" / "i.png", series, "bits")
+    assert path.read_bytes().startswith(PNG)
+    axes = drawn[0].axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["one", "two"] and axes.get_xlabel() == "bits"
+    for container, points in zip(axes.containers, series.values()):
+        segments = container.lines[2][0].get_segments()
+        assert [(low[0], high[0]) for low, high in segments] == [point[1:] for point in points.values()]
+        assert container.lines[0].get_xdata().tolist() == [point[0] for point in points.values()]
+        assert [round(y) for y in container.lines[0].get_ydata()] == [["one", "two"].index(case) for case in points]
+
+
+def test_noise_over_steps(tmp_path, drawn):
+    """A band for clips, a line for each count at powers of two, and the largest."""
+    def draw(lines):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert plots.noise_over_steps(tmp_path).read_bytes().startswith(PNG)
+        return drawn[-1].axes[0]
+
+    clips = draw([{"step": 10, "noise/clip": [0.3, 0.8]}, {"step": 15}, {"step": 20, "noise/clip": [0.45, 0.95]}])
+    assert {0.3, 0.8, 0.45, 0.95} <= set(clips.collections[0].get_paths()[0].vertices[:, 1].tolist())
+    laws = draw([{"step": 10, "noise/count_probs": [0.2, 0.3, 0.5]},
+                 {"step": 20, "noise/count_probs": [0.1, 0.2, 0.7]}])
+    assert {line.get_label(): line.get_xydata().tolist() for line in laws.lines} == {
+        "1 masked": [[10, 0.2], [20, 0.1]], "2 masked": [[10, 0.3], [20, 0.2]], "3 masked": [[10, 0.5], [20, 0.7]]}

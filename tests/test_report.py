@@ -9,7 +9,8 @@ from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
 from bd3lm_jax.log import RunLog
 
 ESTIMATE = {"nll": 1.5, "nll_ci95": [1.4, 1.6], "ppl": float(np.exp(1.5)), "bits_per_byte": 2.25, "documents": 20,
-            "tokens": 700, "estimator": "exact_count", "nll_by_count": {1: 1.2, 2: 1.4, 3: 1.6, 4: 1.8}}
+            "tokens": 700, "estimator": "exact_count", "nll_by_count": {1: 1.2, 2: 1.4, 3: 1.6, 4: 1.8},
+            "wall_s": 12.5}
 PNG = b"\x89PNG"
 
 
@@ -37,6 +38,11 @@ def test_closing_leaves_plots_and_samples_and_a_table(run, capsys):
         assert (run.workdir / "plots" / name).read_bytes().startswith(PNG)
     samples = (run.workdir / "samples" / "step_6.txt").read_text(encoding="utf-8")
     assert samples.count("\n--\n") >= 1
+    told = report.read(run.workdir)
+    assert told.pop("step") == 6 and list(told) == ["valid"]
+    counts = {str(k): nll for k, nll in ESTIMATE["nll_by_count"].items()}
+    assert told["valid"] == {key: value for key, value in ESTIMATE.items() if key != "wall_s"} | {
+        "nll_by_count": counts}
     shown = capsys.readouterr().err
     assert "valid: bound on the NLL, 20 documents, 700 tokens" in shown and "2 samples:" in shown
     for text in ("this model", "2.250", "1.5000", "unigram of its tokens", "byte 5-gram"):
@@ -84,3 +90,9 @@ def test_the_embedded_corpus_is_tested_too(run, capsys, monkeypatch):
     shown = capsys.readouterr().err
     assert "test: bound on the NLL, 33 documents" in shown and "counts of test" in shown and "counts of valid" in shown
     assert "samples:" not in shown
+    told = report.read(run.workdir)
+    assert (told["valid"]["documents"], told["test"]["documents"]) == (20, 33)
+
+
+def test_a_run_that_has_not_ended_has_no_report(tmp_path):
+    assert report.read(tmp_path) is None

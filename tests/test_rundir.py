@@ -90,3 +90,16 @@ def test_claim_goes_on_after_a_kill_between_its_two_files(tmp_path, config):
     BYTES.save(tmp_path / "run" / rundir.TOKENIZER)
     rundir.claim(tmp_path / "run", config, BYTES)
     assert rundir.read(tmp_path / "run")[0] == config
+
+
+def test_a_directory_of_an_earlier_version_goes_on_as_it_was(tmp_path, config):
+    """Keys that were added since are not in its config.json."""
+    rundir.claim(tmp_path / "run", config, BYTES)
+    path = tmp_path / "run" / "config.json"
+    stored = json.loads(path.read_text())
+    for section, keys in {**rundir.ADDED, "diffusion": rundir.ADDED_BY_KIND["masked"]}.items():
+        stored[section] = {key: value for key, value in stored[section].items() if key not in keys}
+    del stored["noise"]
+    path.write_text(json.dumps(stored))
+    assert rundir.read(tmp_path / "run")[0] == config
+    rundir.claim(tmp_path / "run", config, BYTES)

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.stats import monte_carlo_se, ratio_interval, t_quantile
+from bd3lm_jax.stats import mc_margin, monte_carlo_se, ratio_interval, t_p_value, t_quantile, two_part_interval
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3, 7, 30, 200, 5000, 1_000_000])
@@ -74,3 +74,60 @@ def test_monte_carlo_se_is_the_spread_of_repeated_totals():
 
 def test_one_draw_has_no_standard_error():
     assert math.isnan(monte_carlo_se(np.ones((3, 1))))
+
+
+def noisy_documents(rng, documents, draws, noise):
+    """Documents of 2 rows each: tokens, their nats, and noisy estimates of them by document and by row."""
+    tokens = rng.integers(20, 200, documents)
+    truth = tokens * (3.0 + 0.5 * rng.standard_normal(documents))
+    errors = noise * rng.standard_normal((draws, documents, 2))
+    rows = truth[None, :, None] / 2 + errors
+    return tokens, truth, rows.sum(-1), rows.reshape(draws, -1)
+
+
+def test_both_intervals_cover_their_truth_at_the_stated_rate():
+    """Documents and draws: the population's ratio, 3 nats a token. Draws alone: the ratio of these documents."""
+    rng = np.random.default_rng(1)
+    trials, covered, covered_mc, parts = 600, 0, 0, []
+    for _ in range(trials):
+        tokens, truth, documents_UxN, rows_UxR = noisy_documents(rng, 40, 2, 30.0)
+        found = two_part_interval(documents_UxN, rows_UxR, tokens)
+        covered += found.low < 3.0 < found.high
+        margin = mc_margin(rows_UxR) / tokens.sum()
+        covered_mc += abs(found.value - truth.sum() / tokens.sum()) < margin
+        parts.append((found.document_se**2, found.mc_se**2, found.value))
+    assert 0.925 < covered / trials < 0.975 and 0.925 < covered_mc / trials < 0.975
+    document, draws, value = np.array(parts).T
+    assert document.mean() + draws.mean() == pytest.approx(value.var(ddof=1), rel=0.15)
+    assert draws.mean() == pytest.approx(40 * 2 * 30.0**2 / 2 / (40 * 109.5)**2, rel=0.05)
+
+
+def test_exact_estimates_leave_the_documents_alone():
+    tokens, truth, _, _ = noisy_documents(np.random.default_rng(2), 30, 1, 0.0)
+    found = two_part_interval(truth[None], truth[None], tokens)
+    assert (found.value, found.low, found.high) == pytest.approx(ratio_interval(truth, tokens), rel=1e-9)
+    assert found.mc_se == 0 and mc_margin(truth[None]) == 0
+
+
+def test_noise_shared_by_the_documents_of_a_row_is_not_counted_as_documents():
+    """Two documents a row whose noise cancels: no Monte-Carlo error, and the documents' own spread stays."""
+    rng = np.random.default_rng(3)
+    tokens, truth = np.full(400, 10), 30 + 2 * rng.standard_normal(400)
+    noise = 8 * rng.standard_normal((8, 200))
+    documents_UxN = truth + np.stack([noise, -noise], -1).reshape(8, 400)
+    rows_UxR = documents_UxN.reshape(8, 200, 2).sum(-1)
+    found = two_part_interval(documents_UxN, rows_UxR, tokens)
+    assert found.mc_se == pytest.approx(0, abs=1e-9)
+    assert found.document_se == pytest.approx(2 / 10 / math.sqrt(400), rel=0.3)  # with the noise: 1.7 times as much
+
+
+@pytest.mark.parametrize("freedom", [1, 4, 50, 100_000])
+@pytest.mark.parametrize("t", [-0.0, 0.3, -2.0, 8.0, 40.0])
+def test_p_value_agrees_with_scipy(t, freedom):
+    assert t_p_value(t, freedom) == pytest.approx(2 * scipy_stats.t.sf(abs(t), freedom), rel=1e-6, abs=1e-300)
+
+
+def test_one_document_has_a_value_and_no_interval():
+    found = two_part_interval(np.array([[4.0], [6.0]]), np.array([[4.0], [6.0]]), np.array([2.0]))
+    assert found.value == 2.5 and found.mc_se == pytest.approx(0.5)
+    assert np.isnan([found.low, found.high, found.document_se, found.p_value]).all()

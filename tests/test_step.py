@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import optax
 import pytest
 from toy_runs import AR, END, LENGTH, MASK, network, quick_jit, run_python, toy_config
 
-from bd3lm_jax import passes
+from bd3lm_jax import models, passes
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.passes import PLAIN, Execution
 from bd3lm_jax.state import TrainState
@@ -222,6 +223,23 @@ def test_microbatches_change_nothing():
     noised = noise_of_step(it.config, 0, batch)
     without = quick_jit(lambda p: direct_loss(it.config, it.model, p, noised, batch))(it.state.params)
     assert abs(float(metrics["loss"] - without)) > 1e-3  # dropout was on
+
+
+def test_bfloat16_follows_float32():
+    """Products in bfloat16; loss, gradient and state stay float32."""
+    batch, results = make_batch(), {}
+    for dtype in ("float32", "bfloat16"):
+        it = setting("exact_count")
+        model = models.build(it.model.config, jnp.dtype(dtype))
+        state = TrainState(jnp.int32(0), it.state.params, {}, optax.sgd(1.0).init(it.state.params))
+        config = dataclasses.replace(it.config, optim=dataclasses.replace(it.config.optim, ema=0.0))
+        new, metrics = quick_jit(make_step(config, model, optax.sgd(1.0), SPECIAL))(state, batch)
+        assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((new.params, metrics["loss"])))
+        change = jax.tree.map(lambda new, old: np.ravel(new - old), new.params, state.params)
+        results[dtype] = float(metrics["loss"]), np.concatenate(jax.tree.leaves(change))
+    (loss, gradient), (rough_loss, rough) = results.values()
+    assert loss != rough_loss == pytest.approx(loss, rel=0.02)
+    assert np.dot(gradient, rough) > 0.99 * np.linalg.norm(gradient) * np.linalg.norm(rough)
 
 
 def test_noise_changes_with_the_step_and_nothing_is_traced_again():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from toy_runs import AR, environment, network, run_python, toy_config, toy_dict, write_text
 
-from bd3lm_jax import train as module
+from bd3lm_jax import program
 from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.data.loader import row_ids
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
@@ -44,17 +44,17 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(home):
     """A run of six steps that nothing disturbed, its result, and how often its step was traced."""
-    workdir, traces, original = home / "whole", [], module.make_step
+    workdir, traces, original = home / "whole", [], program.make_step
 
     def counting(*arguments):
         step = original(*arguments)
         return lambda state, batch: traces.append(1) or step(state, batch)
 
-    module.make_step = counting
+    program.make_step = counting
     try:
         result = train(toy_config(home, {"checkpoint.every": 3, "eval.every": 3}), str(workdir))
     finally:
-        module.make_step = original
+        program.make_step = original
     return workdir, result, len(traces)
 
 
@@ -80,7 +80,7 @@ def test_result_and_run_directory(whole):
     assert result["valid_ppl"] == pytest.approx(np.exp(result["valid_nll"]))
     assert all(result[key] > 0 for key in ("train_nll", "valid_nll", "tokens_per_s", "step_ms", "params", "wall_s"))
     names = {path.name for path in workdir.iterdir()}
-    assert names == {"config.json", "tokenizer.json", "metrics.jsonl", "checkpoints", "plots"}
+    assert names == {"config.json", "tokenizer.json", "metrics.jsonl", "report.json", "checkpoints", "plots"}
     assert steps_saved(workdir) == [3, 6]
     assert traces == 1
 
@@ -148,7 +148,7 @@ def test_a_directory_of_something_else_is_left_alone(home, tmp_path):
 
 def test_a_loss_that_is_not_finite_names_step_and_rows(home, whole, tmp_path, monkeypatch):
     """From step 5 on the network returns NaN; the checkpoint of step 3 stays, and the run can go on from it."""
-    workdir, original = continued(whole, tmp_path / "run"), module.make_step
+    workdir, original = continued(whole, tmp_path / "run"), program.make_step
 
     def breaking(*arguments):
         step = original(*arguments)
@@ -160,7 +160,7 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(home, whole, tmp_path, mo
                          "finite": metrics["finite"] & ~late}
         return broken
 
-    monkeypatch.setattr(module, "make_step", breaking)
+    monkeypatch.setattr(program, "make_step", breaking)
     config = toy_config(home)
     rows = prepare(config.data, "train", 4, prepare_tokenizer(config.data))
     ids = ", ".join(map(str, row_ids(len(rows), 8, config.seed, 4)))

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import logging
 import lzma
 import os
 import re
@@ -58,8 +59,7 @@ def join_documents(documents: Iterable[str]) -> bytes:
 def austen(data: DataConfig, split: str) -> Corpus:
     """Jane Austen. train: five novels; valid: the last 5 % of each of them; test: *Persuasion*."""
     del data
-    name = "austen_persuasion.txt.xz" if split == "test" else "austen_train.txt.xz"
-    packed = resources.files("bd3lm_jax.data").joinpath("resources", name).read_bytes()
+    packed = _resource("austen_persuasion.txt.xz" if split == "test" else "austen_train.txt.xz")
 
     def documents():
         lines = lzma.decompress(packed).decode().splitlines()
@@ -80,6 +80,21 @@ def _austen_part(lines: list[str], split: str) -> list[str]:
         limit = (1 - AUSTEN_VALID_FRACTION) * sum(sizes)
         part += [line for line, offset in zip(lines[start:stop], offsets) if (offset >= limit) == (split == "valid")]
     return part
+
+
+def embedded(name: str) -> Corpus:
+    """A packed .txt (one document a line) or .jsonl file (its "text") of the package, all of it."""
+    packed = _resource(name)
+
+    def documents():
+        lines = (line for line in lzma.decompress(packed).decode().splitlines() if line.strip())
+        return (json.loads(line)["text"] for line in lines) if ".jsonl" in name else lines
+
+    return Corpus(documents, lambda: hashlib.sha256(packed).hexdigest())
+
+
+def _resource(name: str) -> bytes:
+    return resources.files("bd3lm_jax.data").joinpath("resources", name).read_bytes()
 
 
 # ---- local files
@@ -233,6 +248,21 @@ def tfds(data: DataConfig, split: str) -> Corpus:
         return (text for text in texts if text.strip())
 
     return Corpus(documents, lambda: f"{builder.info.full_name} {chosen} {len(records)} {data.field}")
+
+
+def tfds_is_prepared(name: str) -> bool:
+    """Whether a TFDS data set can be read at once, from TFDS's own data_dir ($TFDS_DATA_DIR)."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # what is not there is no reason for a warning
+    try:
+        import tensorflow_datasets
+
+        return tensorflow_datasets.builder(name, file_format="array_record").is_prepared()
+    except Exception:  # TFDS raises many kinds, and may not be installed
+        return False
+    finally:
+        logger.setLevel(level)
 
 
 def _tfds_split(builder, split: str, data: DataConfig) -> str:

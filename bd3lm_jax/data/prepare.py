@@ -62,6 +62,10 @@ class Rows:
         chosen, target, _ = self._places(row_ids)
         return self._paint(len(row_ids), chosen, target, chosen[:, packing.DOCUMENT], 0, -1)
 
+    def scored(self, row_ids: np.ndarray) -> np.ndarray:
+        """bool [n, L]: tokens that evaluation counts, here all but padding (fewer in windows.py)."""
+        return self.documents(row_ids) >= 0
+
     def stream(self) -> np.ndarray:
         """int32 [meta["tokens"]]: all tokens without padding, document after document.
 
@@ -124,11 +128,16 @@ def prepare(data: DataConfig, split: str, block_size: int, tokenizer: Tokenizer,
     Only the "pack" layout depends on `block_size`. Raises UserError for input that cannot be read or an empty split,
     RunError when the disk is full.
     """
-    corpus = corpora.open_corpus(data, split)
-    identity = {"format": FORMAT, "source": data.source, "split": split, "corpus": corpus.fingerprint(),
+    return prepare_corpus(corpora.open_corpus(data, split), data.source, split, data, block_size, tokenizer, progress)
+
+
+def prepare_corpus(corpus: corpora.Corpus, source: str, split: str, data: DataConfig, block_size: int,
+                   tokenizer: Tokenizer, progress: Progress | None = None) -> Rows:
+    """As `prepare`, for the documents of `corpus`, which `source` and `split` name; `data` tells the layout."""
+    identity = {"format": FORMAT, "source": source, "split": split, "corpus": corpus.fingerprint(),
                 "tokenizer": tokenizer.identity, "layout": data.layout, "length": data.length,
                 "block_size": block_size if data.layout == "pack" else 0}
-    path = cache_directory(data) / f"{data.source}-{split}-{_digest(identity)}"
+    path = cache_directory(data) / f"{source}-{split}-{_digest(identity)}"
     if path.exists():
         damage = _damage(path)
         if damage is None:
@@ -167,7 +176,7 @@ def _build(work: Path, documents: Iterable[str], identity: dict, tokenizer: Toke
     flat_path = work / "flat"
     lengths, num_bytes = _tokenise(flat_path, documents, dtype, tokenizer, progress)
     if not len(lengths):
-        raise UserError(f"the {identity['split']} split of data.source='{identity['source']}' holds no documents")
+        raise UserError(f"the {identity['split']} split of '{identity['source']}' holds no documents")
     length = identity["length"]
     layout = packing.lay_out(identity["layout"], lengths, length, identity["block_size"])
     flat = np.memmap(flat_path, dtype, "r")

@@ -28,6 +28,8 @@ NUM_BYTES = 256
 class Tokenizer:
     """Ids 0..size-1 are the vocabulary, `vocab_size` counts the mask as well."""
 
+    unknown_id = -1  # what text outside the vocabulary becomes; -1: there is none, or it is left out
+
     def __init__(self, kind: str, size: int, end_id: int, mask_id: int):
         self.kind, self.size, self.end_id, self.mask_id = kind, size, end_id, mask_id
         self.vocab_size = max(size, mask_id + 1)
@@ -97,6 +99,9 @@ class SubwordTokenizer(Tokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True  # "[MASK]" in a document is text, not the mask
         size = max(self._tokenizer.get_vocab().values()) + 1
+        unknown = getattr(self._tokenizer.model, "unk_token", None)
+        if unknown is not None:
+            self.unknown_id = self._tokenizer.token_to_id(unknown)
         super().__init__(kind, size, end_id, size if mask_id is None else mask_id)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:

@@ -4,6 +4,8 @@ L tokens are K = L / S blocks of S tokens. `maskable` marks real tokens: padding
 [0, 1).
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,23 @@ from jax.scipy.special import gammaln, xlog1py, xlogy
 
 # Counts are whole: rounding of `low * n` and `high * n` must not exclude a count on the boundary.
 COUNT_SLACK = 1e-3
+
+
+class CountLaw(NamedTuple):
+    """A law of the count: `probs_S`, whole relative probabilities of the counts 1..S (traced if it changes while
+    training), and the most tokens that a row of systematic counts masks, and that it leaves unmasked."""
+
+    probs_S: jax.Array | np.ndarray
+    capacity: int
+    complement_capacity: int
+
+
+class ClipLaw(NamedTuple):
+    """A clipped schedule: its mask probabilities (traced if they change), and the most tokens that a row masks."""
+
+    low: jax.Array | float
+    high: jax.Array | float
+    capacity: int
 
 
 def bernoulli(u_BxL: jax.Array, prob_BxK: jax.Array, maskable_BxL: jax.Array) -> jax.Array:

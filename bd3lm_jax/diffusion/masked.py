@@ -2,19 +2,29 @@
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bd3lm_jax.diffusion import corrupt
+from bd3lm_jax.diffusion.corrupt import ClipLaw, CountLaw
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.diffusion.schedule import get_schedule, stratified_uniform, systematic_uniform
 from bd3lm_jax.errors import UserError
 
 MASK_PROB_MAX = 1 - 1e-6  # keeps sigma = -log(1 - mask probability) finite
 COUNT_RESOLUTION = 2**20  # count probabilities become whole numbers: their sums, and the capacity, are exact
+
+
+class Uniforms(NamedTuple):
+    """Numbers in [0, 1) that decide a mask: for P views (or pairs) each block's level, the order of its tokens, and for
+    clipped schedules (else None) its count."""
+
+    level_BxPxK: jax.Array
+    order_BxPxL: jax.Array
+    count_BxPxK: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +105,7 @@ class Masked:
         return self.corruption == "exact_count" and all(p > 0 for p in self.count_probs)
 
     def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, views: int, mask_id: int,
-                end_id: int) -> Noised:
+                end_id: int, law: CountLaw | ClipLaw | None = None) -> Noised:
         """`views` noised copies of a batch, independent but for stratification over all its rows, views and blocks,
         and for pairs of a mask and its complement.
 
@@ -106,6 +116,7 @@ class Masked:
             x0_BxL: clean ids.
             segment_BxL: document of each token; padding (0) keeps its id and has weight 0.
             end_id: not used here (every objective is called alike).
+            law: what takes the place of `count_probs` (exact_count) or of the clip (bernoulli); None for its own.
 
         Raises:
             UserError: the block size does not divide L, `views` is not positive, or odd with `complement`.
@@ -116,9 +127,21 @@ class Masked:
         _check(length % self.block_size == 0,
                f"length {length} is not a multiple of diffusion.block_size={self.block_size}: pad the rows to "
                f"{-(-length // self.block_size) * self.block_size} tokens")
-        maskable_BxMxL = jnp.broadcast_to((segment_BxL != 0)[:, None], (batch, views, length))
+        parts = views // 2 if self.complement else views
+        law = law or self._own_law(length // self.block_size)
+        uniforms = self._uniforms(key, batch, parts, length, clipped=isinstance(law, ClipLaw))
+        return self.corrupt_with(uniforms, x0_BxL, segment_BxL, mask_id, law)
+
+    def corrupt_with(self, uniforms: Uniforms, x0_BxL: jax.Array, segment_BxL: jax.Array, mask_id: int,
+                     law: CountLaw | ClipLaw | None = None) -> Noised:
+        """As `corrupt`, from given uniforms: P views, or with `complement` P pairs of views.
+
+        The capacity holds if every row of `exact_count` levels has one in each [j/K, (j+1)/K).
+        """
+        maskable_BxPxL = jnp.broadcast_to((segment_BxL != 0)[:, None], uniforms.order_BxPxL.shape)
         draw = self._exact_count if self.corruption == "exact_count" else self._bernoulli
-        masked_BxMxL, weight_BxMxK, prob_BxMxK, capacity = draw(key, maskable_BxMxL)
+        law = law or self._own_law(uniforms.level_BxPxK.shape[-1])
+        masked_BxMxL, weight_BxMxK, prob_BxMxK, capacity = draw(uniforms, maskable_BxPxL, law)
         return Noised(
             xt_BxMxL=jnp.where(masked_BxMxL, mask_id, x0_BxL[:, None]).astype(jnp.int32),
             weight_BxMxL=jnp.where(masked_BxMxL, jnp.repeat(weight_BxMxK, self.block_size, axis=-1), 0),
@@ -126,62 +149,77 @@ class Masked:
             capacity=capacity,
         )
 
-    def _exact_count(self, key, maskable_BxMxL):
-        """Counts k from `count_probs`, weight 1 / (k pi(k)), capacity of systematic counts."""
-        if self.complement:
-            return self._complementary(key, maskable_BxMxL[:, ::2])
-        u_BxMxL, masked_BxMxL, counts_BxMxK, _, pi_BxMxK = self._draw_counts(key, maskable_BxMxL)
-        weight_BxMxK = 1 / (jnp.maximum(counts_BxMxK, 1) * pi_BxMxK)
-        capacity = corrupt.count_capacity(self._whole_count_probs(), counts_BxMxK.shape[-1])
-        return masked_BxMxL, weight_BxMxK, self._count_level(u_BxMxL, masked_BxMxL), capacity
+    def _own_law(self, blocks: int) -> CountLaw | ClipLaw | None:
+        """The law by the hyperparameters for rows of so many blocks; None for independent tokens."""
+        if self.corruption == "exact_count":
+            probs_S = self._whole_count_probs()
+            return CountLaw(probs_S, corrupt.count_capacity(probs_S, blocks),
+                            corrupt.complement_capacity(probs_S, blocks) if self.complement else 0)
+        if not self._clipped:
+            return None
+        most = corrupt.truncated_capacity(self.clip_low, self.clip_high, self.block_size)
+        return ClipLaw(self.clip_low, self.clip_high, blocks * most)
 
-    def _complementary(self, key, maskable_BxPxL):
+    def _uniforms(self, key, batch, parts, length, clipped):
+        blocks = length // self.block_size
+        if self.corruption == "exact_count":
+            level_key, subset_key = jax.random.split(key)
+            level, count = systematic_uniform(level_key, batch * parts, blocks).reshape(batch, parts, -1), None
+        else:
+            level_key, count_key, subset_key = jax.random.split(key, 3)
+            level = stratified_uniform(level_key, (batch, parts, blocks))
+            count = jax.random.uniform(count_key, level.shape) if clipped else None
+        return Uniforms(level, jax.random.uniform(subset_key, (batch, parts, length)), count)
+
+    def _exact_count(self, uniforms, maskable_BxMxL, law):
+        """Counts k from pi of the law, weight 1 / (k pi(k))."""
+        if self.complement:
+            return self._complementary(uniforms, maskable_BxMxL, law)
+        masked_BxMxL, counts_BxMxK, _, pi_BxMxK = self._draw_counts(uniforms, maskable_BxMxL, law)
+        weight_BxMxK = 1 / (jnp.maximum(counts_BxMxK, 1) * pi_BxMxK)
+        return masked_BxMxL, weight_BxMxK, self._count_level(uniforms.order_BxPxL, masked_BxMxL), law.capacity
+
+    def _complementary(self, uniforms, maskable_BxPxL, law):
         """As `_exact_count`, for P pairs: views 2p and 2p + 1 share out the maskable tokens of their blocks."""
-        u, masked, counts, n, pi = self._draw_counts(key, maskable_BxPxL)
-        probs_S, others = self._whole_count_probs(), n - counts
-        pi_pair = pi + corrupt.count_probability(others, jnp.asarray(probs_S, jnp.float32), n)
+        u = uniforms.order_BxPxL
+        masked, counts, n, pi = self._draw_counts(uniforms, maskable_BxPxL, law)
+        others = n - counts
+        pi_pair = pi + corrupt.count_probability(others, jnp.asarray(law.probs_S, jnp.float32), n)
         masks = masked, maskable_BxPxL & ~masked
         weights = (2 / (jnp.maximum(k, 1) * pi_pair) for k in (counts, others))
         levels = (self._count_level(order, mask) for order, mask in zip((u, 1 - u), masks))
-        blocks = counts.shape[-1]
-        capacity = max(corrupt.count_capacity(probs_S, blocks), corrupt.complement_capacity(probs_S, blocks))
+        capacity = max(law.capacity, law.complement_capacity)
         return *(_interleave(*pair) for pair in (masks, weights, levels)), capacity
 
-    def _draw_counts(self, key, maskable_BxMxL):
-        """Uniforms of the tokens, the mask they give, and for each block count, maskable tokens and pi(count)."""
-        batch, views, length = maskable_BxMxL.shape
-        level_key, subset_key = jax.random.split(key)
-        level = systematic_uniform(level_key, batch * views, length // self.block_size).reshape(batch, views, -1)
+    def _draw_counts(self, uniforms, maskable_BxMxL, law):
+        """The mask, and for each block count, maskable tokens and pi(count)."""
         n_BxMxK = corrupt.maskable_counts(maskable_BxMxL, self.block_size)
-        probs_S = jnp.asarray(self._whole_count_probs(), jnp.float32)
-        counts_BxMxK, pi_BxMxK = corrupt.counts_from_probs(level, probs_S, n_BxMxK)
-        u_BxMxL = jax.random.uniform(subset_key, maskable_BxMxL.shape)
-        return u_BxMxL, corrupt.exact_count(u_BxMxL, counts_BxMxK, maskable_BxMxL), counts_BxMxK, n_BxMxK, pi_BxMxK
+        probs_S = jnp.asarray(law.probs_S, jnp.float32)
+        counts_BxMxK, pi_BxMxK = corrupt.counts_from_probs(uniforms.level_BxPxK, probs_S, n_BxMxK)
+        masked_BxMxL = corrupt.exact_count(uniforms.order_BxPxL, counts_BxMxK, maskable_BxMxL)
+        return masked_BxMxL, counts_BxMxK, n_BxMxK, pi_BxMxK
 
     def _count_level(self, u_BxMxL, masked_BxMxL):
         """Level given the count: Beta(k, n-k+1), the law of the k-th smallest uniform, whichever token."""
         return jnp.where(masked_BxMxL, u_BxMxL, 0).reshape(*u_BxMxL.shape[:2], -1, self.block_size).max(-1)
 
-    def _bernoulli(self, key, maskable_BxMxL):
-        """Times uniform between the mask probabilities max(eps, clip_low) and clip_high."""
-        batch, views, length = maskable_BxMxL.shape
-        blocks = length // self.block_size
-        level_key, count_key, subset_key = jax.random.split(key, 3)
+    def _bernoulli(self, uniforms, maskable_BxMxL, law):
+        """Times uniform between the mask probabilities max(eps, low) and high of the law."""
+        u_BxMxL = uniforms.order_BxPxL
         schedule = get_schedule(self.schedule)
-        t_low, t_high = schedule.inverse(max(self.eps, self.clip_low)), schedule.inverse(self.clip_high)
-        t_BxMxK = t_low + (t_high - t_low) * stratified_uniform(level_key, (batch, views, blocks))
+        low, high = (0.0, 1.0) if law is None else (law.low, law.high)
+        t_low, t_high = schedule.inverse(jnp.maximum(self.eps, low)), schedule.inverse(high)
+        t_BxMxK = t_low + (t_high - t_low) * uniforms.level_BxPxK
         prob_BxMxK = jnp.minimum(schedule.mask_prob(t_BxMxK), 1)  # rounding near t = 1
         weight_BxMxK = schedule.weight(t_BxMxK)
-        u_BxMxL = jax.random.uniform(subset_key, maskable_BxMxL.shape)
-        if not self._clipped:
+        if law is None:
             masked_BxMxL = corrupt.bernoulli(u_BxMxL, prob_BxMxK, maskable_BxMxL)
-            return masked_BxMxL, weight_BxMxK * (t_high - t_low), prob_BxMxK, length
+            return masked_BxMxL, weight_BxMxK * (t_high - t_low), prob_BxMxK, u_BxMxL.shape[-1]
         counts_BxMxK = corrupt.truncated_binomial_counts(
-            jax.random.uniform(count_key, prob_BxMxK.shape), prob_BxMxK,
-            corrupt.maskable_counts(maskable_BxMxL, self.block_size), self.clip_low, self.clip_high, self.block_size)
+            uniforms.count_BxPxK, prob_BxMxK, corrupt.maskable_counts(maskable_BxMxL, self.block_size), low, high,
+            self.block_size)
         masked_BxMxL = corrupt.exact_count(u_BxMxL, counts_BxMxK, maskable_BxMxL)
-        capacity = blocks * corrupt.truncated_capacity(self.clip_low, self.clip_high, self.block_size)
-        return masked_BxMxL, weight_BxMxK, prob_BxMxK, capacity
+        return masked_BxMxL, weight_BxMxK, prob_BxMxK, law.capacity
 
     def _whole_count_probs(self) -> np.ndarray:
         """`count_probs` as whole numbers, positive where they are positive."""

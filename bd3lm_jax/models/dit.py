@@ -120,14 +120,18 @@ class Block(nn.Module):
 
     def __call__(self, h, cond, rotary):
         """All parameters once, for `init`."""
-        q, k, v = self.pre(h, cond, rotary)
+        q, k, v = self.pre(h, cond, rotary, True)
         return self.post(h, q + k + v, cond, None)
 
-    def pre(self, h, cond, rotary):
-        """h `[..., T, D]` -> q, k, v `[..., T, H, Dh]`, rotated."""
+    def pre(self, h, cond, rotary, queries: bool):
+        """h `[..., T, D]` -> q (None without `queries`), k, v `[..., T, H, Dh]`, rotated."""
         shift, scale = self._modulate(h, cond, 0, 1)
-        qkv = self.qkv(_affine(self.norm1(h), shift, scale))
-        q, k, v = jnp.moveaxis(qkv, -3, 0)
+        x = _affine(self.norm1(h), shift, scale)
+        if not queries:
+            kernel_Dx2xHxDh = self.qkv.variables["params"]["kernel"][:, 1:].astype(self.dtype)
+            k, v = jnp.moveaxis(jnp.tensordot(x.astype(self.dtype), kernel_Dx2xHxDh, 1), -3, 0)
+            return None, rotate(k, rotary), v
+        q, k, v = jnp.moveaxis(self.qkv(x), -3, 0)
         return rotate(q, rotary), rotate(k, rotary), v
 
     def post(self, h, attended, cond, dropout_keys):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from bd3lm_jax.attention import MaskSpec, Tokens, attend
 from bd3lm_jax.errors import lookup
+from bd3lm_jax.sharding import BATCH_AXES, constrain
 
 
 REMAT = {  # what the backward pass finds stored and need not compute again, from most to least memory
@@ -43,8 +44,9 @@ class Backbone(NamedTuple):
 
     embed(ids) -> h. condition(sigma) -> cond, or None for a network that takes no noise level. rotary(positions) ->
     whatever `pre` wants of positions. groups: (name, block, count) with block methods
-    pre(h, cond, rotary) -> q, k, v and post(h, attended, cond, dropout_keys) -> h, aux. head(h, cond) -> logits, in
-    two parts: head.features(h, cond) and head.output_layer() -> kernel, bias.
+    pre(h, cond, rotary, queries) -> q (None without queries), k, v and
+    post(h, attended, cond, dropout_keys) -> h, aux. head(h, cond) -> logits, in two parts: head.features(h, cond) and
+    head.output_layer() -> kernel, bias.
     """
 
     config: Any
@@ -239,11 +241,12 @@ def _run_group(layer, params, cached, h, first, count, drop_clean, execution: Ex
 def _layer(block, spec, cond, rotary, backend, dropout_keys, params, cached, index, h, last):
     """One layer of both streams -> hidden states, the clean stream's (k, v) or None, auxiliary loss."""
     variables = {"params": params}
-    qkv = {name: block.apply(variables, h[name], cond[name], rotary[name], method=block.pre) for name in h}
+    h = {name: constrain(x, BATCH_AXES) for name, x in h.items()}  # else XLA may split features and sum them everywhere
+    qkv = {name: block.apply(variables, h[name], cond[name], rotary[name], not (last and name == "clean"),
+                             method=block.pre) for name in h}
     stored = qkv["clean"][1:] if "clean" in qkv else None
     if last:
         h = {"noised": h["noised"]}
-        qkv["clean"] = (None, *qkv["clean"][1:])
     attended = dict(zip(("noised", "clean"), attend(backend, spec, qkv.get("noised"), qkv.get("clean"), cached)))
     result, aux = {}, jnp.zeros(())
     for name in h:

@@ -142,7 +142,8 @@ def loop_over_layers(model, params):
     h = params["embed"]["embedding"][ids]
     for layer in range(count):
         variables = {"params": jax.tree.map(lambda x: x[layer], params["blocks"])}
-        query, key, value = block.apply(variables, h, cond, model.rotary(jnp.asarray(place)[None]), method=block.pre)
+        query, key, value = block.apply(variables, h, cond, model.rotary(jnp.asarray(place)[None]), True,
+                                        method=block.pre)
         scores = jnp.where(mask, jnp.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(8), -jnp.inf)
         attended = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), value)
         h, _ = block.apply(variables, h, attended, cond, None, method=block.post)

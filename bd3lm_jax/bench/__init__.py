@@ -1,0 +1,99 @@
+"""Benchmarks: all sides of a comparison run in turns in one process, and ratios are reported, not times.
+
+A benchmark is a module with `run(rounds, against) -> rows` (see `runner.row_of`), LIMITS (what this library promises),
+NOTE (how to read it), AGAINST (what it can be compared with) and a line in BENCHES.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from bd3lm_jax import log, plots
+from bd3lm_jax.bench import attention, data, evaluate, loss, step
+from bd3lm_jax.bench.runner import Limit, judged
+from bd3lm_jax.errors import UserError, lookup
+
+BENCHES = {"attention": attention, "step": step, "loss": loss, "data": data, "eval": evaluate}
+COLUMNS = {  # field of a row -> heading and format of its column
+    "time_ratio": ("time", "{:.3f}"), "cpu_ratio": ("CPU", "{:.3f}"), "memory_ratio": ("memory", "{:.3f}"),
+    "flops_ratio": ("FLOPs", "{:.3f}"), "median_ms": ("ms", "{:,.1f}"), "temp_mib": ("MiB", "{:,.0f}"),
+    "mfu": ("MFU", "{:.0%}"), "compile_s": ("compile s", "{:.1f}"), "rows_per_s": ("rows/s", "{:,.0f}"),
+    "tokens_per_s": ("tokens/s", "{:,.0f}"),
+}
+PANELS = {"cpu_ratio": "CPU time", "time_ratio": "time", "memory_ratio": "temporary memory", "flops_ratio": "FLOPs"}
+
+
+def bench(name: str, rounds: int, against: str, out: str | os.PathLike) -> dict[str, Any]:
+    """Run a benchmark: tables on stderr, NAME.json and NAME.png in the directory `out`.
+
+    against: "torch" to run PyTorch's side too, "" for ours alone. Returns the result of the `bench` command.
+    Raises UserError for an unknown benchmark, rounds below 1, a side that is missing here or that it does not have, and
+    a directory that cannot be created.
+    """
+    module = lookup(BENCHES, name, "benchmark")
+    if rounds < 1:
+        raise UserError(f"rounds is {rounds}, expected at least 1")
+    if against and against not in module.AGAINST:
+        raise UserError(f"benchmark '{name}' cannot run against '{against}': " + (
+            f"known: {', '.join(module.AGAINST)}" if module.AGAINST else "leave --against out"))
+    if against and importlib.util.find_spec(against) is None:
+        raise UserError(f"--against={against} needs a package that is missing: pip install 'bd3lm_jax[bench]'")
+    out = _directory(out)
+    device = jax.devices()[0].device_kind
+    rows = module.run(rounds, against)
+    _show(f"{name}, {rounds} rounds in turns, on {device}", module.NOTE, rows, module.LIMITS)
+    packages = ["jax", "jaxlib", "flax", "optax", *filter(None, [against])]
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    result = {"bench": name, "device": device, "versions": versions, "rows": rows}
+    (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    plots.ratio_bars(out / f"{name}.png", _panels(rows))
+    return result
+
+
+def _directory(out: str | os.PathLike) -> Path:
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create the directory --out={out}: {error.strerror or error}") from None
+    return Path(out)
+
+
+def _show(title: str, note: str, rows: list[dict], limits: Sequence[Limit]) -> None:
+    """A table a case and baseline, a column for everything that is known; a line a promise."""
+    log.note(f"{title}\n{note}")
+    for case, baseline in dict.fromkeys((row["case"], row["baseline"]) for row in rows):
+        inside = [row for row in rows if (row["case"], row["baseline"]) == (case, baseline)]
+        known = [key for key in COLUMNS if any(row.get(key) is not None for row in inside)]
+        shown = [key for key in known if key != "compile_s" or "median_ms" not in known]
+        log.table(f"{case}: to {baseline}", ("variant", *(COLUMNS[key][0] for key in shown)),
+                  [(row["variant"], *(_cell(key, row.get(key)) for key in shown)) for row in inside])
+    for limit, row, met in judged(rows, limits):
+        log.note(f"{'met' if met else 'MISSED'}: {limit.variant} to {limit.baseline}: {limit.field} "
+                 f"{_cell(limit.field, row[limit.field])}, at most {limit.value:g} ({row['case']})")
+
+
+def _cell(key: str, value: float | None) -> str:
+    return "-" if value is None else COLUMNS[key][1].format(value)
+
+
+def _panels(rows: list[dict]) -> dict[str, dict]:
+    """Ratios by measure, those to each case's first baseline."""
+    first = {}
+    for row in rows:
+        first.setdefault(row["case"], row["baseline"])
+    on_cpu = any(row["cpu_ratio"] is not None for row in rows)
+    panels = {}
+    for key in PANELS:
+        if key == ("time_ratio" if on_cpu else "cpu_ratio"):
+            continue
+        values = {(row["case"], row["variant"]): row[key] for row in rows
+                  if row[key] and row["baseline"] == first[row["case"]]}
+        if values:
+            panels[PANELS[key]] = values
+    return panels

@@ -1,0 +1,215 @@
+"""Named texts that no run was trained on, and every other text an evaluation can read, as rows to be scored.
+
+A new domain is one line in DOMAINS. Packaged ones are always there; the others come from a file of `--data_dir`, or
+from TensorFlow Datasets where they were prepared.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bd3lm_jax.config import Config, DataConfig
+from bd3lm_jax.data import corpora
+from bd3lm_jax.data.corpora import Corpus
+from bd3lm_jax.data.detokenize import detokenize, rules_of
+from bd3lm_jax.data.prepare import prepare_corpus
+from bd3lm_jax.data.tokenizers import Tokenizer
+from bd3lm_jax.data.windows import Convention, arrange
+from bd3lm_jax.errors import UserError, nearest
+
+ALL = "all"
+OWN = ""  # the run's own corpus
+LOCAL_NAMES = tuple(kind + packed for kind in (".txt", ".jsonl") for packed in ("", ".xz", ".gz"))
+SAMPLE_DOCUMENTS, SAMPLE_CHARS = 200, 2000  # that show whether a tokenizer knows a text
+
+
+class Missing(UserError):
+    """A known domain whose text is not on this machine; the message says how to get it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Domain:
+    """title: for tables. resource: a packaged file, or tfds: the name of a data set, with the fields that make up a
+    document. style: see detokenize.py. word_ppl: whether the field reports perplexity a word. file: what to put in
+    `--data_dir`, for messages."""
+
+    title: str
+    resource: str = ""
+    tfds: str = ""
+    fields: tuple[str, ...] = ()
+    style: str = "plain"
+    word_ppl: bool = False
+    file: str = "a document a line"
+
+
+DOMAINS = {
+    "austen": Domain("Persuasion"),
+    "moby_dick": Domain("Moby-Dick", resource="moby_dick.txt.xz"),
+    "sotu": Domain("State of the Union, 1980-2021", resource="sotu_since_1980.jsonl.xz"),
+    "wikitext2": Domain("WikiText-2", style="wikitext", word_ppl=True, file="wiki.test.raw of WikiText-2"),
+    "ptb": Domain("Penn Treebank", style="ptb", word_ppl=True, file="ptb.test.txt of the Penn Treebank"),
+    "lm1b": Domain("LM1B", tfds="lm1b", fields=("text",), style="lm1b", word_ppl=True),
+    "lambada": Domain("Lambada", tfds="lambada", fields=("passage",), style="lambada"),
+    "ag_news": Domain("AG News", tfds="ag_news_subset", fields=("title", "description")),
+    "pubmed": Domain("PubMed", tfds="scientific_papers/pubmed", fields=("article",), style="scientific_papers"),
+    "arxiv": Domain("arXiv", tfds="scientific_papers/arxiv", fields=("article",), style="scientific_papers"),
+}
+
+
+class Text(NamedTuple):
+    """A text as the rows that an evaluation scores. words: of the text as it is distributed, each end of a document
+    counted as one more; None where the field reports no perplexity a word."""
+
+    name: str
+    split: str
+    corpus: Corpus
+    rows: Any  # prepare.Rows, or rows with its interface (windows.py)
+    convention: Convention
+    stride: int
+    words: int | None
+
+    def document_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of the documents, float64 [D], each with the newline that its end token stands for."""
+        end = self.convention.end_token == "count"
+        return np.array([len(document.encode()) + end for document in self.corpus.documents()], np.float64)
+
+    def describe(self, result: dict) -> dict:
+        """The result of an evaluation with what was scored and how; `word_ppl` is exp(all nats / words)."""
+        bits = [result["bits_per_byte"] * nll / result["nll"] for nll in result["nll_ci95"]]
+        described = {"data": self.name, "split": self.split, **result, "bits_per_byte_ci95": bits,
+                     "chunks": self.convention.chunks, "stride": self.stride, "length": self.rows.length,
+                     "first_token": self.convention.first_token, "end_token": self.convention.end_token}
+        if self.words is not None:
+            words = self.words * result["tokens"] / self.rows.meta["tokens"]
+            nats = [nll * result["tokens"] / words for nll in (result["nll"], *result["nll_ci95"])]
+            word_ppl, *interval = (math.exp(min(x, 700.0)) for x in nats)
+            described |= {"word_ppl": word_ppl, "word_ppl_ci95": interval, "words": round(words)}
+        return described
+
+
+def convention_for(configs: Iterable[Config], *, chunks: str, stride: int, first_token: str,
+                   end_token: str) -> Convention:
+    """The convention asked for; first_token "" is "predict" if all models can. UserError where one cannot."""
+    can = all(not config.diffusion.causal or config.diffusion.bos for config in configs)
+    if first_token == "predict" and not can:
+        raise UserError("--first_token=predict: an autoregressive model here has no beginning token "
+                        "(diffusion.bos=False) and cannot predict the first token: use --first_token=skip")
+    return Convention(chunks, stride, first_token or ("predict" if can else "skip"), end_token)
+
+
+def open_text(config: Config, tokenizer: Tokenizer, *, data: str, split: str, data_dir: str,
+              convention: Convention) -> Text:
+    """A text as rows for the model of `config`, tokenised and laid out as in its training.
+
+    data: OWN for the run's own corpus, a name in DOMAINS, a .txt or .jsonl file (all of it, whatever the split) or a
+    directory of them. split: of the run's own corpus, of austen and of directories. data_dir: where the files of
+    domains are, NAME.txt or NAME.jsonl (also .xz, .gz); "" for none.
+
+    Raises UserError for a text that is empty, shorter than a block or foreign to the tokenizer, Missing (which is one)
+    for a known domain that is not there.
+    """
+    stride = convention.stride_for(config.data.length, config.block_size)
+    found = _find(config.data, data, split, data_dir)
+    corpus = _plain(found.corpus, found.style)
+    name = data or found.source
+    check_overlap(corpus.documents(), tokenizer, name)
+    section = dataclasses.replace(config.data, layout="wrap") if convention.chunks == "sliding" else config.data
+    rows = prepare_corpus(corpus, found.source, found.split, section, config.block_size, tokenizer)
+    if rows.meta["tokens"] < config.block_size:
+        raise UserError(f"the {found.split} split of '{name}' holds {rows.meta['tokens']} tokens, fewer than one block "
+                        f"of {config.block_size}: give more text")
+    words = None
+    if found.word_ppl:
+        end = convention.end_token == "count"
+        words = sum(len(document.split()) + end for document in found.corpus.documents())
+    rows = arrange(rows, convention, within_documents=config.data.layout != "wrap", block_size=config.block_size,
+                   end_id=tokenizer.end_id)
+    return Text(name, found.split, corpus, rows, convention, stride, words)
+
+
+def check_overlap(documents: Iterable[str], tokenizer: Tokenizer, source: str) -> None:
+    """UserError if less than half of the characters of the first documents survive encoding and decoding."""
+    sample = [document[:SAMPLE_CHARS] for document in itertools.islice(documents, SAMPLE_DOCUMENTS)]
+    known = [tokenizer.decode(ids[ids != tokenizer.unknown_id]) for ids in tokenizer.encode_batch(sample)]
+    there, back = (sum(len("".join(text.split())) for text in texts) for texts in (sample, known))
+    if 2 * back < there:
+        raise UserError(f"the tokenizer ('{tokenizer.kind}') does not know the text of '{source}': of {there} "
+                        f"characters {back} come back from its tokens; evaluate a text in the language and script that "
+                        "the model was trained on")
+
+
+class _Found(NamedTuple):
+    source: str
+    split: str
+    corpus: Corpus  # as distributed
+    style: str = "plain"
+    word_ppl: bool = False
+
+
+def _find(own: DataConfig, data: str, split: str, data_dir: str) -> _Found:
+    if data in (OWN, own.source):
+        return _Found(own.source, split, corpora.open_corpus(own, split))
+    if data == "austen":
+        return _Found(data, split, corpora.open_corpus(dataclasses.replace(own, source="austen", path=""), split))
+    if data in DOMAINS:
+        domain = DOMAINS[data]
+        split, corpus = _open_domain(own, data, domain, data_dir)
+        return _Found(data, split, corpus, domain.style, domain.word_ppl)
+    path = Path(data)
+    if not path.exists():
+        raise UserError(f"--data={data} is no file or directory of .txt or .jsonl text, and no named text: "
+                        f"{nearest(data, (*DOMAINS, ALL))}")
+    split = corpora.WHOLE if path.is_file() else split
+    section = _local(own, path)
+    return _Found(section.source, split, corpora.open_corpus(section, split))
+
+
+def _open_domain(own: DataConfig, name: str, domain: Domain, data_dir: str) -> tuple[str, Corpus]:
+    """Split and corpus of a domain: packaged, from a file of `data_dir`, or from TFDS."""
+    if domain.resource:
+        return corpora.WHOLE, corpora.embedded(domain.resource)
+    if data_dir and not Path(data_dir).is_dir():
+        raise UserError(f"--data_dir={data_dir} is not a directory")
+    files = [Path(data_dir, name + ending) for ending in LOCAL_NAMES if data_dir]
+    path = next((path for path in files if path.is_file()), None)
+    if path is not None:
+        return corpora.WHOLE, corpora.open_corpus(dataclasses.replace(_local(own, path), field="text"), corpora.WHOLE)
+    if not (domain.tfds and corpora.tfds_is_prepared(domain.tfds)):
+        raise Missing(_how_to_get(name, domain, data_dir))
+    sections = [dataclasses.replace(own, source="tfds", path="", name=domain.tfds, field=field)
+                for field in domain.fields]
+    parts = [corpora.open_corpus(section, "test") for section in sections]
+    return "test", Corpus(lambda: map(" ".join, zip(*(part.documents() for part in parts), strict=True)),
+                          lambda: " ".join(part.fingerprint() for part in parts))
+
+
+def _how_to_get(name: str, domain: Domain, data_dir: str) -> str:
+    message = (f"{domain.title} is not here: put {domain.file} in {data_dir or 'a directory'} as {name}.txt "
+               f"(or .jsonl){'' if data_dir else ' and give --data_dir=DIRECTORY'}")
+    if domain.tfds:
+        message += (f", or with '.[data]' installed prepare it once: python -c \"import tensorflow_datasets as tfds; "
+                    f"tfds.builder('{domain.tfds}', file_format='array_record').download_and_prepare()\"")
+    return message
+
+
+def _local(own: DataConfig, path: Path) -> DataConfig:
+    jsonl = ".jsonl" in path.suffixes or (path.is_dir() and any(path.glob("*.jsonl*")))
+    return dataclasses.replace(own, source="jsonl" if jsonl else "text", path=str(path))
+
+
+def _plain(corpus: Corpus, style: str) -> Corpus:
+    """The documents as plain text, without blank ones."""
+    rules = rules_of(style)
+    if not rules:
+        return corpus
+
+    def documents():
+        texts = (detokenize(document, style) for document in corpus.documents())
+        return (text for text in texts if text.strip())
+
+    return Corpus(documents, lambda: f"{corpus.fingerprint()} {rules}")

@@ -1,0 +1,149 @@
+"""Floating-point operations of what we compute (a multiply-add is 2), counted, not measured.
+
+`train_step` and `forward` count what the mathematics needs: the noised and the clean stream (without its last block,
+which nobody reads; in the last layer only keys and values), attention between tokens that see each other, the output
+layer on the positions that are scored, and a backward pass of twice the forward pass. This is what model FLOPs
+utilisation and expected speeds refer to. `count` counts every matrix product of a traced function, with everything that
+is computed beyond need (whole tiles, what remat computes again); a compiler's own count takes the body of a scan once.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bd3lm_jax import models
+from bd3lm_jax.models import trunk
+
+
+class Parts(NamedTuple):
+    """FLOPs of a forward pass: matrix products of the layers, attention, output layer."""
+
+    layers: float
+    attention: float
+    head: float
+
+
+def train_step(model_config: Any, objective: Any, *, batch: int, length: int, views: int) -> float:
+    """FLOPs that a step on `batch` rows of `length` tokens needs, over all devices; `views` noised views a row."""
+    return 3 * forward(model_config, objective, batch=batch, length=length, views=views)
+
+
+def forward(model_config: Any, objective: Any, *, batch: int, length: int, views: int) -> float:
+    """FLOPs of the forward pass of `train_step`, which is also that of the likelihood bound."""
+    return sum(parts(model_config, objective, batch=batch, length=length, views=views))
+
+
+def parts(model_config: Any, objective: Any, *, batch: int, length: int, views: int) -> Parts:
+    """FLOPs of a forward pass by part. Rows hold one document each (packed rows need less attention).
+
+    Args:
+        model_config: of any registered backbone, with its vocabulary size.
+        objective: of any registered kind; one that is `causal` reads a single stream.
+    """
+    model = models.build(model_config, jnp.float32)
+    params = jax.eval_shape(lambda: trunk.init(model, jax.random.key(0)))
+    level = (batch, views, length // objective.block_size) if trunk.takes_level(model_config) else (1, 1)
+    clean, noised_views = (length, 0) if objective.causal else (length - objective.block_size, views)
+    clean_pairs, noised_pairs = _pairs(objective, length, views)
+    layers = attention = 0
+    for index, (name, block, layer_count) in enumerate(model.groups):
+        layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params[name])
+        on_noised = _layer(model, block, layer, params, (batch, noised_views, length), level)
+        on_clean = _layer(model, block, layer, params, (batch, clean), (1, 1))
+        # The layer, if any, whose clean stream gives only keys and values.
+        peeled = int(not objective.causal and index == len(model.groups) - 1)
+        layers += layer_count * on_noised.all + (layer_count - peeled) * on_clean.all + peeled * on_clean.keys_values
+        attention += 4 * batch * on_noised.width * (layer_count * noised_pairs + (layer_count - peeled) * clean_pairs)
+    return Parts(layers, attention, _head(model, params, objective, batch, length, views))
+
+
+def scored_positions(objective: Any, batch: int, length: int, views: int) -> int:
+    """Positions of a view that reach the output layer: the static capacity of the objective's masks."""
+    ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    noised = jax.eval_shape(
+        lambda x: objective.corrupt(jax.random.key(0), x, x, views=views, mask_id=0, end_id=0), ids)
+    return min(noised.capacity, length)
+
+
+def count(function: Callable, *args: Any) -> int:
+    """FLOPs of all matrix products in `function(*args)`, which is traced, not run; args may be abstract.
+
+    Raises ValueError where the number cannot be known: a kernel, or a product in a loop of unknown length.
+    """
+    return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+class _Layer(NamedTuple):
+    """FLOPs of one layer on one stream without attention; of its keys and values alone; the width of attention."""
+
+    all: int
+    keys_values: int
+    width: int
+
+
+def _layer(model, block, layer, params, shape, level) -> _Layer:
+    """One layer on tokens `[B, C]` or `[B, M, T]`; level: shape of the noise levels that condition them."""
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32)
+    h = jax.eval_shape(lambda p, x: model.embed.apply({"params": p}, x), params["embed"], ids)
+    rotary = jax.eval_shape(model.rotary, ids)
+    cond = None
+    if model.condition is not None:
+        sigma = jax.ShapeDtypeStruct(level, jnp.float32)
+        cond = jax.eval_shape(lambda p, x: model.condition.apply({"params": p}, x), params["condition"], sigma)
+
+    def pre(p, h, cond, rotary):
+        return block.apply({"params": p}, h, cond, rotary, True, method=block.pre)
+
+    def post(p, h, attended, cond):
+        return block.apply({"params": p}, h, attended, cond, None, method=block.post)[0]
+
+    q = jax.eval_shape(pre, layer, h, cond, rotary)[0]
+    width = math.prod(q.shape[-2:])
+    before, after = count(pre, layer, h, cond, rotary), count(post, layer, h, q, cond)
+    return _Layer(before + after, before - 2 * math.prod(h.shape) * width, width)
+
+
+def _pairs(objective, length: int, views: int) -> tuple[float, float]:
+    """Pairs (query, key) that see each other in one row and layer: clean queries, noised queries."""
+    if objective.causal:
+        return length * (length + 1) / 2, 0
+    size = objective.block_size
+    return (length - size) * length / 2, views * length * (length + size) / 2
+
+
+def _head(model, params, objective, batch, length, views) -> int:
+    positions = scored_positions(objective, batch, length, views)
+    ids = jax.ShapeDtypeStruct((batch, views, positions), jnp.int32)
+    h = jax.eval_shape(lambda p, x: model.embed.apply({"params": p}, x), params["embed"], ids)
+    sigma = jax.ShapeDtypeStruct(ids.shape, jnp.float32) if trunk.takes_level(model.config) else None
+    return count(lambda p, h, sigma: trunk.logits(model, p, h, sigma), params, h, sigma)
+
+
+def _of_jaxpr(jaxpr) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+            continue
+        inner = [_of_jaxpr(x) for x in _inner_jaxprs(equation.params)]
+        if name == "pallas_call" or (name == "while" and any(inner)):
+            raise ValueError(f"cannot count the FLOPs of {name}: how often it runs is not known")
+        if name == "cond":
+            total += max(inner)
+        else:
+            total += sum(inner) * (equation.params["length"] if name == "scan" else 1)
+    return total
+
+
+def _inner_jaxprs(params: dict):
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            item = getattr(item, "jaxpr", item)
+            if hasattr(item, "eqns"):
+                yield item

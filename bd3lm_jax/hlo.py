@@ -1,0 +1,117 @@
+"""What a compiled program sends between devices, read from its HLO text with the trip counts of its loops."""
+
+import math
+import re
+from typing import NamedTuple
+
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8,
+         "s64": 8, "u64": 8}
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+CALL = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
+# What one device sends in a ring of n, as a part of the array that all of them hold together (of a device's own array
+# for the last three): a gather or a scatter passes n - 1 of n pieces on, a reduction does both.
+SENT = {"all-gather": lambda n: (n - 1) / n, "reduce-scatter": lambda n: (n - 1) / n,
+        "all-reduce": lambda n: 2 * (n - 1) / n, "all-to-all": lambda n: (n - 1) / n, "collective-permute": lambda n: 1}
+
+
+class Traffic(NamedTuple):
+    """How often one kind of collective runs, and the bytes that a device sends for it."""
+
+    calls: int
+    bytes: float
+
+
+def communication(text: str) -> dict[str, Traffic]:
+    """Traffic of one run of a compiled program (`compiled.as_text()`), by kind of collective; {} on one device.
+
+    A loop whose length the text does not state counts once. Collectives among one device only are left out.
+    """
+    found: dict[tuple[str, str], Traffic] = {}  # by kind and channel: an asynchronous one appears in several places
+    computations = _computations(text)
+    for name, times in _multiplicities(computations).items():
+        for line in computations[name]:
+            call = CALL.search(line)
+            if call is None:
+                continue
+            kind, size = _kind_and_bytes(name, call, line)
+            devices = _group_size(line)
+            if devices > 1:
+                channel = re.search(r"channel_id=(\d+)", line)
+                key = kind, channel[1] if channel else line
+                traffic = Traffic(times, times * size * SENT[kind](devices))
+                found[key] = max(found.get(key, traffic), traffic)
+    return {kind: Traffic(*(sum(values) for values in zip(*(t for (k, _), t in found.items() if k == kind))))
+            for kind in KINDS if any(k == kind for k, _ in found)}
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+    """Instruction lines by name of computation; the entry has the key "ENTRY"."""
+    result, lines = {}, []
+    for line in text.splitlines():
+        header = re.match(r"(ENTRY )?%(\S+) .*\{$", line)
+        if header:
+            lines = result["ENTRY" if header[1] else header[2]] = []
+        elif line.startswith("  "):
+            lines.append(line)
+    return result
+
+
+def _multiplicities(computations: dict[str, list[str]]) -> dict[str, int]:
+    """How often each computation runs (every branch of a conditional counts as taken)."""
+    times = dict.fromkeys(computations, 0)
+
+    def visit(name: str, factor: int) -> None:
+        times[name] += factor
+        for line in computations[name]:
+            loops = _trip_count(line, computations) if " while(" in line else 1
+            for callee in re.findall(r"(?:body|calls|to_apply|\w+_computation)=%([^\s,)]+)", line):
+                visit(callee, factor * loops)
+            for branches in re.findall(r"branch_computations=\{([^}]*)\}", line):
+                for callee in re.findall(r"%([^\s,]+)", branches):
+                    visit(callee, factor)
+
+    visit("ENTRY", 1)
+    return times
+
+
+def _trip_count(line: str, computations: dict[str, list[str]]) -> int:
+    """From the compiler's note, else from the loop's condition `counter < constant` (loops of jax count from 0)."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+    if known:
+        return int(known[1])
+    condition = computations[re.search(r"condition=%([^\s,]+)", line)[1]]
+    constants = [re.search(r"constant\((\d+)\)", other) for other in condition]
+    constants = [int(constant[1]) for constant in constants if constant]
+    counts = len(constants) == 1 and any("direction=LT" in other for other in condition)
+    return constants[0] if counts else 1
+
+
+def _kind_and_bytes(computation: str, call: re.Match, line: str) -> tuple[str, float]:
+    """Kind of the collective, and bytes of the array that SENT refers to, from the type of its result."""
+    kind, devices = call[1], _group_size(line)
+    type_ = line[:call.start()].partition(" = ")[2]
+    size = sum(BYTES.get(kind_of, 1) * math.prod(map(int, filter(None, dims.split(","))))
+               for kind_of, dims in re.findall(r"(\w+)\[([\d,]*)\]", type_))
+    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):  # how TPU programs write it
+        return "reduce-scatter", size
+    started = call[2] is not None  # its result holds the operand as well
+    if kind == "all-gather" and started:
+        return kind, size * devices / (devices + 1)
+    if kind == "reduce-scatter":
+        return kind, size * devices / (devices + 1) if started else size * devices
+    return kind, size / 2 if kind == "collective-permute" and started else size
+
+
+def _group_size(line: str) -> int:
+    """Devices that one collective runs among; 2 for a permutation (its pairs)."""
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
+    if listed:
+        return len(listed[1].split(","))
+    counted = re.search(r"replica_groups=\[\d+,(\d+)\]<=", line)
+    if counted:
+        return int(counted[1])
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\].*? \{([^}]*)\}", line)
+    if named:
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        return math.prod(sizes[axis] for axis in re.findall(r"'(\w+)'", named[2]))
+    return 2

@@ -1,0 +1,81 @@
+"""Train every run that sweep() of a config file yields, each in a process of its own, and compare them in one table.
+
+  python -m launch sweep                                        # block sizes 1, 4 and 16 of configs/tiny.py
+  python -m launch sweep --dry_run                              # which runs, how far, and their commands
+  python -m launch sweep --config=configs/tiny.py --config.train.steps=300 --workdir=runs/sweeps/short --parallel=2
+  python -m launch sweep --index=2                              # run number 2 only: a task of an array job
+
+A config file with a sweep (each dict: what changes; "arg" is what get_config is called with):
+
+  def sweep():
+      for lr in (1e-3, 3e-3):
+          yield {"optim.lr": lr}
+
+Run it again to go on: finished runs are skipped. Ctrl-C and SIGTERM let the runs save and stop.
+Result: sweep, runs (name, status, overrides, step, valid_nll, nll_ci95, valid_ppl, bits_per_byte, workdir, log, error).
+The table is also WORKDIR/table.csv and table.md, the plot WORKDIR/sweep.png. Exit code 1 if a run has failed.
+"""
+
+import sys
+
+from absl import flags
+
+from bd3lm_jax.errors import UserError
+from launch import arguments
+
+TAKES_CONFIG = True
+LOADS_CONFIG = True
+ARG = "arg"  # the key of a point that is no config key, but the argument of get_config
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", "", "where the sweep is kept; empty: runs/sweeps/<config file name>",
+                        flag_values=values)
+    flags.DEFINE_integer("parallel", 1, "runs at a time; they share this machine's devices", lower_bound=1,
+                         flag_values=values)
+    flags.DEFINE_integer("index", None, "train only this run, counted from 0", lower_bound=0, flag_values=values)
+    flags.DEFINE_boolean("dry_run", False, "list the runs, train nothing", flag_values=values)
+
+
+def main(args: flags.FlagValues, spec: str, overrides: list[str]) -> dict:
+    from bd3lm_jax.sweep import sweep
+
+    points = load_points(spec, overrides)
+    workdir = args.workdir or f"runs/sweeps/{arguments.config_name(spec)}"
+    return sweep(points, workdir, parallel=args.parallel, index=args.index, dry_run=args.dry_run)
+
+
+def load_points(spec: str, overrides: list[str]) -> list:
+    """A bd3lm_jax.sweep.Point for everything that sweep() of the config file yields; `overrides` apply to all.
+
+    UserError, naming the run, for a key or a value that is wrong in one of them.
+    """
+    from bd3lm_jax.sweep import Point
+
+    path, colon, _ = spec.partition(":")
+    fixed = {arguments.override_key(word) for word in overrides} | ({ARG} if colon else set())
+    points = []
+    for i, changes in enumerate(arguments.load_sweep(path)):
+        twice = sorted(fixed & changes.keys())
+        if twice:
+            raise UserError(f"'{twice[0]}' is given on the command line and by sweep() in '{path}': leave one out")
+        try:
+            changes = {key: _plain(key, value) for key, value in changes.items()}
+            point_spec = f"{path}:{changes[ARG]}" if ARG in changes else spec
+            words = [*overrides, *(f"--config.{key}={value}" for key, value in changes.items() if key != ARG)]
+            config = arguments.load_config(point_spec, words)
+        except UserError as error:
+            raise UserError(f"run {i} of sweep() in '{path}': {error}") from None
+        command = (sys.executable, "-m", "launch", "train", f"--config={point_spec}", *words)
+        points.append(Point(changes, config, command))
+    return points
+
+
+def _plain(key: str, value):
+    """A number, a text or a tuple of them; NumPy's become Python's."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    value = tuple(value) if isinstance(value, list) else value
+    parts = value if isinstance(value, tuple) else (value,)
+    if not all(isinstance(part, (bool, int, float, str)) for part in parts):
+        raise UserError(f"'{key}' is {value!r}, expected a number, a text or a tuple of them")
+    return value

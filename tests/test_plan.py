@@ -1,0 +1,148 @@
+"""`--plan` as a person starts it: figures against closed forms and against what is really allocated and counted."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bd3lm_jax import flops, hardware, plan
+from bd3lm_jax.data.tokenizers import get_tokenizer
+from bd3lm_jax.errors import UserError
+from configs import owt
+from launch.__main__ import main
+from launch.arguments import load_config
+
+ROOT = Path(__file__).parent.parent
+CONFIG = "configs/tiny.py:algo=ar"
+SMALL = ("--config.model.layers=2", "--config.model.width=64", "--config.model.heads=2", "--config.data.length=64",
+         "--config.data.tokenizer=bpe:1151", "--config.train.batch=16", "--config.compute.dtype=float32")
+MATRICES = 1152 * 64 + 2 * (4 + 2 * 4) * 64 * 64 + 64 * 1152  # embedding, two layers, output layer
+VECTORS = 2 * (2 * 64 + 5 * 64) + 64 + 1152  # norms and biases
+PARAMS = MATRICES + VECTORS
+STATE = {"params": 1, "optimiser": 2, "ema": 1, "gradients": 1}  # in copies of the weights
+
+
+def run(*flags: str) -> dict:
+    done = subprocess.run([sys.executable, "-m", "launch", "train", "--plan", f"--config={CONFIG}", *SMALL, *flags],
+                          cwd=ROOT, text=True, capture_output=True, timeout=300,
+                          env=os.environ | {"BD3LM_CACHE": "/nowhere"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "temporaries" in done.stderr and "v5e" in done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def four():
+    return run("--mesh=data=4", "--utilisation=0.5")
+
+
+def test_sizes(four):
+    assert (four["devices"], four["mesh"]) == (4, {"data": 4, "fsdp": 1, "tensor": 1})
+    assert (four["params"], four["compiler"]) == (PARAMS, "cpu")
+    held = four["bytes_per_device"]
+    for kind, copies in STATE.items():
+        assert held[kind] == pytest.approx(copies * 4 * PARAMS, abs=16)  # and counters
+    assert held["batch"] == 3 * 4 * 64 * 4
+    assert held["total"] == sum(size for kind, size in held.items() if kind != "total")
+
+
+def test_gradients_are_what_devices_send(four):
+    """Each sends its gradient round a ring once to add and once to share, and a few norms and counts besides."""
+    sent = sum(traffic["bytes"] for traffic in four["communication"].values())
+    assert 2 * 3 / 4 * 4 * PARAMS == pytest.approx(sent, rel=0.01)
+
+
+def test_speed_is_flops_over_peak(four):
+    config = load_config(CONFIG, SMALL)
+    needed = flops.train_step(plan.resolved(config)[0].model, config.diffusion, batch=16, length=64, views=1)
+    assert four["flops_per_step"] == needed
+    assert [row["device"] for row in four["expected"]] == list(hardware.ACCELERATORS)
+    for row in four["expected"]:
+        device = hardware.ACCELERATORS[row["device"]]
+        compute_s = needed / (4 * 0.5 * device.peak_flops)
+        links_s = sum(traffic["bytes"] for traffic in four["communication"].values()) / device.links_bandwidth
+        assert row["tokens_per_s"] == pytest.approx(16 * 64 / max(compute_s, links_s))
+        assert row["bound_by"] == ("compute" if compute_s > links_s else "links") and row["fits"] is True
+
+
+def test_split_weights():
+    split = run("--mesh=fsdp=4")
+    for kind, copies in STATE.items():
+        assert split["bytes_per_device"][kind] == pytest.approx(copies * 4 * (MATRICES / 4 + VECTORS), abs=16)
+    assert split["communication"]["all-gather"]["bytes"] > 3 / 4 * 4 * (64 + 1) * 1152
+
+
+@pytest.mark.parametrize(("flag", "message"), [
+    ("--mesh=data=4,fsdp", "--mesh: 'fsdp' is not one of data=N, fsdp=N, tensor=N"),
+    ("--mesh=rows=4", "--mesh: 'rows=4' is not one of"),
+    ("--mesh=data=-1,fsdp=-1", "at most one -1"),
+    ("--for=v7", "value should be one of <v4|v5e|v5p|v6e>"),
+    ("--utilisation=0", "--utilisation=0"),
+    ("--config.model.vocab_size=1000", "smaller than the 1152 ids"),
+    ("--config.data.tokenizer=bpe:9", "expected bpe:N with N at least 257"),
+])
+def test_bad_input(capsys, monkeypatch, flag, message):
+    monkeypatch.chdir(ROOT)
+    code = main(["train", "--plan", *SMALL, flag])
+    out, err = capsys.readouterr()
+    assert (code, out, len(err.splitlines())) == (2, "", 1) and message in err
+
+
+@pytest.mark.parametrize(("mesh", "message"), [
+    ("data=3", "mesh.data x mesh.fsdp = 3 does not divide a batch of 16 rows"),
+    ("tensor=4", "mesh.tensor=4 does not divide model.heads=2"),
+])
+def test_a_mesh_that_train_refuses(mesh, message):
+    done = subprocess.run([sys.executable, "-m", "launch", "train", "--plan", *SMALL, f"--mesh={mesh}"], cwd=ROOT,
+                          text=True, capture_output=True, timeout=300)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_a_target_without_its_compiler_or_slice(monkeypatch):
+    config = load_config("configs/tiny.py", ("--config.mesh.data=3",))
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs the TPU compiler: pip install"):
+        plan.plan(config, target="v5e", utilisation=0.4)
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(UserError, match="the mesh has 3 devices, a slice of v5e has 1, 4, 8, 16"):
+        plan.plan(config, target="v5e", utilisation=0.4)
+
+
+def test_vocabularies_are_those_of_the_tokenizers():
+    config = load_config("configs/owt.py", ())
+    assert plan.resolved(config)[0].model.vocab_size == 50258
+    bpe = load_config("configs/tiny.py", ("--config.data.tokenizer=bpe:300",))
+    resolved, special = plan.resolved(bpe)
+    trained = get_tokenizer("bpe:300", lambda: [" ".join(f"word{i} is {i * i}" for i in range(99))])
+    assert (resolved.model.vocab_size, special.mask, special.end) == (
+        trained.vocab_size, trained.mask_id, trained.end_id)
+    assert owt.get_config().model.vocab_size == -1
+
+
+def test_slices_have_what_their_names_say():
+    for target, shapes in plan.SLICES.items():
+        assert target in hardware.ACCELERATORS
+        dimensions = {len(shape.split("x")) for shape in shapes}
+        assert dimensions == ({2} if target in ("v5e", "v6e") else {3})
+
+
+@pytest.mark.libtpu
+def test_the_tpu_compiler_is_asked():
+    pytest.importorskip("libtpu")
+    found = run("--mesh=data=2,fsdp=2", "--for=v5e")
+    assert (found["compiler"], [row["device"] for row in found["expected"]]) == ("v5e", ["v5e"])
+    assert found["communication"]["all-gather"]["bytes"] > 1 / 2 * 4 * 64 * 1152
+    assert found["bytes_per_device"]["total"] > found["bytes_per_device"]["params"] * 4
+    assert found["expected"][0]["fits"] is True
+
+
+@pytest.mark.libtpu
+def test_the_tpu_compiler_runs_out_of_memory():
+    pytest.importorskip("libtpu")
+    found = run("--for=v5e", "--config.train.batch=65536")
+    assert found["bytes_per_device"]["total"] > hardware.ACCELERATORS["v5e"].memory
+    assert found["expected"][0]["fits"] is False and found["communication"] is None
