@@ -93,7 +93,7 @@ def _samples(run, weights) -> None:
 
     if jax.default_backend() == "cpu":  # simulated devices share few threads, which collectives in a loop can starve
         weights = jax.device_put(weights, jax.local_devices()[0])
-    lm = LM(run.config, weights, run.tokenizer, run.model, run.config.data.length)
+    lm = LM(run.config, weights, run.tokenizer, run.program.model, run.config.data.length)
     length = min(run.config.eval.sample_length, lm.context)
     samples = lm.generate(num=run.config.eval.samples, length=length, seed=run.config.seed)
     note(f"{len(samples)} samples:")
