@@ -24,7 +24,8 @@ def run(tmp_path_factory):
     rows = {split: prepare(config.data, split, 4, tokenizer) for split in ("train", "valid")}
     model, params = network(config)
     config = toy_config(directory, {"eval.samples": 2, "eval.sample_length": 16, "model.vocab_size": 258})
-    run = types.SimpleNamespace(config=config, workdir=directory / "run", tokenizer=tokenizer, rows=rows, model=model)
+    run = types.SimpleNamespace(config=config, workdir=directory / "run", tokenizer=tokenizer, rows=rows,
+                                program=types.SimpleNamespace(model=model))
     with RunLog(run.workdir, 2) as log:
         for step in (1, 2):
             log.metrics(step, {"train/loss": 5.0 - step, "train/nll": 5.0 - step, "valid/nll": 5.1 - step})
