@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from bd3lm_jax.attention import target_platform
 
 NEVER = -1e30  # logit of what cannot be predicted; finite, so that its gradient is 0 and not NaN
-CPU_LOGITS, ACCELERATOR_LOGITS = 24 * 2**20, 256 * 2**20  # bytes of a chunk's logits: few, and enough work a chunk
+CPU_LOGITS, ACCELERATOR_LOGITS = 34 * 2**20, 256 * 2**20  # bytes of a chunk's logits: few, and enough work a chunk
 GRADIENT_SLICES = 8  # the output layer's gradient grows by slices of its rows: no second copy of it
 
 
@@ -68,8 +68,8 @@ def _total_forward(output, features_GxNxD, target_GxN, weight_GxN, chunk):
     def step(carry, xs):
         d_kernel, d_bias = carry
         x, target, weight = xs
-        losses, log_p, hit = _losses(output, x, target)
-        d_logits = (jnp.exp(log_p) - hit) * weight[..., None]
+        losses, logits, lse, hit = _losses(output, x, target)
+        d_logits = (jnp.exp(logits - lse[..., None]) - hit) * weight[..., None]
         low = d_logits.astype(x.dtype)
         d_x = jnp.einsum("gnv,dv->gnd", low, output.kernel_DxV.astype(x.dtype), preferred_element_type=jnp.float32)
 
@@ -100,12 +100,12 @@ weighted_total.defvjp(_total_forward, _total_backward)
 
 
 def _losses(output: Output, x_GxNxD, target_GxN):
-    """-log p(target) `[G, N]`, log p `[G, N, V]` and where the target is `[G, N, V]`."""
+    """-log p(target) `[G, N]`, logits `[G, N, V]`, their log-sum-exp `[G, N]`, and where the target is `[G, N, V]`."""
     kernel = output.kernel_DxV.astype(x_GxNxD.dtype)
-    logits = jnp.einsum("gnd,dv->gnv", x_GxNxD, kernel, preferred_element_type=jnp.float32)
-    log_p = jax.nn.log_softmax(logits + output.bias_V)
-    hit = jnp.arange(log_p.shape[-1]) == target_GxN[..., None]  # a comparison, not a gather: V may be sharded
-    return -jnp.sum(jnp.where(hit, log_p, 0), axis=-1), log_p, hit
+    logits = jnp.einsum("gnd,dv->gnv", x_GxNxD, kernel, preferred_element_type=jnp.float32) + output.bias_V
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    hit = jnp.arange(logits.shape[-1]) == target_GxN[..., None]  # a comparison, not a gather: V may be sharded
+    return lse - jnp.sum(jnp.where(hit, logits, 0), axis=-1), logits, lse, hit
 
 
 def _cut(x_GxN, chunk: int):
