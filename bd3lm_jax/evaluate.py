@@ -223,7 +223,8 @@ class Evaluator:
                                               lambda index: rows.scored(padded[index[0]])[:, index[1]])
         key = jax.random.fold_in(jax.random.key(seed), round_)
         program = self._program(estimator, draws)
-        return [program(params, key, index, row_ids, arrays["tokens"], arrays["positions"], arrays["segments"], scored)
+        batch = arrays["tokens"], arrays["positions"], arrays["segments"], scored
+        return [sharding.settled(program(params, key, index, row_ids, *batch))
                 for index in range(estimator.passes(draws))]
 
     def _program(self, estimator, draws: int):

@@ -16,6 +16,7 @@ from bd3lm_jax.diffusion.clip import ClipSearch, relative_variance
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.models import Backbone
 from bd3lm_jax.passes import Execution
+from bd3lm_jax.sharding import settled
 from bd3lm_jax.state import TrainState
 from bd3lm_jax.step import SpecialIds, draw_noise, execution_of, row_losses, score, sum_over_rows
 
@@ -50,7 +51,7 @@ class Chooser:
     def _search(self, params, key, batches: list[dict]) -> np.ndarray:
         """The candidate interval `[2]` whose blocks' loss has the least relative variance; all see the same draws."""
         candidates = np.array([[self.schedule.low, self.schedule.high], *self.schedule.candidates])
-        parts = [[self._moments(params, jax.random.fold_in(key, i), self.schedule.chosen(interval), batch)
+        parts = [[settled(self._moments(params, jax.random.fold_in(key, i), self.schedule.chosen(interval), batch))
                   for i, batch in enumerate(batches)] for interval in candidates]
         moments_3xI = np.array(jax.device_get(parts), np.float64).sum(1).T
         variance = relative_variance(*moments_3xI)

@@ -124,6 +124,15 @@ def batch_devices() -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def settled(results: Any) -> Any:
+    """`results`, once they are there if devices are simulated on a CPU; elsewhere at once.
+
+    Simulated devices share a few threads: the collectives of two programs in flight can starve each other for ever.
+    """
+    simulated = jax.default_backend() == "cpu" and len(jax.devices()) > 1
+    return jax.block_until_ready(results) if simulated else results
+
+
 def constrain(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
     """`x` laid out by `spec` under `jax.set_mesh`, one entry a dimension (those left out are not split).
 
