@@ -96,16 +96,11 @@ def compiled_only(case: Case) -> list[dict]:
     return compare(f"{case}, {COMPILED}", variants, "published_structure", 0)
 
 
-def _masked(block_size: int) -> Masked:
-    return Masked(block_size=block_size, schedule="loglinear", corruption="exact_count", count_probs=(),
-                  complement=False, clip_low=0.0, clip_high=1.0, eps=1e-3)
-
-
 OBJECTIVES = {  # variant of this library -> objective of a case, noised views
     "ar": (lambda case: AR(bos=True), 1),
-    "mdlm": (lambda case: _masked(case.length), 1),
-    "two_stream": (lambda case: _masked(case.block_size), 1),
-    "two_stream_views2": (lambda case: _masked(case.block_size), 2),
+    "mdlm": (lambda case: Masked.uniform_counts(case.length), 1),
+    "two_stream": (lambda case: Masked.uniform_counts(case.block_size), 1),
+    "two_stream_views2": (lambda case: Masked.uniform_counts(case.block_size), 2),
 }
 STRUCTURES = {"two_pass": two_pass_loss, "published_structure": published_loss}  # other ways to compute `two_stream`
 
