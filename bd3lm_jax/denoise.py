@@ -1,85 +1,169 @@
-"""How the sampling loop (`sampling/generate.py`) asks a network, with an exact cache."""
+"""How the sampling loop (`sampling/generate.py`) asks a network: with an exact cache, without one, with guidance.
+
+The cache holds the last `slots` tokens in a ring: positions keep growing and the newest block takes the place of the
+oldest. As long as nothing is dropped it is exact. Afterwards a block sees the last `slots` tokens, whose keys still
+carry something of what was dropped: an approximation, as with any sliding window.
+"""
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from bd3lm_jax.models import Backbone, trunk
-from bd3lm_jax.models.trunk import Cache, Stream
-from bd3lm_jax.passes import PLAIN
+from bd3lm_jax.models.trunk import Cache, Execution, Stream
+from bd3lm_jax.sampling.generate import Finished
+
+# A loop around the layers would copy the weights of each one out of their stack in every call.
+UNROLLED = Execution(backend="auto", layers="unroll", remat="none", one_document=False)
 
 
 class BlockDenoiser(NamedTuple):
-    """Masked diffusion in blocks: the canvas is the noised stream, the block just finished the clean one."""
+    """Masked diffusion in blocks: the canvas is the noised stream, the block just finished the clean one.
+
+    slots: tokens that the cache holds, a multiple of the block size. dtype: of the cache, see
+    `trunk.new_cache`.
+    """
 
     model: Backbone
-    objective: Any
-    end_id: int
+    block_size: int
+    slots: int
+    dtype: str
 
     def stored_before(self, first_block: int) -> int:
         """Tokens for `prefill`: all blocks before `first_block` but the last one, which the first call stores."""
-        return max(first_block - 1, 0) * self.objective.block_size
+        return max(first_block - 1, 0) * self.block_size
 
-    def prefill(self, params, tokens_BxL, slots: int, count) -> Cache:
-        """A cache for rows of L tokens that holds the first `count` <= `slots` (static) of them."""
-        cache = trunk.new_cache(self.model, params, *tokens_BxL.shape)
-        if slots == 0:
-            return cache.replace(empty=False)
-        ids = tokens_BxL[:, :slots]
-        return _store(self.model, params, ids, count, self.objective.block_size, "block_causal", cache)
+    def prefill(self, params, ids_BxN, real_BxN, origin) -> Cache:
+        """A cache that holds N <= slots (static) tokens from row position `origin` on, a multiple of the block size;
+        those that are not `real` stay unseen."""
+        return _store(self, params, ids_BxN, real_BxN, origin, self.block_size, "block_causal")
 
-    def __call__(self, params, canvas_BxS, start, previous_BxS, previous_real, positions_BxP, level_B, cache):
-        batch, size = canvas_BxS.shape
-        position = jnp.broadcast_to(start + jnp.arange(size), (batch, size))
+    def __call__(self, params, canvas_BxS, block, finished: Finished | None, positions_BxP, level_B, cache):
+        size, start = self.block_size, block * self.block_size
+        position = jnp.broadcast_to(start + jnp.arange(size), canvas_BxS.shape)
         ones = jnp.ones_like(position)
-        sigma = None
-        if trunk.takes_level(self.model.config):
-            sigma = -jnp.log1p(-jnp.minimum(level_B, 1 - 1e-6))[:, None, None]
-        noised = Stream(canvas_BxS[:, None], position, ones * (start // size), ones, sigma)
+        noised = Stream(canvas_BxS[:, None], position, ones * block, ones, self._sigma(level_B))
         clean = None
-        if previous_BxS is not None:
+        if finished is not None:
             before = jnp.maximum(position - size, 0)
-            clean = Stream(previous_BxS, before, before // size, ones * previous_real)
-        out = _hidden(self.model, params, noised, clean, cache, jnp.maximum(start - size, 0), "block_causal", size)
-        h = jnp.take_along_axis(out.noised[:, 0], positions_BxP[..., None], axis=1)
-        return trunk.logits(self.model, params, h, None if sigma is None else sigma[:, 0]), out.cache
+            clean = Stream(finished.ids, before, before // size, finished.real.astype(jnp.int32))
+        h, cache = _ask(self, params, noised, clean, cache, start - size, "block_causal", size)
+        h = jnp.take_along_axis(h[:, 0], positions_BxP[..., None], axis=1)
+        sigma = self._sigma(level_B)
+        return trunk.logits(self.model, params, h, None if sigma is None else sigma[:, 0]), cache
+
+    def _sigma(self, level_B):
+        if not trunk.takes_level(self.model.config):
+            return None
+        return -jnp.log1p(-jnp.minimum(level_B, 1 - 1e-6))[:, None, None]
 
 
 class CausalDenoiser(NamedTuple):
-    """Autoregression as blocks of one token: the clean stream is the token before, whose output predicts the canvas."""
+    """Autoregression as blocks of one token: the clean stream is the token before, whose output predicts the canvas.
+
+    bos: the row begins with the end token `end_id`, which takes cache slot and position 0.
+    """
 
     model: Backbone
-    objective: Any
+    slots: int
+    dtype: str
+    bos: bool
     end_id: int
 
     def stored_before(self, first_block: int) -> int:
-        return first_block if self.objective.bos else max(first_block - 1, 0)
+        """Tokens for `prefill`; with `bos` the beginning counts as one of them."""
+        return first_block if self.bos else max(first_block - 1, 0)
 
-    def prefill(self, params, tokens_BxL, slots: int, count) -> Cache:
-        cache = trunk.new_cache(self.model, params, *tokens_BxL.shape)
-        if slots == 0:
-            return cache.replace(empty=False)
-        ids = tokens_BxL
-        if self.objective.bos:
-            ids = jnp.pad(ids, ((0, 0), (1, 0)), constant_values=self.end_id)
-        return _store(self.model, params, ids[:, :slots], count, 1, "causal", cache)
+    def prefill(self, params, ids_BxN, real_BxN, origin) -> Cache:
+        """As `BlockDenoiser.prefill`; with `bos`, ids are those of the row with its beginning."""
+        return _store(self, params, ids_BxN, real_BxN, origin, 1, "causal")
 
-    def __call__(self, params, canvas_Bx1, start, previous_Bx1, previous_real, positions_BxP, level_B, cache):
-        ids = jnp.where(previous_real, previous_Bx1, self.end_id)
-        at = start if self.objective.bos else start - 1
+    def __call__(self, params, canvas_Bx1, block, finished: Finished, positions_BxP, level_B, cache):
+        at = block if self.bos else block - 1
+        ids, real = finished.ids, finished.real
+        if self.bos:
+            ids, real = jnp.where(block > 0, ids, self.end_id), real | (block == 0)
         position = jnp.full_like(ids, 0) + at
-        clean = Stream(ids, position, position, jnp.ones_like(ids))
-        out = _hidden(self.model, params, None, clean, cache, at, "causal", 1)
-        return trunk.logits(self.model, params, out.clean), out.cache
+        clean = Stream(ids, position, position, real.astype(jnp.int32))
+        h, cache = _ask(self, params, None, clean, cache, at, "causal", 1)
+        return trunk.logits(self.model, params, h), cache
 
 
-def _store(model, params, ids_BxP, count, block_size: int, rule: str, cache: Cache) -> Cache:
-    """`cache` with the keys and values of the first `count` tokens; slots after them stay invisible."""
-    position = jnp.broadcast_to(jnp.arange(ids_BxP.shape[1]), ids_BxP.shape)
-    clean = Stream(ids_BxP, position, position // block_size, (position < count).astype(jnp.int32))
-    return _hidden(model, params, None, clean, cache, 0, rule, block_size).cache
+class UncachedDenoiser(NamedTuple):
+    """A pass over the whole row in every call, for comparison and tests: the "cache" holds tokens."""
+
+    model: Backbone
+    block_size: int
+    length: int
+
+    def prefill(self, params, ids_BxN, real_BxN, origin):
+        """Ids and which of them are real, `[B, L]`; origin is 0."""
+        empty = jnp.zeros((ids_BxN.shape[0], self.length), jnp.int32)
+        at = (0, 0)
+        return (jax.lax.dynamic_update_slice(empty, ids_BxN, at),
+                jax.lax.dynamic_update_slice(empty, real_BxN.astype(jnp.int32), at))
+
+    def __call__(self, params, canvas_BxS, block, finished: Finished | None, positions_BxP, level_B, cache):
+        size, start = self.block_size, block * self.block_size
+        if finished is not None:
+            at = (0, jnp.maximum(start - size, 0))
+            stored = finished.ids, finished.real.astype(jnp.int32)
+            cache = tuple(jax.lax.dynamic_update_slice(row, new, at) for row, new in zip(cache, stored))
+        ids, real = cache
+        row = jnp.broadcast_to(jnp.arange(self.length), ids.shape)
+        clean = Stream(ids, row, row // size, real)
+        position = jnp.broadcast_to(start + jnp.arange(size), canvas_BxS.shape)
+        ones = jnp.ones_like(position)
+        noised = Stream(canvas_BxS[:, None], position, ones * block, ones)
+        everything = trunk.hidden(self.model, params, noised=noised, clean=clean, rule="block_causal", block_size=size,
+                                  cache=trunk.new_cache(self.model, params, *ids.shape, "compute"), write_at=0,
+                                  execution=UNROLLED, dropout_keys=None)
+        h = jnp.take_along_axis(everything.noised[:, 0], positions_BxP[..., None], axis=1)
+        return trunk.logits(self.model, params, h), cache
 
 
-def _hidden(model, params, noised, clean, cache, write_at, rule: str, block_size: int):
-    return trunk.hidden(model, params, noised=noised, clean=clean, cache=cache, write_at=write_at, rule=rule,
-                        block_size=block_size, execution=PLAIN, dropout_keys=None)
+class Guided(NamedTuple):
+    """Classifier-free guidance (arXiv 2207.12598, as in LLaDA): l_un + (1 + weight) (l_cond - l_un), where the
+    unconditional half of the batch sees masks in place of the prompt."""
+
+    denoise: Any
+    weight: float
+    prompt_BxL: jax.Array
+    mask_id: int
+
+    def __call__(self, canvas_BxS, block, finished: Finished | None, positions_BxP, level_B, cache):
+        size = canvas_BxS.shape[1]
+        def cut(at):
+            return jax.lax.dynamic_slice_in_dim(self.prompt_BxL, jnp.maximum(at, 0) * size, size, axis=1)
+        canvas = jnp.concatenate([canvas_BxS, jnp.where(cut(block), self.mask_id, canvas_BxS)])
+        if finished is not None:
+            real = jnp.concatenate([finished.real, finished.real & ~cut(block - 1)])
+            finished = Finished(jnp.concatenate([finished.ids] * 2), real)
+        logits, cache = self.denoise(canvas, block, finished, jnp.concatenate([positions_BxP] * 2),
+                                     jnp.concatenate([level_B] * 2), cache)
+        conditional, without = jnp.split(logits, 2)
+        return without + (1 + self.weight) * (conditional - without), cache
+
+
+def _store(denoiser, params, ids_BxN, real_BxN, origin, block_size: int, rule: str) -> Cache:
+    """A new cache with the keys and values of `ids`, as if they had been stored block by block."""
+    batch, count = ids_BxN.shape
+    cache = trunk.new_cache(denoiser.model, params, batch, denoiser.slots, denoiser.dtype)
+    if count == 0:
+        return cache.replace(empty=False)
+    position = jnp.broadcast_to(origin + jnp.arange(count), ids_BxN.shape)
+    clean = Stream(ids_BxN, position, position // block_size, real_BxN.astype(jnp.int32))
+    stored = trunk.hidden(denoiser.model, params, noised=None, clean=clean, cache=cache, write_at=0, rule=rule,
+                          block_size=block_size, execution=UNROLLED, dropout_keys=None).cache
+    return stored.rolled(origin % denoiser.slots)
+
+
+def _ask(denoiser, params, noised, clean, cache: Cache, position, rule: str, block_size: int):
+    """Hidden states of what is predicted, and the cache with the clean stream stored at its place in the ring."""
+    slot = jnp.maximum(position, 0) % denoiser.slots
+    if clean is not None:
+        cache = cache.forget(slot, clean.ids.shape[1])
+    out = trunk.hidden(denoiser.model, params, noised=noised, clean=clean, cache=cache, write_at=slot, rule=rule,
+                       block_size=block_size, execution=UNROLLED, dropout_keys=None)
+    return (out.clean if noised is None else out.noised), out.cache

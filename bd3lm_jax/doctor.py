@@ -110,15 +110,17 @@ def _sampler() -> str:
 
     length, size, vocab = 8, 4, 32
 
-    def denoise(canvas, start, previous, previous_real, positions_BxP, level, cache):
-        return 1e4 * jax.nn.one_hot(10 + start + positions_BxP, vocab), cache
+    def denoise(canvas, block, finished, positions_BxP, level, cache):
+        return 1e4 * jax.nn.one_hot(10 + block * size + positions_BxP, vocab), cache
 
-    settings = sampling.Settings(block_size=size, steps=size, temperature=1.0, top_k=None, top_p=None,
+    settings = sampling.Settings(block_size=size, window=size, steps=size, filters=sampling.Filters(),
                                  mask_id=vocab - 1, end_id=0)
-    blank = jnp.full((2, length), settings.mask_id)
-    keys = jax.random.split(jax.random.key(0), 2)
-    drawn = sampling.generate(denoise, sampling.STEPS["first_hitting"], settings, keys, blank, jnp.zeros(2, jnp.int32),
-                              0, None)
+    none = jnp.zeros((2, length), bool)
+    request = sampling.Request(jax.random.split(jax.random.key(0), 2), none, jnp.full(2, length), jnp.zeros(2, int),
+                               jnp.zeros(vocab, bool), 0.0)
+    asked = sampling.Asked(denoise, sampling.SAMPLERS["first_hitting"], settings)
+    begun = sampling.start(asked, request, jnp.zeros((2, length), jnp.int32), 0, None)
+    drawn = sampling.run_blocks(asked, request, begun, length // size)
     if not (np.asarray(drawn.tokens) == 10 + np.arange(length)).all():
         raise RunError(f"drew {np.asarray(drawn.tokens).tolist()} where every token is certain")
     return f"{int(drawn.nfe[0])} network calls for {length} tokens"

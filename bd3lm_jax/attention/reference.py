@@ -12,7 +12,7 @@ def dense_attention(spec: MaskSpec, noised, clean, cache):
     """Attention of every query to every key that `allowed` admits, with the whole mask in memory.
 
     noised: (q, k, v), `[B, M, T, H, Dh]`. clean: (q, k, v), `[B, C, H, Dh]`, q None when its output is not wanted.
-    cache: (k, v) `[B, P, Hkv, Dh]`. Each None when absent. k and v may have fewer heads (grouped queries).
+    cache: (k, v) `[B, Hkv, Dh, P]`. Each None when absent. k and v may have fewer heads (grouped queries).
     Returns (noised output or None, clean output or None), shaped like their queries.
     """
     queries, q_tokens, keys, values, kv_tokens = [], [], [], [], []
@@ -21,8 +21,8 @@ def dense_attention(spec: MaskSpec, noised, clean, cache):
         values.append(cache[1])
         kv_tokens.append(spec.cache)
     if clean is not None:
-        keys.append(clean[1])
-        values.append(clean[2])
+        keys.append(jnp.moveaxis(clean[1], 1, -1))
+        values.append(jnp.moveaxis(clean[2], 1, -1))
         kv_tokens.append(spec.clean)
         if clean[0] is not None:
             queries.append(clean[0])
@@ -30,14 +30,13 @@ def dense_attention(spec: MaskSpec, noised, clean, cache):
     if noised is not None:
         views = noised[0].shape[1]
         queries.append(_flat_views(noised[0]))
-        keys.append(_flat_views(noised[1]))
-        values.append(_flat_views(noised[2]))
+        keys.append(jnp.moveaxis(_flat_views(noised[1]), 1, -1))
+        values.append(jnp.moveaxis(_flat_views(noised[2]), 1, -1))
         tokens = _view_tokens(spec.noised, views)
         q_tokens.append(tokens)
         kv_tokens.append(tokens)
-    q, k, v = (jnp.concatenate(parts, axis=1) for parts in (queries, keys, values))
     mask = allowed(spec.rule, _concat(q_tokens).expand(2), _concat(kv_tokens).expand(1))
-    out = _attend(q, k, v, mask)
+    out = _attend(jnp.concatenate(queries, axis=1), keys, values, mask)
     clean_out = None
     if clean is not None and clean[0] is not None:
         split = clean[0].shape[1]
@@ -45,15 +44,19 @@ def dense_attention(spec: MaskSpec, noised, clean, cache):
     return (None if noised is None else out.reshape(noised[0].shape)), clean_out
 
 
-def _attend(q_BxQxHxD, k_BxPxGxD, v_BxPxGxD, mask_BxQxP):
+def _attend(q_BxQxHxD, keys, values, mask_BxQxP):
+    """keys, values: parts `[B, G, D, P_i]` of the P keys; put together are only their scores, so no cache is copied."""
     batch, length, heads, size = q_BxQxHxD.shape
-    groups = k_BxPxGxD.shape[2]
+    groups = keys[0].shape[1]
     q = q_BxQxHxD.reshape(batch, length, groups, heads // groups, size)
-    scores = jnp.einsum("bqgrd,bpgd->bgrqp", q, k_BxPxGxD, preferred_element_type=jnp.float32) * size**-0.5
+    scores = jnp.concatenate([jnp.einsum("bqgrd,bgdp->bgrqp", q, k, preferred_element_type=jnp.float32)
+                              for k in keys], axis=-1) * size**-0.5
     mask = mask_BxQxP[:, None, None]
     weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)
-    weights = jnp.where(mask.any(-1, keepdims=True), weights, 0.0).astype(v_BxPxGxD.dtype)
-    out = jnp.einsum("bgrqp,bpgd->bqgrd", weights, v_BxPxGxD, preferred_element_type=jnp.float32)
+    weights = jnp.where(mask.any(-1, keepdims=True), weights, 0.0).astype(values[0].dtype)
+    ends = [sum(k.shape[-1] for k in keys[:i + 1]) for i in range(len(keys) - 1)]
+    out = sum(jnp.einsum("bgrqp,bgdp->bqgrd", part, v, preferred_element_type=jnp.float32)
+              for part, v in zip(jnp.split(weights, ends, axis=-1), values))
     return out.reshape(q_BxQxHxD.shape).astype(q_BxQxHxD.dtype)
 
 

@@ -7,6 +7,7 @@ unless the vocabulary has one of its own ([MASK]).
 import hashlib
 import json
 import lzma
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from importlib import resources
@@ -52,6 +53,11 @@ class Tokenizer:
     def _decode_plain(self, ids: list[int]) -> str:
         raise NotImplementedError
 
+    def token_bytes(self) -> tuple[list[bytes], list[bytes]]:
+        """What each id below `size` adds to a decoded text, as its first token and behind others; b"" for ids that add
+        nothing (special tokens). Joined they are the UTF-8 form of the text, if they are valid UTF-8."""
+        raise NotImplementedError
+
     def check_ids(self, ids, what: str) -> None:
         """UserError unless all ids are in 0..vocab_size-1; `what` names them in the message."""
         ids = np.asarray(ids)
@@ -88,6 +94,10 @@ class ByteTokenizer(Tokenizer):
     def _decode_plain(self, ids: list[int]) -> str:
         return bytes(ids).decode(errors="replace")
 
+    def token_bytes(self) -> tuple[list[bytes], list[bytes]]:
+        pieces = [bytes([byte]) for byte in range(NUM_BYTES)] + [b""]
+        return pieces, pieces
+
 
 class SubwordTokenizer(Tokenizer):
     """A Hugging Face tokenizer, kept as the JSON text it came from. A mask_id of None puts the mask on top."""
@@ -111,8 +121,46 @@ class SubwordTokenizer(Tokenizer):
     def _decode_plain(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)
 
+    def token_bytes(self) -> tuple[list[bytes], list[bytes]]:
+        decoder = json.dumps(json.loads(self._model).get("decoder"))
+        special = {*self._tokenizer.get_added_tokens_decoder(), self.end_id, self.mask_id}
+        tokens = [self._tokenizer.id_to_token(i) if i not in special else None for i in range(self.size)]
+        if '"ByteLevel"' in decoder:
+            pieces = [bytes(map(BYTE_OF.get, token)) if token and BYTE_OF.keys() >= set(token) else b""
+                      for token in tokens]
+            return pieces, pieces
+        first, later = _decoded_pieces(self._tokenizer, [i for i, token in enumerate(tokens) if token], self.size)
+        if '"ByteFallback"' in decoder:
+            for i, token in enumerate(tokens):
+                if token and re.fullmatch("<0x[89A-F][0-9A-F]>", token):  # a part of a character: no text alone
+                    first[i] = later[i] = bytes([int(token[3:5], 16)])
+        return first, later
+
     def _content(self) -> dict:
         return super()._content() | {"model": self._model}
+
+
+def _byte_of_character() -> dict[str, int]:
+    """Byte-level vocabularies write a byte as itself if it is printable Latin-1, else as a character from 256 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(NUM_BYTES) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(NUM_BYTES + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_OF = _byte_of_character()
+
+
+def _decoded_pieces(library_tokenizer, ids: list[int], size: int) -> tuple[list[bytes], list[bytes]]:
+    """`Tokenizer.token_bytes` of the given ids, by decoding each of them alone and behind another token."""
+    first, later = [b""] * size, [b""] * size
+    alone = library_tokenizer.decode_batch([[i] for i in ids])
+    other, text = next(((i, text) for i, text in zip(ids, alone) if text.isalnum()), (None, ""))
+    if other is None:
+        raise UserError(f"none of the {len(ids)} tokens is a word: what each adds to a text cannot be told")
+    for i, own, pair in zip(ids, alone, library_tokenizer.decode_batch([[other, i] for i in ids])):
+        first[i] = own.encode()
+        later[i] = pair.removeprefix(text).encode() if pair.startswith(text) else b""
+    return first, later
 
 
 def get_tokenizer(spec: str, train_documents: Callable[[], Iterable[str]]) -> Tokenizer:

@@ -77,15 +77,23 @@ class Stream:
         return Tokens(self.position, self.block, self.segment, int(noised))
 
 
+class Int8(NamedTuple):
+    """Keys or values as integers, and a float32 scale for each token and head."""
+
+    integers: jax.Array
+    scale: jax.Array
+
+
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of finished tokens: per layer group `[layers, B, P, Hkv, Dh]`; what the mask needs `[B, P]`.
+    """Keys and values of finished tokens: by layer group, for each layer `[B, Hkv, Dh, P]` (an array or `Int8`), so
+    that no call cuts a layer out of a stack or transposes it; what the mask needs `[B, P]`.
 
     empty (static): nothing is stored yet, so nothing attends to it.
     """
 
-    keys: dict[str, jax.Array]
-    values: dict[str, jax.Array]
+    keys: dict[str, tuple]
+    values: dict[str, tuple]
     position: jax.Array
     block: jax.Array
     segment: jax.Array
@@ -95,13 +103,38 @@ class Cache:
         return Tokens(self.position, self.block, self.segment, 0)
 
     def write(self, stored: dict[str, tuple], stream: Stream, start) -> "Cache":
-        """The clean stream's keys and values put at slots `start`, `start` + 1, ... (the same in every row)."""
-        def put(buffer, new, axis):
-            return jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), start, axis)
-        keys = {name: put(self.keys[name], k, 2) for name, (k, _) in stored.items()}
-        values = {name: put(self.values[name], v, 2) for name, (_, v) in stored.items()}
-        info = {name: put(getattr(self, name), getattr(stream, name), 1) for name in ("position", "block", "segment")}
-        return Cache(keys=keys, values=values, empty=False, **info)
+        """The clean stream's keys and values (by group, stacked) put at slots `start`, `start` + 1, ... of each row."""
+        def put(buffer, new):
+            return jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), start, axis=-1)
+        def put_all(buffers, which):
+            return {name: tuple(jax.tree.map(put, buffer, _packed(jnp.moveaxis(pair[which][i], 1, -1), buffer))
+                                for i, buffer in enumerate(buffers[name])) for name, pair in stored.items()}
+        info = {name: put(getattr(self, name), getattr(stream, name)) for name in ("position", "block", "segment")}
+        return Cache(keys=put_all(self.keys, 0), values=put_all(self.values, 1), empty=False, **info)
+
+    def forget(self, start, count: int) -> "Cache":
+        """Nobody attends to slots `start` to `start` + `count` - 1 any more."""
+        nobody = jnp.zeros((self.segment.shape[0], count), jnp.int32)
+        return self.replace(segment=jax.lax.dynamic_update_slice_in_dim(self.segment, nobody, start, axis=1))
+
+    def rolled(self, shift) -> "Cache":
+        """Slot i moves to slot i + `shift`, the last ones to the front."""
+        return jax.tree.map(lambda x: jnp.roll(x, shift, axis=-1), self)
+
+
+def _packed(x, like):
+    """Keys or values as the cache keeps them."""
+    if not isinstance(like, Int8):
+        return x
+    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-2, keepdims=True).astype(jnp.float32), 1e-12) / 127
+    return Int8(jnp.round(x.astype(jnp.float32) / scale), scale)
+
+
+def _unpacked(stored, dtype):
+    """Inverse of `_packed`, in the dtype that is computed in."""
+    if isinstance(stored, Int8):
+        return (stored.integers.astype(jnp.float32) * stored.scale).astype(dtype)
+    return stored.astype(dtype)
 
 
 class Out(NamedTuple):
@@ -136,12 +169,22 @@ def init(model: Backbone, key) -> dict:
     return params
 
 
-def new_cache(model: Backbone, params: dict, batch: int, capacity: int) -> Cache:
-    """An empty cache for `capacity` tokens a row."""
+CACHE_DTYPES = ("compute", "float32", "bfloat16", "int8")
+
+
+def new_cache(model: Backbone, params: dict, batch: int, capacity: int, dtype: str) -> Cache:
+    """An empty cache for `capacity` tokens a row. dtype: one of CACHE_DTYPES, "compute": that of the network."""
     shapes = jax.eval_shape(lambda p: _stored_shapes(model, p), params)
-    buffers = {name: jnp.zeros((x.shape[0], batch, capacity, *x.shape[3:]), x.dtype) for name, x in shapes.items()}
+    def buffer(x):
+        heads, size = x.shape[3:]
+        shape = (batch, heads, size, capacity)
+        if dtype == "int8":
+            return Int8(jnp.zeros(shape, jnp.int8), jnp.zeros((batch, heads, 1, capacity), jnp.float32))
+        return jnp.zeros(shape, x.dtype if dtype == "compute" else dtype)
+    def buffers():
+        return {name: tuple(buffer(x) for _ in range(x.shape[0])) for name, x in shapes.items()}
     zeros = jnp.zeros((batch, capacity), jnp.int32)
-    return Cache(keys=buffers, values=buffers, position=zeros, block=zeros, segment=zeros, empty=True)
+    return Cache(keys=buffers(), values=buffers(), position=zeros, block=zeros, segment=zeros, empty=True)
 
 
 def _stored_shapes(model, params):
@@ -203,20 +246,31 @@ def _run(model, params, noised, clean, cache, *, rule, block_size, execution, dr
     cond = {name: _condition(model, params, stream.sigma) for name, stream in streams.items()}
     rotary = {name: model.rotary(stream.position[:, None] if name == "noised" else stream.position)
               for name, stream in streams.items()}
+    joined = 0
+    if len(streams) == 2 and not spec.aligned and noised.sigma is None and clean.sigma is None:  # decoding, few tokens
+        joined = noised.ids.shape[-1]
+        cond["both"] = cond["clean"]
+        rotary["both"] = jax.tree.map(lambda n, c: jnp.concatenate([n[:, 0], c], axis=1), rotary["noised"],
+                                      rotary["clean"])
     aux, stored, first = jnp.zeros(()), {}, 0
     for index, (name, block, count) in enumerate(model.groups):
-        layer = functools.partial(_layer, block, spec, cond, rotary, execution.backend, dropout_keys)
+        layer = functools.partial(_layer, block, spec, cond, rotary, execution.backend, dropout_keys, joined)
         drop_clean = noised is not None and clean is not None and index == len(model.groups) - 1
-        cached = None if spec.cache is None else (cache.keys[name], cache.values[name])
+        cached = None if spec.cache is None else list(zip(cache.keys[name], cache.values[name]))
         h, stored[name], group_aux = _run_group(layer, params[name], cached, h, first, count, drop_clean, execution)
         aux, first = aux + group_aux, first + count
     return h.get("noised"), h.get("clean"), stored, aux
 
 
 def _run_group(layer, params, cached, h, first, count, drop_clean, execution: Execution):
-    """All layers of a group; the last one is peeled off when its clean output is not wanted."""
+    """All layers of a group; the last one is peeled off when its clean output is not wanted.
+
+    cached: None, or for each layer its (keys, values).
+    """
     scanned = count - 1 if drop_clean else count
-    xs = (params, cached, first + jnp.arange(count))
+    cached = [None] * count if cached is None else cached
+    def of_layer(i):
+        return jax.tree.map(lambda x: x[i], params), cached[i], first + i
     def body(h, x, last):
         h, stored, aux = layer(*x, h, last)
         return h, (stored, aux)
@@ -224,30 +278,43 @@ def _run_group(layer, params, cached, h, first, count, drop_clean, execution: Ex
         body = jax.checkpoint(body, policy=lookup(REMAT, execution.remat, "remat policy compute.remat"),
                               static_argnums=(2,), prevent_cse=execution.layers != "scan")
     if execution.layers == "scan" and scanned > 1:
-        h, ys = jax.lax.scan(lambda h, x: body(h, x, False), h, jax.tree.map(lambda x: x[:scanned], xs))
+        stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *cached[:scanned])
+        xs = (jax.tree.map(lambda x: x[:scanned], params), stacked, first + jnp.arange(scanned))
+        h, ys = jax.lax.scan(lambda h, x: body(h, x, False), h, xs)
         parts = [ys]
     else:
         parts = []
         for i in range(scanned):
-            h, y = body(h, jax.tree.map(lambda x, i=i: x[i], xs), False)
+            h, y = body(h, of_layer(i), False)
             parts.append(jax.tree.map(lambda y: y[None], y))
     if drop_clean:
-        h, y = body(h, jax.tree.map(lambda x: x[-1], xs), True)
+        h, y = body(h, of_layer(count - 1), True)
         parts.append(jax.tree.map(lambda y: y[None], y))
     stored, aux = parts[0] if len(parts) == 1 else jax.tree.map(lambda *ys: jnp.concatenate(ys), *parts)
     return h, stored, aux.sum()
 
 
-def _layer(block, spec, cond, rotary, backend, dropout_keys, params, cached, index, h, last):
-    """One layer of both streams -> hidden states, the clean stream's (k, v) or None, auxiliary loss."""
+def _layer(block, spec, cond, rotary, backend, dropout_keys, joined, params, cached, index, h, last):
+    """One layer of both streams -> hidden states, the clean stream's (k, v) or None, auxiliary loss.
+
+    joined: length of the noised stream when both go through the weights as one, else 0.
+    """
     variables = {"params": params}
     h = {name: constrain(x, BATCH_AXES) for name, x in h.items()}  # else XLA may split features and sum them everywhere
+    if joined and not last:
+        h = {"both": _join(h["noised"], h["clean"])}
     qkv = {name: block.apply(variables, h[name], cond[name], rotary[name], not (last and name == "clean"),
                              method=block.pre) for name in h}
+    if "both" in qkv:
+        qkv = _split_all(qkv.pop("both"), joined)
     stored = qkv["clean"][1:] if "clean" in qkv else None
+    if cached is not None:
+        cached = tuple(_unpacked(x, next(iter(h.values())).dtype) for x in cached)
     if last:
         h = {"noised": h["noised"]}
     attended = dict(zip(("noised", "clean"), attend(backend, spec, qkv.get("noised"), qkv.get("clean"), cached)))
+    if "both" in h:
+        attended = {"both": _join(attended["noised"], attended["clean"])}
     result, aux = {}, jnp.zeros(())
     for name in h:
         key = None
@@ -255,4 +322,17 @@ def _layer(block, spec, cond, rotary, backend, dropout_keys, params, cached, ind
             key = jax.vmap(lambda k, name=name: jax.random.fold_in(k, 2 * index + (name == "noised")))(dropout_keys)
         result[name], extra = block.apply(variables, h[name], attended[name], cond[name], key, method=block.post)
         aux = aux + extra
+    if "both" in result:
+        result = _split_all(result.pop("both"), joined)
     return result, stored, aux
+
+
+def _join(noised_Bx1xT, clean_BxC):
+    """Both streams as one row of tokens, so that weights are read once."""
+    return jnp.concatenate([noised_Bx1xT[:, 0], clean_BxC], axis=1)
+
+
+def _split_all(arrays, noised_length: int) -> dict:
+    """Inverse of `_join`, of an array or several: by stream."""
+    return {"noised": jax.tree.map(lambda x: x[:, None, :noised_length], arrays),
+            "clean": jax.tree.map(lambda x: x[:, noised_length:], arrays)}

@@ -1,4 +1,7 @@
-"""From logits to a drawn token: temperature, top-k, nucleus, Gumbel noise in float32."""
+"""From logits to a drawn token: penalties, temperature, top-k, nucleus, min-p, Gumbel noise in float32."""
+
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,35 +11,62 @@ from bd3lm_jax.errors import UserError
 EXCLUDED = -jnp.inf
 
 
-def check_filters(temperature: float, top_k: int | None, top_p: float | None) -> None:
+class Filters(NamedTuple):
+    """temperature 0: the most probable token. top_k: only the k likeliest tokens. top_p: only the nucleus of that mass
+    (arXiv 1904.09751). min_p: only tokens at least that part as probable as the likeliest (arXiv 2407.01082).
+    repetition_penalty above 1: tokens of the row so far are less likely (CTRL, arXiv 1909.05858). None, or 1 for the
+    penalty: off."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+
+def check_filters(filters: Filters) -> None:
     """UserError for a setting out of range."""
-    if not temperature >= 0:
+    temperature, top_k, top_p, min_p, penalty = filters
+    if not 0 <= temperature < math.inf:
         raise UserError(f"temperature is {temperature}, expected at least 0 (0: always the most probable token)")
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k is {top_k}, expected at least 1, or none to keep every token")
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"top_p is {top_p}, expected in (0, 1]")
+    if min_p is not None and not 0 < min_p <= 1:
+        raise UserError(f"min_p is {min_p}, expected in (0, 1]")
+    if not 0 < penalty < math.inf:
+        raise UserError(f"repetition_penalty is {penalty}, expected above 0 (1: none)")
 
 
-def filter_logits(logits_NxV, temperature: float, top_k: int | None, top_p: float | None) -> jax.Array:
+def penalise(logits_NxV, seen_NxV, penalty: float) -> jax.Array:
+    """Logits of tokens that were seen, divided by the penalty when positive and multiplied by it when negative."""
+    lowered = jnp.where(logits_NxV > 0, logits_NxV / penalty, logits_NxV * penalty)
+    return jnp.where(seen_NxV, lowered, logits_NxV)
+
+
+def filter_logits(logits_NxV, filters: Filters) -> jax.Array:
     """Logits of the distribution that is drawn from: float32 `[N, V]`, -inf for excluded tokens.
 
-    Temperature first, then top-k, then nucleus; the token that crosses `top_p` is kept (arXiv 1904.09751). At
-    temperature 0 only the most probable token remains.
+    Temperature first, then top-k, nucleus and min-p; the token that crosses `top_p` is kept. At temperature 0 only the
+    most probable token remains.
     """
     logits = logits_NxV.astype(jnp.float32)
-    if temperature == 0:
+    if filters.temperature == 0:
         best = jnp.argmax(logits, axis=-1, keepdims=True)
         return jnp.where(jnp.arange(logits.shape[-1]) == best, 0.0, EXCLUDED)
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        threshold = jax.lax.top_k(logits, top_k)[0][:, -1:]
+    logits = logits / filters.temperature
+    if filters.top_k is not None and filters.top_k < logits.shape[-1]:
+        threshold = jax.lax.top_k(logits, filters.top_k)[0][:, -1:]
         logits = jnp.where(logits < threshold, EXCLUDED, logits)
-    if top_p is not None and top_p < 1:
+    if filters.top_p is not None and filters.top_p < 1:
         ordered = jnp.sort(logits, axis=-1, descending=True)
-        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
-        last = jnp.sum(before < top_p, axis=-1, keepdims=True) - 1
+        mass = jax.nn.softmax(ordered, axis=-1)
+        last = jnp.sum(jnp.cumsum(mass, axis=-1) - mass < filters.top_p, axis=-1, keepdims=True) - 1
         logits = jnp.where(logits < jnp.take_along_axis(ordered, last, axis=-1), EXCLUDED, logits)
+    if filters.min_p is not None:
+        least = jnp.max(logits, axis=-1, keepdims=True) + math.log(filters.min_p)
+        logits = jnp.where(logits < least, EXCLUDED, logits)
     return logits
 
 

@@ -1,10 +1,13 @@
 """The one sampling loop: blocks left to right, reveal steps inside, an exact cache across; compiled as a whole.
 
 It knows the network only as
-    denoise(canvas_BxS, start, previous_BxS, previous_real, positions_BxP, level_B, cache) -> logits_BxPxV, cache
-(previous: the block just finished, whose keys and values this call stores; None when they are stored already;
-previous_real: False before the first block), so that a test can pass a table of probabilities. Rows do not influence
-each other: randomness is keyed by (seed, request, block, step, position), and every row has its own clock and stop.
+    denoise(canvas_BxS, block, finished, positions_BxP, level_B, cache) -> logits_BxPxV, cache
+(finished: the block just before, whose keys and values this call stores; None when they are stored already), so that a
+test can pass a table of probabilities. Rows do not influence each other: randomness is keyed by (seed, request, block,
+call, position), and every row has its own clock and stop.
+
+`run_blocks` is the loop. Who wants to look inside a block drives the same three functions from outside: `open_block`,
+`reveal`, `close_block`.
 """
 
 from collections.abc import Callable
@@ -13,106 +16,256 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bd3lm_jax.sampling.filters import draw, filter_logits
-from bd3lm_jax.sampling.steps import Sampler
+from bd3lm_jax.sampling.filters import Filters, draw, filter_logits, penalise
+from bd3lm_jax.sampling.steps import Row, Said, Sampler
+
+STOPS = ("length", "end", "entropy")  # by the code in `Progress.stopped`; 0 also means: still writing
+ENTROPY_TOKENS = 256  # the entropy test looks at so many last tokens (BD3-LM section 5.3)
 
 
 class Settings(NamedTuple):
-    """Static settings of a compiled sampler. steps: grid of samplers that have one (ancestral), a block."""
+    """Static settings of a compiled sampler.
+
+    window: tokens are revealed in stretches of so many positions, left to right (a divisor of the block size). steps:
+    grid of a window, for samplers that have one. min_entropy: nats below which a text is given up, or None. end_id: -1
+    if there is none. draw_all: what draws a whole block jointly (see `sampling/constraint.py`), or None: every token
+    on its own.
+    """
 
     block_size: int
+    window: int
     steps: int
-    temperature: float
-    top_k: int | None
-    top_p: float | None
+    filters: Filters
     mask_id: int
     end_id: int
+    min_entropy: float | None = None
+    draw_all: Callable | None = None
 
 
-class Generated(NamedTuple):
-    """tokens int32 `[B, L]` (prompt included); nfe int32 `[B]`: network calls that revealed something in the row;
-    ended `[B]` bool: an end token came after the prompt."""
+class Request(NamedTuple):
+    """What the rows of one batch ask for.
 
-    tokens: jax.Array
-    nfe: jax.Array
-    ended: jax.Array
-
-
-class _Block(NamedTuple):
-    canvas: jax.Array  # [B, S]
-    masked: jax.Array  # [B, S]
-    level: jax.Array  # [B]
-    nfe: jax.Array  # [B]
-    index: jax.Array
-    cache: Any
-
-
-def generate(denoise: Callable, sampler: Sampler, settings: Settings, keys_B, tokens_BxL, prompt_length_B, first_block,
-             cache) -> Generated:
-    """Fill `tokens_BxL` (L a multiple of the block size) after each row's prompt.
-
-    keys_B: one typed key a row. first_block: the first block that is not wholly prompt in every row; the blocks before
-    its predecessor must be in the cache already.
+    keys: a typed key a row. given `[B, L]` bool: tokens that stay as they are. length `[B]`: tokens wanted, given ones
+    included. earliest_end `[B]`: no end token before this position. forbidden `[V]` bool: tokens never drawn.
+    threshold: the sampler's number. constraint: for `Settings.draw_all`.
     """
-    batch, length = tokens_BxL.shape
-    size, blocks = settings.block_size, length // settings.block_size
-    given_BxL = jnp.arange(length) < prompt_length_B[:, None]
-    tokens_BxL = jnp.where(given_BxL, tokens_BxL, settings.mask_id)
 
-    def cut(x, block):
-        return jax.lax.dynamic_slice_in_dim(x, block * size, size, axis=1)
-
-    def body(carry):
-        block, tokens, ended, nfe, cache = carry
-        given = cut(given_BxL, block)
-        previous = cut(tokens, jnp.maximum(block - 1, 0))
-        block_keys = jax.vmap(lambda key: jax.random.fold_in(key, block))(keys_B)
-        masked = ~given & ~ended[:, None]
-        state = _Block(cut(tokens, block), masked, jnp.ones(batch), nfe, jnp.zeros((), jnp.int32), cache)
-        state = _reveal(denoise, sampler, settings, block_keys, block, (previous, block > 0), state)
-        if size > 1 or not sampler.single:  # else that call revealed the whole block
-            state = jax.lax.while_loop(
-                lambda state: state.masked.any(),
-                lambda state: _reveal(denoise, sampler, settings, block_keys, block, None, state), state)
-        ended = ended | ((state.canvas == settings.end_id) & ~given).any(-1)
-        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, state.canvas, block * size, axis=1)
-        return block + 1, tokens, ended, state.nfe, state.cache
-
-    start = (first_block, tokens_BxL, jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32), cache)
-    _, tokens, ended, nfe, _ = jax.lax.while_loop(lambda c: (c[0] < blocks) & ~c[2].all(), body, start)
-    return Generated(tokens, nfe, ended)
+    keys: jax.Array
+    given: jax.Array
+    length: jax.Array
+    earliest_end: jax.Array
+    forbidden: jax.Array
+    threshold: jax.Array | float
+    constraint: Any = None
 
 
-def _reveal(denoise, sampler: Sampler, settings: Settings, keys_B, block, finished, state: _Block) -> _Block:
-    """One reveal step of every row. `finished`: the previous block and whether there is one, when it must be stored."""
-    step_keys = jax.vmap(lambda key: jax.random.fold_in(key, state.index))(keys_B)
-    choice_keys, draw_keys = jax.vmap(jax.random.split, out_axes=1)(step_keys)
-    choice = jax.vmap(lambda key, masked, level: sampler.step(key, masked, level, state.index, settings.steps))(
-        choice_keys, state.masked, state.level)
-    positions = jnp.argmax(choice.reveal, axis=1)[:, None] if sampler.single else \
-        jnp.broadcast_to(jnp.arange(settings.block_size), state.canvas.shape)
+class Progress(NamedTuple):
+    """block: the next to be written. tokens `[B, L]`, masks where nothing is written yet. stopped int32 `[B]`: 0, or
+    why the row is done (an index of STOPS). nfe int32 `[B]`: network calls that wrote something in the row. state:
+    that of the constraint."""
+
+    block: jax.Array
+    tokens: jax.Array
+    stopped: jax.Array
+    nfe: jax.Array
+    cache: Any
+    state: Any = None
+
+
+class Finished(NamedTuple):
+    """The block before, `[B, S]` ids, and which of its tokens are real (none before the first block)."""
+
+    ids: jax.Array
+    real: jax.Array
+
+
+class Block(NamedTuple):
+    """A block being written: canvas and masked `[B, S]`; confidence `[B, S]` of its tokens when they were drawn; level
+    and index `[B]` of the row's clock in its window; calls: steps since the block was opened."""
+
+    canvas: jax.Array
+    masked: jax.Array
+    confidence: jax.Array
+    level: jax.Array
+    index: jax.Array
+    nfe: jax.Array
+    calls: jax.Array
+
+
+class Asked(NamedTuple):
+    """How a loop asks its network: the pieces that stay the same."""
+
+    denoise: Callable
+    sampler: Sampler
+    settings: Settings
+
+
+def start(asked: Asked, request: Request, tokens_BxL, first_block, cache) -> Progress:
+    """Before anything is written. L is a multiple of the block size. first_block: the first that is not wholly given
+    in every row; the blocks before its predecessor must be in the cache already."""
+    batch = tokens_BxL.shape[0]
+    zeros = jnp.zeros(batch, jnp.int32)
+    state = None if request.constraint is None else request.constraint.start(batch)
+    tokens = jnp.where(request.given, tokens_BxL, asked.settings.mask_id)
+    return Progress(jnp.asarray(first_block, jnp.int32), tokens, zeros, zeros, cache, state)
+
+
+def run_blocks(asked: Asked, request: Request, progress: Progress, until) -> Progress:
+    """Write blocks up to the index `until`, or until every row has stopped. One program, nothing on the host."""
+    sampler, size = asked.sampler, asked.settings.block_size
+
+    def body(progress: Progress) -> Progress:
+        block, cache = open_block(asked, request, progress)
+        if size > 1 or not sampler.single:  # else the opening call revealed the whole block
+            block = jax.lax.while_loop(lambda block: block.masked.any(),
+                                       lambda block: reveal(asked, request, progress, block, cache), block)
+        return close_block(asked, request, progress, block, cache)
+
+    return jax.lax.while_loop(lambda p: (p.block < until) & ~done(asked, request, p).all(), body, progress)
+
+
+def done(asked: Asked, request: Request, progress: Progress):
+    """Rows that have nothing left to write, bool `[B]`."""
+    return (progress.stopped > 0) | (progress.block * asked.settings.block_size >= request.length)
+
+
+def open_block(asked: Asked, request: Request, progress: Progress) -> tuple[Block, Any]:
+    """The next block after its first step, whose network call stores the block before; and the cache."""
+    settings, at = asked.settings, progress.block
+    given = _cut(settings, request.given, at)
+    masked = ~given & ~done(asked, request, progress)[:, None]
+    zeros = jnp.zeros_like(progress.nfe)
+    block = Block(_cut(settings, progress.tokens, at), masked, jnp.ones(masked.shape), jnp.ones(zeros.shape), zeros,
+                  progress.nfe, jnp.zeros((), jnp.int32))
+    before = _cut(settings, progress.tokens, jnp.maximum(at - 1, 0))
+    finished = Finished(before, jnp.broadcast_to(at > 0, before.shape))
+    return _step(asked, request, progress, block, finished, progress.cache)
+
+
+def reveal(asked: Asked, request: Request, progress: Progress, block: Block, cache) -> Block:
+    """One more step of every row."""
+    return _step(asked, request, progress, block, None, cache)[0]
+
+
+def close_block(asked: Asked, request: Request, progress: Progress, block: Block, cache) -> Progress:
+    """The finished block put in its place; rows that meet a stop are done."""
+    settings, at = asked.settings, progress.block
+    new = ~_cut(settings, request.given, at) & ~done(asked, request, progress)[:, None]
+    stopped = jnp.where(((block.canvas == settings.end_id) & new).any(-1), STOPS.index("end"), progress.stopped)
+    canvas = jnp.where(done(asked, request, progress)[:, None], _cut(settings, progress.tokens, at), block.canvas)
+    tokens = jax.lax.dynamic_update_slice_in_dim(progress.tokens, canvas, at * settings.block_size, axis=1)
+    if settings.min_entropy is not None and tokens.shape[1] >= ENTROPY_TOKENS:
+        low = _low_entropy(settings, tokens, (at + 1) * settings.block_size) & new.any(-1)
+        stopped = jnp.where((stopped == 0) & low, STOPS.index("entropy"), stopped)
+    state = progress.state
+    if request.constraint is not None:
+        state = request.constraint.advance(state, canvas, new)
+    return Progress(at + 1, tokens, stopped, block.nfe, cache, state)
+
+
+def _step(asked: Asked, request: Request, progress: Progress, block: Block, finished, cache):
+    """One step of every row -> block, cache. `finished` as the network takes it."""
+    settings, sampler = asked.settings, asked.sampler
+    keys = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, progress.block), block.calls))(request.keys)
+    plan_keys, draw_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+    window = _window(settings, block.masked)
+    written = window & ~block.masked & ~_cut(settings, request.given, progress.block)
+    rows = Row(window & block.masked, written, block.confidence, block.level, block.index)
+    plan = jax.vmap(lambda key, row: sampler.plan(key, row, settings.steps, request.threshold))(plan_keys, rows)
+    positions = _positions(asked, plan.reveal, window)
+    whole = settings.window == settings.block_size
+    level = plan.level if whole else jnp.mean(block.masked, axis=1, dtype=jnp.float32)
 
     def ask(cache):
-        previous = (None, None) if finished is None else finished
-        logits, cache = denoise(state.canvas, block * settings.block_size, *previous, positions, choice.level, cache)
-        return _draw_tokens(settings, draw_keys, positions, logits), cache
+        logits, cache = asked.denoise(block.canvas, progress.block, finished, positions, level, cache)
+        return _draw(asked, request, progress, block, draw_keys, positions, logits), cache
 
-    if finished is None and not sampler.single:
-        def skip(cache):
-            return jnp.zeros_like(positions), cache
-        drawn, cache = jax.lax.cond(choice.reveal.any(), ask, skip, state.cache)
+    if finished is None and not sampler.single:  # a step that reveals nothing needs no network
+        nothing = jnp.zeros(positions.shape)
+        drawn, said = jax.lax.cond(plan.reveal.any(), lambda: ask(cache)[0],
+                                   lambda: (jnp.zeros_like(positions), Said(nothing, nothing, nothing)))
     else:
-        drawn, cache = ask(state.cache)
-    rows = jnp.arange(state.canvas.shape[0])[:, None]
-    proposal = state.canvas.at[rows, positions].set(drawn)
-    return _Block(jnp.where(choice.reveal, proposal, state.canvas), state.masked & ~choice.reveal, choice.next_level,
-                  state.nfe + choice.reveal.any(-1), state.index + 1, cache)
+        (drawn, said), cache = ask(cache)
+    places = jnp.arange(positions.shape[0])[:, None], positions
+    said = jax.tree.map(lambda x: jnp.zeros(block.canvas.shape).at[places].set(x), said)
+    shown = plan.reveal
+    if sampler.choose is not None:
+        shown = jax.vmap(lambda row, planned, said: sampler.choose(row, planned, said, settings.steps,
+                                                                   request.threshold))(rows, plan.reveal, said)
+    canvas = jnp.where(shown, block.canvas.at[places].set(drawn), block.canvas)
+    masked = (block.masked & ~shown) | plan.remask
+    same = (_window(settings, masked) == window).all(-1)  # a new window starts its clock anew
+    return Block(jnp.where(plan.remask, settings.mask_id, canvas), masked,
+                 jnp.where(shown, said.confidence, block.confidence), jnp.where(same, plan.next_level, 1.0),
+                 jnp.where(same, block.index + 1, 0), block.nfe + plan.reveal.any(-1), block.calls + 1), cache
 
 
-def _draw_tokens(settings: Settings, keys_B, positions_BxP, logits_BxPxV):
-    """A token for every asked position, its noise keyed by the position."""
-    batch, places, vocab = logits_BxPxV.shape
-    logits = jnp.where(jnp.arange(vocab) == settings.mask_id, -jnp.inf, logits_BxPxV.astype(jnp.float32))
-    logits = filter_logits(logits.reshape(-1, vocab), settings.temperature, settings.top_k, settings.top_p)
+def _draw(asked: Asked, request: Request, progress: Progress, block: Block, keys_B, positions_BxP, logits_BxPxV):
+    """A token for every asked position, its noise keyed by the position, and what the network said of it."""
+    settings = asked.settings
+    vocab = jnp.arange(logits_BxPxV.shape[-1])
+    at = progress.block * settings.block_size + positions_BxP
+    too_early = (at < request.earliest_end[:, None])[..., None] & (vocab == settings.end_id)
+    logits = jnp.where(request.forbidden | too_early, -jnp.inf, logits_BxPxV.astype(jnp.float32))
+    if settings.filters.repetition_penalty != 1:
+        logits = penalise(logits, _seen(asked, request, progress, block, vocab)[:, None],
+                          settings.filters.repetition_penalty)
+    flat = logits.reshape(-1, logits.shape[-1])
+    filtered = filter_logits(flat, settings.filters).reshape(logits.shape)
     keys = jax.vmap(lambda key, at: jax.vmap(lambda p: jax.random.fold_in(key, p))(at))(keys_B, positions_BxP)
-    return draw(keys.reshape(-1), logits).reshape(batch, places)
+    if settings.draw_all is None:
+        drawn = draw(keys.reshape(-1), filtered.reshape(flat.shape)).reshape(positions_BxP.shape)
+    else:
+        known = (block.canvas, block.masked, _cut(settings, request.given, progress.block),
+                 request.length - (progress.block + 1) * settings.block_size)
+        drawn = settings.draw_all(request.constraint, progress.state, keys, filtered, logits, *known)
+        if asked.sampler.choose is not None:
+            logits = request.constraint.marginals(progress.state, logits, *known)
+    return drawn, _said(logits, drawn, asked.sampler.choose is not None)
+
+
+def _said(logits_BxPxV, drawn_BxP, everything: bool) -> Said:
+    log_p = jax.nn.log_softmax(logits_BxPxV, axis=-1)
+    confidence = jnp.exp(jnp.take_along_axis(log_p, drawn_BxP[..., None], axis=-1)[..., 0])
+    if not everything:
+        return Said(confidence, confidence, confidence)
+    p = jnp.exp(log_p)
+    best = jnp.argmax(p, axis=-1, keepdims=True)
+    second = jnp.max(jnp.where(jnp.arange(p.shape[-1]) == best, 0.0, p), axis=-1)
+    entropy = -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1)
+    return Said(confidence, jnp.max(p, axis=-1) - second, entropy)
+
+
+def _seen(asked: Asked, request: Request, progress: Progress, block: Block, vocab_V):
+    """Which tokens the row holds so far, bool `[B, V]`."""
+    tokens = jax.lax.dynamic_update_slice_in_dim(progress.tokens, block.canvas,
+                                                 progress.block * asked.settings.block_size, axis=1)
+    rows = jnp.arange(tokens.shape[0])[:, None]
+    return jnp.zeros((tokens.shape[0], vocab_V.shape[0]), bool).at[rows, tokens].set(True)
+
+
+def _window(settings: Settings, masked_BxS):
+    """The stretch of positions, bool `[B, S]`, that holds the first mask."""
+    first = jnp.argmax(masked_BxS, axis=1, keepdims=True)
+    return jnp.arange(settings.block_size) // settings.window == first // settings.window
+
+
+def _positions(asked: Asked, reveal_BxS, window_BxS):
+    """What the network's head is asked for, `[B, P]`: the one position, the window, or the whole block."""
+    settings = asked.settings
+    if settings.draw_all is not None:
+        return jnp.broadcast_to(jnp.arange(settings.block_size), reveal_BxS.shape)
+    if asked.sampler.single:
+        return jnp.argmax(reveal_BxS, axis=1)[:, None]
+    return jnp.argmax(window_BxS, axis=1)[:, None] + jnp.arange(settings.window)
+
+
+def _cut(settings: Settings, x_BxL, block):
+    return jax.lax.dynamic_slice_in_dim(x_BxL, block * settings.block_size, settings.block_size, axis=1)
+
+
+def _low_entropy(settings: Settings, tokens_BxL, end):
+    """Whether the last tokens before `end` repeat too much, bool `[B]`; False where there are too few."""
+    last = jax.lax.dynamic_slice_in_dim(tokens_BxL, jnp.maximum(end - ENTROPY_TOKENS, 0), ENTROPY_TOKENS, axis=1)
+    frequency = jnp.mean(last[:, :, None] == last[:, None], axis=-1, dtype=jnp.float32)
+    return (-jnp.mean(jnp.log(frequency), axis=-1) < settings.min_entropy) & (end >= ENTROPY_TOKENS)

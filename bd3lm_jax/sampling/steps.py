@@ -1,60 +1,231 @@
-"""Reveal steps: which masked positions of a block become tokens next, and at which noise level the network is asked.
+"""Reveal steps: which positions of a block become tokens next, which become masks again, and at which noise level the
+network is asked.
 
-A step is chosen before the network runs, which is exact for these samplers: which positions are revealed does not
-depend on what the network says. Adding a sampler = one function and one line in STEPS.
+A sampler is a plan, made before the network runs, and possibly a choice among the planned positions, made from what
+the network says. Each is a pure function of one row. Adding a sampler = one function and one line in SAMPLERS.
 """
 
+import functools
 from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 
-class Choice(NamedTuple):
-    """reveal `[S]` bool: positions that become tokens now. level: mask probability that the network is told.
-    next_level: mask probability after the step."""
+class Row(NamedTuple):
+    """One row's block before a step.
+
+    masked `[S]` bool: may become tokens now. written `[S]` bool: tokens that this sampler wrote. confidence `[S]`:
+    probability of each written token when it was drawn. level: mask probability after the step before. index: steps
+    taken so far.
+    """
+
+    masked: jax.Array
+    written: jax.Array
+    confidence: jax.Array
+    level: jax.Array
+    index: jax.Array
+
+
+class Plan(NamedTuple):
+    """reveal `[S]` bool: positions that become tokens (written ones are redrawn). remask `[S]` bool: positions that are
+    masks afterwards. level: mask probability that the network is told. next_level: mask probability after the step."""
 
     reveal: jax.Array
+    remask: jax.Array
     level: jax.Array
     next_level: jax.Array
 
 
-class Step(Protocol):
-    """One row, one step: `step(key, masked [S] bool, level, index, steps) -> Choice`; index counts a block's steps."""
+class Said(NamedTuple):
+    """What the network said of each position `[S]`: probability of the token that was drawn, difference between the
+    two likeliest tokens' probabilities, entropy in nats. Of its own law: before temperature and filters."""
 
-    def __call__(self, key, masked_S, level, index, steps: int) -> Choice: ...
+    confidence: jax.Array
+    margin: jax.Array
+    entropy: jax.Array
 
 
-def first_hitting(key, masked_S, level, index, steps: int) -> Choice:
+class Planner(Protocol):
+    """`plan(key, row, steps, threshold) -> Plan`; steps: length of the grid a window, static."""
+
+    def __call__(self, key, row: Row, steps: int, threshold) -> Plan: ...
+
+
+class Chooser(Protocol):
+    """`choose(row, planned [S] bool, said, steps, threshold) -> reveal [S] bool`, a part of what was planned."""
+
+    def __call__(self, row: Row, planned, said: Said, steps: int, threshold) -> jax.Array: ...
+
+
+def first_hitting(key, row: Row, steps: int, threshold) -> Plan:
     """The exact continuous-time sampler: one token a call, S calls a block (arXiv 2409.02908; BD3-LM appendix C).
 
     With n masked tokens the next one is revealed at mask probability level * u^(1/n), and it is any of them with equal
     probability.
     """
     time_key, place_key = jax.random.split(key)
-    count = jnp.maximum(masked_S.sum(), 1)
-    level = level * jax.random.uniform(time_key, minval=1e-6) ** (1 / count)
-    place = jnp.argmax(jnp.where(masked_S, jax.random.uniform(place_key, masked_S.shape), -1.0))
-    reveal = (jnp.arange(masked_S.shape[0]) == place) & masked_S
-    return Choice(reveal, level, level)
+    count = jnp.maximum(row.masked.sum(), 1)
+    level = row.level * jax.random.uniform(time_key, minval=1e-6) ** (1 / count)
+    place = jnp.argmax(jnp.where(row.masked, jax.random.uniform(place_key, row.masked.shape), -1.0))
+    reveal = (jnp.arange(row.masked.shape[0]) == place) & row.masked
+    return Plan(reveal, jnp.zeros_like(reveal), level, level)
 
 
-def ancestral(key, masked_S, level, index, steps: int) -> Choice:
-    """Reverse steps on a uniform grid of `steps` mask probabilities from 1 to 0 (MDLM eq. 7, log-linear).
+def uniform_grid(done):
+    """Mask probability after the part `done` of the steps."""
+    return 1 - done
+
+
+def cosine_grid(done):
+    """Few tokens at first, many at the end (MD4, arXiv 2406.04329)."""
+    return jnp.cos(jnp.pi / 2 * done)
+
+
+def ancestral(grid, key, row: Row, steps: int, threshold) -> Plan:
+    """Reverse steps on a grid of mask probabilities from 1 to 0 (MDLM eq. 7, log-linear).
 
     A masked position stays masked with probability s / t; the last step reveals all that is left. A step that reveals
     nothing needs no network.
     """
-    t, s = 1 - index / steps, 1 - (index + 1) / steps
-    stays = jax.random.uniform(key, masked_S.shape) < s / t
-    return Choice(masked_S & (~stays | (index == steps - 1)), t, s)
+    return remdm(grid, lambda row, t, s, most, threshold: 0.0, key, row, steps, threshold)
+
+
+def remdm(grid, sigma, key, row: Row, steps: int, threshold) -> Plan:
+    """Ancestral steps that mask written tokens again with probability sigma (ReMDM, arXiv 2503.00307, eq. 5-7).
+
+    From mask probability t to s, masked positions become tokens with probability (t - s + (1 - t) sigma) / t, where
+    `sigma(row, t, s, sigma_max, threshold)` is at most sigma_max = min(1, s / (1 - t)): the mask probabilities stay
+    those of the grid.
+    """
+    t, s = grid(row.index / steps), grid((row.index + 1) / steps)
+    last = row.index >= steps - 1
+    s = jnp.where(last, 0.0, s)
+    most = jnp.minimum(1.0, s / jnp.maximum(1 - t, 1e-9))
+    again = sigma(row, t, s, most, threshold)
+    reveal_key, mask_key = jax.random.split(key)
+    chance = (t - s + (1 - t) * again) / t
+    reveal = row.masked & (last | (jax.random.uniform(reveal_key, row.masked.shape) < chance))
+    remask = row.written & ~last & (jax.random.uniform(mask_key, row.masked.shape) < again)
+    return Plan(reveal, remask, t, s)
+
+
+def capped(row, t, s, most, eta):
+    """ReMDM-cap: at most eta."""
+    return jnp.minimum(eta, most)
+
+
+def rescaled(row, t, s, most, eta):
+    """ReMDM-rescale: the part eta of the largest."""
+    return eta * most
+
+
+def by_confidence(row, t, s, most, eta):
+    """ReMDM-conf: the rescaled sigma shared out by softmax(-probability when drawn) over the written tokens; a masked
+    position has none."""
+    share = jnp.where(row.written, jnp.exp(-row.confidence), 0.0)
+    return share / jnp.maximum(share.sum(), 1e-9) * eta * most
+
+
+LOOP_ON, LOOP_OFF, LOOP_LEVEL = 0.45, 0.95, 0.1  # parts of the steps, and mask probability between them
+
+
+def loop_grid(done):
+    """ReMDM-loop: down to a low mask probability, hold it while tokens are masked again, then finish."""
+    down = 1 - (1 - LOOP_LEVEL) * done / LOOP_ON
+    finish = LOOP_LEVEL * (1 - done) / (1 - LOOP_OFF)
+    return jnp.where(done < LOOP_ON, down, jnp.minimum(LOOP_LEVEL, finish))
+
+
+def looped(row, t, s, most, eta):
+    """At most eta while the level is held, 0 before and after."""
+    return jnp.where(jnp.isclose(t, s), jnp.minimum(eta, most), 0.0)
+
+
+def iterative(key, row: Row, steps: int, threshold) -> Plan:
+    """Every generated position is redrawn, then a random part of them is masked again that shrinks to none (RoBERTa
+    diffusion, Barry 2025). For networks that predict unmasked positions too, as masked language models do."""
+    generated = row.masked | row.written
+    left = 1 - (row.index + 1) / steps
+    chance = jnp.where(generated, jax.random.uniform(key, generated.shape), 2.0)
+    rank = jnp.argsort(jnp.argsort(chance))
+    remask = generated & (rank < jnp.floor(left * generated.sum() + 1e-4))
+    return Plan(generated & row.masked.any(), remask & row.masked.any(), left + 1 / steps, left)
+
+
+def every_mask(key, row: Row, steps: int, threshold) -> Plan:
+    """All masked positions are candidates; the network is told the part of the block that is masked."""
+    level = row.masked.sum() / jnp.maximum((row.masked | row.written).sum(), 1)
+    return Plan(row.masked, jnp.zeros_like(row.masked), level, level)
+
+
+def quota(order, row: Row, planned, said: Said, steps: int, threshold):
+    """The best by `order`, an equal number each of `steps` steps (LLaDA, arXiv 2502.09992; Dream, 2508.15487)."""
+    count = jnp.ceil(planned.sum() / jnp.maximum(steps - row.index, 1) - 1e-4)
+    return planned & (_rank(order(said), planned) < count)
+
+
+def above_threshold(row: Row, planned, said: Said, steps: int, threshold):
+    """All whose probability reaches the threshold, and always the likeliest (Fast-dLLM, arXiv 2505.22618)."""
+    return planned & ((said.confidence >= threshold) | (_rank(said.confidence, planned) == 0))
+
+
+def factor(row: Row, planned, said: Said, steps: int, threshold):
+    """Ranks r = 1, 2, ... while the r-th probability is at least 1 - f / (r + 1), f = threshold; always the first
+    (Fast-dLLM, arXiv 2505.22618)."""
+    rank = _rank(said.confidence, planned)
+    bad = planned & (rank > 0) & (said.confidence < 1 - threshold / (rank + 2))
+    return planned & (rank < jnp.min(jnp.where(bad, rank, planned.shape[0])))
+
+
+def entropy_bound(row: Row, planned, said: Said, steps: int, threshold):
+    """The most certain ones as long as the sum of their entropies less the largest is at most the threshold, in nats:
+    a bound on what is lost by drawing them independently (EB-Sampler, arXiv 2505.24857)."""
+    rank = _rank(-said.entropy, planned)
+    entropy = jnp.where(planned, said.entropy, 0.0)
+    before = jnp.sum(jnp.where(rank[None] < rank[:, None], entropy[None], 0.0), axis=1)
+    return planned & ((before <= threshold) | (rank == 0))
+
+
+def _rank(score_S, planned_S):
+    """Place of each planned position by falling score, from 0; ties go to the left; the others come last."""
+    order = jnp.argsort(jnp.where(planned_S, -score_S, jnp.inf), stable=True)
+    return jnp.argsort(order)
 
 
 class Sampler(NamedTuple):
-    """single: every step reveals one token, so the network's head runs on one position a row."""
+    """choose: None reveals all that is planned. single: every step reveals one token, so the network's head runs on
+    one position a row. steps: what is usual, 0: one a position of the window. threshold: what is usual."""
 
-    step: Step
-    single: bool
+    plan: Planner
+    choose: Chooser | None = None
+    single: bool = False
+    steps: int = 0
+    threshold: float = 0.0
+    doc: str = ""
 
 
-STEPS = {"first_hitting": Sampler(first_hitting, True), "ancestral": Sampler(ancestral, False)}
+def _remdm(sigma, grid=uniform_grid):
+    return functools.partial(remdm, grid, sigma)
+
+
+SAMPLERS = {
+    "first_hitting": Sampler(first_hitting, single=True, doc="exact, one token a call"),
+    "ancestral": Sampler(functools.partial(ancestral, uniform_grid), steps=1000, doc="MDLM's grid of levels"),
+    "ancestral_cosine": Sampler(functools.partial(ancestral, cosine_grid), steps=1000, doc="few tokens first (MD4)"),
+    "confidence": Sampler(every_mask, functools.partial(quota, lambda said: said.confidence),
+                          doc="the likeliest tokens first (LLaDA)"),
+    "margin": Sampler(every_mask, functools.partial(quota, lambda said: said.margin),
+                      doc="the clearest choices first (Dream)"),
+    "entropy": Sampler(every_mask, functools.partial(quota, lambda said: -said.entropy),
+                       doc="the least entropy first (Dream)"),
+    "threshold": Sampler(every_mask, above_threshold, threshold=0.9,
+                         doc="all at least so probable (Fast-dLLM)"),
+    "factor": Sampler(every_mask, factor, threshold=1.0, doc="more at once the surer they are (Fast-dLLM)"),
+    "entropy_bound": Sampler(every_mask, entropy_bound, threshold=0.1, doc="least entropies up to a sum (EB-Sampler)"),
+    "remdm_cap": Sampler(_remdm(capped), steps=1000, threshold=0.02, doc="masks again, at most eta (ReMDM)"),
+    "remdm_rescale": Sampler(_remdm(rescaled), steps=1000, threshold=0.05, doc="masks again, eta of the largest"),
+    "remdm_confidence": Sampler(_remdm(by_confidence), steps=1000, threshold=1.0, doc="masks unsure tokens again"),
+    "remdm_loop": Sampler(_remdm(looped, loop_grid), steps=1000, threshold=0.02, doc="masks again at a low level"),
+    "iterative": Sampler(iterative, steps=10, doc="redraws everything (RoBERTa diffusion)"),
+}

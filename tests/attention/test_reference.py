@@ -44,7 +44,8 @@ def test_decoding_step_equals_loop(heads, kv_heads):
     clean = arrays(1, (BATCH, 4), heads, kv_heads)
     cache = arrays(2, (BATCH, 4), heads, kv_heads)[1:]
     spec = MaskSpec("causal", 4, False, False, tokens("noised"), tokens("clean"), tokens("cache"))
-    noised_out, clean_out = map(np.asarray, attend(spec, noised, clean, cache))
+    slots_last = [jnp.moveaxis(x, 1, -1) for x in cache]
+    noised_out, clean_out = map(np.asarray, attend(spec, noised, clean, slots_last))
     for b in range(BATCH):
         real = {name: np.array(SEGMENT[name][b]) > 0 for name in SEGMENT}
         before = [np.concatenate(pair) for pair in zip((x[b] for x in cache), (x[b] for x in clean[1:]))]

@@ -129,3 +129,33 @@ def test_check_ids():
     for ids, bad in (([3, 258], 258), ([-1, 300], -1)):
         with pytest.raises(UserError, match=rf"prompt tokens hold id {bad}, expected 0\.\.257"):
             tokenizer.check_ids(ids, "prompt tokens")
+
+
+def sentence_pieces(path: Path) -> str:
+    """A vocabulary in the style of SentencePiece: a mark for spaces, and single bytes for what it lacks."""
+    from tokenizers import Tokenizer, decoders, models
+
+    vocab = ["?", "</s>", "▁the", "▁", "re", *(f"<0x{byte:02X}>" for byte in range(256))]
+    model = Tokenizer(models.BPE({word: i for i, word in enumerate(vocab)}, [], byte_fallback=True))
+    model.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                       decoders.Strip(" ", 1, 0)])
+    path.write_text(model.to_str())
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2", "bert-base-uncased", "bpe", "sentence pieces"])
+def test_bytes_of_tokens_join_to_the_text(data_config, tmp_path, name):
+    if name == "sentence pieces":
+        tokenizer = load_tokenizer(sentence_pieces(tmp_path / "tokenizer.json"))
+    else:
+        tokenizer = austen_bpe(data_config, 300) if name == "bpe" else get_tokenizer(name, no_documents)
+    first, later = tokenizer.token_bytes()
+    assert len(first) == len(later) == tokenizer.size and first[tokenizer.end_id] == later[tokenizer.end_id] == b""
+    usable, rng = [i for i in range(tokenizer.size) if first[i] and later[i]], np.random.default_rng(0)
+    assert len(usable) > 0.95 * tokenizer.size
+    for _ in range(300):
+        ids = rng.choice(usable, rng.integers(1, 8))
+        joined = first[ids[0]] + b"".join(later[i] for i in ids[1:])
+        text = joined.decode(errors="replace")
+        if "\ufffd" not in text or name != "sentence pieces":  # that library replaces each byte of invalid UTF-8
+            assert tokenizer.decode(ids) == text
