@@ -9,27 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import estimators, evaluate, models, passes, stats
+from bd3lm_jax import conditional, estimators, evaluate, generation, models, passes, stats
 from bd3lm_jax.config import SECTIONS, Config
 from bd3lm_jax.data.tokenizers import Tokenizer
-from bd3lm_jax.denoise import BlockDenoiser, CausalDenoiser
-from bd3lm_jax.errors import UserError, lookup
+from bd3lm_jax.errors import UserError
+from bd3lm_jax.generation import Sample
 from bd3lm_jax.models import Backbone, trunk
-from bd3lm_jax.sampling import STEPS, Settings, generate
-from bd3lm_jax.sampling.filters import check_filters
 from bd3lm_jax.step import SpecialIds
-
-PREFILL = 64  # prompts are padded to multiples of this, so that few lengths compile
-ANCESTRAL_STEPS = 1000  # reverse steps a block of the ancestral sampler; one that reveals nothing asks no network
-
-
-class Sample(NamedTuple):
-    """text and tokens are the new ones, without prompt and end token; stop: "end" (end token) or "length"."""
-
-    text: str | None
-    tokens: list[int]
-    nfe: int
-    stop: str
 
 
 class NLL(NamedTuple):
@@ -139,84 +125,30 @@ class LM:
             estimates.append(np.mean(parts, axis=0, dtype=np.float64)[..., :length])
         return np.concatenate(estimates, axis=1)
 
-    def generate(self, prompts=None, *, num: int = 1, length: int, sampler: str = "first_hitting",
-                 temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-                 seed: int = 0) -> list[Sample]:
-        """Write texts of `length` tokens (prompt included), or up to an end token.
+    def generate(self, prompts=None, *, num: int = 1, length: int, **options) -> list[Sample]:
+        """Write texts of `length` tokens (prompt included), or up to a stop.
 
-        prompts: texts or lists of ids, `num` samples of each; None: `num` from nothing. sampler: "first_hitting"
-        (exact) or "ancestral" (masked diffusion only). Request i is keyed by (seed, i), whatever else is in the batch.
+        prompts: texts or lists of ids, `num` samples of each; None: `num` from nothing. options: fields of
+        `generation.Options` (sampler, temperature, top_k, top_p, steps, threshold, stop, window, seed, ...). Request i
+        is keyed by (seed, i), whatever else is in the batch.
         """
         self._check_probabilities()
-        prompts = self._encode_prompts(prompts, num, length)
-        lookup(STEPS, sampler, "sampler")
-        check_filters(temperature, top_k, top_p)
-        if self.config.diffusion.causal and sampler != "first_hitting":
-            raise UserError(f"sampler '{sampler}' is for masked diffusion: an autoregressive model uses first_hitting")
-        size = self.config.block_size
-        tokens = np.zeros((len(prompts), -(-length // size) * size), np.int32)
-        for row, prompt in zip(tokens, prompts):
-            row[:len(prompt)] = prompt
-        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        first_block = int(lengths.min()) // size
-        prefilled = self._denoiser().stored_before(first_block)
-        settings = Settings(size, ANCESTRAL_STEPS, temperature, top_k, top_p, self.special.mask, self.special.end)
-        slots = min(tokens.shape[1], -(-prefilled // PREFILL) * PREFILL)
-        result = self._sample(sampler, settings, slots, self.params, jax.random.key(seed), tokens, lengths,
-                              first_block, prefilled)
-        return [self._finish(row, len(prompt), length, nfe) for row, prompt, nfe in
-                zip(np.asarray(result.tokens), prompts, np.asarray(result.nfe))]
+        return generation.generate(self, prompts, num, length, generation.make_options(**options))
 
-    def _finish(self, row_L, start: int, length: int, nfe) -> Sample:
-        new = row_L[start:length]
-        ends = np.flatnonzero(new == self.special.end)
-        new = new[:ends[0]] if len(ends) else new
-        text = None if self.tokenizer is None else self.tokenizer.decode(new)
-        return Sample(text, new.tolist(), int(nfe), "end" if len(ends) else "length")
+    def score(self, prompts, continuations, *, estimator: str = "exact_count", draws: int = 4, seed: int = 0,
+              greedy: bool = False, batch: int = 16) -> list[conditional.Score]:
+        """Log-likelihood of each continuation after its prompt: exact for AR and block size 1, else a lower bound with
+        its Monte-Carlo error; see `conditional.score`."""
+        self._check_probabilities()
+        return conditional.score(self, prompts, continuations, estimator=estimator, draws=draws, seed=seed,
+                                 greedy=greedy, batch=batch)
 
-    def _encode_prompts(self, prompts, num: int, length: int) -> list[np.ndarray]:
-        if num < 1:
-            raise UserError(f"num is {num}, expected at least 1 sample")
-        if not 1 <= length <= self.context:
-            raise UserError(f"length is {length}, expected 1 to {self.context}, the tokens the model was trained on")
-        if prompts is not None and (isinstance(prompts, str) or not len(prompts)):
-            raise UserError(f"prompts are {prompts!r}, expected a list of one or more texts or lists of token ids")
-        encoded = []
-        for prompt in [()] if prompts is None else prompts:
-            if isinstance(prompt, str):
-                if self.tokenizer is None:
-                    raise UserError("this checkpoint has no tokenizer: give prompts as lists of token ids")
-                prompt = self.tokenizer.encode(prompt)
-            ids = np.asarray(prompt)
-            if ids.ndim != 1:
-                raise UserError(f"a prompt is {prompt!r}, expected a text or a list of token ids")
-            ids = np.asarray(self._check_ids(ids[None] if ids.size else np.zeros((1, 0), np.int32)))[0]
-            if (ids == self.special.mask).any():
-                raise UserError(f"the prompt holds the mask token {self.special.mask}, which is never part of a text")
-            if len(ids) >= length:
-                raise UserError(f"the prompt has {len(ids)} tokens, which leaves none of length {length} to write: "
-                                f"shorten the prompt or raise the length (at most {self.context})")
-            if not len(ids) and self.config.diffusion.causal and not self.config.diffusion.bos:
-                raise UserError("this autoregressive model has no beginning token: give it a prompt of at least one "
-                                "token")
-            encoded += [ids] * num
-        return encoded
-
-    def _denoiser(self):
-        kind = CausalDenoiser if self.config.diffusion.causal else BlockDenoiser
-        return kind(self.model, self.config.diffusion, self.special.end)
-
-    @functools.cached_property
-    def _sample(self):
-        """Jitted once per (sampler, settings, shapes)."""
-        @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-        def sample(sampler, settings, prefill, params, key, tokens, lengths, first_block, prefilled):
-            denoiser = self._denoiser()
-            keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(tokens.shape[0]))
-            cache = denoiser.prefill(params, tokens, prefill, prefilled)
-            return generate(functools.partial(denoiser, params), STEPS[sampler], settings, keys, tokens, lengths,
-                            first_block, cache)
-        return sample
+    def choose(self, prompt, options, *, normalise: str = "none", estimator: str = "exact_count", draws: int = 4,
+               seed: int = 0, batch: int = 16) -> conditional.Choice:
+        """The likeliest of several continuations under common masks; see `conditional.choose`."""
+        self._check_probabilities()
+        return conditional.choose(self, prompt, options, normalise=normalise, estimator=estimator, draws=draws,
+                                  seed=seed, batch=batch)
 
     def _scores(self, estimator):
         """Jitted once for each estimator."""
