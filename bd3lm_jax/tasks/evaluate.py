@@ -1,0 +1,231 @@
+"""The accuracy of a model on a task: prompts, completions, verdicts, intervals, and a record of each of them."""
+
+import collections
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bd3lm_jax import log, sandbox
+from bd3lm_jax.errors import RunError, UserError, lookup
+from bd3lm_jax.tasks import score
+from bd3lm_jax.tasks.registry import TASKS
+from bd3lm_jax.tasks.task import Problem, Task, Verdict, cut, read_problems
+
+FOLDER = "tasks"  # of a run directory
+OURS = {"prompts", "num", "seed", "stop"}  # keywords of `LM.generate` that the task gives
+LIMITS = sandbox.Limits(wall_s=20.0, cpu_s=10, memory_mib=1024, file_mib=16, processes=16)
+
+
+class Completion(NamedTuple):
+    """text: up to the first stop text. stop: why it ended, "too_long" where the prompt left no room: then it is "".
+    """
+
+    text: str
+    tokens: int
+    nfe: int
+    stop: str
+
+
+def evaluate_task(workdir: str | os.PathLike, *, task: str, file: str, against: str, allow_code_execution: bool,
+                  num_problems: int, draws_per_problem: int, shots: int, sampler: dict[str, Any], seed: int,
+                  weights: str) -> dict[str, Any]:
+    """Task accuracy of a model, as the `eval --task` command gives it.
+
+    task: a name in TASKS. file: its problems, JSON lines in the task's own format ("": the packaged ones). against:
+    another model to compare with on the same problems, or "". num_problems: the first ones of the file, 0 for all.
+    draws_per_problem: completions of each; the score is the mean over problems of the part that is right, which is
+    without bias for pass@1. shots: problems of the file, the first ones, that stand solved before each prompt and are
+    not scored. sampler: keywords of `LM.generate`; its `length` counts prompt and completion (left out: the model's
+    context).
+
+    Returns `score` and `score_ci95` (over problems), what was asked and how, `outcomes` (how often what happened) and
+    `lines`, the JSON-lines file in `workdir`/tasks with every prompt, completion and verdict; with `against` also
+    `difference`, `difference_ci95` and `p_value` (McNemar's test with one draw, else a paired t test).
+
+    Raises UserError for wrong input before anything is generated: code that may not run, files, numbers.
+    """
+    began = time.perf_counter()
+    chosen = lookup(TASKS, task, "task")
+    _check_numbers(num_problems=(num_problems, 0), draws_per_problem=(draws_per_problem, 1), shots=(shots, 0))
+    settings = _sampler_settings(sampler)
+    isolation = _check_execution(chosen, allow_code_execution)
+    source = read_problems(chosen, file)
+    if shots >= len(source.problems):
+        raise UserError(f"{source.path} holds {len(source.problems)} problems, of which {shots} shots leave none")
+    for model in filter(None, (workdir, against)):
+        if not Path(model).is_dir():
+            raise UserError(f"no run directory {model}: train first (python -m launch train --workdir={model})")
+    examples, problems = source.problems[:shots], source.problems[shots:]
+    problems = problems[:num_problems or len(problems)]
+    asked = {"task": task, "file": source.path.name, "file_sha256": source.sha256, "problems": len(problems),
+             "draws_per_problem": draws_per_problem, "prompt_format": chosen.prompt_format, "shots": shots,
+             "stop": list(chosen.stop), "sampler": settings, "seed": seed, "weights": weights}
+    prompts = [_prompt(examples, problem) for problem in problems]
+    run = _Run(chosen, problems, prompts, sampler, asked, _folder(workdir))
+    ours = run.measure(workdir, "")
+    result = {"workdir": str(workdir), **asked, **ours.summary(), "metric": chosen.metric,
+              "sandbox": {"limits": LIMITS._asdict(), "isolation": isolation} if chosen.runs_code else None}
+    if against:
+        theirs = run.measure(against, f"-against-{Path(against).name}")
+        found = score.paired(ours.scores_N, theirs.scores_N)
+        result["against"] = {"workdir": against, **theirs.summary(), "difference": found.difference,
+                             "difference_ci95": [found.low, found.high], "p_value": found.p_value, "test": found.test}
+    _show(result)
+    return result | {"wall_s": time.perf_counter() - began}
+
+
+def score_completions(task: Task, problems: Sequence[Problem], completions: Sequence[str], *,
+                      allow_code_execution: bool) -> list[Verdict]:
+    """The verdict on each completion; completion i answers problem i (repeat a problem that has several).
+
+    Raises UserError where programs would have to run and may not, or lengths differ; RunError if the sandbox fails.
+    """
+    if len(problems) != len(completions):
+        raise UserError(f"{len(completions)} completions of {len(problems)} problems: expected one for each")
+    if not task.runs_code:
+        return [task.judge(problem, completion) for problem, completion in zip(problems, completions)]
+    _check_execution(task, allow_code_execution)
+    programs = [task.program(problem, completion) for problem, completion in zip(problems, completions)]
+    outcomes = sandbox.run_all([(program, tests) for program, *tests in programs], LIMITS)
+    return [Verdict(outcome.passed, "passed" if outcome.passed else outcome.detail.split(":")[0], outcome.detail)
+            for outcome in outcomes]
+
+
+class _Scored(NamedTuple):
+    scores_N: np.ndarray  # of the problems, mean over draws
+    outcomes: dict[str, int]
+    length: int  # the most tokens of prompt and completion
+    path: Path
+
+    def summary(self) -> dict[str, Any]:
+        mean, low, high = score.mean_interval(self.scores_N)
+        return {"score": mean, "score_ci95": [low, high], "outcomes": self.outcomes, "length": self.length,
+                "lines": str(self.path)}
+
+
+class _Run(NamedTuple):
+    """What all models are asked."""
+
+    task: Task
+    problems: list[Problem]
+    prompts: list[str]
+    sampler: dict[str, Any]
+    asked: dict[str, Any]
+    folder: Path
+
+    def measure(self, workdir: str | os.PathLike, suffix: str) -> _Scored:
+        """Load a model, let it complete all prompts, judge, and write the lines."""
+        from bd3lm_jax.lm import load
+
+        draws = self.asked["draws_per_problem"]
+        lm = load(str(workdir), self.asked["weights"])
+        length = self.sampler.get("length", lm.context)
+        completions = self._complete(lm, workdir, length)
+        problems = [problem for problem in self.problems for _ in range(draws)]
+        verdicts = score_completions(self.task, problems, [completion.text for completion in completions],
+                                     allow_code_execution=True)
+        lines = [{"problem": problem.id, "draw": i % draws, "correct": verdict.correct, "outcome": verdict.outcome,
+                  "detail": verdict.detail, "prompt": self.prompts[i // draws], "completion": completion.text,
+                  "tokens": completion.tokens, "nfe": completion.nfe, "stop": completion.stop}
+                 for i, (problem, completion, verdict) in enumerate(zip(problems, completions, verdicts))]
+        settings = json.dumps(self.asked, sort_keys=True, default=str)
+        path = self.folder / f"{self.task.name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}{suffix}.jsonl"
+        _write(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        scores_N = np.array([verdict.correct for verdict in verdicts], np.float64).reshape(-1, draws).mean(1)
+        outcomes = collections.Counter("too long" if completion.stop == "too_long" else verdict.outcome
+                                       for completion, verdict in zip(completions, verdicts))
+        return _Scored(scores_N, dict(outcomes.most_common()), length, path)
+
+    def _complete(self, lm: Any, workdir: str | os.PathLike, length: int) -> list[Completion]:
+        """Completions of all prompts, the draws of a prompt one after the other."""
+        if lm.tokenizer is None:
+            raise UserError(f"{workdir} has no tokenizer, which a task needs to write its prompts")
+        asked, draws = self.asked, self.asked["draws_per_problem"]
+        settings = {**self.sampler, "length": length}
+        sizes = [len(lm.tokenizer.encode(prompt)) for prompt in self.prompts]
+        fitting = [i for i, size in enumerate(sizes) if size < length]
+        if not fitting:
+            raise UserError(f"no prompt of {self.task.name} leaves room in {length} tokens for {workdir}: "
+                            f"the shortest of {len(sizes)} has {min(sizes)}; use a model with a longer context")
+        log.note(f"{workdir}: {len(fitting)} of {len(sizes)} prompts leave room in {length} tokens; writes {draws} "
+                 "completion(s) of each")
+        samples = lm.generate([self.prompts[i] for i in fitting], num=draws, seed=asked["seed"], stop=self.task.stop,
+                              **settings)
+        found = [[Completion("", 0, 0, "too_long")] * draws for _ in self.prompts]
+        for place, i in enumerate(fitting):
+            found[i] = [Completion(cut(sample.text, self.task.stop), len(sample.tokens), sample.nfe, sample.stop)
+                        for sample in samples[place * draws:(place + 1) * draws]]
+        return [completion for row in found for completion in row]
+
+
+def _check_execution(task: Task, allowed: bool) -> list[str]:
+    """The isolation of programs; [] where none are run. UserError if they may not or cannot be."""
+    if not task.runs_code:
+        return []
+    if not allowed:
+        raise UserError(f"{task.name} runs programs that the model wrote: give --allow_code_execution if they may run "
+                        "here, with limits of time, memory and processes (docs/tasks.md says what these do not stop)")
+    return sandbox.check(LIMITS)
+
+
+def _sampler_settings(sampler: dict[str, Any]) -> dict[str, Any]:
+    """All settings of the sampler, also those that were not given. UserError for unknown ones."""
+    from bd3lm_jax.generation import make_options
+
+    if taken := OURS & sampler.keys():
+        raise UserError(f"sampler holds {', '.join(sorted(taken))}, which the task decides: leave it out")
+    given = {name: value for name, value in sampler.items() if name != "length"}
+    options = vars(make_options(**given))
+    return {"length": sampler.get("length"), **{name: options[name] for name in options if name not in OURS}}
+
+
+def _prompt(examples: Sequence[Problem], problem: Problem) -> str:
+    return "".join(f"{example.prompt}{example.reference.rstrip()}\n\n" for example in examples) + problem.prompt
+
+
+def _check_numbers(**numbers: tuple[int, int]) -> None:
+    """name=(value, least)"""
+    for name, (value, least) in numbers.items():
+        if value < least:
+            raise UserError(f"{name} is {value}, expected at least {least}")
+
+
+def _folder(workdir: str | os.PathLike) -> Path:
+    folder = Path(workdir) / FOLDER
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {folder}, where completions are kept: {error.strerror or error}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write in {folder}, where completions are kept: change its permissions")
+    return folder
+
+
+def _write(path: Path, text: str) -> None:
+    """All of it or nothing."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}; free some disk space and run again") from None
+
+
+def _show(result: dict[str, Any]) -> None:
+    rows = []
+    for side in filter(None, (result, result.get("against"))):
+        low, high = side["score_ci95"]
+        outcomes = ", ".join(f"{name} {count}" for name, count in side["outcomes"].items())
+        rows.append((side["workdir"], f"{side['score']:.1%}", f"{low:.1%} .. {high:.1%}", outcomes))
+    log.table(f"{result['task']}: {result['problems']} problems, {result['draws_per_problem']} draws each",
+              ("model", result["metric"], "95 % interval", "outcomes"), rows)
+    if "against" in result:
+        low, high = result["against"]["difference_ci95"]
+        log.note(f"difference {result['against']['difference']:+.1%}, 95 % interval {low:+.1%} .. {high:+.1%}, "
+                 f"p = {result['against']['p_value']:.2g} ({result['against']['test']})")
