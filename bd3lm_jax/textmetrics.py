@@ -1,4 +1,4 @@
-"""What counting achieves: n-gram models that a trained model must beat, and the entropy of a text.
+"""What counting says: n-gram models that a trained model must beat, entropy, diversity and repetition of texts.
 
 The models are interpolated Witten-Bell (Witten and Bell 1991; Chen and Goodman 1998, section 2.5): with c counts and
 T(h) the number of distinct tokens that followed the history h,
@@ -9,6 +9,7 @@ The train text is read as a circle, and the test text follows it: both end with 
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -59,6 +60,45 @@ def entropy_of_tokens(ids) -> float:
     counts = np.unique(np.asarray(ids).reshape(-1), return_counts=True)[1]
     frequency = counts / max(1, counts.sum())
     return float(-(frequency * np.log(frequency)).sum())
+
+
+def distinct(texts: Sequence[np.ndarray], n: int) -> float:
+    """Different n-grams over all n-grams of some texts (token ids [length]); none crosses texts; nan without any.
+
+    distinct-n of Li et al. 2016 (arXiv 1510.03055). It falls with the number of tokens: compare equal amounts.
+    """
+    grams = [gram for ids in texts for gram in zip(*(np.asarray(ids)[start:].tolist() for start in range(n)))]
+    return len(set(grams)) / len(grams) if grams else math.nan
+
+
+def repeated_tokens(ids, n: int) -> int:
+    """How many tokens of one text, ids [length], lie inside an n-gram that occurs there more than once."""
+    grams = _ngrams(ids, n)
+    again = np.bincount(grams)[grams] > 1 if len(grams) else np.zeros(0, bool)
+    inside = np.zeros(len(ids), bool)
+    for offset in range(n):
+        inside[offset:offset + len(again)] |= again
+    return int(inside.sum())
+
+
+def longest_repeat(ids) -> int:
+    """Tokens of the longest passage that occurs more than once in one text, ids [length]; the two may overlap."""
+    low, high = 0, max(len(ids) - 1, 0)  # a passage that occurs twice: so do all its parts
+    while low < high:
+        middle = (low + high + 1) // 2
+        grams = _ngrams(ids, middle)
+        low, high = (middle, high) if len(np.unique(grams)) < len(grams) else (low, middle - 1)
+    return low
+
+
+def _ngrams(ids, n: int) -> np.ndarray:
+    """[length - n + 1] numbers below the length, equal where the n-grams are: those of 2, 4, 8, ... tokens in turn."""
+    codes, size = np.unique(np.asarray(ids), return_inverse=True)[1].reshape(-1), 1
+    while size < n and len(codes):
+        step = min(size, n - size)
+        codes = np.unique(codes[:-step] * len(ids) + codes[step:], return_inverse=True)[1].reshape(-1)
+        size += step
+    return codes
 
 
 def _codes(ids: np.ndarray, history: np.ndarray, order: int, bits: int) -> np.ndarray:

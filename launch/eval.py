@@ -1,5 +1,6 @@
-"""Likelihood of a text under a trained model, with a 95 % interval over documents and draws.
+"""Likelihood of a text under a trained model, quality of generated texts, or accuracy on a task; all with intervals.
 
+Likelihood, with a 95 % interval over documents and draws:
   python -m launch eval --workdir=runs/tiny
   python -m launch eval --workdir=runs/tiny --split=valid --draws=8
   python -m launch eval --workdir=runs/tiny --data=my_text.txt
@@ -11,6 +12,24 @@
 
 Result: nll (nats a token), nll_ci95, nll_mc_se (draws alone), nll_document_se (documents alone), ppl, ppl_ci95,
 bits_per_byte, tokens, documents, ..., against (unit, difference, difference_ci95, p_value, same_masks, ...).
+
+Quality of texts that `sample` wrote (python -m launch sample ... > bd4.json), beside real text of the same lengths:
+  python -m launch eval --samples=bd4.json --scorer=runs/tiny-ar
+  python -m launch eval --samples=bd4.json,bd16.json --scorer=runs/tiny-ar           # one table, and a plot over NFE
+
+Result: scorer, unit (tokens of the scorer; words without one), window and stride (how long texts are scored),
+max_tokens, first_token, averaging, reference (what the real text is), plot, and rows, one for each path: name, path,
+samples, empty (texts without a token to score), tokens, gen_ppl (weighted by tokens), gen_ppl_sample_mean (of the
+texts' perplexities), entropy (of the unigrams of a text, nats; mean over texts), each with _ci95 over texts;
+entropy_below_4, distinct_1, distinct_2, distinct_3, repeated_4grams, longest_repeat, length_median, length_max,
+nfe_per_token, block_size, stops, by_position (of texts that fill two windows), mauve, and reference (the same figures
+of real text). Without a scorer there is no perplexity.
+
+Accuracy on a task, by texts that the model writes:
+  python -m launch eval --workdir=runs/tiny --task=humaneval --allow_code_execution
+  python -m launch eval --workdir=runs/tiny --task=gsm8k --file=test.jsonl --temperature=0 --num_problems=100
+
+Result: see docs/tasks.md.
 """
 
 from absl import flags
@@ -18,9 +37,22 @@ from absl import flags
 from bd3lm_jax.errors import UserError
 
 TAKES_CONFIG = False
+LIKELIHOOD = ("split", "data_dir", "chunks", "stride", "first_token", "end_token", "estimator", "draws", "seed",
+              "weights", "batch", "max_draws")  # handed over as they are; data, against and target_ci as well
+QUALITY = ("scorer", "weights", "split", "reference", "stride", "max_tokens", "mauve", "plot")
+TASK = ("file", "against", "allow_code_execution", "num_problems", "draws_per_problem", "shots", "seed",
+        "weights")
+SAMPLER = ("sampler", "length", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "steps", "threshold",
+           "block_size")  # of --task: what is given goes to LM.generate
 
 
 def define(values: flags.FlagValues) -> None:
+    _define_likelihood(values)
+    _define_quality(values)
+    _define_task(values)
+
+
+def _define_likelihood(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "run directory", flag_values=values)
     flags.DEFINE_string("split", "test", "train, valid or test", flag_values=values)
     flags.DEFINE_string("data", "", "a .txt or .jsonl file (all of it); a named text: austen, moby_dick, sotu, "
@@ -46,12 +78,79 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("batch", 0, "rows a pass; 0: the run's own", lower_bound=0, flag_values=values)
 
 
+def _define_quality(values: flags.FlagValues) -> None:
+    flags.DEFINE_list("samples", [], "generated texts: files that sample wrote, JSONL of {\"text\": ...}, or run "
+                      "directories, with commas between them", flag_values=values)
+    flags.DEFINE_string("scorer", "", "of --samples: directory of an autoregressive model (or of block size 1)",
+                        flag_values=values)
+    flags.DEFINE_string("reference", "", "of --samples: real text to compare with, a file like --samples, or none; "
+                        "empty: --split of the scorer's own corpus", flag_values=values)
+    flags.DEFINE_integer("max_tokens", 0, "of --samples: only the first so many tokens of each text; 0: all",
+                         lower_bound=0, flag_values=values)
+    flags.DEFINE_boolean("mauve", False, "of --samples: MAUVE as well (needs mauve-text and the weights of GPT-2 "
+                         "large)", flag_values=values)
+    flags.DEFINE_string("plot", "", "of several --samples: where to draw them; empty: quality.png beside the first",
+                        flag_values=values)
+
+
+def _define_task(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("task", "", "humaneval, mbpp, gsm8k or math500", flag_values=values)
+    flags.DEFINE_string("file", "", "of --task: JSONL in the task's own format; empty: the packaged one (humaneval)",
+                        flag_values=values)
+    flags.DEFINE_boolean("allow_code_execution", False, "of --task: run generated code, in a subprocess with limits",
+                         flag_values=values)
+    flags.DEFINE_integer("num_problems", 0, "of --task: only the first so many; 0: all", lower_bound=0,
+                         flag_values=values)
+    flags.DEFINE_integer("draws_per_problem", 1, "of --task: texts for each problem", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("shots", 0, "of --task: solved problems before each prompt", lower_bound=0, flag_values=values)
+    flags.DEFINE_string("sampler", None, "of --task, as all flags below: see python -m launch sample --help",
+                        flag_values=values)
+    for name in ("length", "top_k", "steps", "block_size"):
+        flags.DEFINE_integer(name, None, "of --task", lower_bound=1, flag_values=values)
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty", "threshold"):
+        flags.DEFINE_float(name, None, "of --task", lower_bound=0.0, flag_values=values)
+
+
 def main(args: flags.FlagValues) -> dict:
+    if args.samples and args.task:
+        raise UserError("--samples and --task are two evaluations: give one of them")
+    if args.samples:
+        _allow(args, "--samples", ("samples", *QUALITY))
+        return _quality(args)
+    if args.task:
+        _allow(args, "--task", ("workdir", "task", *TASK, *SAMPLER))
+        return _task(args)
+    _allow(args, "a likelihood (neither --samples nor --task)",
+           ("workdir", "data", "against", "target_ci", *LIKELIHOOD))
+    return _likelihood(args)
+
+
+def _allow(args: flags.FlagValues, what: str, names: tuple[str, ...]) -> None:
+    """UserError for a flag that was given and means nothing here."""
+    for name in args:
+        if args[name].present and name not in names:
+            raise UserError(f"--{name} does not go with {what}: see --help")
+
+
+def _quality(args: flags.FlagValues) -> dict:
+    from bd3lm_jax.quality import evaluate_samples
+
+    return evaluate_samples(args.samples, **_values(args, QUALITY))
+
+
+def _task(args: flags.FlagValues) -> dict:
+    from bd3lm_jax.tasks import evaluate_task
+    from launch.arguments import required
+
+    sampler = {name: value for name, value in _values(args, SAMPLER).items() if value is not None}
+    return evaluate_task(required(args, "workdir"), task=args.task, sampler=sampler, **_values(args, TASK))
+
+
+def _likelihood(args: flags.FlagValues) -> dict:
     from launch.arguments import required
 
     workdir, target_ci = required(args, "workdir"), _fraction(args.target_ci)
-    common = {name: args[name].value for name in ("split", "data_dir", "chunks", "stride", "first_token", "end_token",
-                                                  "estimator", "draws", "seed", "weights", "batch", "max_draws")}
+    common = _values(args, LIKELIHOOD)
     if args.data == "all":
         if args.against:
             raise UserError("--against does not go with --data=all: give --workdir=A,B instead")
@@ -61,6 +160,10 @@ def main(args: flags.FlagValues) -> dict:
     from bd3lm_jax.evaluate import evaluate_run
 
     return evaluate_run(workdir, data=args.data, against=args.against, target_ci=target_ci, **common)
+
+
+def _values(args: flags.FlagValues, names: tuple[str, ...]) -> dict:
+    return {name: args[name].value for name in names}
 
 
 def _fraction(text: str) -> float:

@@ -88,3 +88,34 @@ def test_entropy():
     assert textmetrics.entropy_of_tokens([7] * 9) == 0
     assert textmetrics.entropy_of_tokens([1, 1, 1, 2]) == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
     assert textmetrics.entropy_of_tokens([]) == 0
+
+
+def ids(text: str) -> np.ndarray:
+    return np.array([ord(letter) for letter in text])
+
+
+def test_distinct_by_hand():
+    texts = [ids("abab"), ids("ba"), ids("c")]
+    assert textmetrics.distinct(texts, 1) == 3 / 7
+    assert textmetrics.distinct(texts, 2) == 2 / 4  # ab ba ab, ba; none crosses texts
+    assert textmetrics.distinct(texts, 3) == 2 / 2  # aba bab
+    assert math.isnan(textmetrics.distinct(texts, 5))
+
+
+@pytest.mark.parametrize("text, tokens, longest", [
+    ("abcdXabcdY", 8, 4), ("abcXabcY", 0, 3), ("aaaaa", 5, 4), ("aaaa", 0, 3), ("abcdeabcde", 10, 5),
+    ("abcabcabc", 9, 6), ("abcd", 0, 0), ("a", 0, 0), ("", 0, 0)])
+def test_repetition_by_hand(text, tokens, longest):
+    assert textmetrics.repeated_tokens(ids(text), 4) == tokens
+    assert textmetrics.longest_repeat(ids(text)) == longest
+
+
+def test_repetition_equals_a_search_of_all_passages():
+    rng = np.random.default_rng(0)
+    for size in range(1, 40):
+        text = rng.integers(0, 3, size)
+        for n in (1, 2, 3, 4, 7):
+            starts = range(size - n + 1)
+            again = [i for i in starts if any((text[i:i + n] == text[j:j + n]).all() for j in starts if j != i)]
+            assert textmetrics.repeated_tokens(text, n) == len({i + k for i in again for k in range(n)})
+            assert (textmetrics.longest_repeat(text) >= n) == bool(again)
