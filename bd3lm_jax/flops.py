@@ -26,22 +26,27 @@ class Parts(NamedTuple):
     head: float
 
 
-def train_step(model_config: Any, objective: Any, *, batch: int, length: int, views: int) -> float:
-    """FLOPs that a step on `batch` rows of `length` tokens needs, over all devices; `views` noised views a row."""
-    return 3 * forward(model_config, objective, batch=batch, length=length, views=views)
+def train_step(model_config: Any, objective: Any, *, batch: int, length: int, views: int,
+               schedule: Any = None) -> float:
+    """FLOPs that a step on `batch` rows of `length` tokens needs, over all devices; `views` noised views a row.
+
+    schedule: what chooses the noise from the data (`Config.schedule`); None: the objective's own noise.
+    """
+    return 3 * forward(model_config, objective, batch=batch, length=length, views=views, schedule=schedule)
 
 
-def forward(model_config: Any, objective: Any, *, batch: int, length: int, views: int) -> float:
-    """FLOPs of the forward pass of `train_step`, which is also that of the likelihood bound."""
-    return sum(parts(model_config, objective, batch=batch, length=length, views=views))
+def forward(model_config: Any, objective: Any, *, batch: int, length: int, views: int, schedule: Any = None) -> float:
+    """FLOPs of the forward pass of `train_step`; without a schedule also that of the likelihood bound."""
+    return sum(parts(model_config, objective, batch=batch, length=length, views=views, schedule=schedule))
 
 
-def parts(model_config: Any, objective: Any, *, batch: int, length: int, views: int) -> Parts:
+def parts(model_config: Any, objective: Any, *, batch: int, length: int, views: int, schedule: Any = None) -> Parts:
     """FLOPs of a forward pass by part. Rows hold one document each (packed rows need less attention).
 
     Args:
         model_config: of any registered backbone, with its vocabulary size.
         objective: of any registered kind; one that is `causal` reads a single stream.
+        schedule: as in `train_step`.
     """
     model = models.build(model_config, jnp.float32)
     params = jax.eval_shape(lambda: trunk.init(model, jax.random.key(0)))
@@ -57,15 +62,18 @@ def parts(model_config: Any, objective: Any, *, batch: int, length: int, views: 
         peeled = int(not objective.causal and index == len(model.groups) - 1)
         layers += layer_count * on_noised.all + (layer_count - peeled) * on_clean.all + peeled * on_clean.keys_values
         attention += 4 * batch * on_noised.width * (layer_count * noised_pairs + (layer_count - peeled) * clean_pairs)
-    return Parts(layers, attention, _head(model, params, objective, batch, length, views))
+    scored = scored_positions(objective, batch, length, views, schedule)
+    return Parts(layers, attention, _head(model, params, (batch, views, scored)))
 
 
-def scored_positions(objective: Any, batch: int, length: int, views: int) -> int:
-    """Positions of a view that reach the output layer: the static capacity of the objective's masks."""
-    ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    noised = jax.eval_shape(
-        lambda x: objective.corrupt(jax.random.key(0), x, x, views=views, mask_id=0, end_id=0), ids)
-    return min(noised.capacity, length)
+def scored_positions(objective: Any, batch: int, length: int, views: int, schedule: Any = None) -> int:
+    """Positions of a view that reach the output layer: the static capacity of the objective's masks, or of those that
+    a schedule may choose."""
+    def noised(ids):
+        law = {} if schedule is None else {"law": schedule.law(schedule.first(), length // objective.block_size)}
+        return objective.corrupt(jax.random.key(0), ids, ids, views=views, mask_id=0, end_id=0, **law)
+
+    return min(jax.eval_shape(noised, jax.ShapeDtypeStruct((batch, length), jnp.int32)).capacity, length)
 
 
 def count(function: Callable, *args: Any) -> int:
@@ -114,9 +122,9 @@ def _pairs(objective, length: int, views: int) -> tuple[float, float]:
     return (length - size) * length / 2, views * length * (length + size) / 2
 
 
-def _head(model, params, objective, batch, length, views) -> int:
-    positions = scored_positions(objective, batch, length, views)
-    ids = jax.ShapeDtypeStruct((batch, views, positions), jnp.int32)
+def _head(model, params, shape) -> int:
+    """The output layer on positions `[B, M, C]`."""
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32)
     h = jax.eval_shape(lambda p, x: model.embed.apply({"params": p}, x), params["embed"], ids)
     sigma = jax.ShapeDtypeStruct(ids.shape, jnp.float32) if trunk.takes_level(model.config) else None
     return count(lambda p, h, sigma: trunk.logits(model, p, h, sigma), params, h, sigma)

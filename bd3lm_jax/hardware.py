@@ -1,8 +1,10 @@
 """Published figures of accelerators, for expectations before a run and for model FLOPs utilisation during one.
 
-Sources: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} (per chip; links: half of the "bidirectional ICI bandwidth"),
-NVIDIA's data sheets of the H100 and H200 SXM (without sparsity; links: NVLink 4, one direction). What a program may use
-of the memory is what libtpu leaves it, and what jax reserves of a GPU by default.
+Sources (November 2026): docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, per chip: peak compute (bf16), HBM capacity
+and bandwidth, half of the "bidirectional inter-chip interconnect bandwidth"; for v4, whose page has none, six links of
+50 GB/s (arXiv 2304.01433). NVIDIA's data sheets of the H100 and H200 SXM: half of the bfloat16 figure, which is "with
+sparsity"; memory in the data sheet's GB (drivers report some 6 % more); half of NVLink's 900 GB/s. What a program may
+use of the memory is what libtpu leaves it, and what jax reserves of a GPU by default.
 """
 
 import dataclasses

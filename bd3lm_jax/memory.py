@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from bd3lm_jax import hardware, sharding
+from bd3lm_jax import attention, hardware, sharding
 from bd3lm_jax.config import Config
 from bd3lm_jax.errors import RunError
 from bd3lm_jax.log import note
@@ -19,6 +20,7 @@ from bd3lm_jax.program import Program, bytes_needed, bytes_per_device
 GIB = 2**30
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 EXHAUSTED = "RESOURCE_EXHAUSTED"
+LANES, SUBLANES = 128, 8  # a TPU holds arrays in tiles of float32 [8, 128]
 ENOUGH_LESS = 0.9  # what did not fit will not fit with less than a tenth off
 
 
@@ -79,6 +81,32 @@ def needed_by(error: Exception, held: int) -> int | None:
     if found is None:
         return None
     return int(float(found[1]) * UNITS[found[2]]) + (0 if total else held)
+
+
+def tpu_padding(program: Program) -> int:
+    """Bytes a device by which a TPU pads what attention keeps for the backward pass, and a CPU's compiler does not.
+
+    Splash attention keeps its output, heads padded to whole lanes, and a log-sum-exp in eight sublanes, both for rows
+    padded to whole tiles, in every layer that the remat policy does not compute again; without a policy also its
+    queries, keys and values.
+    """
+    from bd3lm_jax.attention.splash import choose_tile
+
+    config, mesh = program.config, program.mesh
+    objective, compute, length = config.diffusion, config.compute, config.data.length
+    if compute.attention not in ("auto", "splash") or length <= attention.SMALL:
+        return 0
+    views, clean = (0, length) if objective.causal else (config.train.views, length - objective.block_size)
+    tile = choose_tile(length if views else 0, clean, views, objective.block_size)
+    real = views * length + clean
+    padded = (views * -(-length // tile) + -(-clean // tile)) * tile
+    head, size = config.model.width // config.model.heads, jnp.dtype(program.model.dtype).itemsize
+    lanes = -(-head // LANES) * LANES
+    arrays = 4 if compute.remat == "none" else 1
+    extra = arrays * size * (padded * lanes - real * head) + 4 * (padded * SUBLANES - real)
+    rows = (compute.microbatch or config.train.batch) // (mesh.shape["data"] * mesh.shape["fsdp"])
+    layers = 1 if compute.remat == "full" else config.model.layers
+    return rows * config.model.heads // mesh.shape["tensor"] * layers * extra
 
 
 def _needed(program: Program) -> float:

@@ -1,53 +1,34 @@
 """What a training run will need, before any hardware is there: the real step is compiled from shapes alone.
 
-Memory and communication come from a compiler: with `target` the TPU compiler itself (package libtpu) on a described
-slice, else XLA's for CPU on simulated devices, as an estimate: it groups the sums of gradients otherwise and scatters
-none (12-layer model on 2 x 4 devices: memory within 6 % of the TPU compiler's, communication within a factor of 2).
-FLOPs are counted (flops.py), speeds are what published figures of accelerators (hardware.py) give at a utilisation.
+Memory and communication come from compilers (compilers.py): for TPUs from their own if package libtpu is there, for
+GPUs, and without libtpu, from XLA's for CPU on simulated devices, as an estimate: it groups the sums of gradients
+otherwise and scatters none (12-layer model on 2 x 4 devices: memory within 6 % of the TPU compiler's, communication
+within a factor of 2), and pads nothing, which is added for TPUs (memory.tpu_padding). FLOPs are counted (flops.py),
+speeds are what published figures of accelerators (hardware.py) give at a utilisation.
 """
 
 import dataclasses
-import importlib.util
 import math
-import os
-import time
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from bd3lm_jax import flops, hlo, log, loss, memory, rundir, sharding
+from bd3lm_jax import compilers, flops, log, memory, rundir, sharding
+from bd3lm_jax.compilers import SLICES, Compiled
 from bd3lm_jax.config import Config
 from bd3lm_jax.data.tokenizers import NUM_BYTES, Tokenizer, get_tokenizer
-from bd3lm_jax.errors import UserError, lookup
+from bd3lm_jax.errors import RunError
 from bd3lm_jax.hardware import ACCELERATORS, Accelerator
-from bd3lm_jax.program import Program, bytes_needed, bytes_per_device
+from bd3lm_jax.program import Program, bytes_per_device
 from bd3lm_jax.step import SpecialIds
 
 GIB, MIB = 2**30, 2**20
-SLICES = {  # slices of TPUs that can be described, by number of devices
-    "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
-    "v4": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16"),
-}
-SLICES |= {"v6e": SLICES["v5e"], "v5p": SLICES["v4"]}
-DESCRIBED = {  # what libtpu would ask a TPU machine for
-    "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-
-
-class Compiled(NamedTuple):
-    """What a compiler says of the step: bytes a device needs, what it sends (None: the compiler ran out of memory)."""
-
-    total: int
-    communication: dict[str, hlo.Traffic] | None
-    seconds: float
+ESTIMATE = "cpu"  # the compiler of an estimate; the others are TPUs
 
 
 def plan(config: Config, *, target: str, utilisation: float) -> dict[str, Any]:
     """The plan of `train` on the mesh of `config`, where a size of -1 counts as 1; tables on stderr.
 
-    target: "" for all accelerators, memory and communication estimated; or a TPU, by the TPU compiler.
+    target: an accelerator of hardware.ACCELERATORS, or "" for all of them. TPUs that are not asked for by name have the
+    figures of the first TPU with a slice of that size.
     utilisation: the part of the peak that the needed FLOPs will reach.
 
     Raises UserError for a config that `train` would refuse, or a target that cannot be compiled for here. It sets jax
@@ -56,23 +37,21 @@ def plan(config: Config, *, target: str, utilisation: float) -> dict[str, Any]:
     sizes = {axis: max(getattr(config.mesh, axis), 1) for axis in sharding.AXES}
     config, special = resolved(dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes)))
     number = math.prod(sizes.values())
-    devices = _described(target, number) if target else _simulated(number)
-    program = _program(config, special, devices, bool(target))
-    log.note(f"{program.num_params:,} parameters on {_mesh_text(sizes)}; compiling the step "
-             f"{'for ' + target if target else '(for CPU, as an estimate)'}")
-    compiled = _compile(program)
-    kinds = _bytes_by_kind(program, compiled)
-    needed = flops.train_step(config.model, config.diffusion, batch=config.train.batch,
-                              length=config.data.length, views=config.train.views)
-    sent = None if compiled.communication is None else sum(t.bytes for t in compiled.communication.values())
+    if target in SLICES:
+        compilers.check_tpu(target, number)
+    program = compilers.simulated_program(config, special)
+    found = _figures(program, target, _tpu_to_ask(target, number))
+    needed = flops.train_step(config.model, config.diffusion, batch=config.train.batch, length=config.data.length,
+                              views=config.train.views, schedule=config.schedule)
     chosen = [ACCELERATORS[target]] if target else list(ACCELERATORS.values())
-    expected = [_expected(program, accelerator, compiled.total, needed, sent, utilisation) for accelerator in chosen]
+    figures = {name: _by_kind(program, compiled) for name, compiled in found.items()}
+    best = next(iter(figures))
     result = {
-        "params": program.num_params, "devices": len(devices), "mesh": sizes, "bytes_per_device": kinds,
-        "flops_per_step": needed, "compile_s": compiled.seconds, "expected": expected, "compiler": target or "cpu",
-        "communication": compiled.communication and {kind: t._asdict() for kind, t in compiled.communication.items()},
+        "params": program.num_params, "devices": number, "mesh": sizes, "flops_per_step": needed, "compiler": best,
+        **figures[best], "estimate": figures.get(ESTIMATE),
+        "expected": [_expected(program, device, found, needed, utilisation) for device in chosen],
     }
-    _show(config, result, utilisation)
+    _show(config, result, figures, utilisation)
     return result
 
 
@@ -87,71 +66,56 @@ def resolved(config: Config) -> tuple[Config, SpecialIds]:
     return rundir.resolve(config, tokenizer), SpecialIds(tokenizer.mask_id, tokenizer.end_id)
 
 
-def _simulated(number: int) -> list[jax.Device]:
-    """CPU devices that stand for accelerators."""
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", number)
-    return jax.devices()
+def _tpu_to_ask(target: str, number: int) -> str | None:
+    """The TPU whose compiler has something to say of `target`, if it is here; else why not, in the log."""
+    if target:
+        return target if target in SLICES else None
+    if not compilers.has_tpu_compiler():
+        log.note(f"memory and communication are estimated; for those of the TPU compiler: {compilers.INSTALL}")
+        return None
+    tpu = compilers.tpu_for(number)
+    if tpu is None:
+        log.note(f"no slice of TPUs has {number} devices: memory and communication are estimated")
+    return tpu
 
 
-def _described(target: str, number: int) -> list[Any]:
-    """Devices of the TPU slice of that number, which are not there."""
-    from jax.experimental import topologies
-
-    shapes = {math.prod(map(int, shape.split("x"))): shape for shape in lookup(SLICES, target, "TPU --for")}
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"--for={target} needs the TPU compiler: pip install 'bd3lm_jax[tpu_compile]', or leave it out "
-                        "for estimates")
-    if number != 1 and number not in shapes:
-        raise UserError(f"the mesh has {number} devices, a slice of {target} has 1, {', '.join(map(str, shapes))}")
-    jax.config.update("jax_platforms", "cpu")
-    for name, value in DESCRIBED.items():
-        os.environ.setdefault(name, value)
-    options = {"chip_config_name": "megacore"} if target == "v4" else {}
-    shape = shapes[max(number, min(shapes))]
-    return topologies.get_topology_desc(platform="tpu", topology_name=f"{target}:{shape}", **options).devices[:number]
+def _figures(program: Program, target: str, tpu: str | None) -> dict[str, Compiled]:
+    """What compilers say, by name, the best first; both work at once."""
+    log.note(f"{program.num_params:,} parameters on {_mesh_text(program.mesh.shape)}; compiling the step "
+             f"{f'for {tpu}, with the TPU compiler' if tpu else 'for CPU, as an estimate'}")
+    asked = compilers.ask_tpu(program.config, program.special, tpu) if tpu else None
+    found = {ESTIMATE: compilers.estimated(program)} if target not in SLICES else {}
+    if asked is not None:
+        try:
+            return {tpu: asked.result(), **found}
+        except RunError as error:
+            log.note(f"{error}; its figures are estimated")
+    return found or {ESTIMATE: compilers.estimated(program)}
 
 
-def _program(config: Config, special: SpecialIds, devices: list, on_tpu: bool) -> Program:
-    """The program as accelerators run it."""
-    mesh = sharding.make_mesh(config.mesh, devices)
-    dtype = jnp.dtype("bfloat16" if config.compute.dtype == "auto" else config.compute.dtype)
-    if dtype == jnp.bfloat16 and not on_tpu:
-        dtype = jnp.dtype("float16")  # of the same size; the CPU compiler would widen bfloat16
-    chunk = config.compute.loss_chunk or max(loss.ACCELERATOR_LOGITS // (4 * config.model.vocab_size), 1)
-    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, loss_chunk=chunk))
-    return Program.of(config, special, mesh, dtype)
-
-
-def _compile(program: Program) -> Compiled:
-    began = time.perf_counter()
-    try:
-        compiled = program.compile()
-    except jax.errors.JaxRuntimeError as error:
-        total = memory.needed_by(error, bytes_per_device(program.arguments()))
-        if total is None:
-            raise
-        return Compiled(total, None, time.perf_counter() - began)
-    seconds = time.perf_counter() - began
-    return Compiled(bytes_needed(compiled), hlo.communication(compiled.as_text()), seconds)
-
-
-def _bytes_by_kind(program: Program, compiled: Compiled) -> dict[str, int]:
-    """Bytes a device; gradients are part of the compiler's temporaries and shown apart."""
+def _by_kind(program: Program, compiled: Compiled) -> dict[str, Any]:
+    """Bytes a device, and what it sends; gradients are part of the compiler's temporaries and shown apart."""
     state, batch = program.arguments()
     kinds = {"params": bytes_per_device(state.params), "optimiser": bytes_per_device(state.opt_state),
              "ema": bytes_per_device(state.ema), "gradients": bytes_per_device(state.params),
              "batch": bytes_per_device(batch)}
-    return {**kinds, "temporaries": max(compiled.total - sum(kinds.values()), 0), "total": compiled.total}
+    kinds |= {"temporaries": max(compiled.total - sum(kinds.values()), 0), "total": compiled.total}
+    sent = compiled.communication and {kind: t._asdict() for kind, t in compiled.communication.items()}
+    return {"bytes_per_device": kinds, "communication": sent, "compile_s": compiled.seconds}
 
 
-def _expected(program: Program, accelerator: Accelerator, total: int, needed: float, sent: float | None,
+def _expected(program: Program, accelerator: Accelerator, found: dict[str, Compiled], needed: float,
               utilisation: float) -> dict[str, Any]:
     """Whether the step fits, and data tokens a second over all devices: compute or links, whichever takes longer."""
     config = program.config
+    name = next(name for name in found if accelerator.name in SLICES or name == ESTIMATE)
+    total = found[name].total + (memory.tpu_padding(program) if name == ESTIMATE and accelerator.name in SLICES else 0)
+    known = [x.communication for x in (found[name], *found.values()) if x.communication is not None]
+    sent = sum(traffic.bytes for traffic in known[0].values()) if known else 0
     compute_s = needed / (program.mesh.size * accelerator.peak_flops * utilisation)
-    links_s = (sent or 0) / accelerator.links_bandwidth
-    return {"device": accelerator.name, "fits": total <= accelerator.usable_memory,
+    links_s = sent / accelerator.links_bandwidth
+    return {"device": accelerator.name, "compiler": name, "bytes_needed": total,
+            "fits": total <= accelerator.usable_memory,
             "tokens_per_s": config.train.batch * config.data.length / max(compute_s, links_s),
             "step_ms": 1e3 * max(compute_s, links_s), "bound_by": "compute" if compute_s >= links_s else "links"}
 
@@ -164,21 +128,35 @@ def _size(number: float) -> str:
     return f"{number / GIB:.2f} GiB" if number >= GIB else f"{number / MIB:.2f} MiB"
 
 
-def _show(config: Config, result: dict, utilisation: float) -> None:
-    estimate = "TPU compiler" if result["compiler"] != "cpu" else "estimate"
-    rows = [("parameters", f"{result['params']:,}"), ("devices", f"{result['devices']} ({_mesh_text(result['mesh'])})"),
-            ("FLOPs a step (needed)", f"{result['flops_per_step']:.3e}"),
-            ("compile", f"{result['compile_s']:.0f} s")]
-    rows += [(f"memory a device: {kind}", _size(size)) for kind, size in result["bytes_per_device"].items()]
-    for kind, traffic in (result["communication"] or {}).items():
-        rows.append((f"sent a device and step: {kind}", f"{_size(traffic['bytes'])} in {traffic['calls']} calls"))
-    log.table(f"Plan: {config.train.batch} rows of {config.data.length} tokens a step; memory and communication: "
-              f"{estimate}", ("", ""), rows)
-    log.table(f"Expected at {utilisation:.0%} of the bfloat16 peak",
-              ("device", "memory", "fits", "tokens/s", "ms a step", "bound by"),
-              [(row["device"], _size(ACCELERATORS[row["device"]].usable_memory),
+def _name(compiler: str) -> str:
+    return "estimate" if compiler == ESTIMATE else f"TPU compiler ({compiler})"
+
+
+def _show(config: Config, result: dict, figures: dict[str, dict], utilisation: float) -> None:
+    log.table(f"Plan: {config.train.batch} rows of {config.data.length} tokens a step", ("", ""), [
+        ("parameters", f"{result['params']:,}"), ("devices", f"{result['devices']} ({_mesh_text(result['mesh'])})"),
+        ("FLOPs a step (needed)", f"{result['flops_per_step']:.3e}")])
+    rows = [(f"memory: {kind}", *(_size(x["bytes_per_device"][kind]) for x in figures.values()))
+            for kind in result["bytes_per_device"]]
+    kinds = dict.fromkeys(kind for x in figures.values() for kind in x["communication"] or {})
+    rows += [(f"sent a step: {kind}", *(_sent(x["communication"], kind) for x in figures.values())) for kind in kinds]
+    rows.append(("compiled in", *(f"{x['compile_s']:.0f} s" for x in figures.values())))
+    log.table("What a device needs and sends", ("", *map(_name, figures)), rows)
+    by = {"TPUs" if row["device"] in SLICES else "GPUs": _name(row["compiler"]) for row in result["expected"]}
+    log.table(f"Expected at {utilisation:.0%} of the bfloat16 peak (memory: "
+              f"{', '.join(f'{devices} by {name}' for devices, name in by.items())})",
+              ("device", "memory", "needed", "fits", "tokens/s", "ms a step", "bound by"),
+              [(row["device"], _size(ACCELERATORS[row["device"]].usable_memory), _size(row["bytes_needed"]),
                 "yes" if row["fits"] else "NO", f"{row['tokens_per_s']:,.0f}", f"{row['step_ms']:,.3g}",
                 row["bound_by"]) for row in result["expected"]])
     if not any(row["fits"] for row in result["expected"]):
         log.note("to fit: --config.compute.remat=dots, attention or full; --config.compute.microbatch=ROWS; "
                  "--mesh=fsdp=N")
+
+
+def _sent(communication: dict | None, kind: str) -> str:
+    """Bytes and calls of one kind of communication, as far as they are known."""
+    if communication is None:
+        return "?"
+    traffic = communication.get(kind)
+    return f"{_size(traffic['bytes'])} in {traffic['calls']} calls" if traffic else "none"

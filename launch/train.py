@@ -5,11 +5,13 @@
   python -m launch train --config=configs/tiny.py:block_size=8 --config.optim.lr=5e-4 --workdir=runs/blocks-of-8
   python -m launch train --config=configs/tiny.py:algo=ar --workdir=runs/tiny-ar
   python -m launch train --config=configs/owt.py --mesh=data=8,fsdp=4 --plan               # what it will need
-  python -m launch train --config=configs/owt.py --mesh=data=8,fsdp=4 --plan --for=v5e     # says the TPU compiler
+  python -m launch train --config=configs/owt.py --mesh=data=8,fsdp=4 --plan --for=v5e     # on one of them
 
 Result: workdir, step, train_nll, valid_nll (nats a token), valid_ppl, tokens_per_s, step_ms, params, wall_s.
-With --plan nothing is read, downloaded or trained; result: params, devices, mesh, bytes_per_device, flops_per_step,
-communication (calls and bytes that a device sends a step), compile_s, expected (tokens_per_s by device), compiler.
+With --plan nothing is read, downloaded or trained; result: params, devices, mesh, flops_per_step, bytes_per_device,
+communication (calls and bytes that a device sends a step) and compile_s by the best compiler here, compiler (a TPU if
+package libtpu is there, else cpu: an estimate), estimate (the same of the CPU compiler, for GPUs), expected
+(bytes_needed, fits, compiler and tokens_per_s by device).
 """
 
 import dataclasses
@@ -29,9 +31,9 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean("profile", False, "trace a few steps into WORKDIR/profile", flag_values=values)
     flags.DEFINE_boolean("plan", False, "do not train: say what training needs, no accelerator needed",
                          flag_values=values)
-    flags.DEFINE_enum("for", None, ["v4", "v5e", "v5p", "v6e"],
-                      "with --plan: a TPU whose compiler (package libtpu) is asked instead of estimating",
-                      flag_values=values)
+    flags.DEFINE_enum("for", None, ["v4", "v5e", "v5p", "v6e", "H100", "H200"],
+                      "with --plan: the accelerator; empty: all, TPUs with the figures of one compile by the TPU "
+                      "compiler (package libtpu, else estimated); a TPU: its own", flag_values=values)
     flags.DEFINE_float("utilisation", 0.4, "with --plan: the part of the peak that is reached", lower_bound=1e-3,
                        upper_bound=1.0, flag_values=values)
 

@@ -5,11 +5,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from toy_runs import quick_jit
 
 from bd3lm_jax import flops, models, passes
 from bd3lm_jax.diffusion.ar import AR
+from bd3lm_jax.diffusion.clip import ClipSearch, CountSchedule
 from bd3lm_jax.diffusion.masked import Masked
 from bd3lm_jax.models import trunk
 from bd3lm_jax.models.dit import DiTConfig
@@ -65,6 +67,35 @@ def test_clipped_noise_scores_what_it_masks():
     assert flops.scored_positions(clipped, 2, LENGTH, 1) == LENGTH // 16 * 12
     plain = dataclasses.replace(clipped, clip_low=0.0, clip_high=1.0)
     assert flops.scored_positions(plain, 2, LENGTH, 1) == flops.scored_positions(AR(bos=True), 2, LENGTH, 1) == LENGTH
+
+
+def most_masked(objective, schedule, state, draws=20):
+    """Masked tokens of the rows that mask most, among rows drawn as training draws them in a state of its noise."""
+    ids = jnp.ones((4, LENGTH), jnp.int32)
+    draw = quick_jit(lambda key: objective.corrupt(key, ids, ids, views=1, mask_id=0, end_id=0,
+                                                   law=schedule.law(state, LENGTH // objective.block_size)))
+    return max(int((draw(jax.random.key(i)).weight_BxMxL > 0).sum(-1).max()) for i in range(draws))
+
+
+@pytest.mark.parametrize("size", [4, 16])
+def test_noise_from_the_data_scores_what_it_may_mask(size):
+    """Counts whose loss is far above the others' are drawn as often as a count schedule lets them be."""
+    counts = Masked.uniform_counts(size)
+    learnt = CountSchedule(size, floor=0.1, decay=0.99)
+    squares = jnp.where(jnp.arange(size) == size - 1, 1e10, 1.0)
+    state = {"squares_S": squares, "blocks_S": jnp.full(size, 1e4)}
+    scored = flops.scored_positions(counts, 4, LENGTH, 1, learnt)
+    assert scored - size < most_masked(counts, learnt, state) <= scored
+    assert scored > 1.2 * flops.scored_positions(counts, 4, LENGTH, 1)
+    head = [flops.parts(SMALL, counts, batch=4, length=LENGTH, views=1, schedule=x).head for x in (learnt, None)]
+    assert head[0] / head[1] == pytest.approx(scored / flops.scored_positions(counts, 4, LENGTH, 1), rel=1e-3)
+
+
+def test_searched_clips_score_what_they_may_mask():
+    clipped = dataclasses.replace(Masked.uniform_counts(16), corruption="bernoulli", clip_low=0.0, clip_high=0.9)
+    search = ClipSearch(16, 0.0, 0.9, widths=(0.1,), stride=0.1)
+    scored = flops.scored_positions(clipped, 4, LENGTH, 1, search)
+    assert 0.95 * scored < most_masked(clipped, search, search.chosen(np.array([0.8, 0.9]))) <= scored < LENGTH
 
 
 def gradient(layers: int, size: int, views: int, time_conditioning: bool = False):

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from bd3lm_jax import flops, hardware, plan
+from bd3lm_jax import compilers, flops, hardware, hlo, memory, plan
 from bd3lm_jax.data.tokenizers import get_tokenizer
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.step import SpecialIds
 from configs import owt
 from launch.__main__ import main
 from launch.arguments import load_config
@@ -30,19 +32,21 @@ def run(*flags: str) -> dict:
                           cwd=ROOT, text=True, capture_output=True, timeout=300,
                           env=os.environ | {"BD3LM_CACHE": "/nowhere"})
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "temporaries" in done.stderr and "v5e" in done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    assert "temporaries" in done.stderr
+    return json.loads(done.stdout.splitlines()[-1]) | {"stderr": done.stderr}
 
 
 @pytest.fixture(scope="module")
 def four():
-    return run("--mesh=data=4", "--utilisation=0.5")
+    """By the CPU compiler."""
+    return run("--mesh=data=4", "--utilisation=0.5", "--for=H100")
 
 
 def test_sizes(four):
     assert (four["devices"], four["mesh"]) == (4, {"data": 4, "fsdp": 1, "tensor": 1})
     assert (four["params"], four["compiler"]) == (PARAMS, "cpu")
     held = four["bytes_per_device"]
+    assert four["estimate"]["bytes_per_device"] == held
     for kind, copies in STATE.items():
         assert held[kind] == pytest.approx(copies * 4 * PARAMS, abs=16)  # and counters
     assert held["batch"] == 3 * 4 * 64 * 4
@@ -59,17 +63,22 @@ def test_speed_is_flops_over_peak(four):
     config = load_config(CONFIG, SMALL)
     needed = flops.train_step(plan.resolved(config)[0].model, config.diffusion, batch=16, length=64, views=1)
     assert four["flops_per_step"] == needed
-    assert [row["device"] for row in four["expected"]] == list(hardware.ACCELERATORS)
-    for row in four["expected"]:
+    assert [row["device"] for row in four["expected"]] == ["H100"]
+    check_speeds(four, 0.5)
+
+
+def check_speeds(found, utilisation):
+    sent = sum(traffic["bytes"] for traffic in found["communication"].values())
+    for row in found["expected"]:
         device = hardware.ACCELERATORS[row["device"]]
-        compute_s = needed / (4 * 0.5 * device.peak_flops)
-        links_s = sum(traffic["bytes"] for traffic in four["communication"].values()) / device.links_bandwidth
-        assert row["tokens_per_s"] == pytest.approx(16 * 64 / max(compute_s, links_s))
+        compute_s = found["flops_per_step"] / (4 * utilisation * device.peak_flops)
+        links_s = sent / device.links_bandwidth
+        assert row["tokens_per_s"] == pytest.approx(16 * 64 / max(compute_s, links_s), rel=1e-3)
         assert row["bound_by"] == ("compute" if compute_s > links_s else "links") and row["fits"] is True
 
 
 def test_split_weights():
-    split = run("--mesh=fsdp=4")
+    split = run("--mesh=fsdp=4", "--for=H200")
     for kind, copies in STATE.items():
         assert split["bytes_per_device"][kind] == pytest.approx(copies * 4 * (MATRICES / 4 + VECTORS), abs=16)
     assert split["communication"]["all-gather"]["bytes"] > 3 / 4 * 4 * (64 + 1) * 1152
@@ -79,7 +88,7 @@ def test_split_weights():
     ("--mesh=data=4,fsdp", "--mesh: 'fsdp' is not one of data=N, fsdp=N, tensor=N"),
     ("--mesh=rows=4", "--mesh: 'rows=4' is not one of"),
     ("--mesh=data=-1,fsdp=-1", "at most one -1"),
-    ("--for=v7", "value should be one of <v4|v5e|v5p|v6e>"),
+    ("--for=v7", "value should be one of <v4|v5e|v5p|v6e|H100|H200>"),
     ("--utilisation=0", "--utilisation=0"),
     ("--config.model.vocab_size=1000", "smaller than the 1152 ids"),
     ("--config.data.tokenizer=bpe:9", "expected bpe:N with N at least 257"),
@@ -104,12 +113,49 @@ def test_a_mesh_that_train_refuses(mesh, message):
 
 def test_a_target_without_its_compiler_or_slice(monkeypatch):
     config = load_config("configs/tiny.py", ("--config.mesh.data=3",))
-    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(compilers, "has_tpu_compiler", lambda: False)
     with pytest.raises(UserError, match="needs the TPU compiler: pip install"):
         plan.plan(config, target="v5e", utilisation=0.4)
-    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(compilers, "has_tpu_compiler", lambda: True)
     with pytest.raises(UserError, match="the mesh has 3 devices, a slice of v5e has 1, 4, 8, 16"):
         plan.plan(config, target="v5e", utilisation=0.4)
+
+
+# Programs that stand for libtpu, and what is said of them.
+FAILING = {
+    "import os; os.abort()": "exit code -6",
+    "import sys; print('one\\ntwo', file=sys.stderr); sys.exit(3)": "two",
+    "print('no figures')": "exit code 0",
+}
+
+
+@pytest.mark.parametrize(("code", "said"), FAILING.items())
+def test_a_failing_tpu_compiler_leaves_the_estimate(monkeypatch, capsys, code, said):
+    """Whatever happens in its process; the plan goes on with one line."""
+    ask = compilers._ask
+    monkeypatch.setattr(compilers, "_ask", lambda command, question: ask([sys.executable, "-c", code], question))
+    monkeypatch.setattr(compilers, "estimated", lambda program: compilers.Compiled(10, {}, 0.0))
+    program = SimpleNamespace(config=load_config(CONFIG, SMALL), special=SpecialIds(1, 0), num_params=1,
+                              mesh=SimpleNamespace(shape={}))
+    assert plan._figures(program, "", "v4") == plan._figures(program, "v4", "v4") == {"cpu": (10, {}, 0.0)}
+    lines = [line for line in capsys.readouterr().err.splitlines() if "failed" in line]
+    assert lines == [f"the TPU compiler failed: {said}; its figures are estimated"] * 2
+
+
+def test_figures_of_tpus_and_gpus(monkeypatch):
+    """TPUs have those of their compiler, GPUs the estimate, which also fills in what a compiler cannot say."""
+    config = load_config(CONFIG, SMALL)
+    program = SimpleNamespace(config=config, mesh=SimpleNamespace(size=4))
+    monkeypatch.setattr(memory, "tpu_padding", lambda program: 1000)
+    sent = {"all-reduce": hlo.Traffic(1, 6e12)}
+    found = {"v4": compilers.Compiled(2**36, None, 0.0), "cpu": compilers.Compiled(2**34, sent, 0.0)}
+    rows = {name: plan._expected(program, hardware.ACCELERATORS[name], found, 1.0, 0.5)
+            for name in ("v4", "v5p", "H100")}
+    assert [(row["compiler"], row["fits"]) for row in rows.values()] == [("v4", False), ("v4", True), ("cpu", True)]
+    assert [row["bytes_needed"] for row in rows.values()] == [2**36, 2**36, 2**34]
+    del found["v4"]
+    assert plan._expected(program, hardware.ACCELERATORS["v4"], found, 1.0, 0.5)["bytes_needed"] == 2**34 + 1000
+    assert [row["step_ms"] for row in rows.values()] == pytest.approx([20e3, 10e3, 6e15 / 450e9])
 
 
 def test_vocabularies_are_those_of_the_tokenizers():
@@ -123,11 +169,11 @@ def test_vocabularies_are_those_of_the_tokenizers():
     assert owt.get_config().model.vocab_size == -1
 
 
-def test_slices_have_what_their_names_say():
-    for target, shapes in plan.SLICES.items():
-        assert target in hardware.ACCELERATORS
-        dimensions = {len(shape.split("x")) for shape in shapes}
-        assert dimensions == ({2} if target in ("v5e", "v6e") else {3})
+def test_without_it_a_line_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setattr(compilers, "has_tpu_compiler", lambda: False)
+    assert plan._tpu_to_ask("", 4) is None
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and ".[tpu_compile]" in said[0]
 
 
 @pytest.mark.libtpu
@@ -138,6 +184,19 @@ def test_the_tpu_compiler_is_asked():
     assert found["communication"]["all-gather"]["bytes"] > 1 / 2 * 4 * 64 * 1152
     assert found["bytes_per_device"]["total"] > found["bytes_per_device"]["params"] * 4
     assert found["expected"][0]["fits"] is True
+
+
+@pytest.mark.libtpu
+def test_the_tpu_compiler_is_asked_by_itself():
+    pytest.importorskip("libtpu")
+    found = run("--mesh=data=4")
+    assert [row["compiler"] for row in found["expected"]] == ["v4"] * 4 + ["cpu"] * 2
+    assert found["compiler"] == "v4" and "TPUs by TPU compiler (v4), GPUs by estimate" in " ".join(
+        found["stderr"].split())
+    sent = sum(traffic["bytes"] for traffic in found["communication"].values())
+    assert 2 * 3 / 4 * 4 * PARAMS == pytest.approx(sent, rel=0.01)
+    assert found["bytes_per_device"]["total"] != found["estimate"]["bytes_per_device"]["total"]
+    check_speeds(found, 0.4)
 
 
 @pytest.mark.libtpu
