@@ -125,6 +125,8 @@ def check(lm, options: Options) -> None:
                                                        and size % options.block_size == 0):
         expected = f"a divisor of {size}" if _bidirectional(lm) else f"{size}, the one it was trained with"
         raise UserError(f"block_size is {options.block_size}, expected {expected}")
+    if SAMPLERS[options.sampler].rewrites and options.block_size not in (None, size):
+        raise UserError(f"sampler '{options.sampler}' rewrites the whole block: leave block_size out")
     vocab = lm.config.model.vocab_size
     for token in options.forbidden:
         if not 0 <= token < vocab:

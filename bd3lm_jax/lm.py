@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import conditional, estimators, evaluate, generation, models, passes, stats
+from bd3lm_jax import conditional, estimators, evaluate, generation, infill, models, passes, stats, stream
 from bd3lm_jax.config import SECTIONS, Config
 from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.errors import UserError
@@ -134,6 +135,19 @@ class LM:
         """
         self._check_probabilities()
         return generation.generate(self, prompts, num, length, generation.make_options(**options))
+
+    def stream(self, prompt=None, *, length: int, **options) -> Iterator[stream.Committed | stream.Revision]:
+        """The text of one prompt while it is written: `Committed(text)` stays, `Revision(text)` is the present block.
+
+        The same tokens as `generate` writes with the same options.
+        """
+        self._check_probabilities()
+        return stream.watch(self, prompt, length, generation.make_options(**options))
+
+    def infill(self, texts, *, draws: int = 4, **options) -> list[infill.Infill]:
+        """Fill `[MASK]`, `[MASK:n]` and `[MASK:a-b]` in texts; see `infill.infill`."""
+        self._check_probabilities()
+        return infill.infill(self, texts, generation.make_options(**options), draws=draws)
 
     def score(self, prompts, continuations, *, estimator: str = "exact_count", draws: int = 4, seed: int = 0,
               greedy: bool = False, batch: int = 16) -> list[conditional.Score]:

@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "train a model, or go on with a run",
     "eval": "likelihood of a split, with its error bar",
     "sample": "generate text",
+    "infill": "fill the holes of texts",
     "prepare": "tokenise and pack a corpus ahead of time",
     "doctor": "what is installed, which devices, and a small self-test",
     "bench": "time and memory of the hot paths",

@@ -14,6 +14,7 @@ import bd3lm_jax
 from bd3lm_jax.denoise import BlockDenoiser
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.sampling.generate import Finished
 from toy_lm import END, LETTERS, MASK, VOCAB, make_ids, make_lm, masked
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -161,12 +162,12 @@ def test_interval_covers_at_its_rate():
 def test_blocks_of_one_token_are_the_chain_rule():
     """The oracle asks a mask token for the next one and keeps a cache."""
     lm, x0 = make_lm(masked(1)), make_ids(2, 7)
-    denoiser = BlockDenoiser(lm.model, lm.config.diffusion, -1)
+    denoiser = BlockDenoiser(lm.model, 1, 6, "compute")
     ask = jax.jit(lambda *args: denoiser(lm.params, *args))
-    cache, expected = jax.jit(lambda: denoiser.prefill(lm.params, x0, 0, 0))(), []
+    cache, expected = jax.jit(lambda: denoiser.prefill(lm.params, x0[:, :0], x0[:, :0], 0))(), []
     for i in range(7):
-        logits, cache = ask(np.full((2, 1), MASK), i, x0[:, max(i - 1, 0)][:, None], i > 0, np.zeros((2, 1), int),
-                            np.ones(2), cache)
+        before = Finished(x0[:, max(i - 1, 0)][:, None], np.full((2, 1), i > 0))
+        logits, cache = ask(np.full((2, 1), MASK), i, before, np.zeros((2, 1), int), np.ones(2), cache)
         expected.append(nats(logits[:, 0], x0[:, i]))
     result = lm.nll(x0, draws=5)
     np.testing.assert_allclose(result.per_token, np.transpose(expected), atol=1e-5)

@@ -247,7 +247,8 @@ def _run(model, params, noised, clean, cache, *, rule, block_size, execution, dr
     rotary = {name: model.rotary(stream.position[:, None] if name == "noised" else stream.position)
               for name, stream in streams.items()}
     joined = 0
-    if len(streams) == 2 and not spec.aligned and noised.sigma is None and clean.sigma is None:  # decoding, few tokens
+    few = len(streams) == 2 and not spec.aligned and noised.ids.shape[1] == 1  # decoding
+    if few and noised.sigma is None and clean.sigma is None:
         joined = noised.ids.shape[-1]
         cond["both"] = cond["clean"]
         rotary["both"] = jax.tree.map(lambda n, c: jnp.concatenate([n[:, 0], c], axis=1), rotary["noised"],

@@ -81,10 +81,12 @@ class Finished(NamedTuple):
 
 class Block(NamedTuple):
     """A block being written: canvas and masked `[B, S]`; confidence `[B, S]` of its tokens when they were drawn; level
-    and index `[B]` of the row's clock in its window; calls: steps since the block was opened."""
+    and index `[B]` of the row's clock in its window; calls: steps since the block was opened; open `[B]` bool: rows
+    that write in this block."""
 
     canvas: jax.Array
     masked: jax.Array
+    open: jax.Array
     confidence: jax.Array
     level: jax.Array
     index: jax.Array
@@ -117,7 +119,7 @@ def run_blocks(asked: Asked, request: Request, progress: Progress, until) -> Pro
     def body(progress: Progress) -> Progress:
         block, cache = open_block(asked, request, progress)
         if size > 1 or not sampler.single:  # else the opening call revealed the whole block
-            block = jax.lax.while_loop(lambda block: block.masked.any(),
+            block = jax.lax.while_loop(lambda block: writing(sampler, asked.settings, block).any(),
                                        lambda block: reveal(asked, request, progress, block, cache), block)
         return close_block(asked, request, progress, block, cache)
 
@@ -135,11 +137,17 @@ def open_block(asked: Asked, request: Request, progress: Progress) -> tuple[Bloc
     given = _cut(settings, request.given, at)
     masked = ~given & ~done(asked, request, progress)[:, None]
     zeros = jnp.zeros_like(progress.nfe)
-    block = Block(_cut(settings, progress.tokens, at), masked, jnp.ones(masked.shape), jnp.ones(zeros.shape), zeros,
-                  progress.nfe, jnp.zeros((), jnp.int32))
+    block = Block(_cut(settings, progress.tokens, at), masked, masked.any(-1), jnp.ones(masked.shape),
+                  jnp.ones(zeros.shape), zeros, progress.nfe, jnp.zeros((), jnp.int32))
     before = _cut(settings, progress.tokens, jnp.maximum(at - 1, 0))
     finished = Finished(before, jnp.broadcast_to(at > 0, before.shape))
     return _step(asked, request, progress, block, finished, progress.cache)
+
+
+def writing(sampler: Sampler, settings: Settings, block: Block):
+    """Rows whose block is not finished, bool `[B]`: a mask is left, or steps of a sampler that may mask again."""
+    left = block.masked.any(-1)
+    return left | (block.open & (block.index < settings.steps)) if sampler.rewrites else left
 
 
 def reveal(asked: Asked, request: Request, progress: Progress, block: Block, cache) -> Block:
@@ -169,7 +177,8 @@ def _step(asked: Asked, request: Request, progress: Progress, block: Block, fini
     keys = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, progress.block), block.calls))(request.keys)
     plan_keys, draw_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     window = _window(settings, block.masked)
-    written = window & ~block.masked & ~_cut(settings, request.given, progress.block)
+    written = (window & ~block.masked & ~_cut(settings, request.given, progress.block)
+               & writing(sampler, settings, block)[:, None])
     rows = Row(window & block.masked, written, block.confidence, block.level, block.index)
     plan = jax.vmap(lambda key, row: sampler.plan(key, row, settings.steps, request.threshold))(plan_keys, rows)
     positions = _positions(asked, plan.reveal, window)
@@ -195,7 +204,7 @@ def _step(asked: Asked, request: Request, progress: Progress, block: Block, fini
     canvas = jnp.where(shown, block.canvas.at[places].set(drawn), block.canvas)
     masked = (block.masked & ~shown) | plan.remask
     same = (_window(settings, masked) == window).all(-1)  # a new window starts its clock anew
-    return Block(jnp.where(plan.remask, settings.mask_id, canvas), masked,
+    return Block(jnp.where(plan.remask, settings.mask_id, canvas), masked, block.open,
                  jnp.where(shown, said.confidence, block.confidence), jnp.where(same, plan.next_level, 1.0),
                  jnp.where(same, block.index + 1, 0), block.nfe + plan.reveal.any(-1), block.calls + 1), cache
 

@@ -150,7 +150,7 @@ def iterative(key, row: Row, steps: int, threshold) -> Plan:
     chance = jnp.where(generated, jax.random.uniform(key, generated.shape), 2.0)
     rank = jnp.argsort(jnp.argsort(chance))
     remask = generated & (rank < jnp.floor(left * generated.sum() + 1e-4))
-    return Plan(generated & row.masked.any(), remask & row.masked.any(), left + 1 / steps, left)
+    return Plan(generated, remask, left + 1 / steps, left)
 
 
 def every_mask(key, row: Row, steps: int, threshold) -> Plan:
@@ -195,37 +195,38 @@ def _rank(score_S, planned_S):
 
 class Sampler(NamedTuple):
     """choose: None reveals all that is planned. single: every step reveals one token, so the network's head runs on
-    one position a row. steps: what is usual, 0: one a position of the window. threshold: what is usual."""
+    one position a row. rewrites: written tokens may change until the last of `steps`. steps: what is usual, 0: one a
+    position of the window. threshold: what is usual."""
 
     plan: Planner
     choose: Chooser | None = None
     single: bool = False
+    rewrites: bool = False
     steps: int = 0
     threshold: float = 0.0
-    doc: str = ""
 
 
-def _remdm(sigma, grid=uniform_grid):
-    return functools.partial(remdm, grid, sigma)
+def _by(order) -> Sampler:
+    return Sampler(every_mask, functools.partial(quota, order))
+
+
+def _remdm(sigma, threshold: float, grid=uniform_grid) -> Sampler:
+    return Sampler(functools.partial(remdm, grid, sigma), rewrites=True, threshold=threshold)
 
 
 SAMPLERS = {
-    "first_hitting": Sampler(first_hitting, single=True, doc="exact, one token a call"),
-    "ancestral": Sampler(functools.partial(ancestral, uniform_grid), steps=1000, doc="MDLM's grid of levels"),
-    "ancestral_cosine": Sampler(functools.partial(ancestral, cosine_grid), steps=1000, doc="few tokens first (MD4)"),
-    "confidence": Sampler(every_mask, functools.partial(quota, lambda said: said.confidence),
-                          doc="the likeliest tokens first (LLaDA)"),
-    "margin": Sampler(every_mask, functools.partial(quota, lambda said: said.margin),
-                      doc="the clearest choices first (Dream)"),
-    "entropy": Sampler(every_mask, functools.partial(quota, lambda said: -said.entropy),
-                       doc="the least entropy first (Dream)"),
-    "threshold": Sampler(every_mask, above_threshold, threshold=0.9,
-                         doc="all at least so probable (Fast-dLLM)"),
-    "factor": Sampler(every_mask, factor, threshold=1.0, doc="more at once the surer they are (Fast-dLLM)"),
-    "entropy_bound": Sampler(every_mask, entropy_bound, threshold=0.1, doc="least entropies up to a sum (EB-Sampler)"),
-    "remdm_cap": Sampler(_remdm(capped), steps=1000, threshold=0.02, doc="masks again, at most eta (ReMDM)"),
-    "remdm_rescale": Sampler(_remdm(rescaled), steps=1000, threshold=0.05, doc="masks again, eta of the largest"),
-    "remdm_confidence": Sampler(_remdm(by_confidence), steps=1000, threshold=1.0, doc="masks unsure tokens again"),
-    "remdm_loop": Sampler(_remdm(looped, loop_grid), steps=1000, threshold=0.02, doc="masks again at a low level"),
-    "iterative": Sampler(iterative, steps=10, doc="redraws everything (RoBERTa diffusion)"),
+    "first_hitting": Sampler(first_hitting, single=True),
+    "ancestral": Sampler(functools.partial(ancestral, uniform_grid), steps=1000),
+    "ancestral_cosine": Sampler(functools.partial(ancestral, cosine_grid), steps=1000),
+    "confidence": _by(lambda said: said.confidence),
+    "margin": _by(lambda said: said.margin),
+    "entropy": _by(lambda said: -said.entropy),
+    "threshold": Sampler(every_mask, above_threshold, threshold=0.9),
+    "factor": Sampler(every_mask, factor, threshold=1.0),
+    "entropy_bound": Sampler(every_mask, entropy_bound, threshold=0.1),
+    "remdm_cap": _remdm(capped, 0.02),
+    "remdm_rescale": _remdm(rescaled, 0.05),
+    "remdm_confidence": _remdm(by_confidence, 1.0),
+    "remdm_loop": _remdm(looped, 0.02, loop_grid),
+    "iterative": Sampler(iterative, rewrites=True, steps=10),
 }

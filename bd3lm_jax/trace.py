@@ -1,0 +1,45 @@
+"""How texts were written, as one self-contained web page: a slider over the steps, no network needed."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from bd3lm_jax.stream import Event, piece
+from bd3lm_jax.trace_page import PAGE
+
+
+def make_record(events: Iterable[Event], lm) -> dict:
+    """What the page shows, as JSON: the events of any number of texts, as changes.
+
+    mask, end: ids. pieces: text of every id that occurs, by id. samples: number, canvas (ids of the whole row before
+    anything is written), steps (block, step, nfe, revealed [[place, id, confidence], ...], remasked [place, ...]), and
+    stop and nfe of the result (None if the events end before).
+    """
+    samples: dict[int, dict] = {}
+    for event in events:
+        if event.step == 0:
+            samples[event.number] = {"number": event.number, "canvas": event.canvas, "steps": [], "stop": None,
+                                     "nfe": None}
+        sample = samples[event.number]
+        if event.revealed or event.remasked:
+            revealed = [[place, event.canvas[place - event.start], round(confidence, 4)]
+                        for place, confidence in zip(event.revealed, event.confidence)]
+            sample["steps"].append({"block": event.block, "step": event.step, "nfe": event.nfe, "revealed": revealed,
+                                    "remasked": event.remasked})
+        if event.sample is not None:
+            sample |= {"stop": event.sample.stop, "nfe": event.sample.nfe}
+    ids = {token for sample in samples.values() for token in sample["canvas"]}
+    ids |= {token for sample in samples.values() for step in sample["steps"] for _, token, _ in step["revealed"]}
+    return {"mask": lm.special.mask, "end": lm.special.end,
+            "pieces": {str(token): piece(lm, token) for token in sorted(ids)}, "samples": list(samples.values())}
+
+
+def write_html(path: str | os.PathLike, record: dict) -> None:
+    """The page of a record, written whole or not at all."""
+    data = json.dumps(record, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&":  # nothing in the data can end the script element
+        data = data.replace(sign, f"\\u{ord(sign):04x}")
+    temporary = Path(path).with_suffix(".tmp")
+    temporary.write_text(PAGE.replace("RECORD", data, 1), encoding="utf-8")
+    os.replace(temporary, path)

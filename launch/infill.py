@@ -1,0 +1,73 @@
+"""Fill the holes of texts with a trained model.
+
+  python -m launch infill --workdir=runs/tiny --text="It is a truth [MASK:5] that a single man [MASK:2-6] a wife."
+  python -m launch infill --workdir=runs/tiny --file=texts.txt --temperature=0.5      # one text a line
+
+[MASK] is one token, [MASK:5] five, [MASK:2-6] two to six, whichever makes the fixed text after the hole most likely.
+A block model sees what stands behind a hole in the same block; a bidirectional one (block size = length) all of it.
+
+Result: texts (text, holes (start, num_tokens, text), nfe, score), nfe, criterion (what score is; null where no length
+was chosen), seed, sampler.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+TAKES_CONFIG = False
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", "", "run directory, or one in Hugging Face layout", flag_values=values)
+    flags.DEFINE_multi_string("text", None, "a text with holes", flag_values=values)
+    flags.DEFINE_string("file", "", "a file of such texts, one a line", flag_values=values)
+    flags.DEFINE_string("sampler", "first_hitting", "the order of the reveals, as in sample", flag_values=values)
+    flags.DEFINE_integer("steps", None, "of the sampler, a block", lower_bound=1, flag_values=values)
+    flags.DEFINE_float("threshold", None, "the sampler's number", lower_bound=0.0, flag_values=values)
+    flags.DEFINE_float("temperature", 1.0, "below 1: likelier tokens", lower_bound=0.0, flag_values=values)
+    flags.DEFINE_integer("top_k", None, "only the k likeliest tokens", lower_bound=1, flag_values=values)
+    flags.DEFINE_float("top_p", None, "only the nucleus of this mass", lower_bound=0.0, upper_bound=1.0,
+                       flag_values=values)
+    flags.DEFINE_integer("draws", 4, "of the likelihood that chooses a length", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of all random choices", lower_bound=0, flag_values=values)
+    flags.DEFINE_enum("weights", "ema", ["ema", "params"], "averaged weights, or the last ones", flag_values=values)
+
+
+def main(args: flags.FlagValues) -> dict:
+    from launch.arguments import required
+
+    workdir = required(args, "workdir")
+    texts = (args.text or []) + (read_texts(args.file) if args.file else [])
+    import bd3lm_jax
+    from bd3lm_jax import generation, infill, log
+    from bd3lm_jax.errors import UserError
+
+    if not texts:
+        raise UserError(f"nothing to fill: give --text or --file, with holes: {infill.MARKERS}")
+    lm = bd3lm_jax.load(workdir, weights=args.weights)
+    sampler = {name: args[name].value for name in ("steps", "threshold", "temperature", "top_k", "top_p")}
+    options = generation.make_options(sampler=args.sampler, seed=args.seed, **sampler)
+    filled = infill.infill(lm, texts, options, draws=args.draws)
+    for one in filled:
+        log.note(one.text)
+    return {
+        "texts": [{"text": one.text, "nfe": one.nfe, "score": one.score,
+                   "holes": [{"start": hole.start, "num_tokens": len(hole.tokens), "text": hole.text}
+                             for hole in one.holes]} for one in filled],
+        "nfe": sum(one.nfe for one in filled),
+        "criterion": infill.CRITERION if any(one.score is not None for one in filled) else None,
+        "seed": args.seed, "sampler": {"name": args.sampler, **sampler},
+    }
+
+
+def read_texts(path: str) -> list[str]:
+    """The lines of a file that are not empty. UserError if it cannot be read."""
+    from bd3lm_jax.errors import UserError
+
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"--file={path} does not exist: give a text file, one text with holes a line") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--file={path} cannot be read as UTF-8 text: {error}") from None
+    return [line for line in lines if line.strip()]
