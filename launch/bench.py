@@ -1,11 +1,19 @@
 """Time and memory of the hot paths, each against its alternatives in interleaved rounds.
 
   python -m launch bench                          # lists the benchmarks
-  python -m launch bench step                     # or attention, loss, data
+  python -m launch bench step                     # or attention, loss, data, eval, sampling
   python -m launch bench attention --against=torch --out=docs/plots
+  python -m launch bench variance --workdir=runs/tiny --rounds=28    # of the loss, by noise schedule
+  python -m launch bench sampling --workdir=runs/tiny --scorer=runs/tiny-ar    # which settings to sample with
 
 Result: bench, device, versions, rows (case, variant, baseline, and ratios to the baseline; null where not known).
-The same and a picture go to DIR/NAME.json and DIR/NAME.png.
+The same and a picture go to NAME.json and NAME.png in the directory that --out names.
+
+sampling with --workdir measures samplers, thresholds and steps on a trained run. Result: quality, balanced, speed
+(settings, which `sample` takes from then on when it is told what to prefer), rule, measured (a row a setting:
+tokens_per_call, tokens_per_s, gen_ppl by the scorer or else self_nll, entropy, distinct_n, ...), cache (bytes_per_token
+and nll_change by cache_dtype), scorer, length, texts, device, versions. The same and a picture go to sampling.json and
+plots/sampling.png in the run directory.
 """
 
 from absl import flags
@@ -18,15 +26,32 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("name", "", "which benchmark, also without --name=; empty: list them", flag_values=values)
     flags.DEFINE_integer("rounds", 7, "interleaved rounds, whose median counts", lower_bound=1, flag_values=values)
     flags.DEFINE_string("against", "", "torch: also PyTorch's side (attention, step)", flag_values=values)
+    flags.DEFINE_string("workdir", "", "run directory, for sampling, or several with commas, for variance",
+                        flag_values=values)
     flags.DEFINE_string("out", "runs/bench", "directory of the result and the picture", flag_values=values)
+    flags.DEFINE_string("scorer", "", "of sampling: run directory of an autoregressive model that judges the texts",
+                        flag_values=values)
+    flags.DEFINE_integer("texts", 8, "of sampling with --workdir: texts of each setting a round", lower_bound=1,
+                         flag_values=values)
 
 
 def main(args: flags.FlagValues) -> dict:
     from bd3lm_jax import log
+    from bd3lm_jax.errors import UserError
+
+    if args.name == "sampling" and args.workdir:
+        if args.against or args["out"].present:
+            raise UserError("sampling with --workdir writes to the run directory and runs against nothing: leave --out "
+                            "and --against out")
+        from bd3lm_jax.autopilot import autopilot
+
+        return autopilot(args.workdir, scorer=args.scorer, rounds=args.rounds, texts=args.texts)
+    if args.scorer or args["texts"].present:
+        raise UserError("--scorer and --texts are for: bench sampling --workdir=DIR")
     from bd3lm_jax.bench import BENCHES, bench
 
     if args.name:
-        return bench(args.name, args.rounds, args.against, args.out)
+        return bench(args.name, args.rounds, args.against, args.out, args.workdir)
     for name, module in BENCHES.items():
         log.note(f"python -m launch bench {name:<10}  # {module.__doc__.splitlines()[0]}")
     return {"benches": list(BENCHES)}

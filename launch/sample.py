@@ -1,55 +1,200 @@
 """Generate text with a trained model.
 
   python -m launch sample --workdir=runs/tiny
-  python -m launch sample --workdir=runs/tiny --num=8 --length=128 --top_p=0.9
-  python -m launch sample --workdir=runs/tiny --prompt="Anne smiled" --prompt="The captain" --seed=1
+  python -m launch sample --workdir=runs/tiny --prompt="Anne smiled" --prompt="The captain" --seed=1 --top_p=0.9
+  python -m launch sample --workdir=runs/tiny --prefer=speed            # as bench sampling --workdir=runs/tiny measured
+  python -m launch sample --workdir=runs/tiny --num=1 --animate --trace=trace.html     # see it write
+  python -m launch sample --workdir=runs/tiny --length=2560 --window                   # longer than it was trained on
+  python -m launch sample --workdir=runs/tiny --constraint='[A-Z][a-z]+ (smiled|sighed)\\.'
 
-Result: samples (text, num_tokens, nfe, stop), tokens_per_s, nfe_per_token, seed, sampler.
+Flags by purpose:
+  what          --workdir --weights --num --length --prompt --seed
+  speed         --prefer --settings or by hand --sampler --steps --threshold --block_size
+  choice        --temperature --top_k --top_p --min_p --repetition_penalty --guidance --constraint --json_schema
+  ends          --stop --min_length --min_entropy
+  cache         --window --cache_dtype
+  output        --out --animate --trace
+
+Result: samples (text, num_tokens, nfe, stop), tokens_per_s, nfe_per_token, seed, sampler (name and all settings as they
+were used, where they come from, and the bytes of a token in the cache by cache_dtype).
 """
 
+import dataclasses
+import json
+import os
 import time
+from pathlib import Path
 
 from absl import flags
 
 TAKES_CONFIG = False
+OPTIONS = ("sampler", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "steps", "threshold",
+           "block_size", "stop", "min_length", "min_entropy", "window", "cache_dtype", "guidance",
+           "constraint", "seed")  # what is given goes to LM.generate
 
 
 def define(values: flags.FlagValues) -> None:
+    _define_what(values)
+    _define_speed(values)
+    _define_choice(values)
+    _define_rest(values)
+
+
+def _define_what(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "run directory, or one in Hugging Face layout", flag_values=values)
+    flags.DEFINE_enum("weights", "ema", ["ema", "params"], "averaged weights, or the last ones", flag_values=values)
     flags.DEFINE_integer("num", 4, "texts, for each prompt if there are any", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("length", None, "tokens of prompt and text; by default 256, or the model's context if less",
                          lower_bound=1, flag_values=values)
     flags.DEFINE_multi_string("prompt", None, "how a text begins", flag_values=values)
-    flags.DEFINE_string("sampler", "first_hitting", "first_hitting or ancestral", flag_values=values)
-    flags.DEFINE_float("temperature", 1.0, "below 1: likelier tokens", lower_bound=0.0, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of all random choices", lower_bound=0, flag_values=values)
+
+
+def _define_speed(values: flags.FlagValues) -> None:
+    flags.DEFINE_enum("prefer", None, ["quality", "balanced", "speed"], "settings measured by bench sampling, from "
+                      "--settings or the run directory, else presets: first_hitting; threshold 0.9; threshold 0.6. "
+                      "Flags that are given win", flag_values=values)
+    flags.DEFINE_string("settings", "", "JSON file of settings, or of one such object for each --prefer",
+                        flag_values=values)
+    flags.DEFINE_string("sampler", "first_hitting", "first_hitting, ancestral, ancestral_cosine; several tokens at "
+                        "once: threshold, factor, entropy_bound, confidence, margin, entropy; remdm_cap, "
+                        "remdm_rescale, remdm_confidence, remdm_loop; iterative", flag_values=values)
+    flags.DEFINE_integer("steps", None, "of the sampler, a block; by default its usual ones", lower_bound=1,
+                         flag_values=values)
+    flags.DEFINE_float("threshold", None, "the sampler's number: probability, factor, nats, eta; by default its usual "
+                       "one", lower_bound=0.0, flag_values=values)
+    flags.DEFINE_integer("block_size", None, "of a bidirectional model: tokens written at a time, left to right",
+                         lower_bound=1, flag_values=values)
+
+
+def _define_choice(values: flags.FlagValues) -> None:
+    flags.DEFINE_float("temperature", 1.0, "below 1: likelier tokens; 0: the likeliest", lower_bound=0.0,
+                       flag_values=values)
     flags.DEFINE_integer("top_k", None, "only the k likeliest tokens", lower_bound=1, flag_values=values)
     flags.DEFINE_float("top_p", None, "only the nucleus of this mass", lower_bound=0.0, upper_bound=1.0,
                        flag_values=values)
-    flags.DEFINE_integer("seed", 0, "of all random choices", lower_bound=0, flag_values=values)
-    flags.DEFINE_enum("weights", "ema", ["ema", "params"], "averaged weights, or the last ones", flag_values=values)
+    flags.DEFINE_float("min_p", None, "only tokens at least so likely, as a part of the likeliest", lower_bound=0.0,
+                       upper_bound=1.0, flag_values=values)
+    flags.DEFINE_float("repetition_penalty", 1.0, "above 1: fewer tokens that were there before", lower_bound=0.0,
+                       flag_values=values)
+    flags.DEFINE_float("guidance", 0.0, "weight of classifier-free guidance by the prompt; two passes a call",
+                       flag_values=values)
+    flags.DEFINE_string("constraint", None, "a regular expression that each new text matches as a whole",
+                        flag_values=values)
+    flags.DEFINE_string("json_schema", "", "a JSON schema (file) that each new text satisfies", flag_values=values)
+
+
+def _define_rest(values: flags.FlagValues) -> None:
+    flags.DEFINE_multi_string("stop", None, "a text ends before this string", flag_values=values)
+    flags.DEFINE_integer("min_length", 0, "new tokens before the text may end", lower_bound=0, flag_values=values)
+    flags.DEFINE_float("min_entropy", None, "give a text up whose last 256 tokens have a lower entropy (nats)",
+                       lower_bound=0.0, flag_values=values)
+    flags.DEFINE_bool("window", False, "texts may be longer than what the model was trained on", flag_values=values)
+    flags.DEFINE_string("cache_dtype", "compute", "of keys and values: float32, bfloat16, int8, or the network's own",
+                        flag_values=values)
+    flags.DEFINE_string("out", "", "write the texts to this JSONL file as well", flag_values=values)
+    flags.DEFINE_bool("animate", False, "show the texts as they are written", flag_values=values)
+    flags.DEFINE_string("trace", "", "write an HTML page that shows how they were written, step by step",
+                        flag_values=values)
 
 
 def main(args: flags.FlagValues) -> dict:
     from launch.arguments import required
 
     workdir = required(args, "workdir")
+    _check_outputs(args)
     import bd3lm_jax
-    from bd3lm_jax import log
+    from bd3lm_jax import generation
 
     lm = bd3lm_jax.load(workdir, weights=args.weights)
-    sampler = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    chosen, source = _choose(args, lm)
+    length, options = args.length or min(256, lm.context), generation.make_options(**chosen)
     start = time.perf_counter()
-    length = args.length or min(256, lm.context)
-    samples = lm.generate(args.prompt, num=args.num, length=length, sampler=args.sampler, seed=args.seed,
-                          **sampler)
+    if args.animate or args.trace:
+        samples = _watch(args, lm, length, options)
+    else:
+        samples = lm.generate(args.prompt, num=args.num, length=length, **chosen)
     seconds = time.perf_counter() - start
+    sampler = _used(lm, options) | {"source": source}
+    _tell(samples, sampler)
+    found = [{"text": sample.text, "num_tokens": len(sample.tokens), "nfe": sample.nfe, "stop": sample.stop}
+             for sample in samples]
+    if args.out:
+        lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in found)
+        Path(args.out).write_text(lines, encoding="utf-8")
+    tokens = sum(len(sample.tokens) for sample in samples)
+    return {"samples": found, "tokens_per_s": tokens / seconds,
+            "nfe_per_token": sum(sample.nfe for sample in samples) / max(1, tokens), "seed": options.seed,
+            "sampler": sampler}
+
+
+def _check_outputs(args: flags.FlagValues) -> None:
+    """UserError, before anything is written, for a file in a directory that cannot be written."""
+    from bd3lm_jax.errors import UserError
+
+    for name in ("out", "trace"):
+        directory = Path(args[name].value).parent
+        if args[name].value and not (directory.is_dir() and os.access(directory, os.W_OK)):
+            raise UserError(f"cannot write --{name}={args[name].value}: {directory} is no directory, or not yours")
+
+
+def _choose(args: flags.FlagValues, lm) -> tuple[dict, str]:
+    """Fields of `generation.Options`, and where those come from that no flag gives."""
+    from bd3lm_jax import settings
+    from bd3lm_jax.errors import UserError
+
+    given = {name: args[name].value for name in OPTIONS if args[name].present}
+    if args.json_schema:
+        if args.constraint is not None:
+            raise UserError("--constraint and --json_schema are two constraints: give one of them")
+        given["constraint"] = settings.read_object(args.json_schema)
+    chosen, source = settings.settings_for(lm, args.workdir, args.settings, args.prefer or "")
+    return {"seed": args.seed, **settings.merged(chosen, given)}, source
+
+
+def _watch(args: flags.FlagValues, lm, length: int, options) -> list:
+    """The samples, shown as they are written, and their trace."""
+    from rich.console import Console
+
+    from bd3lm_jax import animate, stream, trace
+
+    events = stream.stream(lm, args.prompt, args.num, length, options)
+    if args.animate:
+        events = animate.animate(events, lm, Console(stderr=True, highlight=False))
+    events = list(events)
+    if args.trace:
+        trace.write_html(args.trace, trace.make_record(events, lm))
+    done = [event for event in events if event.sample is not None]
+    return [event.sample for event in sorted(done, key=lambda event: event.number)]
+
+
+def _used(lm, options) -> dict:
+    """Every setting with the values that the sampler saw."""
+    import jax.numpy as jnp
+
+    from bd3lm_jax import cache_price, generation
+    from bd3lm_jax.sampling import SAMPLERS
+
+    plan, values = generation.make_plan(lm, options, lm.context), dataclasses.asdict(options)
+    threshold = SAMPLERS[options.sampler].threshold if options.threshold is None else options.threshold
+    dtype = jnp.dtype(lm.model.dtype).name if options.cache_dtype == "compute" else options.cache_dtype
+    cached = lm.config.diffusion.causal or lm.config.block_size < lm.context
+    sizes = {name: cache_price.bytes_per_token(lm, name) for name in cache_price.DTYPES} if cached else None
+    values |= {"name": values.pop("sampler"), "steps": plan.settings.steps, "threshold": threshold,
+               "block_size": plan.settings.window, "cache_dtype": dtype, "cache_bytes_per_token": sizes}
+    del values["seed"]
+    return values
+
+
+def _tell(samples, sampler: dict) -> None:
+    from bd3lm_jax import log
+
     for i, sample in enumerate(samples):
         log.note(f"--- sample {i}: {len(sample.tokens)} tokens, {sample.nfe} network calls, stop: {sample.stop}\n"
                  f"{sample.tokens if sample.text is None else sample.text}\n")
-    tokens = sum(len(sample.tokens) for sample in samples)
-    return {
-        "samples": [{"text": sample.text, "num_tokens": len(sample.tokens), "nfe": sample.nfe, "stop": sample.stop}
-                    for sample in samples],
-        "tokens_per_s": tokens / seconds, "nfe_per_token": sum(sample.nfe for sample in samples) / max(1, tokens),
-        "seed": args.seed, "sampler": {"name": args.sampler, **sampler},
-    }
+    log.note(f"sampler {sampler['name']}, steps {sampler['steps']}, threshold {sampler['threshold']:g}, block size "
+             f"{sampler['block_size']}; {sampler['source']}")
+    sizes = sampler["cache_bytes_per_token"]
+    if sizes is not None:
+        log.note(f"cache in {sampler['cache_dtype']}; bytes a token: "
+                 + ", ".join(f"{name} {size:,}" for name, size in sizes.items()))

@@ -242,28 +242,6 @@ def test_eval_targets_that_are_no_fraction(capsys, target):
     assert code == 2 and f"--target_ci={target}: expected a part of the nll" in err
 
 
-def test_sample_prints_the_contract(capsys, monkeypatch):
-    loads, calls = [], []
-    texts = [types.SimpleNamespace(text="a [b] c", tokens=[1, 2, 3], nfe=3, stop="end"),
-             types.SimpleNamespace(text="d", tokens=[4], nfe=5, stop="length")]
-    model = types.SimpleNamespace(generate=recorder(calls, texts))
-    monkeypatch.setattr("bd3lm_jax.load", recorder(loads, model), raising=False)
-    code, out, err = run(capsys, "sample", "--workdir=w", "--prompt=one", "--prompt=two, three", "--num=1", "--top_k=9",
-                         "--seed=3", "--length=64")
-    assert code == 0
-    assert loads == [(("w",), {"weights": "ema"})]
-    assert calls == [((["one", "two, three"],), {"num": 1, "length": 64, "sampler": "first_hitting", "temperature": 1.0,
-                                                 "top_k": 9, "top_p": None, "seed": 3})]
-    result = json.loads(out)
-    assert result.pop("tokens_per_s") > 0
-    assert result == {
-        "samples": [{"text": "a [b] c", "num_tokens": 3, "nfe": 3, "stop": "end"},
-                    {"text": "d", "num_tokens": 1, "nfe": 5, "stop": "length"}],
-        "nfe_per_token": 2.0, "seed": 3,
-        "sampler": {"name": "first_hitting", "temperature": 1.0, "top_k": 9, "top_p": None}}
-    assert "a [b] c" in err
-
-
 def test_prepare_counts_rows_and_tokens(capsys, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("".join(f"line number {i}\n" for i in range(200)))
@@ -285,9 +263,9 @@ def test_bench_lists_and_runs(capsys, monkeypatch):
     assert (code, out) == (0, '{"benches": ["step"]}\n') and "Steps of training." in err and not calls
     for words in (("step", "--rounds=3"), ("--rounds=3", "step"), ("--name=step", "--rounds=3")):
         assert run(capsys, "bench", *words)[:2] == (0, '{"ratio": 1.5}\n')
-    assert calls == [(("step", 3, "", "runs/bench"), {})] * 3
+    assert calls == [(("step", 3, "", "runs/bench", ""), {})] * 3
     assert run(capsys, "bench", "step", "--against=torch", "--out=d")[0] == 0
-    assert calls[-1] == (("step", 7, "torch", "d"), {})
+    assert calls[-1] == (("step", 7, "torch", "d", ""), {})
 
 
 @pytest.mark.parametrize("words", [("step", "loss"), ("--name=step", "loss")])

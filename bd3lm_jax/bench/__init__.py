@@ -1,7 +1,8 @@
 """Benchmarks: all sides of a comparison run in turns in one process, and ratios are reported, not times.
 
 A benchmark is a module with `run(rounds, against) -> rows` (see `runner.row_of`), LIMITS (what this library promises),
-NOTE (how to read it), AGAINST (what it can be compared with) and a line in BENCHES.
+NOTE (how to read it), AGAINST (what it can be compared with) and a line in BENCHES. One with WORKDIR = True measures
+trained runs, `run(rounds, against, workdir)`; one with `draw(path, rows)` has a picture of its own.
 """
 
 import importlib.metadata
@@ -15,11 +16,12 @@ from typing import Any
 import jax
 
 from bd3lm_jax import log, plots
-from bd3lm_jax.bench import attention, data, evaluate, loss, step
+from bd3lm_jax.bench import attention, data, evaluate, loss, sampling, step, variance
 from bd3lm_jax.bench.runner import Limit, judged
 from bd3lm_jax.errors import UserError, lookup
 
-BENCHES = {"attention": attention, "step": step, "loss": loss, "data": data, "eval": evaluate}
+BENCHES = {"attention": attention, "step": step, "loss": loss, "data": data, "eval": evaluate,
+           "sampling": sampling, "variance": variance}
 COLUMNS = {  # field of a row -> heading and format of its column
     "time_ratio": ("time", "{:.3f}"), "cpu_ratio": ("CPU", "{:.3f}"), "memory_ratio": ("memory", "{:.3f}"),
     "flops_ratio": ("FLOPs", "{:.3f}"), "median_ms": ("ms", "{:,.1f}"), "temp_mib": ("MiB", "{:,.0f}"),
@@ -29,12 +31,14 @@ COLUMNS = {  # field of a row -> heading and format of its column
 PANELS = {"cpu_ratio": "CPU time", "time_ratio": "time", "memory_ratio": "temporary memory", "flops_ratio": "FLOPs"}
 
 
-def bench(name: str, rounds: int, against: str, out: str | os.PathLike) -> dict[str, Any]:
+def bench(name: str, rounds: int, against: str, out: str | os.PathLike,
+          workdir: str = "") -> dict[str, Any]:
     """Run a benchmark: tables on stderr, NAME.json and NAME.png in the directory `out`.
 
-    against: "torch" to run PyTorch's side too, "" for ours alone. Returns the result of the `bench` command.
-    Raises UserError for an unknown benchmark, rounds below 1, a side that is missing here or that it does not have, and
-    a directory that cannot be created.
+    against: "torch" to run PyTorch's side too, "" for ours alone. workdir: trained runs, for benchmarks of them, else
+    "". Returns the result of the `bench` command. Raises UserError for an unknown benchmark, rounds below 1, a side
+    that is missing here or that it does not have, run directories missing or of no use, and a directory that cannot be
+    created.
     """
     module = lookup(BENCHES, name, "benchmark")
     if rounds < 1:
@@ -44,15 +48,20 @@ def bench(name: str, rounds: int, against: str, out: str | os.PathLike) -> dict[
             f"known: {', '.join(module.AGAINST)}" if module.AGAINST else "leave --against out"))
     if against and importlib.util.find_spec(against) is None:
         raise UserError(f"--against={against} needs a package that is missing: pip install 'bd3lm_jax[bench]'")
+    needs_runs = getattr(module, "WORKDIR", False)
+    if needs_runs != bool(workdir):
+        raise UserError(f"benchmark '{name}' measures a trained run: give --workdir=DIR" if needs_runs else
+                        f"benchmark '{name}' needs no trained run: leave --workdir={workdir} out")
     out = _directory(out)
     device = jax.devices()[0].device_kind
-    rows = module.run(rounds, against)
+    rows = module.run(rounds, against, *([workdir] if needs_runs else []))
     _show(f"{name}, {rounds} rounds in turns, on {device}", module.NOTE, rows, module.LIMITS)
     packages = ["jax", "jaxlib", "flax", "optax", *filter(None, [against])]
     versions = {package: importlib.metadata.version(package) for package in packages}
     result = {"bench": name, "device": device, "versions": versions, "rows": rows}
     (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    plots.ratio_bars(out / f"{name}.png", _panels(rows))
+    draw = getattr(module, "draw", lambda path, rows: plots.ratio_bars(path, _panels(rows)))
+    draw(out / f"{name}.png", rows)
     return result
 
 
@@ -71,6 +80,8 @@ def _show(title: str, note: str, rows: list[dict], limits: Sequence[Limit]) -> N
         inside = [row for row in rows if (row["case"], row["baseline"]) == (case, baseline)]
         known = [key for key in COLUMNS if any(row.get(key) is not None for row in inside)]
         shown = [key for key in known if key != "compile_s" or "median_ms" not in known]
+        if not shown:
+            continue  # nothing of COLUMNS: the benchmark has shown tables of its own
         log.table(f"{case}: to {baseline}", ("variant", *(COLUMNS[key][0] for key in shown)),
                   [(row["variant"], *(_cell(key, row.get(key)) for key in shown)) for row in inside])
     for limit, row, met in judged(rows, limits):

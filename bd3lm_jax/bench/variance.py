@@ -1,0 +1,41 @@
+"""The loss and its gradient on a trained run, by noise schedule: how much they vary, against the linear schedule.
+
+Needs `--workdir=DIR`, or several with commas. A round is one batch of rows of the test split, which all schedules see;
+the 95 % intervals are over rounds (`variance.study`).
+"""
+
+import os
+from pathlib import Path
+
+from bd3lm_jax import plots
+from bd3lm_jax.bench.runner import row_of
+from bd3lm_jax.variance import LINEAR, study
+
+BATCH = 16  # rows of a round
+NOTE = "Ratios to the linear schedule. Clipped schedules have other means: compare their variance over mean^2."
+AGAINST = ()
+LIMITS = ()
+WORKDIR = True
+SHOWN = {"variance_ratio": "variance of the loss", "gradient_ratio": "variance of the gradient over mean^2"}
+
+
+def run(rounds: int, against: str, workdir: str) -> list[dict]:
+    """Rows of all runs: fields of `variance.study` beside those of every benchmark."""
+    del against
+    return [row_of(f"{Path(directory).name}, S={found['block_size']}", found.pop("schedule"), LINEAR, **found)
+            for directory in workdir.split(",")
+            for found in study(directory, split="test", batch=BATCH, draws=rounds, seed=0)]
+
+
+def draw(path: str | os.PathLike, rows: list[dict]) -> None:
+    """Ratios with their intervals, a line a schedule; what was published as points."""
+    series = {}
+    for row in rows:
+        size, name = row["block_size"], row["variant"]
+        for field, title in SHOWN.items():
+            points = series.setdefault(f"{row['case']}: {title}", {})
+            points[name] = (row[field], *row[f"{field}_ci95"])
+        if row["published_ratio"] is not None:
+            points = series.setdefault(f"published, S={size}: variance of the loss", {})
+            points[name] = (row["published_ratio"],) * 3
+    plots.intervals(path, series, "ratio to the linear schedule")

@@ -1,0 +1,64 @@
+"""Settings for `sample` by preference: measured ones from a file, else presets."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bd3lm_jax.errors import UserError
+from bd3lm_jax.lm import LM
+
+FILE = "sampling.json"  # in the run directory, written by `python -m launch bench sampling --workdir=DIR`
+PREFERENCES = ("quality", "balanced", "speed")
+PRESETS = {"quality": {"sampler": "first_hitting"},
+           "balanced": {"sampler": "threshold", "threshold": 0.9},
+           "speed": {"sampler": "threshold", "threshold": 0.6}}
+OF_SAMPLER = ("steps", "threshold")  # mean something else to another sampler
+
+
+def settings_for(lm: LM, workdir: str, file: str, prefer: str) -> tuple[dict[str, Any], str]:
+    """Fields of `generation.Options`, and where they come from, in words.
+
+    file: JSON of such fields, or of an object of them by preference as in FILE; "" for FILE in `workdir` if it is there
+    and there is a preference, then PRESETS. prefer: one of PREFERENCES, or "" for none ("balanced" of a file that asks
+    for one). Raises UserError for a file that cannot be read or has no settings of that preference.
+    """
+    if not file and not prefer:
+        return {}, "defaults"
+    path = Path(file or Path(workdir) / FILE)
+    if file or path.exists():
+        return _from_file(path, prefer)
+    if lm.config.diffusion.causal or lm.config.block_size == 1:
+        return PRESETS["quality"], "the model writes one token a call whatever the preference"
+    return PRESETS[prefer], f"preset, not measured: python -m launch bench sampling --workdir={workdir} measures"
+
+
+def _from_file(path: Path, prefer: str) -> tuple[dict[str, Any], str]:
+    content = read_object(path)
+    if not prefer and not any(name in content for name in PREFERENCES):
+        return content, str(path)
+    prefer = prefer or "balanced"
+    chosen = content.get(prefer)
+    if not isinstance(chosen, dict):
+        raise UserError(f"{path} has no settings for --prefer={prefer}: expected an object of that name, as bench "
+                        "sampling writes it")
+    return chosen, f"{prefer} of {path}"
+
+
+def merged(chosen: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """`chosen` settings under `given` ones, which win; steps and threshold chosen for another sampler are left out."""
+    if given.get("sampler", chosen.get("sampler")) != chosen.get("sampler"):
+        chosen = {name: value for name, value in chosen.items() if name not in OF_SAMPLER}
+    return {**chosen, **given}
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file. UserError if there is none."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}): expected one JSON object") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a JSON {type(content).__name__}, expected an object")
+    return content

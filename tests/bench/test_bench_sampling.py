@@ -1,0 +1,32 @@
+"""The variants of the sampling benchmark write the same texts; only how they ask differs."""
+
+import jax
+import numpy as np
+
+from bd3lm_jax import generation
+from bd3lm_jax.bench import sampling
+from bd3lm_jax.diffusion import Masked
+
+TINY = {"layers": 2, "width": 16, "heads": 2, "vocab_size": 24}
+
+
+def test_variants_write_the_same_texts():
+    lm = sampling.make_lm(TINY, Masked.uniform_counts(4), 64)
+    draw = np.random.default_rng(0)
+    lm.params = jax.tree.map(lambda x: x + 0.3 * draw.normal(size=x.shape).astype(np.float32), lm.params)
+    options = generation.Options()
+    fused, cached, uncached = (np.asarray(sampling.sampler(lm, options, 2, wrap=wrap)())
+                               for wrap in (None, sampling.stored_apart, sampling.uncached))
+    np.testing.assert_array_equal(cached, fused)
+    np.testing.assert_array_equal(uncached, fused)
+    written = [sample.tokens for sample in lm.generate(num=2, length=64)]
+    assert fused.tolist() == written  # what `generate` does
+    assert len({*map(tuple, written)}) == 2
+
+
+def test_rows_of_all_variants():
+    rows = sampling.run_case(TINY, 64, size=4, batch=2, rounds=1)
+    assert {row["variant"] for row in rows if row["baseline"] == "ar_cached"} == {
+        "ar_cached", "fused", "fused_2", "cached", "no_cache", "forward"}
+    assert {(row["variant"], row["baseline"]) for row in rows} > {("fused", "no_cache"), ("fused", "forward")}
+    assert all(row["time_ratio"] > 0 for row in rows)
