@@ -61,12 +61,14 @@ def against(run: Opened, text: Text, ours: Measured, other: Opened, which: dict[
 
 
 def _counterpart(estimator: Any, config: Config) -> Any:
-    """The same estimator for the other model: `estimator` itself where it fits, else the best one."""
+    """The same estimator for the other model: `estimator` itself where its masks fit (also with a law of counts that it
+    has learnt), else one of its own, or the best one."""
     try:
         other = estimators.make(estimator.name, config)
     except UserError:
         other = estimators.make(estimators.default_estimator(config), config)
-    return estimator if (other.name, other.block_size) == (estimator.name, estimator.block_size) else other
+    shares = estimator.replicates > 1 and (other.name, other.block_size) == (estimator.name, estimator.block_size)
+    return estimator if shares else other
 
 
 def _same_tokens(ours: Measured, theirs: Measured) -> np.ndarray:

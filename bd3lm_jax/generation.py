@@ -131,7 +131,8 @@ def check(lm, options: Options) -> None:
     for token in options.forbidden:
         if not 0 <= token < vocab:
             raise UserError(f"forbidden token {token} is out of range, expected 0 to {vocab - 1}")
-    if len({*options.forbidden, lm.special.mask}) >= vocab:
+    never = {*options.forbidden, lm.special.mask, *([lm.special.end] if options.min_length else [])} - {-1}
+    if len(never) >= vocab:
         raise UserError("every token is forbidden: at least one must be left to draw")
     if options.constraint is not None and lm.tokenizer is None:
         raise UserError("a constraint needs a tokenizer, and this checkpoint has none")
@@ -241,7 +242,8 @@ def _stop_at_strings(lm, options: Options, rows: Rows, progress: Progress) -> Pr
     """Rows whose new text holds a stop string write no more; `finish` cuts them."""
     tokens, stopped = np.asarray(progress.tokens), np.array(progress.stopped)
     for i in np.flatnonzero((stopped == 0) & (rows.length > 0)):
-        new = tokens[i][~rows.given[i] & (tokens[i] != lm.special.mask)]
+        new = tokens[i, :rows.length[i]]
+        new = new[~rows.given[i, :rows.length[i]] & (new != lm.special.mask)]
         text = lm.tokenizer.decode(new)
         if any(string in text for string in options.stop):
             stopped[i] = STOPS.index("end")
@@ -249,10 +251,11 @@ def _stop_at_strings(lm, options: Options, rows: Rows, progress: Progress) -> Pr
 
 
 def _slide(lm, options: Options, rows: Rows):
-    """A bidirectional model beyond its length: the canvas moves by half, what was written in the other half is given."""
+    """A bidirectional model beyond its length: the canvas moves by half, given what was written in the other half."""
     size, stride = lm.config.block_size, lm.config.block_size // 2
     spare = ((0, 0), (0, size))  # so that the last canvas is whole
-    tokens, given = np.pad(rows.tokens, spare), np.pad(rows.given, spare)
+    given = np.pad(rows.given, spare)
+    tokens = np.where(given, np.pad(rows.tokens, spare), lm.special.mask)
     stopped, nfe = np.zeros(len(tokens), np.int32), np.zeros(len(tokens), np.int32)
     for turn, at in enumerate(range(0, max(int(rows.length.max()) - stride, 1), stride)):
         canvas = np.s_[:, at:at + size]
@@ -317,8 +320,9 @@ def make_plan(lm, options: Options, row_length: int) -> Plan:
     settings = Settings(block_size=size, window=window, steps=options.steps or sampler.steps or window,
                         filters=options.filters, mask_id=lm.special.mask, end_id=lm.special.end,
                         min_entropy=options.min_entropy, draw_all=draw_all)
-    ring = max((lm.context // size - 1) * size, size)
-    slots = min(row_length, ring) if options.window else max(row_length - size, size)
+    beginning = lm.config.diffusion.causal and lm.config.diffusion.bos  # takes a slot of its own
+    ring = max((lm.context // size - 1) * size, size) + beginning
+    slots = min(row_length, ring) if options.window else row_length
     return Plan(options.sampler, settings, slots, options.cache_dtype, bool(options.guidance))
 
 
@@ -371,6 +375,7 @@ def _run(lm, plan: Plan, params, request: Request, guidance, progress: Progress,
 def finish(lm, options: Options, new, nfe: int, stop: str) -> Sample:
     """The sample of the new tokens `[n]`: cut at an end token or stop string, and where nothing was written."""
     new = np.asarray(new)
+    stop = "length" if stop == "end" else stop  # an end token behind the last wanted place ends nothing
     ends = np.flatnonzero((new == lm.special.end) | (new == lm.special.mask))
     if len(ends):
         stop = "end" if new[ends[0]] == lm.special.end else stop

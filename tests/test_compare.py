@@ -24,6 +24,7 @@ def runs(tmp_path_factory):
     home = tmp_path_factory.mktemp("compare")
     write_text(home / "text.txt", 120)
     changes = {"first": {"train.steps": 10}, "longer": {"train.steps": 12}, "wide": {"diffusion.block_size": 8},
+               "single": {"diffusion.block_size": 1},
                "causal": {"diffusion": AR, "model.adaln": False}, "no_bos": {
                    "diffusion": {"kind": "ar", "bos": False}, "model.adaln": False},
                "bpe": {"data.tokenizer": "bpe:300"}}
@@ -104,6 +105,16 @@ def test_autoregression_against_diffusion(runs, first, second):
     assert other["difference_mc_se"] == pytest.approx(drawn["nll_mc_se"], rel=1e-6)
     assert other["difference"] == pytest.approx(result["nll"] - other["nll"], rel=1e-6)
     assert not other["same_masks"]
+
+
+@pytest.mark.parametrize(("first", "second"), [("causal", "single"), ("single", "causal")])
+def test_autoregression_against_blocks_of_one_token(runs, first, second):
+    """Both are exact by one pass, but not by the same: each model is asked in its own way."""
+    result, alone = compared(runs, first, second), compared(runs, second, "")
+    assert (result["estimator"], result["against"]["estimator"]) == ("nll", "nll")
+    assert result["against"]["nll"] == pytest.approx(alone["nll"], rel=1e-6)
+    assert result["against"]["difference"] == pytest.approx(result["nll"] - alone["nll"], rel=1e-4)
+    assert result["against"]["difference_mc_se"] == 0 and not result["against"]["same_masks"]
 
 
 def test_other_tokenizers_compare_in_bits_per_byte(runs, capsys):

@@ -7,15 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bd3lm_jax import lm as lm_module
 from bd3lm_jax import passes
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import trunk
 from bd3lm_jax.passes import PLAIN
-from bd3lm_jax.sampling import Generated, Settings
-from bd3lm_jax.sampling.filters import draw, filter_logits
-from bd3lm_jax.sampling.steps import STEPS
+from bd3lm_jax.sampling.filters import Filters, draw, filter_logits
+from bd3lm_jax.sampling.steps import SAMPLERS, Row
 from toy_lm import CONTEXT, END, LETTERS, MASK, make_ids, make_lm, masked
 
 
@@ -36,33 +34,38 @@ def whole_row_logits(model, params, objective, xt_1xL, level):
     return trunk.logits(model, params, h, sigma)[0, 0]
 
 
-choose = jax.jit(lambda sampler, *args: STEPS[sampler].step(*args, lm_module.ANCESTRAL_STEPS), static_argnums=0)
+@functools.partial(jax.jit, static_argnames=("sampler", "steps"))
+def plan(key, masked_S, written_S, level, index, sampler, steps):
+    row = Row(masked_S, written_S, jnp.ones(masked_S.shape), level, index)
+    return SAMPLERS[sampler].plan(key, row, steps, SAMPLERS[sampler].threshold)
 
 
 @functools.partial(jax.jit, static_argnames="temperature")
 def propose(key, logits_SxV, temperature):
     keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(jnp.arange(len(logits_SxV)))
-    return draw(keys, filter_logits(logits_SxV.at[:, MASK].set(-jnp.inf), temperature, None, None))
+    return draw(keys, filter_logits(logits_SxV.at[:, MASK].set(-jnp.inf), Filters(temperature)))
 
 
-def uncached(lm, prompt, row, *, length, sampler, temperature, seed):
-    """Request `row` by a plain loop: new tokens, whether ended, network calls."""
+def uncached(lm, prompt, row, *, length, sampler, temperature, seed, steps=0):
+    """Request `row` by a plain loop: new tokens, why it ended, network calls."""
     size, calls, end = lm.config.block_size, 0, False
     canvas = np.full(-(-length // size) * size, MASK)
     canvas[:len(prompt)] = prompt
     key = jax.random.fold_in(jax.random.key(seed), row)
     for block in range(len(prompt) // size, len(canvas) // size):
         inside, level, index = slice(block * size, (block + 1) * size), 1.0, 0
+        new = np.arange(inside.start, inside.stop) >= len(prompt)
         while not end and (canvas[inside] == MASK).any():
-            choice_key, draw_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, block), index))
-            choice = choose(sampler, choice_key, canvas[inside] == MASK, level, index)
-            if choice.reveal.any():
+            plan_key, draw_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, block), index))
+            masked = canvas[inside] == MASK
+            planned = plan(plan_key, masked, new & ~masked, level, index, sampler, steps)
+            if planned.reveal.any():
                 calls += 1
-                logits = whole_row_logits(lm.model, lm.params, lm.config.diffusion, canvas[None], choice.level)
+                logits = whole_row_logits(lm.model, lm.params, lm.config.diffusion, canvas[None], planned.level)
                 drawn = propose(draw_key, logits[inside], temperature)
-                canvas[inside] = np.where(choice.reveal, drawn, canvas[inside])
-            level, index = choice.next_level, index + 1
-        end = end or END in canvas[max(inside.start, len(prompt)):inside.stop]
+                canvas[inside] = np.where(planned.reveal, drawn, canvas[inside])
+            level, index = planned.next_level, index + 1
+        end = end or END in canvas[max(inside.start, len(prompt)):min(inside.stop, length)]
     new = canvas[len(prompt):length].tolist()
     return (new[:new.index(END)], "end", calls) if END in new else (new, "length", calls)
 
@@ -78,6 +81,8 @@ def test_generation_equals_a_loop_without_cache(objective, time_conditioning, sa
     """Prompts that end inside a block, inside the prefilled part and past it; a length that cuts the last block."""
     lm = make_lm(objective, time_conditioning, LETTERS)
     options = {"length": 19, "sampler": sampler, "temperature": temperature, "seed": 3}
+    if sampler == "ancestral":
+        options["steps"] = 9
     for row, (sample, prompt) in enumerate(zip(lm.generate(prompts, **options), prompts, strict=True)):
         assert (sample.tokens, sample.stop, sample.nfe) == uncached(lm, prompt, row, **options)
 
@@ -96,9 +101,12 @@ def test_requests_do_not_depend_on_the_batch(objective):
 
 def test_prompt_lengths_of_a_bucket_share_one_program():
     lm = make_lm(masked(2), tokenizer=LETTERS)
-    for length in (5, 8, 11, 17, 20):
-        lm.generate([make_ids(length).tolist()], length=CONTEXT)
-    assert lm._sample._cache_size() == 1
+    lm.generate([make_ids(5).tolist()], length=CONTEXT)
+    start, run = lm._programs["start"]._cache_size(), lm._programs["run"]._cache_size()
+    for length in (8, 11, 17, 20):
+        lm.generate([make_ids(length).tolist()], length=CONTEXT - length % 3, seed=length)
+    assert lm._programs["run"]._cache_size() == run
+    assert lm._programs["start"]._cache_size() == start
 
 
 def test_samples():
@@ -115,24 +123,13 @@ def test_samples():
     assert lm.generate([[0, 1, 2, 3, 4], [10]], num=20, length=10) == samples
 
 
-def test_all_settings_reach_the_sampler(monkeypatch):
-    lm, calls = make_lm(), []
-
-    def spy(sampler, settings, prefill, params, key, tokens, lengths, *rest):
-        calls.append((sampler, settings))
-        return Generated(tokens, lengths, lengths > 0)
-    monkeypatch.setitem(vars(lm), "_sample", spy)
-    lm.generate(length=8, sampler="ancestral", temperature=0.5, top_k=7, top_p=0.9)
-    assert calls == [("ancestral", Settings(4, lm_module.ANCESTRAL_STEPS, 0.5, 7, 0.9, MASK, -1))]
-
-
 @pytest.mark.parametrize("options, message", [
     ({"prompts": [[0] * 10]}, "the prompt has 10 tokens, which leaves none of length 10 to write: shorten the prompt"),
     ({"prompts": [[1, MASK]]}, "the prompt holds the mask token 12"),
-    ({"prompts": [[1, 99]]}, "token id 99 is out of range, expected 0 to 12"),
-    ({"prompts": [[1, -1]]}, "token id -1 is out of range"),
-    ({"prompts": [[2**40]]}, f"token id {2**40} is out of range"),
-    ({"prompts": [[1.5]]}, "type float64, expected integers"),
+    ({"prompts": [[1, 99]]}, "a prompt holds token ids from 1 to 99, expected integers 0 to 12"),
+    ({"prompts": [[1, -1]]}, "a prompt holds token ids from -1 to 1"),
+    ({"prompts": [[2**40]]}, f"token ids from {2**40} to {2**40}"),
+    ({"prompts": [[1.5]]}, "from 1.5 to 1.5, expected integers"),
     ({"prompts": ["abc"]}, "this checkpoint has no tokenizer: give prompts as lists of token ids"),
     ({"prompts": "abc"}, "prompts are 'abc', expected a list of one or more texts"),
     ({"prompts": []}, r"prompts are \[\], expected a list of one or more"),

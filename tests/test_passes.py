@@ -150,7 +150,7 @@ def test_bound_at_block_size_one_is_the_chain_rule():
                            dropout_keys=None)
         return trunk.logits(model, params, out.noised)[:, 0, 0], out.cache
 
-    cache, before, chain = trunk.new_cache(model, params, 2, length), None, np.zeros(2)
+    cache, before, chain = trunk.new_cache(model, params, 2, length, "compute"), None, np.zeros(2)
     for i in range(length):
         place = np.full((2, 1), i, np.int32)
         ones = np.ones_like(place)

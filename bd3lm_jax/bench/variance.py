@@ -16,7 +16,6 @@ NOTE = "Ratios to the linear schedule. Clipped schedules have other means: compa
 AGAINST = ()
 LIMITS = ()
 WORKDIR = True
-SHOWN = {"variance_ratio": "variance of the loss", "gradient_ratio": "variance of the gradient over mean^2"}
 
 
 def run(rounds: int, against: str, workdir: str) -> list[dict]:
@@ -28,14 +27,11 @@ def run(rounds: int, against: str, workdir: str) -> list[dict]:
 
 
 def draw(path: str | os.PathLike, rows: list[dict]) -> None:
-    """Ratios with their intervals, a line a schedule; what was published as points."""
+    """Ratios of the loss's variance with their intervals, a line a schedule; what was published as points."""
     series = {}
     for row in rows:
-        size, name = row["block_size"], row["variant"]
-        for field, title in SHOWN.items():
-            points = series.setdefault(f"{row['case']}: {title}", {})
-            points[name] = (row[field], *row[f"{field}_ci95"])
+        series.setdefault(row["case"], {})[row["variant"]] = (row["variance_ratio"], *row["variance_ratio_ci95"])
+    for row in rows:
         if row["published_ratio"] is not None:
-            points = series.setdefault(f"published, S={size}: variance of the loss", {})
-            points[name] = (row["published_ratio"],) * 3
-    plots.intervals(path, series, "ratio to the linear schedule")
+            series.setdefault(f"published, S={row['block_size']}", {})[row["variant"]] = (row["published_ratio"],) * 3
+    plots.intervals(path, series, "variance of the loss, ratio to the linear schedule")

@@ -9,14 +9,14 @@ import pytest
 from scipy import special, stats
 
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.sampling.filters import check_filters, draw, filter_logits
+from bd3lm_jax.sampling.filters import Filters, check_filters, draw, filter_logits, penalise
 
 PRIMITIVES = np.load(Path(__file__).parents[1] / "data" / "golden" / "primitives.npz")
 LOGITS_NxV = PRIMITIVES["logits"].reshape(-1, PRIMITIVES["logits"].shape[-1])
 
 
-def probabilities(logits_NxV, temperature=1.0, top_k=None, top_p=None):
-    filtered = filter_logits(jnp.asarray(logits_NxV), temperature, top_k, top_p)
+def probabilities(logits_NxV, *filters, **more):
+    filtered = filter_logits(jnp.asarray(logits_NxV), Filters(*filters, **more))
     return special.softmax(np.asarray(filtered, np.float64), -1)
 
 
@@ -67,22 +67,43 @@ def test_filters_apply_in_order():
     np.testing.assert_allclose(probabilities(logits, 1.0, 3, 0.5), [[1, 0, 0, 0]], atol=1e-6)
 
 
+@pytest.mark.parametrize("min_p", [0.05, 0.3, 1.0])
+def test_min_p_keeps_what_is_so_probable_as_a_part_of_the_likeliest(min_p):
+    expected = special.softmax(LOGITS_NxV.astype(np.float64) / 0.7, -1)
+    for row in expected:
+        row[row < min_p * row.max() * (1 - 1e-5)] = 0
+    assert min_p == 1 or 2 < (expected > 0).sum(-1).mean() < 40
+    expected /= expected.sum(-1, keepdims=True)
+    np.testing.assert_allclose(probabilities(LOGITS_NxV, 0.7, min_p=min_p), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.0, 1.7])
+def test_penalty_moves_seen_tokens_down(penalty):
+    seen = np.random.default_rng(0).random(LOGITS_NxV.shape) < 0.4
+    expected = LOGITS_NxV.astype(np.float64)
+    for row, token in np.argwhere(seen):
+        expected[row, token] *= penalty if expected[row, token] < 0 else 1 / penalty
+    np.testing.assert_allclose(penalise(jnp.asarray(LOGITS_NxV), seen, penalty), expected, rtol=1e-6)
+    impossible = penalise(jnp.array([[-jnp.inf, 0.0]]), jnp.ones((1, 2), bool), penalty)
+    np.testing.assert_array_equal(impossible, [[-np.inf, 0.0]])
+
+
 def test_temperature_zero_is_the_most_probable_token():
-    filtered = filter_logits(jnp.asarray(LOGITS_NxV), 0, 5, 0.9)
+    filtered = filter_logits(jnp.asarray(LOGITS_NxV), Filters(0, 5, 0.9))
     drawn = [np.asarray(draw(keys(len(LOGITS_NxV), seed), filtered)) for seed in range(3)]
     np.testing.assert_array_equal(drawn, np.broadcast_to(LOGITS_NxV.argmax(-1), (3, len(LOGITS_NxV))))
 
 
 def test_excluded_tokens_stay_excluded():
     logits = jnp.array([[-jnp.inf, 0.0, 1.0, -jnp.inf]])
-    for setting in ((0, None, None), (1.0, 3, None), (1.0, None, 0.99), (0.1, None, None)):
+    for setting in ((0,), (1.0, 3), (1.0, None, 0.99), (0.1,), (1.0, None, None, 0.01)):
         np.testing.assert_array_equal(probabilities(logits, *setting)[0, [0, 3]], 0)
 
 
-@pytest.mark.parametrize("setting", [(1.0, None, None), (0.7, 6, None), (1.0, None, 0.8)])
+@pytest.mark.parametrize("setting", [(), (0.7, 6), (1.0, None, 0.8), (1.0, None, None, 0.1)])
 def test_law_of_draws(setting):
     logits_V, count = LOGITS_NxV[0], 20_000
-    filtered = jnp.broadcast_to(filter_logits(jnp.asarray(logits_V[None]), *setting), (count, len(logits_V)))
+    filtered = jnp.broadcast_to(filter_logits(jnp.asarray(logits_V[None]), Filters(*setting)), (count, len(logits_V)))
     seen = np.bincount(jax.jit(draw)(keys(count), filtered), minlength=len(logits_V))
     expected = probabilities(logits_V[None], *setting)[0]
     assert seen[expected == 0].sum() == 0
@@ -90,7 +111,7 @@ def test_law_of_draws(setting):
 
 
 def test_a_row_depends_on_its_own_key_alone():
-    filtered = filter_logits(jnp.asarray(LOGITS_NxV), 1.0, None, None)
+    filtered = filter_logits(jnp.asarray(LOGITS_NxV), Filters())
     together = draw(keys(len(LOGITS_NxV)), filtered)
     alone = [int(draw(key[None], row[None])[0]) for key, row in zip(keys(len(LOGITS_NxV)), filtered)]
     np.testing.assert_array_equal(together, alone)
@@ -100,7 +121,7 @@ def test_a_row_depends_on_its_own_key_alone():
 def test_half_precision_logits_get_float32_noise():
     """Noise rounded to bfloat16 has few values: among 4096 equal logits the largest would often be a tie."""
     half = jnp.zeros((256, 4096), jnp.bfloat16)
-    assert filter_logits(half, 1.0, 10, 0.9).dtype == jnp.float32
+    assert filter_logits(half, Filters(1.0, 10, 0.9, 0.1)).dtype == jnp.float32
     noise = jax.vmap(lambda key: jax.random.gumbel(key, (4096,), jnp.float32))(keys(256))
     rounded = noise.astype(jnp.bfloat16)
     assert ((rounded == rounded.max(-1, keepdims=True)).sum(-1) > 1).any()
@@ -108,17 +129,21 @@ def test_half_precision_logits_get_float32_noise():
 
 
 @pytest.mark.parametrize("setting, message", [
-    ((-1, None, None), "temperature is -1, expected at least 0"),
-    ((float("nan"), None, None), "temperature is nan"),
-    ((1.0, 0, None), "top_k is 0, expected at least 1"),
-    ((1.0, None, 0), r"top_p is 0, expected in \(0, 1\]"),
-    ((1.0, None, 1.1), "top_p is 1.1"),
+    ({"temperature": -1}, "temperature is -1, expected at least 0"),
+    ({"temperature": float("nan")}, "temperature is nan"),
+    ({"temperature": float("inf")}, "temperature is inf"),
+    ({"top_k": 0}, "top_k is 0, expected at least 1"),
+    ({"top_p": 0}, r"top_p is 0, expected in \(0, 1\]"),
+    ({"top_p": 1.1}, "top_p is 1.1"),
+    ({"min_p": 0}, r"min_p is 0, expected in \(0, 1\]"),
+    ({"min_p": float("nan")}, "min_p is nan"),
+    ({"repetition_penalty": 0}, r"repetition_penalty is 0, expected above 0"),
 ])
 def test_bad_settings(setting, message):
     with pytest.raises(UserError, match=message):
-        check_filters(*setting)
+        check_filters(Filters(**setting))
 
 
-@pytest.mark.parametrize("setting", [(0, None, None), (1.0, 1, 1.0), (2.5, 10**6, 1e-9)])
+@pytest.mark.parametrize("setting", [(0,), (1.0, 1, 1.0), (2.5, 10**6, 1e-9), (1.0, None, None, 1.0, 0.5)])
 def test_good_settings(setting):
-    check_filters(*setting)
+    check_filters(Filters(*setting))

@@ -1,4 +1,4 @@
-"""The block loop on a toy whose every conditional is known: 6 tokens of 3 kinds, in blocks of 3."""
+"""The block loop on a toy whose every conditional is known: laws of texts, decoding by plain loops, rows, stops."""
 
 import functools
 import itertools
@@ -8,110 +8,128 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+from toy_blocks import (JOINT, KINDS, LENGTH, MASK, PVALUE, QUICK, SIZE, ask, begin, conditional, denoise,
+                        make_request, many, pvalue, row_keys, sample, settings, texts_and_blocks)
 
-from bd3lm_jax.sampling import STEPS, Settings, generate
+from bd3lm_jax.sampling import SAMPLERS, STOPS, run_blocks
+from bd3lm_jax.sampling.generate import close_block, done, open_block, reveal
 
-LENGTH, SIZE, KINDS = 6, 3, 3
-MASK = KINDS
-JOINT = np.random.default_rng(0).dirichlet(np.full(KINDS**LENGTH, 5.0)).reshape((KINDS,) * LENGTH)
 RUNS = 2000
-QUICK = {"xla_backend_optimization_level": 0}  # compilation is most of the time here
-PVALUE = 1e-3
 
 
-def with_unknowns(joint):
-    """The joint with a fourth value on every axis, "unknown" (the mask id): summed over."""
-    for axis in range(joint.ndim):
-        joint = np.concatenate([joint, joint.sum(axis, keepdims=True)], axis)
-    return joint
-
-
-KNOWN = with_unknowns(JOINT)
-
-
-def denoise(canvas_BxS, start, previous_BxS, previous_real, positions_BxP, level_B, stored_BxL):
-    """Logits of the exact conditionals, as a network gives them; the cache holds the tokens of finished blocks.
-
-    The mask token has the largest logit of all, which the loop must not mind.
-    """
-    size, length = canvas_BxS.shape[1], stored_BxL.shape[1]
-    if previous_BxS is not None:
-        more = jax.lax.dynamic_update_slice_in_dim(stored_BxL, previous_BxS, jnp.maximum(start - size, 0), axis=1)
-        stored_BxL = jnp.where(previous_real, more, stored_BxL)
-    known_BxL = jax.lax.dynamic_update_slice_in_dim(stored_BxL, canvas_BxS, start, axis=1)
-    if length != LENGTH:  # no table of this length: all tokens alike
-        return jnp.zeros((*positions_BxP.shape, KINDS)) @ jnp.eye(KINDS, KINDS + 1), stored_BxL
-    place_L = 4 ** jnp.arange(LENGTH)[::-1]
-    columns = start + positions_BxP
-    others = (known_BxL @ place_L)[:, None] - jnp.take_along_axis(known_BxL * place_L, columns, axis=1)
-    table = jnp.log(jnp.asarray(KNOWN.reshape(-1), jnp.float32))
-    logits = table[others[..., None] + jnp.arange(KINDS) * place_L[columns][..., None]]
-    return jnp.pad(logits, ((0, 0), (0, 0), (0, 1)), constant_values=9.0), stored_BxL
-
-
-def settings(steps=4, temperature=1.0, end_id=-1, size=SIZE):
-    return Settings(size, steps, temperature, None, None, MASK, end_id)
-
-
-def row_keys(batch, seed=0):
-    return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(batch))
-
-
-def nothing_stored(batch, length):
-    return jnp.full((batch, length), MASK)
-
-
-def plain_sample(keys_B, tokens_BxL, prompt_length_B, *, sampler="first_hitting", setting=settings()):
-    return generate(denoise, STEPS[sampler], setting, keys_B, tokens_BxL, prompt_length_B, 0,
-                    nothing_stored(*tokens_BxL.shape))
-
-
-sample = jax.jit(plain_sample, static_argnames=("sampler", "setting"), compiler_options=QUICK)
-
-
-@functools.partial(jax.jit, static_argnames=("sampler", "setting"), compiler_options=QUICK)
-def _many(prompts_BxL, prompt_length_B, *, sampler, setting):
-    keys = jax.vmap(lambda seed: row_keys(5, seed))(jnp.arange(RUNS))
-    one = functools.partial(plain_sample, sampler=sampler, setting=setting)
-    return jax.vmap(one, in_axes=(0, None, None))(keys, prompts_BxL, prompt_length_B)
-
-
-def many(sampler, setting=settings(), prompts_BxL=np.zeros((5, LENGTH), int), prompt_length_B=(0,) * 5):
-    """Batches of 5 rows with keys of their own: tokens `[RUNS, 5, L]`, nfe `[RUNS, 5]`."""
-    result = _many(prompts_BxL, jnp.array(prompt_length_B), sampler=sampler, setting=setting)
-    return np.asarray(result.tokens), np.asarray(result.nfe)
-
-
-def law(orders):
-    """Probability of every outcome if each block is revealed in a random one of `orders` (a time for each position).
+def law_of_orders(orders):
+    """Probability of every text if each block is revealed in a random one of `orders` (a time for each position).
 
     Tokens revealed at the same time are drawn independently given all that is known before.
     """
     result = np.ones_like(JOINT)
-    for outcome in itertools.product(range(KINDS), repeat=LENGTH):
-        for block in range(0, LENGTH, SIZE):
+    for outcome, befores in texts_and_blocks():
+        for first, before in zip(range(0, LENGTH, SIZE), befores):
             chance = 0.0
             for times in orders:
                 parts = []
                 for i, time in enumerate(times):
-                    known = [outcome[j] if j < block or (j < block + SIZE and times[j - block] < time) else MASK
-                             for j in range(LENGTH)]
-                    asked = known.copy()
-                    asked[block + i] = outcome[block + i]
-                    parts.append(KNOWN[tuple(asked)] / KNOWN[tuple(known)])
+                    known = [outcome[first + j] if times[j] < time else MASK for j in range(SIZE)]
+                    known = (*before[:first], *known, *before[first + SIZE:])
+                    parts.append(conditional(known, first + i)[outcome[first + i]])
                 chance += np.prod(parts) / len(orders)
             result[outcome] *= chance
     return result
 
 
-def pvalue(tokens_NxL, expected):
-    """Chi-square of outcomes against probabilities."""
-    seen = np.bincount(np.ravel_multi_index(tokens_NxL.T, expected.shape), minlength=expected.size)
-    return stats.chisquare(seen, len(tokens_NxL) * expected.reshape(-1)).pvalue
+CANVASES = list(itertools.product(range(KINDS + 1), repeat=SIZE))
+
+
+def law_of_steps(moves):
+    """Probability of every text if the canvas of a block takes these steps: each a function that gives, for a canvas,
+    pairs (probability, what each position does: "draw", "mask" or "keep")."""
+    @functools.cache
+    def block_law(before, first):
+        chances = {(MASK,) * SIZE: 1.0}
+        for move in moves:
+            after = dict.fromkeys(CANVASES, 0.0)
+            for canvas, chance in chances.items():
+                known = (*before[:first], *canvas, *before[first + SIZE:])
+                drawn = [conditional(known, first + i) for i in range(SIZE)]
+                for part, acts in move(canvas):
+                    options = [{"draw": enumerate(drawn[i]), "mask": [(MASK, 1.0)], "keep": [(canvas[i], 1.0)]}[act]
+                               for i, act in enumerate(acts)]
+                    for tokens in itertools.product(*options):
+                        after[tuple(k for k, _ in tokens)] += chance * part * np.prod([p for _, p in tokens])
+            chances = {canvas: chance for canvas, chance in after.items() if chance}
+        return chances
+
+    result = np.ones_like(JOINT)
+    for outcome, befores in texts_and_blocks():
+        for first, before in zip(range(0, LENGTH, SIZE), befores):
+            result[outcome] *= block_law(before, first).get(outcome[first:first + SIZE], 0.0)
+    return result
+
+
+def bernoulli_move(t, s, again):
+    """From mask probability t to s, written tokens masked again with probability `again` (ReMDM eq. 5-7)."""
+    def move(canvas):
+        chances = [{"draw": (t - s + (1 - t) * again) / t} if k == MASK else {"mask": again} for k in canvas]
+        for acts in itertools.product((True, False), repeat=SIZE):
+            names, part = [], 1.0
+            for act, chance in zip(acts, chances):
+                (name, p), = chance.items()
+                names.append(name if act else "keep")
+                part *= p if act else 1 - p
+            if part:
+                yield part, names
+    return move
+
+
+def redraw_move(masks):
+    """Everything is drawn anew, then `masks` positions, any with equal probability, become masks."""
+    chosen = list(itertools.combinations(range(SIZE), masks))
+
+    def move(canvas):
+        if MASK not in canvas:
+            return [(1.0, ["keep"] * SIZE)]
+        return [(1 / len(chosen), ["mask" if i in places else "draw" for i in range(SIZE)]) for places in chosen]
+    return move
+
+
+def moves(levels, again=lambda t, s: 0.0):
+    return [bernoulli_move(t, s, again(t, s)) for t, s in itertools.pairwise(levels)]
+
+
+def most(t, s):
+    return 1.0 if t == 1 else min(1.0, s / (1 - t))
+
+
+GRID_4 = [1, 0.75, 0.5, 0.25, 0]
+LOOP_4 = [1, 0.5, 0.1, 0.1, 0]  # down over the first 0.45, held at 0.1 up to 0.95
+OWN_LAWS = {
+    "ancestral": (2, 0.0, moves([1, 0.5, 0])),
+    "ancestral_cosine": (3, 0.0, moves([1, np.cos(np.pi / 6), np.cos(np.pi / 3), 0])),
+    "remdm_cap": (4, 0.6, moves(GRID_4, lambda t, s: min(0.6, most(t, s)))),
+    "remdm_rescale": (4, 0.7, moves(GRID_4, lambda t, s: 0.7 * most(t, s))),
+    "remdm_loop": (4, 0.08, moves(LOOP_4, lambda t, s: 0.08 if t == s else 0.0)),
+    "iterative": (3, 0.0, [redraw_move(2), redraw_move(1), redraw_move(0)]),
+}
+
+
+@pytest.mark.parametrize("sampler", OWN_LAWS)
+def test_few_steps_follow_their_own_law(sampler):
+    """The law by enumeration; that of the joint they miss."""
+    steps, threshold, steps_taken = OWN_LAWS[sampler]
+    expected = law_of_steps(steps_taken)
+    assert expected.sum() == pytest.approx(1)
+    tokens, nfe = many(sampler, settings(steps=steps), RUNS, threshold=threshold)
+    assert tokens.max() < MASK
+    assert pvalue(tokens.reshape(-1, LENGTH), expected) > PVALUE > pvalue(tokens.reshape(-1, LENGTH), JOINT)
+    if sampler == "ancestral":  # a block costs one call if all three times agree (1/4), else two
+        np.testing.assert_allclose(expected, law_of_orders(list(itertools.product(range(2), repeat=SIZE))))
+        assert stats.chisquare(np.bincount(nfe.reshape(-1), minlength=5)[2:],
+                               nfe.size * np.array([1, 6, 9]) / 16).pvalue > PVALUE
 
 
 def test_first_hitting_is_exact():
-    tokens, nfe = many("first_hitting")
+    assert np.allclose(law_of_orders(list(itertools.permutations(range(SIZE)))), JOINT)  # one by one, in any order
+    tokens, nfe = many("first_hitting", settings(), RUNS)
     assert pvalue(tokens.reshape(-1, LENGTH), JOINT) > PVALUE
     for row in range(5):
         first_block = JOINT.sum((3, 4, 5))
@@ -123,75 +141,148 @@ def test_first_hitting_is_exact():
     np.testing.assert_array_equal(nfe, LENGTH)
 
 
-def test_ancestral_with_many_steps_follows_the_joint():
-    tokens, _ = many("ancestral", settings(steps=32))
+@pytest.mark.parametrize("sampler, threshold", [("ancestral", 0.0), ("remdm_rescale", 0.3)])
+def test_many_steps_follow_the_joint(sampler, threshold):
+    tokens, _ = many(sampler, settings(steps=32), RUNS, threshold=threshold)
     assert pvalue(tokens.reshape(-1, LENGTH), JOINT) > PVALUE
-
-
-def test_ancestral_with_two_steps_follows_its_own_law():
-    assert np.allclose(law(list(itertools.permutations(range(SIZE)))), JOINT)  # one by one: exact, in any order
-    expected = law(list(itertools.product(range(2), repeat=SIZE)))
-    tokens, nfe = many("ancestral", settings(steps=2))
-    tokens = tokens.reshape(-1, LENGTH)
-    assert tokens.max() < MASK
-    assert pvalue(tokens, expected) > PVALUE > pvalue(tokens, JOINT)
-    # A block costs one call if all three times agree (1/4), else two.
-    assert stats.chisquare(np.bincount(nfe.reshape(-1), minlength=5)[2:],
-                           nfe.size * np.array([1, 6, 9]) / 16).pvalue > PVALUE
 
 
 def test_prompts_are_kept_and_continued():
     """Rows with different prompts, in the middle of a block and past it, in one batch."""
-    lengths = [0, 2, 3, 4, 5]
-    prompts = np.tile([1, 2, 0, 2, 1, 0], (5, 1))
-    tokens, nfe = many("first_hitting", prompts_BxL=prompts, prompt_length_B=lengths)
+    lengths, prompt = [0, 2, 3, 4, 5], (1, 2, 0, 2, 1, 0)
+    tokens, nfe = many("first_hitting", settings(), RUNS, lengths, prompt)
     for row, length in enumerate(lengths):
-        np.testing.assert_array_equal(tokens[:, row, :length], np.tile(prompts[row, :length], (RUNS, 1)))
+        np.testing.assert_array_equal(tokens[:, row, :length], np.tile(prompt[:length], (RUNS, 1)))
         np.testing.assert_array_equal(nfe[:, row], LENGTH - length)
-        rest = JOINT[tuple(prompts[row, :length])]
+        rest = JOINT[prompt[:length]]
         assert pvalue(tokens[:, row, length:], rest / rest.sum()) > PVALUE
 
 
-def test_temperature_zero_takes_the_most_probable():
-    """With one ancestral step a block: the largest marginals given the blocks before."""
-    result = sample(row_keys(5), jnp.zeros((5, LENGTH), int), jnp.zeros(5, int), sampler="ancestral",
-                    setting=settings(steps=1, temperature=0.0))
-    known = [MASK] * LENGTH
-    for block in range(0, LENGTH, SIZE):
-        known[block:block + SIZE] = [int(KNOWN[(*known[:i], slice(0, KINDS), *known[i + 1:])].argmax())
-                                     for i in range(block, block + SIZE)]
-    np.testing.assert_array_equal(result.tokens, [known] * 5)
+def certainty(chances):
+    """What the orders go by, of one position's probabilities."""
+    first, second, *_ = sorted(chances, reverse=True)
+    return {"confidence": first, "margin": first - second, "entropy": np.sum(chances * np.log(chances))}
 
 
-@pytest.mark.parametrize("sampler", STEPS)
+def shown_by(sampler, chances, index, steps, threshold):
+    """Which of the masked positions (by place among them) the papers' words reveal."""
+    count = len(chances)
+    if sampler in ("confidence", "margin", "entropy"):  # equal shares of what is left, the best first
+        order = sorted(range(count), key=lambda i: -certainty(chances[i])[sampler])
+        return order[:-(-count // (steps - index))]
+    order = sorted(range(count), key=lambda i: -max(chances[i]))
+    if sampler == "threshold":
+        return [order[0], *(i for i in order[1:] if max(chances[i]) >= threshold)]
+    if sampler == "factor":
+        n = 1
+        while n < count and max(chances[order[n]]) >= 1 - threshold / (n + 2):
+            n += 1
+        return order[:n]
+    entropy = [-certainty(p)["entropy"] for p in chances]
+    order = sorted(range(count), key=lambda i: entropy[i])
+    fitting = [n for n in range(1, count + 1) if sum(entropy[i] for i in order[:n]) - entropy[order[n - 1]] < threshold]
+    return order[:max(fitting, default=1)]
+
+
+@pytest.mark.parametrize("prompt", [0, 2])
+@pytest.mark.parametrize("sampler, threshold", [("confidence", 0.0), ("margin", 0.0), ("entropy", 0.0),
+                                                ("threshold", 0.45), ("factor", 1.8), ("entropy_bound", 1.0)])
+def test_choices_by_what_the_network_says(sampler, threshold, prompt):
+    """At temperature 0, against a loop that reads the papers' words."""
+    steps, prompts = 2, np.array(list(itertools.product(range(KINDS), repeat=2)))
+    tokens = np.zeros((len(prompts), LENGTH), int)
+    tokens[:, :2] = prompts
+    found, _, nfe = sample(make_request(row_keys(len(prompts)), LENGTH, prompt, threshold=threshold), tokens,
+                           sampler=sampler, setting=settings(steps=steps, temperature=0.0))
+    for row, start in enumerate(prompts[:, :prompt]):
+        canvas, calls = (*start, *(MASK,) * (LENGTH - prompt)), 0
+        for first in range(0, LENGTH, SIZE):
+            index = 0
+            while masked := [i for i in range(first, first + SIZE) if canvas[i] == MASK]:
+                chances = [conditional(canvas, i) for i in masked]
+                shown = shown_by(sampler, chances, index, steps, threshold)
+                new = {masked[i]: int(chances[i].argmax()) for i in shown}
+                canvas = tuple(new.get(i, k) for i, k in enumerate(canvas))
+                index, calls = index + 1, calls + 1
+        assert (tuple(found[row].tolist()), int(nfe[row])) == (canvas, calls)
+
+
+def test_windows_inside_a_block_are_written_from_left_to_right():
+    """At temperature 0 with one step a window of 2: the largest marginals given the windows before."""
+    found, _, nfe = sample(make_request(row_keys(2), LENGTH), np.zeros((2, LENGTH), int), sampler="ancestral",
+                           setting=settings(steps=1, temperature=0.0, size=LENGTH, window=2))
+    canvas = (MASK,) * LENGTH
+    for first in range(0, LENGTH, 2):
+        new = [int(conditional(canvas, i).argmax()) for i in (first, first + 1)]
+        canvas = (*canvas[:first], *new, *canvas[first + 2:])
+    np.testing.assert_array_equal(found, [canvas] * 2)
+    np.testing.assert_array_equal(nfe, 3)
+
+
+STRONG = {"threshold": 0.5, "factor": 1.8, "entropy_bound": 1.0, "remdm_cap": 0.9, "remdm_rescale": 0.9,
+          "remdm_confidence": 0.9, "remdm_loop": 0.9}  # thresholds at which the toy does more than one thing
+RAGGED = np.array([0, 1, 4, 2, 3])
+TEXTS = np.tile([1, 0, 2, 0, 1, 1], (5, 1))
+
+
+
+
+@functools.cache
+def five_rows(sampler, threshold):
+    request = make_request(row_keys(5), LENGTH, RAGGED, threshold=threshold)
+    return sample(request, TEXTS, sampler=sampler, setting=settings(steps=8, end_id=2))
+
+
+def assert_equal(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_rows_do_not_depend_on_companions(sampler):
-    lengths, prompts = np.array([0, 1, 4, 2, 3]), np.tile([1, 0, 2, 0, 1, 1], (5, 1))
-    run = functools.partial(sample, sampler=sampler, setting=settings(end_id=2))
-    first = run(row_keys(5), prompts, lengths)
-    order = np.array([3, 0, 4, 2, 1])
-    moved = run(row_keys(5)[order], prompts[order], lengths[order])
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[order], y), first, moved)
+    run = functools.partial(sample, sampler=sampler, setting=settings(steps=8, end_id=2))
+    threshold, order = STRONG.get(sampler, 0.0), np.array([3, 0, 4, 2, 1])
+    first = five_rows(sampler, threshold)
+    moved = run(make_request(row_keys(5)[order], LENGTH, RAGGED[order], threshold=threshold), TEXTS[order])
+    assert_equal([x[order] for x in first], list(moved))
     for row in range(5):
         others = np.arange(5) != row
-        keys = jnp.where(others, row_keys(5, seed=1), row_keys(5))
-        changed = run(keys, np.where(others[:, None], 2, prompts), np.where(others, 5, lengths))
-        jax.tree.map(lambda x, y, row=row: np.testing.assert_array_equal(x[row], y[row]), first, changed)
+        keys = row_keys(10)[np.where(others, np.arange(5, 10), np.arange(5))]
+        request = make_request(keys, LENGTH, np.where(others, 5, RAGGED), np.where(others, 0, LENGTH),
+                               threshold=threshold)  # companions that want nothing
+        changed = run(request, np.where(others[:, None], 2, TEXTS))
+        assert_equal([x[row] for x in changed], [x[row] for x in first])
 
 
-def test_an_end_token_stops_its_row_only():
-    """A row of 4 blocks: after the block with its first end token nothing is written; an end in the prompt is text."""
-    batch, length, size = 40, 8, 2
-    prompts = jnp.full((batch, length), 2)
-    result = sample(row_keys(batch), prompts, jnp.ones(batch, int), setting=settings(end_id=2, size=size))
-    tokens, nfe, ended = (np.asarray(x) for x in result)
-    assert 0 < ended.sum() < batch
-    for row in range(batch):
-        ends = np.flatnonzero(tokens[row, 1:] == 2) + 1
-        assert ended[row] == (len(ends) > 0)
-        written = size * (ends[0] // size + 1) if len(ends) else length
-        assert (tokens[row, :written] < MASK).all() and (tokens[row, written:] == MASK).all()
-        assert nfe[row] == written - 1
-    assert len(set(nfe)) == 4
+@pytest.mark.parametrize("sampler", ["first_hitting", "remdm_cap"])
+def test_rows_alone_are_the_same(sampler):
+    threshold = STRONG.get(sampler, 0.0)
+    for row in range(5):
+        request = make_request(row_keys(5)[row:row + 1], LENGTH, RAGGED[row:row + 1], threshold=threshold)
+        alone = sample(request, TEXTS[:1], sampler=sampler, setting=settings(steps=8, end_id=2))
+        assert_equal([x[0] for x in alone], [x[row] for x in five_rows(sampler, threshold)])
+
+
+@pytest.mark.parametrize("sampler", ["remdm_cap", "remdm_rescale", "remdm_confidence"])
+def test_remdm_that_never_masks_again_is_ancestral(sampler):
+    assert_equal(five_rows(sampler, 0.0), five_rows("ancestral", 0.0))
+    assert (five_rows(sampler, STRONG[sampler])[0] != five_rows("ancestral", 0.0)[0]).any()
+
+
+def test_slices_and_steps_by_hand_are_one_go():
+    asked, request = ask("ancestral", settings(end_id=2)), make_request(row_keys(5), LENGTH, RAGGED)
+    start, run, opened, revealed, closed, is_done = (
+        jax.jit(functools.partial(part, asked), compiler_options=QUICK)
+        for part in (begin, run_blocks, open_block, reveal, close_block, done))
+    first = start(request, TEXTS)
+    whole = run(request, first, 2)
+    assert_equal(run(request, run(request, run(request, first, 0), 1), 2), whole)
+    by_hand = first
+    while by_hand.block < 2 and not is_done(request, by_hand).all():
+        block, cache = opened(request, by_hand)
+        while np.asarray(block.masked).any():
+            block = revealed(request, by_hand, block, cache)
+        by_hand = closed(request, by_hand, block, cache)
+    assert_equal(by_hand, whole)
 
 
 class Recorder:
@@ -200,14 +291,15 @@ class Recorder:
     def __init__(self):
         self.stored, self.levels, self.calls = [], [], []
 
-    def __call__(self, canvas, start, previous, previous_real, positions, level, cache):
-        if previous is not None:
-            jax.debug.callback(self.note_stored, start - canvas.shape[1], previous, previous_real, ordered=True)
-        jax.debug.callback(self.note_call, start, level, ordered=True)
-        return denoise(canvas, start, previous, previous_real, positions, level, cache)
+    def __call__(self, canvas, block, finished, positions, level, cache):
+        if finished is not None:
+            jax.debug.callback(self.note_stored, (block - 1) * canvas.shape[1], *finished, ordered=True)
+        jax.debug.callback(self.note_call, block * canvas.shape[1], level, ordered=True)
+        return denoise(canvas, block, finished, positions, level, cache)
 
     def note_stored(self, start, tokens, real):
-        if real:
+        assert (np.asarray(real) == (start >= 0)).all()
+        if start >= 0:
             self.stored.append((int(start), np.asarray(tokens)))
 
     def note_call(self, start, level):
@@ -215,12 +307,13 @@ class Recorder:
         self.levels.append(np.asarray(level))
 
 
-def record(sampler, prompt_length, first_block, setting, length=8):
+def record(sampler, prompt_length, first_block, setting, row_length=8):
     recorder, batch = Recorder(), len(prompt_length)
+    asked, request = ask(sampler, setting, recorder), make_request(row_keys(batch), row_length, prompt_length)
 
     def run():
-        return generate(recorder, STEPS[sampler], setting, row_keys(batch), jnp.ones((batch, length), int),
-                        jnp.array(prompt_length), first_block, nothing_stored(batch, length))
+        progress = begin(asked, request, jnp.ones((batch, row_length), int), first_block)
+        return run_blocks(asked, request, progress, row_length // setting.block_size)
     result = jax.jit(run, compiler_options=QUICK)()
     jax.effects_barrier()
     return recorder, jax.tree.map(np.asarray, result)
@@ -257,9 +350,9 @@ def test_ancestral_asks_on_its_grid_only_what_reveals():
     assert 4 <= int(result.nfe[0]) <= len(calls) <= int(result.nfe[0]) + 4
 
 
-def test_nothing_is_asked_once_all_rows_ended():
-    recorder, result = record("first_hitting", [0, 0, 0], 0, settings(size=2, end_id=0), length=40)
+def test_nothing_is_asked_once_all_rows_stopped():
+    recorder, result = record("first_hitting", [0, 0, 0], 0, settings(size=2, end_id=0), row_length=40)
     last = max(recorder.calls)
-    assert result.ended.all() and last < 38
+    assert (result.stopped == STOPS.index("end")).all() and last < 38
     assert (result.tokens[:, last:last + 2] == 0).any()  # the last row ended in the last block asked about
     assert (result.tokens[:, last + 2:] == MASK).all()
