@@ -62,12 +62,14 @@ def test_what_is_usual_of_a_sampler(sampler, steps, threshold):
     ({"block_size": 2}, "block_size is 2, expected 4, the one it was trained with"),
     ({"forbidden": [13]}, "forbidden token 13 is out of range, expected 0 to 12"),
     ({"forbidden": list(range(12))}, "every token is forbidden"),
+    ({"forbidden": [0, 1, 2, *range(4, 12)], "min_length": 1, "tokenizer": LETTERS}, "every token is forbidden"),
     ({"stop": "ab"}, "stop strings need a tokenizer"),
     ({"length": CONTEXT + 1}, "or a sliding window"),
 ])
 def test_bad_options(options, message):
+    tokenizer = options.pop("tokenizer", None)
     with pytest.raises(UserError, match=message) as error:
-        make_lm().generate(**{"length": 10, **options})
+        make_lm(tokenizer=tokenizer).generate(**{"length": 10, **options})
     assert "\n" not in str(error.value)
 
 
