@@ -90,7 +90,7 @@ BAD = [
     (("train", "--config.data.source=autsen"), "data.source is 'autsen'"),
     (("train", "--mesh=rows=8"), "--mesh: 'rows=8' is not one of data=N, fsdp=N, tensor=N"),
     (("train", "--for=v5e"), "--for goes with --plan"),
-    (("train", "--plan", "--for=v3"), "value should be one of <v4|v5e|v5p|v6e>"),
+    (("train", "--plan", "--for=v3"), "value should be one of <v4|v5e|v5p|v6e|H100|H200>"),
     (("train", "--plan", "--utilisation=1.5"), "--utilisation=1.5"),
     (("prepare", "--split=tets"), "unknown split 'tets': did you mean 'test'?"),
     (("prepare", "--config.data.tokenizer=gpt3"), "gpt3"),
