@@ -73,13 +73,13 @@ def sweep(points: Sequence[Point], workdir: str, *, parallel: int, index: int | 
 
 
 def run_name(overrides: Mapping[str, Any]) -> str:
-    """`diffusion.block_size=4,optim.lr=0.0003`: the directory of a run, a function of its overrides alone.
+    """`diffusion.block_size=4+optim.lr=0.0003`: the directory of a run, a function of its overrides alone.
 
     What does not suit a file name becomes "-", and a hash tells such names apart.
     """
     parts = [(key, str(value)) for key, value in sorted(overrides.items())]
     plain = [re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII) for _, text in parts]
-    name = ",".join(f"{key}={text}" for (key, _), text in zip(parts, plain)) or "base"
+    name = "+".join(f"{key}={text}" for (key, _), text in zip(parts, plain)) or "base"
     if len(name) > NAME_LENGTH or plain != [text for _, text in parts]:
         name = f"{name[:NAME_LENGTH]}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]}"
     return name

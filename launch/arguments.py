@@ -129,7 +129,7 @@ def load_sweep(path: str) -> list[dict]:
 def _load_module(path: str):
     """The module of a config file. UserError if there is none."""
     if not os.path.isfile(path):
-        there = sorted(str(file) for file in Path("configs").glob("*.py") if file.stem not in ("__init__", "common"))
+        there = sorted(str(file) for file in Path("configs").rglob("*.py") if file.stem not in ("__init__", "common"))
         raise UserError(f"config file '{path}' does not exist: " + (
             nearest(path, there) if there else "run from the checkout, which holds configs/, or give --config=FILE.py"))
     module_spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)

@@ -1,5 +1,6 @@
 """Every shipped config with all its documented arguments builds and validates, and says what its notes say."""
 
+import importlib
 import itertools
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from bd3lm_jax.models import trunk
 from bd3lm_jax.optim import make_schedule
 from configs import austen, common, lm1b, owt, tiny
 from launch.arguments import load_config
+from launch.sweep import load_points
 
 CONFIGS = {"tiny": tiny, "austen": austen, "lm1b": lm1b, "owt": owt}
 ALGORITHMS = ("", "algo=mdlm", "algo=ar", "block_size=1", "block_size=16", "block_size=4,algo=bd3lm")
@@ -51,6 +53,15 @@ def test_is_a_lab_note(name):
     note = CONFIGS[name].__doc__.lower()
     for part in ("python -m launch train", "arguments:", "hardware", "time:", "expected"):
         assert part in note, f"the docstring of configs/{name}.py does not say {part!r}"
+
+
+@pytest.mark.parametrize("path", sorted(Path(common.__file__).parent.glob("sweeps/[!_]*.py")), ids=lambda p: p.stem)
+def test_an_experiment_says_what_it_needs_and_validates(path):
+    points = load_points(str(path), [])
+    assert len(points) >= 2
+    note = importlib.import_module(f"configs.sweeps.{path.stem}").__doc__.lower()
+    for part in ("python -m launch sweep", f"configs/sweeps/{path.name}", "hardware and time", "what came out"):
+        assert part in note, f"the docstring of {path.name} does not say {part!r}"
 
 
 def test_default_arguments_are_the_block_diffusion_model_of_size_4():
