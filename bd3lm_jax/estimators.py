@@ -14,13 +14,16 @@ importance   exact_count with pi learnt from the first rows: pi(k) ~ sd of the m
 bernoulli    the paper's: t uniform in [eps, 1], every token masked with probability t, weight (1 - eps) / t. It omits
              t < eps: eps times the cross-entropy of a token masked almost alone.
 nll          where one pass gives the likelihood itself: autoregression, and blocks of one token without a noise level.
+native       the objective's own corruption, weights and loss, where these are a bound: for networks that predict no
+             masked tokens, and to compare with the others.
 
 A sampled estimator gives two independent estimates a row (replicates), from which its error is read. A draw of it is
 one pass of four views, whichever it is, so that equal draws cost the same. In each replicate the levels of a row are a
 systematic sample: u_b = (permutation(b) + o) / K with one offset o, and draw d of D uses (u_b + d / D) mod 1, so they
 are stratified over the blocks of every draw and over the draws of every block.
 
-An estimator has `name`, `block_size`, `learns` (whether `learn` makes it from a pilot); `views` of a pass, `replicates`
+An estimator has `name`, `block_size`, `learns` (whether `learn` makes it from a pilot), `token_loss` (None: the
+cross-entropy of masked tokens, else as `Objective.token_loss`); `views` of a pass, `replicates`
 that share them in equal parts, one after the other, `passes(draws)`; and `noised(key, index, draws, tokens_L,
 segments_L, special)`: the views of pass `index` of one row, a `Noised` without batch dimension. The mean over the
 passes and the views of a replicate is an estimate of the row's nats. The noise is a function of the row's key,
@@ -54,6 +57,7 @@ class Sampled:
     """Two replicates of two views each, from uniforms that are stratified over blocks and draws."""
 
     learns: ClassVar[bool] = False
+    token_loss: ClassVar[None] = None
     replicates: ClassVar[int] = 2
     views: ClassVar[int] = 4
     name: str
@@ -117,6 +121,7 @@ class Enumerated:
     """Every mask of every block; block b of view j has mask number (j + b), so that all views mask about the same."""
 
     learns: ClassVar[bool] = False
+    token_loss: ClassVar[None] = None
     name: ClassVar[str] = "exact"
     replicates: ClassVar[int] = 1
     block_size: int
@@ -159,6 +164,7 @@ class Single:
     """One pass, in which nothing is random."""
 
     learns: ClassVar[bool] = False
+    token_loss: ClassVar[None] = None
     name: ClassVar[str] = "nll"
     replicates: ClassVar[int] = 1
     views: ClassVar[int] = 1
@@ -177,6 +183,39 @@ class Single:
         noised = self.objective.corrupt(key, tokens_L[None], segments_L[None], views=1, mask_id=special.mask,
                                         end_id=special.end)
         return jax.tree.map(lambda x: x[0], noised)
+
+
+@dataclasses.dataclass(frozen=True)
+class Native:
+    """Two replicates of two views each as the objective draws them for training, under its own loss."""
+
+    learns: ClassVar[bool] = False
+    name: ClassVar[str] = "native"
+    replicates: ClassVar[int] = 2
+    views: ClassVar[int] = 4
+    objective: Any
+
+    @property
+    def block_size(self) -> int:
+        return self.objective.block_size
+
+    @property
+    def token_loss(self):
+        return self.objective.token_loss
+
+    def passes(self, draws: int) -> int:
+        return draws
+
+    def noised(self, key, index, draws: int, tokens_L, segments_L, special: SpecialIds) -> Noised:
+        del draws
+
+        def replicate(number):
+            drawn = self.objective.corrupt(jax.random.fold_in(jax.random.fold_in(key, number), index), tokens_L[None],
+                                           segments_L[None], self.views // self.replicates, special.mask, special.end)
+            return jax.tree.map(lambda x: x[0], drawn)
+
+        drawn = jax.vmap(replicate)(jnp.arange(self.replicates))
+        return jax.tree.map(lambda x: x.reshape(self.views, *x.shape[2:]), drawn)
 
 
 def lattice(key, index, number: int, blocks: int) -> jax.Array:
@@ -198,12 +237,15 @@ def lattice(key, index, number: int, blocks: int) -> jax.Array:
 
 def is_exact(config: Config) -> bool:
     """Whether one pass gives the likelihood itself: AR, and blocks of one token without a noise level as input."""
-    return config.diffusion.causal or (config.block_size == 1 and not trunk.takes_level(config.model))
+    objective = config.diffusion
+    return objective.causal or (objective.masks and config.block_size == 1 and not trunk.takes_level(config.model))
 
 
 def default_estimator(config: Config) -> str:
-    """"nll" where the likelihood is exact, else "exact_count"."""
-    return "nll" if is_exact(config) else "exact_count"
+    """"nll" where the likelihood is exact, "exact_count" for networks that predict masked tokens, else "native"."""
+    if is_exact(config):
+        return "nll"
+    return "exact_count" if config.diffusion.masks else "native"
 
 
 def make(name: str, config: Config):
@@ -211,7 +253,12 @@ def make(name: str, config: Config):
 
     Raises UserError for an unknown name, and for a model that the estimator is not meant for.
     """
-    return lookup(ESTIMATORS, name, "estimator")(config)
+    build = lookup(ESTIMATORS, name, "estimator")
+    objective = config.diffusion
+    if not (objective.masks or objective.causal or name == "native"):
+        raise UserError(f"estimator '{name}' masks tokens, which a model of kind '{objective.kind}' does not predict: "
+                        "use native")
+    return build(config)
 
 
 def _counts(name: str, kind: type):
@@ -248,5 +295,19 @@ def _nll(config: Config) -> Single:
     return Single(config.diffusion if config.diffusion.causal else Masked.uniform_counts(1))
 
 
+def _native(config: Config):
+    objective = config.diffusion
+    if objective.causal:
+        return _nll(config)
+    if not objective.is_bound:
+        instead = "use exact_count" if objective.masks else "such a model has none"
+        raise UserError(f"estimator 'native' is the training loss, which is no bound on the likelihood for this model "
+                        f"of kind '{objective.kind}': {instead}")
+    if objective.needs:
+        raise UserError(f"estimator 'native' needs {', '.join(objective.needs)} of every token, which a text to be "
+                        "measured does not bring: use exact_count")
+    return Native(objective)
+
+
 ESTIMATORS = {"exact_count": _counts("exact_count", Sampled), "importance": _counts("importance", Importance),
-              "bernoulli": _bernoulli, "exact": _exact, "nll": _nll}
+              "bernoulli": _bernoulli, "exact": _exact, "nll": _nll, "native": _native}

@@ -60,17 +60,17 @@ def make_scores(model: Backbone, objective: Any, estimator: Any, special: Specia
         maskable = segments if objective.causal else jnp.where(scored, segments, 0)
         noised = jax.vmap(noise, in_axes=(0, None, 0, 0))(keys, index, tokens, maskable)
         return score_views(model, params, objective, noised, tokens, positions, segments, scored, special, execution,
-                           estimator.replicates)
+                           estimator.replicates, estimator.token_loss)
 
     return scores
 
 
 def score_views(model: Backbone, params: dict, objective: Any, noised: Any, tokens_BxL, position_BxL, segment_BxL,
                 scored_BxL, special: SpecialIds, execution: Execution,
-                replicates: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+                replicates: int, token_loss: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What `make_scores` returns, of given views."""
     scored = score(model, params, objective, noised, tokens_BxL, position_BxL, segment_BxL, execution)
-    losses = jnp.where(scored.weight_BxMxC == 0, 0, row_losses(model, params, scored, special.mask, chunk=0))
+    losses = jnp.where(scored.weight_BxMxC == 0, 0, row_losses(model, params, scored, special.mask, 0, token_loss))
     place = jax.vmap(jax.vmap(lambda losses, index: jnp.zeros(tokens_BxL.shape[1]).at[index].add(losses)))
     losses_BxMxL = jnp.where(scored_BxL[:, None], place(losses, scored.index_BxMxC), 0)
     nats_BxMxL = losses_BxMxL * noised.weight_BxMxL + jnp.where(overflows(noised), jnp.nan, 0)[..., None]

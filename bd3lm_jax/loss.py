@@ -5,6 +5,7 @@ at hand: three matrix products in all, as many as backpropagation needs, and no 
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -47,6 +48,28 @@ def token_losses(output: Output, features_GxNxD, target_GxN, chunk: int) -> jax.
     chunk = chunk_positions(positions, output.bias_V.shape[0], chunk)
     losses = jax.lax.map(lambda xs: _losses(output, *xs)[0], (_cut(features_GxNxD, chunk), _cut(target_GxN, chunk)))
     return _join(losses, positions)
+
+
+TokenLoss = Callable[..., jax.Array]  # (logits_NxV float32, target_N, *more_N) -> float32 [N]
+
+
+def general_losses(output: Output, token_loss: TokenLoss, vocab_size: int, features_GxNxD, target_GxN, more_GxN: tuple,
+                   chunk: int) -> jax.Array:
+    """Any loss of single positions, float32 `[G, N]`; the backward pass computes each chunk's logits again.
+
+    more_GxN: further arrays that `token_loss` takes, after logits and target.
+    """
+    positions = target_GxN.shape[1]
+    chunk = chunk_positions(positions, output.bias_V.shape[0], chunk)
+
+    @jax.checkpoint
+    def losses(xs):
+        x, *arrays = xs
+        logits = _logits(output, x)[..., :vocab_size]
+        flat = token_loss(logits.reshape(-1, vocab_size), *(array.reshape(-1) for array in arrays))
+        return flat.reshape(logits.shape[:2])
+
+    return _join(jax.lax.map(losses, tuple(_cut(x, chunk) for x in (features_GxNxD, target_GxN, *more_GxN))), positions)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -101,11 +124,15 @@ weighted_total.defvjp(_total_forward, _total_backward)
 
 def _losses(output: Output, x_GxNxD, target_GxN):
     """-log p(target) `[G, N]`, logits `[G, N, V]`, their log-sum-exp `[G, N]`, and where the target is `[G, N, V]`."""
-    kernel = output.kernel_DxV.astype(x_GxNxD.dtype)
-    logits = jnp.einsum("gnd,dv->gnv", x_GxNxD, kernel, preferred_element_type=jnp.float32) + output.bias_V
+    logits = _logits(output, x_GxNxD)
     lse = jax.nn.logsumexp(logits, axis=-1)
     hit = jnp.arange(logits.shape[-1]) == target_GxN[..., None]  # a comparison, not a gather: V may be sharded
     return lse - jnp.sum(jnp.where(hit, logits, 0), axis=-1), logits, lse, hit
+
+
+def _logits(output: Output, x_GxNxD):
+    kernel = output.kernel_DxV.astype(x_GxNxD.dtype)
+    return jnp.einsum("gnd,dv->gnv", x_GxNxD, kernel, preferred_element_type=jnp.float32) + output.bias_V
 
 
 def _cut(x_GxN, chunk: int):

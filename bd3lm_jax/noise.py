@@ -74,7 +74,7 @@ def make_block_moments(config: Config, model: Backbone, special: SpecialIds):
         return jnp.stack([jnp.sum(real_BxMxK), jnp.sum(losses_BxMxK), jnp.sum(losses_BxMxK**2)])
 
     def moments(params, key, noise, batch):
-        noised = draw_noise(config, special, key, batch["tokens"], batch["segments"], 1, noise)
+        noised = draw_noise(config, special, key, batch, 1, noise)
         return sum_over_rows(lambda rows: of_rows(params, rows).astype(jnp.float32), {**batch, "noised": noised},
                              config.compute.microbatch or batch["tokens"].shape[0])
 

@@ -1,6 +1,7 @@
 """The training step: noise, two-stream pass, loss, update; one jitted function of (state, batch)."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import optax
 from bd3lm_jax import optim, passes
 from bd3lm_jax.config import Config
 from bd3lm_jax.diffusion.noised import Noised
-from bd3lm_jax.loss import Output, token_losses, weighted_total
+from bd3lm_jax.loss import Output, TokenLoss, general_losses, token_losses, weighted_total
 from bd3lm_jax.models import Backbone, trunk
 from bd3lm_jax.passes import Execution
 from bd3lm_jax.sharding import BATCH_AXES, batch_devices, constrain
@@ -37,19 +38,22 @@ class Scored(NamedTuple):
     """What the output layer and the loss need: C = capacity positions of each view, which hold all that count.
 
     features_BxMxCxD go into the output layer; weight_BxMxC is 0 where a position does not count; index_BxMxC says where
-    in the row it stands.
+    in the row it stands; xt_BxMxC and sigma_BxMxC: the noised token there and its level (for an objective's own loss).
     """
 
     features_BxMxCxD: jax.Array
     target_BxMxC: jax.Array
     weight_BxMxC: jax.Array
     index_BxMxC: jax.Array
+    xt_BxMxC: jax.Array | None = None
+    sigma_BxMxC: jax.Array | None = None
 
 
 def score(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_BxL, position_BxL, segment_BxL,
           execution: Execution, dropout_keys=None) -> Scored:
     """The network on noised rows, up to its output layer. A row that masks more than its capacity has weight NaN."""
-    sigma = noised.sigma_BxMxK if trunk.takes_level(model.config) else None
+    takes_level = trunk.takes_level(model.config)
+    sigma = noised.sigma_BxMxK if takes_level else None
     if objective.causal:
         if not objective.bos:  # nobody reads the end token
             segment_BxL = jnp.where(noised.weight_BxMxL[:, 0] > 0, segment_BxL, 0)
@@ -60,16 +64,18 @@ def score(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_
         h = passes.two_stream(model, params, noised.xt_BxMxL, tokens_BxL, position_BxL, segment_BxL,
                               block_size=objective.block_size, sigma_BxMxn=sigma, execution=execution,
                               dropout_keys=dropout_keys)
-    weight, target = noised.weight_BxMxL, jnp.broadcast_to(tokens_BxL[:, None], noised.xt_BxMxL.shape)
-    if noised.capacity >= tokens_BxL.shape[1]:
-        index = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), target.shape)
-    else:
+    weight, xt, length = noised.weight_BxMxL, noised.xt_BxMxL, tokens_BxL.shape[1]
+    target = jnp.broadcast_to(tokens_BxL[:, None], xt.shape)
+    index = jnp.broadcast_to(jnp.arange(length), target.shape)
+    if noised.capacity < length:
         index = counted_positions(weight > 0, noised.capacity)
         h = jnp.take_along_axis(h, index[..., None], axis=2)
-        sigma = None if sigma is None else jnp.take_along_axis(sigma, index // objective.block_size, axis=2)
-        target, weight = (jnp.take_along_axis(x, index, axis=2) for x in (target, weight))
+        target, weight, xt = (jnp.take_along_axis(x, index, axis=2) for x in (target, weight, xt))
         weight = jnp.where(overflows(noised)[..., None], jnp.nan, weight)
-    return Scored(trunk.features(model, params, h, sigma), target, weight, index)
+    part = length // noised.sigma_BxMxK.shape[2]
+    sigma = jnp.take_along_axis(noised.sigma_BxMxK, index // part, axis=2)
+    features = trunk.features(model, params, h, sigma if takes_level else None)
+    return Scored(features, target, weight, index, xt, sigma)
 
 
 def overflows(noised: Noised) -> jax.Array:
@@ -77,17 +83,37 @@ def overflows(noised: Noised) -> jax.Array:
     return (noised.weight_BxMxL > 0).sum(-1) > noised.capacity
 
 
-def row_losses(model: Backbone, params: dict, scored: Scored, mask_id: int, chunk: int) -> jax.Array:
-    """Cross-entropy in nats of every position of `scored`, float32 `[B, M, C]`; chunk as in `loss.token_losses`."""
-    target = scored.target_BxMxC
-    losses = token_losses(_output(model, params, mask_id), *_groups(scored.features_BxMxCxD, target), chunk)
-    return losses.reshape(target.shape)
+def row_losses(model: Backbone, params: dict, scored: Scored, mask_id: int, chunk: int,
+               token_loss: TokenLoss | None = None) -> jax.Array:
+    """Loss in nats of every position of `scored`, float32 `[B, M, C]`: cross-entropy, or `Objective.token_loss`.
+
+    chunk as in `loss.token_losses`.
+    """
+    if token_loss is not None:
+        losses = _general(model, params, scored, mask_id, chunk, token_loss)
+    else:
+        arrays = _groups(scored.features_BxMxCxD, scored.target_BxMxC)
+        losses = token_losses(_output(model, params, mask_id), *arrays, chunk)
+    return losses.reshape(scored.target_BxMxC.shape)
 
 
-def total_loss(model: Backbone, params: dict, scored: Scored, mask_id: int, chunk: int) -> jax.Array:
-    """Sum of weight * cross-entropy over all positions of `scored`, in nats; chunk as in `loss.weighted_total`."""
+def total_loss(model: Backbone, params: dict, scored: Scored, mask_id: int, chunk: int,
+               token_loss: TokenLoss | None = None) -> jax.Array:
+    """Sum of weight * loss over all positions of `scored`, in nats; arguments as for `row_losses`."""
     arrays = _groups(scored.features_BxMxCxD, scored.target_BxMxC, scored.weight_BxMxC)
+    if token_loss is not None:
+        weight = arrays[2]
+        losses = _general(model, params, scored, mask_id, chunk, token_loss)
+        return jnp.sum(jnp.where(weight == 0, 0, losses) * weight)
     return weighted_total(_output(model, params, mask_id), *arrays, chunk)
+
+
+def _general(model, params, scored, mask_id, chunk, token_loss):
+    """Losses `[G, N]` by an objective's own `token_loss`."""
+    features, target, *more = _groups(scored.features_BxMxCxD, scored.target_BxMxC, scored.xt_BxMxC, scored.sigma_BxMxC)
+    output = Output(*trunk.output_layer(model, params))
+    return general_losses(output, functools.partial(token_loss, mask_id=mask_id), model.config.vocab_size, features,
+                          target, tuple(more), chunk)
 
 
 def _output(model, params, mask_id) -> Output:
@@ -121,7 +147,7 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
         noised = rows["noised"].replace(weight_BxMxL=weight_BxMxL)
         scored = score(model, params, objective, noised, rows["tokens"], rows["positions"], rows["segments"],
                        execution, keys)
-        return total_loss(model, params, scored, special.mask, config.compute.loss_chunk)
+        return total_loss(model, params, scored, special.mask, config.compute.loss_chunk, objective.token_loss)
 
     def gradients(params, rows):
         """Loss, its gradient, and what the schedule sees of the losses: the derivatives in the weights."""
@@ -135,7 +161,7 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         noise_key, dropout_key = jax.random.split(key)
         tokens = batch["tokens"]
-        noised = draw_noise(config, special, noise_key, tokens, batch["segments"], config.train.views, state.noise)
+        noised = draw_noise(config, special, noise_key, batch, config.train.views, state.noise)
         dropout_keys = jax.vmap(lambda row: jax.random.fold_in(dropout_key, row))(jnp.arange(tokens.shape[0]))
         rows = {**batch, "noised": noised, "dropout_keys": dropout_keys}
         total, grads, seen = sum_over_rows(lambda part: gradients(state.params, part), rows,
@@ -161,13 +187,15 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
     return step
 
 
-def draw_noise(config: Config, special: SpecialIds, key, tokens_BxL, segments_BxL, views: int, noise: dict) -> Noised:
+def draw_noise(config: Config, special: SpecialIds, key, batch: dict, views: int, noise: dict) -> Noised:
     """Noised views of a batch as training draws them when the schedule of the noise is in the state `noise`."""
     objective, schedule = config.diffusion, config.schedule
-    arguments = key, tokens_BxL, segments_BxL, views, special.mask, special.end
+    arguments = key, batch["tokens"], batch["segments"], views, special.mask, special.end
+    needed = {name: batch[name] for name in objective.needs}
     if schedule is None:
-        return objective.corrupt(*arguments)
-    return objective.corrupt(*arguments, schedule.law(noise, tokens_BxL.shape[1] // objective.block_size))
+        return objective.corrupt(*arguments, **needed)
+    return objective.corrupt(*arguments, schedule.law(noise, batch["tokens"].shape[1] // objective.block_size),
+                             **needed)
 
 
 def sum_over_rows(function: Callable[[dict], Any], rows: dict, microbatch: int) -> Any:

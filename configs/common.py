@@ -8,7 +8,11 @@ from types import SimpleNamespace
 
 from ml_collections import ConfigDict
 
-ALGORITHMS = ("bd3lm", "mdlm", "ar")
+BLOCK_SIZE = "block_size"  # stands for the block size of the run
+OBJECTIVES = {  # beside masked diffusion: algo=NAME -> its `diffusion` section, and what changes in `model`
+    "ar": ({"kind": "ar", "bos": True}, {"adaln": False}),
+}
+ALGORITHMS = ("bd3lm", "mdlm", *OBJECTIVES)
 SIZES = {  # the paper's small, and the usual medium
     "tiny": dict(layers=4, width=256, heads=4),
     "small": dict(layers=12, width=768, heads=12),
@@ -70,19 +74,23 @@ def parse(arg: str, **defaults: str | int) -> SimpleNamespace:
     for key, allowed in (("algo", ALGORITHMS), ("size", SIZES)):
         if getattr(options, key, None) not in (None, *allowed):
             raise ValueError(f"config argument {key}={given[key]}: expected one of {', '.join(allowed)}")
-    if "block_size" in given and options.algo != "bd3lm":
+    if "block_size" in given and not _in_blocks(options.algo):
         raise ValueError(f"config argument block_size={given['block_size']} has no effect with algo={options.algo}: "
                          "leave it out")
+    if "block_size" in defaults and "block_size" not in given and options.algo != "bd3lm":
+        options.block_size = 0  # one block a row
     return options
 
 
 def set_algo(config: ConfigDict, algo: str, block_size: int) -> None:
-    """Block diffusion with `block_size`, one block a row (MDLM), or the same trunk without adaLN as an AR model."""
-    if algo == "ar":
-        config.model.adaln = False
-        config.diffusion = ConfigDict({"kind": "ar", "bos": True})
-    else:
-        config.diffusion.block_size = config.data.length if algo == "mdlm" else block_size
+    """Masked diffusion with `block_size` (0: one block a row, MDLM), or another objective."""
+    size = block_size or config.data.length
+    if algo not in OBJECTIVES:
+        config.diffusion.block_size = size
+        return
+    diffusion, model = OBJECTIVES[algo]
+    config.diffusion = ConfigDict({key: size if value == BLOCK_SIZE else value for key, value in diffusion.items()})
+    config.model.update(model)
 
 
 def set_paper_recipe(config: ConfigDict, algo: str, block_size: int) -> None:
@@ -95,6 +103,10 @@ def set_paper_recipe(config: ConfigDict, algo: str, block_size: int) -> None:
 
 def set_size(config: ConfigDict, size: str) -> None:
     config.model.update(SIZES[size])
+
+
+def _in_blocks(algo: str) -> bool:
+    return algo == "bd3lm" or algo in OBJECTIVES and BLOCK_SIZE in OBJECTIVES[algo][0].values()
 
 
 def _whole(key: str, value: str) -> int:

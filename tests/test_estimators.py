@@ -211,7 +211,7 @@ def test_a_single_token_that_sees_the_level_is_sampled():
 
 
 @pytest.mark.parametrize(("name", "changes", "message"), [
-    ("elbo", {}, "unknown estimator 'elbo': known: bernoulli, exact, exact_count, importance, nll"),
+    ("elbo", {}, "unknown estimator 'elbo': known: bernoulli, exact, exact_count, importance, native, nll"),
     ("exactcount", {}, "unknown estimator 'exactcount': did you mean 'exact_count'"),
     ("nll", {}, "'nll' is exact only for AR and for block size 1 .* this model has block size 4"),
     ("exact", {"objective": masked(12)}, r"all 2\^S - 1 masks .* this model has block size 12, expected at most 8"),

@@ -55,7 +55,7 @@ def test_steps_learn_the_squared_mean_losses_of_their_own_noise(microbatch):
 
     def expected(state, batch):
         key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))[0]
-        noised = draw_noise(config, SPECIAL, key, batch["tokens"], batch["segments"], 2, state.noise)
+        noised = draw_noise(config, SPECIAL, key, batch, 2, state.noise)
         return token_losses(model, state.params, config.diffusion, noised, batch), noised.weight_BxMxL
 
     squares, blocks = np.zeros(4), np.zeros(4)
@@ -135,7 +135,7 @@ def test_moments_are_those_of_the_block_losses_of_training():
     config, model = chooser.config, network(chooser.config)[0]
 
     def losses(params, batch):
-        noised = draw_noise(config, SPECIAL, key, batch["tokens"], batch["segments"], 1, noise)
+        noised = draw_noise(config, SPECIAL, key, batch, 1, noise)
         return block_losses(model, params, config.diffusion, SPECIAL, noised, batch, PLAIN)
 
     values, real = (np.asarray(x) for x in quick_jit(losses)(state.params, batch))

@@ -77,7 +77,7 @@ def _forward(evaluator: Evaluator, params, rows):
     @jax.jit
     def forward(params, noised, tokens, positions, segments):
         return score_views(evaluator.model, params, evaluator.config.diffusion, noised, tokens, positions, segments,
-                           segments > 0, evaluator.special, evaluator.execution, estimator.replicates)
+                           segments > 0, evaluator.special, evaluator.execution, estimator.replicates, None)
 
     batches = []
     for start in range(0, len(rows), evaluator.batch):

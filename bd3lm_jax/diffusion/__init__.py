@@ -1,7 +1,7 @@
 """The mathematics of the objectives: noise schedules, corruption and loss weights. No network, no optimiser.
 
-An objective is a frozen dataclass of its hyperparameters with a `kind` and a `block_size`; to add one, write its file
-and register it here.
+An objective is a frozen dataclass of its hyperparameters (see objective.py); to add one, write its file and register
+it here.
 """
 
 from bd3lm_jax.diffusion.ar import AR

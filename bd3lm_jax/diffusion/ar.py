@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from bd3lm_jax.diffusion.noised import Noised
+from bd3lm_jax.diffusion.objective import Objective
 
 
 @dataclasses.dataclass(frozen=True)
-class AR:
+class AR(Objective):
     """Output i predicts token i from the tokens before it in its segment.
 
     With `bos` the end token is fed before the first token of every segment, so that every token is predicted. Without
@@ -19,7 +20,8 @@ class AR:
     """
 
     kind: ClassVar[str] = "ar"
-    causal: ClassVar[bool] = True  # the network reads one stream, the tokens before
+    causal: ClassVar[bool] = True
+    masks: ClassVar[bool] = False
     block_size: ClassVar[int] = 1
     bos: bool
 

@@ -11,6 +11,7 @@ import numpy as np
 from bd3lm_jax.diffusion import corrupt
 from bd3lm_jax.diffusion.corrupt import ClipLaw, CountLaw
 from bd3lm_jax.diffusion.noised import Noised
+from bd3lm_jax.diffusion.objective import Objective
 from bd3lm_jax.diffusion.schedule import get_schedule, stratified_uniform, systematic_uniform
 from bd3lm_jax.errors import UserError
 
@@ -28,7 +29,7 @@ class Uniforms(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Masked:
+class Masked(Objective):
     """Masked diffusion with one noise level a block.
 
     `exact_count` draws the number k of masked tokens from `count_probs`, then a uniform subset: an unbiased estimate of
@@ -46,7 +47,6 @@ class Masked:
     """
 
     kind: ClassVar[str] = "masked"
-    causal: ClassVar[bool] = False  # the network reads two streams: noised blocks and the clean text before them
     block_size: int  # tokens a block
     schedule: str  # name for `schedule.get_schedule`; `exact_count` does not depend on it
     corruption: str  # "exact_count", "bernoulli"

@@ -13,5 +13,5 @@ class Noised:
 
     xt_BxMxL: jax.Array  # int32 ids, masked tokens replaced by the mask token
     weight_BxMxL: jax.Array  # float32, 0 where not masked
-    sigma_BxMxK: jax.Array  # float32 noise level -log(alpha) of each block, finite
+    sigma_BxMxK: jax.Array  # float32 noise level -log(alpha) of each K-th part of the row (a block, a token), finite
     capacity: int = flax.struct.field(pytree_node=False)  # no view of a row has more masked tokens than this

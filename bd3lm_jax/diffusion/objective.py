@@ -1,0 +1,33 @@
+"""What every objective says of itself, and what it may leave out."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax
+
+
+class Objective:
+    """Base of the objectives, which are frozen dataclasses of their hyperparameters.
+
+    An objective has a `kind` (its name in configs), a `block_size`, and
+    `corrupt(key, x0_BxL, segment_BxL, views, mask_id, end_id, ...) -> Noised`. What it does not say is as for masked
+    diffusion:
+
+    causal: the network reads one stream, the tokens before; else noised blocks and the clean text before them.
+    masks: the network predicts the tokens under the mask token from those that are left. So the bound of
+    `estimators.py` and the masked samplers apply, however it was trained. Else it has an estimator of its own
+    ("native") or none.
+    needs: names of further arrays `[B, L]` of a batch, which `corrupt` takes as keywords.
+    token_loss: None for the cross-entropy of the clean token where the mask token has probability 0, else a method
+    `(logits_NxV, target_N, xt_N, sigma_N, mask_id) -> float32 [N]` in nats, what the weights of `Noised` multiply.
+    Logits are float32 as the network gives them, V without padding; sigma is that of `Noised`.
+    is_bound: whether the weighted loss estimates a bound on the NLL of every token without bias.
+    """
+
+    kind: ClassVar[str]
+    causal: ClassVar[bool] = False
+    masks: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = ()
+    token_loss: ClassVar[Callable[..., jax.Array] | None] = None
+    is_bound: ClassVar[bool] = False
+    block_size: int
