@@ -1,0 +1,48 @@
+"""Objectives side by side: trained runs under one bound, with their own losses, training speed and texts.
+
+Needs `--workdir=DIR,DIR,...`, or one directory of a sweep, whose finished runs are taken in its order. The first
+autoregressive run judges the texts of all. `--rounds` are draws of the bound.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from bd3lm_jax import family, rundir
+from bd3lm_jax.bench.runner import row_of
+from bd3lm_jax.errors import UserError
+
+TEXTS = 32  # of each run
+NOTE = "Bits per byte; intervals over documents and draws, not over trainings."
+AGAINST = ()
+LIMITS = ()
+WORKDIR = True
+
+
+def run(rounds: int, against: str, workdir: str) -> list[dict]:
+    """Rows of `family.compare` beside the fields of every benchmark."""
+    del against
+    workdirs = runs_of(workdir)
+    scorer = next((path for path in workdirs if rundir.read(path)[0].diffusion.kind == "ar"), "")
+    rows = family.compare(workdirs, split="test", scorer=scorer, texts=TEXTS, draws=rounds, seed=0)
+    family.show(rows, scorer)
+    return [row_of(row.pop("name"), row["kind"], rows[0]["kind"], **row) for row in rows]
+
+
+def runs_of(workdir: str) -> list[str]:
+    """The run directories meant: those with commas between them, or the finished runs of a sweep.
+
+    UserError for a sweep without any.
+    """
+    status = Path(workdir) / "status.json"
+    if not status.exists():
+        return workdir.split(",")
+    entries = json.loads(status.read_text(encoding="utf-8"))["runs"]
+    found = [str(Path(workdir) / entry["name"]) for entry in entries if entry["status"] == "finished"]
+    if not found:
+        raise UserError(f"{workdir} is a sweep without a finished run: run it first, python -m launch sweep")
+    return found
+
+
+def draw(path: str | os.PathLike, rows: list[dict]) -> None:
+    family.draw(path, [row | {"name": row["case"]} for row in rows])
