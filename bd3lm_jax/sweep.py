@@ -23,6 +23,7 @@ from bd3lm_jax.errors import Preempted, RunError, UserError
 from bd3lm_jax.log import note, save, table
 from bd3lm_jax.pool import Job, Signals, exclusive, is_running, run_all
 
+ARG = "arg"  # the key of a point that is no config key, but the argument of get_config
 AGAIN = (42, 75)  # exit codes of a run that wants to be started again: preempted and saved, stuck
 NAME_LENGTH = 120
 MEASURES = {"nll": "valid_nll", "nll_ci95": "nll_ci95", "ppl": "valid_ppl", "bits_per_byte": "bits_per_byte"}
@@ -75,12 +76,19 @@ def sweep(points: Sequence[Point], workdir: str, *, parallel: int, index: int | 
 def run_name(overrides: Mapping[str, Any]) -> str:
     """`diffusion.block_size=4+optim.lr=0.0003`: the directory of a run, a function of its overrides alone.
 
-    What does not suit a file name becomes "-", and a hash tells such names apart.
+    The words of `arg` stand for themselves: `algo=ar+seed=1`. What does not suit a file name becomes "-", and a hash
+    tells such names apart.
     """
     parts = [(key, str(value)) for key, value in sorted(overrides.items())]
-    plain = [re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII) for _, text in parts]
-    name = "+".join(f"{key}={text}" for (key, _), text in zip(parts, plain)) or "base"
-    if len(name) > NAME_LENGTH or plain != [text for _, text in parts]:
+    words, same = [], True
+    for key, text in parts:
+        if key == ARG and re.fullmatch(r"[\w.=,-]+", text, flags=re.ASCII):
+            words += text.split(",")
+        else:
+            plain = re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII)
+            words, same = [*words, f"{key}={plain}"], same and plain == text
+    name = "+".join(words) or "base"
+    if len(name) > NAME_LENGTH or not same:
         name = f"{name[:NAME_LENGTH]}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]}"
     return name
 

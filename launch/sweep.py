@@ -25,7 +25,6 @@ from launch import arguments
 
 TAKES_CONFIG = True
 LOADS_CONFIG = True
-ARG = "arg"  # the key of a point that is no config key, but the argument of get_config
 
 
 def define(values: flags.FlagValues) -> None:
@@ -50,7 +49,7 @@ def load_points(spec: str, overrides: list[str]) -> list:
 
     UserError, naming the run, for a key or a value that is wrong in one of them.
     """
-    from bd3lm_jax.sweep import Point
+    from bd3lm_jax.sweep import ARG, Point
 
     path, colon, _ = spec.partition(":")
     fixed = {arguments.override_key(word) for word in overrides} | ({ARG} if colon else set())

@@ -253,12 +253,15 @@ def test_a_directory_that_cannot_be_written(stage):
 def test_names_are_readable_stable_and_distinct():
     assert run_name({"optim.lr": 1e-4, "diffusion.block_size": 16}) == "diffusion.block_size=16+optim.lr=0.0001"
     assert run_name({"optim.lr": 1e-4, "seed": 1}) == run_name({"seed": 1, "optim.lr": 1e-4})
+    assert run_name({"arg": "algo=ar,size=tiny", "seed": 1}) == "algo=ar+size=tiny+seed=1"
+    assert run_name({"arg": "a+b"}) != run_name({"arg": "a,b"})
     assert run_name({}) == "base" and run_name({"model.adaln": False}) == "model.adaln=False"
     values = ["a/b", "a b", "a-b", "a,b=c", "..", "é", "x" * 300, "x" * 301, (1, 2), (1, 3), "1.0", "1e-05"]
     names = [run_name({"data.path": value}) for value in values]
     assert len(set(names)) == len(values) and max(map(len, names)) < 150
     assert all("/" not in name and name.isascii() and " " not in name for name in names)
     assert run_name({"a": "x,b=y"}) != run_name({"a": "x", "b": "y"})
+    assert run_name({"a": "x+b=y"}) != run_name({"a": "x", "b": "y"})
 
 
 @pytest.mark.parametrize(("overrides", "xlabel", "drawn"), [
