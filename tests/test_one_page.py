@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import math
 import re
 import sys
 from pathlib import Path
@@ -21,9 +22,8 @@ LENGTH, KINDS = 4, 3
 def page():
     """A copy of the module of its own, with a tiny network."""
     spec = importlib.util.spec_from_file_location("one_page", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.L, module.D, module.HEADS, module.LAYERS, module.BATCH, module.STEPS = 8, 32, 2, 1, 16, 100
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    module.L, module.D, module.HEADS, module.LAYERS, module.BATCH, module.STEPS = 8, 32, 2, 1, 16, 60
     return module
 
 
@@ -59,26 +59,20 @@ def integrated_bound(logits, x0):
     return total
 
 
-def estimates(page, logits, x0):
-    """The page's bound of a row in nats, many times."""
-    rows = jnp.tile(jnp.array(x0), (40_000, 1))
-    return np.asarray(page.bound(Partial(fixed_logits, jnp.asarray(logits)), jax.random.key(2), rows)) * LENGTH
+def assert_estimates(page, logits, x0, nats):
+    """The page's estimates of a row's bound have this mean, within four standard errors, which are small."""
+    rows, predict = jnp.tile(jnp.array(x0), (40_000, 1)), Partial(fixed_logits, jnp.asarray(logits))
+    draws = np.asarray(page.bound(predict, jax.random.key(2), rows)) * LENGTH
+    assert abs(draws.mean() - nats) < 4 * draws.std() / len(draws) ** 0.5 < 0.05 * nats
 
 
-def assert_mean(draws, mean):
-    assert abs(draws.mean() - mean) < 4 * draws.std() / len(draws) ** 0.5 < 0.05 * mean
-
-
-def test_needs_three_packages_and_one_page():
+def test_needs_one_page_three_packages_and_names_files_of_the_library():
     text = PATH.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    named = re.findall(r"bd3lm_jax/[\w/]+\.py", text)
+    assert len(named) >= 10 and [name for name in named if not (ROOT / name).is_file()] == []
     imported = set(re.findall(r"^ *(?:import|from) (\w+)", text, flags=re.MULTILINE))
     assert imported - sys.stdlib_module_names == {"jax", "numpy", "optax"}
-    assert len(text.splitlines()) <= 120
-
-
-def test_names_files_of_the_library():
-    named = re.findall(r"bd3lm_jax/[\w/]+\.py", PATH.read_text(encoding="utf-8"))
-    assert len(named) >= 10 and [name for name in named if not (ROOT / name).is_file()] == []
 
 
 def test_masks_are_uniform_among_those_of_a_uniform_count(page):
@@ -88,21 +82,20 @@ def test_masks_are_uniform_among_those_of_a_uniform_count(page):
     for k in range(1, LENGTH):
         code = masked[masked.sum(1) == k] @ (1 << np.arange(LENGTH))
         seen = np.unique(code, return_counts=True)[1]
-        expected = np.full(len(list(itertools.combinations(range(LENGTH), k))), rows / LENGTH)
-        expected /= len(expected)
+        expected = rows / LENGTH / math.comb(LENGTH, k)
         assert ((seen - expected) ** 2 / expected).sum() < 20.5  # chi-square, at most 5 degrees of freedom: p = 0.001
 
 
 @pytest.mark.parametrize("x0", [(0, 1, 2, 0), (2, 2, 1, 0)])
 def test_mean_is_the_integral_over_the_noise_level(page, x0):
     logits = np.random.default_rng(1).normal(size=(KINDS + 1,) * LENGTH + (LENGTH, KINDS)) * 2
-    assert_mean(estimates(page, logits, x0), integrated_bound(logits, np.array(x0)))
+    assert_estimates(page, logits, x0, integrated_bound(logits, np.array(x0)))
 
 
 def test_bound_is_tight_for_exact_conditionals(page, law):
     p, logits = law
     x0 = np.unravel_index(p.argsort(axis=None)[-2], p.shape)
-    assert_mean(estimates(page, logits, x0), -np.log(p[x0]))
+    assert_estimates(page, logits, x0, -np.log(p[x0]))
 
 
 @pytest.mark.parametrize("given", [None, 1])
@@ -112,12 +105,11 @@ def test_texts_follow_the_law(page, law, given):
     canvas[:, 2] = page.MASK if given is None else given
     texts = np.asarray(page.write(Partial(fixed_logits, jnp.asarray(logits)), jax.random.key(4), canvas))
     expected = p if given is None else p * (np.arange(KINDS) == given)[:, None] / p[:, :, given].sum()
-    seen, expected = np.zeros(p.shape), len(texts) * expected.reshape(-1)
+    seen, expected = np.zeros(p.shape), len(texts) * expected
     np.add.at(seen, tuple(texts.T), 1)  # a mask that was left would be out of range
     often = expected > 5
-    chi2 = ((seen.reshape(-1) - expected)[often] ** 2 / expected[often]).sum()
-    freedom = often.sum()
-    assert chi2 < freedom + 4 * (2 * freedom) ** 0.5 and seen.reshape(-1)[expected == 0].sum() == 0
+    chi2, freedom = ((seen - expected)[often] ** 2 / expected[often]).sum(), often.sum()
+    assert chi2 < freedom + 4 * (2 * freedom) ** 0.5 and seen[expected == 0].sum() == 0
 
 
 def test_learns_what_single_characters_do_not_tell(page):
