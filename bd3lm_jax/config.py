@@ -14,7 +14,7 @@ from bd3lm_jax.diffusion import OBJECTIVES
 from bd3lm_jax.diffusion.clip import ClipSearch, CountSchedule
 from bd3lm_jax.errors import UserError, lookup, nearest
 from bd3lm_jax.models import BACKBONES
-from bd3lm_jax.models.trunk import REMAT
+from bd3lm_jax.models.trunk import REMAT, takes_level
 
 
 def check(condition: bool, message: str) -> None:
@@ -228,6 +228,11 @@ class Config:
     checkpoint: CheckpointConfig | None
     eval: EvalConfig | None
     noise: NoiseConfig | None = None
+
+    def __post_init__(self):
+        check(not self.diffusion.needs_level or takes_level(self.model),
+              f"model.time_conditioning is False: diffusion.kind='{self.diffusion.kind}' needs the noise level "
+              "(sigma), use True")
 
     @property
     def block_size(self) -> int:

@@ -115,6 +115,12 @@ def check(lm, options: Options) -> None:
     if objective.causal and options.sampler != "first_hitting":
         raise UserError(f"sampler '{options.sampler}' is for masked diffusion: an autoregressive model uses "
                         "first_hitting")
+    if not (objective.causal or objective.masks):
+        raise UserError(f"a model of kind '{objective.kind}' predicts no masked tokens, which every sampler reveals: "
+                        "it writes no texts, only its likelihood is known (eval)")
+    if SAMPLERS[options.sampler].scores and not objective.scores:
+        raise UserError(f"sampler '{options.sampler}' needs the log scores of an SEDD model, this one is of kind "
+                        f"'{objective.kind}': use ancestral")
     if options.steps is not None and options.steps < 1:
         raise UserError(f"steps is {options.steps}, expected at least 1")
     if options.threshold is not None and not options.threshold >= 0:
@@ -330,7 +336,7 @@ def make_denoiser(lm, plan: Plan):
     objective = lm.config.diffusion
     if objective.causal:
         return CausalDenoiser(lm.model, plan.slots, plan.cache_dtype, objective.bos, lm.special.end)
-    return BlockDenoiser(lm.model, plan.settings.block_size, plan.slots, plan.cache_dtype)
+    return BlockDenoiser(lm.model, plan.settings.block_size, plan.slots, plan.cache_dtype, objective.sigma_max)
 
 
 def make_request(lm, options: Options, rows: Rows, turn: int) -> Request:

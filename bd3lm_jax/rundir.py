@@ -24,10 +24,13 @@ def resolve(config: Config, tokenizer: Tokenizer) -> Config:
     """The config with what the tokenizer decides filled in; UserError if the vocabulary cannot hold its ids."""
     wanted, given = tokenizer.vocab_size, config.model.vocab_size
     if given == -1:
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=wanted))
-    if given < wanted:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=wanted))
+    elif given < wanted:
         raise UserError(f"model.vocab_size={given} is smaller than the {wanted} ids of tokenizer "
                         f"'{config.data.tokenizer}' with its mask token: use -1 to take the tokenizer's")
+    if getattr(config.diffusion, "vocab_size", None) == -1:
+        letters = dataclasses.replace(config.diffusion, vocab_size=config.model.vocab_size)
+        config = dataclasses.replace(config, diffusion=letters)
     return config
 
 

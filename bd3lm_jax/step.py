@@ -53,6 +53,7 @@ def score(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_
           execution: Execution, dropout_keys=None) -> Scored:
     """The network on noised rows, up to its output layer. A row that masks more than its capacity has weight NaN."""
     takes_level = trunk.takes_level(model.config)
+    noised = noised.replace(sigma_BxMxK=jnp.minimum(noised.sigma_BxMxK, objective.sigma_max))
     sigma = noised.sigma_BxMxK if takes_level else None
     if objective.causal:
         if not objective.bos:  # nobody reads the end token

@@ -11,6 +11,14 @@ from ml_collections import ConfigDict
 BLOCK_SIZE = "block_size"  # stands for the block size of the run
 OBJECTIVES = {  # beside masked diffusion: algo=NAME -> its `diffusion` section, and what changes in `model`
     "ar": ({"kind": "ar", "bos": True}, {"adaln": False}),
+    "sedd": ({"kind": "sedd", "block_size": BLOCK_SIZE, "corruption": "bernoulli", "eps": 1e-3},
+             {"time_conditioning": True}),
+    "sedd_uniform": ({"kind": "sedd_uniform", "block_size": BLOCK_SIZE, "vocab_size": -1, "eps": 1e-3},
+                     {"time_conditioning": True}),
+    "d3pm": ({"kind": "d3pm", "block_size": BLOCK_SIZE, "steps": 1000, "hybrid": 0.01}, {}),
+    "md4": ({"kind": "md4", "block_size": BLOCK_SIZE, "schedule": "cosine", "clip": 1e-4}, {}),
+    "uniform": ({"kind": "uniform", "block_size": BLOCK_SIZE, "vocab_size": -1, "eps": 1e-3},
+                {"time_conditioning": True}),
 }
 ALGORITHMS = ("bd3lm", "mdlm", *OBJECTIVES)
 SIZES = {  # the paper's small, and the usual medium

@@ -101,7 +101,7 @@ def test_small_has_the_published_number_of_parameters():
     ("block_size=", "block_size="),
     ("block_size=0", "positive whole number"),
     ("block_size=4.0", "positive whole number"),
-    ("algo=gpt", "expected one of bd3lm, mdlm, ar"),
+    ("algo=gpt", "expected one of bd3lm, mdlm, ar, "),
     ("size=huge", "expected one of tiny, small, medium"),
     ("block_size=4,algo=ar", "no effect with algo=ar"),
     ("block_size=4,algo=mdlm", "no effect with algo=mdlm"),

@@ -1,5 +1,6 @@
 """What every objective says of itself, and what it may leave out."""
 
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -22,6 +23,10 @@ class Objective:
     `(logits_NxV, target_N, xt_N, sigma_N, mask_id) -> float32 [N]` in nats, what the weights of `Noised` multiply.
     Logits are float32 as the network gives them, V without padding; sigma is that of `Noised`.
     is_bound: whether the weighted loss estimates a bound on the NLL of every token without bias.
+    bound: the objective whose weighted loss is that bound for a network trained by this one, or None.
+    needs_level: the network must be told the noise level (model.time_conditioning).
+    sigma_max: the network never sees a larger noise level.
+    scores: the network gives log scores, whose total over the tokens is a number of its own (see SEDD).
     """
 
     kind: ClassVar[str]
@@ -30,4 +35,11 @@ class Objective:
     needs: ClassVar[tuple[str, ...]] = ()
     token_loss: ClassVar[Callable[..., jax.Array] | None] = None
     is_bound: ClassVar[bool] = False
+    needs_level: ClassVar[bool] = False
+    sigma_max: ClassVar[float] = math.inf
+    scores: ClassVar[bool] = False
     block_size: int
+
+    @property
+    def bound(self) -> "Objective | None":
+        return self if self.is_bound else None

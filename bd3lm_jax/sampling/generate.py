@@ -190,9 +190,9 @@ def _step(asked: Asked, request: Request, progress: Progress, block: Block, fini
         return _draw(asked, request, progress, block, draw_keys, positions, logits), cache
 
     if finished is None and not sampler.single:  # a step that reveals nothing needs no network
-        nothing = jnp.zeros(positions.shape)
+        nothing = Said(*[jnp.zeros(positions.shape)] * (5 if sampler.scores else 3))
         drawn, said = jax.lax.cond(plan.reveal.any(), lambda: ask(cache)[0],
-                                   lambda: (jnp.zeros_like(positions), Said(nothing, nothing, nothing)))
+                                   lambda: (jnp.zeros_like(positions), nothing))
     else:
         (drawn, said), cache = ask(cache)
     places = jnp.arange(positions.shape[0])[:, None], positions
@@ -230,7 +230,11 @@ def _draw(asked: Asked, request: Request, progress: Progress, block: Block, keys
         drawn = settings.draw_all(request.constraint, progress.state, keys, filtered, logits, *known)
         if asked.sampler.choose is not None:
             logits = request.constraint.marginals(progress.state, logits, *known)
-    return drawn, _said(logits, drawn, asked.sampler.choose is not None)
+    said = _said(logits, drawn, asked.sampler.choose is not None)
+    if asked.sampler.scores:
+        coin = jax.vmap(jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1))))(keys)
+        said = said._replace(log_total=jax.nn.logsumexp(logits, axis=-1) - jnp.log(vocab.shape[0] - 1), coin=coin)
+    return drawn, said
 
 
 def _said(logits_BxPxV, drawn_BxP, everything: bool) -> Said:
