@@ -234,9 +234,20 @@ class Config:
               f"model.time_conditioning is False: diffusion.kind='{self.diffusion.kind}' needs the noise level "
               "(sigma), use True")
 
+        letters = getattr(self.diffusion, "vocab_size", -1)
+        check(letters in (-1, self.model.vocab_size), f"diffusion.vocab_size={letters} is not "
+              f"model.vocab_size={self.model.vocab_size}: use -1 for the model's")
+
     @property
     def block_size(self) -> int:
         return self.diffusion.block_size
+
+    def with_vocab(self, size: int) -> "Config":
+        """The same run over `size` ids; -1: those of its tokenizer, once it is known."""
+        changed = {name: dataclasses.replace(section, vocab_size=size)
+                   for name, section in (("model", self.model), ("diffusion", self.diffusion))
+                   if hasattr(section, "vocab_size")}
+        return dataclasses.replace(self, **changed)
 
     @property
     def schedule(self) -> ClipSearch | CountSchedule | None:

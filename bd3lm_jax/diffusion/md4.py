@@ -34,7 +34,7 @@ class MD4(Objective):
         if self.block_size < 1:
             raise UserError(f"diffusion.block_size is {self.block_size}, expected at least 1")
         if self.schedule not in SCHEDULES and not self.schedule.startswith("polynomial:"):
-            raise UserError(f"diffusion.schedule is '{self.schedule}', expected one of linear, cosine, polynomial:p for "
+            raise UserError(f"diffusion.schedule is '{self.schedule}', expected linear, cosine or polynomial:p for "
                             "diffusion.kind='md4'")
         get_schedule(self._name)
         if not 0 <= self.clip < 0.5:
