@@ -273,8 +273,10 @@ class Config:
         views = config.train.views
         check(views == 1 or not config.diffusion.causal,
               f"train.views={views}: an autoregressive model has nothing noised, use 1")
-        check(views % 2 == 0 or not getattr(config.diffusion, "complement", False),
-              f"train.views={views} is odd, diffusion.complement needs pairs: use {views + 1}")
+        kind = config.diffusion.kind
+        reason = "diffusion.complement" if kind == "masked" else f"diffusion.kind='{kind}'"
+        check(views % 2 == 0 or not config.diffusion.pairs,
+              f"train.views={views} is odd, {reason} needs pairs: use {views + 1}")
         config.noise.schedule(config.diffusion)  # raises if they do not go together
         rows, batch = config.compute.microbatch, config.train.batch
         check(rows == 0 or batch % rows == 0, f"compute.microbatch={rows} does not divide train.batch={batch}")

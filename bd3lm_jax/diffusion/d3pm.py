@@ -20,7 +20,7 @@ class D3PM(Objective):
 
     with i uniform in 1..T; the weight is T / i + hybrid. Without the hybrid term (eq. 5, published 0.01) it is the
     bound of the T-step chain, all of it: the last level masks every token, and the first step is the reconstruction.
-    It falls to the bound of masked diffusion as T grows.
+    It tends to the bound of masked diffusion as T grows.
     """
 
     kind: ClassVar[str] = "d3pm"

@@ -27,6 +27,11 @@ class Objective:
     needs_level: the network must be told the noise level (model.time_conditioning).
     sigma_max: the network never sees a larger noise level.
     scores: the network gives log scores, whose total over the tokens is a number of its own (see SEDD).
+    pairs: views come in pairs, so their number is even.
+    learns: the objective has parameters, `init_learnt(vocab_size)` -> dict of float32 arrays, which `corrupt` and
+    `token_loss` take as `learnt`. They are trained, saved and averaged with those of the network, and not used after.
+    As the noise depends on them, their gradient is that of the loss and `noise_gradient(learnt, noised, x0_BxL,
+    segment_BxL, nats_BxMxL)`, a dict alike (nats: weight * loss).
     """
 
     kind: ClassVar[str]
@@ -38,6 +43,8 @@ class Objective:
     needs_level: ClassVar[bool] = False
     sigma_max: ClassVar[float] = math.inf
     scores: ClassVar[bool] = False
+    pairs: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
     block_size: int
 
     @property

@@ -74,7 +74,7 @@ class Sine:
         return -jnp.pi / 2 * jnp.sin(jnp.pi / 2 * (1 - t))
 
     def weight(self, t):
-        return jnp.pi / 2 / jnp.tan(jnp.pi / 2 * t)
+        return jnp.pi / 2 * jnp.sin(jnp.pi / 2 * (1 - t)) / jnp.sin(jnp.pi / 2 * t)
 
     def inverse(self, mask_prob):
         return 2 / jnp.pi * jnp.arcsin(mask_prob)

@@ -26,7 +26,8 @@ class Uniform(Objective):
         E_t sum over tokens of sum over j != z of [ a_j log(a_j / a'_j) - a_j + a'_j ]
         = E_t b sum over tokens of [ 1 / q'_z - 1 / q_z + (1 / N) sum over j of (q_j / q_z) log(q_j q'_z / (q_z q'_j)) ]
 
-    Every real token counts, changed or not. t ~ U[eps, 1 - eps]: eps = 0 is the bound, larger ones leave out its ends.
+    The best p is not that of x0 given all of x_t but given the other tokens: what z says of its own x0 is in q'. Every
+    real token counts, changed or not. t ~ U[eps, 1 - eps]: eps = 0 is the bound, larger ones leave out its ends.
     """
 
     kind: ClassVar[str] = "uniform"

@@ -1,4 +1,4 @@
-"""Uniform-state diffusion: with the exact posterior the integrated loss is -log p(x), by enumeration and quadrature."""
+"""Uniform-state diffusion: with exact conditionals the integrated loss is -log p(x), by enumeration and quadrature."""
 
 import itertools
 import math
@@ -27,12 +27,11 @@ def noise(alpha):
 
 
 def posteriors(alpha):
-    """For every z of two letters, p(x_i | z) `[SIZE, LETTERS]`."""
+    """For every z of two letters, p(x_i | the other letter of z) `[SIZE, LETTERS]`."""
     found = {}
     for z in itertools.product(range(LETTERS), repeat=SIZE):
-        joint = JOINT * noise(alpha)[:, z[0]][:, None] * noise(alpha)[:, z[1]][None]
-        joint = joint / joint.sum()
-        found[z] = np.stack([joint.sum(1), joint.sum(0)])
+        p = np.stack([JOINT @ noise(alpha)[:, z[1]], JOINT.T @ noise(alpha)[:, z[0]]])
+        found[z] = p / p.sum(1, keepdims=True)
     return found
 
 
@@ -44,7 +43,7 @@ def logits_of(p_NxK):
 
 
 def scores_of(p_NxK, z_N, alpha):
-    """Log scores over four ids: log q(y) / q(z) of the posterior's q, 0 at the own letter."""
+    """Log scores over four ids: log q(y) / q(z) by the conditionals, 0 at the own letter."""
     q = LETTERS * alpha * p_NxK + 1 - alpha
     scores = np.full((len(p_NxK), LETTERS + 1), 5.0)
     scores[:, IDS] = np.log(q / q[np.arange(len(q)), z_N][:, None])
@@ -52,7 +51,7 @@ def scores_of(p_NxK, z_N, alpha):
 
 
 def expected_loss(kind, x, alpha):
-    """b E_z of the summed losses of a text x at this alpha, by the network with the exact posterior; b = 1 / alpha."""
+    """b E_z of the summed losses of a text x at this alpha, by the network with exact conditionals; b = 1 / alpha."""
     total, table = 0.0, posteriors(alpha)
     p = np.concatenate([table[z] for z in table])
     z = np.array([token for z in table for token in z])
@@ -67,7 +66,7 @@ def expected_loss(kind, x, alpha):
 
 
 @pytest.mark.parametrize("kind", [Uniform, SEDDUniform])
-def test_bound_with_the_exact_posterior_is_the_likelihood(kind):
+def test_bound_with_exact_conditionals_is_the_likelihood(kind):
     nodes, weights = np.polynomial.legendre.leggauss(40)
     u, weights = (nodes + 1) / 2, weights / 2
     for x in [(0, 0), (1, 2), (2, 1)]:
@@ -141,7 +140,7 @@ def test_native_is_the_bound_of_a_network():
 
 def test_what_needs_masks_is_refused():
     lm = make_lm(Uniform(4, MASK + 1, 1e-3))
-    for use, words in [(lambda: lm.generate(length=8), "a model of kind 'uniform' predicts no masked tokens.* no texts"),
+    for use, words in [(lambda: lm.generate(length=8), "of kind 'uniform' predicts no masked tokens.* no texts"),
                        (lambda: lm.nll(make_ids(1, 4)), "estimator 'exact_count' masks tokens.* use native"),
                        (lambda: lm.score([[1]], [[2]]), "a model of kind 'uniform' predicts no masked tokens")]:
         with pytest.raises(UserError, match=words):
