@@ -115,7 +115,7 @@ def check(lm, options: Options) -> None:
     if objective.causal and options.sampler != "first_hitting":
         raise UserError(f"sampler '{options.sampler}' is for masked diffusion: an autoregressive model uses "
                         "first_hitting")
-    if not (objective.causal or objective.masks):
+    if not objective.writes:
         raise UserError(f"a model of kind '{objective.kind}' predicts no masked tokens, which every sampler reveals: "
                         "it writes no texts, only its likelihood is known (eval)")
     if SAMPLERS[options.sampler].scores and not objective.scores:

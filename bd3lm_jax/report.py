@@ -38,7 +38,7 @@ def closing(run: Any, weights: Any, valid: dict, evaluator: Any) -> None:
     if config.schedule:
         plots.noise_over_steps(run.workdir)
     note(f"plots in {Path(run.workdir) / 'plots'}")
-    if config.eval.samples:
+    if config.eval.samples and config.diffusion.writes:
         _samples(run, weights)
     numbers = {split: {key: value for key, value in estimate.items() if key != "wall_s"}
                for split, (_, estimate) in splits.items()}

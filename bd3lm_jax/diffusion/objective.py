@@ -48,5 +48,10 @@ class Objective:
     block_size: int
 
     @property
+    def writes(self) -> bool:
+        """Whether the samplers apply, which write tokens in the place of masks or one after another."""
+        return self.causal or self.masks
+
+    @property
     def bound(self) -> "Objective | None":
         return self if self.is_bound else None

@@ -216,6 +216,7 @@ def _draw(asked: Asked, request: Request, progress: Progress, block: Block, keys
     at = progress.block * settings.block_size + positions_BxP
     too_early = (at < request.earliest_end[:, None])[..., None] & (vocab == settings.end_id)
     logits = jnp.where(request.forbidden | too_early, -jnp.inf, logits_BxPxV.astype(jnp.float32))
+    log_total = jax.nn.logsumexp(logits, axis=-1) - jnp.log(vocab.shape[0] - 1)
     if settings.filters.repetition_penalty != 1:
         logits = penalise(logits, _seen(asked, request, progress, block, vocab)[:, None],
                           settings.filters.repetition_penalty)
@@ -233,7 +234,7 @@ def _draw(asked: Asked, request: Request, progress: Progress, block: Block, keys
     said = _said(logits, drawn, asked.sampler.choose is not None)
     if asked.sampler.scores:
         coin = jax.vmap(jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1))))(keys)
-        said = said._replace(log_total=jax.nn.logsumexp(logits, axis=-1) - jnp.log(vocab.shape[0] - 1), coin=coin)
+        said = said._replace(log_total=log_total, coin=coin)
     return drawn, said
 
 
