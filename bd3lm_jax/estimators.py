@@ -255,7 +255,7 @@ def make(name: str, config: Config):
     """
     build = lookup(ESTIMATORS, name, "estimator")
     objective = config.diffusion
-    if not (objective.writes or name == "native"):
+    if not (objective.masks or objective.causal or name == "native"):
         raise UserError(f"estimator '{name}' masks tokens, which a model of kind '{objective.kind}' does not predict: "
                         "use native")
     return build(config)

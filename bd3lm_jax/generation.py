@@ -12,6 +12,7 @@ import numpy as np
 from bd3lm_jax import automaton
 from bd3lm_jax.denoise import BlockDenoiser, CausalDenoiser, Guided
 from bd3lm_jax.errors import UserError, lookup, nearest
+from bd3lm_jax.fit import check_fit
 from bd3lm_jax.models.trunk import CACHE_DTYPES
 from bd3lm_jax.sampling import SAMPLERS, STOPS, Asked, Filters, Progress, Request, Settings, run_blocks, start
 from bd3lm_jax.sampling.constraint import Constraint, best_block, sample_block
@@ -112,15 +113,7 @@ def check(lm, options: Options) -> None:
     if options.cache_dtype not in CACHE_DTYPES:
         lookup(dict.fromkeys(CACHE_DTYPES), options.cache_dtype, "cache_dtype")
     objective, size = lm.config.diffusion, lm.config.block_size
-    if objective.causal and options.sampler != "first_hitting":
-        raise UserError(f"sampler '{options.sampler}' is for masked diffusion: an autoregressive model uses "
-                        "first_hitting")
-    if not objective.writes:
-        raise UserError(f"a model of kind '{objective.kind}' predicts no masked tokens, which every sampler reveals: "
-                        "it writes no texts, only its likelihood is known (eval)")
-    if SAMPLERS[options.sampler].scores and not objective.scores:
-        raise UserError(f"sampler '{options.sampler}' needs the log scores of an SEDD model, this one is of kind "
-                        f"'{objective.kind}': use ancestral")
+    check_fit(objective, options)
     if options.steps is not None and options.steps < 1:
         raise UserError(f"steps is {options.steps}, expected at least 1")
     if options.threshold is not None and not options.threshold >= 0:

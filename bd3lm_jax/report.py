@@ -95,7 +95,8 @@ def _samples(run, weights) -> None:
         weights = jax.device_put(weights, jax.local_devices()[0])
     lm = LM(run.config, weights, run.tokenizer, run.program.model, run.config.data.length)
     length = min(run.config.eval.sample_length, lm.context)
-    samples = lm.generate(num=run.config.eval.samples, length=length, seed=run.config.seed)
+    sampler = {"sampler": "uniform"} if run.config.diffusion.redraws else {}
+    samples = lm.generate(num=run.config.eval.samples, length=length, seed=run.config.seed, **sampler)
     note(f"{len(samples)} samples:")
     for sample in samples:
         note("  " + sample.text.replace("\n", "\n  "))

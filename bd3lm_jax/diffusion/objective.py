@@ -27,6 +27,7 @@ class Objective:
     needs_level: the network must be told the noise level (model.time_conditioning).
     sigma_max: the network never sees a larger noise level.
     scores: the network gives log scores, whose total over the tokens is a number of its own (see SEDD).
+    redraws: the network gives probabilities of x0 where every token may be a wrong letter, for samplers that redraw.
     pairs: views come in pairs, so their number is even.
     learns: the objective has parameters, `init_learnt(vocab_size)` -> dict of float32 arrays, which `corrupt` and
     `token_loss` take as `learnt`. They are trained, saved and averaged with those of the network, and not used after.
@@ -43,14 +44,15 @@ class Objective:
     needs_level: ClassVar[bool] = False
     sigma_max: ClassVar[float] = math.inf
     scores: ClassVar[bool] = False
+    redraws: ClassVar[bool] = False
     pairs: ClassVar[bool] = False
     learns: ClassVar[bool] = False
     block_size: int
 
     @property
     def writes(self) -> bool:
-        """Whether the samplers apply, which write tokens in the place of masks or one after another."""
-        return self.causal or self.masks
+        """Whether there are samplers for the network."""
+        return self.causal or self.masks or self.redraws
 
     @property
     def bound(self) -> "Objective | None":

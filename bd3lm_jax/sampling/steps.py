@@ -6,6 +6,7 @@ the network says. Each is a pure function of one row. Adding a sampler = one fun
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import jax
@@ -207,6 +208,24 @@ def analytic(row: Row, planned, said: Said, steps: int, threshold):
     return planned & ((row.index >= steps - 1) | (said.coin < (t - s) / t * jnp.exp(said.log_total)))
 
 
+def every_letter(key, row: Row, steps: int, threshold) -> Plan:
+    """All positions are redrawn in every step, on a grid from all noise to none."""
+    t, s = uniform_grid(row.index / steps), uniform_grid((row.index + 1) / steps)
+    last = row.index >= steps - 1
+    return Plan(row.masked, row.masked & ~last, t, jnp.where(last, 0.0, s))
+
+
+def uniform_posterior(logits_V, token, letters_V, t, s):
+    """Log-law of a token at noise level s given its letter at t, in uniform-state diffusion with x0 ~ p, the network's
+    (D3PM, arXiv 2107.03006; DUO, 2506.10892): q(x_s = j | x_t, p) ~ q(x_t | x_s = j) (alpha_s p_j + (1 - alpha_s) / N).
+
+    letters_V bool: the N ids that may be drawn.
+    """
+    count, keep = letters_V.sum(), (1 - t) / (1 - s)
+    reached_V = keep * (jnp.arange(logits_V.shape[0]) == token) + (1 - keep) / count
+    return jnp.where(letters_V, jnp.log(reached_V * ((1 - s) * jax.nn.softmax(logits_V) + s / count)), -jnp.inf)
+
+
 def _rank(score_S, planned_S):
     """Place of each planned position by falling score, from 0; ties go to the left; the others come last."""
     order = jnp.argsort(jnp.where(planned_S, -score_S, jnp.inf), stable=True)
@@ -216,7 +235,10 @@ def _rank(score_S, planned_S):
 class Sampler(NamedTuple):
     """choose: None reveals all that is planned. single: every step reveals one token, so the network's head runs on
     one position a row. rewrites: written tokens may change until the last of `steps`. steps: what is usual, 0: one a
-    position of the window. threshold: what is usual. scores: needs a network that gives log scores."""
+    position of the window. threshold: what is usual. scores: needs a network that gives log scores.
+    redraw: None for samplers that write in the place of masks; else the canvas shows letters only, random ones at
+    first, planned positions that are masked again keep theirs, and `redraw(logits [V], letter, allowed [V], level,
+    next level)` gives the log-law of the next one."""
 
     plan: Planner
     choose: Chooser | None = None
@@ -225,6 +247,7 @@ class Sampler(NamedTuple):
     steps: int = 0
     threshold: float = 0.0
     scores: bool = False
+    redraw: Callable | None = None
 
 
 def _by(order) -> Sampler:
@@ -250,5 +273,6 @@ SAMPLERS = {
     "remdm_rescale": _remdm(rescaled, 0.05),
     "remdm_confidence": _remdm(by_confidence, 1.0),
     "remdm_loop": _remdm(looped, 0.02, loop_grid),
+    "uniform": Sampler(every_letter, steps=1000, redraw=uniform_posterior),
     "iterative": Sampler(iterative, rewrites=True, steps=10),
 }

@@ -161,6 +161,7 @@ def test_what_is_masked():
         np.testing.assert_allclose(masked[high, :, v].mean(), np.mean(0.8 * t[high]**W[v]), atol=0.03)
 
 
+@pytest.mark.ci_slow
 def test_a_run_learns_its_schedules_and_its_network_is_used_without_them(tmp_path):
     write_text(tmp_path / "text.txt", 60)
     changes = {"diffusion": {"kind": "genmd4", "block_size": LENGTH, "power": 1.5, "eps": 1e-4}, "train.views": 2,

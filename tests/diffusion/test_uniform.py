@@ -140,7 +140,11 @@ def test_native_is_the_bound_of_a_network():
 
 def test_what_needs_masks_is_refused():
     lm = make_lm(Uniform(4, MASK + 1, 1e-3))
-    for use, words in [(lambda: lm.generate(length=8), "of kind 'uniform' predicts no masked tokens.* no texts"),
+    scores = make_lm(SEDDUniform(4, MASK + 1, 1e-3), time_conditioning=True)
+    for use, words in [(lambda: lm.generate(length=8), "'first_hitting' reveals masks.* kind 'uniform' .* use uniform"),
+                       (lambda: scores.generate(length=8), "of kind 'sedd_uniform' predicts no masked .* no texts"),
+                       (lambda: lm.generate(length=8, sampler="uniform", guidance=1.0), "leave constraint, guidance"),
+                       (lambda: make_lm().generate(length=8, sampler="uniform"), "redraws letters.* use ancestral"),
                        (lambda: lm.nll(make_ids(1, 4)), "estimator 'exact_count' masks tokens.* use native"),
                        (lambda: lm.score([[1]], [[2]]), "a model of kind 'uniform' predicts no masked tokens")]:
         with pytest.raises(UserError, match=words):
