@@ -9,15 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from toy_lm import MASK, make_ids, make_lm
-from toy_runs import LENGTH, toy_config, write_text
+from toy_runs import toy_config
 
-import bd3lm_jax
 from bd3lm_jax.diffusion import MD4, GenMD4
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.passes import PLAIN, plain_rows
 from bd3lm_jax.step import score, total_loss
-from bd3lm_jax.train import train
 
 LETTERS, SIZE = 3, 2
 BLANK = LETTERS  # the mask
@@ -159,25 +157,6 @@ def test_what_is_masked():
         np.testing.assert_allclose(masked[:, :, v].mean(), np.mean(0.8 * t**W[v]), atol=0.02)
         high = t > 0.7
         np.testing.assert_allclose(masked[high, :, v].mean(), np.mean(0.8 * t[high]**W[v]), atol=0.03)
-
-
-@pytest.mark.ci_slow
-def test_a_run_learns_its_schedules_and_its_network_is_used_without_them(tmp_path):
-    write_text(tmp_path / "text.txt", 60)
-    changes = {"diffusion": {"kind": "genmd4", "block_size": LENGTH, "power": 1.5, "eps": 1e-4}, "train.views": 2,
-               "train.steps": 3, "optim.ema": 0.5}
-    train(toy_config(tmp_path, changes), str(tmp_path / "run"))
-    lm = bd3lm_jax.load(str(tmp_path / "run"))
-    log_w = np.asarray(lm.params["objective"]["log_w"])
-    assert log_w.shape == (258,) and 1e-3 < np.abs(log_w - math.log(1.5)).max() < 1
-    assert np.isfinite(lm.nll(make_ids(1, 8)).mean) and len(lm.generate(length=4)[0].tokens) <= 4
-    train(toy_config(tmp_path, {**changes, "train.steps": 4}), str(tmp_path / "run"))  # goes on from the checkpoint
-    masked = {"train.init_from": str(tmp_path / "run"), "train.steps": 1}
-    train(toy_config(tmp_path, masked), str(tmp_path / "masked"))
-    train(toy_config(tmp_path, changes | {"train.init_from": str(tmp_path / "masked"), "train.steps": 1}),
-          str(tmp_path / "again"))
-    again = bd3lm_jax.load(str(tmp_path / "again"), weights="params").params["objective"]["log_w"]
-    assert np.abs(np.asarray(again) - math.log(1.5)).max() < 0.02  # one step from the start
 
 
 @pytest.mark.parametrize("make, words", [
