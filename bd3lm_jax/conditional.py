@@ -141,8 +141,10 @@ def encode_pair(tokenizer: Tokenizer, prompt: str, continuation: str) -> tuple[n
 
 def _request(lm: Any, prompt: Any, continuation: Any, noise: Any) -> Request:
     """Checked ids of a pair of texts or of lists of ids; noise: text or ids whose content the masks are keyed by."""
-    if lm.config.diffusion.kind == "sedd":
-        raise UserError("this SEDD checkpoint gives scores, not probabilities: it has no likelihood here")
+    objective = lm.config.diffusion
+    if not (objective.causal or objective.masks):
+        raise UserError(f"a model of kind '{objective.kind}' predicts no masked tokens, so that no continuation can be "
+                        "scored: use eval")
     if not len(continuation):
         raise UserError("a continuation is empty, expected at least one token to score")
     if not len(prompt):

@@ -14,7 +14,7 @@ from bd3lm_jax.diffusion import OBJECTIVES
 from bd3lm_jax.diffusion.clip import ClipSearch, CountSchedule
 from bd3lm_jax.errors import UserError, lookup, nearest
 from bd3lm_jax.models import BACKBONES
-from bd3lm_jax.models.trunk import REMAT
+from bd3lm_jax.models.trunk import REMAT, takes_level
 
 
 def check(condition: bool, message: str) -> None:
@@ -229,9 +229,25 @@ class Config:
     eval: EvalConfig | None
     noise: NoiseConfig | None = None
 
+    def __post_init__(self):
+        check(not self.diffusion.needs_level or takes_level(self.model),
+              f"model.time_conditioning is False: diffusion.kind='{self.diffusion.kind}' needs the noise level "
+              "(sigma), use True")
+
+        letters = getattr(self.diffusion, "vocab_size", -1)
+        check(letters in (-1, self.model.vocab_size), f"diffusion.vocab_size={letters} is not "
+              f"model.vocab_size={self.model.vocab_size}: use -1 for the model's")
+
     @property
     def block_size(self) -> int:
         return self.diffusion.block_size
+
+    def with_vocab(self, size: int) -> "Config":
+        """The same run over `size` ids; -1: those of its tokenizer, once it is known."""
+        changed = {name: dataclasses.replace(section, vocab_size=size)
+                   for name, section in (("model", self.model), ("diffusion", self.diffusion))
+                   if hasattr(section, "vocab_size")}
+        return dataclasses.replace(self, **changed)
 
     @property
     def schedule(self) -> ClipSearch | CountSchedule | None:
@@ -257,8 +273,10 @@ class Config:
         views = config.train.views
         check(views == 1 or not config.diffusion.causal,
               f"train.views={views}: an autoregressive model has nothing noised, use 1")
-        check(views % 2 == 0 or not getattr(config.diffusion, "complement", False),
-              f"train.views={views} is odd, diffusion.complement needs pairs: use {views + 1}")
+        kind = config.diffusion.kind
+        reason = "diffusion.complement" if kind == "masked" else f"diffusion.kind='{kind}'"
+        check(views % 2 == 0 or not config.diffusion.pairs,
+              f"train.views={views} is odd, {reason} needs pairs: use {views + 1}")
         config.noise.schedule(config.diffusion)  # raises if they do not go together
         rows, batch = config.compute.microbatch, config.train.batch
         check(rows == 0 or batch % rows == 0, f"compute.microbatch={rows} does not divide train.batch={batch}")

@@ -5,6 +5,7 @@ oldest. As long as nothing is dropped it is exact. Afterwards a block sees the l
 carry something of what was dropped: an approximation, as with any sliding window.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -22,13 +23,14 @@ class BlockDenoiser(NamedTuple):
     """Masked diffusion in blocks: the canvas is the noised stream, the block just finished the clean one.
 
     slots: tokens that the cache holds, a multiple of the block size. dtype: of the cache, see
-    `trunk.new_cache`.
+    `trunk.new_cache`. sigma_max: as `Objective.sigma_max`.
     """
 
     model: Backbone
     block_size: int
     slots: int
     dtype: str
+    sigma_max: float = math.inf
 
     def stored_before(self, first_block: int) -> int:
         """Tokens for `prefill`: all blocks before `first_block` but the last one, which the first call stores."""
@@ -56,7 +58,7 @@ class BlockDenoiser(NamedTuple):
     def _sigma(self, level_B):
         if not trunk.takes_level(self.model.config):
             return None
-        return -jnp.log1p(-jnp.minimum(level_B, 1 - 1e-6))[:, None, None]
+        return jnp.minimum(-jnp.log1p(-jnp.minimum(level_B, 1 - 1e-6)), self.sigma_max)[:, None, None]
 
 
 class CausalDenoiser(NamedTuple):

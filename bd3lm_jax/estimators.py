@@ -14,8 +14,8 @@ importance   exact_count with pi learnt from the first rows: pi(k) ~ sd of the m
 bernoulli    the paper's: t uniform in [eps, 1], every token masked with probability t, weight (1 - eps) / t. It omits
              t < eps: eps times the cross-entropy of a token masked almost alone.
 nll          where one pass gives the likelihood itself: autoregression, and blocks of one token without a noise level.
-native       the objective's own corruption, weights and loss, where these are a bound: for networks that predict no
-             masked tokens, and to compare with the others.
+native       the objective's own loss, with the corruption and weights that make it a bound (`Objective.bound`): for
+             networks that predict no masked tokens, and to compare with the others.
 
 A sampled estimator gives two independent estimates a row (replicates), from which its error is read. A draw of it is
 one pass of four views, whichever it is, so that equal draws cost the same. In each replicate the levels of a row are a
@@ -187,7 +187,7 @@ class Single:
 
 @dataclasses.dataclass(frozen=True)
 class Native:
-    """Two replicates of two views each as the objective draws them for training, under its own loss."""
+    """Two replicates of two views each as the objective draws them, under its own loss."""
 
     learns: ClassVar[bool] = False
     name: ClassVar[str] = "native"
@@ -299,14 +299,14 @@ def _native(config: Config):
     objective = config.diffusion
     if objective.causal:
         return _nll(config)
-    if not objective.is_bound:
+    if objective.bound is None:
         instead = "use exact_count" if objective.masks else "such a model has none"
         raise UserError(f"estimator 'native' is the training loss, which is no bound on the likelihood for this model "
                         f"of kind '{objective.kind}': {instead}")
     if objective.needs:
         raise UserError(f"estimator 'native' needs {', '.join(objective.needs)} of every token, which a text to be "
                         "measured does not bring: use exact_count")
-    return Native(objective)
+    return Native(objective.bound)
 
 
 ESTIMATORS = {"exact_count": _counts("exact_count", Sampled), "importance": _counts("importance", Importance),

@@ -12,6 +12,7 @@ import numpy as np
 from bd3lm_jax import automaton
 from bd3lm_jax.denoise import BlockDenoiser, CausalDenoiser, Guided
 from bd3lm_jax.errors import UserError, lookup, nearest
+from bd3lm_jax.fit import check_fit
 from bd3lm_jax.models.trunk import CACHE_DTYPES
 from bd3lm_jax.sampling import SAMPLERS, STOPS, Asked, Filters, Progress, Request, Settings, run_blocks, start
 from bd3lm_jax.sampling.constraint import Constraint, best_block, sample_block
@@ -112,9 +113,7 @@ def check(lm, options: Options) -> None:
     if options.cache_dtype not in CACHE_DTYPES:
         lookup(dict.fromkeys(CACHE_DTYPES), options.cache_dtype, "cache_dtype")
     objective, size = lm.config.diffusion, lm.config.block_size
-    if objective.causal and options.sampler != "first_hitting":
-        raise UserError(f"sampler '{options.sampler}' is for masked diffusion: an autoregressive model uses "
-                        "first_hitting")
+    check_fit(objective, options)
     if options.steps is not None and options.steps < 1:
         raise UserError(f"steps is {options.steps}, expected at least 1")
     if options.threshold is not None and not options.threshold >= 0:
@@ -330,7 +329,7 @@ def make_denoiser(lm, plan: Plan):
     objective = lm.config.diffusion
     if objective.causal:
         return CausalDenoiser(lm.model, plan.slots, plan.cache_dtype, objective.bos, lm.special.end)
-    return BlockDenoiser(lm.model, plan.settings.block_size, plan.slots, plan.cache_dtype)
+    return BlockDenoiser(lm.model, plan.settings.block_size, plan.slots, plan.cache_dtype, objective.sigma_max)
 
 
 def make_request(lm, options: Options, rows: Rows, turn: int) -> Request:

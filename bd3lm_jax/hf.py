@@ -4,17 +4,16 @@ Supported: model_type "bd3lm", the layout of the BD3-LM release (arXiv 2503.0957
 SEDD baselines. Every tensor of a file is used exactly once; anything missing, left over or misshapen is an error.
 """
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from bd3lm_jax.diffusion import AR, Masked
+from bd3lm_jax.diffusion import AR, SEDD, Masked
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.models.dit import LEVEL_FEATURES, DiTConfig
 
@@ -32,18 +31,10 @@ CLIP = ("sampling_eps_min", "sampling_eps_max")
 NAMED = 6  # tensors named in an error, of each kind
 
 
-@dataclasses.dataclass(frozen=True)
-class ScoreNetwork(Masked):
-    """An SEDD checkpoint: its outputs are log scores, so it offers raw logits, no likelihood and no texts."""
-
-    kind: ClassVar[str] = "sedd"
-
-
-def read_model(directory: str | Path) -> tuple[DiTConfig, Masked | AR, int, dict]:
+def read_model(directory: str | Path) -> tuple[DiTConfig, Masked | AR | SEDD, int, dict]:
     """A published network: (model config, objective, context length in tokens, float32 parameters).
 
     The parameters have the tree and shapes of `trunk.init`: layers stacked, vocabulary padded with zeros.
-    An SEDD checkpoint comes with a `ScoreNetwork` of one block a row.
 
     Raises:
         UserError: unreadable files, an unsupported architecture, or tensors that are not exactly the expected ones.
@@ -88,15 +79,16 @@ def _model_config(published: dict) -> DiTConfig:
         rope_base=ROPE_BASE)
 
 
-def _objective(published: dict, tensors: dict) -> Masked | AR:
+def _objective(published: dict, tensors: dict) -> Masked | AR | SEDD:
     if published["causal"]:
         return AR(bos=False)
     # Without cross attention to a clean stream the row is one block.
     block_size = published["block_size"] if published["cross_attn"] else published["model_length"]
     low, high = (round(float(tensors[name]), 6) for name in CLIP) if CLIP[0] in tensors else (0.0, 1.0)
-    kind = ScoreNetwork if published.get("algo") == ScoreNetwork.kind else Masked
-    return kind(block_size=block_size, schedule="loglinear", corruption="bernoulli", count_probs=(), complement=False,
-                clip_low=low if low > TRAINING_EPS else 0.0, clip_high=high, eps=TRAINING_EPS)
+    if published.get("algo") == SEDD.kind:
+        return SEDD(block_size=block_size, corruption="bernoulli", eps=TRAINING_EPS)
+    return Masked(block_size=block_size, schedule="loglinear", corruption="bernoulli", count_probs=(), complement=False,
+                  clip_low=low if low > TRAINING_EPS else 0.0, clip_high=high, eps=TRAINING_EPS)
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:

@@ -87,7 +87,6 @@ class LM:
         for AR without a beginning token position 0 counts 0). estimator: see `estimators.py` ("importance" learns from
         a whole split: `python -m launch eval`). draws: independent ones.
         """
-        self._check_probabilities()
         tokens = np.asarray(self._check_ids(tokens))
         if (tokens == self.special.mask).any():
             raise UserError(f"the tokens hold the mask token {self.special.mask}, which is never part of a text")
@@ -133,7 +132,6 @@ class LM:
         `generation.Options` (sampler, temperature, top_k, top_p, steps, threshold, stop, window, seed, ...). Request i
         is keyed by (seed, i), whatever else is in the batch.
         """
-        self._check_probabilities()
         return generation.generate(self, prompts, num, length, generation.make_options(**options))
 
     def stream(self, prompt=None, *, length: int, **options) -> Iterator[stream.Committed | stream.Revision]:
@@ -141,26 +139,22 @@ class LM:
 
         The same tokens as `generate` writes with the same options.
         """
-        self._check_probabilities()
         return stream.watch(self, prompt, length, generation.make_options(**options))
 
     def infill(self, texts, *, draws: int = 4, **options) -> list[infill.Infill]:
         """Fill `[MASK]`, `[MASK:n]` and `[MASK:a-b]` in texts; see `infill.infill`."""
-        self._check_probabilities()
         return infill.infill(self, texts, generation.make_options(**options), draws=draws)
 
     def score(self, prompts, continuations, *, estimator: str = "exact_count", draws: int = 4, seed: int = 0,
               greedy: bool = False, batch: int = 16) -> list[conditional.Score]:
         """Log-likelihood of each continuation after its prompt: exact for AR and block size 1, else a lower bound with
         its Monte-Carlo error; see `conditional.score`."""
-        self._check_probabilities()
         return conditional.score(self, prompts, continuations, estimator=estimator, draws=draws, seed=seed,
                                  greedy=greedy, batch=batch)
 
     def choose(self, prompt, options, *, normalise: str = "none", estimator: str = "exact_count", draws: int = 4,
                seed: int = 0, batch: int = 16) -> conditional.Choice:
         """The likeliest of several continuations under common masks; see `conditional.choose`."""
-        self._check_probabilities()
         return conditional.choose(self, prompt, options, normalise=normalise, estimator=estimator, draws=draws,
                                   seed=seed, batch=batch)
 
@@ -216,10 +210,6 @@ class LM:
             raise UserError(f"rows have {ids.shape[1]} tokens, expected at most {self.context}, what the model was "
                             "trained on")
         return jnp.asarray(ids, jnp.int32)
-
-    def _check_probabilities(self) -> None:
-        if self.config.diffusion.kind == "sedd":
-            raise UserError("this SEDD checkpoint gives scores, not probabilities: only logits are offered")
 
     def _check_sigma(self, sigma, shape) -> jax.Array | None:
         if not trunk.takes_level(self.config.model):

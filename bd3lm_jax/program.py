@@ -15,7 +15,7 @@ from bd3lm_jax import models, optim, sharding
 from bd3lm_jax.config import Config
 from bd3lm_jax.models import Backbone, trunk
 from bd3lm_jax.state import TrainState
-from bd3lm_jax.step import SpecialIds, make_step
+from bd3lm_jax.step import LEARNT, SpecialIds, make_step
 
 BATCH_KEYS = ("tokens", "segments", "positions")
 
@@ -70,6 +70,12 @@ class Program:
             return self.step().lower(*self.arguments()).compile()
 
 
+def init_params(model: Backbone, objective: Any, key: jax.Array) -> dict:
+    """Random parameters of the network, and with an objective that learns its own, under LEARNT."""
+    own = {LEARNT: objective.init_learnt(model.config.vocab_size)} if objective.learns else {}
+    return trunk.init(model, key) | own
+
+
 def bytes_per_device(arguments: Any) -> int:
     """Bytes that abstract arrays with shardings take on each device."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arguments))
@@ -83,7 +89,7 @@ def bytes_needed(compiled: jax.stages.Compiled) -> int:
 
 
 def _initial_state(config: Config, model: Backbone, tx: optax.GradientTransformation) -> TrainState:
-    params = trunk.init(model, jax.random.key(config.seed))
+    params = init_params(model, config.diffusion, jax.random.key(config.seed))
     ema = jax.tree.map(jnp.copy, params) if config.optim.ema > 0 else {}
     noise = config.schedule.first() if config.schedule else {}
     return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(params), noise)

@@ -38,7 +38,7 @@ def closing(run: Any, weights: Any, valid: dict, evaluator: Any) -> None:
     if config.schedule:
         plots.noise_over_steps(run.workdir)
     note(f"plots in {Path(run.workdir) / 'plots'}")
-    if config.eval.samples:
+    if config.eval.samples and config.diffusion.writes:
         _samples(run, weights)
     numbers = {split: {key: value for key, value in estimate.items() if key != "wall_s"}
                for split, (_, estimate) in splits.items()}
@@ -95,7 +95,8 @@ def _samples(run, weights) -> None:
         weights = jax.device_put(weights, jax.local_devices()[0])
     lm = LM(run.config, weights, run.tokenizer, run.program.model, run.config.data.length)
     length = min(run.config.eval.sample_length, lm.context)
-    samples = lm.generate(num=run.config.eval.samples, length=length, seed=run.config.seed)
+    sampler = {"sampler": "uniform"} if run.config.diffusion.redraws else {}
+    samples = lm.generate(num=run.config.eval.samples, length=length, seed=run.config.seed, **sampler)
     note(f"{len(samples)} samples:")
     for sample in samples:
         note("  " + sample.text.replace("\n", "\n  "))

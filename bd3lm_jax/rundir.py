@@ -1,6 +1,5 @@
 """The run directory: config.json (resolved), tokenizer.json, metrics.jsonl, checkpoints/, samples/, plots/."""
 
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -24,11 +23,11 @@ def resolve(config: Config, tokenizer: Tokenizer) -> Config:
     """The config with what the tokenizer decides filled in; UserError if the vocabulary cannot hold its ids."""
     wanted, given = tokenizer.vocab_size, config.model.vocab_size
     if given == -1:
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=wanted))
+        return config.with_vocab(wanted)
     if given < wanted:
         raise UserError(f"model.vocab_size={given} is smaller than the {wanted} ids of tokenizer "
                         f"'{config.data.tokenizer}' with its mask token: use -1 to take the tokenizer's")
-    return config
+    return config.with_vocab(given)
 
 
 def claim(workdir: str | os.PathLike, config: Config, tokenizer: Tokenizer) -> None:

@@ -20,6 +20,9 @@ from bd3lm_jax.sharding import BATCH_AXES, batch_devices, constrain
 from bd3lm_jax.state import TrainState
 
 
+LEARNT = "objective"  # name of the objective's own parameters among those of the network
+
+
 @dataclasses.dataclass(frozen=True)
 class SpecialIds:
     """Ids that the objective needs; mask is -1 for a vocabulary without a mask token."""
@@ -53,6 +56,7 @@ def score(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_
           execution: Execution, dropout_keys=None) -> Scored:
     """The network on noised rows, up to its output layer. A row that masks more than its capacity has weight NaN."""
     takes_level = trunk.takes_level(model.config)
+    noised = noised.replace(sigma_BxMxK=jnp.minimum(noised.sigma_BxMxK, objective.sigma_max))
     sigma = noised.sigma_BxMxK if takes_level else None
     if objective.causal:
         if not objective.bos:  # nobody reads the end token
@@ -147,21 +151,29 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
         noised = rows["noised"].replace(weight_BxMxL=weight_BxMxL)
         scored = score(model, params, objective, noised, rows["tokens"], rows["positions"], rows["segments"],
                        execution, keys)
-        return total_loss(model, params, scored, special.mask, config.compute.loss_chunk, objective.token_loss)
+        token_loss = objective.token_loss
+        if objective.learns:
+            token_loss = functools.partial(token_loss, learnt=params[LEARNT])
+        return total_loss(model, params, scored, special.mask, config.compute.loss_chunk, token_loss)
 
     def gradients(params, rows):
         """Loss, its gradient, and what the schedule sees of the losses: the derivatives in the weights."""
         weight_BxMxL = rows["noised"].weight_BxMxL
-        if not learns:
+        if not learns and not objective.learns:
             return *jax.value_and_grad(loss_of)(params, weight_BxMxL, rows), {}
         total, (grads, losses_BxMxL) = jax.value_and_grad(loss_of, argnums=(0, 1))(params, weight_BxMxL, rows)
-        return total, grads, schedule.seen(losses_BxMxL, weight_BxMxL > 0)
+        if objective.learns:
+            more = objective.noise_gradient(params[LEARNT], rows["noised"], rows["tokens"], rows["segments"],
+                                            weight_BxMxL * losses_BxMxL)
+            grads = {**grads, LEARNT: jax.tree.map(jnp.add, grads[LEARNT], more)}
+        return total, grads, schedule.seen(losses_BxMxL, weight_BxMxL > 0) if learns else {}
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         noise_key, dropout_key = jax.random.split(key)
         tokens = batch["tokens"]
-        noised = draw_noise(config, special, noise_key, batch, config.train.views, state.noise)
+        noised = draw_noise(config, special, noise_key, batch, config.train.views, state.noise,
+                            state.params.get(LEARNT))
         dropout_keys = jax.vmap(lambda row: jax.random.fold_in(dropout_key, row))(jnp.arange(tokens.shape[0]))
         rows = {**batch, "noised": noised, "dropout_keys": dropout_keys}
         total, grads, seen = sum_over_rows(lambda part: gradients(state.params, part), rows,
@@ -187,11 +199,15 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
     return step
 
 
-def draw_noise(config: Config, special: SpecialIds, key, batch: dict, views: int, noise: dict) -> Noised:
-    """Noised views of a batch as training draws them when the schedule of the noise is in the state `noise`."""
+def draw_noise(config: Config, special: SpecialIds, key, batch: dict, views: int, noise: dict,
+               learnt: dict | None = None) -> Noised:
+    """Noised views of a batch as training draws them when the schedule of the noise is in the state `noise`.
+
+    learnt: the objective's own parameters, if it has some.
+    """
     objective, schedule = config.diffusion, config.schedule
     arguments = key, batch["tokens"], batch["segments"], views, special.mask, special.end
-    needed = {name: batch[name] for name in objective.needs}
+    needed = {name: batch[name] for name in objective.needs} | ({"learnt": learnt} if objective.learns else {})
     if schedule is None:
         return objective.corrupt(*arguments, **needed)
     return objective.corrupt(*arguments, schedule.law(noise, batch["tokens"].shape[1] // objective.block_size),

@@ -168,9 +168,10 @@ class _Run:
 
     def _check_config(self) -> None:
         there, _ = rundir.read(self.workdir)
-        ours = self.point.config
-        if ours.model.vocab_size == -1:  # the tokenizer's, known once training has started
-            there = dataclasses.replace(there, model=dataclasses.replace(there.model, vocab_size=-1))
+        vocab = self.point.config.model.vocab_size
+        ours = self.point.config.with_vocab(vocab)
+        if vocab == -1:  # the tokenizer's, known once training has started
+            there = there.with_vocab(-1)
         differing = ours.differing_keys(there)
         if differing:
             raise UserError(f"{self.workdir} holds a run of another config ({'; '.join(differing)}; here != there): "

@@ -23,9 +23,9 @@ from bd3lm_jax.evaluate import Evaluator, default_estimator
 from bd3lm_jax.log import RunLog, note, read_metrics
 from bd3lm_jax.noise import Chooser
 from bd3lm_jax.profiling import Profiler
-from bd3lm_jax.program import Program
+from bd3lm_jax.program import Program, init_params
 from bd3lm_jax.state import TrainState
-from bd3lm_jax.step import SpecialIds
+from bd3lm_jax.step import LEARNT, SpecialIds
 
 PREFETCH = 2  # batches placed ahead of the step, at least
 SHOWN_COUNTS = 32  # larger blocks log their NLL at powers of two masked tokens only
@@ -120,7 +120,11 @@ def _first_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, list[f
     if not source:
         return state, []
     with Checkpoints(source, 1, read_only=True) as others:
-        params, _, step = others.restore_params("ema", placed.params)
+        theirs = jax.eval_shape(lambda: init_params(run.program.model, rundir.read(source)[0].diffusion,
+                                                    jax.random.key(0)))
+        network = {name: x for name, x in placed.params.items() if name != LEARNT}
+        found, _, step = others.restore_params("ema", theirs | network)
+    params = state.params | {name: found[name] for name in network}  # an objective's own parameters begin anew
     note(f"starting from the weights of {source}, step {step}")
     ema = jax.tree.map(jnp.copy, params) if state.ema else {}
     return state.replace(params=params, ema=ema), []

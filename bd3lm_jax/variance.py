@@ -86,8 +86,9 @@ def study(workdir: str, *, split: str, batch: int, draws: int, seed: int) -> lis
 
 
 def _check(lm: LM, workdir: str, batch: int, draws: int) -> None:
-    if lm.config.diffusion.causal:
-        raise UserError(f"{workdir} is an autoregressive model, which has no noise schedule: give a masked one")
+    if not lm.config.diffusion.masks:
+        kind = "an autoregressive" if lm.config.diffusion.causal else f"a '{lm.config.diffusion.kind}'"
+        raise UserError(f"{workdir} is {kind} model, which has no schedule of masks: give a masked one")
     if trunk.takes_level(lm.config.model):
         raise UserError(f"{workdir} sees the noise level, so that its loss does not depend on the mask alone: give a "
                         "model with model.time_conditioning=False")

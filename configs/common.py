@@ -9,8 +9,17 @@ from types import SimpleNamespace
 from ml_collections import ConfigDict
 
 BLOCK_SIZE = "block_size"  # stands for the block size of the run
-OBJECTIVES = {  # beside masked diffusion: algo=NAME -> its `diffusion` section, and what changes in `model`
+OBJECTIVES = {  # beside masked diffusion: algo=NAME -> its `diffusion` section, and what changes in `model`, `train`
     "ar": ({"kind": "ar", "bos": True}, {"adaln": False}),
+    "sedd": ({"kind": "sedd", "block_size": BLOCK_SIZE, "corruption": "bernoulli", "eps": 1e-3},
+             {"time_conditioning": True}),
+    "sedd_uniform": ({"kind": "sedd_uniform", "block_size": BLOCK_SIZE, "vocab_size": -1, "eps": 1e-3},
+                     {"time_conditioning": True}),
+    "d3pm": ({"kind": "d3pm", "block_size": BLOCK_SIZE, "steps": 1000, "hybrid": 0.01}, {}),
+    "md4": ({"kind": "md4", "block_size": BLOCK_SIZE, "schedule": "cosine", "clip": 1e-4}, {}),
+    "genmd4": ({"kind": "genmd4", "block_size": BLOCK_SIZE, "power": 1.0, "eps": 1e-4}, {}, {"views": 2}),
+    "uniform": ({"kind": "uniform", "block_size": BLOCK_SIZE, "vocab_size": -1, "eps": 1e-3},
+                {"time_conditioning": True}),
 }
 ALGORITHMS = ("bd3lm", "mdlm", *OBJECTIVES)
 SIZES = {  # the paper's small, and the usual medium
@@ -88,9 +97,10 @@ def set_algo(config: ConfigDict, algo: str, block_size: int) -> None:
     if algo not in OBJECTIVES:
         config.diffusion.block_size = size
         return
-    diffusion, model = OBJECTIVES[algo]
+    diffusion, model, *train = OBJECTIVES[algo]
     config.diffusion = ConfigDict({key: size if value == BLOCK_SIZE else value for key, value in diffusion.items()})
     config.model.update(model)
+    config.train.update(*train)
 
 
 def set_paper_recipe(config: ConfigDict, algo: str, block_size: int) -> None:

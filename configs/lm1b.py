@@ -8,7 +8,7 @@ First 850K steps with one block a row, then 150K steps at the wanted block size 
     python -m launch eval --workdir=runs/lm1b
 
 MDLM and AR train 1M steps in one go: --config=configs/lm1b.py:algo=mdlm, --config=configs/lm1b.py:algo=ar.
-Arguments: tiny|small|medium, block_size=N, algo=bd3lm|mdlm|ar. The clips are the paper's for block sizes 4 and 16,
+Arguments: tiny|small|medium, block_size=N, algo=bd3lm|mdlm|ar|.... The clips are the paper's for block sizes 4 and 16,
 others train unclipped. The clip of size 4 masks 2 or 3 tokens of every block, never all four, where sampling starts;
 --config.diffusion.corruption=exact_count --config.diffusion.clip_low=0 --config.diffusion.clip_high=1 trains them all.
 

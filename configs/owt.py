@@ -9,8 +9,8 @@ files (also .xz, .gz) into the directory openwebtext, or give --config.data.path
     python -m launch eval --workdir=runs/owt --split=valid
 
 MDLM and AR train 1M steps in one go: --config=configs/owt.py:algo=mdlm, --config=configs/owt.py:algo=ar.
-Arguments: tiny|small|medium, block_size=N, algo=bd3lm|mdlm|ar. The clips are those of configs/lm1b.py, which says more
-about them.
+Arguments: tiny|small|medium, block_size=N, algo=bd3lm|mdlm|ar|.... The clips are those of configs/lm1b.py, which says
+more about them.
 
 Hardware: made for a pod slice; --config.compute.microbatch and --config.compute.remat=dots fit it to less memory.
 Time: to be measured. Expected perplexity on the held-out documents (published): AR 17.54, MDLM 22.98, BD3-LM 22.27

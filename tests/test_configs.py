@@ -17,11 +17,12 @@ from launch.arguments import load_config
 from launch.sweep import load_points
 
 CONFIGS = {"tiny": tiny, "austen": austen, "lm1b": lm1b, "owt": owt}
+OTHERS = [name for name in common.OBJECTIVES if name != "ar"]
 ALGORITHMS = ("", "algo=mdlm", "algo=ar", "block_size=1", "block_size=16", "block_size=4,algo=bd3lm")
 SIZES_AND_ALGORITHMS = [",".join(filter(None, words))
                         for words in itertools.product(("", "tiny", "size=small", "medium"), ALGORITHMS)]
 ARGS = {
-    "tiny": ALGORITHMS,
+    "tiny": (*ALGORITHMS, *(f"algo={name}" for name in OTHERS), "algo=sedd,block_size=8", "algo=md4,block_size=4"),
     "austen": ALGORITHMS,
     "lm1b": SIZES_AND_ALGORITHMS,
     "owt": SIZES_AND_ALGORITHMS,
@@ -37,13 +38,14 @@ def test_every_config_file_is_tested():
 def test_builds_and_validates(name, arg):
     config = Config.from_dict(CONFIGS[name].get_config(arg))
     length = config.data.length
-    expected = 1 if "ar" in arg.split("=") else length if "mdlm" in arg else 4
+    algo = dict(word.split("=") for word in arg.split(",") if "=" in word).get("algo", "bd3lm")
+    expected = {"ar": 1, "bd3lm": 4}.get(algo, length)
     for word in arg.split(","):
         if word.startswith("block_size="):
             expected = int(word.removeprefix("block_size="))
     assert config.block_size == expected
-    assert config.diffusion.kind == ("ar" if "algo=ar" in arg else "masked")
-    assert config.model.adaln == ("algo=ar" not in arg)
+    assert config.diffusion.kind == ("masked" if algo in ("bd3lm", "mdlm") else algo)
+    assert config.model.adaln == (algo != "ar")
     assert Config.from_dict(config.to_dict()) == config
     make_schedule(config.optim, config.train.steps)  # warm-up and decay fit into the steps
 
@@ -101,7 +103,7 @@ def test_small_has_the_published_number_of_parameters():
     ("block_size=", "block_size="),
     ("block_size=0", "positive whole number"),
     ("block_size=4.0", "positive whole number"),
-    ("algo=gpt", "expected one of bd3lm, mdlm, ar"),
+    ("algo=gpt", "expected one of bd3lm, mdlm, ar, "),
     ("size=huge", "expected one of tiny, small, medium"),
     ("block_size=4,algo=ar", "no effect with algo=ar"),
     ("block_size=4,algo=mdlm", "no effect with algo=mdlm"),

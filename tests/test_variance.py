@@ -165,7 +165,7 @@ def test_bench_asks_for_a_run_where_it_needs_one(tmp_path, name, workdir, messag
     ({}, 3, 2, "batch is 3 and draws 2, expected an even batch of at least 2 and 2 draws"),
     ({}, 0, 2, "expected an even batch"),
     ({}, 2, 1, "expected an even batch"),
-    ({"objective": AR(bos=True)}, 2, 2, "runs/x is an autoregressive model, which has no noise schedule"),
+    ({"objective": AR(bos=True)}, 2, 2, "runs/x is an autoregressive model, which has no schedule of masks"),
     ({"time_conditioning": True}, 2, 2, "runs/x sees the noise level"),
 ])
 def test_wrong_input(monkeypatch, model, batch, draws, message):

@@ -1,5 +1,6 @@
 """What every objective says of itself, and what it may leave out."""
 
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -22,6 +23,16 @@ class Objective:
     `(logits_NxV, target_N, xt_N, sigma_N, mask_id) -> float32 [N]` in nats, what the weights of `Noised` multiply.
     Logits are float32 as the network gives them, V without padding; sigma is that of `Noised`.
     is_bound: whether the weighted loss estimates a bound on the NLL of every token without bias.
+    bound: the objective whose weighted loss is that bound for a network trained by this one, or None.
+    needs_level: the network must be told the noise level (model.time_conditioning).
+    sigma_max: the network never sees a larger noise level.
+    scores: the network gives log scores, whose total over the tokens is a number of its own (see SEDD).
+    redraws: the network gives probabilities of x0 where every token may be a wrong letter, for samplers that redraw.
+    pairs: views come in pairs, so their number is even.
+    learns: the objective has parameters, `init_learnt(vocab_size)` -> dict of float32 arrays, which `corrupt` and
+    `token_loss` take as `learnt`. They are trained, saved and averaged with those of the network, and not used after.
+    As the noise depends on them, their gradient is that of the loss and `noise_gradient(learnt, noised, x0_BxL,
+    segment_BxL, nats_BxMxL)`, a dict alike (nats: weight * loss).
     """
 
     kind: ClassVar[str]
@@ -30,4 +41,19 @@ class Objective:
     needs: ClassVar[tuple[str, ...]] = ()
     token_loss: ClassVar[Callable[..., jax.Array] | None] = None
     is_bound: ClassVar[bool] = False
+    needs_level: ClassVar[bool] = False
+    sigma_max: ClassVar[float] = math.inf
+    scores: ClassVar[bool] = False
+    redraws: ClassVar[bool] = False
+    pairs: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
     block_size: int
+
+    @property
+    def writes(self) -> bool:
+        """Whether there are samplers for the network."""
+        return self.causal or self.masks or self.redraws
+
+    @property
+    def bound(self) -> "Objective | None":
+        return self if self.is_bound else None

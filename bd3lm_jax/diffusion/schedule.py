@@ -61,6 +61,26 @@ class Cosine:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sine:
+    """alpha(t) = 1 - sin(pi t / 2) = 1 - cos(pi (1 - t) / 2): MD4's cosine schedule (arXiv 2406.04329)."""
+
+    def mask_prob(self, t):
+        return jnp.sin(jnp.pi / 2 * t)
+
+    def alpha(self, t):
+        return 2 * jnp.sin(jnp.pi / 4 * (1 - t)) ** 2
+
+    def dalpha(self, t):
+        return -jnp.pi / 2 * jnp.sin(jnp.pi / 2 * (1 - t))
+
+    def weight(self, t):
+        return jnp.pi / 2 * jnp.sin(jnp.pi / 2 * (1 - t)) / jnp.sin(jnp.pi / 2 * t)
+
+    def inverse(self, mask_prob):
+        return 2 / jnp.pi * jnp.arcsin(mask_prob)
+
+
+@dataclasses.dataclass(frozen=True)
 class Logarithmic:
     """1 - alpha(t) = log(1 + t) / log 2."""
 
@@ -86,10 +106,11 @@ SCHEDULES = {
     "square": Power(2.0),
     "square_root": Power(0.5),
     "logarithmic": Logarithmic(),
+    "sine": Sine(),
 }
 
 
-def get_schedule(name: str) -> Power | Cosine | Logarithmic:
+def get_schedule(name: str) -> Power | Cosine | Sine | Logarithmic:
     """The schedule of that name: a key of SCHEDULES, or `polynomial:3` for 1 - alpha = t**3.
 
     Raises:

@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from bd3lm_jax.sampling.filters import Filters, draw, filter_logits, penalise
-from bd3lm_jax.sampling.steps import Row, Said, Sampler
+from bd3lm_jax.sampling.steps import Plan, Row, Said, Sampler
 
 STOPS = ("length", "end", "entropy")  # by the code in `Progress.stopped`; 0 also means: still writing
+FIRST = 2**32 - 1  # in the place of a step's number: keys a canvas of letters before the first one
 ENTROPY_TOKENS = 256  # the entropy test looks at so many last tokens (BD3-LM section 5.3)
 
 
@@ -137,7 +138,10 @@ def open_block(asked: Asked, request: Request, progress: Progress) -> tuple[Bloc
     given = _cut(settings, request.given, at)
     masked = ~given & ~done(asked, request, progress)[:, None]
     zeros = jnp.zeros_like(progress.nfe)
-    block = Block(_cut(settings, progress.tokens, at), masked, masked.any(-1), jnp.ones(masked.shape),
+    canvas = _cut(settings, progress.tokens, at)
+    if asked.sampler.redraw is not None:
+        canvas = jnp.where(masked, _random_letters(request, at, canvas.shape[1]), canvas)
+    block = Block(canvas, masked, masked.any(-1), jnp.ones(masked.shape),
                   jnp.ones(zeros.shape), zeros, progress.nfe, jnp.zeros((), jnp.int32))
     before = _cut(settings, progress.tokens, jnp.maximum(at - 1, 0))
     finished = Finished(before, jnp.broadcast_to(at > 0, before.shape))
@@ -187,12 +191,12 @@ def _step(asked: Asked, request: Request, progress: Progress, block: Block, fini
 
     def ask(cache):
         logits, cache = asked.denoise(block.canvas, progress.block, finished, positions, level, cache)
-        return _draw(asked, request, progress, block, draw_keys, positions, logits), cache
+        return _draw(asked, request, progress, block, draw_keys, plan, positions, logits), cache
 
     if finished is None and not sampler.single:  # a step that reveals nothing needs no network
-        nothing = jnp.zeros(positions.shape)
+        nothing = Said(*[jnp.zeros(positions.shape)] * (5 if sampler.scores else 3))
         drawn, said = jax.lax.cond(plan.reveal.any(), lambda: ask(cache)[0],
-                                   lambda: (jnp.zeros_like(positions), Said(nothing, nothing, nothing)))
+                                   lambda: (jnp.zeros_like(positions), nothing))
     else:
         (drawn, said), cache = ask(cache)
     places = jnp.arange(positions.shape[0])[:, None], positions
@@ -204,23 +208,32 @@ def _step(asked: Asked, request: Request, progress: Progress, block: Block, fini
     canvas = jnp.where(shown, block.canvas.at[places].set(drawn), block.canvas)
     masked = (block.masked & ~shown) | plan.remask
     same = (_window(settings, masked) == window).all(-1)  # a new window starts its clock anew
-    return Block(jnp.where(plan.remask, settings.mask_id, canvas), masked, block.open,
+    if sampler.redraw is None:
+        canvas = jnp.where(plan.remask, settings.mask_id, canvas)
+    return Block(canvas, masked, block.open,
                  jnp.where(shown, said.confidence, block.confidence), jnp.where(same, plan.next_level, 1.0),
                  jnp.where(same, block.index + 1, 0), block.nfe + plan.reveal.any(-1), block.calls + 1), cache
 
 
-def _draw(asked: Asked, request: Request, progress: Progress, block: Block, keys_B, positions_BxP, logits_BxPxV):
+def _draw(asked: Asked, request: Request, progress: Progress, block: Block, keys_B, plan: Plan, positions_BxP,
+          logits_BxPxV):
     """A token for every asked position, its noise keyed by the position, and what the network said of it."""
     settings = asked.settings
     vocab = jnp.arange(logits_BxPxV.shape[-1])
     at = progress.block * settings.block_size + positions_BxP
     too_early = (at < request.earliest_end[:, None])[..., None] & (vocab == settings.end_id)
     logits = jnp.where(request.forbidden | too_early, -jnp.inf, logits_BxPxV.astype(jnp.float32))
+    log_total = jax.nn.logsumexp(logits, axis=-1) - jnp.log(vocab.shape[0] - 1)
     if settings.filters.repetition_penalty != 1:
         logits = penalise(logits, _seen(asked, request, progress, block, vocab)[:, None],
                           settings.filters.repetition_penalty)
     flat = logits.reshape(-1, logits.shape[-1])
     filtered = filter_logits(flat, settings.filters).reshape(logits.shape)
+    if asked.sampler.redraw is not None:
+        here = jnp.take_along_axis(block.canvas, positions_BxP, axis=1)
+        one_row = jax.vmap(asked.sampler.redraw, (0, 0, None, None, None))
+        filtered = jax.vmap(one_row, (0, 0, None, 0, 0))(filtered, here, ~request.forbidden, plan.level,
+                                                         plan.next_level)
     keys = jax.vmap(lambda key, at: jax.vmap(lambda p: jax.random.fold_in(key, p))(at))(keys_B, positions_BxP)
     if settings.draw_all is None:
         drawn = draw(keys.reshape(-1), filtered.reshape(flat.shape)).reshape(positions_BxP.shape)
@@ -230,7 +243,20 @@ def _draw(asked: Asked, request: Request, progress: Progress, block: Block, keys
         drawn = settings.draw_all(request.constraint, progress.state, keys, filtered, logits, *known)
         if asked.sampler.choose is not None:
             logits = request.constraint.marginals(progress.state, logits, *known)
-    return drawn, _said(logits, drawn, asked.sampler.choose is not None)
+    said = _said(logits, drawn, asked.sampler.choose is not None)
+    if asked.sampler.scores:
+        coin = jax.vmap(jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1))))(keys)
+        said = said._replace(log_total=log_total, coin=coin)
+    return drawn, said
+
+
+def _random_letters(request: Request, block, size: int):
+    """What a canvas of letters shows before anything is known `[B, S]`."""
+    def row(key):
+        key = jax.random.fold_in(jax.random.fold_in(key, block), FIRST)
+        keys = jax.vmap(lambda p: jax.random.fold_in(key, p))(jnp.arange(size))
+        return draw(keys, jnp.where(request.forbidden, -jnp.inf, jnp.zeros((size, 1))))
+    return jax.vmap(row)(request.keys)
 
 
 def _said(logits_BxPxV, drawn_BxP, everything: bool) -> Said:

@@ -6,6 +6,7 @@ the network says. Each is a pure function of one row. Adding a sampler = one fun
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import jax
@@ -39,11 +40,15 @@ class Plan(NamedTuple):
 
 class Said(NamedTuple):
     """What the network said of each position `[S]`: probability of the token that was drawn, difference between the
-    two likeliest tokens' probabilities, entropy in nats. Of its own law: before temperature and filters."""
+    two likeliest tokens' probabilities, entropy in nats. Of its own law: before temperature and filters. Only for
+    samplers that need log scores: log of the total of the tokens' scores times expm1(sigma) (0 for probabilities), and
+    a random number in [0, 1) for a choice."""
 
     confidence: jax.Array
     margin: jax.Array
     entropy: jax.Array
+    log_total: jax.Array | None = None
+    coin: jax.Array | None = None
 
 
 class Planner(Protocol):
@@ -187,6 +192,40 @@ def entropy_bound(row: Row, planned, said: Said, steps: int, threshold):
     return planned & ((before <= threshold) | (rank == 0))
 
 
+def every_mask_of_grid(key, row: Row, steps: int, threshold) -> Plan:
+    """All masked positions are candidates, on a grid of mask probabilities from 1 to 0."""
+    t, s = uniform_grid(row.index / steps), uniform_grid((row.index + 1) / steps)
+    return Plan(row.masked, jnp.zeros_like(row.masked), t, s)
+
+
+def analytic(row: Row, planned, said: Said, steps: int, threshold):
+    """SEDD's analytic step (Tweedie, arXiv 2310.16834, section 4.2): the staggered score times the transition reveals a
+    mask with probability min(1, (e^dsigma - 1) sum_y s_y), as token y in proportion to s_y; the last step denoises.
+
+    From mask probability t to s that is (t - s) / t times the total of the scores over the exact ones' alpha_t / t.
+    """
+    t, s = uniform_grid(row.index / steps), uniform_grid((row.index + 1) / steps)
+    return planned & ((row.index >= steps - 1) | (said.coin < (t - s) / t * jnp.exp(said.log_total)))
+
+
+def every_letter(key, row: Row, steps: int, threshold) -> Plan:
+    """All positions are redrawn in every step, on a grid from all noise to none."""
+    t, s = uniform_grid(row.index / steps), uniform_grid((row.index + 1) / steps)
+    last = row.index >= steps - 1
+    return Plan(row.masked, row.masked & ~last, t, jnp.where(last, 0.0, s))
+
+
+def uniform_posterior(logits_V, token, letters_V, t, s):
+    """Log-law of a token at noise level s given its letter at t, in uniform-state diffusion with x0 ~ p, the network's
+    (D3PM, arXiv 2107.03006; DUO, 2506.10892): q(x_s = j | x_t, p) ~ q(x_t | x_s = j) (alpha_s p_j + (1 - alpha_s) / N).
+
+    letters_V bool: the N ids that may be drawn.
+    """
+    count, keep = letters_V.sum(), (1 - t) / (1 - s)
+    reached_V = keep * (jnp.arange(logits_V.shape[0]) == token) + (1 - keep) / count
+    return jnp.where(letters_V, jnp.log(reached_V * ((1 - s) * jax.nn.softmax(logits_V) + s / count)), -jnp.inf)
+
+
 def _rank(score_S, planned_S):
     """Place of each planned position by falling score, from 0; ties go to the left; the others come last."""
     order = jnp.argsort(jnp.where(planned_S, -score_S, jnp.inf), stable=True)
@@ -196,7 +235,10 @@ def _rank(score_S, planned_S):
 class Sampler(NamedTuple):
     """choose: None reveals all that is planned. single: every step reveals one token, so the network's head runs on
     one position a row. rewrites: written tokens may change until the last of `steps`. steps: what is usual, 0: one a
-    position of the window. threshold: what is usual."""
+    position of the window. threshold: what is usual. scores: needs a network that gives log scores.
+    redraw: None for samplers that write in the place of masks; else the canvas shows letters only, random ones at
+    first, planned positions that are masked again keep theirs, and `redraw(logits [V], letter, allowed [V], level,
+    next level)` gives the log-law of the next one."""
 
     plan: Planner
     choose: Chooser | None = None
@@ -204,6 +246,8 @@ class Sampler(NamedTuple):
     rewrites: bool = False
     steps: int = 0
     threshold: float = 0.0
+    scores: bool = False
+    redraw: Callable | None = None
 
 
 def _by(order) -> Sampler:
@@ -218,6 +262,7 @@ SAMPLERS = {
     "first_hitting": Sampler(first_hitting, single=True),
     "ancestral": Sampler(functools.partial(ancestral, uniform_grid), steps=1000),
     "ancestral_cosine": Sampler(functools.partial(ancestral, cosine_grid), steps=1000),
+    "analytic": Sampler(every_mask_of_grid, analytic, steps=1000, scores=True),
     "confidence": _by(lambda said: said.confidence),
     "margin": _by(lambda said: said.margin),
     "entropy": _by(lambda said: -said.entropy),
@@ -228,5 +273,6 @@ SAMPLERS = {
     "remdm_rescale": _remdm(rescaled, 0.05),
     "remdm_confidence": _remdm(by_confidence, 1.0),
     "remdm_loop": _remdm(looped, 0.02, loop_grid),
+    "uniform": Sampler(every_letter, steps=1000, redraw=uniform_posterior),
     "iterative": Sampler(iterative, rewrites=True, steps=10),
 }

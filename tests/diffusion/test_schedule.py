@@ -17,6 +17,7 @@ MASK_PROB = {  # written from the definitions, in float64
     "square": lambda t: t**2,
     "square_root": lambda t: np.sqrt(t),
     "logarithmic": lambda t: np.log(1 + t) / np.log(2),
+    "sine": lambda t: 1 - (1 - np.cos(np.pi / 2 * (1 - t))),  # MD4's alpha
     "polynomial:3": lambda t: t**3,
     "polynomial:1.5": lambda t: t**1.5,
 }

@@ -1,0 +1,54 @@
+"""Tokens noised independently of each other at a random time of their block: the draws that many objectives share."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bd3lm_jax.diffusion.masked import MASK_PROB_MAX
+from bd3lm_jax.diffusion.noised import Noised
+from bd3lm_jax.diffusion.schedule import stratified_uniform
+from bd3lm_jax.errors import UserError
+
+
+class Draw(NamedTuple):
+    """time_BxMxK in (0, 1), stratified over all rows, views and blocks; order_BxMxL in [0, 1) decides on each token."""
+
+    time_BxMxK: jax.Array
+    order_BxMxL: jax.Array
+
+
+def draw(key: jax.Array, shape: tuple[int, int], views: int, block_size: int) -> Draw:
+    """The random numbers of `views` noised views of a batch of `shape` [B, L].
+
+    Raises UserError if the block size does not divide L, or `views` is not positive.
+    """
+    batch, length = shape
+    if views < 1:
+        raise UserError(f"views is {views}, expected at least 1 noised view of each row")
+    if length % block_size:
+        raise UserError(f"length {length} is not a multiple of diffusion.block_size={block_size}: pad the rows to "
+                        f"{-(-length // block_size) * block_size} tokens")
+    time_key, order_key = jax.random.split(key)
+    return Draw(stratified_uniform(time_key, (batch, views, length // block_size)),
+                jax.random.uniform(order_key, (batch, views, length)))
+
+
+def masked_views(order_BxMxL: jax.Array, prob_BxMxn: jax.Array, weight_BxMxn: jax.Array, sigma_BxMxK: jax.Array,
+                 x0_BxL: jax.Array, segment_BxL: jax.Array, mask_id: int) -> Noised:
+    """Every token of a document masked with its probability. prob and weight: of each n-th part of the row."""
+    prob_BxMxL, weight_BxMxL = (per_token(x, x0_BxL.shape[1]) for x in (prob_BxMxn, weight_BxMxn))
+    masked_BxMxL = (order_BxMxL < prob_BxMxL) & (segment_BxL != 0)[:, None]
+    return Noised(xt_BxMxL=jnp.where(masked_BxMxL, mask_id, x0_BxL[:, None]).astype(jnp.int32),
+                  weight_BxMxL=jnp.where(masked_BxMxL, weight_BxMxL, 0), sigma_BxMxK=sigma_BxMxK,
+                  capacity=x0_BxL.shape[1])
+
+
+def per_token(x_BxMxn: jax.Array, length: int) -> jax.Array:
+    """A number of each n-th part of a row, at every token `[B, M, L]`."""
+    return jnp.repeat(x_BxMxn, length // x_BxMxn.shape[-1], axis=-1)
+
+
+def level(mask_prob: jax.Array) -> jax.Array:
+    """Noise level sigma = -log(alpha) of a mask probability, finite."""
+    return -jnp.log1p(-jnp.minimum(mask_prob, MASK_PROB_MAX))

@@ -1,0 +1,27 @@
+"""Which samplers fit which objectives."""
+
+from typing import Any
+
+from bd3lm_jax.diffusion.objective import Objective
+from bd3lm_jax.errors import UserError
+from bd3lm_jax.sampling import SAMPLERS
+
+
+def check_fit(objective: Objective, options: Any) -> None:
+    """UserError unless the sampler of the options (`generation.Options`) asks what networks of this objective say."""
+    name, sampler = options.sampler, SAMPLERS[options.sampler]
+    if not objective.writes:
+        raise UserError(f"a model of kind '{objective.kind}' predicts no masked tokens and no sampler fits it: it "
+                        "writes no texts, only its likelihood is known (eval)")
+    if objective.causal and name != "first_hitting":
+        raise UserError(f"sampler '{name}' is for masked diffusion: an autoregressive model uses first_hitting")
+    if sampler.scores and not objective.scores:
+        raise UserError(f"sampler '{name}' needs the log scores of an SEDD model, this one is of kind "
+                        f"'{objective.kind}': use ancestral")
+    redraws = sampler.redraw is not None
+    if redraws != objective.redraws:
+        does, use = ("redraws letters", "ancestral") if redraws else ("reveals masks", "uniform")
+        raise UserError(f"sampler '{name}' {does}, which a model of kind '{objective.kind}' never sees: use {use}")
+    if redraws and (options.constraint is not None or options.guidance or options.block_size is not None):
+        raise UserError(f"sampler '{name}' redraws the whole block without masks: leave constraint, guidance and "
+                        "block_size out")

@@ -1,0 +1,84 @@
+"""The sampler of uniform-state diffusion: its law after every step against transitions written from Bayes' rule."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+from toy_blocks import QUICK, make_request, row_keys, settings
+from toy_lm import MASK as LM_MASK
+from toy_lm import make_lm
+
+from bd3lm_jax.diffusion import Uniform
+from bd3lm_jax.sampling import SAMPLERS, Asked, start
+from bd3lm_jax.sampling.generate import open_block, reveal
+
+KINDS, SIZE, STEPS = 3, 2, 3  # ids 0, 1, 2 and the mask, 3
+TABLE = np.random.default_rng(2).normal(size=(SIZE, KINDS, KINDS)) * 1.5
+
+
+def probabilities(place, other, level):
+    """What the network says of x0 at a place, given the other letter."""
+    odds = np.exp(TABLE[place, other] * (1.5 - level))
+    return odds / odds.sum()
+
+
+def network(canvas_BxS, block, finished, positions_BxP, level_B, cache):
+    other = jnp.take_along_axis(canvas_BxS, 1 - positions_BxP, axis=1)
+    logits = jnp.asarray(TABLE, jnp.float32)[positions_BxP, other] * (1.5 - level_B)[:, None, None]
+    return jnp.pad(logits, ((0, 0), (0, 0), (0, 1)), constant_values=9.0), cache
+
+
+def one_step(z, p_K, alpha_t, alpha_s):
+    """q(x_s | x_t = z, x0 ~ p): over all x0 and x_s, the joint chance of the path to z, normalised."""
+    def jump(alpha):
+        return alpha * np.eye(KINDS) + (1 - alpha) / KINDS
+    return_from = jump(alpha_t / alpha_s)[:, z]
+    law = return_from * (p_K @ jump(alpha_s))
+    return law / law.sum()
+
+
+def laws():
+    law, found = {z: KINDS**-SIZE for z in itertools.product(range(KINDS), repeat=SIZE)}, []
+    for index in range(STEPS):
+        t, s = 1 - index / STEPS, 1 - (index + 1) / STEPS
+        after = dict.fromkeys(law, 0.0)
+        for z, chance in law.items():
+            rows = [one_step(z[i], probabilities(i, z[1 - i], t), 1 - t, 1 - s) for i in range(SIZE)]
+            for outcome in after:
+                after[outcome] += chance * np.prod([rows[i][outcome[i]] for i in range(SIZE)])
+        law = after
+        found.append(np.array(list(law.values())))
+    return found
+
+
+def blocks(keys_B):
+    """Canvases after every step `[B, STEPS, SIZE]`, and what is still open at the end."""
+    request = make_request(keys_B, SIZE)
+    asked = Asked(network, SAMPLERS["uniform"], settings(STEPS, size=SIZE))
+    progress = start(asked, request, jnp.zeros((keys_B.shape[0], SIZE), int), 0, jnp.zeros(()))
+    block, cache = open_block(asked, request, progress)
+    canvases = [block.canvas]
+    for _ in range(1, STEPS):
+        assert block.masked.shape == (keys_B.shape[0], SIZE)
+        block = reveal(asked, request, progress, block, cache)
+        canvases.append(block.canvas)
+    return jnp.stack(canvases, 1), block.masked
+
+
+def test_law_of_every_step():
+    canvases, masked = jax.jit(blocks, compiler_options=QUICK)(row_keys(8000))
+    assert not np.asarray(masked).any() and np.asarray(canvases).max() < KINDS
+    for step, law in enumerate(laws()):
+        seen = np.bincount(np.asarray(canvases)[:, step] @ [KINDS, 1], minlength=KINDS**SIZE)
+        assert law.sum() > 1 - 1e-9 and stats.chisquare(seen, 8000 * law).pvalue > 1e-3
+
+
+def test_texts_of_a_model():
+    """A prompt stays, nothing is a mask, and a text does not depend on what is written beside it."""
+    lm = make_lm(Uniform(4, LM_MASK + 1, 1e-3))
+    options = dict(length=10, sampler="uniform", steps=4, seed=1)
+    alone, pair = lm.generate([[1, 2]], **options), lm.generate([[1, 2], [5]], **options)
+    assert alone[0] == pair[0] and len(alone[0].tokens) <= 8 and LM_MASK not in alone[0].tokens
+    assert alone[0].nfe <= 12  # four steps a block
