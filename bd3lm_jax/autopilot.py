@@ -48,7 +48,7 @@ def autopilot(workdir: str, *, scorer: str, rounds: int, texts: int) -> dict[str
     scorer: directory of a model with exact likelihood, "" for the model's own bound. texts: of each setting a round.
 
     Returns what it writes to sampling.json, beside plots/sampling.png: {"bench", "quality", "balanced", "speed" (fields
-    of `generation.Options`), "rule", "measured" (a row a setting, see `measure`), "cache" (see `cache_price.price`),
+    of `options.Options`), "rule", "measured" (a row a setting, see `measure`), "cache" (see `cache_price.price`),
     "scorer", "length", "texts", "device", "versions", "wall_s"}. Raises UserError for rounds or texts below 1, a
     directory that cannot be written and a scorer that does not fit.
     """
@@ -77,7 +77,7 @@ def autopilot(workdir: str, *, scorer: str, rounds: int, texts: int) -> dict[str
 
 
 def candidates(lm: LM) -> list[dict[str, Any]]:
-    """Settings that make a difference to this model, the exact sampler first: fields of `generation.Options`."""
+    """Settings that make a difference to this model, the exact sampler first: fields of `options.Options`."""
     size = lm.config.block_size
     if lm.config.diffusion.causal or size == 1:
         return [EXACT]  # one token a call

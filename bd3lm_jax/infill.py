@@ -20,7 +20,8 @@ import numpy as np
 
 from bd3lm_jax import conditional, generation
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.generation import Options, Rows
+from bd3lm_jax.options import Options, check_options
+from bd3lm_jax.prompts import Rows, encode, padded_length
 
 MARKER = re.compile(r"\[MASK(?::(\d+)(?:-(\d+))?)?\]")
 MARKERS = "[MASK], [MASK:5] or [MASK:2-8]"
@@ -98,7 +99,7 @@ def infill(lm, texts: Sequence, options: Options, *, draws: int) -> list[Infill]
 
 def parse(lm, text) -> list[np.ndarray | Hole]:
     """Fixed ids and holes of a text, in order. UserError for what is no text with holes."""
-    ids = None if isinstance(text, str) else generation.encode(lm, text)
+    ids = None if isinstance(text, str) else encode(lm, text)
     if not len(text):
         raise UserError(f"a text is empty, expected one with holes: {MARKERS}")
     if ids is not None:
@@ -122,7 +123,7 @@ def _parse_markers(lm, text: str) -> list[np.ndarray | Hole]:
         if match and fixed.endswith(" "):
             own_space = _tokens_carry_space(lm) if own_space is None else own_space
             fixed = fixed[:-1] if own_space else fixed
-        ids = generation.encode(lm, fixed)
+        ids = encode(lm, fixed)
         if (ids == lm.special.mask).any():
             raise UserError(f"the text {_short(fixed)} encodes to the mask token outside its markers")
         if len(ids):
@@ -151,7 +152,7 @@ def _short(text: str) -> str:
 
 
 def _check(lm, texts, options: Options) -> None:
-    generation.check(lm, options)
+    check_options(lm, options)
     for name in FOREIGN:
         if getattr(options, name) != getattr(Options(), name):
             raise UserError(f"option '{name}' is for texts that are written on: infill has no use for it")
@@ -194,7 +195,7 @@ def _draft(lm, number: int, parts, lengths) -> Draft:
 
 def _rows(lm, drafts: list[Draft]) -> Rows:
     """All but the holes is given, also the masks after the text."""
-    width = generation.padded_length(lm, max(len(draft.ids) for draft in drafts))
+    width = padded_length(lm, max(len(draft.ids) for draft in drafts))
     tokens = np.full((len(drafts), width), lm.special.mask, np.int32)
     given = np.ones(tokens.shape, bool)
     for draft, row, fixed in zip(drafts, tokens, given):

@@ -16,6 +16,7 @@ from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.generation import Sample
 from bd3lm_jax.models import Backbone, trunk
+from bd3lm_jax.options import make_options
 from bd3lm_jax.step import SpecialIds
 
 
@@ -130,11 +131,11 @@ class LM:
         """Write texts of `length` tokens (prompt included), or up to a stop.
 
         prompts: texts or lists of ids, `num` samples of each; None: `num` from nothing. options: fields of
-        `generation.Options` (sampler, temperature, top_k, top_p, steps, threshold, stop, window, seed, ...). Request i
+        `options.Options` (sampler, temperature, top_k, top_p, steps, threshold, stop, window, seed, ...). Request i
         is keyed by (seed, i), whatever else is in the batch.
         """
         self._check_probabilities()
-        return generation.generate(self, prompts, num, length, generation.make_options(**options))
+        return generation.generate(self, prompts, num, length, make_options(**options))
 
     def stream(self, prompt=None, *, length: int, **options) -> Iterator[stream.Committed | stream.Revision]:
         """The text of one prompt while it is written: `Committed(text)` stays, `Revision(text)` is the present block.
@@ -142,12 +143,12 @@ class LM:
         The same tokens as `generate` writes with the same options.
         """
         self._check_probabilities()
-        return stream.watch(self, prompt, length, generation.make_options(**options))
+        return stream.watch(self, prompt, length, make_options(**options))
 
     def infill(self, texts, *, draws: int = 4, **options) -> list[infill.Infill]:
         """Fill `[MASK]`, `[MASK:n]` and `[MASK:a-b]` in texts; see `infill.infill`."""
         self._check_probabilities()
-        return infill.infill(self, texts, generation.make_options(**options), draws=draws)
+        return infill.infill(self, texts, make_options(**options), draws=draws)
 
     def score(self, prompts, continuations, *, estimator: str = "exact_count", draws: int = 4, seed: int = 0,
               greedy: bool = False, batch: int = 16) -> list[conditional.Score]:

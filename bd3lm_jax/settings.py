@@ -16,7 +16,7 @@ OF_SAMPLER = ("steps", "threshold")  # mean something else to another sampler
 
 
 def settings_for(lm: LM, workdir: str, file: str, prefer: str) -> tuple[dict[str, Any], str]:
-    """Fields of `generation.Options`, and where they come from, in words.
+    """Fields of `options.Options`, and where they come from, in words.
 
     file: JSON of such fields, or of an object of them by preference as in FILE; "" for FILE in `workdir` if it is there
     and there is a preference, then PRESETS. prefer: one of PREFERENCES, or "" for none ("balanced" of a file that asks

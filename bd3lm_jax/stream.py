@@ -14,7 +14,9 @@ import numpy as np
 
 from bd3lm_jax import generation
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.generation import Options, Rows, Sample
+from bd3lm_jax.generation import Sample
+from bd3lm_jax.options import Options, check_options
+from bd3lm_jax.prompts import Rows, encode_prompts, prompt_rows
 from bd3lm_jax.sampling import SAMPLERS, STOPS
 from bd3lm_jax.sampling.generate import close_block, open_block, reveal, writing
 
@@ -65,14 +67,14 @@ def stream(lm, prompts: Sequence | None, num: int, length: int, options: Options
     Raises UserError, before the first event, as `generate` does, for more texts, and for a bidirectional model beyond
     its length.
     """
-    generation.check(lm, options)
-    prompts = generation.encode_prompts(lm, prompts, num, length, options.window)
+    check_options(lm, options)
+    prompts = encode_prompts(lm, prompts, num, length, options.window)
     if len(prompts) > generation.ROWS:
         raise UserError(f"{len(prompts)} texts are asked for, expected at most {generation.ROWS} to watch at a time")
     if length > lm.context and lm.config.block_size >= lm.context:
         raise UserError(f"length is {length}: a bidirectional model is watched up to {lm.context} tokens, what it was "
                         "trained on; generate writes longer texts")
-    rows = generation.prompt_rows(lm, prompts, length, options)
+    rows = prompt_rows(lm, prompts, length, options)
     return steps(lm, options, rows, [len(prompt) for prompt in prompts])
 
 

@@ -104,11 +104,11 @@ def main(args: flags.FlagValues) -> dict:
     workdir = required(args, "workdir")
     _check_outputs(args)
     import bd3lm_jax
-    from bd3lm_jax import generation
+    from bd3lm_jax.options import make_options
 
     lm = bd3lm_jax.load(workdir, weights=args.weights)
     chosen, source = _choose(args, lm)
-    length, options = args.length or min(256, lm.context), generation.make_options(**chosen)
+    length, options = args.length or min(256, lm.context), make_options(**chosen)
     start = time.perf_counter()
     if args.animate or args.trace:
         samples = _watch(args, lm, length, options)
@@ -139,7 +139,7 @@ def _check_outputs(args: flags.FlagValues) -> None:
 
 
 def _choose(args: flags.FlagValues, lm) -> tuple[dict, str]:
-    """Fields of `generation.Options`, and where those come from that no flag gives."""
+    """Fields of `options.Options`, and where those come from that no flag gives."""
     from bd3lm_jax import settings
     from bd3lm_jax.errors import UserError
 

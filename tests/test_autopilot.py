@@ -10,9 +10,10 @@ from toy_lm import CONTEXT, LETTERS, make_lm, masked
 from toy_runs import toy_config
 
 import bd3lm_jax
-from bd3lm_jax import autopilot, generation, settings
+from bd3lm_jax import autopilot, settings
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.options import check_options, make_options
 from bd3lm_jax.scorer import Scorer
 
 SWEEP = [autopilot.EXACT, {"sampler": "threshold", "threshold": 0.5}, {"sampler": "threshold", "threshold": 0.05},
@@ -36,7 +37,7 @@ def test_the_model_takes_every_candidate(objective, monkeypatch):
     lm = make_lm(objective, tokenizer=LETTERS)
     found = autopilot.candidates(lm)
     for setting in found:
-        generation.check(lm, generation.make_options(**setting))
+        check_options(lm, make_options(**setting))
     names = [autopilot.name_of(setting) for setting in found]
     assert names[0] == "first_hitting" and len(set(names)) == len(names)
     several = objective.block_size > 1

@@ -5,13 +5,14 @@ import pytest
 from scipy import stats
 from toy_lm import CONTEXT, END, LETTERS, MASK, Letters, make_ids, make_lm, masked
 
-from bd3lm_jax import generation, infill
+from bd3lm_jax import infill
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.options import make_options
 
 
 def fill(lm, texts, draws=2, **options):
-    return infill.infill(lm, texts, generation.make_options(**options), draws=draws)
+    return infill.infill(lm, texts, make_options(**options), draws=draws)
 
 
 def fixed(length, seed=0):

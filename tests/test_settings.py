@@ -5,9 +5,9 @@ import json
 import pytest
 from toy_lm import make_lm, masked
 
-from bd3lm_jax import generation
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.options import check_options, make_options
 from bd3lm_jax.settings import FILE, PREFERENCES, PRESETS, merged, settings_for
 
 MEASURED = {"quality": {"sampler": "first_hitting"}, "balanced": {"sampler": "factor", "threshold": 1.0},
@@ -29,7 +29,7 @@ def test_files_go_before_presets(tmp_path, prefer):
     lm = make_lm(masked(4))
     found, source = settings_for(lm, str(tmp_path), "", prefer)
     assert found == PRESETS[prefer] and "not measured" in source
-    generation.check(lm, generation.make_options(**found))
+    check_options(lm, make_options(**found))
     write(tmp_path / FILE, MEASURED)
     assert settings_for(lm, str(tmp_path), "", prefer)[0] == MEASURED[prefer]
     other = write(tmp_path / "other.json", {prefer: {"temperature": 0.5}})

@@ -176,7 +176,7 @@ def _check_execution(task: Task, allowed: bool) -> list[str]:
 
 def _sampler_settings(sampler: dict[str, Any]) -> dict[str, Any]:
     """All settings of the sampler, also those that were not given. UserError for unknown ones."""
-    from bd3lm_jax.generation import make_options
+    from bd3lm_jax.options import make_options
 
     if taken := OURS & sampler.keys():
         raise UserError(f"sampler holds {', '.join(sorted(taken))}, which the task decides: leave it out")
