@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bd3lm_jax import automaton
+from bd3lm_jax.approximate_cache import ApproximateDenoiser
 from bd3lm_jax.denoise import BlockDenoiser, CausalDenoiser, Guided
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.options import Options, check_options, is_bidirectional
@@ -66,11 +67,12 @@ def _write_batch(lm, options: Options, rows: Rows):
 def _write_rows(lm, options: Options, rows: Rows, turn: int):
     """One pass of the loop over the blocks of the rows; between stretches of blocks a look for stop strings."""
     job = begin(lm, options, rows, turn)
-    progress, blocks = job.progress, rows.tokens.shape[1] // lm.config.block_size
+    size = job.plan.settings.block_size
+    progress, blocks = job.progress, rows.tokens.shape[1] // size
     if not options.stop:
         progress = job.run(progress, blocks)
     else:
-        for until in range(job.first_block, blocks + CHECK_EVERY, max(1, CHECK_EVERY // lm.config.block_size)):
+        for until in range(job.first_block, blocks + CHECK_EVERY, max(1, CHECK_EVERY // size)):
             progress = job.run(progress, min(until, blocks))
             progress = _stop_at_strings(lm, options, rows, progress)
     return tuple(np.asarray(x) for x in (progress.tokens, progress.stopped, progress.nfe))
@@ -124,15 +126,16 @@ class Plan(NamedTuple):
     settings: Settings
     slots: int
     cache_dtype: str
+    approximate_cache: str
     guided: bool
 
 
 def begin(lm, options: Options, rows: Rows, turn: int) -> Job:
     """The rows ready for the loop, prompts in the cache. turn: of a sliding canvas, keys its noise."""
-    size = lm.config.block_size
+    plan = make_plan(lm, options, rows.tokens.shape[1])
+    size = plan.settings.block_size
     wanted = ~rows.given & (np.arange(rows.given.shape[1]) < rows.length[:, None])
     first_block = int(np.argmax(wanted.any(0))) // size
-    plan = make_plan(lm, options, rows.tokens.shape[1])
     denoiser = make_denoiser(lm, plan)
     stored = denoiser.stored_before(first_block)
     origin = -(-max(stored - plan.slots, 0) // size) * size
@@ -155,19 +158,24 @@ def make_plan(lm, options: Options, row_length: int) -> Plan:
     draw_all = None
     if options.constraint is not None:
         draw_all = sample_block if options.temperature else best_block
-    settings = Settings(block_size=size, window=window, steps=options.steps or sampler.steps or window,
-                        filters=options.filters, mask_id=lm.special.mask, end_id=lm.special.end,
+    settings = Settings(block_size=window if options.approximate_cache else size, window=window,
+                        steps=options.steps or sampler.steps or window, filters=options.filters,
+                        mask_id=lm.special.mask, end_id=lm.special.end,
                         min_entropy=options.min_entropy, draw_all=draw_all)
     beginning = lm.config.diffusion.causal and lm.config.diffusion.bos  # takes a slot of its own
     ring = max((lm.context // size - 1) * size, size) + beginning
     slots = min(row_length, ring) if options.window else row_length
-    return Plan(options.sampler, settings, slots, options.cache_dtype, bool(options.guidance))
+    return Plan(options.sampler, settings, slots, options.cache_dtype, options.approximate_cache,
+                bool(options.guidance))
 
 
 def make_denoiser(lm, plan: Plan):
     objective = lm.config.diffusion
     if objective.causal:
         return CausalDenoiser(lm.model, plan.slots, plan.cache_dtype, objective.bos, lm.special.end)
+    if plan.approximate_cache:
+        return ApproximateDenoiser(lm.model, plan.settings.window, plan.slots, plan.approximate_cache,
+                                   plan.settings.mask_id, plan.cache_dtype)
     return BlockDenoiser(lm.model, plan.settings.block_size, plan.slots, plan.cache_dtype)
 
 
@@ -195,7 +203,7 @@ def make_asked(lm, plan: Plan, params, request: Request, guidance) -> Asked:
 
 def _start(lm, plan: Plan, prefill: int, params, request: Request, tokens_BxL, first_block, stored, origin, guidance):
     denoiser = make_denoiser(lm, plan)
-    ids = tokens_BxL
+    ids = jnp.where(request.given, tokens_BxL, plan.settings.mask_id)
     if lm.config.diffusion.causal and lm.config.diffusion.bos:
         ids = jnp.pad(ids, ((0, 0), (1, 0)), constant_values=lm.special.end)
     ids = jax.lax.dynamic_slice_in_dim(ids, origin, prefill, axis=1)

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from bd3lm_jax.approximate_cache import KINDS
 from bd3lm_jax.errors import UserError, lookup, nearest
 from bd3lm_jax.models.trunk import CACHE_DTYPES
 from bd3lm_jax.sampling import SAMPLERS, Filters
@@ -19,7 +20,8 @@ class Options:
     time, left to right; None: all of it. stop: strings that end a text. min_length: new tokens before an end token.
     min_entropy: a text whose last 256 tokens have a lower unigram entropy (nats) is given up; the paper uses 4.
     window: texts may be longer than what the model was trained on (see `denoise.py`; MDLM slides by half its length).
-    cache_dtype: of keys and values, "compute": the network's. guidance: weight of classifier-free guidance; 0: none.
+    cache_dtype: of keys and values, "compute": the network's. approximate_cache: of a bidirectional model, "prefix" or
+    "dual" (see `approximate_cache.py`); "": none. guidance: weight of classifier-free guidance; 0: none.
     constraint: a regular expression, or a JSON schema as a dict, that every new text matches as a whole.
     """
 
@@ -38,6 +40,7 @@ class Options:
     min_entropy: float | None = None
     window: bool = False
     cache_dtype: str = "compute"
+    approximate_cache: str = ""
     guidance: float = 0.0
     constraint: Any = None
     seed: int = 0
@@ -82,6 +85,7 @@ def check_options(lm, options: Options) -> None:
         raise UserError(f"block_size is {options.block_size}, expected {expected}")
     if SAMPLERS[options.sampler].rewrites and options.block_size not in (None, size):
         raise UserError(f"sampler '{options.sampler}' rewrites the whole block: leave block_size out")
+    _check_approximate_cache(lm, options)
     vocab = lm.config.model.vocab_size
     for token in options.forbidden:
         if not 0 <= token < vocab:
@@ -98,6 +102,19 @@ def check_options(lm, options: Options) -> None:
         raise UserError("stop strings need a tokenizer, and this checkpoint has none")
     if any(not text for text in options.stop):
         raise UserError("a stop string is empty, expected at least one character")
+
+
+def _check_approximate_cache(lm, options: Options) -> None:
+    if not options.approximate_cache:
+        return
+    lookup(dict.fromkeys(KINDS), options.approximate_cache, "approximate_cache")
+    if not is_bidirectional(lm):
+        kind = "an autoregressive" if lm.config.diffusion.causal else "a block"
+        raise UserError(f"approximate_cache is for bidirectional models (block size = length): the cache of {kind} "
+                        "model is exact, leave it out")
+    if options.block_size is None:
+        raise UserError("approximate_cache keeps keys and values while a window is written: give its tokens as "
+                        f"block_size, a divisor of {lm.config.block_size}")
 
 
 def is_bidirectional(lm) -> bool:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.options import Options
+from bd3lm_jax.options import Options, is_bidirectional
 
 BUCKET = 64  # rows of tokens and prompts are padded to multiples of this, so that few lengths compile
 
@@ -71,5 +71,5 @@ def prompt_rows(lm, prompts: list[np.ndarray], length: int, options: Options) ->
 
 def padded_length(lm, length: int) -> int:
     """Tokens a row is padded to: whole blocks, few different numbers of them."""
-    unit = lm.config.block_size * max(1, BUCKET // lm.config.block_size)
+    unit = lm.config.block_size * (1 if is_bidirectional(lm) else max(1, BUCKET // lm.config.block_size))
     return -(-length // unit) * unit

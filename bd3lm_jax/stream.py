@@ -112,10 +112,10 @@ def steps(lm, options: Options, rows: Rows, begins: Sequence[int]) -> Iterator[E
     A step brings an event for each row that it changed, and the last step of a block one for every row of it.
     """
     job = generation.begin(lm, options, rows, 0)
-    size, progress, block = lm.config.block_size, job.progress, job.first_block
+    size, progress, block = job.plan.settings.block_size, job.progress, job.first_block
     ask = _programs(lm, job, options)
     tokens, stopped = np.asarray(progress.tokens), np.zeros(len(rows.tokens), np.int32)
-    views = [_View(lm, options, rows, i, begin) for i, begin in enumerate(begins)]
+    views = [_View(lm, options, rows, i, begin, size) for i, begin in enumerate(begins)]
     for view in views:
         yield view.first(block, tokens)
     while (writing := (stopped == 0) & (block * size < rows.length)).any():
@@ -162,20 +162,20 @@ class _Seen(NamedTuple):
 class _View:
     """One row of a batch, as events tell it."""
 
-    def __init__(self, lm, options: Options, rows: Rows, row: int, begin: int):
-        self._lm, self._options, self._row, self._begin = lm, options, row, begin
+    def __init__(self, lm, options: Options, rows: Rows, row: int, begin: int, size: int):
+        self._lm, self._options, self._row, self._begin, self._size = lm, options, row, begin, size
         self._number, self._length = int(rows.number[row]), int(rows.length[row])
         self._calls = 2 if options.guidance else 1
 
     def first(self, block: int, tokens_BxL) -> Event:
-        canvas, end = tokens_BxL[self._row, :self._length], (block + 1) * self._lm.config.block_size
+        canvas, end = tokens_BxL[self._row, :self._length], (block + 1) * self._size
         return Event(self._number, block, 0, 0, canvas.tolist(), [], [], [], 0,
                      *self._texts(canvas[self._begin:end], 0), None)
 
     def event(self, block: int, step: int, before: _Seen, after: _Seen, over: bool, wanted, tokens_BxL,
               stopped: int) -> Event:
         """over: all rows have finished the block. tokens: with all finished blocks, this one as well if it is over."""
-        i, size = self._row, self._lm.config.block_size
+        i, size = self._row, self._size
         start = block * size
         end = min(start + size, self._length)
         inside = wanted[i] & (start + np.arange(size) < end)

@@ -12,7 +12,7 @@ Flags by purpose:
   speed         --prefer --settings or by hand --sampler --steps --threshold --block_size
   choice        --temperature --top_k --top_p --min_p --repetition_penalty --guidance --constraint --json_schema
   ends          --stop --min_length --min_entropy
-  cache         --window --cache_dtype
+  cache         --window --cache_dtype --approximate_cache
   output        --out --animate --trace
 
 Result: samples (text, num_tokens, nfe, stop), tokens_per_s, nfe_per_token, seed, sampler (name and all settings as they
@@ -29,8 +29,8 @@ from absl import flags
 
 TAKES_CONFIG = False
 OPTIONS = ("sampler", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "steps", "threshold",
-           "block_size", "stop", "min_length", "min_entropy", "window", "cache_dtype", "guidance",
-           "constraint", "seed")  # what is given goes to LM.generate
+           "block_size", "stop", "min_length", "min_entropy", "window", "cache_dtype", "approximate_cache",
+           "guidance", "constraint", "seed")  # what is given goes to LM.generate
 
 
 def define(values: flags.FlagValues) -> None:
@@ -92,6 +92,8 @@ def _define_rest(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("window", False, "texts may be longer than what the model was trained on", flag_values=values)
     flags.DEFINE_string("cache_dtype", "compute", "of keys and values: float32, bfloat16, int8, or the network's own",
                         flag_values=values)
+    flags.DEFINE_string("approximate_cache", "", "prefix or dual, of a bidirectional model with --block_size: faster, "
+                        "with keys and values that are out of date", flag_values=values)
     flags.DEFINE_string("out", "", "write the texts to this JSONL file as well", flag_values=values)
     flags.DEFINE_bool("animate", False, "show the texts as they are written", flag_values=values)
     flags.DEFINE_string("trace", "", "write an HTML page that shows how they were written, step by step",
@@ -178,7 +180,7 @@ def _used(lm, options) -> dict:
     plan, values = generation.make_plan(lm, options, lm.context), dataclasses.asdict(options)
     threshold = SAMPLERS[options.sampler].threshold if options.threshold is None else options.threshold
     dtype = jnp.dtype(lm.model.dtype).name if options.cache_dtype == "compute" else options.cache_dtype
-    cached = lm.config.diffusion.causal or lm.config.block_size < lm.context
+    cached = lm.config.diffusion.causal or lm.config.block_size < lm.context or options.approximate_cache
     sizes = {name: cache_price.bytes_per_token(lm, name) for name in cache_price.DTYPES} if cached else None
     values |= {"name": values.pop("sampler"), "steps": plan.settings.steps, "threshold": threshold,
                "block_size": plan.settings.window, "cache_dtype": dtype, "cache_bytes_per_token": sizes}

@@ -10,7 +10,6 @@ from toy_lm import CONTEXT, END, LETTERS, MASK, make_ids, make_lm, masked
 import bd3lm_jax
 from bd3lm_jax import generation, passes
 from bd3lm_jax.diffusion import AR
-from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import trunk
 from bd3lm_jax.options import Options, make_options
 from bd3lm_jax.prompts import BUCKET, Rows, prompt_rows
