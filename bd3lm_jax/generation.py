@@ -74,17 +74,17 @@ def _write_rows(lm, options: Options, rows: Rows, turn: int):
     else:
         for until in range(job.first_block, blocks + CHECK_EVERY, max(1, CHECK_EVERY // size)):
             progress = job.run(progress, min(until, blocks))
-            progress = _stop_at_strings(lm, options, rows, progress)
+            progress = _stop_at_strings(lm, options, rows, progress, size)
     return tuple(np.asarray(x) for x in (progress.tokens, progress.stopped, progress.nfe))
 
 
-def _stop_at_strings(lm, options: Options, rows: Rows, progress: Progress) -> Progress:
-    """Rows whose new text holds a stop string write no more; `finish` cuts them."""
+def _stop_at_strings(lm, options: Options, rows: Rows, progress: Progress, size: int) -> Progress:
+    """Rows whose new text holds a stop string in finished blocks of `size` write no more; `finish` cuts them."""
     tokens, stopped = np.asarray(progress.tokens), np.array(progress.stopped)
     for i in np.flatnonzero((stopped == 0) & (rows.length > 0)):
-        new = tokens[i, :rows.length[i]]
-        new = new[~rows.given[i, :rows.length[i]] & (new != lm.special.mask)]
-        text = lm.tokenizer.decode(new)
+        first = int(np.argmin(rows.given[i]))
+        new = tokens[i, first:min(rows.length[i], int(progress.block) * size)]
+        text = lm.tokenizer.decode(new[new != lm.special.mask])
         if any(string in text for string in options.stop):
             stopped[i] = STOPS.index("end")
     return progress._replace(stopped=jnp.asarray(stopped))

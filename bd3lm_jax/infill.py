@@ -27,7 +27,7 @@ MARKER = re.compile(r"\[MASK(?::(\d+)(?:-(\d+))?)?\]")
 MARKERS = "[MASK], [MASK:5] or [MASK:2-8]"
 MOST_LENGTHS = 64  # combinations of hole lengths of one text
 CRITERION = "log-likelihood in nats (a bound, unless it is exact) of the fixed text after each hole, given all before"
-FOREIGN = ("stop", "min_length", "min_entropy", "window", "constraint")  # options of texts that are written on
+FOREIGN = ("stop", "min_length", "min_entropy", "window", "constraint", "forced")  # of texts that go on
 
 
 class Hole(NamedTuple):
@@ -74,7 +74,8 @@ def infill(lm, texts: Sequence, options: Options, *, draws: int) -> list[Infill]
     texts: with markers `[MASK]` (one token), `[MASK:n]` (n tokens) and `[MASK:a-b]` (a to b tokens), or lists of ids
     in which the mask id stands for one token. Of a range every length is filled, under the same noise, and the best by
     CRITERION is kept; the criterion is estimated with `draws` draws (see `conditional.score`). It is about tokens that
-    all lengths share, so that neither short nor long fills have an advantage by their length. In a hole at the end of
+    all lengths share, under the same masks of these tokens, so that neither short nor long fills have an advantage by
+    their length. In a hole at the end of
     a text an end token may come early; elsewhere none is drawn. Where tokens carry the space before a word, a space
     before a marker is the hole's to write.
 
@@ -230,7 +231,7 @@ def _scores(lm, drafts, filled, members: list[int], draws: int, seed: int) -> di
                 continuations.append(filled[i][start:end])
                 owners.append(i)
     found = conditional.score(lm, prompts, continuations, estimator="exact_count", draws=draws, seed=seed,
-                              greedy=False, batch=generation.ROWS) if owners else []
+                              greedy=False, batch=generation.ROWS, noise=continuations) if owners else []
     scores = dict.fromkeys(members, 0.0)
     for owner, score in zip(owners, found):
         scores[owner] += score.nats

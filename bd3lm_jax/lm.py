@@ -30,6 +30,13 @@ class NLL(NamedTuple):
     total: float
 
 
+class Trained(NamedTuple):
+    """Which checkpoint a model is: the steps it was trained for, and the config's hash."""
+
+    step: int
+    config_sha256: str
+
+
 def load(path: str, weights: str = "ema") -> "LM":
     """The model in `path`: a run directory, or a published checkpoint (config.json + safetensors).
 
@@ -46,17 +53,20 @@ def load(path: str, weights: str = "ema") -> "LM":
     from bd3lm_jax.restore import restore
 
     run = restore(path, weights, "float32", None)
-    return LM(run.config, run.params, run.tokenizer, run.model, run.config.data.length)
+    return LM(run.config, run.params, run.tokenizer, run.model, run.config.data.length,
+              Trained(run.step, run.meta["config_sha256"]))
 
 
 class LM:
     """`config`, `params`, `tokenizer` (None if the checkpoint brings none) and what can be done with them.
 
-    context: the most tokens a row may hold (what the model was trained on).
+    context: the most tokens a row may hold (what the model was trained on). trained: None if it is no run's.
     """
 
-    def __init__(self, config: Config, params: dict, tokenizer: Tokenizer | None, model: Backbone, context: int):
+    def __init__(self, config: Config, params: dict, tokenizer: Tokenizer | None, model: Backbone, context: int,
+                 trained: Trained | None = None):
         self.config, self.params, self.tokenizer, self.model, self.context = config, params, tokenizer, model, context
+        self.trained = trained
 
     @property
     def special(self) -> SpecialIds:

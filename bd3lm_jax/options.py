@@ -23,6 +23,8 @@ class Options:
     cache_dtype: of keys and values, "compute": the network's. approximate_cache: of a bidirectional model, "prefix" or
     "dual" (see `approximate_cache.py`); "": none. guidance: weight of classifier-free guidance; 0: none.
     constraint: a regular expression, or a JSON schema as a dict, that every new text matches as a whole.
+    forced: what stands at places in the text, {place: token id or text}, the prompt counted; or a list of such dicts,
+    one a request. A text does not end before the last of them.
     """
 
     sampler: str = "first_hitting"
@@ -43,6 +45,7 @@ class Options:
     approximate_cache: str = ""
     guidance: float = 0.0
     constraint: Any = None
+    forced: Any = None
     seed: int = 0
 
     @property
@@ -98,6 +101,8 @@ def check_options(lm, options: Options) -> None:
     if options.constraint is not None and options.min_length:
         raise UserError("min_length does not go with a constraint: write the least length into the constraint, e.g. "
                         "'.{20,}'")
+    if options.constraint is not None and options.forced:
+        raise UserError("forced tokens do not go with a constraint: write them into the constraint")
     if options.stop and lm.tokenizer is None:
         raise UserError("stop strings need a tokenizer, and this checkpoint has none")
     if any(not text for text in options.stop):

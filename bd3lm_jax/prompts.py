@@ -1,5 +1,6 @@
 """Prompts as rows of tokens, which the sampling loop fills."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -60,13 +61,52 @@ def encode(lm, text) -> np.ndarray:
 
 
 def prompt_rows(lm, prompts: list[np.ndarray], length: int, options: Options) -> Rows:
-    """One row a prompt, the prompt on the left."""
+    """One row a prompt, the prompt on the left, forced tokens in their places. UserError for forced tokens that have
+    no place in the text."""
     tokens = np.zeros((len(prompts), padded_length(lm, length)), np.int32)
     for row, prompt in zip(tokens, prompts):
         row[:len(prompt)] = prompt
     starts = np.array([len(prompt) for prompt in prompts], np.int32)
-    return Rows(tokens, np.arange(tokens.shape[1]) < starts[:, None], np.full_like(starts, length),
-                starts + options.min_length, np.arange(len(prompts), dtype=np.int32))
+    given, earliest_end = np.arange(tokens.shape[1]) < starts[:, None], starts + options.min_length
+    for i, forced in enumerate(_of_requests(options.forced, len(prompts))):
+        for place, token in _forced_tokens(lm, forced, len(prompts[i]), length).items():
+            tokens[i, place], given[i, place] = token, True
+            earliest_end[i] = max(earliest_end[i], place + 1)
+    return Rows(tokens, given, np.full_like(starts, length), earliest_end, np.arange(len(prompts), dtype=np.int32))
+
+
+def _of_requests(forced, count: int) -> list[Mapping]:
+    """Forced tokens of each request."""
+    if forced is None or isinstance(forced, Mapping):
+        return [forced or {}] * count
+    if not isinstance(forced, (list, tuple)) or len(forced) != count:
+        raise UserError(f"forced is {forced!r}, expected {{place: token id or text}}, or a list of {count} such dicts, "
+                        "one a request")
+    return [one or {} for one in forced]
+
+
+def _forced_tokens(lm, forced: Mapping, prompt: int, length: int) -> dict[int, int]:
+    """Ids by place; a text takes as many places as it has tokens."""
+    found, vocab = {}, lm.config.model.vocab_size
+    for place, what in forced.items():
+        try:
+            first = int(place)
+        except (TypeError, ValueError):
+            raise UserError(f"forced place {place!r} is no number, expected {prompt} to {length - 1}") from None
+        ids = encode(lm, what).tolist() if isinstance(what, str) else [what]
+        if not ids:
+            raise UserError(f"the text forced at place {first} is empty, expected at least one token")
+        for at, token in enumerate(ids, first):
+            if not prompt <= at < length:
+                raise UserError(f"a token is forced at place {at}, expected {prompt} to {length - 1}: after the prompt "
+                                f"and within length {length}")
+            if not isinstance(token, (int, np.integer)) or not 0 <= token < vocab:
+                raise UserError(f"{token!r} is forced at place {at}, expected a text or a token id 0 to {vocab - 1}")
+            if token == lm.special.mask:
+                raise UserError(f"the mask token {token} is forced at place {at}, and is never part of a text")
+            if found.setdefault(at, token) != token:
+                raise UserError(f"tokens {found[at]} and {token} are both forced at place {at}, expected one")
+    return found
 
 
 def padded_length(lm, length: int) -> int:

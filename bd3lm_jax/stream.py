@@ -121,6 +121,7 @@ def steps(lm, options: Options, rows: Rows, begins: Sequence[int]) -> Iterator[E
     while (writing := (stopped == 0) & (block * size < rows.length)).any():
         here = np.s_[:, block * size:(block + 1) * size]
         wanted = ~rows.given[here] & writing[:, None]
+        shown = np.flatnonzero(writing & ((block + 1) * size > np.asarray(begins)))  # also where all is forced
         before = _Seen(tokens[here], wanted, np.ones(wanted.shape), None)
         for step, (opened, cache) in enumerate(_calls(job, ask, progress), 1):
             after = _Seen(*jax.device_get((opened.canvas, opened.masked, opened.confidence, opened.nfe)))
@@ -129,7 +130,7 @@ def steps(lm, options: Options, rows: Rows, begins: Sequence[int]) -> Iterator[E
                 progress = ask.close(progress, opened, cache)
                 tokens = np.asarray(progress.tokens)
                 progress, stopped = _stop_at_strings(lm, options, rows, begins, progress, (block + 1) * size)
-            for i in np.flatnonzero(wanted.any(1)):
+            for i in shown:
                 event = views[i].event(block, step, before, after, over, wanted, tokens, stopped[i])
                 if event.revealed or event.remasked or over:
                     yield event

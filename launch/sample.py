@@ -11,6 +11,7 @@ Flags by purpose:
   what          --workdir --weights --num --length --prompt --seed
   speed         --prefer --settings or by hand --sampler --steps --threshold --block_size
   choice        --temperature --top_k --top_p --min_p --repetition_penalty --guidance --constraint --json_schema
+                --forced
   ends          --stop --min_length --min_entropy
   cache         --window --cache_dtype --approximate_cache
   output        --out --animate --trace
@@ -82,6 +83,8 @@ def _define_choice(values: flags.FlagValues) -> None:
     flags.DEFINE_string("constraint", None, "a regular expression that each new text matches as a whole",
                         flag_values=values)
     flags.DEFINE_string("json_schema", "", "a JSON schema (file) that each new text satisfies", flag_values=values)
+    flags.DEFINE_multi_string("forced", None, "PLACE:TEXT, what stands at a place of every text; the first token of "
+                              "the prompt has place 0", flag_values=values)
 
 
 def _define_rest(values: flags.FlagValues) -> None:
@@ -150,8 +153,23 @@ def _choose(args: flags.FlagValues, lm) -> tuple[dict, str]:
         if args.constraint is not None:
             raise UserError("--constraint and --json_schema are two constraints: give one of them")
         given["constraint"] = settings.read_object(args.json_schema)
+    if args.forced:
+        given["forced"] = _forced(args.forced)
     chosen, source = settings.settings_for(lm, args.workdir, args.settings, args.prefer or "")
     return {"seed": args.seed, **settings.merged(chosen, given)}, source
+
+
+def _forced(words: list[str]) -> dict[str, str]:
+    """["12: said"] -> {"12": " said"}"""
+    from bd3lm_jax.errors import UserError
+
+    found = {}
+    for word in words:
+        place, colon, text = word.partition(":")
+        if not colon or not text or place in found:
+            raise UserError(f"--forced={word}: expected PLACE:TEXT, each place once, e.g. --forced='12: said'")
+        found[place] = text
+    return found
 
 
 def _watch(args: flags.FlagValues, lm, length: int, options) -> list:

@@ -13,6 +13,7 @@ import bd3lm_jax
 from bd3lm_jax import autopilot, settings
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.lm import Trained
 from bd3lm_jax.options import check_options, make_options
 from bd3lm_jax.scorer import Scorer
 
@@ -20,10 +21,10 @@ SWEEP = [autopilot.EXACT, {"sampler": "threshold", "threshold": 0.5}, {"sampler"
          {"sampler": "confidence", "steps": 2}]
 
 
-def fresh(objective):
+def fresh(objective, trained=None):
     """A model that has compiled nothing yet."""
     lm = make_lm(objective, tokenizer=LETTERS)
-    return bd3lm_jax.LM(lm.config, lm.params, lm.tokenizer, lm.model, lm.context)
+    return bd3lm_jax.LM(lm.config, lm.params, lm.tokenizer, lm.model, lm.context, trained)
 
 
 def row(name, ppl, tokens_per_call, entropy=4.0, mean_length=100.0):
@@ -95,7 +96,7 @@ def test_recommendations():
 
 @pytest.mark.parametrize("scored", [True, False])
 def test_the_file_is_what_sample_reads(tmp_path, monkeypatch, scored):
-    lm, judge = make_lm(masked(4), tokenizer=LETTERS), make_lm(AR(bos=True), tokenizer=LETTERS)
+    lm, judge = fresh(masked(4), Trained(9, "abc")), make_lm(AR(bos=True), tokenizer=LETTERS)
     monkeypatch.setattr(autopilot, "load", lambda path: judge if path == "judge" else lm)
     monkeypatch.setattr(autopilot, "prepare", lambda *arguments: None)
     monkeypatch.setattr(autopilot.cache_price, "price", lambda *arguments, seed: [])
@@ -104,6 +105,7 @@ def test_the_file_is_what_sample_reads(tmp_path, monkeypatch, scored):
     result = autopilot.autopilot(str(tmp_path), scorer="judge" * scored, rounds=1, texts=2)
     written = json.loads((tmp_path / "sampling.json").read_text())
     assert written.keys() == result.keys() and len(written["measured"]) == 1
+    assert (written["step"], written["config_sha256"]) == (9, "abc")
     assert written["scorer"] == ("judge" if scored else None)
     assert ("gen_ppl" in written["measured"][0]) == scored != ("self_nll" in written["measured"][0])
     assert (tmp_path / "plots" / "sampling.png").stat().st_size > 1000
