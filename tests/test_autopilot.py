@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from toy_lm import CONTEXT, LETTERS, make_lm, masked
-from toy_runs import toy_config
+from toy_runs import toy_config, write_text
 
 import bd3lm_jax
 from bd3lm_jax import autopilot, settings
@@ -16,6 +16,8 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.lm import Trained
 from bd3lm_jax.options import check_options, make_options
 from bd3lm_jax.scorer import Scorer
+from bd3lm_jax.train import train
+from launch.__main__ import main
 
 SWEEP = [autopilot.EXACT, {"sampler": "threshold", "threshold": 0.5}, {"sampler": "threshold", "threshold": 0.05},
          {"sampler": "confidence", "steps": 2}]
@@ -119,3 +121,26 @@ def test_what_cannot_be_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(autopilot, "load", lambda path: make_lm())
     with pytest.raises(UserError, match="has no tokenizer"):
         autopilot.autopilot(str(tmp_path), scorer="", rounds=1, texts=1)
+
+
+@pytest.mark.ci_slow
+def test_a_bidirectional_model_from_training_to_its_settings(tmp_path, capsys):
+    """All settings of a model of block size = length, short windows among them; `sample` then takes what was found."""
+    write_text(tmp_path / "text.txt", 200)
+    run, length = tmp_path / "run", 2 * autopilot.SHORT_BLOCK
+    train(toy_config(tmp_path, {"data.length": length, "eval.sample_length": length, "train.steps": 2,
+                                "diffusion.block_size": length}), str(run))
+    assert main(["bench", "sampling", f"--workdir={run}", "--rounds=1", "--texts=2"]) == 0
+    written = json.loads((run / "sampling.json").read_text())
+    windows = [line for line in written["measured"] if line["settings"].get("block_size") == autopilot.SHORT_BLOCK]
+    assert {line["settings"]["sampler"] for line in windows} == {"first_hitting", "threshold", "confidence"}
+    two, = (line for line in windows if line["settings"]["sampler"] == "confidence")
+    assert two["tokens_per_call"] == 2 and (written["step"], written["length"]) == (2, length)
+    assert written["cache"] == [], "there is no exact cache to make smaller"
+    for name in settings.PREFERENCES:
+        capsys.readouterr()
+        assert main(["sample", f"--workdir={run}", "--num=1", f"--length={length}", f"--prefer={name}"]) == 0
+        used = json.loads(capsys.readouterr().out)["sampler"]
+        expected = {"name": written[name]["sampler"], **{key: value for key, value in written[name].items()
+                                                         if key != "sampler"}}
+        assert {key: used[key] for key in expected} == expected

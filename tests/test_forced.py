@@ -42,7 +42,7 @@ def count(samples, *places):
 def test_the_law_beside_a_forced_token(size):
     """Two tokens between a prompt and a forced token, in either order with equal probability: all 11 x 11 outcomes,
     from the raw logits. A block of 4 holds a token of the prompt, the two and the forced one."""
-    lm, prompt, forced = make_lm(masked(size)), [1, 7, 2, 4, 9], 6
+    lm, prompt, forced = make_lm(masked(size), tokenizer=LETTERS), [1, 7, 2, 4, 9], 6
     rows = [[MASK, MASK], *([token, MASK] for token in range(MASK)), *([MASK, token] for token in range(MASK))]
     length = 8 if size == 4 else CONTEXT
     canvas = np.full((len(rows), length), MASK)
@@ -62,7 +62,7 @@ def test_the_law_beside_a_forced_token(size):
 
 def test_the_law_around_a_forced_token_of_an_autoregressive_model():
     """Written as it is: the token before it does not know, the one after it does."""
-    lm, forced = make_lm(AR(bos=True)), 6
+    lm, forced = make_lm(AR(bos=True), tokenizer=LETTERS), 6
     rows = np.array([[END, 1, x, forced] for x in range(MASK)])
     logits = lm.logits(rows)
     law = law_of(logits[0, 1], LETTER)[:, None] * law_of(logits[:, 3], range(MASK))
