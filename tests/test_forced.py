@@ -41,20 +41,20 @@ def count(samples, *places):
 @pytest.mark.parametrize("size", [4, CONTEXT])
 def test_the_law_beside_a_forced_token(size):
     """Two tokens between a prompt and a forced token, in either order with equal probability: all 11 x 11 outcomes,
-    from the raw logits. A block of 4 holds a token of the prompt, the two and the forced one."""
-    lm, prompt, forced = make_lm(masked(size), tokenizer=LETTERS), [1, 7, 2, 4, 9], 6
+    from the raw logits. A block of 4 holds a token of the prompt, the two and the forced one; of a bidirectional model
+    the rest of the canvas is forced as well."""
+    lm, prompt = make_lm(masked(size), tokenizer=LETTERS), [1, 7, 2, 4, 9]
+    forced = [6] if size == 4 else [6, *LETTERS.encode("abcefghijklabcef").tolist()]
     rows = [[MASK, MASK], *([token, MASK] for token in range(MASK)), *([MASK, token] for token in range(MASK))]
-    length = 8 if size == 4 else CONTEXT
-    canvas = np.full((len(rows), length), MASK)
-    canvas[:, :8] = [prompt + row + [forced] for row in rows]
-    seen = np.where(np.arange(length) < 4, canvas, 0)  # the clean stream: the block before
+    canvas = np.array([prompt + row + forced for row in rows])
+    seen = np.where(np.arange(canvas.shape[1]) < 4, canvas, 0)  # the clean stream: the block before
     p = law_of((lm.logits(canvas, seen) if size == 4 else lm.logits(canvas))[:, 5:7], LETTER)
     law = (p[0, 0][:, None] * p[1:1 + MASK, 1] + p[0, 1][None] * p[1 + MASK:, 0].T) / 2
-    samples = lm.generate([prompt], num=TEXTS, length=8, forced={7: forced})
-    assert all(len(sample.tokens) == 3 and sample.tokens[2] == forced for sample in samples)
+    samples = lm.generate([prompt], num=TEXTS, length=canvas.shape[1], forced=dict(enumerate(forced, 7)))
+    assert all(sample.tokens[2:] == forced for sample in samples)
     counts = count(samples, 0, 1)
     assert pvalue(counts, law) > 1e-3
-    canvas[:, 7] = MASK  # as if it were not seen
+    canvas[:, 7:] = MASK  # as if they were not seen
     p = law_of((lm.logits(canvas, seen) if size == 4 else lm.logits(canvas))[:, 5:7], LETTER)
     unseen = (p[0, 0][:, None] * p[1:1 + MASK, 1] + p[0, 1][None] * p[1 + MASK:, 0].T) / 2
     assert pvalue(counts, unseen) < 1e-6, "the test has power"
@@ -114,10 +114,10 @@ def test_a_stop_string_counts_once_it_is_reached():
 def test_watched_texts_with_forced_tokens():
     """Also where a whole block is forced, the last one among them."""
     lm = make_lm(masked(4), tokenizer=LETTERS)
-    options = {"length": 16, "seed": 2, "forced": [{4: "bcef", 12: "fghi"}, {6: 0}]}
-    events = list(stream.stream(lm, ["a", "ab"], 1, options["length"], make_options(**options)))
+    options = {"seed": 2, "forced": [{4: "bcef", 12: "fghi"}, {6: 0}]}
+    events = list(stream.stream(lm, ["a", "ab"], 1, 16, make_options(**options)))
     watched = sorted((event for event in events if event.sample), key=lambda event: event.number)
-    assert [event.sample for event in watched] == lm.generate(["a", "ab"], **options)
+    assert [event.sample for event in watched] == lm.generate(["a", "ab"], length=16, **options)
     assert watched[0].sample.text[3:7] == "bcef" and watched[0].sample.text[11:] == "fghi"
     written = list(itertools.chain(*(event.revealed for event in events if event.number == 0)))
     assert sorted(written) == [1, 2, 3, 8, 9, 10, 11]

@@ -89,7 +89,8 @@ def test_preferences_and_files(capsys, calls, tmp_path):
 
 def test_forced_texts_and_approximate_caches(capsys, calls):
     """Whether they fit the model is for `generate` to say."""
-    used = sample(capsys, "--forced=5:ab", "--forced=9: c:d", "--approximate_cache=dual", "--block_size=4")[1]["sampler"]
+    words = ("--forced=5:ab", "--forced=9: c:d", "--approximate_cache=dual", "--block_size=4")
+    used = sample(capsys, *words)[1]["sampler"]
     assert calls[0]["forced"] == used["forced"] == {"5": "ab", "9": " c:d"}
     assert calls[0]["approximate_cache"] == used["approximate_cache"] == "dual"
     for word in ("--forced=5", "--forced=5:"):
