@@ -48,8 +48,9 @@ def autopilot(workdir: str, *, scorer: str, rounds: int, texts: int) -> dict[str
     scorer: directory of a model with exact likelihood, "" for the model's own bound. texts: of each setting a round.
 
     Returns what it writes to sampling.json, beside plots/sampling.png: {"bench", "quality", "balanced", "speed" (fields
-    of `generation.Options`), "rule", "measured" (a row a setting, see `measure`), "cache" (see `cache_price.price`),
-    "scorer", "length", "texts", "device", "versions", "wall_s"}. Raises UserError for rounds or texts below 1, a
+    of `options.Options`), "rule", "measured" (a row a setting, see `measure`), "cache" (see `cache_price.price`),
+    "scorer", "length", "texts", "step", "config_sha256" (of the checkpoint that was measured), "device", "versions",
+    "wall_s"}. Raises UserError for rounds or texts below 1, a
     directory that cannot be written and a scorer that does not fit.
     """
     began = time.perf_counter()
@@ -67,7 +68,7 @@ def autopilot(workdir: str, *, scorer: str, rounds: int, texts: int) -> dict[str
     rows_of_text = prepare(lm.config.data, "valid", lm.config.block_size, lm.tokenizer)
     result = {"bench": "sampling", **recommend(rows), "rule": RULE, "measured": rows,
               "cache": cache_price.price(lm, rows_of_text, PRICE_ROWS, seed=0), "scorer": scorer or None,
-              "length": length, "texts": texts * rounds, "device": jax.devices()[0].device_kind,
+              "length": length, "texts": texts * rounds, **lm.trained._asdict(), "device": jax.devices()[0].device_kind,
               "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
               "wall_s": time.perf_counter() - began}
     _show(workdir, result)
@@ -77,7 +78,7 @@ def autopilot(workdir: str, *, scorer: str, rounds: int, texts: int) -> dict[str
 
 
 def candidates(lm: LM) -> list[dict[str, Any]]:
-    """Settings that make a difference to this model, the exact sampler first: fields of `generation.Options`."""
+    """Settings that make a difference to this model, the exact sampler first: fields of `options.Options`."""
     size = lm.config.block_size
     if lm.config.diffusion.causal or size == 1:
         return [EXACT]  # one token a call

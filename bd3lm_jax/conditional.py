@@ -84,14 +84,15 @@ class Rows:
 
 
 def score(lm: Any, prompts: Sequence, continuations: Sequence, *, estimator: str, draws: int, seed: int, greedy: bool,
-          batch: int) -> list[Score]:
+          batch: int, noise: Sequence | None = None) -> list[Score]:
     """Log-likelihood of every continuation given its prompt.
 
     prompts, continuations: as many of one as of the other, texts or lists of ids; a prompt may be empty. Texts are
     split into tokens by `encode_pair`. estimator: "exact_count"; "exact" (all masks, S <= 8) has no Monte-Carlo error.
     draws: passes of four noised views, two independent estimates each. greedy: also tell whether greedy decoding (in
     every block the most confident position first) writes the continuation, at the cost of up to S more passes (exact
-    models: none). batch: rows a pass.
+    models: none). batch: rows a pass. noise: a text or ids for each pair; those with the same one
+    share their masks. None: the prompts.
 
     Raises UserError for an empty continuation, a pair longer than the context, a mask token or an id out of range, and
     an empty prompt for an autoregressive model without beginning token.
@@ -99,8 +100,8 @@ def score(lm: Any, prompts: Sequence, continuations: Sequence, *, estimator: str
     if isinstance(prompts, str) or isinstance(continuations, str) or len(prompts) != len(continuations):
         raise UserError("expected a list of prompts and an equally long list of continuations, got "
                         f"{_described(prompts)} and {_described(continuations)}")
-    requests = [_request(lm, prompt, continuation, prompt if len(prompt) else continuation)
-                for prompt, continuation in zip(prompts, continuations)]
+    noise = noise or [prompt if len(prompt) else continuation for prompt, continuation in zip(prompts, continuations)]
+    requests = [_request(lm, *pair) for pair in zip(prompts, continuations, noise, strict=True)]
     return [_score(*found) for found in _measure(lm, requests, estimator, draws, seed, greedy, batch)]
 
 

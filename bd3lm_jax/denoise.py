@@ -45,20 +45,15 @@ class BlockDenoiser(NamedTuple):
         size, start = self.block_size, block * self.block_size
         position = jnp.broadcast_to(start + jnp.arange(size), canvas_BxS.shape)
         ones = jnp.ones_like(position)
-        noised = Stream(canvas_BxS[:, None], position, ones * block, ones, self._sigma(level_B))
+        sigma = sigma_of(self.model, level_B, self.sigma_max)
+        noised = Stream(canvas_BxS[:, None], position, ones * block, ones, None if sigma is None else sigma[:, None])
         clean = None
         if finished is not None:
             before = jnp.maximum(position - size, 0)
             clean = Stream(finished.ids, before, before // size, finished.real.astype(jnp.int32))
         h, cache = _ask(self, params, noised, clean, cache, start - size, "block_causal", size)
         h = jnp.take_along_axis(h[:, 0], positions_BxP[..., None], axis=1)
-        sigma = self._sigma(level_B)
-        return trunk.logits(self.model, params, h, None if sigma is None else sigma[:, 0]), cache
-
-    def _sigma(self, level_B):
-        if not trunk.takes_level(self.model.config):
-            return None
-        return jnp.minimum(-jnp.log1p(-jnp.minimum(level_B, 1 - 1e-6)), self.sigma_max)[:, None, None]
+        return trunk.logits(self.model, params, h, sigma), cache
 
 
 class CausalDenoiser(NamedTuple):
@@ -146,6 +141,13 @@ class Guided(NamedTuple):
                                      jnp.concatenate([level_B] * 2), cache)
         conditional, without = jnp.split(logits, 2)
         return without + (1 + self.weight) * (conditional - without), cache
+
+
+def sigma_of(model: Backbone, level_B, sigma_max: float):
+    """What a network is told of a mask probability, -log(alpha) `[B, 1]`; None for one that takes no level."""
+    if not trunk.takes_level(model.config):
+        return None
+    return jnp.minimum(-jnp.log1p(-jnp.minimum(level_B, 1 - 1e-6)), sigma_max)[:, None]
 
 
 def _store(denoiser, params, ids_BxN, real_BxN, origin, block_size: int, rule: str) -> Cache:

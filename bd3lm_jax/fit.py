@@ -8,7 +8,7 @@ from bd3lm_jax.sampling import SAMPLERS
 
 
 def check_fit(objective: Objective, options: Any) -> None:
-    """UserError unless the sampler of the options (`generation.Options`) asks what networks of this objective say."""
+    """UserError unless the sampler of the options (`options.Options`) asks what networks of this objective say."""
     name, sampler = options.sampler, SAMPLERS[options.sampler]
     if not objective.writes:
         raise UserError(f"a model of kind '{objective.kind}' predicts no masked tokens and no sampler fits it: it "

@@ -20,13 +20,14 @@ import numpy as np
 
 from bd3lm_jax import conditional, generation
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.generation import Options, Rows
+from bd3lm_jax.options import Options, check_options
+from bd3lm_jax.prompts import Rows, encode, padded_length
 
 MARKER = re.compile(r"\[MASK(?::(\d+)(?:-(\d+))?)?\]")
 MARKERS = "[MASK], [MASK:5] or [MASK:2-8]"
 MOST_LENGTHS = 64  # combinations of hole lengths of one text
 CRITERION = "log-likelihood in nats (a bound, unless it is exact) of the fixed text after each hole, given all before"
-FOREIGN = ("stop", "min_length", "min_entropy", "window", "constraint")  # options of texts that are written on
+FOREIGN = ("stop", "min_length", "min_entropy", "window", "constraint", "forced")  # of texts that go on
 
 
 class Hole(NamedTuple):
@@ -73,7 +74,8 @@ def infill(lm, texts: Sequence, options: Options, *, draws: int) -> list[Infill]
     texts: with markers `[MASK]` (one token), `[MASK:n]` (n tokens) and `[MASK:a-b]` (a to b tokens), or lists of ids
     in which the mask id stands for one token. Of a range every length is filled, under the same noise, and the best by
     CRITERION is kept; the criterion is estimated with `draws` draws (see `conditional.score`). It is about tokens that
-    all lengths share, so that neither short nor long fills have an advantage by their length. In a hole at the end of
+    all lengths share, under the same masks of these tokens, so that neither short nor long fills have an advantage by
+    their length. In a hole at the end of
     a text an end token may come early; elsewhere none is drawn. Where tokens carry the space before a word, a space
     before a marker is the hole's to write.
 
@@ -98,7 +100,7 @@ def infill(lm, texts: Sequence, options: Options, *, draws: int) -> list[Infill]
 
 def parse(lm, text) -> list[np.ndarray | Hole]:
     """Fixed ids and holes of a text, in order. UserError for what is no text with holes."""
-    ids = None if isinstance(text, str) else generation.encode(lm, text)
+    ids = None if isinstance(text, str) else encode(lm, text)
     if not len(text):
         raise UserError(f"a text is empty, expected one with holes: {MARKERS}")
     if ids is not None:
@@ -122,7 +124,7 @@ def _parse_markers(lm, text: str) -> list[np.ndarray | Hole]:
         if match and fixed.endswith(" "):
             own_space = _tokens_carry_space(lm) if own_space is None else own_space
             fixed = fixed[:-1] if own_space else fixed
-        ids = generation.encode(lm, fixed)
+        ids = encode(lm, fixed)
         if (ids == lm.special.mask).any():
             raise UserError(f"the text {_short(fixed)} encodes to the mask token outside its markers")
         if len(ids):
@@ -151,7 +153,7 @@ def _short(text: str) -> str:
 
 
 def _check(lm, texts, options: Options) -> None:
-    generation.check(lm, options)
+    check_options(lm, options)
     for name in FOREIGN:
         if getattr(options, name) != getattr(Options(), name):
             raise UserError(f"option '{name}' is for texts that are written on: infill has no use for it")
@@ -194,7 +196,7 @@ def _draft(lm, number: int, parts, lengths) -> Draft:
 
 def _rows(lm, drafts: list[Draft]) -> Rows:
     """All but the holes is given, also the masks after the text."""
-    width = generation.padded_length(lm, max(len(draft.ids) for draft in drafts))
+    width = padded_length(lm, max(len(draft.ids) for draft in drafts))
     tokens = np.full((len(drafts), width), lm.special.mask, np.int32)
     given = np.ones(tokens.shape, bool)
     for draft, row, fixed in zip(drafts, tokens, given):
@@ -229,7 +231,7 @@ def _scores(lm, drafts, filled, members: list[int], draws: int, seed: int) -> di
                 continuations.append(filled[i][start:end])
                 owners.append(i)
     found = conditional.score(lm, prompts, continuations, estimator="exact_count", draws=draws, seed=seed,
-                              greedy=False, batch=generation.ROWS) if owners else []
+                              greedy=False, batch=generation.ROWS, noise=continuations) if owners else []
     scores = dict.fromkeys(members, 0.0)
     for owner, score in zip(owners, found):
         scores[owner] += score.nats

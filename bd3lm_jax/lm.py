@@ -16,6 +16,7 @@ from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.generation import Sample
 from bd3lm_jax.models import Backbone, trunk
+from bd3lm_jax.options import make_options
 from bd3lm_jax.step import SpecialIds
 
 
@@ -27,6 +28,13 @@ class NLL(NamedTuple):
     mean: float
     ci95: tuple[float, float]
     total: float
+
+
+class Trained(NamedTuple):
+    """Which checkpoint a model is: the steps it was trained for, and the config's hash."""
+
+    step: int
+    config_sha256: str
 
 
 def load(path: str, weights: str = "ema") -> "LM":
@@ -45,17 +53,20 @@ def load(path: str, weights: str = "ema") -> "LM":
     from bd3lm_jax.restore import restore
 
     run = restore(path, weights, "float32", None)
-    return LM(run.config, run.params, run.tokenizer, run.model, run.config.data.length)
+    return LM(run.config, run.params, run.tokenizer, run.model, run.config.data.length,
+              Trained(run.step, run.meta["config_sha256"]))
 
 
 class LM:
     """`config`, `params`, `tokenizer` (None if the checkpoint brings none) and what can be done with them.
 
-    context: the most tokens a row may hold (what the model was trained on).
+    context: the most tokens a row may hold (what the model was trained on). trained: None if it is no run's.
     """
 
-    def __init__(self, config: Config, params: dict, tokenizer: Tokenizer | None, model: Backbone, context: int):
+    def __init__(self, config: Config, params: dict, tokenizer: Tokenizer | None, model: Backbone, context: int,
+                 trained: Trained | None = None):
         self.config, self.params, self.tokenizer, self.model, self.context = config, params, tokenizer, model, context
+        self.trained = trained
 
     @property
     def special(self) -> SpecialIds:
@@ -129,21 +140,21 @@ class LM:
         """Write texts of `length` tokens (prompt included), or up to a stop.
 
         prompts: texts or lists of ids, `num` samples of each; None: `num` from nothing. options: fields of
-        `generation.Options` (sampler, temperature, top_k, top_p, steps, threshold, stop, window, seed, ...). Request i
+        `options.Options` (sampler, temperature, top_k, top_p, steps, threshold, stop, window, seed, ...). Request i
         is keyed by (seed, i), whatever else is in the batch.
         """
-        return generation.generate(self, prompts, num, length, generation.make_options(**options))
+        return generation.generate(self, prompts, num, length, make_options(**options))
 
     def stream(self, prompt=None, *, length: int, **options) -> Iterator[stream.Committed | stream.Revision]:
         """The text of one prompt while it is written: `Committed(text)` stays, `Revision(text)` is the present block.
 
         The same tokens as `generate` writes with the same options.
         """
-        return stream.watch(self, prompt, length, generation.make_options(**options))
+        return stream.watch(self, prompt, length, make_options(**options))
 
     def infill(self, texts, *, draws: int = 4, **options) -> list[infill.Infill]:
         """Fill `[MASK]`, `[MASK:n]` and `[MASK:a-b]` in texts; see `infill.infill`."""
-        return infill.infill(self, texts, generation.make_options(**options), draws=draws)
+        return infill.infill(self, texts, make_options(**options), draws=draws)
 
     def score(self, prompts, continuations, *, estimator: str = "exact_count", draws: int = 4, seed: int = 0,
               greedy: bool = False, batch: int = 16) -> list[conditional.Score]:

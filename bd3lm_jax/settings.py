@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bd3lm_jax import log
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.lm import LM
 
@@ -16,23 +17,24 @@ OF_SAMPLER = ("steps", "threshold")  # mean something else to another sampler
 
 
 def settings_for(lm: LM, workdir: str, file: str, prefer: str) -> tuple[dict[str, Any], str]:
-    """Fields of `generation.Options`, and where they come from, in words.
+    """Fields of `options.Options`, and where they come from, in words.
 
     file: JSON of such fields, or of an object of them by preference as in FILE; "" for FILE in `workdir` if it is there
     and there is a preference, then PRESETS. prefer: one of PREFERENCES, or "" for none ("balanced" of a file that asks
-    for one). Raises UserError for a file that cannot be read or has no settings of that preference.
+    for one). A file that was measured on another checkpoint is used with a warning. Raises UserError for a file that
+    cannot be read or has no settings of that preference.
     """
     if not file and not prefer:
         return {}, "defaults"
     path = Path(file or Path(workdir) / FILE)
     if file or path.exists():
-        return _from_file(path, prefer)
+        return _from_file(lm, path, prefer)
     if lm.config.diffusion.causal or lm.config.block_size == 1:
         return PRESETS["quality"], "the model writes one token a call whatever the preference"
     return PRESETS[prefer], f"preset, not measured: python -m launch bench sampling --workdir={workdir} measures"
 
 
-def _from_file(path: Path, prefer: str) -> tuple[dict[str, Any], str]:
+def _from_file(lm: LM, path: Path, prefer: str) -> tuple[dict[str, Any], str]:
     content = read_object(path)
     if not prefer and not any(name in content for name in PREFERENCES):
         return content, str(path)
@@ -41,7 +43,20 @@ def _from_file(path: Path, prefer: str) -> tuple[dict[str, Any], str]:
     if not isinstance(chosen, dict):
         raise UserError(f"{path} has no settings for --prefer={prefer}: expected an object of that name, as bench "
                         "sampling writes it")
-    return chosen, f"{prefer} of {path}"
+    other = _measured_on_another(lm, content)
+    if other:
+        log.note(f"warning: {path} was measured {other}: python -m launch bench sampling measures again")
+    return chosen, f"{prefer} of {path}" + (f", measured {other}" if other else "")
+
+
+def _measured_on_another(lm: LM, content: dict[str, Any]) -> str:
+    """In words, whether settings belong to another checkpoint than the model's; "" if they do not or nobody knows."""
+    if lm.trained is None or "step" not in content:
+        return ""
+    step, config = lm.trained
+    if content.get("config_sha256") != config:
+        return "on a model of another config"
+    return "" if content["step"] == step else f"at step {content['step']}, and this is step {step}"
 
 
 def merged(chosen: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

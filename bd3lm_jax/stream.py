@@ -14,7 +14,9 @@ import numpy as np
 
 from bd3lm_jax import generation
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.generation import Options, Rows, Sample
+from bd3lm_jax.generation import Sample
+from bd3lm_jax.options import Options, check_options
+from bd3lm_jax.prompts import Rows, encode_prompts, prompt_rows
 from bd3lm_jax.sampling import SAMPLERS, STOPS
 from bd3lm_jax.sampling.generate import close_block, open_block, reveal, writing
 
@@ -65,14 +67,14 @@ def stream(lm, prompts: Sequence | None, num: int, length: int, options: Options
     Raises UserError, before the first event, as `generate` does, for more texts, and for a bidirectional model beyond
     its length.
     """
-    generation.check(lm, options)
-    prompts = generation.encode_prompts(lm, prompts, num, length, options.window)
+    check_options(lm, options)
+    prompts = encode_prompts(lm, prompts, num, length, options.window)
     if len(prompts) > generation.ROWS:
         raise UserError(f"{len(prompts)} texts are asked for, expected at most {generation.ROWS} to watch at a time")
     if length > lm.context and lm.config.block_size >= lm.context:
         raise UserError(f"length is {length}: a bidirectional model is watched up to {lm.context} tokens, what it was "
                         "trained on; generate writes longer texts")
-    rows = generation.prompt_rows(lm, prompts, length, options)
+    rows = prompt_rows(lm, prompts, length, options)
     return steps(lm, options, rows, [len(prompt) for prompt in prompts])
 
 
@@ -110,15 +112,16 @@ def steps(lm, options: Options, rows: Rows, begins: Sequence[int]) -> Iterator[E
     A step brings an event for each row that it changed, and the last step of a block one for every row of it.
     """
     job = generation.begin(lm, options, rows, 0)
-    size, progress, block = lm.config.block_size, job.progress, job.first_block
+    size, progress, block = job.plan.settings.block_size, job.progress, job.first_block
     ask = _programs(lm, job, options)
     tokens, stopped = np.asarray(progress.tokens), np.zeros(len(rows.tokens), np.int32)
-    views = [_View(lm, options, rows, i, begin) for i, begin in enumerate(begins)]
+    views = [_View(lm, options, rows, i, begin, size) for i, begin in enumerate(begins)]
     for view in views:
         yield view.first(block, tokens)
     while (writing := (stopped == 0) & (block * size < rows.length)).any():
         here = np.s_[:, block * size:(block + 1) * size]
         wanted = ~rows.given[here] & writing[:, None]
+        shown = np.flatnonzero(writing & ((block + 1) * size > np.asarray(begins)))  # also where all is forced
         before = _Seen(tokens[here], wanted, np.ones(wanted.shape), None)
         for step, (opened, cache) in enumerate(_calls(job, ask, progress), 1):
             after = _Seen(*jax.device_get((opened.canvas, opened.masked, opened.confidence, opened.nfe)))
@@ -127,7 +130,7 @@ def steps(lm, options: Options, rows: Rows, begins: Sequence[int]) -> Iterator[E
                 progress = ask.close(progress, opened, cache)
                 tokens = np.asarray(progress.tokens)
                 progress, stopped = _stop_at_strings(lm, options, rows, begins, progress, (block + 1) * size)
-            for i in np.flatnonzero(wanted.any(1)):
+            for i in shown:
                 event = views[i].event(block, step, before, after, over, wanted, tokens, stopped[i])
                 if event.revealed or event.remasked or over:
                     yield event
@@ -160,20 +163,20 @@ class _Seen(NamedTuple):
 class _View:
     """One row of a batch, as events tell it."""
 
-    def __init__(self, lm, options: Options, rows: Rows, row: int, begin: int):
-        self._lm, self._options, self._row, self._begin = lm, options, row, begin
+    def __init__(self, lm, options: Options, rows: Rows, row: int, begin: int, size: int):
+        self._lm, self._options, self._row, self._begin, self._size = lm, options, row, begin, size
         self._number, self._length = int(rows.number[row]), int(rows.length[row])
         self._calls = 2 if options.guidance else 1
 
     def first(self, block: int, tokens_BxL) -> Event:
-        canvas, end = tokens_BxL[self._row, :self._length], (block + 1) * self._lm.config.block_size
+        canvas, end = tokens_BxL[self._row, :self._length], (block + 1) * self._size
         return Event(self._number, block, 0, 0, canvas.tolist(), [], [], [], 0,
                      *self._texts(canvas[self._begin:end], 0), None)
 
     def event(self, block: int, step: int, before: _Seen, after: _Seen, over: bool, wanted, tokens_BxL,
               stopped: int) -> Event:
         """over: all rows have finished the block. tokens: with all finished blocks, this one as well if it is over."""
-        i, size = self._row, self._lm.config.block_size
+        i, size = self._row, self._size
         start = block * size
         end = min(start + size, self._length)
         inside = wanted[i] & (start + np.arange(size) < end)

@@ -39,14 +39,15 @@ def main(args: flags.FlagValues) -> dict:
     workdir = required(args, "workdir")
     texts = (args.text or []) + (read_texts(args.file) if args.file else [])
     import bd3lm_jax
-    from bd3lm_jax import generation, infill, log
+    from bd3lm_jax import infill, log
     from bd3lm_jax.errors import UserError
+    from bd3lm_jax.options import make_options
 
     if not texts:
         raise UserError(f"nothing to fill: give --text or --file, with holes: {infill.MARKERS}")
     lm = bd3lm_jax.load(workdir, weights=args.weights)
     sampler = {name: args[name].value for name in ("steps", "threshold", "temperature", "top_k", "top_p")}
-    options = generation.make_options(sampler=args.sampler, seed=args.seed, **sampler)
+    options = make_options(sampler=args.sampler, seed=args.seed, **sampler)
     filled = infill.infill(lm, texts, options, draws=args.draws)
     for one in filled:
         log.note(one.text)

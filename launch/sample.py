@@ -11,8 +11,9 @@ Flags by purpose:
   what          --workdir --weights --num --length --prompt --seed
   speed         --prefer --settings or by hand --sampler --steps --threshold --block_size
   choice        --temperature --top_k --top_p --min_p --repetition_penalty --guidance --constraint --json_schema
+                --forced
   ends          --stop --min_length --min_entropy
-  cache         --window --cache_dtype
+  cache         --window --cache_dtype --approximate_cache
   output        --out --animate --trace
 
 Result: samples (text, num_tokens, nfe, stop), tokens_per_s, nfe_per_token, seed, sampler (name and all settings as they
@@ -29,8 +30,8 @@ from absl import flags
 
 TAKES_CONFIG = False
 OPTIONS = ("sampler", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "steps", "threshold",
-           "block_size", "stop", "min_length", "min_entropy", "window", "cache_dtype", "guidance",
-           "constraint", "seed")  # what is given goes to LM.generate
+           "block_size", "stop", "min_length", "min_entropy", "window", "cache_dtype", "approximate_cache",
+           "guidance", "constraint", "seed")  # what is given goes to LM.generate
 
 
 def define(values: flags.FlagValues) -> None:
@@ -83,6 +84,8 @@ def _define_choice(values: flags.FlagValues) -> None:
     flags.DEFINE_string("constraint", None, "a regular expression that each new text matches as a whole",
                         flag_values=values)
     flags.DEFINE_string("json_schema", "", "a JSON schema (file) that each new text satisfies", flag_values=values)
+    flags.DEFINE_multi_string("forced", None, "PLACE:TEXT, what stands at a place of every text; the first token of "
+                              "the prompt has place 0", flag_values=values)
 
 
 def _define_rest(values: flags.FlagValues) -> None:
@@ -93,6 +96,8 @@ def _define_rest(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("window", False, "texts may be longer than what the model was trained on", flag_values=values)
     flags.DEFINE_string("cache_dtype", "compute", "of keys and values: float32, bfloat16, int8, or the network's own",
                         flag_values=values)
+    flags.DEFINE_string("approximate_cache", "", "prefix or dual, of a bidirectional model with --block_size: faster, "
+                        "with keys and values that are out of date", flag_values=values)
     flags.DEFINE_string("out", "", "write the texts to this JSONL file as well", flag_values=values)
     flags.DEFINE_bool("animate", False, "show the texts as they are written", flag_values=values)
     flags.DEFINE_string("trace", "", "write an HTML page that shows how they were written, step by step",
@@ -105,11 +110,11 @@ def main(args: flags.FlagValues) -> dict:
     workdir = required(args, "workdir")
     _check_outputs(args)
     import bd3lm_jax
-    from bd3lm_jax import generation
+    from bd3lm_jax.options import make_options
 
     lm = bd3lm_jax.load(workdir, weights=args.weights)
     chosen, source = _choose(args, lm)
-    length, options = args.length or min(256, lm.context), generation.make_options(**chosen)
+    length, options = args.length or min(256, lm.context), make_options(**chosen)
     start = time.perf_counter()
     if args.animate or args.trace:
         samples = _watch(args, lm, length, options)
@@ -140,7 +145,7 @@ def _check_outputs(args: flags.FlagValues) -> None:
 
 
 def _choose(args: flags.FlagValues, lm) -> tuple[dict, str]:
-    """Fields of `generation.Options`, and where those come from that no flag gives."""
+    """Fields of `options.Options`, and where those come from that no flag gives."""
     from bd3lm_jax import settings
     from bd3lm_jax.errors import UserError
 
@@ -149,8 +154,23 @@ def _choose(args: flags.FlagValues, lm) -> tuple[dict, str]:
         if args.constraint is not None:
             raise UserError("--constraint and --json_schema are two constraints: give one of them")
         given["constraint"] = settings.read_object(args.json_schema)
+    if args.forced:
+        given["forced"] = _forced(args.forced)
     chosen, source = settings.settings_for(lm, args.workdir, args.settings, args.prefer or "")
     return {"seed": args.seed, **settings.merged(chosen, given)}, source
+
+
+def _forced(words: list[str]) -> dict[str, str]:
+    """["12: said"] -> {"12": " said"}"""
+    from bd3lm_jax.errors import UserError
+
+    found = {}
+    for word in words:
+        place, colon, text = word.partition(":")
+        if not colon or not text or place in found:
+            raise UserError(f"--forced={word}: expected PLACE:TEXT, each place once, e.g. --forced='12: said'")
+        found[place] = text
+    return found
 
 
 def _watch(args: flags.FlagValues, lm, length: int, options) -> list:
@@ -179,7 +199,7 @@ def _used(lm, options) -> dict:
     plan, values = generation.make_plan(lm, options, lm.context), dataclasses.asdict(options)
     threshold = SAMPLERS[options.sampler].threshold if options.threshold is None else options.threshold
     dtype = jnp.dtype(lm.model.dtype).name if options.cache_dtype == "compute" else options.cache_dtype
-    cached = lm.config.diffusion.causal or lm.config.block_size < lm.context
+    cached = lm.config.diffusion.causal or lm.config.block_size < lm.context or options.approximate_cache
     sizes = {name: cache_price.bytes_per_token(lm, name) for name in cache_price.DTYPES} if cached else None
     values |= {"name": values.pop("sampler"), "steps": plan.settings.steps, "threshold": threshold,
                "block_size": plan.settings.window, "cache_dtype": dtype, "cache_bytes_per_token": sizes}

@@ -6,13 +6,14 @@ import pytest
 from rich.console import Console
 from toy_lm import END, LETTERS, make_lm
 
-from bd3lm_jax import generation, log, stream
+from bd3lm_jax import log, stream
 from bd3lm_jax.animate import Painted, animate, colour
+from bd3lm_jax.options import make_options
 
 
 @pytest.fixture(scope="module")
 def events():
-    options = generation.make_options(sampler="remdm_cap", steps=6, threshold=0.6, forbidden=[END])
+    options = make_options(sampler="remdm_cap", steps=6, threshold=0.6, forbidden=[END])
     return list(stream.stream(make_lm(tokenizer=LETTERS), [[1, 2]], 1, 18, options))
 
 

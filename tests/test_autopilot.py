@@ -7,22 +7,26 @@ import math
 import numpy as np
 import pytest
 from toy_lm import CONTEXT, LETTERS, make_lm, masked
-from toy_runs import toy_config
+from toy_runs import toy_config, write_text
 
 import bd3lm_jax
-from bd3lm_jax import autopilot, generation, settings
+from bd3lm_jax import autopilot, settings
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.lm import Trained
+from bd3lm_jax.options import check_options, make_options
 from bd3lm_jax.scorer import Scorer
+from bd3lm_jax.train import train
+from launch.__main__ import main
 
 SWEEP = [autopilot.EXACT, {"sampler": "threshold", "threshold": 0.5}, {"sampler": "threshold", "threshold": 0.05},
          {"sampler": "confidence", "steps": 2}]
 
 
-def fresh(objective):
+def fresh(objective, trained=None):
     """A model that has compiled nothing yet."""
     lm = make_lm(objective, tokenizer=LETTERS)
-    return bd3lm_jax.LM(lm.config, lm.params, lm.tokenizer, lm.model, lm.context)
+    return bd3lm_jax.LM(lm.config, lm.params, lm.tokenizer, lm.model, lm.context, trained)
 
 
 def row(name, ppl, tokens_per_call, entropy=4.0, mean_length=100.0):
@@ -36,7 +40,7 @@ def test_the_model_takes_every_candidate(objective, monkeypatch):
     lm = make_lm(objective, tokenizer=LETTERS)
     found = autopilot.candidates(lm)
     for setting in found:
-        generation.check(lm, generation.make_options(**setting))
+        check_options(lm, make_options(**setting))
     names = [autopilot.name_of(setting) for setting in found]
     assert names[0] == "first_hitting" and len(set(names)) == len(names)
     several = objective.block_size > 1
@@ -94,7 +98,7 @@ def test_recommendations():
 
 @pytest.mark.parametrize("scored", [True, False])
 def test_the_file_is_what_sample_reads(tmp_path, monkeypatch, scored):
-    lm, judge = make_lm(masked(4), tokenizer=LETTERS), make_lm(AR(bos=True), tokenizer=LETTERS)
+    lm, judge = fresh(masked(4), Trained(9, "abc")), make_lm(AR(bos=True), tokenizer=LETTERS)
     monkeypatch.setattr(autopilot, "load", lambda path: judge if path == "judge" else lm)
     monkeypatch.setattr(autopilot, "prepare", lambda *arguments: None)
     monkeypatch.setattr(autopilot.cache_price, "price", lambda *arguments, seed: [])
@@ -103,6 +107,7 @@ def test_the_file_is_what_sample_reads(tmp_path, monkeypatch, scored):
     result = autopilot.autopilot(str(tmp_path), scorer="judge" * scored, rounds=1, texts=2)
     written = json.loads((tmp_path / "sampling.json").read_text())
     assert written.keys() == result.keys() and len(written["measured"]) == 1
+    assert (written["step"], written["config_sha256"]) == (9, "abc")
     assert written["scorer"] == ("judge" if scored else None)
     assert ("gen_ppl" in written["measured"][0]) == scored != ("self_nll" in written["measured"][0])
     assert (tmp_path / "plots" / "sampling.png").stat().st_size > 1000
@@ -116,3 +121,26 @@ def test_what_cannot_be_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(autopilot, "load", lambda path: make_lm())
     with pytest.raises(UserError, match="has no tokenizer"):
         autopilot.autopilot(str(tmp_path), scorer="", rounds=1, texts=1)
+
+
+@pytest.mark.ci_slow
+def test_a_bidirectional_model_from_training_to_its_settings(tmp_path, capsys):
+    """All settings of a model of block size = length, short windows among them; `sample` then takes what was found."""
+    write_text(tmp_path / "text.txt", 200)
+    run, length = tmp_path / "run", 2 * autopilot.SHORT_BLOCK
+    train(toy_config(tmp_path, {"data.length": length, "eval.sample_length": length, "train.steps": 2,
+                                "diffusion.block_size": length}), str(run))
+    assert main(["bench", "sampling", f"--workdir={run}", "--rounds=1", "--texts=2"]) == 0
+    written = json.loads((run / "sampling.json").read_text())
+    windows = [line for line in written["measured"] if line["settings"].get("block_size") == autopilot.SHORT_BLOCK]
+    assert {line["settings"]["sampler"] for line in windows} == {"first_hitting", "threshold", "confidence"}
+    two, = (line for line in windows if line["settings"]["sampler"] == "confidence")
+    assert two["tokens_per_call"] == 2 and (written["step"], written["length"]) == (2, length)
+    assert written["cache"] == [], "there is no exact cache to make smaller"
+    for name in settings.PREFERENCES:
+        capsys.readouterr()
+        assert main(["sample", f"--workdir={run}", "--num=1", f"--length={length}", f"--prefer={name}"]) == 0
+        used = json.loads(capsys.readouterr().out)["sampler"]
+        expected = {"name": written[name]["sampler"], **{key: value for key, value in written[name].items()
+                                                         if key != "sampler"}}
+        assert {key: used[key] for key in expected} == expected

@@ -10,9 +10,9 @@ from toy_lm import CONTEXT, END, LETTERS, MASK, make_ids, make_lm, masked
 import bd3lm_jax
 from bd3lm_jax import generation, passes
 from bd3lm_jax.diffusion import AR
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.generation import BUCKET, Options, Rows, make_options
 from bd3lm_jax.models import trunk
+from bd3lm_jax.options import Options, make_options
+from bd3lm_jax.prompts import BUCKET, Rows, prompt_rows
 from bd3lm_jax.sampling import STOPS, Filters, Settings
 from bd3lm_jax.sampling import generate as loop
 
@@ -31,7 +31,7 @@ def test_every_option_reaches_the_loop():
     plan = generation.make_plan(lm, options, BUCKET)
     assert plan.settings == Settings(4, 4, 12, Filters(0.5, 7, 0.9, 0.1, 1.2), MASK, END, 2.0)
     assert (plan.sampler, plan.cache_dtype, plan.guided) == ("ancestral", "int8", True)
-    rows = generation.prompt_rows(lm, [np.array([1, 2]), np.array([5])], 9, options)
+    rows = prompt_rows(lm, [np.array([1, 2]), np.array([5])], 9, options)
     request = generation.make_request(lm, options, rows, 0)
     np.testing.assert_array_equal(np.flatnonzero(request.forbidden), [4, MASK])
     assert request.threshold == np.float32(0.3)
@@ -46,40 +46,8 @@ def test_every_option_reaches_the_loop():
 def test_what_is_usual_of_a_sampler(sampler, steps, threshold):
     lm, options = make_lm(), Options(sampler=sampler)
     assert generation.make_plan(lm, options, BUCKET).settings.steps == steps
-    rows = generation.prompt_rows(lm, [np.array([1])], 9, options)
+    rows = prompt_rows(lm, [np.array([1])], 9, options)
     assert generation.make_request(lm, options, rows, 0).threshold == np.float32(threshold)
-
-
-@pytest.mark.parametrize("options, message", [
-    ({"samplr": "ancestral"}, "unknown option 'samplr': did you mean 'sampler'"),
-    ({"steps": 0}, "steps is 0, expected at least 1"),
-    ({"threshold": -0.1}, "threshold is -0.1, expected at least 0"),
-    ({"threshold": float("nan")}, "threshold is nan"),
-    ({"min_length": -1}, "min_length is -1, expected at least 0"),
-    ({"min_p": 2}, "min_p is 2"),
-    ({"repetition_penalty": 0}, "repetition_penalty is 0"),
-    ({"cache_dtype": "int4"}, "unknown cache_dtype 'int4'"),
-    ({"block_size": 2}, "block_size is 2, expected 4, the one it was trained with"),
-    ({"forbidden": [13]}, "forbidden token 13 is out of range, expected 0 to 12"),
-    ({"forbidden": list(range(12))}, "every token is forbidden"),
-    ({"forbidden": [0, 1, 2, *range(4, 12)], "min_length": 1, "tokenizer": LETTERS}, "every token is forbidden"),
-    ({"stop": "ab"}, "stop strings need a tokenizer"),
-    ({"length": CONTEXT + 1}, "or a sliding window"),
-])
-def test_bad_options(options, message):
-    tokenizer = options.pop("tokenizer", None)
-    with pytest.raises(UserError, match=message) as error:
-        make_lm(tokenizer=tokenizer).generate(**{"length": 10, **options})
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("options, message", [
-    ({"block_size": 12, "sampler": "remdm_cap"}, "sampler 'remdm_cap' rewrites the whole block: leave block_size out"),
-    ({"block_size": 5}, "block_size is 5, expected a divisor of 24"), ({"block_size": 0}, "expected a divisor of 24"),
-    ({"stop": ["a", ""]}, "a stop string is empty")])
-def test_bad_options_of_a_bidirectional_model(options, message):
-    with pytest.raises(UserError, match=message):
-        make_lm(masked(CONTEXT), tokenizer=LETTERS).generate(length=10, **options)
 
 
 @functools.partial(jax.jit, static_argnames="model")

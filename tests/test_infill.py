@@ -1,17 +1,20 @@
 """Holes in texts: what is written, what the model sees of the text around, and the choice of a length."""
 
+import jax
 import numpy as np
 import pytest
 from scipy import stats
 from toy_lm import CONTEXT, END, LETTERS, MASK, Letters, make_ids, make_lm, masked
 
-from bd3lm_jax import generation, infill
+from bd3lm_jax import infill
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.lm import LM
+from bd3lm_jax.options import make_options
 
 
 def fill(lm, texts, draws=2, **options):
-    return infill.infill(lm, texts, generation.make_options(**options), draws=draws)
+    return infill.infill(lm, texts, make_options(**options), draws=draws)
 
 
 def fixed(length, seed=0):
@@ -100,6 +103,20 @@ def test_texts_do_not_depend_on_their_companions():
 
 
 # ---- a length that the model chooses
+
+
+def test_lengths_are_compared_under_common_masks():
+    """A network that says the same whatever it sees has no reason to prefer one: a draw of masks for each length would
+    give it one, as other texts do."""
+    lm = make_lm(masked(CONTEXT), tokenizer=LETTERS)
+    head = jax.tree_util.tree_map_with_path(lambda path, x: x * (path[-1].key == "bias"), lm.params["head"]["linear"])
+    params = {**lm.params, "head": {**lm.params["head"], "linear": head}}
+    deaf = LM(lm.config, params, lm.tokenizer, lm.model, lm.context)
+    texts = [f"{letter}[MASK:1-4]ikjicaba" for letter in "abcefghi"]
+    results = fill(deaf, texts, draws=1)
+    assert {len(result.holes[0].tokens) for result in results} == {1}, "the shortest of equals"
+    assert len({result.score for result in results}) == 1
+    assert len({len(result.holes[0].tokens) for result in fill(lm, texts, draws=1)}) > 1
 
 
 def test_every_length_is_filled_as_if_it_were_the_only_one():

@@ -9,8 +9,8 @@ from bd3lm_jax import cache_price, sample_files
 from launch.__main__ import main
 
 FIELDS = {"name", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "forbidden", "steps", "threshold",
-          "block_size", "stop", "min_length", "min_entropy", "window", "cache_dtype", "guidance", "constraint",
-          "cache_bytes_per_token", "source"}
+          "block_size", "stop", "min_length", "min_entropy", "window", "cache_dtype", "approximate_cache", "guidance",
+          "constraint", "forced", "cache_bytes_per_token", "source"}
 
 
 @pytest.fixture
@@ -85,6 +85,18 @@ def test_preferences_and_files(capsys, calls, tmp_path):
     path.write_text('{"speed": {"smapler": "confidence"}}')
     code, _, err = sample(capsys, *words)
     assert code == 2 and "unknown option 'smapler': did you mean 'sampler'?" in err
+
+
+def test_forced_texts_and_approximate_caches(capsys, calls):
+    """Whether they fit the model is for `generate` to say."""
+    words = ("--forced=5:ab", "--forced=9: c:d", "--approximate_cache=dual", "--block_size=4")
+    used = sample(capsys, *words)[1]["sampler"]
+    assert calls[0]["forced"] == used["forced"] == {"5": "ab", "9": " c:d"}
+    assert calls[0]["approximate_cache"] == used["approximate_cache"] == "dual"
+    for word in ("--forced=5", "--forced=5:"):
+        code, _, err = sample(capsys, word)
+        assert code == 2 and "expected PLACE:TEXT" in err
+    assert sample(capsys, "--forced=5:a", "--forced=5:b")[0] == 2
 
 
 def test_a_schema_is_read_from_its_file(capsys, calls, tmp_path):

@@ -5,9 +5,10 @@ import json
 import pytest
 from toy_lm import make_lm, masked
 
-from bd3lm_jax import generation
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.lm import LM, Trained
+from bd3lm_jax.options import check_options, make_options
 from bd3lm_jax.settings import FILE, PREFERENCES, PRESETS, merged, settings_for
 
 MEASURED = {"quality": {"sampler": "first_hitting"}, "balanced": {"sampler": "factor", "threshold": 1.0},
@@ -29,7 +30,7 @@ def test_files_go_before_presets(tmp_path, prefer):
     lm = make_lm(masked(4))
     found, source = settings_for(lm, str(tmp_path), "", prefer)
     assert found == PRESETS[prefer] and "not measured" in source
-    generation.check(lm, generation.make_options(**found))
+    check_options(lm, make_options(**found))
     write(tmp_path / FILE, MEASURED)
     assert settings_for(lm, str(tmp_path), "", prefer)[0] == MEASURED[prefer]
     other = write(tmp_path / "other.json", {prefer: {"temperature": 0.5}})
@@ -41,6 +42,19 @@ def test_files_without_a_preference(tmp_path):
     assert settings_for(make_lm(), "none", plain, "")[0] == {"sampler": "margin", "top_p": 0.9}
     measured = write(tmp_path / "measured.json", MEASURED)
     assert settings_for(make_lm(), "none", measured, "")[0] == MEASURED["balanced"]
+
+
+@pytest.mark.parametrize("trained, said", [
+    (Trained(9, "abc"), ""), (None, ""), (Trained(18, "abc"), "measured at step 9, and this is step 18"),
+    (Trained(9, "xyz"), "measured on a model of another config")])
+def test_a_file_that_was_measured_on_another_checkpoint(tmp_path, capsys, trained, said):
+    lm = make_lm(masked(4))
+    lm = LM(lm.config, lm.params, None, lm.model, lm.context, trained)
+    path = write(tmp_path / FILE, {**MEASURED, "step": 9, "config_sha256": "abc"})
+    found, source = settings_for(lm, str(tmp_path), "", "speed")
+    assert found == MEASURED["speed"] and source == f"speed of {path}" + (f", {said}" if said else "")
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == (said != "") and said in err
 
 
 @pytest.mark.parametrize("objective", [AR(bos=True), masked(1)])

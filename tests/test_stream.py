@@ -4,15 +4,16 @@ import numpy as np
 import pytest
 from toy_lm import CONTEXT, END, LETTERS, MASK, Letters, make_ids, make_lm, masked
 
-from bd3lm_jax import generation, stream
+from bd3lm_jax import stream
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.options import make_options
 
 RAGGED = [make_ids(n, seed=n).tolist() for n in (2, 9)]
 
 
 def options(**changes):
-    return generation.make_options(**changes)
+    return make_options(**changes)
 
 
 def events_of(lm, prompts, length, num=1, **changes):

@@ -7,8 +7,9 @@ from html.parser import HTMLParser
 import pytest
 from toy_lm import END, LETTERS, MASK, Letters, make_lm
 
-from bd3lm_jax import generation, stream, trace
+from bd3lm_jax import stream, trace
 from bd3lm_jax.generation import Sample
+from bd3lm_jax.options import make_options
 from bd3lm_jax.step import SpecialIds
 from bd3lm_jax.stream import Event
 
@@ -79,7 +80,7 @@ def test_a_record_holds_the_changes_of_every_text():
 
 def test_a_record_replays_to_the_texts():
     lm = make_lm(tokenizer=LETTERS)
-    options = generation.make_options(sampler="remdm_cap", steps=6, threshold=0.6, forbidden=[END])
+    options = make_options(sampler="remdm_cap", steps=6, threshold=0.6, forbidden=[END])
     events = list(stream.stream(lm, [[1, 2]], 1, 18, options))
     sample = trace.make_record(events, lm)["samples"][0]
     row = list(sample["canvas"])

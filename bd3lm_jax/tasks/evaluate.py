@@ -44,8 +44,9 @@ def evaluate_task(workdir: str | os.PathLike, *, task: str, file: str, against: 
     not scored. sampler: keywords of `LM.generate`; its `length` counts prompt and completion (left out: the model's
     context).
 
-    Returns `score` and `score_ci95` (over problems), what was asked and how, `outcomes` (how often what happened) and
-    `lines`, the JSON-lines file in `workdir`/tasks with every prompt, completion and verdict; with `against` also
+    Returns `score` and `score_ci95` (over problems), what was asked and how, `outcomes` (how often what happened),
+    `step` and `config_sha256` of the checkpoint (None if it is no run's) and `lines`, the JSON-lines file in
+    `workdir`/tasks with every prompt, completion and verdict; with `against` the same of the other model and
     `difference`, `difference_ci95` and `p_value` (McNemar's test with one draw, else a paired t test).
 
     Raises UserError for wrong input before anything is generated: code that may not run, files, numbers.
@@ -101,12 +102,13 @@ class _Scored(NamedTuple):
     scores_N: np.ndarray  # of the problems, mean over draws
     outcomes: dict[str, int]
     length: int  # the most tokens of prompt and completion
+    trained: dict[str, Any]  # step and config_sha256 of the checkpoint
     path: Path
 
     def summary(self) -> dict[str, Any]:
         mean, low, high = score.mean_interval(self.scores_N)
         return {"score": mean, "score_ci95": [low, high], "outcomes": self.outcomes, "length": self.length,
-                "lines": str(self.path)}
+                **self.trained, "lines": str(self.path)}
 
 
 class _Run(NamedTuple):
@@ -140,7 +142,8 @@ class _Run(NamedTuple):
         scores_N = np.array([verdict.correct for verdict in verdicts], np.float64).reshape(-1, draws).mean(1)
         outcomes = collections.Counter("too long" if completion.stop == "too_long" else verdict.outcome
                                        for completion, verdict in zip(completions, verdicts))
-        return _Scored(scores_N, dict(outcomes.most_common()), length, path)
+        trained = lm.trained._asdict() if lm.trained else {"step": None, "config_sha256": None}
+        return _Scored(scores_N, dict(outcomes.most_common()), length, trained, path)
 
     def _complete(self, lm: Any, workdir: str | os.PathLike, length: int) -> list[Completion]:
         """Completions of all prompts, the draws of a prompt one after the other."""
@@ -176,7 +179,7 @@ def _check_execution(task: Task, allowed: bool) -> list[str]:
 
 def _sampler_settings(sampler: dict[str, Any]) -> dict[str, Any]:
     """All settings of the sampler, also those that were not given. UserError for unknown ones."""
-    from bd3lm_jax.generation import make_options
+    from bd3lm_jax.options import make_options
 
     if taken := OURS & sampler.keys():
         raise UserError(f"sampler holds {', '.join(sorted(taken))}, which the task decides: leave it out")

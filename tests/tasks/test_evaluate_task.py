@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pytest
 
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.lm import Trained
 from bd3lm_jax.tasks import TASKS, evaluate_task, read_problems, score, score_completions
 
 ARGUMENTS = {"task": "gsm8k", "against": "", "allow_code_execution": False, "num_problems": 0, "draws_per_problem": 1,
@@ -24,7 +25,7 @@ class Said(NamedTuple):
 class FakeLM:
     """Answers by the prompt; a token is a letter."""
 
-    context = 200
+    context, trained = 200, Trained(7, "abc")
     tokenizer = type("Letters", (), {"encode": staticmethod(list)})
 
     def __init__(self, answers):
@@ -74,6 +75,7 @@ def test_exact_match_is_counted_with_its_interval(models, file):
     assert result["score"] == 3 / 8 and result["score_ci95"] == list(score.wilson_interval(3, 8)[1:])
     assert result["outcomes"] == {"no answer": 5, "correct": 3} and result["metric"] == "exact_match"
     assert result["sampler"]["temperature"] == 0.0 and result["sampler"]["top_p"] is None
+    assert (result["step"], result["config_sha256"]) == (7, "abc")
     assert result["seed"] == 3 and result["length"] == FakeLM.context
     assert result["prompt_format"] == "Question: {question}\nAnswer:" and result["stop"] == ["\nQuestion:"]
     kept = lines(result)
