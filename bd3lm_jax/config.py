@@ -121,8 +121,9 @@ class NoiseConfig:
             return None
         wanted = {"clip": "bernoulli", "counts": "exact_count"}[self.adapt]
         given = getattr(objective, "corruption", None)
-        check(given == wanted, f"noise.adapt='{self.adapt}' needs diffusion.corruption='{wanted}', "
-              f"{f'not {given!r}' if given else 'which an autoregressive model does not have'}: use noise.adapt='none'")
+        instead = f"not {given!r}" if given else f"which diffusion.kind='{objective.kind}' does not have"
+        check(given == wanted, f"noise.adapt='{self.adapt}' needs diffusion.corruption='{wanted}', {instead}: use "
+              "noise.adapt='none'")
         if self.adapt == "clip":
             return ClipSearch(objective.block_size, objective.clip_low, objective.clip_high, self.clip_widths,
                               self.clip_stride)

@@ -71,7 +71,8 @@ def scored_positions(objective: Any, batch: int, length: int, views: int, schedu
     a schedule may choose."""
     def noised(ids):
         law = {} if schedule is None else {"law": schedule.law(schedule.first(), length // objective.block_size)}
-        return objective.corrupt(jax.random.key(0), ids, ids, views=views, mask_id=0, end_id=0, **law)
+        needed = {name: jnp.zeros(ids.shape) for name in objective.needs}
+        return objective.corrupt(jax.random.key(0), ids, ids, views=views, mask_id=0, end_id=0, **law, **needed)
 
     return min(jax.eval_shape(noised, jax.ShapeDtypeStruct((batch, length), jnp.int32)).capacity, length)
 

@@ -19,6 +19,8 @@ from bd3lm_jax.passes import Execution
 from bd3lm_jax.sharding import BATCH_AXES, batch_devices, constrain
 from bd3lm_jax.state import TrainState
 
+PREPARE = 0x70726570  # tells what an objective does to a batch from its noise
+
 
 @dataclasses.dataclass(frozen=True)
 class SpecialIds:
@@ -160,6 +162,7 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         noise_key, dropout_key = jax.random.split(key)
+        batch = objective.prepared(jax.random.fold_in(noise_key, PREPARE), batch, special.end)
         tokens = batch["tokens"]
         noised = draw_noise(config, special, noise_key, batch, config.train.views, state.noise)
         dropout_keys = jax.vmap(lambda row: jax.random.fold_in(dropout_key, row))(jnp.arange(tokens.shape[0]))

@@ -11,6 +11,13 @@ from ml_collections import ConfigDict
 BLOCK_SIZE = "block_size"  # stands for the block size of the run
 OBJECTIVES = {  # beside masked diffusion: algo=NAME -> its `diffusion` section, and what changes in `model`
     "ar": ({"kind": "ar", "bos": True}, {"adaln": False}),
+    "diffusionbert": ({"kind": "diffusionbert", "block_size": BLOCK_SIZE, "strength": 0.3}, {}),
+    "llada": ({"kind": "llada", "block_size": BLOCK_SIZE, "complement": False, "random_length": 0.01, "sft": False,
+               "normalise": "tokens"}, {}),
+    "roberta_diffusion": ({"kind": "roberta_diffusion", "block_size": BLOCK_SIZE,
+                           "rates": (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1), "protected": 16,
+                           "special_ids": ()}, {}),
+    "levels": ({"kind": "levels", "block_size": BLOCK_SIZE, "ramp": 0.5}, {}),
 }
 ALGORITHMS = ("bd3lm", "mdlm", *OBJECTIVES)
 SIZES = {  # the paper's small, and the usual medium

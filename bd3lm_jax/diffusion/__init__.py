@@ -5,6 +5,11 @@ it here.
 """
 
 from bd3lm_jax.diffusion.ar import AR
+from bd3lm_jax.diffusion.diffusionbert import DiffusionBERT
+from bd3lm_jax.diffusion.levels import Levels
+from bd3lm_jax.diffusion.llada import LLaDA
 from bd3lm_jax.diffusion.masked import Masked
+from bd3lm_jax.diffusion.roberta import RobertaDiffusion
 
-OBJECTIVES = {objective.kind: objective for objective in (Masked, AR)}
+OBJECTIVES = {objective.kind: objective for objective in (
+    Masked, AR, DiffusionBERT, LLaDA, RobertaDiffusion, Levels)}
