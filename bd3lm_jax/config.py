@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin
 
+from bd3lm_jax import curriculum
 from bd3lm_jax.diffusion import OBJECTIVES
 from bd3lm_jax.diffusion.clip import ClipSearch, CountSchedule
 from bd3lm_jax.errors import UserError, lookup, nearest
@@ -87,8 +88,11 @@ class TrainConfig:
     batch: int  # rows a step, over all devices
     views: int  # noised views of each row; they share one pass of the clean stream
     init_from: str  # run directory whose (EMA) weights start this run, e.g. one of another block size; "" = random
+    # Curriculum: from step s on blocks of n tokens, ((s, n), ...), e.g. ((0, 1), (1000, 4)); () = diffusion.block_size
+    block_sizes: tuple[tuple[int, int], ...]
 
     def __post_init__(self):
+        curriculum.check_pairs(self.block_sizes)
         check(self.steps >= 1, f"train.steps is {self.steps}, expected at least 1")
         check(self.batch >= 1, f"train.batch is {self.batch}, expected at least 1")
         check(self.views >= 1, f"train.views is {self.views}, expected at least 1")
@@ -234,6 +238,14 @@ class Config:
     def block_size(self) -> int:
         return self.diffusion.block_size
 
+    def block_size_at(self, step: int) -> int:
+        """Of the update that follows `step` updates: by the curriculum, if there is one."""
+        return curriculum.size_at(self.train.block_sizes, step) or self.block_size
+
+    def at_block_size(self, size: int) -> "Config":
+        """The same with blocks of another size."""
+        return dataclasses.replace(self, diffusion=dataclasses.replace(self.diffusion, block_size=size))
+
     @property
     def schedule(self) -> ClipSearch | CountSchedule | None:
         """What chooses the training noise from the data; None if it is fixed."""
@@ -261,6 +273,7 @@ class Config:
         check(views % 2 == 0 or not getattr(config.diffusion, "complement", False),
               f"train.views={views} is odd, diffusion.complement needs pairs: use {views + 1}")
         config.noise.schedule(config.diffusion)  # raises if they do not go together
+        curriculum.check(config)
         rows, batch = config.compute.microbatch, config.train.batch
         check(rows == 0 or batch % rows == 0, f"compute.microbatch={rows} does not divide train.batch={batch}")
         return config

@@ -49,7 +49,7 @@ def base() -> ConfigDict:
             "warmup_steps": 2500, "schedule": "constant", "final_lr_fraction": 0.0, "decay_fraction": 0.2,
             "ema": 0.9999,
         },
-        "train": {"steps": 1_000_000, "batch": 512, "views": 1, "init_from": ""},
+        "train": {"steps": 1_000_000, "batch": 512, "views": 1, "init_from": "", "block_sizes": ()},
         "compute": {
             "dtype": "auto", "attention": "auto", "layers": "scan", "remat": "none", "microbatch": 0, "loss_chunk": 0,
         },
