@@ -63,8 +63,11 @@ def score(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_
         h = passes.one_stream(model, params, noised.xt_BxMxL[:, 0], position_BxL, segment_BxL, rule="causal",
                               block_size=1, execution=execution, dropout_keys=dropout_keys)[:, None]
     else:
+        largest, sizes = objective.block_size, None
+        if noised.size_B is not None:
+            largest, sizes = objective.sizes[-1], passes.RowSizes(noised.size_B, objective.sizes[0])
         h = passes.two_stream(model, params, noised.xt_BxMxL, tokens_BxL, position_BxL, segment_BxL,
-                              block_size=objective.block_size, sigma_BxMxn=sigma, execution=execution,
+                              block_size=largest, sizes=sizes, sigma_BxMxn=sigma, execution=execution,
                               dropout_keys=dropout_keys)
     weight, xt, length = noised.weight_BxMxL, noised.xt_BxMxL, tokens_BxL.shape[1]
     target = jnp.broadcast_to(tokens_BxL[:, None], xt.shape)

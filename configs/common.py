@@ -18,6 +18,8 @@ OBJECTIVES = {  # beside masked diffusion: algo=NAME -> its `diffusion` section,
                            "rates": (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1), "protected": 16,
                            "special_ids": ()}, {}),
     "levels": ({"kind": "levels", "block_size": BLOCK_SIZE, "ramp": 0.5}, {}),
+    "mixed": ({"kind": "mixed", "block_size": 16, "sizes": (1, 2, 4, 8, 16), "schedule": "loglinear",
+               "corruption": "exact_count", "complement": False, "eps": 1e-3}, {}),
 }
 ALGORITHMS = ("bd3lm", "mdlm", *OBJECTIVES)
 SIZES = {  # the paper's small, and the usual medium

@@ -9,7 +9,8 @@ from bd3lm_jax.diffusion.diffusionbert import DiffusionBERT
 from bd3lm_jax.diffusion.levels import Levels
 from bd3lm_jax.diffusion.llada import LLaDA
 from bd3lm_jax.diffusion.masked import Masked
+from bd3lm_jax.diffusion.mixed import Mixed
 from bd3lm_jax.diffusion.roberta import RobertaDiffusion
 
 OBJECTIVES = {objective.kind: objective for objective in (
-    Masked, AR, DiffusionBERT, LLaDA, RobertaDiffusion, Levels)}
+    Masked, AR, DiffusionBERT, LLaDA, RobertaDiffusion, Levels, Mixed)}
