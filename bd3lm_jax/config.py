@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin
 
+from bd3lm_jax import curriculum
 from bd3lm_jax.diffusion import OBJECTIVES
 from bd3lm_jax.diffusion.clip import ClipSearch, CountSchedule
 from bd3lm_jax.errors import UserError, lookup, nearest
@@ -87,8 +88,11 @@ class TrainConfig:
     batch: int  # rows a step, over all devices
     views: int  # noised views of each row; they share one pass of the clean stream
     init_from: str  # run directory whose (EMA) weights start this run, e.g. one of another block size; "" = random
+    # Curriculum: from step s on blocks of n tokens, ((s, n), ...), e.g. ((0, 1), (1000, 4)); () = diffusion.block_size
+    block_sizes: tuple[tuple[int, int], ...]
 
     def __post_init__(self):
+        curriculum.check_pairs(self.block_sizes)
         check(self.steps >= 1, f"train.steps is {self.steps}, expected at least 1")
         check(self.batch >= 1, f"train.batch is {self.batch}, expected at least 1")
         check(self.views >= 1, f"train.views is {self.views}, expected at least 1")
@@ -120,9 +124,10 @@ class NoiseConfig:
         if self.adapt == "none":
             return None
         wanted = {"clip": "bernoulli", "counts": "exact_count"}[self.adapt]
-        given = getattr(objective, "corruption", None)
-        check(given == wanted, f"noise.adapt='{self.adapt}' needs diffusion.corruption='{wanted}', "
-              f"{f'not {given!r}' if given else 'which an autoregressive model does not have'}: use noise.adapt='none'")
+        given = getattr(objective, "corruption", None) if objective.kind == "masked" else None
+        instead = f"not {given!r}" if given else f"which diffusion.kind='{objective.kind}' does not have"
+        check(given == wanted, f"noise.adapt='{self.adapt}' needs diffusion.corruption='{wanted}', {instead}: use "
+              "noise.adapt='none'")
         if self.adapt == "clip":
             return ClipSearch(objective.block_size, objective.clip_low, objective.clip_high, self.clip_widths,
                               self.clip_stride)
@@ -249,6 +254,28 @@ class Config:
                    if hasattr(section, "vocab_size")}
         return dataclasses.replace(self, **changed)
 
+    def block_size_at(self, step: int) -> int:
+        """Of the update that follows `step` updates: by the curriculum, if there is one."""
+        return curriculum.size_at(self.train.block_sizes, step) or self.block_size
+
+    @property
+    def trained_sizes(self) -> tuple[int, ...]:
+        """Block sizes at which the model can be used."""
+        return getattr(self.diffusion, "sizes", (self.block_size,))
+
+    def at_block_size(self, size: int) -> "Config":
+        """The same with blocks of another size; a mixed objective becomes the masked one of that size."""
+        objective = self.diffusion
+        at = objective.at(size) if objective.kind == "mixed" else dataclasses.replace(objective, block_size=size)
+        return dataclasses.replace(self, diffusion=at)
+
+    def at_trained_size(self, size: int) -> "Config":
+        """As `at_block_size`. UserError unless the model was trained with that block size."""
+        known = self.trained_sizes
+        check(size in known, f"block_size is {size}, expected {'one of ' if len(known) > 1 else ''}"
+              f"{', '.join(map(str, known))}, what the model was trained with")
+        return self if self.trained_sizes == (size,) else self.at_block_size(size)
+
     @property
     def schedule(self) -> ClipSearch | CountSchedule | None:
         """What chooses the training noise from the data; None if it is fixed."""
@@ -270,6 +297,7 @@ class Config:
         check(length % block_size == 0,
               f"diffusion.block_size={block_size} does not divide data.length={length}: choose a length that is a "
               f"multiple, e.g. {-(-length // block_size) * block_size}")
+        config._check_sizes()
         views = config.train.views
         check(views == 1 or not config.diffusion.causal,
               f"train.views={views}: an autoregressive model has nothing noised, use 1")
@@ -278,9 +306,18 @@ class Config:
         check(views % 2 == 0 or not config.diffusion.pairs,
               f"train.views={views} is odd, {reason} needs pairs: use {views + 1}")
         config.noise.schedule(config.diffusion)  # raises if they do not go together
+        curriculum.check(config)
         rows, batch = config.compute.microbatch, config.train.batch
         check(rows == 0 or batch % rows == 0, f"compute.microbatch={rows} does not divide train.batch={batch}")
         return config
+
+    def _check_sizes(self):
+        largest, length = self.trained_sizes[-1], self.data.length
+        check(length % largest == 0, f"diffusion.sizes has blocks of {largest} tokens, which do not divide "
+              f"data.length={length}: choose a length that is a multiple, e.g. {-(-length // largest) * largest}")
+        check(self.data.layout != "pack" or self.block_size == largest,
+              f"diffusion.block_size={self.block_size} with data.layout='pack': documents must begin at multiples of "
+              f"the largest of diffusion.sizes, {largest}: use {largest}, or layout 'wrap'")
 
     def to_dict(self) -> dict:
         """Nested plain dict, with `kind` for the model and the objective; `from_dict` inverts it."""

@@ -93,31 +93,32 @@ class Opened(NamedTuple):
     config_sha256: str
 
 
-def open_run(workdir: str, weights: str, batch: int) -> Opened:
+def open_run(workdir: str, weights: str, batch: int, block_size: int = 0) -> Opened:
     """The newest checkpoint of a run, over all devices. weights: "ema" or "params"; batch: rows a pass, 0 for the
-    run's own."""
+    run's own; block_size: one that it was trained with, 0 for its usual one."""
     from bd3lm_jax.restore import restore
 
     mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
     run = restore(workdir, weights, None, mesh)
-    config = dataclasses.replace(run.config, eval=dataclasses.replace(run.config.eval,
-                                                                      batch=batch or run.config.eval.batch))
+    config = run.config.at_trained_size(block_size) if block_size else run.config
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch=batch or config.eval.batch))
     evaluator = Evaluator(config, run.model, SpecialIds(run.tokenizer.mask_id, run.tokenizer.end_id), mesh)
     return Opened(workdir, config, run.tokenizer, run.params, evaluator, run.step, run.meta["config_sha256"])
 
 
 def evaluate_run(workdir: str, *, split: str, data: str, estimator: str, draws: int, seed: int, weights: str,
                  batch: int, target_ci: float, max_draws: int, against: str, data_dir: str, chunks: str, stride: int,
-                 first_token: str, end_token: str) -> dict[str, Any]:
+                 first_token: str, end_token: str, block_size: int = 0) -> dict[str, Any]:
     """The `eval` command: likelihood of a split under the newest checkpoint of a run.
 
     data, split, data_dir: which text (`domains.open_text`). chunks, stride, first_token, end_token: what of it counts
     (`domains.convention_for`). estimator: "" for the best one. target_ci: as `Target`, 0 for none; then `draws`
-    is the size of a round. against: another run to compare with on the same documents, or "" (see `compare.py`).
+    is the size of a round. block_size: as for `open_run`. against: another run to compare with on the same
+    documents, or "" (see `compare.py`).
     """
     from bd3lm_jax import compare
 
-    run = open_run(workdir, weights, batch)
+    run = open_run(workdir, weights, batch, block_size)
     other = open_run(against, weights, batch) if against else None
     convention = domains.convention_for([side.config for side in (run, other) if side is not None], chunks=chunks,
                                         stride=stride, first_token=first_token, end_token=end_token)

@@ -71,7 +71,7 @@ def scored_positions(objective: Any, batch: int, length: int, views: int, schedu
     a schedule may choose."""
     def noised(ids):
         law = {} if schedule is None else {"law": schedule.law(schedule.first(), length // objective.block_size)}
-        needed = {name: ids for name in objective.needs}
+        needed = {name: jnp.zeros(ids.shape) for name in objective.needs}
         if objective.learns:
             needed["learnt"] = objective.init_learnt(1)
         return objective.corrupt(jax.random.key(0), ids, ids, views=views, mask_id=0, end_id=0, **law, **needed)

@@ -75,6 +75,23 @@ class LM:
             return SpecialIds(self.tokenizer.mask_id, self.tokenizer.end_id)
         return SpecialIds(self.config.model.vocab_size - 1, -1)
 
+    def at_block_size(self, size: int) -> "LM":
+        """This model with blocks of `size` tokens, one of those that it was trained with (`diffusion.kind="mixed"`)."""
+        config = self.config.at_trained_size(size)
+        if config is self.config:
+            return self
+        known = self.__dict__.setdefault("_at_sizes", {})  # each keeps its programs
+        if size not in known:
+            known[size] = LM(config, self.params, self.tokenizer, self.model, self.context)
+        return known[size]
+
+    def fitted(self, options: dict[str, Any]) -> tuple["LM", dict[str, Any]]:
+        """For a model with several block sizes: this model at the one that generation options name, and the others."""
+        size = options.get("block_size")
+        if self.config.diffusion.kind != "mixed" or size is None:
+            return self, options
+        return self.at_block_size(size), {**options, "block_size": None}
+
     def logits(self, xt, x0=None, *, sigma=None) -> jax.Array:
         """Raw network output, float32 `[B, L, V]`, before SUBS.
 
@@ -143,18 +160,21 @@ class LM:
         `options.Options` (sampler, temperature, top_k, top_p, steps, threshold, stop, window, seed, ...). Request i
         is keyed by (seed, i), whatever else is in the batch.
         """
-        return generation.generate(self, prompts, num, length, make_options(**options))
+        lm, options = self.fitted(options)
+        return generation.generate(lm, prompts, num, length, make_options(**options))
 
     def stream(self, prompt=None, *, length: int, **options) -> Iterator[stream.Committed | stream.Revision]:
         """The text of one prompt while it is written: `Committed(text)` stays, `Revision(text)` is the present block.
 
         The same tokens as `generate` writes with the same options.
         """
-        return stream.watch(self, prompt, length, make_options(**options))
+        lm, options = self.fitted(options)
+        return stream.watch(lm, prompt, length, make_options(**options))
 
     def infill(self, texts, *, draws: int = 4, **options) -> list[infill.Infill]:
         """Fill `[MASK]`, `[MASK:n]` and `[MASK:a-b]` in texts; see `infill.infill`."""
-        return infill.infill(self, texts, make_options(**options), draws=draws)
+        lm, options = self.fitted(options)
+        return infill.infill(lm, texts, make_options(**options), draws=draws)
 
     def score(self, prompts, continuations, *, estimator: str = "exact_count", draws: int = 4, seed: int = 0,
               greedy: bool = False, batch: int = 16) -> list[conditional.Score]:

@@ -18,7 +18,8 @@ class Options:
     sampler: one of `sampling.SAMPLERS`. temperature, top_k, top_p, min_p, repetition_penalty: see
     `sampling/filters.py`. forbidden: ids never drawn. steps, threshold: of the sampler; None: its usual ones.
     block_size: what the model was trained with, or for a bidirectional model (MDLM) the stretch that is written at a
-    time, left to right; None: all of it. stop: strings that end a text. min_length: new tokens before an end token.
+    time, left to right; None: all of it (a model trained with several sizes: any of them, None its usual one).
+    stop: strings that end a text. min_length: new tokens before an end token.
     min_entropy: a text whose last 256 tokens have a lower unigram entropy (nats) is given up; the paper uses 4.
     window: texts may be longer than what the model was trained on (see `denoise.py`; MDLM slides by half its length).
     cache_dtype: of keys and values, "compute": the network's. approximate_cache: of a bidirectional model, "prefix" or

@@ -1,5 +1,7 @@
 """The passes of a network over whole rows: two streams for training and bounds, one stream for everything else."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -10,6 +12,13 @@ from bd3lm_jax.models.trunk import Backbone, Execution, Stream
 PLAIN = Execution(backend="auto", layers="scan", remat="none", one_document=False)
 
 
+class RowSizes(NamedTuple):
+    """Rows with blocks of several sizes: tokens a block of each row, int32 `[B]`, and the smallest size there is."""
+
+    size_B: jax.Array
+    smallest: int
+
+
 def compute_dtype(name: str):
     """"auto": bfloat16 on accelerators, float32 on CPU."""
     if name == "auto":
@@ -18,20 +27,23 @@ def compute_dtype(name: str):
 
 
 def two_stream(model: Backbone, params: dict, xt_BxMxL, x0_BxL, position_BxL, segment_BxL, *, block_size: int,
-               sigma_BxMxn=None, clean_sigma_Bx1=None, execution: Execution, dropout_keys=None) -> jax.Array:
+               sizes: RowSizes | None = None, sigma_BxMxn=None, clean_sigma_Bx1=None, execution: Execution,
+               dropout_keys=None) -> jax.Array:
     """Hidden states `[B, M, L, D]` of M noised views, every block seeing the clean blocks before it (BD3-LM eq. 6).
 
     The last clean block is read by nobody and left out; with one block a row (MDLM) there is no clean stream.
+    sizes: of each row's blocks where they differ; block_size is then the largest, and only the smallest is left out.
     sigma: noise level of each n-th part of the row, clean_sigma: one for the whole row (published checkpoints); None is
     the constant 0 (and all that networks without time conditioning take).
     """
     length = x0_BxL.shape[1]
-    block = position_BxL // block_size
+    block = position_BxL // (block_size if sizes is None else sizes.size_B[:, None])
+    smallest = None if sizes is None else sizes.smallest
     noised = Stream(xt_BxMxL, position_BxL, block, segment_BxL, sigma_BxMxn)
-    clean, kept = None, length - block_size
+    clean, kept = None, length - (smallest or block_size)
     if kept > 0:
         clean = Stream(*(x[:, :kept] for x in (x0_BxL, position_BxL, block, segment_BxL)), clean_sigma_Bx1)
-    return _run(model, params, noised, clean, "block_causal", block_size, execution, dropout_keys).noised
+    return _run(model, params, noised, clean, "block_causal", block_size, execution, dropout_keys, smallest).noised
 
 
 def one_stream(model: Backbone, params: dict, ids_BxL, position_BxL, segment_BxL, *, rule: str, block_size: int,
@@ -41,9 +53,9 @@ def one_stream(model: Backbone, params: dict, ids_BxL, position_BxL, segment_BxL
     return _run(model, params, None, clean, rule, block_size, execution, dropout_keys).clean
 
 
-def _run(model, params, noised, clean, rule, block_size, execution, dropout_keys):
+def _run(model, params, noised, clean, rule, block_size, execution, dropout_keys, smallest=None):
     return trunk.hidden(model, params, noised=noised, clean=clean, cache=None, write_at=None, rule=rule,
-                        block_size=block_size, execution=execution, dropout_keys=dropout_keys)
+                        block_size=block_size, smallest=smallest, execution=execution, dropout_keys=dropout_keys)
 
 
 def plain_rows(ids_BxL) -> tuple[jax.Array, jax.Array]:

@@ -55,7 +55,16 @@ class Program:
 
     def step(self):
         """`step(state, batch) -> (state, metrics)`, jitted; the state given is donated. Use it under the mesh."""
-        return jax.jit(make_step(self.config, self.model, self.tx, self.special), donate_argnums=0,
+        return self._step(self.config)
+
+    def steps(self) -> dict:
+        """`step` for every block size of the run, by size; each is compiled when it is first used, and once."""
+        sizes = {size for _, size in self.config.train.block_sizes}
+        return {size: self._step(self.config.at_block_size(size)) for size in sizes} or {
+            self.config.block_size: self.step()}
+
+    def _step(self, config: Config):
+        return jax.jit(make_step(config, self.model, self.tx, self.special), donate_argnums=0,
                        out_shardings=(self.shardings, None))
 
     def arguments(self) -> tuple[TrainState, dict]:

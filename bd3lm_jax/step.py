@@ -19,6 +19,8 @@ from bd3lm_jax.passes import Execution
 from bd3lm_jax.sharding import BATCH_AXES, batch_devices, constrain
 from bd3lm_jax.state import TrainState
 
+PREPARE = 0x70726570  # tells what an objective does to a batch from its noise
+
 
 LEARNT = "objective"  # name of the objective's own parameters among those of the network
 
@@ -65,8 +67,11 @@ def score(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_
         h = passes.one_stream(model, params, noised.xt_BxMxL[:, 0], position_BxL, segment_BxL, rule="causal",
                               block_size=1, execution=execution, dropout_keys=dropout_keys)[:, None]
     else:
+        largest, sizes = objective.block_size, None
+        if noised.size_B is not None:
+            largest, sizes = objective.sizes[-1], passes.RowSizes(noised.size_B, objective.sizes[0])
         h = passes.two_stream(model, params, noised.xt_BxMxL, tokens_BxL, position_BxL, segment_BxL,
-                              block_size=objective.block_size, sigma_BxMxn=sigma, execution=execution,
+                              block_size=largest, sizes=sizes, sigma_BxMxn=sigma, execution=execution,
                               dropout_keys=dropout_keys)
     weight, xt, length = noised.weight_BxMxL, noised.xt_BxMxL, tokens_BxL.shape[1]
     target = jnp.broadcast_to(tokens_BxL[:, None], xt.shape)
@@ -171,6 +176,7 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         noise_key, dropout_key = jax.random.split(key)
+        batch = objective.prepared(jax.random.fold_in(noise_key, PREPARE), batch, special.end)
         tokens = batch["tokens"]
         noised = draw_noise(config, special, noise_key, batch, config.train.views, state.noise,
                             state.params.get(LEARNT))

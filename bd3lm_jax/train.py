@@ -134,13 +134,13 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
           profiler: Profiler):
     """All steps -> last state, median milliseconds a step, last validation. Metrics are read one step late."""
     config, program, start = run.config, run.program, int(state.step)
-    step_fn = program.step()
+    step_fns = program.steps()
     loader = Loader(run.rows["train"], config.train.batch, config.seed, sharding.batch_sharding(program.mesh))
     tokens_a_step = config.train.batch * config.data.length
     pending, clock, valid = None, _Clock(), {}
     schedule = optim.make_schedule(config.optim, config.train.steps)
     choose_noise = Chooser(config, program.model, program.special, program.mesh)
-    window = _Window(config.diffusion, config.log.every, tokens_a_step, schedule, losses)
+    window = _Window(config, tokens_a_step, schedule, losses)
     log.note(f"{program.num_params:,} parameters, {len(run.rows['train'])} rows of {config.data.length} tokens, "
              f"{program.mesh.size} x {jax.devices()[0].device_kind}; compiling the step")
     workers = config.data.workers
@@ -149,7 +149,7 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
         for step, (ids, batch) in zip(range(start, config.train.steps), batches):
             profiler.step(step, state)
             with memory.explained(program):
-                state, metrics = step_fn(state, batch)
+                state, metrics = step_fns[config.block_size_at(step)](state, batch)
                 values = _read(run, pending, clock) if pending is not None else None
             if values is not None:
                 window.add(*values, {}, {}, clock, log)
@@ -204,8 +204,9 @@ def _read(run: Run, pending, clock: "_Clock") -> tuple[int, dict]:
 class _Window:
     """Averages what is logged over `every` steps."""
 
-    def __init__(self, objective, every: int, tokens_a_step: int, schedule, losses: list[float]):
-        self.objective, self.every, self.tokens_a_step, self.schedule = objective, every, tokens_a_step, schedule
+    def __init__(self, config: Config, tokens_a_step: int, schedule, losses: list[float]):
+        self.config, self.objective, self.every = config, config.diffusion, config.log.every
+        self.tokens_a_step, self.schedule = tokens_a_step, schedule
         self.losses = losses  # the latest ones; they travel with the checkpoint, so that a resumed run logs the same
 
     def add(self, step: int, values: dict, valid: dict, noise: dict, clock: "_Clock", log: RunLog) -> None:
@@ -219,6 +220,8 @@ class _Window:
             line = {"train/loss": loss, "train/grad_norm": values["grad_norm"],
                     "train/lr": float(self.schedule(step - 1)), "train/masked_fraction": values["masked"],
                     "train/tokens_per_s": rate}
+            if self.config.train.block_sizes:
+                line["train/block_size"] = self.config.block_size_at(step - 1)
             if self.objective.is_bound:
                 line["train/nll"] = loss
         if valid:

@@ -20,6 +20,15 @@ OBJECTIVES = {  # beside masked diffusion: algo=NAME -> its `diffusion` section,
     "genmd4": ({"kind": "genmd4", "block_size": BLOCK_SIZE, "power": 1.0, "eps": 1e-4}, {}, {"views": 2}),
     "uniform": ({"kind": "uniform", "block_size": BLOCK_SIZE, "vocab_size": -1, "eps": 1e-3},
                 {"time_conditioning": True}),
+    "diffusionbert": ({"kind": "diffusionbert", "block_size": BLOCK_SIZE, "strength": 0.3}, {}),
+    "llada": ({"kind": "llada", "block_size": BLOCK_SIZE, "complement": False, "random_length": 0.01, "sft": False,
+               "normalise": "tokens"}, {}),
+    "roberta_diffusion": ({"kind": "roberta_diffusion", "block_size": BLOCK_SIZE,
+                           "rates": (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1), "protected": 16,
+                           "special_ids": ()}, {}),
+    "levels": ({"kind": "levels", "block_size": BLOCK_SIZE, "ramp": 0.5}, {}),
+    "mixed": ({"kind": "mixed", "block_size": 16, "sizes": (1, 2, 4, 8, 16), "schedule": "loglinear",
+               "corruption": "exact_count", "complement": False, "eps": 1e-3}, {}),
 }
 ALGORITHMS = ("bd3lm", "mdlm", *OBJECTIVES)
 SIZES = {  # the paper's small, and the usual medium
@@ -51,7 +60,7 @@ def base() -> ConfigDict:
             "warmup_steps": 2500, "schedule": "constant", "final_lr_fraction": 0.0, "decay_fraction": 0.2,
             "ema": 0.9999,
         },
-        "train": {"steps": 1_000_000, "batch": 512, "views": 1, "init_from": ""},
+        "train": {"steps": 1_000_000, "batch": 512, "views": 1, "init_from": "", "block_sizes": ()},
         "compute": {
             "dtype": "auto", "attention": "auto", "layers": "scan", "remat": "none", "microbatch": 0, "loss_chunk": 0,
         },

@@ -9,9 +9,13 @@ Likelihood, with a 95 % interval over documents and draws:
   python -m launch eval --workdir=runs/tiny --estimator=exact             # every mask: no Monte-Carlo error (S <= 8)
   python -m launch eval --workdir=runs/tiny --target_ci=0.1%              # draws until that part is so tight
   python -m launch eval --workdir=runs/tiny --against=runs/tiny-ar        # paired difference, interval and p-value
+  python -m launch eval --workdir=runs/mixed --block_size=4               # of a model trained with several
+  python -m launch eval --workdir=runs/mixed --curve                      # at each of them, with calls and tokens/s
 
 Result: nll (nats a token), nll_ci95, nll_mc_se (draws alone), nll_document_se (documents alone), ppl, ppl_ci95,
 bits_per_byte, tokens, documents, ..., against (unit, difference, difference_ci95, p_value, same_masks, ...).
+Of --curve: rows (block_size, nll, nll_ci95, ppl, bits_per_byte, nfe_per_token, tokens_per_s), recommended (a block
+size), rule (why that one), and how the texts were written that calls and tokens were counted on.
 
 Quality of texts that `sample` wrote (python -m launch sample ... > bd4.json), beside real text of the same lengths:
   python -m launch eval --samples=bd4.json --scorer=runs/tiny-ar
@@ -39,6 +43,7 @@ from bd3lm_jax.errors import UserError
 TAKES_CONFIG = False
 LIKELIHOOD = ("split", "data_dir", "chunks", "stride", "first_token", "end_token", "estimator", "draws", "seed",
               "weights", "batch", "max_draws")  # handed over as they are; data, against and target_ci as well
+CURVE = ("split", "estimator", "draws", "seed", "weights", "batch")
 QUALITY = ("scorer", "weights", "split", "reference", "stride", "max_tokens", "mauve", "plot")
 TASK = ("file", "against", "allow_code_execution", "num_problems", "draws_per_problem", "shots", "seed",
         "weights")
@@ -76,6 +81,10 @@ def _define_likelihood(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("seed", 0, "of the noise", lower_bound=0, flag_values=values)
     flags.DEFINE_enum("weights", "ema", ["ema", "params"], "averaged weights, or the last ones", flag_values=values)
     flags.DEFINE_integer("batch", 0, "rows a pass; 0: the run's own", lower_bound=0, flag_values=values)
+    flags.DEFINE_boolean("curve", False, "likelihood, calls and speed at every block size the model was trained with",
+                         flag_values=values)
+    flags.DEFINE_float("within", 0.01, "of --curve: the largest block size is recommended whose nll is at most this "
+                       "part above the best", lower_bound=0.0, flag_values=values)
 
 
 def _define_quality(values: flags.FlagValues) -> None:
@@ -106,7 +115,8 @@ def _define_task(values: flags.FlagValues) -> None:
     flags.DEFINE_string("sampler", None, "of --task, as all flags below: see python -m launch sample --help",
                         flag_values=values)
     for name in ("length", "top_k", "steps", "block_size"):
-        flags.DEFINE_integer(name, None, "of --task", lower_bound=1, flag_values=values)
+        more = "; of a likelihood: one that the model was trained with" if name == "block_size" else ""
+        flags.DEFINE_integer(name, None, f"of --task{more}", lower_bound=1, flag_values=values)
     for name in ("temperature", "top_p", "min_p", "repetition_penalty", "threshold"):
         flags.DEFINE_float(name, None, "of --task", lower_bound=0.0, flag_values=values)
 
@@ -121,7 +131,7 @@ def main(args: flags.FlagValues) -> dict:
         _allow(args, "--task", ("workdir", "task", *TASK, *SAMPLER))
         return _task(args)
     _allow(args, "a likelihood (neither --samples nor --task)",
-           ("workdir", "data", "against", "target_ci", *LIKELIHOOD))
+           ("workdir", "data", "against", "target_ci", "block_size", "curve", "within", *LIKELIHOOD))
     return _likelihood(args)
 
 
@@ -151,15 +161,23 @@ def _likelihood(args: flags.FlagValues) -> dict:
 
     workdir, target_ci = required(args, "workdir"), _fraction(args.target_ci)
     common = _values(args, LIKELIHOOD)
+    if args.curve:
+        _allow(args, "--curve", ("workdir", "curve", "within", *CURVE))
+        from bd3lm_jax.block_sizes import curve
+
+        return curve(workdir, within=args.within, **_values(args, CURVE))
     if args.data == "all":
         if args.against:
             raise UserError("--against does not go with --data=all: give --workdir=A,B instead")
+        if args.block_size:
+            raise UserError("--block_size does not go with --data=all: give one --data at a time")
         from bd3lm_jax.suite import evaluate_suite
 
         return evaluate_suite(workdir.split(","), target_ci=target_ci, **common)
     from bd3lm_jax.evaluate import evaluate_run
 
-    return evaluate_run(workdir, data=args.data, against=args.against, target_ci=target_ci, **common)
+    at = {"block_size": args.block_size} if args.block_size else {}
+    return evaluate_run(workdir, data=args.data, against=args.against, target_ci=target_ci, **at, **common)
 
 
 def _values(args: flags.FlagValues, names: tuple[str, ...]) -> dict:

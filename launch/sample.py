@@ -65,7 +65,8 @@ def _define_speed(values: flags.FlagValues) -> None:
                          flag_values=values)
     flags.DEFINE_float("threshold", None, "the sampler's number: probability, factor, nats, eta; by default its usual "
                        "one", lower_bound=0.0, flag_values=values)
-    flags.DEFINE_integer("block_size", None, "of a bidirectional model: tokens written at a time, left to right",
+    flags.DEFINE_integer("block_size", None, "of a bidirectional model: tokens written at a time, left to right; of "
+                         "one that was trained with several sizes: one of them",
                          lower_bound=1, flag_values=values)
 
 
@@ -114,6 +115,7 @@ def main(args: flags.FlagValues) -> dict:
 
     lm = bd3lm_jax.load(workdir, weights=args.weights)
     chosen, source = _choose(args, lm)
+    lm, chosen = lm.fitted(chosen)
     length, options = args.length or min(256, lm.context), make_options(**chosen)
     start = time.perf_counter()
     if args.animate or args.trace:

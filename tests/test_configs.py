@@ -50,6 +50,13 @@ def test_builds_and_validates(name, arg):
     make_schedule(config.optim, config.train.steps)  # warm-up and decay fit into the steps
 
 
+@pytest.mark.parametrize("algo", common.OBJECTIVES)
+def test_every_objective_has_a_config(algo):
+    config = Config.from_dict(tiny.get_config(f"algo={algo}"))
+    assert config.diffusion.kind == common.OBJECTIVES[algo][0]["kind"]
+    assert Config.from_dict(config.to_dict()) == config
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_is_a_lab_note(name):
     note = CONFIGS[name].__doc__.lower()

@@ -194,7 +194,7 @@ def test_runs_go_on_bit_for_bit_with_the_noise_they_had(name, home, tmp_path, mo
     ({"noise.adapt": "clip"}, "noise.adapt='clip' needs diffusion.corruption='bernoulli', not 'exact_count'"),
     ({**COUNTS, "diffusion.corruption": "bernoulli"}, "needs diffusion.corruption='exact_count', not 'bernoulli'"),
     ({**COUNTS, "diffusion.count_probs": (1.0, 1.0, 1.0, 2.0)}, "diffusion.count_probs has no effect"),
-    ({**COUNTS, "diffusion": AR, "model.adaln": False}, "which an autoregressive model does not have"),
+    ({**COUNTS, "diffusion": AR, "model.adaln": False}, "which diffusion.kind='ar' does not have"),
     ({"noise.clip_widths": ()}, "noise.clip_widths is ()"),
     ({"noise.clip_widths": (0.5, 1.5)}, "noise.clip_widths is (0.5, 1.5)"),
     ({"noise.clip_stride": 0.0}, "noise.clip_stride is 0.0"),

@@ -53,6 +53,8 @@ def why_not(spec: MaskSpec, head_size: int, dtype) -> str | None:
 
 
 def _why_not_mask(spec: MaskSpec) -> str | None:
+    if spec.smallest is not None:
+        return "rows have blocks of several sizes, and cuDNN's calls are the same for all rows"
     if not spec.one_document:
         return "rows may hold several documents, and cuDNN's causal call knows no segments"
     if spec.noised is None or spec.clean is None:

@@ -13,14 +13,16 @@ class Prefix:
     """All queries against the clean keys.
 
     Noised block b + 1 sees exactly the clean keys that clean block b sees: the noised views, shifted by one block, and
-    the clean stream are groups of queries of one call. In it noised tokens have view 1, clean ones 0.
+    the clean stream are groups of queries of one call. In it noised tokens have view 1, clean ones 0. With blocks of
+    several sizes the shift is the smallest: a noised token sees no clean key that the tiles of the token so far before
+    it leave out, as every size divides `spec.block_size`.
     """
 
     def __init__(self, spec: MaskSpec, noised, clean, flash: Flash):
         self.flash = flash
         clean_q, self.k, self.v = clean
         self.views, self.noised_length = (0, 0) if noised is None else noised[0].shape[1:3]
-        self.shift = spec.block_size if self.views else 0
+        self.shift = (spec.smallest or spec.block_size) if self.views else 0
         self.clean_length = 0 if clean_q is None else clean_q.shape[1]
         self.length = max(self.noised_length - self.shift, self.k.shape[1])
         self.q = self._group(noised and noised[0], clean_q)

@@ -39,7 +39,8 @@ class MaskSpec:
     block_size: every block begins at a row index that is a multiple of it, whatever the segments; it bounds which
     tiles can be seen. aligned: noised token i and clean token i stand at the same row index (training); False when the
     clean stream is the block before the noised one (decoding). one_document: every row is known to hold one document,
-    padding only after it, so that position = row index; backends without segments need it.
+    padding only after it, so that position = row index; backends without segments need it. smallest: the smallest block
+    of any row where rows have blocks of several sizes, all multiples of it that divide block_size; None: all alike.
     """
 
     rule: str = flax.struct.field(pytree_node=False)
@@ -49,6 +50,7 @@ class MaskSpec:
     noised: Tokens | None
     clean: Tokens | None
     cache: Tokens | None
+    smallest: int | None = flax.struct.field(pytree_node=False, default=None)
 
 
 def allowed(rule: str, q: Tokens, kv: Tokens) -> jax.Array:

@@ -6,10 +6,16 @@ it here.
 
 from bd3lm_jax.diffusion.ar import AR
 from bd3lm_jax.diffusion.d3pm import D3PM
+from bd3lm_jax.diffusion.diffusionbert import DiffusionBERT
 from bd3lm_jax.diffusion.genmd4 import GenMD4
+from bd3lm_jax.diffusion.levels import Levels
+from bd3lm_jax.diffusion.llada import LLaDA
 from bd3lm_jax.diffusion.masked import Masked
 from bd3lm_jax.diffusion.md4 import MD4
+from bd3lm_jax.diffusion.mixed import Mixed
+from bd3lm_jax.diffusion.roberta import RobertaDiffusion
 from bd3lm_jax.diffusion.sedd import SEDD
 from bd3lm_jax.diffusion.uniform import SEDDUniform, Uniform
 
-OBJECTIVES = {objective.kind: objective for objective in (Masked, AR, SEDD, D3PM, MD4, GenMD4, Uniform, SEDDUniform)}
+OBJECTIVES = {objective.kind: objective for objective in (
+    Masked, AR, SEDD, D3PM, MD4, GenMD4, Uniform, SEDDUniform, DiffusionBERT, LLaDA, RobertaDiffusion, Levels, Mixed)}

@@ -133,6 +133,11 @@ def truncated_capacity(low: float, high: float, block_size: int) -> int:
     return most
 
 
+def interleave(first_BxPxL: jax.Array, second_BxPxL: jax.Array) -> jax.Array:
+    """`[B, P, ...]` twice -> `[B, 2 P, ...]`: first, second, first, ..."""
+    return jnp.stack([first_BxPxL, second_BxPxL], axis=2).reshape(first_BxPxL.shape[0], -1, *first_BxPxL.shape[2:])
+
+
 def _blocks(array_BxL, blocks):
     return array_BxL.reshape(*array_BxL.shape[:-1], blocks, -1)
 

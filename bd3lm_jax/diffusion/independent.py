@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from bd3lm_jax.diffusion.masked import MASK_PROB_MAX
 from bd3lm_jax.diffusion.noised import Noised
+from bd3lm_jax.diffusion.objective import check_rows
 from bd3lm_jax.diffusion.schedule import stratified_uniform
-from bd3lm_jax.errors import UserError
 
 
 class Draw(NamedTuple):
@@ -24,11 +24,7 @@ def draw(key: jax.Array, shape: tuple[int, int], views: int, block_size: int) ->
     Raises UserError if the block size does not divide L, or `views` is not positive.
     """
     batch, length = shape
-    if views < 1:
-        raise UserError(f"views is {views}, expected at least 1 noised view of each row")
-    if length % block_size:
-        raise UserError(f"length {length} is not a multiple of diffusion.block_size={block_size}: pad the rows to "
-                        f"{-(-length // block_size) * block_size} tokens")
+    check_rows(views, length, block_size)
     time_key, order_key = jax.random.split(key)
     return Draw(stratified_uniform(time_key, (batch, views, length // block_size)),
                 jax.random.uniform(order_key, (batch, views, length)))

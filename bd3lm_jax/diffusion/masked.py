@@ -11,7 +11,7 @@ import numpy as np
 from bd3lm_jax.diffusion import corrupt
 from bd3lm_jax.diffusion.corrupt import ClipLaw, CountLaw
 from bd3lm_jax.diffusion.noised import Noised
-from bd3lm_jax.diffusion.objective import Objective
+from bd3lm_jax.diffusion.objective import Objective, check_rows
 from bd3lm_jax.diffusion.schedule import get_schedule, stratified_uniform, systematic_uniform
 from bd3lm_jax.errors import UserError
 
@@ -126,11 +126,8 @@ class Masked(Objective):
             UserError: the block size does not divide L, `views` is not positive, or odd with `complement`.
         """
         batch, length = x0_BxL.shape
-        _check(views >= 1, f"views is {views}, expected at least 1 noised view of each row")
+        check_rows(views, length, self.block_size)
         _check(views % 2 == 0 or not self.complement, f"views is {views}, diffusion.complement needs an even number")
-        _check(length % self.block_size == 0,
-               f"length {length} is not a multiple of diffusion.block_size={self.block_size}: pad the rows to "
-               f"{-(-length // self.block_size) * self.block_size} tokens")
         parts = views // 2 if self.complement else views
         law = law or self._own_law(length // self.block_size)
         uniforms = self._uniforms(key, batch, parts, length, clipped=isinstance(law, ClipLaw))
@@ -193,7 +190,7 @@ class Masked(Objective):
         weights = (2 / (jnp.maximum(k, 1) * pi_pair) for k in (counts, others))
         levels = (self._count_level(order, mask) for order, mask in zip((u, 1 - u), masks))
         capacity = max(law.capacity, law.complement_capacity)
-        return *(_interleave(*pair) for pair in (masks, weights, levels)), capacity
+        return *(corrupt.interleave(*pair) for pair in (masks, weights, levels)), capacity
 
     def _draw_counts(self, uniforms, maskable_BxMxL, law):
         """The mask, and for each block count, maskable tokens and pi(count)."""
@@ -244,11 +241,6 @@ def cross_entropy_subs(logits_NxV: jax.Array, target_N: jax.Array, mask_id: int)
     logits_NxV = jnp.where(jnp.arange(logits_NxV.shape[-1]) == mask_id, -1e30, logits_NxV.astype(jnp.float32))
     target_logit_N = jnp.take_along_axis(logits_NxV, target_N[:, None], axis=-1)[:, 0]
     return jax.nn.logsumexp(logits_NxV, axis=-1) - target_logit_N
-
-
-def _interleave(first, second):
-    """`[B, P, ...]` twice -> `[B, 2 P, ...]`: first, second, first, ..."""
-    return jnp.stack([first, second], axis=2).reshape(first.shape[0], -1, *first.shape[2:])
 
 
 def _check(condition: bool, message: str) -> None:

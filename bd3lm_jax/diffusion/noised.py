@@ -15,3 +15,4 @@ class Noised:
     weight_BxMxL: jax.Array  # float32, 0 where not masked
     sigma_BxMxK: jax.Array  # float32 noise level -log(alpha) of each K-th part of the row (a block, a token), finite
     capacity: int = flax.struct.field(pytree_node=False)  # no view of a row has more masked tokens than this
+    size_B: jax.Array | None = None  # int32 tokens a block of each row, where these differ (Mixed)

@@ -6,6 +6,8 @@ from typing import ClassVar
 
 import jax
 
+from bd3lm_jax.errors import UserError
+
 
 class Objective:
     """Base of the objectives, which are frozen dataclasses of their hyperparameters.
@@ -57,3 +59,18 @@ class Objective:
     @property
     def bound(self) -> "Objective | None":
         return self if self.is_bound else None
+
+    def prepared(self, key: jax.Array, batch: dict, end_id: int) -> dict:
+        """The batch as training reads it, before noise: `tokens`, `segments`, `positions` and what it `needs`, `[B, L]`
+        each. A function of the key, which is that of the step, and of the whole batch."""
+        del key, end_id
+        return batch
+
+
+def check_rows(views: int, length: int, block_size: int) -> None:
+    """UserError for rows that `corrupt` cannot noise."""
+    if views < 1:
+        raise UserError(f"views is {views}, expected at least 1 noised view of each row")
+    if length % block_size:
+        raise UserError(f"length {length} is not a multiple of diffusion.block_size={block_size}: pad the rows to "
+                        f"{-(-length // block_size) * block_size} tokens")

@@ -196,7 +196,8 @@ def _stored_shapes(model, params):
 
 
 def hidden(model: Backbone, params: dict, *, noised: Stream | None, clean: Stream | None, cache: Cache | None,
-           write_at, rule: str, block_size: int, execution: Execution, dropout_keys) -> Out:
+           write_at, rule: str, block_size: int, execution: Execution, dropout_keys,
+           smallest: int | None = None) -> Out:
     """One pass of both streams through all layers.
 
     Noised tokens attend to cache, earlier clean blocks and their own block; clean tokens to cache and clean by `rule`
@@ -204,10 +205,10 @@ def hidden(model: Backbone, params: dict, *, noised: Stream | None, clean: Strea
     Decoding: noised = one block, clean = the block just finished, whose keys and values go to cache slots `write_at`.
     block_size: blocks begin at row indices that are multiples of it. With a noised stream the clean stream's last
     layer computes keys and values only and its hidden states are not returned. dropout_keys: one typed key a row
-    `[B]`; None: no dropout.
+    `[B]`; None: no dropout. smallest: as in `MaskSpec`, for rows with blocks of several sizes.
     """
     h_noised, h_clean, stored, aux = _run(model, params, noised, clean, cache, rule=rule, block_size=block_size,
-                                          execution=execution, dropout_keys=dropout_keys)
+                                          smallest=smallest, execution=execution, dropout_keys=dropout_keys)
     if cache is not None and clean is not None:
         cache = cache.write(stored, clean, write_at)
     return Out(h_noised, h_clean, cache, aux)
@@ -236,11 +237,11 @@ def _condition(model, params, sigma):
     return model.condition.apply({"params": params["condition"]}, sigma)
 
 
-def _run(model, params, noised, clean, cache, *, rule, block_size, execution, dropout_keys):
+def _run(model, params, noised, clean, cache, *, rule, block_size, execution, dropout_keys, smallest=None):
     spec = MaskSpec(rule=rule, block_size=block_size, aligned=cache is None, one_document=execution.one_document,
                     noised=None if noised is None else noised.tokens(True),
                     clean=None if clean is None else clean.tokens(False),
-                    cache=None if cache is None or cache.empty else cache.tokens())
+                    cache=None if cache is None or cache.empty else cache.tokens(), smallest=smallest)
     streams = {name: stream for name, stream in (("noised", noised), ("clean", clean)) if stream is not None}
     h = {name: model.embed.apply({"params": params["embed"]}, stream.ids) for name, stream in streams.items()}
     cond = {name: _condition(model, params, stream.sigma) for name, stream in streams.items()}

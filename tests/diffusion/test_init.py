@@ -7,11 +7,18 @@ from pathlib import Path
 import bd3lm_jax.diffusion
 from bd3lm_jax.diffusion import OBJECTIVES
 from bd3lm_jax.diffusion.ar import AR
+from bd3lm_jax.diffusion.diffusionbert import DiffusionBERT
+from bd3lm_jax.diffusion.levels import Levels
+from bd3lm_jax.diffusion.llada import LLaDA
 from bd3lm_jax.diffusion.masked import Masked
+from bd3lm_jax.diffusion.mixed import Mixed
+from bd3lm_jax.diffusion.roberta import RobertaDiffusion
 
 
 def test_registry():
-    assert OBJECTIVES == {"masked": Masked, "ar": AR}
+    assert OBJECTIVES == {
+        "masked": Masked, "ar": AR, "diffusionbert": DiffusionBERT, "llada": LLaDA,
+        "roberta_diffusion": RobertaDiffusion, "levels": Levels, "mixed": Mixed}
 
 
 def test_import_walls():

@@ -1,0 +1,51 @@
+"""A curriculum of block sizes (LLaDA2: 1, 4, 32, one block a row, and back): `train.block_sizes`.
+
+((0, 1), (1000, 4)): updates 0 .. 999 with blocks of one token, then four. The run's `diffusion.block_size` is the last
+one: evaluation, validation while training and sampling use it.
+"""
+
+import dataclasses
+from typing import Any
+
+from bd3lm_jax.errors import UserError
+
+
+def size_at(pairs: tuple[tuple[int, int], ...], step: int) -> int | None:
+    """Block size of the update that follows `step` updates; None without a curriculum."""
+    passed = [size for start, size in pairs if start <= step]
+    return passed[-1] if passed else None
+
+
+def check_pairs(pairs: tuple[tuple[int, int], ...]) -> None:
+    """UserError unless they are (first step, block size), from step 0 on with rising steps."""
+    starts = [pair[0] for pair in pairs if len(pair) == 2 and pair[1] >= 1]
+    rising = all(a < b for a, b in zip(starts, starts[1:]))
+    if pairs and not (len(starts) == len(pairs) and starts[0] == 0 and rising):
+        raise UserError(f"train.block_sizes is {pairs}, expected pairs (first step, block size) that begin at step 0, "
+                        "the steps rising, e.g. ((0, 1), (1000, 4))")
+
+
+def check(config: Any) -> None:
+    """UserError for a curriculum that does not fit the data or the objective of a Config."""
+    sizes, final = [size for _, size in config.train.block_sizes], config.block_size
+    if not sizes:
+        return
+    objective, data = config.diffusion, config.data
+    if "block_size" not in {field.name for field in dataclasses.fields(objective)} or hasattr(objective, "sizes"):
+        raise UserError(f"train.block_sizes has no effect with diffusion.kind='{objective.kind}': use ()")
+    if sizes[-1] != final:
+        raise UserError(f"train.block_sizes ends with blocks of {sizes[-1]} tokens, but evaluation and sampling would "
+                        f"use diffusion.block_size={final}: make them equal")
+    for size in sizes:
+        if data.length % size:
+            raise UserError(f"train.block_sizes has blocks of {size} tokens, which do not divide "
+                            f"data.length={data.length}: choose divisors of {data.length}")
+        if data.layout == "pack" and final % size:
+            raise UserError(f"train.block_sizes has blocks of {size} tokens, but with data.layout='pack' documents "
+                            f"begin at multiples of diffusion.block_size={final}: choose its divisors, or layout "
+                            "'wrap'")
+    if config.noise.adapt != "none":
+        raise UserError(f"noise.adapt='{config.noise.adapt}' learns about blocks of one size, and train.block_sizes "
+                        "has several: use noise.adapt='none'")
+    if getattr(objective, "count_probs", ()):
+        raise UserError("diffusion.count_probs is for blocks of one size, and train.block_sizes has several: use ()")
