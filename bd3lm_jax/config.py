@@ -13,7 +13,7 @@ from typing import Any, get_args, get_origin
 from bd3lm_jax.diffusion import OBJECTIVES
 from bd3lm_jax.diffusion.clip import ClipSearch, CountSchedule
 from bd3lm_jax.errors import UserError, lookup, nearest
-from bd3lm_jax.models import BACKBONES
+from bd3lm_jax.models import BACKBONES, trunk
 from bd3lm_jax.models.trunk import REMAT
 
 
@@ -254,6 +254,9 @@ class Config:
         check(length % block_size == 0,
               f"diffusion.block_size={block_size} does not divide data.length={length}: choose a length that is a "
               f"multiple, e.g. {-(-length // block_size) * block_size}")
+        check(not trunk.encoder_layers(config.model) or not config.diffusion.causal and block_size < length,
+              "model.decoder_layers splits the network by clean and noised blocks, and this objective has no clean "
+              f"blocks before noised ones: use 0, or blocks shorter than data.length={length}")
         views = config.train.views
         check(views == 1 or not config.diffusion.causal,
               f"train.views={views}: an autoregressive model has nothing noised, use 1")

@@ -39,6 +39,7 @@ class Scored(NamedTuple):
 
     features_BxMxCxD go into the output layer; weight_BxMxC is 0 where a position does not count; index_BxMxC says where
     in the row it stands; xt_BxMxC and sigma_BxMxC: the noised token there and its level (for an objective's own loss).
+    tokens_B: tokens of the row.
     """
 
     features_BxMxCxD: jax.Array
@@ -47,12 +48,13 @@ class Scored(NamedTuple):
     index_BxMxC: jax.Array
     xt_BxMxC: jax.Array | None = None
     sigma_BxMxC: jax.Array | None = None
+    tokens_B: jax.Array | None = None
 
 
 def score(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_BxL, position_BxL, segment_BxL,
           execution: Execution, dropout_keys=None) -> Scored:
     """The network on noised rows, up to its output layer. A row that masks more than its capacity has weight NaN."""
-    takes_level = trunk.takes_level(model.config)
+    takes_level, tokens_B = trunk.takes_level(model.config), (segment_BxL != 0).sum(1)
     sigma = noised.sigma_BxMxK if takes_level else None
     if objective.causal:
         if not objective.bos:  # nobody reads the end token
@@ -75,7 +77,7 @@ def score(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_
     part = length // noised.sigma_BxMxK.shape[2]
     sigma = jnp.take_along_axis(noised.sigma_BxMxK, index // part, axis=2)
     features = trunk.features(model, params, h, sigma if takes_level else None)
-    return Scored(features, target, weight, index, xt, sigma)
+    return Scored(features, target, weight, index, xt, sigma, tokens_B)
 
 
 def overflows(noised: Noised) -> jax.Array:
@@ -98,14 +100,27 @@ def row_losses(model: Backbone, params: dict, scored: Scored, mask_id: int, chun
 
 
 def total_loss(model: Backbone, params: dict, scored: Scored, mask_id: int, chunk: int,
-               token_loss: TokenLoss | None = None) -> jax.Array:
-    """Sum of weight * loss over all positions of `scored`, in nats; arguments as for `row_losses`."""
+               token_loss: TokenLoss | None = None, mean_term: TokenLoss | None = None) -> jax.Array:
+    """Sum of weight * loss over all positions of `scored`, in nats; arguments as for `row_losses`.
+
+    mean_term: `Objective.mean_term`, which counts the tokens of the row in every view.
+    """
     arrays = _groups(scored.features_BxMxCxD, scored.target_BxMxC, scored.weight_BxMxC)
-    if token_loss is not None:
-        weight = arrays[2]
-        losses = _general(model, params, scored, mask_id, chunk, token_loss)
-        return jnp.sum(jnp.where(weight == 0, 0, losses) * weight)
-    return weighted_total(_output(model, params, mask_id), *arrays, chunk)
+    if token_loss is None:
+        return weighted_total(_output(model, params, mask_id), *arrays, chunk)
+    weight = arrays[2]
+
+    def both(*args, mask_id):
+        return token_loss(*args, mask_id=mask_id), mean_term and mean_term(*args, mask_id=mask_id)
+
+    losses, term = _general(model, params, scored, mask_id, chunk, both)
+    total = jnp.sum(jnp.where(weight == 0, 0, losses) * weight)
+    if mean_term is None:
+        return total
+    term, counted = (x.reshape(scored.weight_BxMxC.shape) for x in term)
+    counted = counted & (scored.weight_BxMxC > 0)
+    mean_BxM = jnp.where(counted, term, 0).sum(-1) / jnp.maximum(counted.sum(-1), 1)
+    return total + jnp.sum(mean_BxM * scored.tokens_B[:, None])
 
 
 def _general(model, params, scored, mask_id, chunk, token_loss):
@@ -147,7 +162,8 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
         noised = rows["noised"].replace(weight_BxMxL=weight_BxMxL)
         scored = score(model, params, objective, noised, rows["tokens"], rows["positions"], rows["segments"],
                        execution, keys)
-        return total_loss(model, params, scored, special.mask, config.compute.loss_chunk, objective.token_loss)
+        return total_loss(model, params, scored, special.mask, config.compute.loss_chunk, objective.token_loss,
+                          objective.mean_term)
 
     def gradients(params, rows):
         """Loss, its gradient, and what the schedule sees of the losses: the derivatives in the weights."""

@@ -5,6 +5,7 @@ it here.
 """
 
 from bd3lm_jax.diffusion.ar import AR
+from bd3lm_jax.diffusion.cap import Cap
 from bd3lm_jax.diffusion.masked import Masked
 
-OBJECTIVES = {objective.kind: objective for objective in (Masked, AR)}
+OBJECTIVES = {objective.kind: objective for objective in (Masked, AR, Cap)}

@@ -21,6 +21,9 @@ class Objective:
     token_loss: None for the cross-entropy of the clean token where the mask token has probability 0, else a method
     `(logits_NxV, target_N, xt_N, sigma_N, mask_id) -> float32 [N]` in nats, what the weights of `Noised` multiply.
     Logits are float32 as the network gives them, V without padding; sigma is that of `Noised`.
+    mean_term: None, or a method that takes what `token_loss` takes -> float32 [N] in nats, bool [N]: the plain mean of
+    the one where the other holds and the weight is positive, view by view, joins the loss a token. It needs a
+    `token_loss`.
     is_bound: whether the weighted loss estimates a bound on the NLL of every token without bias.
     """
 
@@ -29,5 +32,6 @@ class Objective:
     masks: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ()
     token_loss: ClassVar[Callable[..., jax.Array] | None] = None
+    mean_term: ClassVar[Callable[..., tuple[jax.Array, jax.Array]] | None] = None
     is_bound: ClassVar[bool] = False
     block_size: int

@@ -11,7 +11,8 @@ from bd3lm_jax.diffusion.masked import Masked
 
 
 def test_registry():
-    assert OBJECTIVES == {"masked": Masked, "ar": AR}
+    assert OBJECTIVES["masked"] is Masked and OBJECTIVES["ar"] is AR
+    assert all(objective.kind == kind for kind, objective in OBJECTIVES.items())
 
 
 def test_import_walls():
