@@ -13,12 +13,14 @@ from bd3lm_jax import automaton
 from bd3lm_jax.denoise import BlockDenoiser, CausalDenoiser, Guided
 from bd3lm_jax.errors import UserError, lookup, nearest
 from bd3lm_jax.models.trunk import CACHE_DTYPES
-from bd3lm_jax.sampling import SAMPLERS, STOPS, Asked, Filters, Progress, Request, Settings, run_blocks, start
+from bd3lm_jax.sampling import (SAMPLERS, STOPS, Asked, Filters, Progress, Request, Settings, run_blocks, simplex,
+                                start)
 from bd3lm_jax.sampling.constraint import Constraint, best_block, sample_block
 from bd3lm_jax.sampling.filters import check_filters
 
 BUCKET = 64  # rows of tokens and prompts are padded to multiples of this, so that few lengths compile
 ROWS = 64  # rows a batch at most; fewer are padded to a power of two
+WRITERS = {**SAMPLERS, simplex.NAME: simplex.SAMPLER}
 CHECK_EVERY = 32  # tokens between two looks for stop strings
 
 
@@ -26,8 +28,9 @@ CHECK_EVERY = 32  # tokens between two looks for stop strings
 class Options:
     """How texts are written; each is a keyword of `LM.generate`.
 
-    sampler: one of `sampling.SAMPLERS`. temperature, top_k, top_p, min_p, repetition_penalty: see
-    `sampling/filters.py`. forbidden: ids never drawn. steps, threshold: of the sampler; None: its usual ones.
+    sampler: one of `sampling.SAMPLERS`, or "simplex" for a model of simplex diffusion. temperature, top_k, top_p,
+    min_p, repetition_penalty: see `sampling/filters.py`. forbidden: ids never drawn. steps, threshold: of the sampler;
+    None: its usual ones.
     block_size: what the model was trained with, or for a bidirectional model (MDLM) the stretch that is written at a
     time, left to right; None: all of it. stop: strings that end a text. min_length: new tokens before an end token.
     min_entropy: a text whose last 256 tokens have a lower unigram entropy (nats) is given up; the paper uses 4.
@@ -107,7 +110,7 @@ def generate(lm, prompts: Sequence | None, num: int, length: int, options: Optio
 
 def check(lm, options: Options) -> None:
     """UserError for options out of range or that do not fit the model."""
-    lookup(SAMPLERS, options.sampler, "sampler")
+    lookup(WRITERS, options.sampler, "sampler")
     check_filters(options.filters)
     if options.cache_dtype not in CACHE_DTYPES:
         lookup(dict.fromkeys(CACHE_DTYPES), options.cache_dtype, "cache_dtype")
@@ -115,6 +118,7 @@ def check(lm, options: Options) -> None:
     if objective.causal and options.sampler != "first_hitting":
         raise UserError(f"sampler '{options.sampler}' is for masked diffusion: an autoregressive model uses "
                         "first_hitting")
+    simplex.check(objective, options)
     if options.steps is not None and options.steps < 1:
         raise UserError(f"steps is {options.steps}, expected at least 1")
     if options.threshold is not None and not options.threshold >= 0:
@@ -125,7 +129,7 @@ def check(lm, options: Options) -> None:
                                                        and size % options.block_size == 0):
         expected = f"a divisor of {size}" if _bidirectional(lm) else f"{size}, the one it was trained with"
         raise UserError(f"block_size is {options.block_size}, expected {expected}")
-    if SAMPLERS[options.sampler].rewrites and options.block_size not in (None, size):
+    if WRITERS[options.sampler].rewrites and options.block_size not in (None, size):
         raise UserError(f"sampler '{options.sampler}' rewrites the whole block: leave block_size out")
     vocab = lm.config.model.vocab_size
     for token in options.forbidden:
@@ -287,6 +291,7 @@ class Plan(NamedTuple):
     slots: int
     cache_dtype: str
     guided: bool
+    levels: simplex.Simplex | None = None
 
 
 def begin(lm, options: Options, rows: Rows, turn: int) -> Job:
@@ -312,7 +317,7 @@ def begin(lm, options: Options, rows: Rows, turn: int) -> Job:
 
 def make_plan(lm, options: Options, row_length: int) -> Plan:
     """Static choices; a sliding window keeps as much context as the model was trained with."""
-    sampler, size = SAMPLERS[options.sampler], lm.config.block_size
+    sampler, size = WRITERS[options.sampler], lm.config.block_size
     window = options.block_size or size
     draw_all = None
     if options.constraint is not None:
@@ -323,7 +328,8 @@ def make_plan(lm, options: Options, row_length: int) -> Plan:
     beginning = lm.config.diffusion.causal and lm.config.diffusion.bos  # takes a slot of its own
     ring = max((lm.context // size - 1) * size, size) + beginning
     slots = min(row_length, ring) if options.window else row_length
-    return Plan(options.sampler, settings, slots, options.cache_dtype, bool(options.guidance))
+    levels = simplex.levels(lm.config.diffusion, settings.steps) if options.sampler == simplex.NAME else None
+    return Plan(options.sampler, settings, slots, options.cache_dtype, bool(options.guidance), levels)
 
 
 def make_denoiser(lm, plan: Plan):
@@ -336,7 +342,7 @@ def make_denoiser(lm, plan: Plan):
 def make_request(lm, options: Options, rows: Rows, turn: int) -> Request:
     forbidden = np.zeros(lm.config.model.vocab_size, bool)
     forbidden[[lm.special.mask, *options.forbidden]] = True
-    threshold = SAMPLERS[options.sampler].threshold if options.threshold is None else options.threshold
+    threshold = WRITERS[options.sampler].threshold if options.threshold is None else options.threshold
     key = jax.random.fold_in(jax.random.key(options.seed), turn) if turn else jax.random.key(options.seed)
     keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(jnp.asarray(rows.number))
     constraint = None
@@ -352,7 +358,7 @@ def make_asked(lm, plan: Plan, params, request: Request, guidance) -> Asked:
     denoise = functools.partial(make_denoiser(lm, plan), params)
     if plan.guided:
         denoise = Guided(denoise, guidance, request.given, plan.settings.mask_id)
-    return Asked(denoise, SAMPLERS[plan.sampler], plan.settings)
+    return Asked(denoise, WRITERS[plan.sampler], plan.settings)
 
 
 def _start(lm, plan: Plan, prefill: int, params, request: Request, tokens_BxL, first_block, stored, origin, guidance):
@@ -369,7 +375,10 @@ def _start(lm, plan: Plan, prefill: int, params, request: Request, tokens_BxL, f
 
 
 def _run(lm, plan: Plan, params, request: Request, guidance, progress: Progress, until) -> Progress:
-    return run_blocks(make_asked(lm, plan, params, request, guidance), request, progress, until)
+    asked = make_asked(lm, plan, params, request, guidance)
+    if plan.levels is not None:
+        return simplex.run_blocks(plan.levels, asked, request, progress, until)
+    return run_blocks(asked, request, progress, until)
 
 
 def finish(lm, options: Options, new, nfe: int, stop: str) -> Sample:

@@ -137,7 +137,7 @@ class LM:
         is keyed by (seed, i), whatever else is in the batch.
         """
         self._check_probabilities()
-        return generation.generate(self, prompts, num, length, generation.make_options(**options))
+        return generation.generate(self, prompts, num, length, self._options(options))
 
     def stream(self, prompt=None, *, length: int, **options) -> Iterator[stream.Committed | stream.Revision]:
         """The text of one prompt while it is written: `Committed(text)` stays, `Revision(text)` is the present block.
@@ -145,12 +145,16 @@ class LM:
         The same tokens as `generate` writes with the same options.
         """
         self._check_probabilities()
-        return stream.watch(self, prompt, length, generation.make_options(**options))
+        return stream.watch(self, prompt, length, self._options(options))
 
     def infill(self, texts, *, draws: int = 4, **options) -> list[infill.Infill]:
         """Fill `[MASK]`, `[MASK:n]` and `[MASK:a-b]` in texts; see `infill.infill`."""
         self._check_probabilities()
-        return infill.infill(self, texts, generation.make_options(**options), draws=draws)
+        return infill.infill(self, texts, self._options(options), draws=draws)
+
+    def _options(self, given: dict[str, Any]) -> generation.Options:
+        """With the sampler that such a model is used with, unless another one is named."""
+        return generation.make_options(**{"sampler": self.config.diffusion.sampler} | given)
 
     def score(self, prompts, continuations, *, estimator: str = "exact_count", draws: int = 4, seed: int = 0,
               greedy: bool = False, batch: int = 16) -> list[conditional.Score]:

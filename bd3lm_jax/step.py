@@ -63,7 +63,10 @@ def score(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_
         h = passes.one_stream(model, params, noised.xt_BxMxL[:, 0], position_BxL, segment_BxL, rule="causal",
                               block_size=1, execution=execution, dropout_keys=dropout_keys)[:, None]
     else:
-        h = passes.two_stream(model, params, noised.xt_BxMxL, tokens_BxL, position_BxL, segment_BxL,
+        inputs = noised.xt_BxMxL
+        if objective.inputs is not None:
+            inputs = objective.inputs(noised, tokens_BxL, model.config.vocab_size)
+        h = passes.two_stream(model, params, inputs, tokens_BxL, position_BxL, segment_BxL,
                               block_size=objective.block_size, sigma_BxMxn=sigma, execution=execution,
                               dropout_keys=dropout_keys)
     weight, xt, length = noised.weight_BxMxL, noised.xt_BxMxL, tokens_BxL.shape[1]

@@ -15,6 +15,7 @@ MASKED = {  # masked diffusion in blocks with the exact-count estimator of its b
 }
 OBJECTIVES = {  # beside masked diffusion: algo=NAME -> its `diffusion` section, and what changes in `model`
     "ar": ({"kind": "ar", "bos": True}, {"adaln": False}),
+    "ssd_lm": ({"kind": "ssd_lm", "block_size": BLOCK_SIZE, "scale": 5.0}, {"time_conditioning": True}),
     "cap": ({"kind": "cap", **MASKED, "coefficient": 1.0}, {}),
 }
 ALGORITHMS = ("bd3lm", "mdlm", *OBJECTIVES)

@@ -7,5 +7,6 @@ it here.
 from bd3lm_jax.diffusion.ar import AR
 from bd3lm_jax.diffusion.cap import Cap
 from bd3lm_jax.diffusion.masked import Masked
+from bd3lm_jax.diffusion.ssd_lm import SSDLM
 
-OBJECTIVES = {objective.kind: objective for objective in (Masked, AR, Cap)}
+OBJECTIVES = {objective.kind: objective for objective in (Masked, AR, Cap, SSDLM)}

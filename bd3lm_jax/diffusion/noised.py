@@ -15,3 +15,4 @@ class Noised:
     weight_BxMxL: jax.Array  # float32, 0 where not masked
     sigma_BxMxK: jax.Array  # float32 noise level -log(alpha) of each K-th part of the row (a block, a token), finite
     capacity: int = flax.struct.field(pytree_node=False)  # no view of a row has more masked tokens than this
+    key_BxM: jax.Array | None = None  # typed keys of noise that is drawn where it is needed (`Objective.inputs`)

@@ -80,10 +80,12 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self, ids):
-        """int32 `[..., T]` -> `[..., T, D]`."""
+        """int32 `[..., T]`, or weights of the vocabulary's tokens float `[..., T, V]` -> `[..., T, D]`."""
         shape = (self.config.padded_vocab, self.config.width)
         bound = 1 / math.sqrt(self.config.width)
         table = self.param("embedding", lambda key: jax.random.uniform(key, shape, jnp.float32, -bound, bound))
+        if jnp.issubdtype(ids.dtype, jnp.floating):
+            return ids.astype(self.dtype) @ table.astype(self.dtype)[:ids.shape[-1]]
         return table.astype(self.dtype)[ids]
 
 

@@ -42,8 +42,8 @@ class Execution:
 class Backbone(NamedTuple):
     """The leaf modules of a network; `models/dit.py` is the example to read.
 
-    embed(ids) -> h. condition(sigma) -> cond, or None for a network that takes no noise level. rotary(positions) ->
-    whatever `pre` wants of positions. groups: (name, block, count) with block methods
+    embed(ids, or mixtures of them) -> h. condition(sigma) -> cond, or None for a network that takes no noise level.
+    rotary(positions) -> whatever `pre` wants of positions. groups: (name, block, count) with block methods
     pre(h, cond, rotary, queries) -> q (None without queries), k, v and
     post(h, attended, cond, dropout_keys) -> h, aux. head(h, cond) -> logits, in two parts: head.features(h, cond) and
     head.output_layer() -> kernel, bias.
@@ -61,7 +61,8 @@ class Backbone(NamedTuple):
 @flax.struct.dataclass
 class Stream:
     """Tokens going in. ids: int32, clean `[B, C]` or noised `[B, M, T]`; position, block, segment: int32 `[B, T]`
-    (block: index of the block in its document; segment 0: padding).
+    (block: index of the block in its document; segment 0: padding). In place of ids, a mixture of them at every place:
+    float `[..., V]`.
 
     sigma: float32 noise level -log(alpha) as the network takes it, `[B, n]` (clean) or `[B, M, n]` (noised) with n
     dividing the length (one level for n-th parts of the row); None: the constant 0.
@@ -256,7 +257,7 @@ def _run(model, params, noised, clean, cache, *, rule, block_size, execution, dr
     joined = 0
     few = len(streams) == 2 and not spec.aligned and noised.ids.shape[1] == 1  # decoding
     if few and noised.sigma is None and clean.sigma is None:
-        joined = noised.ids.shape[-1]
+        joined = noised.position.shape[-1]
         cond["both"] = cond["clean"]
         rotary["both"] = jax.tree.map(lambda n, c: jnp.concatenate([n[:, 0], c], axis=1), rotary["noised"],
                                       rotary["clean"])
