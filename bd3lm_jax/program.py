@@ -17,6 +17,7 @@ from bd3lm_jax.models import Backbone, trunk
 from bd3lm_jax.state import TrainState
 from bd3lm_jax.step import SpecialIds, make_step
 
+LEARNT = 0x6C656172  # tells the objective's own parameters from the network's
 BATCH_KEYS = ("tokens", "segments", "positions")
 
 
@@ -82,8 +83,16 @@ def bytes_needed(compiled: jax.stages.Compiled) -> int:
             + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes)
 
 
+def initial_params(config: Config, model: Backbone) -> dict:
+    """Random parameters of the network, and under "learnt" those of the objective, if it has any."""
+    key = jax.random.key(config.seed)
+    params = trunk.init(model, key)
+    learnt = config.diffusion.init_learnt(jax.random.fold_in(key, LEARNT), config.model.vocab_size, config.model.width)
+    return {**params, "learnt": learnt} if learnt else params
+
+
 def _initial_state(config: Config, model: Backbone, tx: optax.GradientTransformation) -> TrainState:
-    params = trunk.init(model, jax.random.key(config.seed))
+    params = initial_params(config, model)
     ema = jax.tree.map(jnp.copy, params) if config.optim.ema > 0 else {}
     noise = config.schedule.first() if config.schedule else {}
     return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(params), noise)

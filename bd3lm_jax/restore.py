@@ -10,7 +10,8 @@ from bd3lm_jax import models, passes, rundir, sharding
 from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.config import Config
 from bd3lm_jax.data.tokenizers import Tokenizer
-from bd3lm_jax.models import Backbone, trunk
+from bd3lm_jax.models import Backbone
+from bd3lm_jax.program import initial_params
 
 
 class Restored(NamedTuple):
@@ -31,7 +32,7 @@ def restore(workdir: str | os.PathLike, weights: str, dtype: str | None, mesh: M
     """
     config, tokenizer = rundir.read(workdir)
     model = models.build(config.model, passes.compute_dtype(dtype or config.compute.dtype))
-    abstract = jax.eval_shape(lambda: trunk.init(model, jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: initial_params(config, model))
     if mesh is not None:
         abstract = sharding.with_shardings(abstract, sharding.param_shardings(abstract, mesh))
     with Checkpoints(workdir, 1, read_only=True) as checkpoints:

@@ -40,6 +40,7 @@ RULES = (
     (r"(.*/)?modulation/bias", P()),
     (r"head/linear/kernel", P("fsdp", "tensor")),
     (r"head/linear/bias", P("tensor")),
+    (r"learnt/.*", P()),
 )
 
 

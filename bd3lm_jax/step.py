@@ -159,6 +159,7 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
     execution = execution_of(config)
     objective, schedule = config.diffusion, config.schedule
     learns = schedule is not None and schedule.learns
+    asks_losses = learns or objective.learnt_gradient is not None
 
     def loss_of(params, weight_BxMxL, rows):
         keys = rows["dropout_keys"] if config.model.dropout > 0 else None
@@ -171,16 +172,21 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
     def gradients(params, rows):
         """Loss, its gradient, and what the schedule sees of the losses: the derivatives in the weights."""
         weight_BxMxL = rows["noised"].weight_BxMxL
-        if not learns:
+        if not asks_losses:
             return *jax.value_and_grad(loss_of)(params, weight_BxMxL, rows), {}
         total, (grads, losses_BxMxL) = jax.value_and_grad(loss_of, argnums=(0, 1))(params, weight_BxMxL, rows)
-        return total, grads, schedule.seen(losses_BxMxL, weight_BxMxL > 0)
+        if objective.learnt_gradient is not None:
+            own = objective.learnt_gradient(told(params), rows["noised"], rows["tokens"], rows["segments"],
+                                            losses_BxMxL)
+            grads = {**grads, "learnt": jax.tree.map(jnp.add, grads["learnt"], own)}
+        return total, grads, schedule.seen(losses_BxMxL, weight_BxMxL > 0) if learns else {}
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         noise_key, dropout_key = jax.random.split(key)
         tokens = batch["tokens"]
-        noised = draw_noise(config, special, noise_key, batch, config.train.views, state.noise)
+        noised = draw_noise(config, special, noise_key, batch, config.train.views, state.noise,
+                            told(state.params))
         dropout_keys = jax.vmap(lambda row: jax.random.fold_in(dropout_key, row))(jnp.arange(tokens.shape[0]))
         rows = {**batch, "noised": noised, "dropout_keys": dropout_keys}
         total, grads, seen = sum_over_rows(lambda part: gradients(state.params, part), rows,
@@ -206,11 +212,22 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
     return step
 
 
-def draw_noise(config: Config, special: SpecialIds, key, batch: dict, views: int, noise: dict) -> Noised:
-    """Noised views of a batch as training draws them when the schedule of the noise is in the state `noise`."""
+def told(params: dict) -> dict | None:
+    """What `corrupt` is told of learnt parameters; None if there are none."""
+    if "learnt" not in params:
+        return None
+    return {**params["learnt"], "embedding": params["embed"]["embedding"]}
+
+
+def draw_noise(config: Config, special: SpecialIds, key, batch: dict, views: int, noise: dict,
+               learnt: dict | None = None) -> Noised:
+    """Noised views of a batch as training draws them when the schedule of the noise is in the state `noise`.
+
+    learnt: as `told` gives it.
+    """
     objective, schedule = config.diffusion, config.schedule
     arguments = key, batch["tokens"], batch["segments"], views, special.mask, special.end
-    needed = {name: batch[name] for name in objective.needs}
+    needed = {name: batch[name] for name in objective.needs} | ({} if learnt is None else {"learnt": learnt})
     if schedule is None:
         return objective.corrupt(*arguments, **needed)
     return objective.corrupt(*arguments, schedule.law(noise, batch["tokens"].shape[1] // objective.block_size),

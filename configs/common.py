@@ -15,6 +15,8 @@ MASKED = {  # masked diffusion in blocks with the exact-count estimator of its b
 }
 OBJECTIVES = {  # beside masked diffusion: algo=NAME -> its `diffusion` section, and what changes in `model`
     "ar": ({"kind": "ar", "bos": True}, {"adaln": False}),
+    "adversarial": ({"kind": "adversarial", "block_size": BLOCK_SIZE, "rate": 0.5, "complement": False,
+                     "importance": False, "hidden": 32, "score_limit": 3.0}, {}),
     "ssd_lm": ({"kind": "ssd_lm", "block_size": BLOCK_SIZE, "scale": 5.0}, {"time_conditioning": True}),
     "cap": ({"kind": "cap", **MASKED, "coefficient": 1.0}, {}),
 }

@@ -4,9 +4,10 @@ An objective is a frozen dataclass of its hyperparameters (see objective.py); to
 it here.
 """
 
+from bd3lm_jax.diffusion.adversarial import Adversarial
 from bd3lm_jax.diffusion.ar import AR
 from bd3lm_jax.diffusion.cap import Cap
 from bd3lm_jax.diffusion.masked import Masked
 from bd3lm_jax.diffusion.ssd_lm import SSDLM
 
-OBJECTIVES = {objective.kind: objective for objective in (Masked, AR, Cap, SSDLM)}
+OBJECTIVES = {objective.kind: objective for objective in (Masked, AR, Cap, SSDLM, Adversarial)}

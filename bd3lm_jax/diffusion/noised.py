@@ -1,5 +1,7 @@
 """What every objective hands to the network: noised views with loss weights."""
 
+from typing import Any
+
 import flax.struct
 import jax
 
@@ -15,4 +17,4 @@ class Noised:
     weight_BxMxL: jax.Array  # float32, 0 where not masked
     sigma_BxMxK: jax.Array  # float32 noise level -log(alpha) of each K-th part of the row (a block, a token), finite
     capacity: int = flax.struct.field(pytree_node=False)  # no view of a row has more masked tokens than this
-    key_BxM: jax.Array | None = None  # typed keys of noise that is drawn where it is needed (`Objective.inputs`)
+    extra: Any = None  # tree of arrays [B, ...] that the objective wants back

@@ -26,6 +26,10 @@ class Objective:
     `token_loss`.
     inputs: None where the noised stream is ids, else a method `(noised, x0_BxL, vocab_size) -> float32 [B, M, L, V]`: a
     distribution over the vocabulary at every place, computed for a microbatch at a time.
+    init_learnt: parameters that the objective itself learns, {} for none. They are trained with the network's, stand in
+    params["learnt"], and come back as the keyword `learnt` of `corrupt` with the network's embedding table added.
+    learnt_gradient: None, or a method `(learnt, noised, x0_BxL, segment_BxL, losses_BxMxL) -> tree` of what is added to
+    their gradient, summed over the rows given; losses as `token_loss`, without a gradient.
     sampler: what writes with such a model when no sampler is named.
     is_bound: whether the weighted loss estimates a bound on the NLL of every token without bias.
     """
@@ -37,6 +41,11 @@ class Objective:
     token_loss: ClassVar[Callable[..., jax.Array] | None] = None
     mean_term: ClassVar[Callable[..., tuple[jax.Array, jax.Array]] | None] = None
     inputs: ClassVar[Callable[..., jax.Array] | None] = None
+    learnt_gradient: ClassVar[Callable[..., dict] | None] = None
     sampler: ClassVar[str] = "first_hitting"
     is_bound: ClassVar[bool] = False
     block_size: int
+
+    def init_learnt(self, key: jax.Array, vocab_size: int, width: int) -> dict:
+        del key, vocab_size, width
+        return {}

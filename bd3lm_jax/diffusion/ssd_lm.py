@@ -63,7 +63,9 @@ class SSDLM(Objective):
 
     def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, views: int, mask_id: int,
                 end_id: int) -> Noised:
-        """Levels of `views` views, and keys of their noise; every real token has weight 1. mask_id, end_id: not used.
+        """Levels of `views` views, and as `extra` keys `[B, M]` of their noise; every real token has weight 1.
+
+        mask_id, end_id: not used.
 
         Raises:
             UserError: the block size does not divide L, or `views` is not positive.
@@ -79,7 +81,7 @@ class SSDLM(Objective):
         return Noised(xt_BxMxL=jnp.broadcast_to(x0_BxL[:, None], shape).astype(jnp.int32),
                       weight_BxMxL=jnp.broadcast_to((segment_BxL != 0)[:, None], shape).astype(jnp.float32),
                       sigma_BxMxK=-jnp.log(jnp.maximum(alpha_bar(t_BxMxK), ALPHA_BAR_MIN)), capacity=length,
-                      key_BxM=jax.vmap(jax.vmap(lambda n: jax.random.fold_in(noise_key, n)))(number))
+                      extra=jax.vmap(jax.vmap(lambda n: jax.random.fold_in(noise_key, n)))(number))
 
     def inputs(self, noised: Noised, x0_BxL: jax.Array, vocab_size: int) -> jax.Array:
         """softmax(w_t) of every token and view, float32 `[B, M, L, V]`."""
@@ -87,5 +89,5 @@ class SSDLM(Objective):
         def eps(key):
             return jax.random.normal(key, (length, vocab_size))
         alpha_bar_BxMxL = jnp.exp(-jnp.repeat(noised.sigma_BxMxK, self.block_size, axis=-1))
-        w = noisy_logits(x0_BxL[:, None], jax.vmap(jax.vmap(eps))(noised.key_BxM), alpha_bar_BxMxL, self.scale)
+        w = noisy_logits(x0_BxL[:, None], jax.vmap(jax.vmap(eps))(noised.extra), alpha_bar_BxMxL, self.scale)
         return jax.nn.softmax(w, axis=-1)
