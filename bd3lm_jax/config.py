@@ -14,7 +14,7 @@ from bd3lm_jax import curriculum
 from bd3lm_jax.diffusion import OBJECTIVES
 from bd3lm_jax.diffusion.clip import ClipSearch, CountSchedule
 from bd3lm_jax.errors import UserError, lookup, nearest
-from bd3lm_jax.models import BACKBONES
+from bd3lm_jax.models import BACKBONES, trunk
 from bd3lm_jax.models.trunk import REMAT, takes_level
 
 
@@ -298,13 +298,15 @@ class Config:
               f"diffusion.block_size={block_size} does not divide data.length={length}: choose a length that is a "
               f"multiple, e.g. {-(-length // block_size) * block_size}")
         config._check_sizes()
+        check(not trunk.encoder_layers(config.model) or not config.diffusion.causal and block_size < length,
+              "model.decoder_layers splits the network by clean and noised blocks, and this objective has no clean "
+              f"blocks before noised ones: use 0, or blocks shorter than data.length={length}")
         views = config.train.views
         check(views == 1 or not config.diffusion.causal,
               f"train.views={views}: an autoregressive model has nothing noised, use 1")
-        kind = config.diffusion.kind
-        reason = "diffusion.complement" if kind == "masked" else f"diffusion.kind='{kind}'"
-        check(views % 2 == 0 or not config.diffusion.pairs,
-              f"train.views={views} is odd, {reason} needs pairs: use {views + 1}")
+        group = config.diffusion.view_group
+        check(views % group == 0, f"train.views={views} is no multiple of {group}: diffusion.kind="
+              f"'{config.diffusion.kind}' draws so many views together here, use {-(-views // group) * group}")
         config.noise.schedule(config.diffusion)  # raises if they do not go together
         curriculum.check(config)
         rows, batch = config.compute.microbatch, config.train.batch

@@ -20,7 +20,8 @@ UNROLLED = Execution(backend="auto", layers="unroll", remat="none", one_document
 
 
 class BlockDenoiser(NamedTuple):
-    """Masked diffusion in blocks: the canvas is the noised stream, the block just finished the clean one.
+    """Masked diffusion in blocks: the canvas is the noised stream, the block just finished the clean one. (In simplex
+    diffusion the canvas is a distribution at every place, `[B, S, V]`.)
 
     slots: tokens that the cache holds, a multiple of the block size. dtype: of the cache, see
     `trunk.new_cache`. sigma_max: as `Objective.sigma_max`.
@@ -43,7 +44,7 @@ class BlockDenoiser(NamedTuple):
 
     def __call__(self, params, canvas_BxS, block, finished: Finished | None, positions_BxP, level_B, cache):
         size, start = self.block_size, block * self.block_size
-        position = jnp.broadcast_to(start + jnp.arange(size), canvas_BxS.shape)
+        position = jnp.broadcast_to(start + jnp.arange(size), canvas_BxS.shape[:2])
         ones = jnp.ones_like(position)
         sigma = sigma_of(self.model, level_B, self.sigma_max)
         noised = Stream(canvas_BxS[:, None], position, ones * block, ones, None if sigma is None else sigma[:, None])
@@ -110,7 +111,7 @@ class UncachedDenoiser(NamedTuple):
         ids, real = cache
         row = jnp.broadcast_to(jnp.arange(self.length), ids.shape)
         clean = Stream(ids, row, row // size, real)
-        position = jnp.broadcast_to(start + jnp.arange(size), canvas_BxS.shape)
+        position = jnp.broadcast_to(start + jnp.arange(size), canvas_BxS.shape[:2])
         ones = jnp.ones_like(position)
         noised = Stream(canvas_BxS[:, None], position, ones * block, ones)
         everything = trunk.hidden(self.model, params, noised=noised, clean=clean, rule="block_causal", block_size=size,

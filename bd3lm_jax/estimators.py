@@ -248,6 +248,12 @@ def default_estimator(config: Config) -> str:
     return "exact_count" if config.diffusion.masks else "native"
 
 
+def has_bound(config: Config) -> bool:
+    """Whether the likelihood of such a model can be bounded at all."""
+    objective = config.diffusion
+    return objective.causal or objective.masks or objective.is_bound
+
+
 def make(name: str, config: Config):
     """The estimator of that name for a model; where one pass is exact, all but "bernoulli" are that pass.
 
@@ -255,6 +261,9 @@ def make(name: str, config: Config):
     """
     build = lookup(ESTIMATORS, name, "estimator")
     objective = config.diffusion
+    if not has_bound(config):
+        raise UserError(f"a model of kind '{objective.kind}' has no bound on its likelihood, so there is nothing to "
+                        "measure: look at its samples (python -m launch sample)")
     if not (objective.masks or objective.causal or name == "native"):
         raise UserError(f"estimator '{name}' masks tokens, which a model of kind '{objective.kind}' does not predict: "
                         "use native")
@@ -300,9 +309,8 @@ def _native(config: Config):
     if objective.causal:
         return _nll(config)
     if objective.bound is None:
-        instead = "use exact_count" if objective.masks else "such a model has none"
         raise UserError(f"estimator 'native' is the training loss, which is no bound on the likelihood for this model "
-                        f"of kind '{objective.kind}': {instead}")
+                        f"of kind '{objective.kind}': use exact_count")
     if objective.needs:
         raise UserError(f"estimator 'native' needs {', '.join(objective.needs)} of every token, which a text to be "
                         "measured does not bring: use exact_count")

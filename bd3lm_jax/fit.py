@@ -4,15 +4,20 @@ from typing import Any
 
 from bd3lm_jax.diffusion.objective import Objective
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.sampling import SAMPLERS
+from bd3lm_jax.sampling import SAMPLERS, simplex
+
+WRITERS = {**SAMPLERS, simplex.NAME: simplex.SAMPLER}
 
 
 def check_fit(objective: Objective, options: Any) -> None:
     """UserError unless the sampler of the options (`options.Options`) asks what networks of this objective say."""
-    name, sampler = options.sampler, SAMPLERS[options.sampler]
+    name, sampler = options.sampler, WRITERS[options.sampler]
     if not objective.writes:
         raise UserError(f"a model of kind '{objective.kind}' predicts no masked tokens and no sampler fits it: it "
                         "writes no texts, only its likelihood is known (eval)")
+    if simplex.NAME in (name, objective.sampler):
+        simplex.check(objective, options)
+        return
     if objective.causal and name != "first_hitting":
         raise UserError(f"sampler '{name}' is for masked diffusion: an autoregressive model uses first_hitting")
     if sampler.scores and not objective.scores:

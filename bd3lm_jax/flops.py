@@ -53,15 +53,17 @@ def parts(model_config: Any, objective: Any, *, batch: int, length: int, views: 
     level = (batch, views, length // objective.block_size) if trunk.takes_level(model_config) else (1, 1)
     clean, noised_views = (length, 0) if objective.causal else (length - objective.block_size, views)
     clean_pairs, noised_pairs = _pairs(objective, length, views)
-    layers = attention = 0
+    layers = attention = first = 0
     for index, (name, block, layer_count) in enumerate(model.groups):
         layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params[name])
         on_noised = _layer(model, block, layer, params, (batch, noised_views, length), level)
         on_clean = _layer(model, block, layer, params, (batch, clean), (1, 1))
         # The layer, if any, whose clean stream gives only keys and values.
         peeled = int(not objective.causal and index == len(model.groups) - 1)
-        layers += layer_count * on_noised.all + (layer_count - peeled) * on_clean.all + peeled * on_clean.keys_values
-        attention += 4 * batch * on_noised.width * (layer_count * noised_pairs + (layer_count - peeled) * clean_pairs)
+        noised_layers = layer_count - min(max(trunk.encoder_layers(model_config) - first, 0), layer_count)
+        first += layer_count
+        layers += noised_layers * on_noised.all + (layer_count - peeled) * on_clean.all + peeled * on_clean.keys_values
+        attention += 4 * batch * on_noised.width * (noised_layers * noised_pairs + (layer_count - peeled) * clean_pairs)
     scored = scored_positions(objective, batch, length, views, schedule)
     return Parts(layers, attention, _head(model, params, (batch, views, scored)))
 
@@ -73,7 +75,7 @@ def scored_positions(objective: Any, batch: int, length: int, views: int, schedu
         law = {} if schedule is None else {"law": schedule.law(schedule.first(), length // objective.block_size)}
         needed = {name: jnp.zeros(ids.shape) for name in objective.needs}
         if objective.learns:
-            needed["learnt"] = objective.init_learnt(1)
+            needed["learnt"] = {**objective.init_learnt(jax.random.key(0), 1, 1), "embedding": jnp.zeros((1, 1))}
         return objective.corrupt(jax.random.key(0), ids, ids, views=views, mask_id=0, end_id=0, **law, **needed)
 
     return min(jax.eval_shape(noised, jax.ShapeDtypeStruct((batch, length), jnp.int32)).capacity, length)

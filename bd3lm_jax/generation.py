@@ -13,9 +13,10 @@ from bd3lm_jax import automaton
 from bd3lm_jax.approximate_cache import ApproximateDenoiser
 from bd3lm_jax.denoise import BlockDenoiser, CausalDenoiser, Guided
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.fit import WRITERS
 from bd3lm_jax.options import Options, check_options, is_bidirectional
 from bd3lm_jax.prompts import BUCKET, Rows, encode_prompts, prompt_rows
-from bd3lm_jax.sampling import SAMPLERS, STOPS, Asked, Progress, Request, Settings, run_blocks, start
+from bd3lm_jax.sampling import STOPS, Asked, Progress, Request, Settings, run_blocks, simplex, start
 from bd3lm_jax.sampling.constraint import Constraint, best_block, sample_block
 
 ROWS = 64  # rows a batch at most; fewer are padded to a power of two
@@ -128,6 +129,7 @@ class Plan(NamedTuple):
     cache_dtype: str
     approximate_cache: str
     guided: bool
+    levels: simplex.Simplex | None = None
 
 
 def begin(lm, options: Options, rows: Rows, turn: int) -> Job:
@@ -153,7 +155,7 @@ def begin(lm, options: Options, rows: Rows, turn: int) -> Job:
 
 def make_plan(lm, options: Options, row_length: int) -> Plan:
     """Static choices; a sliding window keeps as much context as the model was trained with."""
-    sampler, size = SAMPLERS[options.sampler], lm.config.block_size
+    sampler, size = WRITERS[options.sampler], lm.config.block_size
     window = options.block_size or size
     draw_all = None
     if options.constraint is not None:
@@ -165,8 +167,9 @@ def make_plan(lm, options: Options, row_length: int) -> Plan:
     beginning = lm.config.diffusion.causal and lm.config.diffusion.bos  # takes a slot of its own
     ring = max((lm.context // size - 1) * size, size) + beginning
     slots = min(row_length, ring) if options.window else row_length
+    levels = simplex.levels(lm.config.diffusion, settings.steps) if options.sampler == simplex.NAME else None
     return Plan(options.sampler, settings, slots, options.cache_dtype, options.approximate_cache,
-                bool(options.guidance))
+                bool(options.guidance), levels)
 
 
 def make_denoiser(lm, plan: Plan):
@@ -182,7 +185,7 @@ def make_denoiser(lm, plan: Plan):
 def make_request(lm, options: Options, rows: Rows, turn: int) -> Request:
     forbidden = np.zeros(lm.config.model.vocab_size, bool)
     forbidden[[lm.special.mask, *options.forbidden]] = True
-    threshold = SAMPLERS[options.sampler].threshold if options.threshold is None else options.threshold
+    threshold = WRITERS[options.sampler].threshold if options.threshold is None else options.threshold
     key = jax.random.fold_in(jax.random.key(options.seed), turn) if turn else jax.random.key(options.seed)
     keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(jnp.asarray(rows.number))
     constraint = None
@@ -198,7 +201,7 @@ def make_asked(lm, plan: Plan, params, request: Request, guidance) -> Asked:
     denoise = functools.partial(make_denoiser(lm, plan), params)
     if plan.guided:
         denoise = Guided(denoise, guidance, request.given, plan.settings.mask_id)
-    return Asked(denoise, SAMPLERS[plan.sampler], plan.settings)
+    return Asked(denoise, WRITERS[plan.sampler], plan.settings)
 
 
 def _start(lm, plan: Plan, prefill: int, params, request: Request, tokens_BxL, first_block, stored, origin, guidance):
@@ -215,7 +218,10 @@ def _start(lm, plan: Plan, prefill: int, params, request: Request, tokens_BxL, f
 
 
 def _run(lm, plan: Plan, params, request: Request, guidance, progress: Progress, until) -> Progress:
-    return run_blocks(make_asked(lm, plan, params, request, guidance), request, progress, until)
+    asked = make_asked(lm, plan, params, request, guidance)
+    if plan.levels is not None:
+        return simplex.run_blocks(plan.levels, asked, request, progress, until)
+    return run_blocks(asked, request, progress, until)
 
 
 def finish(lm, options: Options, new, nfe: int, stop: str) -> Sample:

@@ -16,7 +16,7 @@ from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.generation import Sample
 from bd3lm_jax.models import Backbone, trunk
-from bd3lm_jax.options import make_options
+from bd3lm_jax.options import Options, make_options
 from bd3lm_jax.step import SpecialIds
 
 
@@ -102,6 +102,9 @@ class LM:
         xt = self._check_ids(xt)
         sigma = self._check_sigma(sigma, xt.shape)
         if x0 is None:
+            if trunk.encoder_layers(self.config.model):
+                raise UserError(f"model.decoder_layers={self.config.model.decoder_layers}: a split network predicts "
+                                "noised blocks after clean ones and has no plain pass, give x0")
             return self._plain_logits(self.params, xt, sigma)
         x0 = self._check_ids(x0)
         if x0.shape != xt.shape:
@@ -161,7 +164,7 @@ class LM:
         is keyed by (seed, i), whatever else is in the batch.
         """
         lm, options = self.fitted(options)
-        return generation.generate(lm, prompts, num, length, make_options(**options))
+        return generation.generate(lm, prompts, num, length, lm._options(options))
 
     def stream(self, prompt=None, *, length: int, **options) -> Iterator[stream.Committed | stream.Revision]:
         """The text of one prompt while it is written: `Committed(text)` stays, `Revision(text)` is the present block.
@@ -169,12 +172,16 @@ class LM:
         The same tokens as `generate` writes with the same options.
         """
         lm, options = self.fitted(options)
-        return stream.watch(lm, prompt, length, make_options(**options))
+        return stream.watch(lm, prompt, length, lm._options(options))
 
     def infill(self, texts, *, draws: int = 4, **options) -> list[infill.Infill]:
         """Fill `[MASK]`, `[MASK:n]` and `[MASK:a-b]` in texts; see `infill.infill`."""
         lm, options = self.fitted(options)
-        return infill.infill(lm, texts, make_options(**options), draws=draws)
+        return infill.infill(lm, texts, lm._options(options), draws=draws)
+
+    def _options(self, given: dict[str, Any]) -> Options:
+        """With the sampler that such a model is used with, unless another one is named."""
+        return make_options(**{"sampler": self.config.diffusion.sampler or "first_hitting"} | given)
 
     def score(self, prompts, continuations, *, estimator: str = "exact_count", draws: int = 4, seed: int = 0,
               greedy: bool = False, batch: int = 16) -> list[conditional.Score]:

@@ -6,7 +6,7 @@ at hand: three matrix products in all, as many as backpropagation needs, and no 
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,12 +50,13 @@ def token_losses(output: Output, features_GxNxD, target_GxN, chunk: int) -> jax.
     return _join(losses, positions)
 
 
-TokenLoss = Callable[..., jax.Array]  # (logits_NxV float32, target_N, *more_N) -> float32 [N]
+TokenLoss = Callable[..., Any]  # (logits_NxV float32, target_N, *more_N) -> float32 [N], or a tree of arrays [N]
 
 
 def general_losses(output: Output, token_loss: TokenLoss, vocab_size: int, features_GxNxD, target_GxN, more_GxN: tuple,
-                   chunk: int) -> jax.Array:
-    """Any loss of single positions, float32 `[G, N]`; the backward pass computes each chunk's logits again.
+                   chunk: int) -> Any:
+    """Any loss of single positions, float32 `[G, N]`, or a tree of them; the backward pass computes each chunk's logits
+    again.
 
     more_GxN: further arrays that `token_loss` takes, after logits and target.
     """
@@ -67,9 +68,10 @@ def general_losses(output: Output, token_loss: TokenLoss, vocab_size: int, featu
         x, *arrays = xs
         logits = _logits(output, x)[..., :vocab_size]
         flat = token_loss(logits.reshape(-1, vocab_size), *(array.reshape(-1) for array in arrays))
-        return flat.reshape(logits.shape[:2])
+        return jax.tree.map(lambda x: x.reshape(logits.shape[:2]), flat)
 
-    return _join(jax.lax.map(losses, tuple(_cut(x, chunk) for x in (features_GxNxD, target_GxN, *more_GxN))), positions)
+    cut = tuple(_cut(x, chunk) for x in (features_GxNxD, target_GxN, *more_GxN))
+    return jax.tree.map(lambda x: _join(x, positions), jax.lax.map(losses, cut))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

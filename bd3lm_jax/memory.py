@@ -126,7 +126,7 @@ def _cheaper(config: Config, mesh: jax.sharding.Mesh) -> Iterator[Config]:
     first = config.compute.microbatch or config.train.batch
     computed = [(policy, first) for policy in policies]
     computed += [(policies[-1], rows) for rows in _halves(first, split.fsdp)[1:]]
-    for views in _halves(config.train.views, 2 if config.diffusion.pairs else 1):
+    for views in _halves(config.train.views, config.diffusion.view_group):
         for axes in [config.mesh, split] if mesh.shape["data"] > 1 else [config.mesh]:
             for policy, rows in computed:
                 compute = dataclasses.replace(config.compute, remat=policy,

@@ -5,9 +5,9 @@ from typing import Any
 
 from bd3lm_jax.approximate_cache import KINDS
 from bd3lm_jax.errors import UserError, lookup, nearest
-from bd3lm_jax.fit import check_fit
+from bd3lm_jax.fit import WRITERS, check_fit
 from bd3lm_jax.models.trunk import CACHE_DTYPES
-from bd3lm_jax.sampling import SAMPLERS, Filters
+from bd3lm_jax.sampling import Filters
 from bd3lm_jax.sampling.filters import check_filters
 
 
@@ -15,7 +15,7 @@ from bd3lm_jax.sampling.filters import check_filters
 class Options:
     """How texts are written; each is a keyword of `LM.generate`.
 
-    sampler: one of `sampling.SAMPLERS`. temperature, top_k, top_p, min_p, repetition_penalty: see
+    sampler: one of `fit.WRITERS`. temperature, top_k, top_p, min_p, repetition_penalty: see
     `sampling/filters.py`. forbidden: ids never drawn. steps, threshold: of the sampler; None: its usual ones.
     block_size: what the model was trained with, or for a bidirectional model (MDLM) the stretch that is written at a
     time, left to right; None: all of it (a model trained with several sizes: any of them, None its usual one).
@@ -70,7 +70,7 @@ def make_options(**options) -> Options:
 
 def check_options(lm, options: Options) -> None:
     """UserError for options out of range or that do not fit the model."""
-    lookup(SAMPLERS, options.sampler, "sampler")
+    lookup(WRITERS, options.sampler, "sampler")
     check_filters(options.filters)
     if options.cache_dtype not in CACHE_DTYPES:
         lookup(dict.fromkeys(CACHE_DTYPES), options.cache_dtype, "cache_dtype")
@@ -86,7 +86,7 @@ def check_options(lm, options: Options) -> None:
                                                        and size % options.block_size == 0):
         expected = f"a divisor of {size}" if is_bidirectional(lm) else f"{size}, the one it was trained with"
         raise UserError(f"block_size is {options.block_size}, expected {expected}")
-    if SAMPLERS[options.sampler].rewrites and options.block_size not in (None, size):
+    if WRITERS[options.sampler].rewrites and options.block_size not in (None, size):
         raise UserError(f"sampler '{options.sampler}' rewrites the whole block: leave block_size out")
     _check_approximate_cache(lm, options)
     vocab = lm.config.model.vocab_size

@@ -32,9 +32,10 @@ def two_stream(model: Backbone, params: dict, xt_BxMxL, x0_BxL, position_BxL, se
     """Hidden states `[B, M, L, D]` of M noised views, every block seeing the clean blocks before it (BD3-LM eq. 6).
 
     The last clean block is read by nobody and left out; with one block a row (MDLM) there is no clean stream.
-    sizes: of each row's blocks where they differ; block_size is then the largest, and only the smallest is left out.
-    sigma: noise level of each n-th part of the row, clean_sigma: one for the whole row (published checkpoints); None is
-    the constant 0 (and all that networks without time conditioning take).
+    xt: ids, or float `[B, M, L, V]` as in `trunk.Stream`. sizes: of each row's blocks where they differ; block_size is
+    then the largest, and only the smallest is left out. sigma: noise level of each n-th part of the row, clean_sigma:
+    one for the whole row (published checkpoints); None is the constant 0 (and all that networks without time
+    conditioning take).
     """
     length = x0_BxL.shape[1]
     block = position_BxL // (block_size if sizes is None else sizes.size_B[:, None])

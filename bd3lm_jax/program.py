@@ -17,6 +17,7 @@ from bd3lm_jax.models import Backbone, trunk
 from bd3lm_jax.state import TrainState
 from bd3lm_jax.step import LEARNT, SpecialIds, make_step
 
+OWN = 0x6C656172  # tells the random numbers of the objective's own parameters from the network's
 BATCH_KEYS = ("tokens", "segments", "positions")
 
 
@@ -81,8 +82,11 @@ class Program:
 
 def init_params(model: Backbone, objective: Any, key: jax.Array) -> dict:
     """Random parameters of the network, and with an objective that learns its own, under LEARNT."""
-    own = {LEARNT: objective.init_learnt(model.config.vocab_size)} if objective.learns else {}
-    return trunk.init(model, key) | own
+    params = trunk.init(model, key)
+    if not objective.learns:
+        return params
+    own_key = jax.random.fold_in(key, OWN)
+    return params | {LEARNT: objective.init_learnt(own_key, model.config.vocab_size, model.config.width)}
 
 
 def bytes_per_device(arguments: Any) -> int:

@@ -22,16 +22,20 @@ COUNTED_TOKENS = 20_000_000  # count models are for training splits up to this s
 
 
 def closing(run: Any, weights: Any, valid: dict, evaluator: Any) -> None:
-    """The report after `train`: valid (and, for the embedded corpus, test) beside count models, samples, plots."""
-    splits = {"valid": (run.rows["valid"], valid)}
+    """The report after `train`: valid (and, for the embedded corpus, test) beside count models, samples, plots.
+
+    valid is {} for a model without a bound."""
+    splits = {"valid": (run.rows["valid"], valid)} if valid else {}
     config = run.config
-    if config.data.source == "austen":
+    if not valid:
+        note(f"an objective of kind '{config.diffusion.kind}' has no bound on the likelihood: none is reported")
+    if valid and config.data.source == "austen":
         rows = _test_rows(run)
         estimate = evaluator.run(weights, rows, estimator=valid["estimator"], draws=config.eval.draws, seed=config.seed)
         splits["test"] = (rows, estimate)
     for split, (rows, estimate) in splits.items():
         _likelihood_table(run, split, rows, estimate)
-    if len(valid["nll_by_count"]) > 1:
+    if valid and len(valid["nll_by_count"]) > 1:
         points = zip(*sorted(valid["nll_by_count"].items()))
         plots.nll_by_count(Path(run.workdir) / "plots" / "nll_by_count.png", *points)
     plots.loss_curve(run.workdir)
@@ -95,8 +99,7 @@ def _samples(run, weights) -> None:
         weights = jax.device_put(weights, jax.local_devices()[0])
     lm = LM(run.config, weights, run.tokenizer, run.program.model, run.config.data.length)
     length = min(run.config.eval.sample_length, lm.context)
-    sampler = {"sampler": "uniform"} if run.config.diffusion.redraws else {}
-    samples = lm.generate(num=run.config.eval.samples, length=length, seed=run.config.seed, **sampler)
+    samples = lm.generate(num=run.config.eval.samples, length=length, seed=run.config.seed)
     note(f"{len(samples)} samples:")
     for sample in samples:
         note("  " + sample.text.replace("\n", "\n  "))

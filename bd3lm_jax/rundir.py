@@ -16,7 +16,7 @@ ADDED = {  # keys that the run directories of earlier versions lack, with values
     "train": {"views": 1, "block_sizes": []},
     "compute": {"loss_chunk": 0},
 }
-ADDED_BY_KIND = {"masked": {"complement": False}}  # the same for objectives
+ADDED_BY_KIND = {"masked": {"complement": False}, "dit": {"decoder_layers": 0}}  # the same for objectives, networks
 
 
 def resolve(config: Config, tokenizer: Tokenizer) -> Config:
@@ -72,7 +72,7 @@ def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:
 
 
 def _brought_up_to_date(stored: dict) -> dict:
-    missing = {**ADDED, "diffusion": ADDED_BY_KIND.get(stored.get("diffusion", {}).get("kind"), {})}
+    missing = ADDED | {name: ADDED_BY_KIND.get(stored.get(name, {}).get("kind"), {}) for name in ("model", "diffusion")}
     return stored | {name: keys | stored.get(name, {}) for name, keys in missing.items()}
 
 

@@ -44,6 +44,7 @@ class Scored(NamedTuple):
 
     features_BxMxCxD go into the output layer; weight_BxMxC is 0 where a position does not count; index_BxMxC says where
     in the row it stands; xt_BxMxC and sigma_BxMxC: the noised token there and its level (for an objective's own loss).
+    tokens_B: tokens of the row.
     """
 
     features_BxMxCxD: jax.Array
@@ -52,12 +53,13 @@ class Scored(NamedTuple):
     index_BxMxC: jax.Array
     xt_BxMxC: jax.Array | None = None
     sigma_BxMxC: jax.Array | None = None
+    tokens_B: jax.Array | None = None
 
 
 def score(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_BxL, position_BxL, segment_BxL,
           execution: Execution, dropout_keys=None) -> Scored:
     """The network on noised rows, up to its output layer. A row that masks more than its capacity has weight NaN."""
-    takes_level = trunk.takes_level(model.config)
+    takes_level, tokens_B = trunk.takes_level(model.config), (segment_BxL != 0).sum(1)
     noised = noised.replace(sigma_BxMxK=jnp.minimum(noised.sigma_BxMxK, objective.sigma_max))
     sigma = noised.sigma_BxMxK if takes_level else None
     if objective.causal:
@@ -70,7 +72,10 @@ def score(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_
         largest, sizes = objective.block_size, None
         if noised.size_B is not None:
             largest, sizes = objective.sizes[-1], passes.RowSizes(noised.size_B, objective.sizes[0])
-        h = passes.two_stream(model, params, noised.xt_BxMxL, tokens_BxL, position_BxL, segment_BxL,
+        inputs = noised.xt_BxMxL
+        if objective.inputs is not None:
+            inputs = objective.inputs(noised, tokens_BxL, model.config.vocab_size)
+        h = passes.two_stream(model, params, inputs, tokens_BxL, position_BxL, segment_BxL,
                               block_size=largest, sizes=sizes, sigma_BxMxn=sigma, execution=execution,
                               dropout_keys=dropout_keys)
     weight, xt, length = noised.weight_BxMxL, noised.xt_BxMxL, tokens_BxL.shape[1]
@@ -84,7 +89,7 @@ def score(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_
     part = length // noised.sigma_BxMxK.shape[2]
     sigma = jnp.take_along_axis(noised.sigma_BxMxK, index // part, axis=2)
     features = trunk.features(model, params, h, sigma if takes_level else None)
-    return Scored(features, target, weight, index, xt, sigma)
+    return Scored(features, target, weight, index, xt, sigma, tokens_B)
 
 
 def overflows(noised: Noised) -> jax.Array:
@@ -107,14 +112,27 @@ def row_losses(model: Backbone, params: dict, scored: Scored, mask_id: int, chun
 
 
 def total_loss(model: Backbone, params: dict, scored: Scored, mask_id: int, chunk: int,
-               token_loss: TokenLoss | None = None) -> jax.Array:
-    """Sum of weight * loss over all positions of `scored`, in nats; arguments as for `row_losses`."""
+               token_loss: TokenLoss | None = None, mean_term: TokenLoss | None = None) -> jax.Array:
+    """Sum of weight * loss over all positions of `scored`, in nats; arguments as for `row_losses`.
+
+    mean_term: `Objective.mean_term`, which counts the tokens of the row in every view.
+    """
     arrays = _groups(scored.features_BxMxCxD, scored.target_BxMxC, scored.weight_BxMxC)
-    if token_loss is not None:
-        weight = arrays[2]
-        losses = _general(model, params, scored, mask_id, chunk, token_loss)
-        return jnp.sum(jnp.where(weight == 0, 0, losses) * weight)
-    return weighted_total(_output(model, params, mask_id), *arrays, chunk)
+    if token_loss is None:
+        return weighted_total(_output(model, params, mask_id), *arrays, chunk)
+    weight = arrays[2]
+
+    def both(*args, mask_id):
+        return token_loss(*args, mask_id=mask_id), mean_term and mean_term(*args, mask_id=mask_id)
+
+    losses, term = _general(model, params, scored, mask_id, chunk, both)
+    total = jnp.sum(jnp.where(weight == 0, 0, losses) * weight)
+    if mean_term is None:
+        return total
+    term, counted = (x.reshape(scored.weight_BxMxC.shape) for x in term)
+    counted = counted & (scored.weight_BxMxC > 0)
+    mean_BxM = jnp.where(counted, term, 0).sum(-1) / jnp.maximum(counted.sum(-1), 1)
+    return total + jnp.sum(mean_BxM * scored.tokens_B[:, None])
 
 
 def _general(model, params, scored, mask_id, chunk, token_loss):
@@ -157,9 +175,10 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
         scored = score(model, params, objective, noised, rows["tokens"], rows["positions"], rows["segments"],
                        execution, keys)
         token_loss = objective.token_loss
-        if objective.learns:
+        if token_loss is not None and objective.learns:
             token_loss = functools.partial(token_loss, learnt=params[LEARNT])
-        return total_loss(model, params, scored, special.mask, config.compute.loss_chunk, token_loss)
+        return total_loss(model, params, scored, special.mask, config.compute.loss_chunk, token_loss,
+                          objective.mean_term)
 
     def gradients(params, rows):
         """Loss, its gradient, and what the schedule sees of the losses: the derivatives in the weights."""
@@ -168,9 +187,8 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
             return *jax.value_and_grad(loss_of)(params, weight_BxMxL, rows), {}
         total, (grads, losses_BxMxL) = jax.value_and_grad(loss_of, argnums=(0, 1))(params, weight_BxMxL, rows)
         if objective.learns:
-            more = objective.noise_gradient(params[LEARNT], rows["noised"], rows["tokens"], rows["segments"],
-                                            weight_BxMxL * losses_BxMxL)
-            grads = {**grads, LEARNT: jax.tree.map(jnp.add, grads[LEARNT], more)}
+            own = objective.noise_gradient(told(params), rows["noised"], rows["tokens"], rows["segments"], losses_BxMxL)
+            grads = {**grads, LEARNT: jax.tree.map(jnp.add, grads[LEARNT], own)}
         return total, grads, schedule.seen(losses_BxMxL, weight_BxMxL > 0) if learns else {}
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
@@ -179,7 +197,7 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
         batch = objective.prepared(jax.random.fold_in(noise_key, PREPARE), batch, special.end)
         tokens = batch["tokens"]
         noised = draw_noise(config, special, noise_key, batch, config.train.views, state.noise,
-                            state.params.get(LEARNT))
+                            told(state.params))
         dropout_keys = jax.vmap(lambda row: jax.random.fold_in(dropout_key, row))(jnp.arange(tokens.shape[0]))
         rows = {**batch, "noised": noised, "dropout_keys": dropout_keys}
         total, grads, seen = sum_over_rows(lambda part: gradients(state.params, part), rows,
@@ -205,15 +223,20 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
     return step
 
 
+def told(params: dict) -> dict | None:
+    """What `corrupt` is told of the objective's own parameters; None if there are none."""
+    return {**params[LEARNT], "embedding": params["embed"]["embedding"]} if LEARNT in params else None
+
+
 def draw_noise(config: Config, special: SpecialIds, key, batch: dict, views: int, noise: dict,
                learnt: dict | None = None) -> Noised:
     """Noised views of a batch as training draws them when the schedule of the noise is in the state `noise`.
 
-    learnt: the objective's own parameters, if it has some.
+    learnt: as `told` gives it.
     """
     objective, schedule = config.diffusion, config.schedule
     arguments = key, batch["tokens"], batch["segments"], views, special.mask, special.end
-    needed = {name: batch[name] for name in objective.needs} | ({"learnt": learnt} if objective.learns else {})
+    needed = {name: batch[name] for name in objective.needs} | ({} if learnt is None else {"learnt": learnt})
     if schedule is None:
         return objective.corrupt(*arguments, **needed)
     return objective.corrupt(*arguments, schedule.law(noise, batch["tokens"].shape[1] // objective.block_size),

@@ -17,7 +17,7 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.generation import Sample
 from bd3lm_jax.options import Options, check_options
 from bd3lm_jax.prompts import Rows, encode_prompts, prompt_rows
-from bd3lm_jax.sampling import SAMPLERS, STOPS
+from bd3lm_jax.sampling import SAMPLERS, STOPS, simplex
 from bd3lm_jax.sampling.generate import close_block, open_block, reveal, writing
 
 MASK_SIGN, END_SIGN = "░", "∎"
@@ -68,6 +68,9 @@ def stream(lm, prompts: Sequence | None, num: int, length: int, options: Options
     its length.
     """
     check_options(lm, options)
+    if options.sampler == simplex.NAME:
+        raise UserError("a text of simplex diffusion is not watched step by step, every step draws all of a block: use "
+                        "generate, or sample without --animate and --trace")
     prompts = encode_prompts(lm, prompts, num, length, options.window)
     if len(prompts) > generation.ROWS:
         raise UserError(f"{len(prompts)} texts are asked for, expected at most {generation.ROWS} to watch at a time")

@@ -127,7 +127,8 @@ class _Run:
             self._check_config()
         told = report.read(self.workdir)
         if told and told["step"] == self.point.config.train.steps:
-            self.measured = {"step": told["step"]} | {ours: told["valid"][key] for key, ours in MEASURES.items()}
+            self.measured = {"step": told["step"]} | {ours: told.get("valid", {}).get(key)
+                                                         for key, ours in MEASURES.items()}
             self.status, self.error = "finished", None
         elif is_running(self.job.log):
             self.status, self.error = "running", None
@@ -198,7 +199,8 @@ class _Board:
     def changed(self, job: Job) -> None:
         run = next(run for run in self.chosen if run.job is job)
         run.changed()
-        told = run.error or (f"valid nll {run.measured['valid_nll']:.4f}" if run.measured else f"see {job.log}")
+        nll = run.measured.get("valid_nll")
+        told = run.error or (f"see {job.log}" if nll is None else f"valid nll {nll:.4f}")
         note(f"{run.name}: {run.status}: {told}")
         self.save()
 
@@ -209,7 +211,8 @@ class _Board:
             self._look([run for run in self.runs if run not in self.chosen])
             save(self.directory / "status.json", self.result())
             self._write_tables()
-            finished = [run for run in self.runs if run.status == "finished"]
+            finished = [run for run in self.runs
+                        if run.status == "finished" and run.measured["valid_nll"] is not None]
             if plot and finished:
                 plots.nll_intervals(self.directory / "sweep.png", *_curves(finished, self.keys))
 
@@ -245,7 +248,7 @@ class _Board:
         lines = [["run", *headings, "nats/token", "95 % interval", "perplexity", "bits/byte", "status"]]
         for i, run in enumerate(self.runs):
             values, measured = run.values(), [""] * 4
-            if run.measured:
+            if run.measured.get("valid_nll") is not None:
                 nll, (low, high), ppl, bits = (run.measured[key] for key in MEASURES.values())
                 interval = "" if low is None else f"{low:.4f} .. {high:.4f}"
                 measured = [f"{nll:.4f}", interval, f"{ppl:.2f}", f"{bits:.4f}"]

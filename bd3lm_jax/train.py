@@ -19,6 +19,7 @@ from bd3lm_jax.data.loader import Loader, prefetch
 from bd3lm_jax.data.prepare import Rows, prepare, prepare_tokenizer
 from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.errors import Preempted, RunError, UserError
+from bd3lm_jax.estimators import has_bound
 from bd3lm_jax.evaluate import Evaluator, default_estimator
 from bd3lm_jax.log import RunLog, note, read_metrics
 from bd3lm_jax.noise import Chooser
@@ -65,8 +66,9 @@ def train(config: Config, workdir: str, profile: bool = False) -> dict[str, Any]
     report.closing(run, weights, valid, evaluator)
     lines = read_metrics(run.workdir)
     return {"workdir": str(run.workdir), "step": run.config.train.steps, "train_nll": _last(lines, "train/nll"),
-            "valid_nll": valid["nll"], "valid_ppl": valid["ppl"], "tokens_per_s": _last(lines, "train/tokens_per_s"),
-            "step_ms": step_ms, "params": program.num_params, "wall_s": time.perf_counter() - began}
+            "valid_nll": valid.get("nll"), "valid_ppl": valid.get("ppl"),
+            "tokens_per_s": _last(lines, "train/tokens_per_s"), "step_ms": step_ms, "params": program.num_params,
+            "wall_s": time.perf_counter() - began}
 
 
 def set_up(config: Config, workdir: str) -> Run:
@@ -177,7 +179,10 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
 
 
 def _validate(run: Run, evaluator: Evaluator, weights, whole: bool) -> dict:
-    """The bound on the validation split: on `eval.rows` rows from one draw, or with all rows and draws."""
+    """The bound on the validation split: on `eval.rows` rows from one draw, or with all rows and draws; {} for a model
+    that has none."""
+    if not has_bound(run.config):
+        return {}
     settings = run.config.eval
     return evaluator.run(weights, run.rows["valid"], estimator=default_estimator(run.config),
                          draws=settings.draws if whole else 1, seed=run.config.seed,

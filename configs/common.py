@@ -9,6 +9,10 @@ from types import SimpleNamespace
 from ml_collections import ConfigDict
 
 BLOCK_SIZE = "block_size"  # stands for the block size of the run
+MASKED = {  # masked diffusion in blocks with the exact-count estimator of its bound
+    "block_size": BLOCK_SIZE, "schedule": "loglinear", "corruption": "exact_count", "count_probs": (),
+    "complement": False, "clip_low": 0.0, "clip_high": 1.0, "eps": 1e-3,
+}
 OBJECTIVES = {  # beside masked diffusion: algo=NAME -> its `diffusion` section, and what changes in `model`, `train`
     "ar": ({"kind": "ar", "bos": True}, {"adaln": False}),
     "sedd": ({"kind": "sedd", "block_size": BLOCK_SIZE, "corruption": "bernoulli", "eps": 1e-3},
@@ -29,6 +33,10 @@ OBJECTIVES = {  # beside masked diffusion: algo=NAME -> its `diffusion` section,
     "levels": ({"kind": "levels", "block_size": BLOCK_SIZE, "ramp": 0.5}, {}),
     "mixed": ({"kind": "mixed", "block_size": 16, "sizes": (1, 2, 4, 8, 16), "schedule": "loglinear",
                "corruption": "exact_count", "complement": False, "eps": 1e-3}, {}),
+    "adversarial": ({"kind": "adversarial", "block_size": BLOCK_SIZE, "rate": 0.5, "complement": False,
+                     "importance": False, "hidden": 32, "score_limit": 3.0}, {}),
+    "ssd_lm": ({"kind": "ssd_lm", "block_size": BLOCK_SIZE, "scale": 5.0}, {"time_conditioning": True}),
+    "cap": ({"kind": "cap", **MASKED, "coefficient": 1.0}, {}),
 }
 ALGORITHMS = ("bd3lm", "mdlm", *OBJECTIVES)
 SIZES = {  # the paper's small, and the usual medium
@@ -46,6 +54,7 @@ def base() -> ConfigDict:
         "model": {
             "kind": "dit", "vocab_size": -1, **SIZES["small"], "mlp_ratio": 4, "dropout": 0.1, "adaln": True,
             "cond_dim": 128, "time_conditioning": False, "rope_base": 10_000.0,
+            "decoder_layers": 0,
         },
         "diffusion": {
             "kind": "masked", "block_size": 4, "schedule": "loglinear", "corruption": "bernoulli", "count_probs": (),

@@ -59,8 +59,8 @@ def _define_speed(values: flags.FlagValues) -> None:
                         flag_values=values)
     flags.DEFINE_string("sampler", "first_hitting", "first_hitting, ancestral, ancestral_cosine; several tokens at "
                         "once: threshold, factor, entropy_bound, confidence, margin, entropy; remdm_cap, "
-                        "remdm_rescale, remdm_confidence, remdm_loop; iterative; analytic (SEDD); "
-                        "uniform (uniform-state diffusion)", flag_values=values)
+                        "remdm_rescale, remdm_confidence, remdm_loop; iterative; analytic (SEDD); uniform "
+                        "(uniform-state diffusion); simplex (of simplex diffusion)", flag_values=values)
     flags.DEFINE_integer("steps", None, "of the sampler, a block; by default its usual ones", lower_bound=1,
                          flag_values=values)
     flags.DEFINE_float("threshold", None, "the sampler's number: probability, factor, nats, eta; by default its usual "
@@ -159,7 +159,8 @@ def _choose(args: flags.FlagValues, lm) -> tuple[dict, str]:
     if args.forced:
         given["forced"] = _forced(args.forced)
     chosen, source = settings.settings_for(lm, args.workdir, args.settings, args.prefer or "")
-    return {"seed": args.seed, **settings.merged(chosen, given)}, source
+    usual = {"seed": args.seed, "sampler": lm.config.diffusion.sampler}
+    return usual | settings.merged(chosen, given), source
 
 
 def _forced(words: list[str]) -> dict[str, str]:
@@ -196,10 +197,8 @@ def _used(lm, options) -> dict:
     import jax.numpy as jnp
 
     from bd3lm_jax import cache_price, generation
-    from bd3lm_jax.sampling import SAMPLERS
-
     plan, values = generation.make_plan(lm, options, lm.context), dataclasses.asdict(options)
-    threshold = SAMPLERS[options.sampler].threshold if options.threshold is None else options.threshold
+    threshold = generation.WRITERS[options.sampler].threshold if options.threshold is None else options.threshold
     dtype = jnp.dtype(lm.model.dtype).name if options.cache_dtype == "compute" else options.cache_dtype
     cached = lm.config.diffusion.causal or lm.config.block_size < lm.context or options.approximate_cache
     sizes = {name: cache_price.bytes_per_token(lm, name) for name in cache_price.DTYPES} if cached else None

@@ -97,7 +97,8 @@ def test_a_directory_of_an_earlier_version_goes_on_as_it_was(tmp_path, config):
     rundir.claim(tmp_path / "run", config, BYTES)
     path = tmp_path / "run" / "config.json"
     stored = json.loads(path.read_text())
-    for section, keys in {**rundir.ADDED, "diffusion": rundir.ADDED_BY_KIND["masked"]}.items():
+    for section, keys in {**rundir.ADDED, "diffusion": rundir.ADDED_BY_KIND["masked"],
+                          "model": rundir.ADDED_BY_KIND["dit"]}.items():
         stored[section] = {key: value for key, value in stored[section].items() if key not in keys}
     del stored["noise"]
     path.write_text(json.dumps(stored))

@@ -33,7 +33,7 @@ class GenMD4(Objective):
     """
 
     kind: ClassVar[str] = "genmd4"
-    pairs: ClassVar[bool] = True
+    view_group: ClassVar[int] = 2
     learns: ClassVar[bool] = True
     bound: ClassVar[None] = None  # for a network alone, without w
     block_size: int  # tokens a block
@@ -52,8 +52,9 @@ class GenMD4(Objective):
     def is_bound(self) -> bool:
         return self.eps == 0
 
-    def init_learnt(self, vocab_size: int) -> dict[str, jax.Array]:
+    def init_learnt(self, key: jax.Array, vocab_size: int, width: int) -> dict[str, jax.Array]:
         """log w of every token, float32 `[V]`."""
+        del key, width
         return {"log_w": jnp.full(vocab_size, math.log(self.power), jnp.float32)}
 
     def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, views: int, mask_id: int, end_id: int,
@@ -83,10 +84,10 @@ class GenMD4(Objective):
         return w_V[target_N] * (ce_N - 1) + jnp.exp(log_mu_NxV) @ w_V
 
     def noise_gradient(self, learnt: dict[str, jax.Array], noised: Noised, x0_BxL: jax.Array, segment_BxL: jax.Array,
-                       nats_BxMxL: jax.Array) -> dict[str, jax.Array]:
+                       losses_BxMxL: jax.Array) -> dict[str, jax.Array]:
         """The part of the gradient of the summed loss that comes from which tokens are masked."""
-        batch, views, length = nats_BxMxL.shape
-        nats_BxMxK = nats_BxMxL.reshape(batch, views, -1, self.block_size).sum(-1)
+        batch, views, length = losses_BxMxL.shape
+        nats_BxMxK = (noised.weight_BxMxL * losses_BxMxL).reshape(batch, views, -1, self.block_size).sum(-1)
         pairs_BxPx2xK = nats_BxMxK.reshape(batch, views // 2, 2, -1)
         ahead_BxMxK = (pairs_BxPx2xK - pairs_BxPx2xK[:, :, ::-1]).reshape(nats_BxMxK.shape)
         t_BxMxK = -jnp.expm1(-noised.sigma_BxMxK) / (1 - self.eps)
@@ -99,7 +100,7 @@ class GenMD4(Objective):
             log_q_BxMxL = jnp.where(real_BxMxL, jnp.where(masked_BxMxL, log_prob_BxMxL, log_kept_BxMxL), 0)
             return jnp.sum(log_q_BxMxL * independent.per_token(ahead_BxMxK, length))
 
-        return jax.grad(weighted)(learnt)
+        return jax.grad(weighted)({"log_w": learnt["log_w"]})
 
     def _log_mask_prob(self, learnt, x0_BxL, t_BxMxK):
         """Of every token `[B, M, L]`."""

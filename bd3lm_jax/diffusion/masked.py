@@ -104,10 +104,6 @@ class Masked(Objective):
         """Whether the weighted loss estimates the NELBO without bias."""
         return self.corruption == "exact_count" and all(p > 0 for p in self.count_probs)
 
-    @property
-    def pairs(self) -> bool:
-        return self.complement
-
     def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, views: int, mask_id: int,
                 end_id: int, law: CountLaw | ClipLaw | None = None) -> Noised:
         """`views` noised copies of a batch, independent but for stratification over all its rows, views and blocks,

@@ -1,5 +1,7 @@
 """What every objective hands to the network: noised views with loss weights."""
 
+from typing import Any
+
 import flax.struct
 import jax
 
@@ -16,3 +18,4 @@ class Noised:
     sigma_BxMxK: jax.Array  # float32 noise level -log(alpha) of each K-th part of the row (a block, a token), finite
     capacity: int = flax.struct.field(pytree_node=False)  # no view of a row has more masked tokens than this
     size_B: jax.Array | None = None  # int32 tokens a block of each row, where these differ (Mixed)
+    extra: Any = None  # tree of arrays [B, ...] that the objective wants back

@@ -24,17 +24,24 @@ class Objective:
     token_loss: None for the cross-entropy of the clean token where the mask token has probability 0, else a method
     `(logits_NxV, target_N, xt_N, sigma_N, mask_id) -> float32 [N]` in nats, what the weights of `Noised` multiply.
     Logits are float32 as the network gives them, V without padding; sigma is that of `Noised`.
+    mean_term: None, or a method that takes what `token_loss` takes -> float32 [N] in nats, bool [N]: the plain mean of
+    the one where the other holds and the weight is positive, view by view, joins the loss a token. It needs a
+    `token_loss`.
+    inputs: None where the noised stream is ids, else a method `(noised, x0_BxL, vocab_size) -> float32 [B, M, L, V]`: a
+    distribution over the vocabulary at every place, computed for a microbatch at a time.
+    sampler: what writes with such a model when no sampler is named; "" if nothing can.
     is_bound: whether the weighted loss estimates a bound on the NLL of every token without bias.
     bound: the objective whose weighted loss is that bound for a network trained by this one, or None.
     needs_level: the network must be told the noise level (model.time_conditioning).
     sigma_max: the network never sees a larger noise level.
     scores: the network gives log scores, whose total over the tokens is a number of its own (see SEDD).
     redraws: the network gives probabilities of x0 where every token may be a wrong letter, for samplers that redraw.
-    pairs: views come in pairs, so their number is even.
-    learns: the objective has parameters, `init_learnt(vocab_size)` -> dict of float32 arrays, which `corrupt` and
-    `token_loss` take as `learnt`. They are trained, saved and averaged with those of the network, and not used after.
-    As the noise depends on them, their gradient is that of the loss and `noise_gradient(learnt, noised, x0_BxL,
-    segment_BxL, nats_BxMxL)`, a dict alike (nats: weight * loss).
+    view_group: views come in multiples of this, 2 where a mask and its complement are a pair.
+    learns: the objective has parameters, `init_learnt(key, vocab_size, width)` -> dict of float32 arrays, which
+    `corrupt` (with the network's table "embedding" `[V', width]` added) and `token_loss` take as `learnt`. They are
+    trained, saved and averaged with those of the network, and not used after. As the noise depends on them, their
+    gradient is that of the loss and `noise_gradient(learnt, noised, x0_BxL, segment_BxL, losses_BxMxL)`, a dict as of
+    `init_learnt`, summed over the rows given; learnt as for `corrupt`, losses as of `token_loss`, without a gradient.
     """
 
     kind: ClassVar[str]
@@ -42,23 +49,29 @@ class Objective:
     masks: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ()
     token_loss: ClassVar[Callable[..., jax.Array] | None] = None
+    mean_term: ClassVar[Callable[..., tuple[jax.Array, jax.Array]] | None] = None
+    inputs: ClassVar[Callable[..., jax.Array] | None] = None
+    sampler: ClassVar[str] = "first_hitting"
     is_bound: ClassVar[bool] = False
     needs_level: ClassVar[bool] = False
     sigma_max: ClassVar[float] = math.inf
     scores: ClassVar[bool] = False
     redraws: ClassVar[bool] = False
-    pairs: ClassVar[bool] = False
     learns: ClassVar[bool] = False
     block_size: int
 
     @property
     def writes(self) -> bool:
         """Whether there are samplers for the network."""
-        return self.causal or self.masks or self.redraws
+        return bool(self.sampler)
 
     @property
     def bound(self) -> "Objective | None":
         return self if self.is_bound else None
+
+    @property
+    def view_group(self) -> int:
+        return 2 if getattr(self, "complement", False) else 1
 
     def prepared(self, key: jax.Array, batch: dict, end_id: int) -> dict:
         """The batch as training reads it, before noise: `tokens`, `segments`, `positions` and what it `needs`, `[B, L]`

@@ -33,6 +33,7 @@ class Uniform(Objective):
     kind: ClassVar[str] = "uniform"
     masks: ClassVar[bool] = False
     redraws: ClassVar[bool] = True
+    sampler: ClassVar[str] = "uniform"
     block_size: int  # tokens a block
     vocab_size: int  # ids, the mask token's among them; -1: the model's
     eps: float
@@ -103,6 +104,7 @@ class SEDDUniform(Uniform):
     kind: ClassVar[str] = "sedd_uniform"
     needs_level: ClassVar[bool] = True
     redraws: ClassVar[bool] = False
+    sampler: ClassVar[str] = ""
 
     @staticmethod
     def token_loss(logits_NxV: jax.Array, target_N: jax.Array, xt_N: jax.Array, sigma_N: jax.Array,

@@ -32,11 +32,15 @@ class DiTConfig:
     cond_dim: int
     time_conditioning: bool  # the noise level is an input; otherwise the adaLN input is a constant
     rope_base: float
+    decoder_layers: int = 0  # last layers, which alone run on noised blocks (E2D2); 0: all of them, the plain form
 
     def __post_init__(self):
         for name in ("layers", "width", "heads", "mlp_ratio", "cond_dim"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.decoder_layers <= self.layers:
+            raise UserError(f"model.decoder_layers is {self.decoder_layers}, expected 0 (all layers) to model.layers="
+                            f"{self.layers}")
         if self.vocab_size != -1 and self.vocab_size < 2:
             raise UserError(f"model.vocab_size is {self.vocab_size}, expected at least 2, or -1 for the tokenizer's")
         if self.width % (2 * self.heads):
@@ -76,10 +80,12 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self, ids):
-        """int32 `[..., T]` -> `[..., T, D]`."""
+        """int32 `[..., T]`, or weights of the vocabulary's tokens float `[..., T, V]` -> `[..., T, D]`."""
         shape = (self.config.padded_vocab, self.config.width)
         bound = 1 / math.sqrt(self.config.width)
         table = self.param("embedding", lambda key: jax.random.uniform(key, shape, jnp.float32, -bound, bound))
+        if jnp.issubdtype(ids.dtype, jnp.floating):
+            return ids.astype(self.dtype) @ table.astype(self.dtype)[:ids.shape[-1]]
         return table.astype(self.dtype)[ids]
 
 

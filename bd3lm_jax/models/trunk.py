@@ -42,8 +42,8 @@ class Execution:
 class Backbone(NamedTuple):
     """The leaf modules of a network; `models/dit.py` is the example to read.
 
-    embed(ids) -> h. condition(sigma) -> cond, or None for a network that takes no noise level. rotary(positions) ->
-    whatever `pre` wants of positions. groups: (name, block, count) with block methods
+    embed(ids, or mixtures of them) -> h. condition(sigma) -> cond, or None for a network that takes no noise level.
+    rotary(positions) -> whatever `pre` wants of positions. groups: (name, block, count) with block methods
     pre(h, cond, rotary, queries) -> q (None without queries), k, v and
     post(h, attended, cond, dropout_keys) -> h, aux. head(h, cond) -> logits, in two parts: head.features(h, cond) and
     head.output_layer() -> kernel, bias.
@@ -61,7 +61,8 @@ class Backbone(NamedTuple):
 @flax.struct.dataclass
 class Stream:
     """Tokens going in. ids: int32, clean `[B, C]` or noised `[B, M, T]`; position, block, segment: int32 `[B, T]`
-    (block: index of the block in its document; segment 0: padding).
+    (block: index of the block in its document; segment 0: padding). In place of ids, a mixture of them at every place:
+    float `[..., V]`.
 
     sigma: float32 noise level -log(alpha) as the network takes it, `[B, n]` (clean) or `[B, M, n]` (noised) with n
     dividing the length (one level for n-th parts of the row); None: the constant 0.
@@ -151,6 +152,12 @@ def takes_level(model_config) -> bool:
     return getattr(model_config, "time_conditioning", False)
 
 
+def encoder_layers(model_config) -> int:
+    """Layers that only clean tokens go through; noised ones enter behind them (E2D2, arXiv 2510.22852)."""
+    decoder = getattr(model_config, "decoder_layers", 0)
+    return model_config.layers - decoder if decoder else 0
+
+
 def init(model: Backbone, key) -> dict:
     """Random parameters: nested dict of float32 arrays; every layer group has a leading layer axis."""
     ids = jnp.zeros((1, 1), jnp.int32)
@@ -238,6 +245,7 @@ def _condition(model, params, sigma):
 
 
 def _run(model, params, noised, clean, cache, *, rule, block_size, execution, dropout_keys, smallest=None):
+    """Hidden states of both streams, by group the clean stream's keys and values (None without one), auxiliary loss."""
     spec = MaskSpec(rule=rule, block_size=block_size, aligned=cache is None, one_document=execution.one_document,
                     noised=None if noised is None else noised.tokens(True),
                     clean=None if clean is None else clean.tokens(False),
@@ -250,18 +258,30 @@ def _run(model, params, noised, clean, cache, *, rule, block_size, execution, dr
     joined = 0
     few = len(streams) == 2 and not spec.aligned and noised.ids.shape[1] == 1  # decoding
     if few and noised.sigma is None and clean.sigma is None:
-        joined = noised.ids.shape[-1]
+        joined = noised.position.shape[-1]
         cond["both"] = cond["clean"]
         rotary["both"] = jax.tree.map(lambda n, c: jnp.concatenate([n[:, 0], c], axis=1), rotary["noised"],
                                       rotary["clean"])
     aux, stored, first = jnp.zeros(()), {}, 0
+    encoder = 0 if noised is None else encoder_layers(model.config)
     for index, (name, block, count) in enumerate(model.groups):
-        layer = functools.partial(_layer, block, spec, cond, rotary, execution.backend, dropout_keys, joined)
         drop_clean = noised is not None and clean is not None and index == len(model.groups) - 1
         cached = None if spec.cache is None else list(zip(cache.keys[name], cache.values[name]))
-        h, stored[name], group_aux = _run_group(layer, params[name], cached, h, first, count, drop_clean, execution)
-        aux, first = aux + group_aux, first + count
-    return h.get("noised"), h.get("clean"), stored, aux
+        split, parts = min(max(encoder - first, 0), count), []
+        for start, stop, noised_too in ((0, split, False), (split, count, True)):
+            inputs = {stream: x for stream, x in h.items() if noised_too or stream == "clean"}
+            if start == stop or not inputs:  # no such layers, or no clean tokens that would go through them
+                continue
+            seen = spec if noised_too else dataclasses.replace(spec, noised=None)
+            layer = functools.partial(_layer, block, seen, cond, rotary, execution.backend, dropout_keys,
+                                      joined if noised_too else 0)
+            ours = params[name] if stop - start == count else jax.tree.map(lambda x: x[start:stop], params[name])
+            outputs, kept, part_aux = _run_group(layer, ours, cached and cached[start:stop], inputs, first + start,
+                                                 stop - start, drop_clean and noised_too, execution)
+            h, aux, parts = h | outputs, aux + part_aux, [*parts, kept]
+        stored[name] = parts[0] if len(parts) == 1 else jax.tree.map(lambda *ys: jnp.concatenate(ys), *parts)
+        first += count
+    return h.get("noised"), h.get("clean") if noised is None else None, stored, aux
 
 
 def _run_group(layer, params, cached, h, first, count, drop_clean, execution: Execution):

@@ -99,13 +99,13 @@ def test_gradient_of_the_schedules_is_that_of_the_enumerated_bound(t):
     logits = jnp.asarray(np.pad(np.log(mu), [(0, 0)] * 3 + [(0, 1)]), jnp.float32)
     targets = jnp.asarray(np.broadcast_to(x0_PxL[:, None], masked_PxMxL.shape).reshape(-1))
 
-    def nats(own):
+    def expected_losses(own):
         losses = objective.token_loss(logits.reshape(-1, LETTERS + 1), targets, None, None, BLANK, own)
-        return noised.weight_BxMxL * losses.reshape(masked_PxMxL.shape) * prob_P[:, None, None]
+        return losses.reshape(masked_PxMxL.shape) * prob_P[:, None, None]
 
     own = learnt(W)
-    direct = jax.grad(lambda own: jnp.sum(nats(own)))(own)["log_w"]
-    through_masks = objective.noise_gradient(own, noised, x0_PxL, np.ones_like(x0_PxL), nats(own))["log_w"]
+    direct = jax.grad(lambda own: jnp.sum(noised.weight_BxMxL * expected_losses(own)))(own)["log_w"]
+    through_masks = objective.noise_gradient(own, noised, x0_PxL, np.ones_like(x0_PxL), expected_losses(own))["log_w"]
     found = np.asarray(direct + through_masks)[:LETTERS] / 2  # a mean over the views of a pair
     expected = [(expected_loss(x, t, log_w + step) - expected_loss(x, t, log_w - step)) / 2e-5
                 for step in 1e-5 * np.eye(LETTERS)]
@@ -119,7 +119,7 @@ def test_one_schedule_for_all_is_md4(power):
     objective, plain = genmd4(4, power), MD4(block_size=4, schedule=f"polynomial:{power}", clip=0.0)
     lm, x0 = make_lm(plain), jnp.asarray(make_ids(3, 8))
     position, segment = plain_rows(x0)
-    own = objective.init_learnt(MASK + 1)
+    own = objective.init_learnt(None, MASK + 1, 0)
     noised = objective.corrupt(jax.random.key(1), x0, segment, 2, MASK, -1, own)
 
     def total(params, noised, token_loss):

@@ -7,18 +7,12 @@ from pathlib import Path
 import bd3lm_jax.diffusion
 from bd3lm_jax.diffusion import OBJECTIVES
 from bd3lm_jax.diffusion.ar import AR
-from bd3lm_jax.diffusion.diffusionbert import DiffusionBERT
-from bd3lm_jax.diffusion.levels import Levels
-from bd3lm_jax.diffusion.llada import LLaDA
 from bd3lm_jax.diffusion.masked import Masked
-from bd3lm_jax.diffusion.mixed import Mixed
-from bd3lm_jax.diffusion.roberta import RobertaDiffusion
 
 
 def test_registry():
-    assert OBJECTIVES == {
-        "masked": Masked, "ar": AR, "diffusionbert": DiffusionBERT, "llada": LLaDA,
-        "roberta_diffusion": RobertaDiffusion, "levels": Levels, "mixed": Mixed}
+    assert OBJECTIVES["masked"] is Masked and OBJECTIVES["ar"] is AR
+    assert all(objective.kind == kind for kind, objective in OBJECTIVES.items())
 
 
 def test_import_walls():
