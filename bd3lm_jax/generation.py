@@ -12,7 +12,7 @@ import numpy as np
 from bd3lm_jax import automaton
 from bd3lm_jax.denoise import BlockDenoiser, CausalDenoiser, Guided
 from bd3lm_jax.errors import UserError, lookup, nearest
-from bd3lm_jax.models.trunk import CACHE_DTYPES
+from bd3lm_jax.models.trunk import CACHE_DTYPES, unstacked
 from bd3lm_jax.sampling import SAMPLERS, STOPS, Asked, Filters, Progress, Request, Settings, run_blocks, start
 from bd3lm_jax.sampling.constraint import Constraint, best_block, sample_block
 from bd3lm_jax.sampling.filters import check_filters
@@ -349,7 +349,7 @@ def make_request(lm, options: Options, rows: Rows, turn: int) -> Request:
 
 def make_asked(lm, plan: Plan, params, request: Request, guidance) -> Asked:
     """The network as the loop asks it."""
-    denoise = functools.partial(make_denoiser(lm, plan), params)
+    denoise = functools.partial(make_denoiser(lm, plan), unstacked(lm.model, params))
     if plan.guided:
         denoise = Guided(denoise, guidance, request.given, plan.settings.mask_id)
     return Asked(denoise, SAMPLERS[plan.sampler], plan.settings)

@@ -118,7 +118,7 @@ def run_blocks(asked: Asked, request: Request, progress: Progress, until) -> Pro
 
     def body(progress: Progress) -> Progress:
         block, cache = open_block(asked, request, progress)
-        if size > 1 or not sampler.single:  # else the opening call revealed the whole block
+        if size > 1 or sampler.idles or sampler.rewrites:  # else the opening call revealed the whole block
             block = jax.lax.while_loop(lambda block: writing(sampler, asked.settings, block).any(),
                                        lambda block: reveal(asked, request, progress, block, cache), block)
         return close_block(asked, request, progress, block, cache)
@@ -181,21 +181,21 @@ def _step(asked: Asked, request: Request, progress: Progress, block: Block, fini
                & writing(sampler, settings, block)[:, None])
     rows = Row(window & block.masked, written, block.confidence, block.level, block.index)
     plan = jax.vmap(lambda key, row: sampler.plan(key, row, settings.steps, request.threshold))(plan_keys, rows)
-    positions = _positions(asked, plan.reveal, window)
+    positions_BxP = _positions(asked, plan.reveal, window)
     whole = settings.window == settings.block_size
     level = plan.level if whole else jnp.mean(block.masked, axis=1, dtype=jnp.float32)
 
     def ask(cache):
-        logits, cache = asked.denoise(block.canvas, progress.block, finished, positions, level, cache)
-        return _draw(asked, request, progress, block, draw_keys, positions, logits), cache
+        logits, cache = asked.denoise(block.canvas, progress.block, finished, positions_BxP, level, cache)
+        return _draw(asked, request, progress, block, draw_keys, positions_BxP, logits), cache
 
-    if finished is None and not sampler.single:  # a step that reveals nothing needs no network
-        nothing = jnp.zeros(positions.shape)
+    if finished is None and sampler.idles:  # a step that reveals nothing needs no network
+        nothing = jnp.zeros(positions_BxP.shape)
         drawn, said = jax.lax.cond(plan.reveal.any(), lambda: ask(cache)[0],
-                                   lambda: (jnp.zeros_like(positions), Said(nothing, nothing, nothing)))
+                                   lambda: (jnp.zeros_like(positions_BxP), Said(nothing, nothing, nothing)))
     else:
         (drawn, said), cache = ask(cache)
-    places = jnp.arange(positions.shape[0])[:, None], positions
+    places = jnp.arange(positions_BxP.shape[0])[:, None], positions_BxP
     said = jax.tree.map(lambda x: jnp.zeros(block.canvas.shape).at[places].set(x), said)
     shown = plan.reveal
     if sampler.choose is not None:
@@ -260,12 +260,16 @@ def _window(settings: Settings, masked_BxS):
 
 
 def _positions(asked: Asked, reveal_BxS, window_BxS):
-    """What the network's head is asked for, `[B, P]`: the one position, the window, or the whole block."""
+    """What the network's head is asked for, `[B, P]`, each position once: those that the plan reveals where it is
+    known to be few (filled up with others), else the window, or the whole block."""
     settings = asked.settings
+    most = min(asked.sampler.most(settings.window, settings.steps), settings.window)
     if settings.draw_all is not None:
         return jnp.broadcast_to(jnp.arange(settings.block_size), reveal_BxS.shape)
-    if asked.sampler.single:
+    if most == 1:
         return jnp.argmax(reveal_BxS, axis=1)[:, None]
+    if most < settings.window:
+        return jax.lax.top_k(reveal_BxS.astype(jnp.int32), most)[1]
     return jnp.argmax(window_BxS, axis=1)[:, None] + jnp.arange(settings.window)
 
 
