@@ -116,11 +116,16 @@ def run_blocks(asked: Asked, request: Request, progress: Progress, until) -> Pro
     """Write blocks up to the index `until`, or until every row has stopped. One program, nothing on the host."""
     sampler, size = asked.sampler, asked.settings.block_size
 
+    steady = not (sampler.idles or sampler.rewrites)  # every call reveals something: a block takes at most S calls
+
     def body(progress: Progress) -> Progress:
-        block, cache = open_block(asked, request, progress)
-        if size > 1 or sampler.idles or sampler.rewrites:  # else the opening call revealed the whole block
+        keys = None
+        if steady:  # those of all calls at once: on a CPU deriving a key takes long, deriving many hardly longer
+            keys = jax.vmap(lambda calls: _call_keys(request, progress, calls))(jnp.arange(size))
+        block, cache = open_block(asked, request, progress, keys)
+        if size > 1 or not steady:  # else the opening call revealed the whole block
             block = jax.lax.while_loop(lambda block: writing(sampler, asked.settings, block).any(),
-                                       lambda block: reveal(asked, request, progress, block, cache), block)
+                                       lambda block: reveal(asked, request, progress, block, cache, keys), block)
         return close_block(asked, request, progress, block, cache)
 
     return jax.lax.while_loop(lambda p: (p.block < until) & ~done(asked, request, p).all(), body, progress)
@@ -131,8 +136,9 @@ def done(asked: Asked, request: Request, progress: Progress):
     return (progress.stopped > 0) | (progress.block * asked.settings.block_size >= request.length)
 
 
-def open_block(asked: Asked, request: Request, progress: Progress) -> tuple[Block, Any]:
-    """The next block after its first step, whose network call stores the block before; and the cache."""
+def open_block(asked: Asked, request: Request, progress: Progress, keys=None) -> tuple[Block, Any]:
+    """The next block after its first step, whose network call stores the block before; and the cache. keys: of the
+    block's calls, where they are derived already."""
     settings, at = asked.settings, progress.block
     given = _cut(settings, request.given, at)
     masked = ~given & ~done(asked, request, progress)[:, None]
@@ -141,7 +147,7 @@ def open_block(asked: Asked, request: Request, progress: Progress) -> tuple[Bloc
                   jnp.ones(zeros.shape), zeros, progress.nfe, jnp.zeros((), jnp.int32))
     before = _cut(settings, progress.tokens, jnp.maximum(at - 1, 0))
     finished = Finished(before, jnp.broadcast_to(at > 0, before.shape))
-    return _step(asked, request, progress, block, finished, progress.cache)
+    return _step(asked, request, progress, block, finished, progress.cache, keys)
 
 
 def writing(sampler: Sampler, settings: Settings, block: Block):
@@ -150,9 +156,9 @@ def writing(sampler: Sampler, settings: Settings, block: Block):
     return left | (block.open & (block.index < settings.steps)) if sampler.rewrites else left
 
 
-def reveal(asked: Asked, request: Request, progress: Progress, block: Block, cache) -> Block:
-    """One more step of every row."""
-    return _step(asked, request, progress, block, None, cache)[0]
+def reveal(asked: Asked, request: Request, progress: Progress, block: Block, cache, keys=None) -> Block:
+    """One more step of every row. keys as in `open_block`."""
+    return _step(asked, request, progress, block, None, cache, keys)[0]
 
 
 def close_block(asked: Asked, request: Request, progress: Progress, block: Block, cache) -> Progress:
@@ -171,11 +177,17 @@ def close_block(asked: Asked, request: Request, progress: Progress, block: Block
     return Progress(at + 1, tokens, stopped, block.nfe, cache, state)
 
 
-def _step(asked: Asked, request: Request, progress: Progress, block: Block, finished, cache):
-    """One step of every row -> block, cache. `finished` as the network takes it."""
+def _call_keys(request: Request, progress: Progress, calls):
+    """Keys of one call, `[2, B]`: for the plan, for the tokens."""
+    return jax.vmap(lambda key: jax.random.split(jax.random.fold_in(jax.random.fold_in(key, progress.block), calls)),
+                    out_axes=1)(request.keys)
+
+
+def _step(asked: Asked, request: Request, progress: Progress, block: Block, finished, cache, keys_Sx2xB):
+    """One step of every row -> block, cache. `finished` as the network takes it. keys: of each call, or None."""
     settings, sampler = asked.settings, asked.sampler
-    keys = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, progress.block), block.calls))(request.keys)
-    plan_keys, draw_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+    keys = _call_keys(request, progress, block.calls) if keys_Sx2xB is None else keys_Sx2xB[block.calls]
+    plan_keys, draw_keys = keys
     window = _window(settings, block.masked)
     written = (window & ~block.masked & ~_cut(settings, request.given, progress.block)
                & writing(sampler, settings, block)[:, None])

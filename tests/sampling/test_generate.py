@@ -280,8 +280,9 @@ def test_remdm_that_never_masks_again_is_ancestral(sampler):
     assert (five_rows(sampler, STRONG[sampler])[0] != five_rows("ancestral", 0.0)[0]).any()
 
 
-def test_slices_and_steps_by_hand_are_one_go():
-    asked, request = ask("ancestral", settings(end_id=2)), make_request(row_keys(5), LENGTH, RAGGED)
+@pytest.mark.parametrize("sampler", ["first_hitting", "ancestral"])
+def test_slices_and_steps_by_hand_are_one_go(sampler):
+    asked, request = ask(sampler, settings(end_id=2)), make_request(row_keys(5), LENGTH, RAGGED)
     start, run, opened, revealed, closed, is_done = (
         jax.jit(functools.partial(part, asked), compiler_options=QUICK)
         for part in (begin, run_blocks, open_block, reveal, close_block, done))
