@@ -173,7 +173,7 @@ def unstacked(model: Backbone, params: dict) -> dict:
     """The parameters with each layer group as a tuple of its layers, which `hidden` takes as well.
 
     For a loop around `hidden`: layers cut out of their stacks inside it would be copied in every turn, about as much
-    work as a pass over one token.
+    work as a pass over one token. Outside, all of them are copied once, and held as long as the loop runs.
     """
     groups = {name: tuple(jax.tree.map(lambda x, i=i: x[i], params[name]) for i in range(count))
               for name, _, count in model.groups}
