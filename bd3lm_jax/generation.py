@@ -14,6 +14,7 @@ from bd3lm_jax.approximate_cache import ApproximateDenoiser
 from bd3lm_jax.denoise import BlockDenoiser, CausalDenoiser, Guided
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.fit import WRITERS
+from bd3lm_jax.models.trunk import unstacked
 from bd3lm_jax.options import Options, check_options, is_bidirectional
 from bd3lm_jax.prompts import BUCKET, Rows, encode_prompts, prompt_rows
 from bd3lm_jax.sampling import STOPS, Asked, Progress, Request, Settings, run_blocks, simplex, start
@@ -198,7 +199,7 @@ def make_request(lm, options: Options, rows: Rows, turn: int) -> Request:
 
 def make_asked(lm, plan: Plan, params, request: Request, guidance) -> Asked:
     """The network as the loop asks it."""
-    denoise = functools.partial(make_denoiser(lm, plan), params)
+    denoise = functools.partial(make_denoiser(lm, plan), unstacked(lm.model, params))
     if plan.guided:
         denoise = Guided(denoise, guidance, request.given, plan.settings.mask_id)
     return Asked(denoise, WRITERS[plan.sampler], plan.settings)

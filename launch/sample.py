@@ -58,8 +58,8 @@ def _define_speed(values: flags.FlagValues) -> None:
     flags.DEFINE_string("settings", "", "JSON file of settings, or of one such object for each --prefer",
                         flag_values=values)
     flags.DEFINE_string("sampler", "first_hitting", "first_hitting, ancestral, ancestral_cosine; several tokens at "
-                        "once: threshold, factor, entropy_bound, confidence, margin, entropy; remdm_cap, "
-                        "remdm_rescale, remdm_confidence, remdm_loop; iterative; analytic (SEDD); uniform "
+                        "once: random_order, threshold, factor, entropy_bound, confidence, margin, entropy; "
+                        "remdm_cap, remdm_rescale, remdm_confidence, remdm_loop; iterative; analytic (SEDD); uniform "
                         "(uniform-state diffusion); simplex (of simplex diffusion)", flag_values=values)
     flags.DEFINE_integer("steps", None, "of the sampler, a block; by default its usual ones", lower_bound=1,
                          flag_values=values)

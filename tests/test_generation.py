@@ -50,6 +50,20 @@ def test_what_is_usual_of_a_sampler(sampler, steps, threshold):
     assert generation.make_request(lm, options, rows, 0).threshold == np.float32(threshold)
 
 
+@pytest.mark.parametrize("objective", [masked(4), AR(bos=True)])
+def test_no_stack_of_layers_enters_the_loop(objective):
+    """A layer cut out of its stack inside the loop would be copied in every call, half of a call's time."""
+    lm, options = make_lm(objective), Options()
+    job = generation.begin(lm, options, prompt_rows(lm, [np.array([1])], 9, options), 0)
+    program = jax.make_jaxpr(functools.partial(generation._run, lm, job.plan))(lm.params, job.request, 0.0,
+                                                                             job.progress, 2)
+    outer, = (equation for equation in program.eqns if equation.primitive.name == "while")
+    into = [x.aval.shape for x in outer.invars]
+    for name in ("qkv", "out", "mlp_in", "mlp_out"):
+        count, *layer = lm.params["blocks"][name]["kernel"].shape
+        assert (count, *layer) not in into and into.count(tuple(layer)) == count
+
+
 @functools.partial(jax.jit, static_argnames="model")
 def causal_logits(model, params, ids):
     h = passes.one_stream(model, params, ids, *passes.plain_rows(ids), rule="causal", block_size=1,

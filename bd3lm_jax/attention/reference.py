@@ -49,8 +49,8 @@ def _attend(q_BxQxHxD, keys, values, mask_BxQxP):
     batch, length, heads, size = q_BxQxHxD.shape
     groups = keys[0].shape[1]
     q = q_BxQxHxD.reshape(batch, length, groups, heads // groups, size)
-    scores = jnp.concatenate([jnp.einsum("bqgrd,bgdp->bgrqp", q, k, preferred_element_type=jnp.float32)
-                              for k in keys], axis=-1) * size**-0.5
+    scores = jnp.concatenate([jnp.einsum("bgdp,bqgrd->bgrqp", k, q, preferred_element_type=jnp.float32)
+                              for k in keys], axis=-1) * size**-0.5  # keys first: the other way XLA transposes a cache
     mask = mask_BxQxP[:, None, None]
     weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)
     weights = jnp.where(mask.any(-1, keepdims=True), weights, 0.0).astype(values[0].dtype)

@@ -176,6 +176,17 @@ def init(model: Backbone, key) -> dict:
     return params
 
 
+def unstacked(model: Backbone, params: dict) -> dict:
+    """The parameters with each layer group as a tuple of its layers, which `hidden` takes as well.
+
+    For a loop around `hidden`: layers cut out of their stacks inside it would be copied in every turn, about as much
+    work as a pass over one token. Outside, all of them are copied once, and held as long as the loop runs.
+    """
+    groups = {name: tuple(jax.tree.map(lambda x, i=i: x[i], params[name]) for i in range(count))
+              for name, _, count in model.groups}
+    return {**params, **groups}
+
+
 CACHE_DTYPES = ("compute", "float32", "bfloat16", "int8")
 
 
@@ -291,17 +302,18 @@ def _run_group(layer, params, cached, h, first, count, drop_clean, execution: Ex
     """
     scanned = count - 1 if drop_clean else count
     cached = [None] * count if cached is None else cached
+    stacked = not isinstance(params, tuple)
     def of_layer(i):
-        return jax.tree.map(lambda x: x[i], params), cached[i], first + i
+        return jax.tree.map(lambda x: x[i], params) if stacked else params[i], cached[i], first + i
     def body(h, x, last):
         h, stored, aux = layer(*x, h, last)
         return h, (stored, aux)
     if execution.remat != "none":
         body = jax.checkpoint(body, policy=lookup(REMAT, execution.remat, "remat policy compute.remat"),
                               static_argnums=(2,), prevent_cse=execution.layers != "scan")
-    if execution.layers == "scan" and scanned > 1:
-        stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *cached[:scanned])
-        xs = (jax.tree.map(lambda x: x[:scanned], params), stacked, first + jnp.arange(scanned))
+    if execution.layers == "scan" and scanned > 1 and stacked:
+        cached = jax.tree.map(lambda *layers: jnp.stack(layers), *cached[:scanned])
+        xs = (jax.tree.map(lambda x: x[:scanned], params), cached, first + jnp.arange(scanned))
         h, ys = jax.lax.scan(lambda h, x: body(h, x, False), h, xs)
         parts = [ys]
     else:

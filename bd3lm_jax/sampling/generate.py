@@ -117,11 +117,16 @@ def run_blocks(asked: Asked, request: Request, progress: Progress, until) -> Pro
     """Write blocks up to the index `until`, or until every row has stopped. One program, nothing on the host."""
     sampler, size = asked.sampler, asked.settings.block_size
 
+    steady = not (sampler.idles or sampler.rewrites or sampler.redraw or sampler.scores)  # S calls a block at most
+
     def body(progress: Progress) -> Progress:
-        block, cache = open_block(asked, request, progress)
-        if size > 1 or not sampler.single:  # else the opening call revealed the whole block
+        keys = None
+        if steady:  # those of all calls at once: on a CPU deriving a key takes long, deriving many hardly longer
+            keys = jax.vmap(lambda calls: _call_keys(request, progress, calls))(jnp.arange(size))
+        block, cache = open_block(asked, request, progress, keys)
+        if size > 1 or not steady:  # else the opening call revealed the whole block
             block = jax.lax.while_loop(lambda block: writing(sampler, asked.settings, block).any(),
-                                       lambda block: reveal(asked, request, progress, block, cache), block)
+                                       lambda block: reveal(asked, request, progress, block, cache, keys), block)
         return close_block(asked, request, progress, block, cache)
 
     return jax.lax.while_loop(lambda p: (p.block < until) & ~done(asked, request, p).all(), body, progress)
@@ -132,8 +137,9 @@ def done(asked: Asked, request: Request, progress: Progress):
     return (progress.stopped > 0) | (progress.block * asked.settings.block_size >= request.length)
 
 
-def open_block(asked: Asked, request: Request, progress: Progress) -> tuple[Block, Any]:
-    """The next block after its first step, whose network call stores the block before; and the cache."""
+def open_block(asked: Asked, request: Request, progress: Progress, keys=None) -> tuple[Block, Any]:
+    """The next block after its first step, whose network call stores the block before; and the cache. keys: of the
+    block's calls, where they are derived already."""
     settings, at = asked.settings, progress.block
     given = cut(settings, request.given, at)
     masked = ~given & ~done(asked, request, progress)[:, None]
@@ -145,7 +151,7 @@ def open_block(asked: Asked, request: Request, progress: Progress) -> tuple[Bloc
                   jnp.ones(zeros.shape), zeros, progress.nfe, jnp.zeros((), jnp.int32))
     before = cut(settings, progress.tokens, jnp.maximum(at - 1, 0))
     finished = Finished(before, jnp.broadcast_to(at > 0, before.shape))
-    return _step(asked, request, progress, block, finished, progress.cache)
+    return _step(asked, request, progress, block, finished, progress.cache, keys)
 
 
 def writing(sampler: Sampler, settings: Settings, block: Block):
@@ -154,9 +160,9 @@ def writing(sampler: Sampler, settings: Settings, block: Block):
     return left | (block.open & (block.index < settings.steps)) if sampler.rewrites else left
 
 
-def reveal(asked: Asked, request: Request, progress: Progress, block: Block, cache) -> Block:
-    """One more step of every row."""
-    return _step(asked, request, progress, block, None, cache)[0]
+def reveal(asked: Asked, request: Request, progress: Progress, block: Block, cache, keys=None) -> Block:
+    """One more step of every row. keys as in `open_block`."""
+    return _step(asked, request, progress, block, None, cache, keys)[0]
 
 
 def close_block(asked: Asked, request: Request, progress: Progress, block: Block, cache) -> Progress:
@@ -175,31 +181,37 @@ def close_block(asked: Asked, request: Request, progress: Progress, block: Block
     return Progress(at + 1, tokens, stopped, block.nfe, cache, state)
 
 
-def _step(asked: Asked, request: Request, progress: Progress, block: Block, finished, cache):
-    """One step of every row -> block, cache. `finished` as the network takes it."""
+def _call_keys(request: Request, progress: Progress, calls):
+    """Keys of one call, `[2, B]`: for the plan, for the tokens."""
+    return jax.vmap(lambda key: jax.random.split(jax.random.fold_in(jax.random.fold_in(key, progress.block), calls)),
+                    out_axes=1)(request.keys)
+
+
+def _step(asked: Asked, request: Request, progress: Progress, block: Block, finished, cache, keys_Sx2xB):
+    """One step of every row -> block, cache. `finished` as the network takes it. keys: of each call, or None."""
     settings, sampler = asked.settings, asked.sampler
-    keys = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, progress.block), block.calls))(request.keys)
-    plan_keys, draw_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+    keys = _call_keys(request, progress, block.calls) if keys_Sx2xB is None else keys_Sx2xB[block.calls]
+    plan_keys, draw_keys = keys
     window = _window(settings, block.masked)
     written = (window & ~block.masked & ~cut(settings, request.given, progress.block)
                & writing(sampler, settings, block)[:, None])
     rows = Row(window & block.masked, written, block.confidence, block.level, block.index)
     plan = jax.vmap(lambda key, row: sampler.plan(key, row, settings.steps, request.threshold))(plan_keys, rows)
-    positions = _positions(asked, plan.reveal, window)
+    positions_BxP = _positions(asked, plan.reveal, window)
     whole = settings.window == settings.block_size
     level = plan.level if whole else jnp.mean(block.masked, axis=1, dtype=jnp.float32)
 
     def ask(cache):
-        logits, cache = asked.denoise(block.canvas, progress.block, finished, positions, level, cache)
-        return draw_tokens(asked, request, progress, block, draw_keys, plan, positions, logits), cache
+        logits, cache = asked.denoise(block.canvas, progress.block, finished, positions_BxP, level, cache)
+        return draw_tokens(asked, request, progress, block, draw_keys, plan, positions_BxP, logits), cache
 
-    if finished is None and not sampler.single:  # a step that reveals nothing needs no network
-        nothing = Said(*[jnp.zeros(positions.shape)] * (5 if sampler.scores else 3))
+    if finished is None and sampler.idles:  # a step that reveals nothing needs no network
+        nothing = Said(*[jnp.zeros(positions_BxP.shape)] * (5 if sampler.scores else 3))
         drawn, said = jax.lax.cond(plan.reveal.any(), lambda: ask(cache)[0],
-                                   lambda: (jnp.zeros_like(positions), nothing))
+                                   lambda: (jnp.zeros_like(positions_BxP), nothing))
     else:
         (drawn, said), cache = ask(cache)
-    places = jnp.arange(positions.shape[0])[:, None], positions
+    places = jnp.arange(positions_BxP.shape[0])[:, None], positions_BxP
     said = jax.tree.map(lambda x: jnp.zeros(block.canvas.shape).at[places].set(x), said)
     shown = plan.reveal
     if sampler.choose is not None:
@@ -286,12 +298,16 @@ def _window(settings: Settings, masked_BxS):
 
 
 def _positions(asked: Asked, reveal_BxS, window_BxS):
-    """What the network's head is asked for, `[B, P]`: the one position, the window, or the whole block."""
+    """What the network's head is asked for, `[B, P]`, each position once: those that the plan reveals where it is
+    known to be few (filled up with others), else the window, or the whole block."""
     settings = asked.settings
+    most = min(asked.sampler.most(settings.window, settings.steps), settings.window)
     if settings.draw_all is not None:
         return jnp.broadcast_to(jnp.arange(settings.block_size), reveal_BxS.shape)
-    if asked.sampler.single:
+    if most == 1:
         return jnp.argmax(reveal_BxS, axis=1)[:, None]
+    if most < settings.window:
+        return jax.lax.top_k(reveal_BxS.astype(jnp.int32), most)[1]
     return jnp.argmax(window_BxS, axis=1)[:, None] + jnp.arange(settings.window)
 
 

@@ -77,6 +77,18 @@ def first_hitting(key, row: Row, steps: int, threshold) -> Plan:
     return Plan(reveal, jnp.zeros_like(reveal), level, level)
 
 
+def random_order(key, row: Row, steps: int, threshold) -> Plan:
+    """An equal number each of `steps` steps, every choice of positions alike, whatever the network says.
+
+    Tokens of one step are drawn independently given the canvas. With a step a position this is any-order
+    autoregression (arXiv 2110.02037): exact, and first hitting in law for a network that takes no noise level. It is
+    told the part of the block that is masked.
+    """
+    count = -(-row.masked.sum() // jnp.maximum(steps - row.index, 1))
+    reveal = row.masked & (_rank(jax.random.uniform(key, row.masked.shape), row.masked) < count)
+    return every_mask(key, row, steps, threshold)._replace(reveal=reveal)
+
+
 def uniform_grid(done):
     """Mask probability after the part `done` of the steps."""
     return 1 - done
@@ -232,17 +244,34 @@ def _rank(score_S, planned_S):
     return jnp.argsort(order)
 
 
+def one(window: int, steps: int) -> int:
+    """The most that a step reveals: one position."""
+    return 1
+
+
+def equal_part(window: int, steps: int) -> int:
+    """The most that a step reveals: positions over steps, rounded up."""
+    return -(-window // steps)
+
+
+def whole_window(window: int, steps: int) -> int:
+    """The most that a step reveals: every position."""
+    return window
+
+
 class Sampler(NamedTuple):
-    """choose: None reveals all that is planned. single: every step reveals one token, so the network's head runs on
-    one position a row. rewrites: written tokens may change until the last of `steps`. steps: what is usual, 0: one a
-    position of the window. threshold: what is usual. scores: needs a network that gives log scores.
+    """choose: None reveals all that is planned. most(window, steps): positions that a plan reveals at most, for which
+    the network's head runs. idles: a step may reveal nothing, and then asks nothing. rewrites: written tokens may
+    change until the last of `steps`. steps: what is usual, 0: one a position of the window. threshold: what is usual.
+    scores: needs a network that gives log scores.
     redraw: None for samplers that write in the place of masks; else the canvas shows letters only, random ones at
     first, planned positions that are masked again keep theirs, and `redraw(logits [V], letter, allowed [V], level,
     next level)` gives the log-law of the next one."""
 
     plan: Planner
     choose: Chooser | None = None
-    single: bool = False
+    most: Callable[[int, int], int] = whole_window
+    idles: bool = False
     rewrites: bool = False
     steps: int = 0
     threshold: float = 0.0
@@ -254,14 +283,19 @@ def _by(order) -> Sampler:
     return Sampler(every_mask, functools.partial(quota, order))
 
 
+def _ancestral(grid) -> Sampler:
+    return Sampler(functools.partial(ancestral, grid), idles=True, steps=1000)
+
+
 def _remdm(sigma, threshold: float, grid=uniform_grid) -> Sampler:
-    return Sampler(functools.partial(remdm, grid, sigma), rewrites=True, threshold=threshold)
+    return Sampler(functools.partial(remdm, grid, sigma), idles=True, rewrites=True, threshold=threshold)
 
 
 SAMPLERS = {
-    "first_hitting": Sampler(first_hitting, single=True),
-    "ancestral": Sampler(functools.partial(ancestral, uniform_grid), steps=1000),
-    "ancestral_cosine": Sampler(functools.partial(ancestral, cosine_grid), steps=1000),
+    "first_hitting": Sampler(first_hitting, most=one),
+    "random_order": Sampler(random_order, most=equal_part),
+    "ancestral": _ancestral(uniform_grid),
+    "ancestral_cosine": _ancestral(cosine_grid),
     "analytic": Sampler(every_mask_of_grid, analytic, steps=1000, scores=True),
     "confidence": _by(lambda said: said.confidence),
     "margin": _by(lambda said: said.margin),

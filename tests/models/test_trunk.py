@@ -175,6 +175,14 @@ def test_execution_equals_plain_loop(small_tiles, execution):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6), found_gradients, gradients)
 
 
+@pytest.mark.parametrize("layers", ["scan", "unroll"])
+def test_unstacked_layers_equal_plain_loop(small_tiles, layers):
+    model, params = network()
+    noised, clean = batch_of_two()
+    h = run(model, trunk.unstacked(model, params), noised, clean, layers=layers).noised
+    np.testing.assert_allclose(trunk.logits(model, params, h, noised.sigma), loop_values_and_gradients()[0], atol=2e-5)
+
+
 def test_padding_influences_nothing_and_gets_no_gradient():
     model, params = network()
     noised = make_stream(np.arange(12)[None, None], BLOCK, [8])

@@ -141,6 +141,18 @@ def test_first_hitting_is_exact():
     np.testing.assert_array_equal(nfe, LENGTH)
 
 
+@pytest.mark.parametrize("steps, times", [(1, (0, 0, 0)), (2, (0, 0, 1)), (3, (0, 1, 2)), (4, (0, 1, 2))])
+def test_random_order_follows_its_own_law(steps, times):
+    """Equal parts in every order alike, drawn independently inside a part; the joint with a step a position."""
+    expected = law_of_orders(sorted(set(itertools.permutations(times))))
+    assert expected.sum() == pytest.approx(1)
+    tokens, nfe = many("random_order", settings(steps=steps), RUNS)
+    assert pvalue(tokens.reshape(-1, LENGTH), expected) > PVALUE
+    exact = steps >= SIZE
+    assert np.allclose(expected, JOINT) == exact == (pvalue(tokens.reshape(-1, LENGTH), JOINT) > PVALUE)
+    np.testing.assert_array_equal(nfe, 2 * (max(times) + 1))
+
+
 @pytest.mark.parametrize("sampler, threshold", [("ancestral", 0.0), ("remdm_rescale", 0.3)])
 def test_many_steps_follow_the_joint(sampler, threshold):
     tokens, _ = many(sampler, settings(steps=32), RUNS, threshold=threshold)
@@ -253,7 +265,7 @@ def test_rows_do_not_depend_on_companions(sampler):
         assert_equal([x[row] for x in changed], [x[row] for x in first])
 
 
-@pytest.mark.parametrize("sampler", ["first_hitting", "remdm_cap"])
+@pytest.mark.parametrize("sampler", ["first_hitting", "random_order", "remdm_cap"])
 def test_rows_alone_are_the_same(sampler):
     threshold = STRONG.get(sampler, 0.0)
     for row in range(5):
@@ -268,8 +280,9 @@ def test_remdm_that_never_masks_again_is_ancestral(sampler):
     assert (five_rows(sampler, STRONG[sampler])[0] != five_rows("ancestral", 0.0)[0]).any()
 
 
-def test_slices_and_steps_by_hand_are_one_go():
-    asked, request = ask("ancestral", settings(end_id=2)), make_request(row_keys(5), LENGTH, RAGGED)
+@pytest.mark.parametrize("sampler", ["first_hitting", "ancestral"])
+def test_slices_and_steps_by_hand_are_one_go(sampler):
+    asked, request = ask(sampler, settings(end_id=2)), make_request(row_keys(5), LENGTH, RAGGED)
     start, run, opened, revealed, closed, is_done = (
         jax.jit(functools.partial(part, asked), compiler_options=QUICK)
         for part in (begin, run_blocks, open_block, reveal, close_block, done))
@@ -305,6 +318,20 @@ class Recorder:
     def note_call(self, start, level):
         self.calls.append(int(start))
         self.levels.append(np.asarray(level))
+
+
+@pytest.mark.parametrize("sampler, steps, positions", [
+    ("first_hitting", 4, 1), ("random_order", 4, 1), ("random_order", 2, 2), ("random_order", 1, 4),
+    ("confidence", 2, 4), ("ancestral", 4, 4)])
+def test_the_head_runs_on_what_may_be_revealed(sampler, steps, positions):
+    asked_for = []
+
+    def network(canvas, block, finished, positions, level, cache):
+        asked_for.append(positions.shape)
+        return denoise(canvas, block, finished, positions, level, cache)
+    asked, request = ask(sampler, settings(steps=steps, size=4), network), make_request(row_keys(3), 8, [0, 1, 5])
+    jax.eval_shape(lambda: run_blocks(asked, request, begin(asked, request, jnp.ones((3, 8), int)), 2))
+    assert set(asked_for) == {(3, positions)}
 
 
 def record(sampler, prompt_length, first_block, setting, row_length=8):

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,22 @@ def test_first_hitting_order_is_uniform():
     order = plan.reveal.argmax(-1).T @ [16, 4, 1]
     _, seen = np.unique(order, return_counts=True)
     assert len(seen) == 6 and stats.chisquare(seen).pvalue > PVALUE
+
+
+@pytest.mark.parametrize("masked_S, steps, counts", [([True] * 5, 3, [2, 2, 1]), ([True, False, True, True, True], 3,
+                                                     [2, 1, 1]), ([True, False, False, False, True], 4, [1, 1, 0, 0])])
+def test_random_order_reveals_equal_parts_at_random(masked_S, steps, counts):
+    """No step reveals more than positions over steps, for which the head runs; every split of the masks is alike."""
+    n, count, most = sum(masked_S), 4000, SAMPLERS["random_order"].most(len(masked_S), steps)
+    plan, masked = run_block("random_order", masked_S, steps, steps, count)
+    np.testing.assert_array_equal(plan.reveal.sum(-1), np.broadcast_to(np.array(counts)[:, None], (steps, count)))
+    assert max(counts) <= most == -(-len(masked_S) // steps)
+    np.testing.assert_array_equal(plan.reveal.sum(0), np.broadcast_to(masked_S, (count, len(masked_S))))
+    np.testing.assert_allclose(plan.level[:, 0], 1 - np.cumsum([0, *counts[:-1]]) / n, atol=1e-6)
+    times = plan.reveal.argmax(0)[:, masked_S]  # [count, n]
+    _, seen = np.unique(times @ steps ** np.arange(n), return_counts=True)
+    splits = math.factorial(n) // math.prod(math.factorial(c) for c in counts)
+    assert len(seen) == splits and stats.chisquare(seen).pvalue > PVALUE
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -219,9 +236,12 @@ def test_candidates_are_all_masks_and_ties_go_to_the_left(sampler):
 
 
 def test_registry():
-    """What is compiled differently: samplers that need one position of the head, those that look at the output, and
-    those that change what they wrote."""
-    assert [name for name, sampler in SAMPLERS.items() if sampler.single] == ["first_hitting"]
+    """What is compiled differently: samplers that need few positions of the head, those with steps that do nothing,
+    those that look at the output, and those that change what they wrote."""
+    assert {name: sampler.most(16, 5) for name, sampler in SAMPLERS.items() if sampler.most(16, 5) != 16} == {
+        "first_hitting": 1, "random_order": 4}
+    assert [name for name, sampler in SAMPLERS.items() if sampler.idles] == [
+        "ancestral", "ancestral_cosine", "remdm_cap", "remdm_rescale", "remdm_confidence", "remdm_loop"]
     assert CHOOSERS == ["confidence", "margin", "entropy", "threshold", "factor", "entropy_bound"]
     rewriting = [name for name, sampler in SAMPLERS.items() if sampler.rewrites]
     assert rewriting == ["remdm_cap", "remdm_rescale", "remdm_confidence", "remdm_loop", "iterative"]
