@@ -6,5 +6,6 @@ it here.
 
 from bd3lm_jax.diffusion.ar import AR
 from bd3lm_jax.diffusion.masked import Masked
+from bd3lm_jax.diffusion.priority import Priority
 
-OBJECTIVES = {objective.kind: objective for objective in (Masked, AR)}
+OBJECTIVES = {objective.kind: objective for objective in (Masked, AR, Priority)}

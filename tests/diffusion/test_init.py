@@ -8,10 +8,11 @@ import bd3lm_jax.diffusion
 from bd3lm_jax.diffusion import OBJECTIVES
 from bd3lm_jax.diffusion.ar import AR
 from bd3lm_jax.diffusion.masked import Masked
+from bd3lm_jax.diffusion.priority import Priority
 
 
 def test_registry():
-    assert OBJECTIVES == {"masked": Masked, "ar": AR}
+    assert OBJECTIVES == {"masked": Masked, "ar": AR, "priority": Priority}
 
 
 def test_import_walls():
