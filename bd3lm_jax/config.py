@@ -10,11 +10,15 @@ import json
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin
 
+from bd3lm_jax import density
 from bd3lm_jax.diffusion import OBJECTIVES
 from bd3lm_jax.diffusion.clip import ClipSearch, CountSchedule
 from bd3lm_jax.errors import UserError, lookup, nearest
 from bd3lm_jax.models import BACKBONES
 from bd3lm_jax.models.trunk import REMAT
+
+
+SOURCES = ("austen", "text", "jsonl", "tfds", "python_sources", "arithmetic", "python_arithmetic")
 
 
 def check(condition: bool, message: str) -> None:
@@ -30,7 +34,7 @@ def one_of(name: str, value: Any, allowed: tuple) -> None:
 class DataConfig:
     """What is read and how it becomes rows of `length` tokens."""
 
-    source: str  # "austen" (embedded), "text", "jsonl", "tfds"
+    source: str  # "austen" (embedded), "text", "jsonl", "tfds", "python_sources", "arithmetic", "python_arithmetic"
     path: str  # file or directory of local sources; "" for embedded ones
     name: str  # TFDS name, e.g. "lm1b"; "" otherwise
     field: str  # JSONL or TFDS key that holds the text
@@ -40,15 +44,18 @@ class DataConfig:
     valid_fraction: float  # held out from the end of a local source that names no valid split
     cache_dir: str  # prepared rows; "" = ~/.cache/bd3lm_jax (or $BD3LM_CACHE)
     workers: int  # threads that read batches ahead of the step
+    density: str  # how much each token tells (density.SOURCES), for objectives that need it; "" = none
+    density_fraction: float  # part of the documents that are annotated; the density of others is 0
 
     def __post_init__(self):
-        one_of("data.source", self.source, ("austen", "text", "jsonl", "tfds"))
+        one_of("data.source", self.source, SOURCES)
         one_of("data.layout", self.layout, ("wrap", "pack", "pad"))
         check(self.length > 0, f"data.length is {self.length}, expected a positive number of tokens")
         check(0 < self.valid_fraction < 1, f"data.valid_fraction is {self.valid_fraction}, expected between 0 and 1")
         check(self.source not in ("text", "jsonl") or self.path, f"data.source={self.source!r} needs data.path")
         check(self.source != "tfds" or self.name, "data.source='tfds' needs data.name, e.g. 'lm1b'")
         check(self.workers >= 1, f"data.workers is {self.workers}, expected at least 1")
+        density.check(self.density, self.density_fraction)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,6 +266,7 @@ class Config:
               f"train.views={views}: an autoregressive model has nothing noised, use 1")
         check(views % 2 == 0 or not getattr(config.diffusion, "complement", False),
               f"train.views={views} is odd, diffusion.complement needs pairs: use {views + 1}")
+        _check_density(config.data.density, config.diffusion)
         config.noise.schedule(config.diffusion)  # raises if they do not go together
         rows, batch = config.compute.microbatch, config.train.batch
         check(rows == 0 or batch % rows == 0, f"compute.microbatch={rows} does not divide train.batch={batch}")
@@ -295,6 +303,16 @@ def flatten(nested: Mapping, prefix: str = "") -> dict:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def _check_density(source: str, objective: Any) -> None:
+    needed = "density" in objective.needs
+    check(not needed or bool(source), f"diffusion.kind='{objective.kind}' needs the density of every token: set "
+          f"data.density, one of {', '.join(density.SOURCES)}")
+    check(needed or not source, f"data.density={source!r} has no effect with diffusion.kind='{objective.kind}': use ''")
+    check(not (getattr(objective, "importance", False) and density.is_continuous(source)),
+          f"diffusion.importance=True needs tags, and data.density={source!r} gives numbers between 0 and 1: use "
+          "another source, or diffusion.importance=False")
 
 
 def _mapping(name: str, value: Any) -> Mapping:

@@ -11,7 +11,10 @@ from ml_collections import ConfigDict
 BLOCK_SIZE = "block_size"  # stands for the block size of the run
 OBJECTIVES = {  # beside masked diffusion: algo=NAME -> its `diffusion` section, and what changes in `model`
     "ar": ({"kind": "ar", "bos": True}, {"adaln": False}),
+    "priority": ({"kind": "priority", "block_size": BLOCK_SIZE, "form": "exact_count", "weight": 2.0, "hard": False,
+                  "complement": False, "importance": False, "rate_low": 1e-3, "rate_high": 1.0}, {}),
 }
+DENSITIES = {"priority": "unigram:0.5"}  # algo=NAME -> its `data.density`
 ALGORITHMS = ("bd3lm", "mdlm", *OBJECTIVES)
 SIZES = {  # the paper's small, and the usual medium
     "tiny": dict(layers=4, width=256, heads=4),
@@ -35,7 +38,8 @@ def base() -> ConfigDict:
         },
         "data": {
             "source": "austen", "path": "", "name": "", "field": "text", "tokenizer": "bpe:2048", "length": 256,
-            "layout": "wrap", "valid_fraction": 0.01, "cache_dir": "", "workers": 2,
+            "layout": "wrap", "valid_fraction": 0.01, "cache_dir": "", "workers": 2, "density": "",
+            "density_fraction": 1.0,
         },
         "optim": {
             "lr": 3e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0,
@@ -91,6 +95,7 @@ def set_algo(config: ConfigDict, algo: str, block_size: int) -> None:
     diffusion, model = OBJECTIVES[algo]
     config.diffusion = ConfigDict({key: size if value == BLOCK_SIZE else value for key, value in diffusion.items()})
     config.model.update(model)
+    config.data.density = DENSITIES.get(algo, "")
 
 
 def set_paper_recipe(config: ConfigDict, algo: str, block_size: int) -> None:

@@ -33,6 +33,7 @@ VARIANTS = {
 }
 
 corrupt = jax.jit(Priority.corrupt, static_argnums=(0, 4, 5, 6))
+dense_law = jax.jit(dense_count_probability, static_argnums=(4, 5))
 corrupt_masked = jax.jit(Masked.corrupt, static_argnums=(0, 4, 5, 6))
 
 
@@ -86,14 +87,13 @@ def test_dense_counts_are_those_of_sequential_draws(weight):
             expected = collections.Counter()
             for mask, chance in mask_law(tags, n, k, weight).items():
                 expected[sum(tags[i] for i in mask)] += chance
-            a = jnp.arange(k + 1)
-            found = dense_count_probability(a, *(jnp.full(k + 1, x) for x in (k, dense, n - dense)), weight, 6)
-            np.testing.assert_allclose(found, [expected[i] for i in range(k + 1)], atol=1e-6)
+            found = dense_law(jnp.arange(6), *(jnp.full(6, x) for x in (k, dense, n - dense)), weight, 6)
+            np.testing.assert_allclose(found, [expected[i] for i in range(6)], atol=1e-6)
 
 
 def test_without_a_weight_dense_counts_are_hypergeometric():
     a = jnp.arange(13)
-    found = dense_count_probability(a, *(jnp.full(13, x) for x in (20, 12, 20)), 1.0, 32)
+    found = dense_law(a, *(jnp.full(13, x) for x in (20, 12, 20)), 1.0, 32)
     np.testing.assert_allclose(found, stats.hypergeom(32, 12, 20).pmf(np.arange(13)), rtol=1e-5)
 
 
@@ -274,12 +274,14 @@ def test_level_given_the_count_does_not_depend_on_the_mask(view, changes):
 
 def test_one_draw_does_not_depend_on_other_rows():
     x0, segment, tags = batch()
-    model = objective()
     rng = np.random.default_rng(0)
     uniforms = PriorityUniforms(*(jnp.asarray(rng.random((ROWS, 1, n)), jnp.float32) for n in (16, LENGTH, LENGTH)))
-    all_rows = model.corrupt_with(uniforms, x0, segment, tags, MASK)
-    some = model.corrupt_with(jax.tree.map(lambda u: u[:3], uniforms), x0[:3], segment[:3], tags[:3], MASK)
-    np.testing.assert_array_equal(all_rows.xt_BxMxL[:3], some.xt_BxMxL)
+    draw = jax.jit(Priority.corrupt_with, static_argnums=(0, 5))
+    first = np.arange(ROWS)[:, None] < 3
+    one = draw(objective(importance=True), uniforms, x0, segment, tags, MASK)
+    other = draw(objective(importance=True), uniforms, x0, np.where(first, segment, 0), np.where(first, tags, 0), MASK)
+    np.testing.assert_array_equal(one.xt_BxMxL[:3], other.xt_BxMxL[:3])
+    np.testing.assert_array_equal(one.weight_BxMxL[:3], other.weight_BxMxL[:3])
 
 
 def test_only_importance_weights_are_a_bound():
