@@ -172,7 +172,7 @@ class Priority(Objective):
         return chance / jnp.maximum(law(drawn_dense, counts, 1.0), jnp.finfo(jnp.float32).tiny)
 
     def _highest(self, u_BxPxL, masked_BxPxL):
-        """The largest u under a mask: given a uniform mask of k tokens Beta(k, n - k + 1), the level given the count."""
+        """The largest u under a mask; of a uniform mask of k tokens Beta(k, n - k + 1): the level given the count."""
         return jnp.where(masked_BxPxL, u_BxPxL, 0).reshape(*u_BxPxL.shape[:2], -1, self.block_size).max(-1)
 
     def _bernoulli(self, uniforms, maskable, density):

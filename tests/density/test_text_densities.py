@@ -24,7 +24,7 @@ def fit(café, xs):
     return [y for y in xs if ok(y)]
 '''
 DENSE = ["for", "sorted", "if", "x > 3 and x", "else", "café.add", "if", "x", "else", "while", "not total", "break",
-         "return", "for", "if", "ok(y)", "ok"]
+         "return", "for", "if", "ok", "ok(y)"]
 
 
 def words(text, spans):
