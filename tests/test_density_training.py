@@ -26,7 +26,7 @@ def test_the_config_of_the_objective_builds(arg):
 @pytest.mark.parametrize("changes, words", [
     ({"diffusion": PRIORITY}, "diffusion.kind='priority' needs the density of every token: set data.density, one of "),
     ({"data.density": "python"}, "data.density='python' has no effect with diffusion.kind='masked': use ''"),
-    ({"data.density": "frequency", "diffusion": PRIORITY | {"importance": True}}, "diffusion.importance=True needs tags"),
+    ({"data.density": "frequency", "diffusion": PRIORITY | {"importance": True}}, "importance=True needs tags, and"),
     ({"data.density": "python", "diffusion": PRIORITY | {"complement": True}}, "train.views=1 is odd"),
     ({"data.density": "pyton", "diffusion": PRIORITY}, "unknown data.density 'pyton': did you mean 'python'?"),
     ({"data.density": "python", "noise.adapt": "counts", "diffusion": PRIORITY}, "noise.adapt='counts' needs"),
