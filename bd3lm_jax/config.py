@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin
 from bd3lm_jax import density
 from bd3lm_jax.diffusion import OBJECTIVES
 from bd3lm_jax.diffusion.clip import ClipSearch, CountSchedule
+from bd3lm_jax.diffusion.running import RunningLoss
 from bd3lm_jax.errors import UserError, lookup, nearest
 from bd3lm_jax.models import BACKBONES
 from bd3lm_jax.models.trunk import REMAT
@@ -105,15 +106,16 @@ class TrainConfig:
 class NoiseConfig:
     """Training noise that is chosen from the data (diffusion/clip.py), in place of what `diffusion` says."""
 
-    adapt: str  # "none", "clip" (search for the best interval, every eval.every steps), "counts" (law of the count)
+    adapt: str  # "none", "clip" (search for the best interval, every eval.every steps), "counts" (law of the count),
+    # "running_loss" (the density of every token id)
     clip_widths: tuple[float, ...]  # of the intervals, inside diffusion.clip_low .. diffusion.clip_high
     clip_stride: float  # between the intervals of a width
     clip_batches: int  # batches a search
     count_floor: float  # part of its uniform probability that every count keeps
-    count_decay: float  # of the running averages by count, a step
+    count_decay: float  # of the running averages by count or by token id, a step
 
     def __post_init__(self):
-        one_of("noise.adapt", self.adapt, ("none", "clip", "counts"))
+        one_of("noise.adapt", self.adapt, ("none", "clip", "counts", "running_loss"))
         widths = self.clip_widths
         check(bool(widths) and all(0 < width <= 1 for width in widths),
               f"noise.clip_widths is {widths}, expected numbers above 0 and up to 1")
@@ -122,10 +124,14 @@ class NoiseConfig:
         check(0 < self.count_floor <= 1, f"noise.count_floor is {self.count_floor}, expected above 0 and up to 1")
         check(0 <= self.count_decay < 1, f"noise.count_decay is {self.count_decay}, expected in [0, 1)")
 
-    def schedule(self, objective: Any) -> ClipSearch | CountSchedule | None:
+    def schedule(self, objective: Any, vocab_size: int) -> ClipSearch | CountSchedule | RunningLoss | None:
         """What chooses the noise of an objective; None if its noise is fixed. UserError if they do not go together."""
         if self.adapt == "none":
             return None
+        if self.adapt == "running_loss":
+            check("density" in objective.needs, "noise.adapt='running_loss' chooses the density of tokens, which "
+                  f"diffusion.kind='{objective.kind}' does not read: use noise.adapt='none'")
+            return RunningLoss(vocab_size, self.count_decay)
         wanted = {"clip": "bernoulli", "counts": "exact_count"}[self.adapt]
         given = getattr(objective, "corruption", None)
         check(given == wanted, f"noise.adapt='{self.adapt}' needs diffusion.corruption='{wanted}', "
@@ -241,9 +247,15 @@ class Config:
         return self.diffusion.block_size
 
     @property
-    def schedule(self) -> ClipSearch | CountSchedule | None:
+    def schedule(self) -> ClipSearch | CountSchedule | RunningLoss | None:
         """What chooses the training noise from the data; None if it is fixed."""
-        return self.noise and self.noise.schedule(self.diffusion)
+        return self.noise and self.noise.schedule(self.diffusion, self.model.vocab_size)
+
+    @property
+    def batch_needs(self) -> tuple[str, ...]:
+        """Names of the arrays that a batch brings beside tokens, segments and positions."""
+        learnt = ("density",) if self.noise and self.noise.adapt == "running_loss" else ()
+        return tuple(name for name in self.diffusion.needs if name not in learnt)
 
     @classmethod
     def from_dict(cls, mapping: Mapping) -> "Config":
@@ -266,8 +278,8 @@ class Config:
               f"train.views={views}: an autoregressive model has nothing noised, use 1")
         check(views % 2 == 0 or not getattr(config.diffusion, "complement", False),
               f"train.views={views} is odd, diffusion.complement needs pairs: use {views + 1}")
-        _check_density(config.data.density, config.diffusion)
-        config.noise.schedule(config.diffusion)  # raises if they do not go together
+        config.noise.schedule(config.diffusion, config.model.vocab_size)  # raises if they do not go together
+        _check_density(config.data.density, config)
         rows, batch = config.compute.microbatch, config.train.batch
         check(rows == 0 or batch % rows == 0, f"compute.microbatch={rows} does not divide train.batch={batch}")
         return config
@@ -305,12 +317,13 @@ def flatten(nested: Mapping, prefix: str = "") -> dict:
     return flat
 
 
-def _check_density(source: str, objective: Any) -> None:
-    needed = "density" in objective.needs
+def _check_density(source: str, config: Config) -> None:
+    objective, needed = config.diffusion, "density" in config.batch_needs
     check(not needed or bool(source), f"diffusion.kind='{objective.kind}' needs the density of every token: set "
-          f"data.density, one of {', '.join(density.SOURCES)}")
-    check(needed or not source, f"data.density={source!r} has no effect with diffusion.kind='{objective.kind}': use ''")
-    check(not (getattr(objective, "importance", False) and density.is_continuous(source)),
+          f"data.density, one of {', '.join(density.SOURCES)}, or noise.adapt='running_loss'")
+    check(needed or not source, f"data.density={source!r} has no effect with diffusion.kind='{objective.kind}' and "
+          f"noise.adapt='{config.noise.adapt}': use ''")
+    check(not (source and getattr(objective, "importance", False) and density.is_continuous(source)),
           f"diffusion.importance=True needs tags, and data.density={source!r} gives numbers between 0 and 1: use "
           "another source, or diffusion.importance=False")
 

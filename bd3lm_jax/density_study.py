@@ -65,6 +65,9 @@ def _check(runs: dict[str, LM]) -> None:
         if lm.config.diffusion.causal or trunk.takes_level(lm.config.model):
             raise UserError(f"{workdir} predicts no masked tokens without a noise level: give masked models with "
                             "model.time_conditioning=False")
+        if "density" in lm.config.diffusion.needs and not lm.config.data.density:
+            raise UserError(f"{workdir} learnt its densities (noise.adapt='running_loss'), which are not measured "
+                            "here: give runs with data.density")
         same = (lm.config.block_size, lm.config.model, lm.tokenizer.identity)
         if same != (first.config.block_size, first.config.model, first.tokenizer.identity):
             raise UserError(f"{workdir} has another block size, network or tokenizer than {first_dir}: give runs that "

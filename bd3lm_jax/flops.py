@@ -70,8 +70,10 @@ def scored_positions(objective: Any, batch: int, length: int, views: int, schedu
     """Positions of a view that reach the output layer: the static capacity of the objective's masks, or of those that
     a schedule may choose."""
     def noised(ids):
-        law = {} if schedule is None else {"law": schedule.law(schedule.first(), length // objective.block_size)}
-        return objective.corrupt(jax.random.key(0), ids, ids, views=views, mask_id=0, end_id=0, **law)
+        arrays = dict.fromkeys(objective.needs, jnp.zeros(ids.shape))
+        if hasattr(schedule, "law"):
+            arrays["law"] = schedule.law(schedule.first(), length // objective.block_size)
+        return objective.corrupt(jax.random.key(0), ids, ids, views=views, mask_id=0, end_id=0, **arrays)
 
     return min(jax.eval_shape(noised, jax.ShapeDtypeStruct((batch, length), jnp.int32)).capacity, length)
 

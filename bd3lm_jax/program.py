@@ -63,7 +63,7 @@ class Program:
         shape = (self.config.train.batch, self.config.data.length)
         ints, floats = (jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(self.mesh))
                         for dtype in (jnp.int32, jnp.float32))
-        batch = dict.fromkeys(BATCH_KEYS, ints) | dict.fromkeys(self.config.diffusion.needs, floats)
+        batch = dict.fromkeys(BATCH_KEYS, ints) | dict.fromkeys(self.config.batch_needs, floats)
         return sharding.with_shardings(self.abstract, self.shardings), batch
 
     def compile(self) -> jax.stages.Compiled:

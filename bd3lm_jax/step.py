@@ -13,6 +13,7 @@ import optax
 from bd3lm_jax import optim, passes
 from bd3lm_jax.config import Config
 from bd3lm_jax.diffusion.noised import Noised
+from bd3lm_jax.diffusion.running import RunningLoss
 from bd3lm_jax.loss import Output, TokenLoss, general_losses, token_losses, weighted_total
 from bd3lm_jax.models import Backbone, trunk
 from bd3lm_jax.passes import Execution
@@ -155,7 +156,7 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
         if not learns:
             return *jax.value_and_grad(loss_of)(params, weight_BxMxL, rows), {}
         total, (grads, losses_BxMxL) = jax.value_and_grad(loss_of, argnums=(0, 1))(params, weight_BxMxL, rows)
-        return total, grads, schedule.seen(losses_BxMxL, weight_BxMxL > 0)
+        return total, grads, schedule.seen(losses_BxMxL, weight_BxMxL > 0, rows["tokens"])
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -191,8 +192,10 @@ def draw_noise(config: Config, special: SpecialIds, key, batch: dict, views: int
     """Noised views of a batch as training draws them when the schedule of the noise is in the state `noise`."""
     objective, schedule = config.diffusion, config.schedule
     arguments = key, batch["tokens"], batch["segments"], views, special.mask, special.end
-    needed = {name: batch[name] for name in objective.needs}
-    if schedule is None:
+    needed = {name: batch[name] for name in config.batch_needs}
+    if isinstance(schedule, RunningLoss):
+        needed["density"] = schedule.density(noise, batch["tokens"])
+    if schedule is None or isinstance(schedule, RunningLoss):
         return objective.corrupt(*arguments, **needed)
     return objective.corrupt(*arguments, schedule.law(noise, batch["tokens"].shape[1] // objective.block_size),
                              **needed)

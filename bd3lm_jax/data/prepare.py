@@ -208,14 +208,17 @@ def _build(work: Path, documents: Iterable[str], identity: dict, tokenizer: Toke
     lengths, num_bytes = _tokenise(work, flat["tokens.npy"][0], documents, tokenizer, progress, density)
     if not len(lengths):
         raise UserError(f"the {identity['split']} split of '{identity['source']}' holds no documents")
-    if density is not None and identity["split"] == "train":
-        density.finished()
+    found = {}
+    if density is not None:
+        if identity["split"] == "train":
+            density.finished()
+        found["density_mean"] = float(np.memmap(_flat(work / "density.npy"), np.uint8, "r").mean()) / DENSITY_STEPS
     layout = packing.lay_out(identity["layout"], lengths, identity["length"], identity["block_size"])
     for name, (dtype, padding) in flat.items():
         _write_rows(work / name, dtype, layout, identity["length"], padding)
     np.save(work / "pieces.npy", layout.pieces_Px4)
     files = {name: _file_check(work / name) for name in (*flat, "pieces.npy")}
-    meta = identity | {"rows": layout.num_rows, "tokens": int(lengths.sum()), "documents": len(lengths),
+    meta = identity | found | {"rows": layout.num_rows, "tokens": int(lengths.sum()), "documents": len(lengths),
                        "bytes": num_bytes, "hash": _digest(identity), "files": files}
     (work / "meta.json").write_text(json.dumps(meta, indent=1))
     return meta

@@ -40,6 +40,8 @@ def test_entries_belong_to_their_tokens(sums, layout, monkeypatch):
     order = np.random.default_rng(0).permutation(len(rows))
     np.testing.assert_array_equal(rows.density(order), (expected[order] == 7).astype(np.float32))
     assert rows.density(order).dtype == np.float32 and 0.05 < rows.density(order).mean() < 0.9
+    flat = [flag == 7 for document in flags for flag in [*document, 3]]
+    assert rows.meta["density_mean"] == pytest.approx(np.mean(flat))
     plain = prepare(sums(layout=layout), "train", BLOCK, ByteTokenizer())
     np.testing.assert_array_equal(plain.tokens(order), rows.tokens(order))
 
