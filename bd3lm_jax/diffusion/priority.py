@@ -45,7 +45,8 @@ class Priority(Objective):
     `complement` makes pairs of views, the second masks what the first left.
 
     The weights of the loss are those of uniform masks: 1 / (k pi(k)), in pairs 2 / (k (pi(k) + pi(n - k))); Bernoulli:
-    (rate_high - rate_low) / r, the complement's with 1 - r, or rate_low if that is larger. With exact counts and w = 1 they give the bound, else no bound: dense tokens count more than others.
+    (rate_high - rate_low) / r, the complement's with 1 - r, or rate_low if that is larger. With exact counts and w = 1
+    they give the bound, else no bound: dense tokens count more than others.
     `importance` divides by how much likelier the mask is than under uniform masks, which restores the bound whatever
     the (finite) weight. It takes C >= 1/2 as tags.
 
