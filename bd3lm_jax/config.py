@@ -10,12 +10,16 @@ import json
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin
 
-from bd3lm_jax import curriculum
+from bd3lm_jax import curriculum, density
 from bd3lm_jax.diffusion import OBJECTIVES
 from bd3lm_jax.diffusion.clip import ClipSearch, CountSchedule
+from bd3lm_jax.diffusion.running import RunningLoss
 from bd3lm_jax.errors import UserError, lookup, nearest
 from bd3lm_jax.models import BACKBONES, trunk
 from bd3lm_jax.models.trunk import REMAT, takes_level
+
+
+SOURCES = ("austen", "text", "jsonl", "tfds", "python_sources", "arithmetic", "python_arithmetic")
 
 
 def check(condition: bool, message: str) -> None:
@@ -31,7 +35,7 @@ def one_of(name: str, value: Any, allowed: tuple) -> None:
 class DataConfig:
     """What is read and how it becomes rows of `length` tokens."""
 
-    source: str  # "austen" (embedded), "text", "jsonl", "tfds"
+    source: str  # "austen" (embedded), "text", "jsonl", "tfds", "python_sources", "arithmetic", "python_arithmetic"
     path: str  # file or directory of local sources; "" for embedded ones
     name: str  # TFDS name, e.g. "lm1b"; "" otherwise
     field: str  # JSONL or TFDS key that holds the text
@@ -41,15 +45,18 @@ class DataConfig:
     valid_fraction: float  # held out from the end of a local source that names no valid split
     cache_dir: str  # prepared rows; "" = ~/.cache/bd3lm_jax (or $BD3LM_CACHE)
     workers: int  # threads that read batches ahead of the step
+    density: str  # how much each token tells (density.SOURCES), for objectives that need it; "" = none
+    density_fraction: float  # part of the documents that are annotated; the density of others is 0
 
     def __post_init__(self):
-        one_of("data.source", self.source, ("austen", "text", "jsonl", "tfds"))
+        one_of("data.source", self.source, SOURCES)
         one_of("data.layout", self.layout, ("wrap", "pack", "pad"))
         check(self.length > 0, f"data.length is {self.length}, expected a positive number of tokens")
         check(0 < self.valid_fraction < 1, f"data.valid_fraction is {self.valid_fraction}, expected between 0 and 1")
         check(self.source not in ("text", "jsonl") or self.path, f"data.source={self.source!r} needs data.path")
         check(self.source != "tfds" or self.name, "data.source='tfds' needs data.name, e.g. 'lm1b'")
         check(self.workers >= 1, f"data.workers is {self.workers}, expected at least 1")
+        density.check(self.density, self.density_fraction)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,15 +109,16 @@ class TrainConfig:
 class NoiseConfig:
     """Training noise that is chosen from the data (diffusion/clip.py), in place of what `diffusion` says."""
 
-    adapt: str  # "none", "clip" (search for the best interval, every eval.every steps), "counts" (law of the count)
+    adapt: str  # "none", "clip" (search for the best interval, every eval.every steps), "counts" (law of the count),
+    # "running_loss" (the density of every token id)
     clip_widths: tuple[float, ...]  # of the intervals, inside diffusion.clip_low .. diffusion.clip_high
     clip_stride: float  # between the intervals of a width
     clip_batches: int  # batches a search
     count_floor: float  # part of its uniform probability that every count keeps
-    count_decay: float  # of the running averages by count, a step
+    count_decay: float  # of the running averages by count or by token id, a step
 
     def __post_init__(self):
-        one_of("noise.adapt", self.adapt, ("none", "clip", "counts"))
+        one_of("noise.adapt", self.adapt, ("none", "clip", "counts", "running_loss"))
         widths = self.clip_widths
         check(bool(widths) and all(0 < width <= 1 for width in widths),
               f"noise.clip_widths is {widths}, expected numbers above 0 and up to 1")
@@ -119,10 +127,14 @@ class NoiseConfig:
         check(0 < self.count_floor <= 1, f"noise.count_floor is {self.count_floor}, expected above 0 and up to 1")
         check(0 <= self.count_decay < 1, f"noise.count_decay is {self.count_decay}, expected in [0, 1)")
 
-    def schedule(self, objective: Any) -> ClipSearch | CountSchedule | None:
+    def schedule(self, objective: Any, vocab_size: int) -> ClipSearch | CountSchedule | RunningLoss | None:
         """What chooses the noise of an objective; None if its noise is fixed. UserError if they do not go together."""
         if self.adapt == "none":
             return None
+        if self.adapt == "running_loss":
+            check("density" in objective.needs, "noise.adapt='running_loss' chooses the density of tokens, which "
+                  f"diffusion.kind='{objective.kind}' does not read: use noise.adapt='none'")
+            return RunningLoss(vocab_size, self.count_decay)
         wanted = {"clip": "bernoulli", "counts": "exact_count"}[self.adapt]
         given = getattr(objective, "corruption", None) if objective.kind == "masked" else None
         instead = f"not {given!r}" if given else f"which diffusion.kind='{objective.kind}' does not have"
@@ -277,9 +289,15 @@ class Config:
         return self if self.trained_sizes == (size,) else self.at_block_size(size)
 
     @property
-    def schedule(self) -> ClipSearch | CountSchedule | None:
+    def schedule(self) -> ClipSearch | CountSchedule | RunningLoss | None:
         """What chooses the training noise from the data; None if it is fixed."""
-        return self.noise and self.noise.schedule(self.diffusion)
+        return self.noise and self.noise.schedule(self.diffusion, self.model.vocab_size)
+
+    @property
+    def batch_needs(self) -> tuple[str, ...]:
+        """Names of the arrays that a batch brings beside tokens, segments and positions."""
+        learnt = ("density",) if self.noise and self.noise.adapt == "running_loss" else ()
+        return tuple(name for name in self.diffusion.needs if name not in learnt)
 
     @classmethod
     def from_dict(cls, mapping: Mapping) -> "Config":
@@ -297,7 +315,6 @@ class Config:
         check(length % block_size == 0,
               f"diffusion.block_size={block_size} does not divide data.length={length}: choose a length that is a "
               f"multiple, e.g. {-(-length // block_size) * block_size}")
-        config._check_sizes()
         check(not trunk.encoder_layers(config.model) or not config.diffusion.causal and block_size < length,
               "model.decoder_layers splits the network by clean and noised blocks, and this objective has no clean "
               f"blocks before noised ones: use 0, or blocks shorter than data.length={length}")
@@ -307,19 +324,12 @@ class Config:
         group = config.diffusion.view_group
         check(views % group == 0, f"train.views={views} is no multiple of {group}: diffusion.kind="
               f"'{config.diffusion.kind}' draws so many views together here, use {-(-views // group) * group}")
-        config.noise.schedule(config.diffusion)  # raises if they do not go together
+        config.noise.schedule(config.diffusion, config.model.vocab_size)  # raises if they do not go together
         curriculum.check(config)
+        density.check_config(config)
         rows, batch = config.compute.microbatch, config.train.batch
         check(rows == 0 or batch % rows == 0, f"compute.microbatch={rows} does not divide train.batch={batch}")
         return config
-
-    def _check_sizes(self):
-        largest, length = self.trained_sizes[-1], self.data.length
-        check(length % largest == 0, f"diffusion.sizes has blocks of {largest} tokens, which do not divide "
-              f"data.length={length}: choose a length that is a multiple, e.g. {-(-length // largest) * largest}")
-        check(self.data.layout != "pack" or self.block_size == largest,
-              f"diffusion.block_size={self.block_size} with data.layout='pack': documents must begin at multiples of "
-              f"the largest of diffusion.sizes, {largest}: use {largest}, or layout 'wrap'")
 
     def to_dict(self) -> dict:
         """Nested plain dict, with `kind` for the model and the objective; `from_dict` inverts it."""

@@ -26,7 +26,14 @@ def check_pairs(pairs: tuple[tuple[int, int], ...]) -> None:
 
 
 def check(config: Any) -> None:
-    """UserError for a curriculum that does not fit the data or the objective of a Config."""
+    """UserError for block sizes, of a curriculum or side by side, that do not fit the rest of a Config."""
+    largest, length = config.trained_sizes[-1], config.data.length
+    if length % largest:
+        raise UserError(f"diffusion.sizes has blocks of {largest} tokens, which do not divide data.length={length}: "
+                        f"choose a length that is a multiple, e.g. {-(-length // largest) * largest}")
+    if config.data.layout == "pack" and config.block_size != largest:
+        raise UserError(f"diffusion.block_size={config.block_size} with data.layout='pack': documents must begin at "
+                        f"multiples of the largest of diffusion.sizes, {largest}: use {largest}, or layout 'wrap'")
     sizes, final = [size for _, size in config.train.block_sizes], config.block_size
     if not sizes:
         return

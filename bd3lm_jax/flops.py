@@ -72,11 +72,12 @@ def scored_positions(objective: Any, batch: int, length: int, views: int, schedu
     """Positions of a view that reach the output layer: the static capacity of the objective's masks, or of those that
     a schedule may choose."""
     def noised(ids):
-        law = {} if schedule is None else {"law": schedule.law(schedule.first(), length // objective.block_size)}
         needed = {name: jnp.zeros(ids.shape) for name in objective.needs}
+        if hasattr(schedule, "law"):
+            needed["law"] = schedule.law(schedule.first(), length // objective.block_size)
         if objective.learns:
             needed["learnt"] = {**objective.init_learnt(jax.random.key(0), 1, 1), "embedding": jnp.zeros((1, 1))}
-        return objective.corrupt(jax.random.key(0), ids, ids, views=views, mask_id=0, end_id=0, **law, **needed)
+        return objective.corrupt(jax.random.key(0), ids, ids, views=views, mask_id=0, end_id=0, **needed)
 
     return min(jax.eval_shape(noised, jax.ShapeDtypeStruct((batch, length), jnp.int32)).capacity, length)
 

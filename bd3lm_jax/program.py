@@ -71,8 +71,10 @@ class Program:
     def arguments(self) -> tuple[TrainState, dict]:
         """Shapes and shardings of what the step takes."""
         shape = (self.config.train.batch, self.config.data.length)
-        rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(self.mesh))
-        return sharding.with_shardings(self.abstract, self.shardings), dict.fromkeys(BATCH_KEYS, rows)
+        ints, floats = (jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(self.mesh))
+                        for dtype in (jnp.int32, jnp.float32))
+        batch = dict.fromkeys(BATCH_KEYS, ints) | dict.fromkeys(self.config.batch_needs, floats)
+        return sharding.with_shardings(self.abstract, self.shardings), batch
 
     def compile(self) -> jax.stages.Compiled:
         """The step compiled for the devices of the mesh, which may be described only (jax topologies)."""

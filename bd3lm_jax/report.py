@@ -39,7 +39,7 @@ def closing(run: Any, weights: Any, valid: dict, evaluator: Any) -> None:
         points = zip(*sorted(valid["nll_by_count"].items()))
         plots.nll_by_count(Path(run.workdir) / "plots" / "nll_by_count.png", *points)
     plots.loss_curve(run.workdir)
-    if config.schedule:
+    if hasattr(config.schedule, "law"):
         plots.noise_over_steps(run.workdir)
     note(f"plots in {Path(run.workdir) / 'plots'}")
     if config.eval.samples and config.diffusion.writes:

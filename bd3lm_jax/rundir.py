@@ -14,6 +14,7 @@ ADDED = {  # keys that the run directories of earlier versions lack, with values
     "noise": {"adapt": "none", "clip_widths": [0.5, 0.6, 0.7, 0.8, 0.9], "clip_stride": 0.05, "clip_batches": 1,
               "count_floor": 0.1, "count_decay": 0.99},
     "train": {"views": 1, "block_sizes": []},
+    "data": {"density": "", "density_fraction": 1.0},
     "compute": {"loss_chunk": 0},
 }
 ADDED_BY_KIND = {"masked": {"complement": False}, "dit": {"decoder_layers": 0}}  # the same for objectives, networks

@@ -13,6 +13,7 @@ import optax
 from bd3lm_jax import optim, passes
 from bd3lm_jax.config import Config
 from bd3lm_jax.diffusion.noised import Noised
+from bd3lm_jax.diffusion.running import RunningLoss
 from bd3lm_jax.loss import Output, TokenLoss, general_losses, token_losses, weighted_total
 from bd3lm_jax.models import Backbone, trunk
 from bd3lm_jax.passes import Execution
@@ -189,7 +190,7 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
         if objective.learns:
             own = objective.noise_gradient(told(params), rows["noised"], rows["tokens"], rows["segments"], losses_BxMxL)
             grads = {**grads, LEARNT: jax.tree.map(jnp.add, grads[LEARNT], own)}
-        return total, grads, schedule.seen(losses_BxMxL, weight_BxMxL > 0) if learns else {}
+        return total, grads, schedule.seen(losses_BxMxL, weight_BxMxL > 0, rows["tokens"]) if learns else {}
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -236,8 +237,10 @@ def draw_noise(config: Config, special: SpecialIds, key, batch: dict, views: int
     """
     objective, schedule = config.diffusion, config.schedule
     arguments = key, batch["tokens"], batch["segments"], views, special.mask, special.end
-    needed = {name: batch[name] for name in objective.needs} | ({} if learnt is None else {"learnt": learnt})
-    if schedule is None:
+    needed = {name: batch[name] for name in config.batch_needs} | ({} if learnt is None else {"learnt": learnt})
+    if isinstance(schedule, RunningLoss):
+        needed["density"] = schedule.density(noise, batch["tokens"])
+    if schedule is None or isinstance(schedule, RunningLoss):
         return objective.corrupt(*arguments, **needed)
     return objective.corrupt(*arguments, schedule.law(noise, batch["tokens"].shape[1] // objective.block_size),
                              **needed)

@@ -82,6 +82,8 @@ def set_up(config: Config, workdir: str) -> Run:
         _check_source(config, tokenizer)
     rows = {split: prepare(config.data, split, config.block_size, tokenizer, _say) for split in ("train", "valid")}
     rundir.claim(workdir, config, tokenizer)
+    if rows["train"].has_density:
+        _say_density(rows["train"].meta["density_mean"])
     return Run(config, Path(workdir), tokenizer, rows, program)
 
 
@@ -98,6 +100,11 @@ def _check_source(config: Config, tokenizer: Tokenizer) -> None:
     with Checkpoints(source, 1, read_only=True) as checkpoints:
         if checkpoints.latest_step() is None:
             raise UserError(f"train.init_from={source} holds no checkpoint: train it first")
+
+
+def _say_density(mean: float) -> None:
+    alike = "; a block whose tokens are all alike is masked uniformly"
+    note(f"density: {mean:.1%} on average" + (alike if 0 < mean < 1 else ", everywhere: all masks are uniform"))
 
 
 def _say(documents: int, tokens: int) -> None:

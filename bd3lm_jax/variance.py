@@ -68,7 +68,7 @@ def study(workdir: str, *, split: str, batch: int, draws: int, seed: int) -> lis
     size = lm.config.block_size
     loader = Loader(prepare(lm.config.data, split, size, lm.tokenizer), batch, seed, None)
     batches = [loader.get(step)[1] for step in range(draws)]
-    measure = jax.jit(_make_measure(lm))
+    measure = jax.jit(make_measure(lm))
     uniform = Masked.uniform_counts(size)
     objectives = {**{name: sampled(name, size) for name in BERNOULLI}, UNIFORM: uniform}
     best = _best_counts(uniform, lm, measure, batches, seed + 1)
@@ -138,7 +138,7 @@ def _truncated(prob_T, size, low, high):
     return np.stack([(counts_TxU == k).mean(1) for k in range(1, size + 1)], axis=1)
 
 
-def _make_measure(lm: LM):
+def make_measure(lm: LM):
     """`f(params, noised, rows)` -> cross-entropies `[B, 1, L]` (0 where nothing is masked), and |g1 - g2|^2 / 2.
 
     g1 and g2 are the gradients of the mean loss of each half of the rows.

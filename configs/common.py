@@ -37,7 +37,10 @@ OBJECTIVES = {  # beside masked diffusion: algo=NAME -> its `diffusion` section,
                      "importance": False, "hidden": 32, "score_limit": 3.0}, {}),
     "ssd_lm": ({"kind": "ssd_lm", "block_size": BLOCK_SIZE, "scale": 5.0}, {"time_conditioning": True}),
     "cap": ({"kind": "cap", **MASKED, "coefficient": 1.0}, {}),
+    "priority": ({"kind": "priority", "block_size": BLOCK_SIZE, "form": "exact_count", "weight": 2.0, "hard": False,
+                  "complement": False, "importance": False, "rate_low": 1e-3, "rate_high": 1.0}, {}),
 }
+DENSITIES = {"priority": "unigram:0.5", "diffusionbert": "frequency"}  # algo=NAME -> its `data.density`
 ALGORITHMS = ("bd3lm", "mdlm", *OBJECTIVES)
 SIZES = {  # the paper's small, and the usual medium
     "tiny": dict(layers=4, width=256, heads=4),
@@ -62,7 +65,8 @@ def base() -> ConfigDict:
         },
         "data": {
             "source": "austen", "path": "", "name": "", "field": "text", "tokenizer": "bpe:2048", "length": 256,
-            "layout": "wrap", "valid_fraction": 0.01, "cache_dir": "", "workers": 2,
+            "layout": "wrap", "valid_fraction": 0.01, "cache_dir": "", "workers": 2, "density": "",
+            "density_fraction": 1.0,
         },
         "optim": {
             "lr": 3e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0,
@@ -119,6 +123,7 @@ def set_algo(config: ConfigDict, algo: str, block_size: int) -> None:
     config.diffusion = ConfigDict({key: size if value == BLOCK_SIZE else value for key, value in diffusion.items()})
     config.model.update(model)
     config.train.update(*train)
+    config.data.density = DENSITIES.get(algo, "")
 
 
 def set_paper_recipe(config: ConfigDict, algo: str, block_size: int) -> None:

@@ -5,6 +5,7 @@
   python -m launch bench attention --against=torch --out=docs/plots
   python -m launch bench variance --workdir=runs/tiny --rounds=28    # of the loss, by noise schedule
   python -m launch bench family --workdir=runs/tiny-ar,runs/tiny --rounds=1    # objectives under one bound
+  python -m launch bench density --workdir=RUN,RUN --rounds=16       # of priority masks, by kind of token
   python -m launch bench sampling --workdir=runs/tiny --scorer=runs/tiny-ar    # which settings to sample with
 
 Result: bench, device, versions, rows (case, variant, baseline, and ratios to the baseline; null where not known).
@@ -27,7 +28,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("name", "", "which benchmark, also without --name=; empty: list them", flag_values=values)
     flags.DEFINE_integer("rounds", 7, "interleaved rounds, whose median counts", lower_bound=1, flag_values=values)
     flags.DEFINE_string("against", "", "torch: also PyTorch's side (attention, step)", flag_values=values)
-    flags.DEFINE_string("workdir", "", "run directory, for sampling, or several with commas, for variance and family",
+    flags.DEFINE_string("workdir", "", "run directory, for sampling, or several with commas, for variance, density and "
+                        "family",
                         flag_values=values)
     flags.DEFINE_string("out", "runs/bench", "directory of the result and the picture", flag_values=values)
     flags.DEFINE_string("scorer", "", "of sampling: run directory of an autoregressive model that judges the texts",

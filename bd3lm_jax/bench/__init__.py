@@ -16,12 +16,12 @@ from typing import Any
 import jax
 
 from bd3lm_jax import log, plots
-from bd3lm_jax.bench import attention, data, evaluate, family, loss, sampling, step, variance
+from bd3lm_jax.bench import attention, data, density, evaluate, family, loss, sampling, step, variance
 from bd3lm_jax.bench.runner import Limit, judged
 from bd3lm_jax.errors import UserError, lookup
 
 BENCHES = {"attention": attention, "step": step, "loss": loss, "data": data, "eval": evaluate,
-           "sampling": sampling, "variance": variance, "family": family}
+           "sampling": sampling, "variance": variance, "density": density, "family": family}
 COLUMNS = {  # field of a row -> heading and format of its column
     "time_ratio": ("time", "{:.3f}"), "cpu_ratio": ("CPU", "{:.3f}"), "memory_ratio": ("memory", "{:.3f}"),
     "flops_ratio": ("FLOPs", "{:.3f}"), "median_ms": ("ms", "{:,.1f}"), "temp_mib": ("MiB", "{:,.0f}"),

@@ -44,7 +44,8 @@ def run_case(case: step.Case, rounds: int) -> list[dict]:
         text = np.random.default_rng(0).integers(97, 123, case.batch * BATCHES * case.length - 1, np.uint8).tobytes()
         (Path(directory) / "text.txt").write_bytes(text + b"\n")
         data = DataConfig(source="text", path=f"{directory}/text.txt", name="", field="text", tokenizer="bytes",
-                          length=case.length, layout="wrap", valid_fraction=0.01, cache_dir=directory, workers=1)
+                          length=case.length, layout="wrap", valid_fraction=0.01, cache_dir=directory, workers=1,
+                          density="", density_fraction=1.0)
         tokenizer = get_tokenizer("bytes", tuple)
         rows = prepare(data, "all", case.block_size, tokenizer)
         objective = Masked.uniform_counts(case.block_size)

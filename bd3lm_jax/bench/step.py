@@ -118,7 +118,7 @@ def config_of(case: Case, objective: Any, views: int, remat: str) -> Config:
                         dropout=0.0, adaln=True, cond_dim=128, time_conditioning=False, rope_base=1e4),
         diffusion=objective,
         data=DataConfig(source="austen", path="", name="", field="text", tokenizer="bytes", length=case.length,
-                        layout="wrap", valid_fraction=0.01, cache_dir="", workers=1),
+                        layout="wrap", valid_fraction=0.01, cache_dir="", workers=1, density="", density_fraction=1.0),
         optim=OptimConfig(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0, warmup_steps=0,
                           schedule="constant", final_lr_fraction=0.0, decay_fraction=0.0, ema=0.0),
         train=TrainConfig(steps=1, batch=case.batch, views=views, init_from="", block_sizes=()),

@@ -296,4 +296,13 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-SOURCES = {"austen": austen, "text": text, "jsonl": jsonl, "tfds": tfds}
+def _code(name: str):
+    def build(data: DataConfig, split: str) -> Corpus:
+        from bd3lm_jax.data import code  # which needs Corpus
+
+        return getattr(code, name)(data, split)
+    return build
+
+
+SOURCES = {"austen": austen, "text": text, "jsonl": jsonl, "tfds": tfds,
+           **{name: _code(name) for name in ("python_sources", "arithmetic", "python_arithmetic")}}

@@ -9,6 +9,8 @@ import numpy as np
 
 from bd3lm_jax.data.prepare import Rows
 
+ARRAYS = ("tokens", "segments", "positions")
+
 
 def row_ids(num_rows: int, batch: int, seed: int, step: int) -> np.ndarray:
     """int64 [batch]: rows of a step. Every epoch is a new permutation of all rows; a batch may straddle epochs."""
@@ -25,7 +27,8 @@ def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class Loader:
-    """`get(step)` -> row ids [B] and the arrays `tokens`, `segments`, `positions` (int32 [B, L]) of the batch.
+    """`get(step)` -> row ids [B] and the arrays `tokens`, `segments`, `positions` (int32 [B, L]) of the batch, with
+    `density` (float32 [B, L]) if the rows were prepared with one.
 
     With a `sharding` (over [B, L]) they are global jax arrays, of which a process reads only the rows that lie on its
     own devices; without one they are NumPy arrays.
@@ -42,8 +45,13 @@ class Loader:
 
 
 def read_rows(rows: Rows, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """`tokens`, `segments` and `positions`, int32 [n, L], of the given rows."""
-    return {"tokens": rows.tokens(ids), "segments": rows.segments(ids), "positions": rows.positions(ids)}
+    """`tokens`, `segments` and `positions`, int32 [n, L], of the given rows, and their `density` if they have one."""
+    return {name: getattr(rows, name)(ids) for name in array_names(rows)}
+
+
+def array_names(rows: Rows) -> tuple[str, ...]:
+    """Names of the arrays of a batch of these rows."""
+    return ARRAYS + (("density",) if getattr(rows, "has_density", False) else ())
 
 
 def place_rows(rows: Rows, ids: np.ndarray, sharding) -> dict:
@@ -59,7 +67,7 @@ def place_rows(rows: Rows, ids: np.ndarray, sharding) -> dict:
         return jax.make_array_from_callback(
             shape, sharding, lambda index: read(index[0].start, index[0].stop)[name][:, index[1]])
 
-    return {name: place(name) for name in ("tokens", "segments", "positions")}
+    return {name: place(name) for name in array_names(rows)}
 
 
 def prefetch(get: Callable[[int], object], start: int, stop: int, workers: int, depth: int) -> Iterator:

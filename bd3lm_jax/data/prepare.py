@@ -1,10 +1,12 @@
 """Tokenise and lay out a split once; read its rows memory mapped ever after.
 
 A prepared split is a directory named by a hash of all that decides its content: tokens.npy `[R, L]` (uint16 or
-uint32), pieces.npy `[P, 4]` (see packing.py) and meta.json, which is written last and holds sizes and hashes of both.
+uint32), density.npy `[R, L]` (uint8, 255 times the density) where one was asked for, pieces.npy `[P, 4]` (see
+packing.py) and meta.json, which is written last and holds sizes and hashes of the others.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -19,11 +21,14 @@ import numpy as np
 from bd3lm_jax.config import DataConfig
 from bd3lm_jax.data import corpora, packing
 from bd3lm_jax.data.tokenizers import Tokenizer, get_tokenizer, load_tokenizer
+from bd3lm_jax.density import open_density
+from bd3lm_jax.density.source import Annotation, Context
 from bd3lm_jax.errors import RunError, UserError
 
 FORMAT = 1  # raise it when the same documents would be stored differently
 BATCH_CHARS = 1 << 22  # text tokenised at once
 CHUNK_TOKENS = 1 << 22  # tokens held in memory while rows are written
+DENSITY_STEPS = 255  # a density is stored as whole parts of this: tags are exact
 HASHED_BYTES = 1 << 30  # of each file: enough to see damage, and never a long wait at start-up
 
 Progress = Callable[[int, int], None]  # called with the documents and tokens done so far
@@ -36,6 +41,8 @@ class Rows:
         self.path, self.meta, self.length = path, meta, meta["length"]
         self._tokens_RxL = np.load(path / "tokens.npy", mmap_mode="r")
         self._pieces_Px4 = np.load(path / "pieces.npy")
+        self.has_density = "density" in meta
+        self._density_RxL = np.load(path / "density.npy", mmap_mode="r") if self.has_density else None
         self._first_piece = np.searchsorted(self._pieces_Px4[:, packing.ROW], np.arange(len(self) + 1))
 
     def __len__(self) -> int:
@@ -44,6 +51,10 @@ class Rows:
     def tokens(self, row_ids: np.ndarray) -> np.ndarray:
         """int32 [n, L]; padding holds the end token."""
         return self._tokens_RxL[np.asarray(row_ids)].astype(np.int32)
+
+    def density(self, row_ids: np.ndarray) -> np.ndarray:
+        """float32 [n, L] in [0, 1]; 0 in padding. Only where `has_density`."""
+        return self._density_RxL[np.asarray(row_ids)].astype(np.float32) / DENSITY_STEPS
 
     def segments(self, row_ids: np.ndarray) -> np.ndarray:
         """int32 [n, L]: tokens see only their own segment; 0 = padding."""
@@ -125,18 +136,37 @@ def prepare(data: DataConfig, split: str, block_size: int, tokenizer: Tokenizer,
             progress: Progress | None = None) -> Rows:
     """Rows of a split, from the cache if they are there and whole, else built now.
 
-    Only the "pack" layout depends on `block_size`. Raises UserError for input that cannot be read or an empty split,
-    RunError when the disk is full.
+    Only the "pack" layout depends on `block_size`. With `data.density` the rows have a density. Raises UserError for
+    input that cannot be read or an empty split, RunError when the disk is full.
     """
-    return prepare_corpus(corpora.open_corpus(data, split), data.source, split, data, block_size, tokenizer, progress)
+    density = None
+    if data.density:
+        context = Context(corpora.open_corpus(data, "train").fingerprint,
+                          lambda: _train_counts(data, block_size, tokenizer, progress))
+        density = open_density(data.density, data.density_fraction, context)
+    return prepare_corpus(corpora.open_corpus(data, split), data.source, split, data, block_size, tokenizer, progress,
+                          density)
+
+
+def _train_counts(data: DataConfig, block_size: int, tokenizer: Tokenizer, progress: Progress | None) -> np.ndarray:
+    """How often every id occurs in the training split, int64 [V]."""
+    rows = prepare(dataclasses.replace(data, density="", density_fraction=1.0), "train", block_size, tokenizer,
+                   progress)
+    counts_V, step = np.zeros(tokenizer.vocab_size, np.int64), max(1, CHUNK_TOKENS // rows.length)
+    for first in range(0, len(rows), step):
+        ids = np.arange(first, min(first + step, len(rows)))
+        counts_V += np.bincount(rows.tokens(ids)[rows.documents(ids) >= 0], minlength=len(counts_V))
+    return counts_V
 
 
 def prepare_corpus(corpus: corpora.Corpus, source: str, split: str, data: DataConfig, block_size: int,
-                   tokenizer: Tokenizer, progress: Progress | None = None) -> Rows:
+                   tokenizer: Tokenizer, progress: Progress | None = None, density: Annotation | None = None) -> Rows:
     """As `prepare`, for the documents of `corpus`, which `source` and `split` name; `data` tells the layout."""
     identity = {"format": FORMAT, "source": source, "split": split, "corpus": corpus.fingerprint(),
                 "tokenizer": tokenizer.identity, "layout": data.layout, "length": data.length,
                 "block_size": block_size if data.layout == "pack" else 0}
+    if density is not None:
+        identity["density"] = density.identity
     path = cache_directory(data) / f"{source}-{split}-{_digest(identity)}"
     if path.exists():
         damage = _damage(path)
@@ -145,7 +175,7 @@ def prepare_corpus(corpus: corpora.Corpus, source: str, split: str, data: DataCo
         warnings.warn(f"prepared rows in {path} are damaged ({damage}): building them again", stacklevel=2)
         shutil.rmtree(path)
     with _disk_errors(path.parent), _work_directory(path) as work:
-        meta = _build(work, corpus.documents(), identity, tokenizer, progress)
+        meta = _build(work, corpus.documents(), identity, tokenizer, progress, density)
         _publish(work, path)
     return Rows(path, meta)
 
@@ -170,50 +200,78 @@ def _work_directory(path: Path) -> Iterator[Path]:
 
 
 def _build(work: Path, documents: Iterable[str], identity: dict, tokenizer: Tokenizer,
-           progress: Progress | None) -> dict:
-    """Write tokens.npy, pieces.npy and meta.json of a split in the directory `work`."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    flat_path = work / "flat"
-    lengths, num_bytes = _tokenise(flat_path, documents, dtype, tokenizer, progress)
+           progress: Progress | None, density: Annotation | None) -> dict:
+    """Write tokens.npy, density.npy, pieces.npy and meta.json of a split in the directory `work`."""
+    flat = {"tokens.npy": (np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32), tokenizer.end_id)}
+    if density is not None:
+        flat["density.npy"] = np.dtype(np.uint8), 0
+    lengths, num_bytes = _tokenise(work, flat["tokens.npy"][0], documents, tokenizer, progress, density)
     if not len(lengths):
         raise UserError(f"the {identity['split']} split of '{identity['source']}' holds no documents")
-    length = identity["length"]
-    layout = packing.lay_out(identity["layout"], lengths, length, identity["block_size"])
-    flat = np.memmap(flat_path, dtype, "r")
-    with open(work / "tokens.npy", "wb") as file:
-        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False,
-                  "shape": (layout.num_rows, length)}
-        np.lib.format.write_array_header_1_0(file, header)
-        rows = max(1, CHUNK_TOKENS // length)
-        for first in range(0, layout.num_rows, rows):
-            last = min(first + rows, layout.num_rows)
-            file.write(packing.fill_rows(flat, layout, first, last, length, tokenizer.end_id).tobytes())
+    found = {}
+    if density is not None:
+        if identity["split"] == "train":
+            density.finished()
+        found["density_mean"] = float(np.memmap(_flat(work / "density.npy"), np.uint8, "r").mean()) / DENSITY_STEPS
+    layout = packing.lay_out(identity["layout"], lengths, identity["length"], identity["block_size"])
+    for name, (dtype, padding) in flat.items():
+        _write_rows(work / name, dtype, layout, identity["length"], padding)
     np.save(work / "pieces.npy", layout.pieces_Px4)
-    del flat
-    flat_path.unlink()
-    files = {name: _file_check(work / name) for name in ("tokens.npy", "pieces.npy")}
-    meta = identity | {"rows": layout.num_rows, "tokens": int(lengths.sum()), "documents": len(lengths),
+    files = {name: _file_check(work / name) for name in (*flat, "pieces.npy")}
+    meta = identity | found | {"rows": layout.num_rows, "tokens": int(lengths.sum()), "documents": len(lengths),
                        "bytes": num_bytes, "hash": _digest(identity), "files": files}
     (work / "meta.json").write_text(json.dumps(meta, indent=1))
     return meta
 
 
-def _tokenise(path: Path, documents: Iterable[str], dtype: type, tokenizer: Tokenizer, progress: Progress | None):
-    """Write the ids of all documents, each with its end token, to `path`. Returns lengths [D] and bytes of text.
+def _write_rows(path: Path, dtype: np.dtype, layout: packing.Layout, length: int, padding: int) -> None:
+    """An array `[R, L]` as .npy, from the concatenated documents in the file `_flat(path)`, which goes."""
+    flat = np.memmap(_flat(path), dtype, "r")
+    with open(path, "wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False,
+                  "shape": (layout.num_rows, length)}
+        np.lib.format.write_array_header_1_0(file, header)
+        rows = max(1, CHUNK_TOKENS // length)
+        for first in range(0, layout.num_rows, rows):
+            last = min(first + rows, layout.num_rows)
+            file.write(packing.fill_rows(flat, layout, first, last, length, padding).tobytes())
+    del flat
+    _flat(path).unlink()
+
+
+def _flat(path: Path) -> Path:
+    return path.with_suffix(".flat")
+
+
+def _tokenise(work: Path, dtype: np.dtype, documents: Iterable[str], tokenizer: Tokenizer, progress: Progress | None,
+              density: Annotation | None):
+    """Write the ids of all documents, each with its end token, and their densities. Returns lengths [D] and bytes.
 
     A document counts its UTF-8 bytes and one for the newline that its end token stands for.
     """
     lengths, num_bytes, num_tokens = [], 0, 0
-    with open(path, "wb") as file:
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(_flat(work / "tokens.npy"), "wb"))
+        other = stack.enter_context(open(_flat(work / "density.npy"), "wb")) if density is not None else None
         for batch in _batches(documents):
-            for ids in tokenizer.encode_batch(batch):
+            for text, (ids, offsets) in zip(batch, _encoded(batch, tokenizer, density)):
                 file.write(np.append(ids, tokenizer.end_id).astype(dtype).tobytes())
+                if density is not None:
+                    values = density.of(text, ids, offsets, tokenizer.end_id)
+                    other.write(np.round(values * DENSITY_STEPS).astype(np.uint8).tobytes())
                 lengths.append(len(ids) + 1)
                 num_tokens += len(ids) + 1
             num_bytes += sum(len(document.encode()) + 1 for document in batch)
             if progress is not None:
                 progress(len(lengths), num_tokens)
     return np.asarray(lengths, np.int64), num_bytes
+
+
+def _encoded(batch: list[str], tokenizer: Tokenizer, density: Annotation | None):
+    """Ids and, where the density needs them, the characters of each."""
+    if density is not None and density.needs_offsets:
+        return tokenizer.encode_offsets(batch)
+    return ((ids, None) for ids in tokenizer.encode_batch(batch))
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:

@@ -42,6 +42,13 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         raise NotImplementedError
 
+    def encode_offsets(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """As `encode_batch`, with the characters of each token: first, and the one behind the last, int [n, 2].
+
+        Tokens that are parts of one character have that character. White space before a word may belong to its token.
+        """
+        raise NotImplementedError
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; an end token becomes a newline, masks and ids >= size are left out."""
         ids = np.asarray(ids, np.int64).reshape(-1)
@@ -91,6 +98,11 @@ class ByteTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
 
+    def encode_offsets(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        encoded = self.encode_batch(texts)
+        characters = [np.cumsum(ids & 0xC0 != 0x80) - 1 for ids in encoded]  # 0b10......: inside a character
+        return [(ids, np.stack([first, first + 1], axis=1)) for ids, first in zip(encoded, characters)]
+
     def _decode_plain(self, ids: list[int]) -> str:
         return bytes(ids).decode(errors="replace")
 
@@ -117,6 +129,11 @@ class SubwordTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+
+    def encode_offsets(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [(np.asarray(encoding.ids, np.int32), np.asarray(encoding.offsets, np.int64).reshape(-1, 2))
+                for encoding in encodings]
 
     def _decode_plain(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)

@@ -15,6 +15,7 @@ from bd3lm_jax.diffusion.llada import LLaDA
 from bd3lm_jax.diffusion.masked import Masked
 from bd3lm_jax.diffusion.md4 import MD4
 from bd3lm_jax.diffusion.mixed import Mixed
+from bd3lm_jax.diffusion.priority import Priority
 from bd3lm_jax.diffusion.roberta import RobertaDiffusion
 from bd3lm_jax.diffusion.sedd import SEDD
 from bd3lm_jax.diffusion.ssd_lm import SSDLM
@@ -22,4 +23,4 @@ from bd3lm_jax.diffusion.uniform import SEDDUniform, Uniform
 
 OBJECTIVES = {objective.kind: objective for objective in (
     Masked, AR, SEDD, D3PM, MD4, GenMD4, Uniform, SEDDUniform, DiffusionBERT, LLaDA, RobertaDiffusion, Levels, Mixed,
-    Cap, SSDLM, Adversarial)}
+    Cap, SSDLM, Adversarial, Priority)}

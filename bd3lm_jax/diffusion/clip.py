@@ -106,8 +106,9 @@ class CountSchedule:
         part = jnp.minimum(1 - self.floor, (self._most() - middle) / jnp.maximum(above, 1e-6))
         return part * best_S + (1 - part) / self.block_size
 
-    def seen(self, losses_BxMxL: jax.Array, masked_BxMxL: jax.Array) -> dict[str, jax.Array]:
+    def seen(self, losses_BxMxL: jax.Array, masked_BxMxL: jax.Array, tokens_BxL=None) -> dict[str, jax.Array]:
         """What some rows tell: by count, the sum over blocks of squared mean losses, and the number of blocks."""
+        del tokens_BxL  # whichever they are
         shape = (*losses_BxMxL.shape[:2], -1, self.block_size)
         masked, losses = masked_BxMxL.reshape(shape), losses_BxMxL.reshape(shape)
         counts_BxMxK = masked.sum(-1)
