@@ -45,8 +45,8 @@ def check_config(config: Any) -> None:
         raise UserError(f"data.density={source!r} has no effect with diffusion.kind='{objective.kind}' and noise.adapt="
                         f"'{config.noise.adapt}': use ''")
     if source and getattr(objective, "importance", False) and is_continuous(source):
-        raise UserError(f"diffusion.importance=True needs tags, and data.density={source!r} gives numbers between 0 and "
-                        "1: use another source, or diffusion.importance=False")
+        raise UserError(f"diffusion.importance=True needs tags, and data.density={source!r} gives numbers between 0 "
+                        "and 1: use another source, or diffusion.importance=False")
 
 
 def is_continuous(spec: str) -> bool:
