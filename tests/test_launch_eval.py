@@ -13,7 +13,8 @@ from launch.__main__ import main
 def calls(monkeypatch):
     """Calls of the library: (name, arguments, keywords)."""
     found = []
-    for module, name in (("quality", "evaluate_samples"), ("tasks", "evaluate_task"), ("evaluate", "evaluate_run")):
+    for module, name in (("quality", "evaluate_samples"), ("tasks", "evaluate_task"), ("evaluate", "evaluate_run"),
+                         ("block_sizes", "curve")):
         def call(*args, name=name, **kwargs):
             found.append((name, args, kwargs))
             return {"done": 1}
@@ -62,7 +63,17 @@ def test_a_likelihood_without_other_flags(capsys, calls):
     assert calls[0][0] == "evaluate_run" and "scorer" not in calls[0][2]
 
 
+def test_block_sizes(capsys, calls):
+    assert run(capsys, "--workdir=w", "--block_size=4")[0] == 0
+    assert run(capsys, "--workdir=w", "--curve", "--within=0.05", "--split=valid", "--draws=3")[0] == 0
+    assert calls[0][2]["block_size"] == 4
+    assert calls[1] == ("curve", ("w",), {"within": 0.05, "split": "valid", "estimator": "", "draws": 3, "seed": 0,
+                                          "weights": "ema", "batch": 0})
+
+
 @pytest.mark.parametrize("argv, said", [
+    (("--workdir=w", "--curve", "--data=austen"), "--data does not go with --curve"),
+    (("--workdir=w", "--data=all", "--block_size=4"), "--block_size does not go with --data=all"),
     (("--samples=a", "--task=gsm8k"), "two evaluations"),
     (("--samples=a", "--workdir=w"), "--workdir does not go with --samples"),
     (("--samples=a", "--draws=2"), "--draws does not go with --samples"),
