@@ -262,6 +262,9 @@ class Config:
               f"train.views={views}: an autoregressive model has nothing noised, use 1")
         check(views % 2 == 0 or not getattr(config.diffusion, "complement", False),
               f"train.views={views} is odd, diffusion.complement needs pairs: use {views + 1}")
+        group = config.diffusion.view_group
+        check(views % group == 0, f"train.views={views}, an objective of kind '{config.diffusion.kind}' needs a "
+              f"multiple of {group} here: use {-(-views // group) * group}")
         config.noise.schedule(config.diffusion)  # raises if they do not go together
         rows, batch = config.compute.microbatch, config.train.batch
         check(rows == 0 or batch % rows == 0, f"compute.microbatch={rows} does not divide train.batch={batch}")

@@ -20,6 +20,7 @@ OBJECTIVES = {  # beside masked diffusion: algo=NAME -> its `diffusion` section,
     "ssd_lm": ({"kind": "ssd_lm", "block_size": BLOCK_SIZE, "scale": 5.0}, {"time_conditioning": True}),
     "cap": ({"kind": "cap", **MASKED, "coefficient": 1.0}, {}),
 }
+VIEWS = {"adversarial": 2}  # noised views of a row, where an objective needs several
 ALGORITHMS = ("bd3lm", "mdlm", *OBJECTIVES)
 SIZES = {  # the paper's small, and the usual medium
     "tiny": dict(layers=4, width=256, heads=4),
@@ -100,6 +101,7 @@ def set_algo(config: ConfigDict, algo: str, block_size: int) -> None:
     diffusion, model = OBJECTIVES[algo]
     config.diffusion = ConfigDict({key: size if value == BLOCK_SIZE else value for key, value in diffusion.items()})
     config.model.update(model)
+    config.train.views = VIEWS.get(algo, config.train.views)
 
 
 def set_paper_recipe(config: ConfigDict, algo: str, block_size: int) -> None:

@@ -26,6 +26,7 @@ class Objective:
     `token_loss`.
     inputs: None where the noised stream is ids, else a method `(noised, x0_BxL, vocab_size) -> float32 [B, M, L, V]`: a
     distribution over the vocabulary at every place, computed for a microbatch at a time.
+    view_group: views come in multiples of this.
     init_learnt: parameters that the objective itself learns, {} for none. They are trained with the network's, stand in
     params["learnt"], and come back as the keyword `learnt` of `corrupt` with the network's embedding table added.
     learnt_gradient: None, or a method `(learnt, noised, x0_BxL, segment_BxL, losses_BxMxL) -> tree` of what is added to
@@ -44,6 +45,7 @@ class Objective:
     learnt_gradient: ClassVar[Callable[..., dict] | None] = None
     sampler: ClassVar[str] = "first_hitting"
     is_bound: ClassVar[bool] = False
+    view_group: ClassVar[int] = 1
     block_size: int
 
     def init_learnt(self, key: jax.Array, vocab_size: int, width: int) -> dict:

@@ -52,7 +52,7 @@ def run_blocks(simplex: Simplex, asked: Asked, request: Request, progress: Progr
 
     def body(progress: Progress) -> Progress:
         at = progress.block
-        writes = ~done(asked, request, progress)
+        writes = ~done(asked, request, progress) & ~cut(asked.settings, request.given, at).all(-1)
         canvas = cut(asked.settings, progress.tokens, at)
         block = Block(canvas, jnp.zeros(canvas.shape, bool), writes, jnp.ones(canvas.shape), jnp.ones(writes.shape),
                       jnp.zeros_like(progress.nfe), progress.nfe + steps * writes, jnp.zeros((), jnp.int32))
