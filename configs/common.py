@@ -13,18 +13,19 @@ MASKED = {  # masked diffusion in blocks with the exact-count estimator of its b
     "block_size": BLOCK_SIZE, "schedule": "loglinear", "corruption": "exact_count", "count_probs": (),
     "complement": False, "clip_low": 0.0, "clip_high": 1.0, "eps": 1e-3,
 }
-OBJECTIVES = {  # beside masked diffusion: algo=NAME -> its `diffusion` section, and what changes in `model`, `train`
-    "ar": ({"kind": "ar", "bos": True}, {"adaln": False}),
+OBJECTIVES = {  # beside masked diffusion: algo=NAME -> its `diffusion` section, and what changes elsewhere
+    "ar": ({"kind": "ar", "bos": True}, {"model.adaln": False}),
     "sedd": ({"kind": "sedd", "block_size": BLOCK_SIZE, "corruption": "bernoulli", "eps": 1e-3},
-             {"time_conditioning": True}),
+             {"model.time_conditioning": True}),
     "sedd_uniform": ({"kind": "sedd_uniform", "block_size": BLOCK_SIZE, "vocab_size": -1, "eps": 1e-3},
-                     {"time_conditioning": True}),
+                     {"model.time_conditioning": True}),
     "d3pm": ({"kind": "d3pm", "block_size": BLOCK_SIZE, "steps": 1000, "hybrid": 0.01}, {}),
     "md4": ({"kind": "md4", "block_size": BLOCK_SIZE, "schedule": "cosine", "clip": 1e-4}, {}),
-    "genmd4": ({"kind": "genmd4", "block_size": BLOCK_SIZE, "power": 1.0, "eps": 1e-4}, {}, {"views": 2}),
+    "genmd4": ({"kind": "genmd4", "block_size": BLOCK_SIZE, "power": 1.0, "eps": 1e-4}, {"train.views": 2}),
     "uniform": ({"kind": "uniform", "block_size": BLOCK_SIZE, "vocab_size": -1, "eps": 1e-3},
-                {"time_conditioning": True}),
-    "diffusionbert": ({"kind": "diffusionbert", "block_size": BLOCK_SIZE, "strength": 0.3}, {}),
+                {"model.time_conditioning": True}),
+    "diffusionbert": ({"kind": "diffusionbert", "block_size": BLOCK_SIZE, "strength": 0.3},
+                      {"data.density": "frequency"}),
     "llada": ({"kind": "llada", "block_size": BLOCK_SIZE, "complement": False, "random_length": 0.01, "sft": False,
                "normalise": "tokens"}, {}),
     "roberta_diffusion": ({"kind": "roberta_diffusion", "block_size": BLOCK_SIZE,
@@ -34,13 +35,13 @@ OBJECTIVES = {  # beside masked diffusion: algo=NAME -> its `diffusion` section,
     "mixed": ({"kind": "mixed", "block_size": 16, "sizes": (1, 2, 4, 8, 16), "schedule": "loglinear",
                "corruption": "exact_count", "complement": False, "eps": 1e-3}, {}),
     "adversarial": ({"kind": "adversarial", "block_size": BLOCK_SIZE, "rate": 0.5, "complement": False,
-                     "importance": False, "hidden": 32, "score_limit": 3.0}, {}),
-    "ssd_lm": ({"kind": "ssd_lm", "block_size": BLOCK_SIZE, "scale": 5.0}, {"time_conditioning": True}),
+                     "importance": False, "hidden": 32, "score_limit": 3.0}, {"train.views": 2}),
+    "ssd_lm": ({"kind": "ssd_lm", "block_size": BLOCK_SIZE, "scale": 5.0}, {"model.time_conditioning": True}),
     "cap": ({"kind": "cap", **MASKED, "coefficient": 1.0}, {}),
     "priority": ({"kind": "priority", "block_size": BLOCK_SIZE, "form": "exact_count", "weight": 2.0, "hard": False,
-                  "complement": False, "importance": False, "rate_low": 1e-3, "rate_high": 1.0}, {}),
+                  "complement": False, "importance": False, "rate_low": 1e-3, "rate_high": 1.0},
+                 {"data.density": "unigram:0.5"}),
 }
-DENSITIES = {"priority": "unigram:0.5", "diffusionbert": "frequency"}  # algo=NAME -> its `data.density`
 ALGORITHMS = ("bd3lm", "mdlm", *OBJECTIVES)
 SIZES = {  # the paper's small, and the usual medium
     "tiny": dict(layers=4, width=256, heads=4),
@@ -119,11 +120,11 @@ def set_algo(config: ConfigDict, algo: str, block_size: int) -> None:
     if algo not in OBJECTIVES:
         config.diffusion.block_size = size
         return
-    diffusion, model, *train = OBJECTIVES[algo]
+    diffusion, changes = OBJECTIVES[algo]
     config.diffusion = ConfigDict({key: size if value == BLOCK_SIZE else value for key, value in diffusion.items()})
-    config.model.update(model)
-    config.train.update(*train)
-    config.data.density = DENSITIES.get(algo, "")
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        config[section][name] = value
 
 
 def set_paper_recipe(config: ConfigDict, algo: str, block_size: int) -> None:

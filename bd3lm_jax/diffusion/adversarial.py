@@ -64,6 +64,10 @@ class Adversarial(Objective):
                             f"diffusion.block_size is {self.block_size}, expected at most {MAX_SUBSETS}")
 
     @property
+    def view_group(self) -> int:
+        return 4 if self.complement else 2
+
+    @property
     def is_bound(self) -> bool:
         """Whether the weighted loss estimates the NELBO without bias: all counts, and weights for the choice."""
         return self.importance and self.rate == 0
@@ -91,7 +95,7 @@ class Adversarial(Objective):
             UserError: the block size does not divide L, or there are no whole pairs of draws.
         """
         batch, length = x0_BxL.shape
-        group = 4 if self.complement else 2
+        group = self.view_group
         if views < 1 or views % group or length % self.block_size:
             raise UserError(f"{views} views of {length} tokens, expected a multiple of {group} views (pairs of draws"
                             f"{', each with its complement' if self.complement else ''}) and of diffusion.block_size="

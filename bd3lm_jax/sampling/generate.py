@@ -141,15 +141,15 @@ def open_block(asked: Asked, request: Request, progress: Progress, keys=None) ->
     """The next block after its first step, whose network call stores the block before; and the cache. keys: of the
     block's calls, where they are derived already."""
     settings, at = asked.settings, progress.block
-    given = cut(settings, request.given, at)
+    given = _cut(settings, request.given, at)
     masked = ~given & ~done(asked, request, progress)[:, None]
     zeros = jnp.zeros_like(progress.nfe)
-    canvas = cut(settings, progress.tokens, at)
+    canvas = _cut(settings, progress.tokens, at)
     if asked.sampler.redraw is not None:
         canvas = jnp.where(masked, _random_letters(request, at, canvas.shape[1]), canvas)
     block = Block(canvas, masked, masked.any(-1), jnp.ones(masked.shape),
                   jnp.ones(zeros.shape), zeros, progress.nfe, jnp.zeros((), jnp.int32))
-    before = cut(settings, progress.tokens, jnp.maximum(at - 1, 0))
+    before = _cut(settings, progress.tokens, jnp.maximum(at - 1, 0))
     finished = Finished(before, jnp.broadcast_to(at > 0, before.shape))
     return _step(asked, request, progress, block, finished, progress.cache, keys)
 
@@ -168,9 +168,9 @@ def reveal(asked: Asked, request: Request, progress: Progress, block: Block, cac
 def close_block(asked: Asked, request: Request, progress: Progress, block: Block, cache) -> Progress:
     """The finished block put in its place; rows that meet a stop are done."""
     settings, at = asked.settings, progress.block
-    new = ~cut(settings, request.given, at) & ~done(asked, request, progress)[:, None]
+    new = ~_cut(settings, request.given, at) & ~done(asked, request, progress)[:, None]
     stopped = jnp.where(((block.canvas == settings.end_id) & new).any(-1), STOPS.index("end"), progress.stopped)
-    canvas = jnp.where(done(asked, request, progress)[:, None], cut(settings, progress.tokens, at), block.canvas)
+    canvas = jnp.where(done(asked, request, progress)[:, None], _cut(settings, progress.tokens, at), block.canvas)
     tokens = jax.lax.dynamic_update_slice_in_dim(progress.tokens, canvas, at * settings.block_size, axis=1)
     if settings.min_entropy is not None and tokens.shape[1] >= ENTROPY_TOKENS:
         low = _low_entropy(settings, tokens, (at + 1) * settings.block_size) & new.any(-1)
@@ -193,7 +193,7 @@ def _step(asked: Asked, request: Request, progress: Progress, block: Block, fini
     keys = _call_keys(request, progress, block.calls) if keys_Sx2xB is None else keys_Sx2xB[block.calls]
     plan_keys, draw_keys = keys
     window = _window(settings, block.masked)
-    written = (window & ~block.masked & ~cut(settings, request.given, progress.block)
+    written = (window & ~block.masked & ~_cut(settings, request.given, progress.block)
                & writing(sampler, settings, block)[:, None])
     rows = Row(window & block.masked, written, block.confidence, block.level, block.index)
     plan = jax.vmap(lambda key, row: sampler.plan(key, row, settings.steps, request.threshold))(plan_keys, rows)
@@ -203,7 +203,7 @@ def _step(asked: Asked, request: Request, progress: Progress, block: Block, fini
 
     def ask(cache):
         logits, cache = asked.denoise(block.canvas, progress.block, finished, positions_BxP, level, cache)
-        return draw_tokens(asked, request, progress, block, draw_keys, plan, positions_BxP, logits), cache
+        return _draw(asked, request, progress, block, draw_keys, plan, positions_BxP, logits), cache
 
     if finished is None and sampler.idles:  # a step that reveals nothing needs no network
         nothing = Said(*[jnp.zeros(positions_BxP.shape)] * (5 if sampler.scores else 3))
@@ -227,8 +227,8 @@ def _step(asked: Asked, request: Request, progress: Progress, block: Block, fini
                  jnp.where(same, block.index + 1, 0), block.nfe + plan.reveal.any(-1), block.calls + 1), cache
 
 
-def draw_tokens(asked: Asked, request: Request, progress: Progress, block: Block, keys_B, plan: Plan, positions_BxP,
-                logits_BxPxV):
+def _draw(asked: Asked, request: Request, progress: Progress, block: Block, keys_B, plan: Plan, positions_BxP,
+          logits_BxPxV):
     """A token for every asked position, its noise keyed by the position, and what the network said of it."""
     settings = asked.settings
     vocab = jnp.arange(logits_BxPxV.shape[-1])
@@ -250,7 +250,7 @@ def draw_tokens(asked: Asked, request: Request, progress: Progress, block: Block
     if settings.draw_all is None:
         drawn = draw(keys.reshape(-1), filtered.reshape(flat.shape)).reshape(positions_BxP.shape)
     else:
-        known = (block.canvas, block.masked, cut(settings, request.given, progress.block),
+        known = (block.canvas, block.masked, _cut(settings, request.given, progress.block),
                  request.length - (progress.block + 1) * settings.block_size)
         drawn = settings.draw_all(request.constraint, progress.state, keys, filtered, logits, *known)
         if asked.sampler.choose is not None:
@@ -311,8 +311,7 @@ def _positions(asked: Asked, reveal_BxS, window_BxS):
     return jnp.argmax(window_BxS, axis=1)[:, None] + jnp.arange(settings.window)
 
 
-def cut(settings: Settings, x_BxL, block):
-    """The part of an array that belongs to a block, `[B, S]`."""
+def _cut(settings: Settings, x_BxL, block):
     return jax.lax.dynamic_slice_in_dim(x_BxL, block * settings.block_size, settings.block_size, axis=1)
 
 

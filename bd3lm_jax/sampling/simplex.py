@@ -14,7 +14,8 @@ import numpy as np
 
 from bd3lm_jax.diffusion.ssd_lm import alpha_bar, noisy_logits
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.sampling.generate import Asked, Block, Finished, Progress, Request, close_block, cut, done, draw_tokens
+from bd3lm_jax.sampling.filters import draw, filter_logits, penalise
+from bd3lm_jax.sampling.generate import Asked, Block, Finished, Progress, Request, Settings, close_block, done
 from bd3lm_jax.sampling.steps import Sampler, every_mask
 
 NAME = "simplex"
@@ -52,11 +53,11 @@ def run_blocks(simplex: Simplex, asked: Asked, request: Request, progress: Progr
 
     def body(progress: Progress) -> Progress:
         at = progress.block
-        writes = ~done(asked, request, progress)
-        canvas = cut(asked.settings, progress.tokens, at)
+        writes = ~done(asked, request, progress) & ~_cut(asked.settings, request.given, at).all(-1)
+        canvas = _cut(asked.settings, progress.tokens, at)
         block = Block(canvas, jnp.zeros(canvas.shape, bool), writes, jnp.ones(canvas.shape), jnp.ones(writes.shape),
                       jnp.zeros_like(progress.nfe), progress.nfe + steps * writes, jnp.zeros((), jnp.int32))
-        before = cut(asked.settings, progress.tokens, jnp.maximum(at - 1, 0))
+        before = _cut(asked.settings, progress.tokens, jnp.maximum(at - 1, 0))
         finished = Finished(before, jnp.broadcast_to(at > 0, before.shape))
         block, cache = _step(simplex, asked, request, progress, block, finished, progress.cache)
         block = jax.lax.fori_loop(
@@ -86,6 +87,24 @@ def _step(simplex: Simplex, asked: Asked, request: Request, progress: Progress, 
     w = noisy_logits(block.canvas, eps, jnp.broadcast_to(alpha_bar, block.canvas.shape), simplex.scale)
     level = jnp.broadcast_to(1 - alpha_bar, block.open.shape)
     logits, cache = asked.denoise(jax.nn.softmax(w, axis=-1), at, finished, positions, level, cache)
-    drawn, _ = draw_tokens(asked, request, progress, block, draw_keys, positions, logits)
-    canvas = jnp.where(cut(settings, request.given, at), block.canvas, drawn)
+    drawn = _draw(settings, request, progress, block, draw_keys, places, logits)
+    canvas = jnp.where(_cut(settings, request.given, at), block.canvas, drawn)
     return block._replace(canvas=canvas, calls=block.calls + 1), cache
+
+
+def _draw(settings: Settings, request: Request, progress: Progress, block: Block, keys_B, places_S, logits_BxSxV):
+    """A token for every place, its noise keyed by the place."""
+    vocab = jnp.arange(logits_BxSxV.shape[-1])
+    too_early = (places_S < request.earliest_end[:, None])[..., None] & (vocab == settings.end_id)
+    logits = jnp.where(request.forbidden | too_early, -jnp.inf, logits_BxSxV)
+    if settings.filters.repetition_penalty != 1:
+        row = jax.lax.dynamic_update_slice_in_dim(progress.tokens, block.canvas, places_S[0], axis=1)
+        seen_BxV = jnp.zeros((len(row), len(vocab)), bool).at[jnp.arange(len(row))[:, None], row].set(True)
+        logits = penalise(logits, seen_BxV[:, None], settings.filters.repetition_penalty)
+    keys = jax.vmap(lambda key: jax.vmap(lambda place: jax.random.fold_in(key, place))(places_S))(keys_B)
+    flat = logits.reshape(-1, len(vocab))
+    return draw(keys.reshape(-1), filter_logits(flat, settings.filters)).reshape(block.canvas.shape)
+
+
+def _cut(settings: Settings, x_BxL, block):
+    return jax.lax.dynamic_slice_in_dim(x_BxL, block * settings.block_size, settings.block_size, axis=1)

@@ -85,7 +85,7 @@ def drawn_and_logits():
     return quick_jit(run)(params)
 
 
-@pytest.mark.parametrize("microbatch", [0, 2])
+@pytest.mark.parametrize("microbatch", [2, pytest.param(0, marks=pytest.mark.ci_slow)])
 def test_the_step_computes_the_formula(microbatch):
     config, (model, params), rows = make_config(**{"compute.microbatch": microbatch}), model_of_letters(), batch()
     tx = optax.sgd(0.0)

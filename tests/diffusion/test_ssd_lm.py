@@ -139,7 +139,7 @@ def loss_by_hand():
     return np.where(real[:, None], nats, 0).sum() / VIEWS / real.sum()
 
 
-@pytest.mark.parametrize("microbatch", [0, 2])
+@pytest.mark.parametrize("microbatch", [2, pytest.param(0, marks=pytest.mark.ci_slow)])
 def test_the_step_computes_the_formula(microbatch):
     config = make_config(**{"compute.microbatch": microbatch})
     model, params = network(config)

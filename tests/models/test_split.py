@@ -94,8 +94,9 @@ def expected():
 
 
 @pytest.mark.parametrize("execution", [
-    {"layers": "scan"}, {"layers": "unroll", "remat": "full"}, {"layers": "scan", "remat": "attention",
-                                                                "backend": "blocked"},
+    {"layers": "scan"},
+    pytest.param({"layers": "unroll", "remat": "full"}, marks=pytest.mark.ci_slow),
+    pytest.param({"layers": "scan", "remat": "attention", "backend": "blocked"}, marks=pytest.mark.ci_slow),
 ], ids=lambda execution: "-".join(execution.values()))
 def test_equals_two_passes_written_out(execution):
     model, params = network()
@@ -179,6 +180,7 @@ def test_a_reveal_call_runs_the_decoder_alone():
     assert not np.any(gradient[:2]) and np.all(np.any(gradient[2:], axis=(1, 2)))
 
 
+@pytest.mark.ci_slow
 def test_a_cache_changes_no_token():
     model, params = network(time_conditioning=False)
     outcomes = []
@@ -202,6 +204,7 @@ def gradient_of(config):
     return jax.grad(lambda p: two_streams(model, p, layers="unroll", sigma=None).sum()), params
 
 
+@pytest.mark.ci_slow
 def test_the_count_of_operations():
     """One more encoder layer: 24 D^2 a clean token (a smaller MLP here: 16 D^2), all pairs in dense attention, no
     noised token; what `flops` says of it, with the pairs that see each other; and what the compiler counts."""
