@@ -250,7 +250,6 @@ class Config:
         check(not self.diffusion.needs_level or takes_level(self.model),
               f"model.time_conditioning is False: diffusion.kind='{self.diffusion.kind}' needs the noise level "
               "(sigma), use True")
-
         letters = getattr(self.diffusion, "vocab_size", -1)
         check(letters in (-1, self.model.vocab_size), f"diffusion.vocab_size={letters} is not "
               f"model.vocab_size={self.model.vocab_size}: use -1 for the model's")
