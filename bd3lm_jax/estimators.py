@@ -251,7 +251,7 @@ def default_estimator(config: Config) -> str:
 def has_bound(config: Config) -> bool:
     """Whether the likelihood of such a model can be bounded at all."""
     objective = config.diffusion
-    return objective.causal or objective.masks or objective.is_bound
+    return objective.causal or objective.masks or objective.bound is not None
 
 
 def make(name: str, config: Config):

@@ -119,6 +119,7 @@ def evaluate_run(workdir: str, *, split: str, data: str, estimator: str, draws: 
     from bd3lm_jax import compare
 
     run = open_run(workdir, weights, batch, block_size)
+    estimators.make(estimator or default_estimator(run.config), run.config)  # refuse before any text is read
     other = open_run(against, weights, batch) if against else None
     convention = domains.convention_for([side.config for side in (run, other) if side is not None], chunks=chunks,
                                         stride=stride, first_token=first_token, end_token=end_token)

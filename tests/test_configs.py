@@ -39,7 +39,7 @@ def test_builds_and_validates(name, arg):
     config = Config.from_dict(CONFIGS[name].get_config(arg))
     length = config.data.length
     algo = dict(word.split("=") for word in arg.split(",") if "=" in word).get("algo", "bd3lm")
-    expected = {"ar": 1, "bd3lm": 4}.get(algo, length)
+    expected = {"ar": 1, "bd3lm": 4, "mixed": 16}.get(algo, length)
     for word in arg.split(","):
         if word.startswith("block_size="):
             expected = int(word.removeprefix("block_size="))

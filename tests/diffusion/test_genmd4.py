@@ -167,7 +167,7 @@ def test_what_is_masked():
      "views is 1, diffusion.kind='genmd4' needs an even number"),
     (lambda: make_lm(genmd4(4)).nll(make_ids(1, 4), estimator="native"), "estimator 'native'.* use exact_count"),
     (lambda: toy_config(Path("unused"), {"diffusion": {"kind": "genmd4", "block_size": 4, "power": 1.0, "eps": 0.0}}),
-     "train.views=1 is odd, diffusion.kind='genmd4' needs pairs: use 2"),
+     "train.views=1 is no multiple of 2: diffusion.kind='genmd4'"),
 ])
 def test_bad_settings(make, words):
     with pytest.raises(UserError, match=words):

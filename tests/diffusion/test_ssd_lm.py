@@ -12,7 +12,8 @@ import optax
 import pytest
 from toy_runs import END, LENGTH, MASK, network, quick_jit, toy_config
 
-from bd3lm_jax import estimators, models, passes
+from bd3lm_jax import estimators, flops, models, passes
+from bd3lm_jax.diffusion.masked import Masked
 from bd3lm_jax.diffusion.ssd_lm import ALPHA_BAR_MIN, OFFSET, SSDLM, alpha_bar, noisy_logits
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import trunk
@@ -155,6 +156,16 @@ def test_it_has_no_bound():
     for name in ("native", "exact_count", "exact"):
         with pytest.raises(UserError, match="kind 'ssd_lm' has no bound on its likelihood"):
             estimators.make(name, config)
+
+
+def test_operations_of_the_mixtures():
+    """2 V D a noised token more than masked diffusion that scores every token."""
+    model = make_config().model
+    model = dataclasses.replace(model, vocab_size=MASK + 1)
+    all_scored = dataclasses.replace(Masked.uniform_counts(BLOCK), corruption="bernoulli")
+    ours, others = (flops.parts(model, it, batch=2, length=LENGTH, views=3) for it in (IT, all_scored))
+    assert ours.layers - others.layers == 2 * (MASK + 1) * model.width * 2 * 3 * LENGTH
+    assert ours[1:] == others[1:]
 
 
 @pytest.mark.parametrize("changes, message", [({"scale": 0.0}, "scale is 0.0"), ({"block_size": 0}, "block_size is 0")])

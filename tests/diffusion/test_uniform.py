@@ -141,7 +141,8 @@ def test_native_is_the_bound_of_a_network():
 def test_what_needs_masks_is_refused():
     lm = make_lm(Uniform(4, MASK + 1, 1e-3))
     scores = make_lm(SEDDUniform(4, MASK + 1, 1e-3), time_conditioning=True)
-    for use, words in [(lambda: lm.generate(length=8), "'first_hitting' reveals masks.* kind 'uniform' .* use uniform"),
+    for use, words in [(lambda: lm.generate(length=8, sampler="first_hitting"),
+                       "'first_hitting' reveals masks.* kind 'uniform' .* use uniform"),
                        (lambda: scores.generate(length=8), "of kind 'sedd_uniform' predicts no masked .* no texts"),
                        (lambda: lm.generate(length=8, sampler="uniform", guidance=1.0), "leave constraint, guidance"),
                        (lambda: make_lm().generate(length=8, sampler="uniform"), "redraws letters.* use ancestral"),

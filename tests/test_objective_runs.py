@@ -1,0 +1,67 @@
+"""Whole runs of objectives that leave something out or bring something: no bound; parameters of their own."""
+
+import json
+
+import numpy as np
+import pytest
+from toy_runs import LENGTH, toy_config, write_text
+
+import bd3lm_jax
+from bd3lm_jax import evaluate, report
+from bd3lm_jax.errors import UserError
+from bd3lm_jax.train import train
+from configs import common
+
+pytestmark = pytest.mark.ci_slow
+EVAL = {"split": "valid", "data": "", "estimator": "", "draws": 1, "seed": 0, "weights": "ema", "batch": 0,
+        "target_ci": 0.0, "max_draws": 1, "against": "", "data_dir": "", "chunks": "independent", "stride": 0,
+        "first_token": "", "end_token": "count"}
+
+
+def trained(directory, algo, **changes):
+    """A run of two steps; its result and metrics."""
+    write_text(directory / "text.txt", 200)
+    section, model = common.OBJECTIVES[algo]
+    section = {key: 8 if value == common.BLOCK_SIZE else value for key, value in section.items()}
+    changes = {"diffusion": section, "train.steps": 2, **{f"model.{key}": value for key, value in model.items()},
+               **changes}
+    result = train(toy_config(directory, changes), str(directory / "run"))
+    return result, [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_without_a_bound(tmp_path):
+    """It trains to its end, samples, goes on, and nowhere reports a likelihood."""
+    result, lines = trained(tmp_path, "ssd_lm", **{"eval.samples": 1, "eval.sample_length": 16})
+    assert result["valid_nll"] is None and result["valid_ppl"] is None and result["train_nll"] is None
+    assert np.isfinite(lines[-1]["train/loss"]) and not any("nll" in key for line in lines for key in line)
+    assert report.read(tmp_path / "run") == {"step": 2}
+    with pytest.raises(UserError, match="'ssd_lm' has no bound on its likelihood"):
+        evaluate.evaluate_run(str(tmp_path / "run"), **EVAL)
+    lm = bd3lm_jax.load(str(tmp_path / "run"))
+    samples = lm.generate(num=2, length=LENGTH, steps=3, top_p=0.9)
+    assert samples == lm.generate(num=2, length=LENGTH, sampler="simplex", steps=3, top_p=0.9)
+    assert all(sample.nfe == 3 * LENGTH // 8 or sample.stop == "end" for sample in samples)
+    again, _ = trained(tmp_path, "ssd_lm", **{"eval.samples": 1, "eval.sample_length": 16})
+    assert again["step"] == 2
+
+
+def test_a_run_with_parameters_of_the_objective(tmp_path):
+    """They are saved, restored and go on; the bound is measured under uniform masks."""
+    result, lines = trained(tmp_path, "adversarial", **{"train.views": 2})
+    assert result["train_nll"] is None and 0 < result["valid_nll"] < 8
+    lm = bd3lm_jax.load(str(tmp_path / "run"))
+    assert set(lm.params["learnt"]) == {"token", "place", "out"} and np.any(lm.params["learnt"]["out"])
+    assert len(lm.generate(num=1, length=16)) == 1
+    further, more = trained(tmp_path, "adversarial", **{"train.views": 2, "train.steps": 3})
+    assert further["step"] == 3 and len(more) == len(lines) + 1
+
+
+def test_a_split_network_trains_and_writes(tmp_path):
+    write_text(tmp_path / "text.txt", 200)
+    result = train(toy_config(tmp_path, {"model.layers": 3, "model.decoder_layers": 1, "train.steps": 2}),
+                   str(tmp_path / "run"))
+    assert 0 < result["valid_nll"] < 8
+    lm = bd3lm_jax.load(str(tmp_path / "run"))
+    assert len(lm.generate(num=1, length=16)) == 1
+    with pytest.raises(UserError, match="split network"):
+        lm.logits(np.zeros((1, 8), np.int32))
