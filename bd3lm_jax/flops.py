@@ -64,7 +64,7 @@ def parts(model_config: Any, objective: Any, *, batch: int, length: int, views: 
         first += layer_count
         layers += noised_layers * on_noised.all + (layer_count - peeled) * on_clean.all + peeled * on_clean.keys_values
         attention += 4 * batch * on_noised.width * (noised_layers * noised_pairs + (layer_count - peeled) * clean_pairs)
-    if objective.inputs is not None:  # mixtures of tokens instead of ids
+    if objective.mixtures is not None:  # mixtures of tokens instead of ids
         mixtures = jax.ShapeDtypeStruct((batch, views, length, model_config.vocab_size), jnp.float32)
         layers += count(lambda p, x: model.embed.apply({"params": p}, x), params["embed"], mixtures)
     scored = scored_positions(objective, batch, length, views, schedule)

@@ -74,8 +74,8 @@ def score(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_
         if noised.size_B is not None:
             largest, sizes = objective.sizes[-1], passes.RowSizes(noised.size_B, objective.sizes[0])
         inputs = noised.xt_BxMxL
-        if objective.inputs is not None:
-            inputs = objective.inputs(noised, tokens_BxL, model.config.vocab_size)
+        if objective.mixtures is not None:
+            inputs = objective.mixtures(noised, tokens_BxL, model.config.vocab_size)
         h = passes.two_stream(model, params, inputs, tokens_BxL, position_BxL, segment_BxL,
                               block_size=largest, sizes=sizes, sigma_BxMxn=sigma, execution=execution,
                               dropout_keys=dropout_keys)

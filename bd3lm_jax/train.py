@@ -73,6 +73,10 @@ def train(config: Config, workdir: str, profile: bool = False) -> dict[str, Any]
 
 def set_up(config: Config, workdir: str) -> Run:
     """Read the data, check everything that can be wrong and claim the run directory; nothing is computed yet."""
+    for name in config.batch_needs:
+        if name != "density":
+            raise UserError(f"this objective of kind '{config.diffusion.kind}' needs '{name}' of every token, which no "
+                            "data source brings")
     mesh = sharding.make_mesh(config.mesh)
     tokenizer = prepare_tokenizer(config.data)
     config = rundir.resolve(config, tokenizer)

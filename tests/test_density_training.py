@@ -31,7 +31,7 @@ def test_the_config_of_the_objective_builds(arg):
     ({"data.density": "python", "diffusion": PRIORITY, "noise.adapt": "running_loss"}, "data.density='python' has no"),
     ({"noise.adapt": "running_loss"}, "'running_loss' chooses the density of tokens, which diffusion.kind='masked'"),
     ({"data.density": "frequency", "diffusion": PRIORITY | {"importance": True}}, "importance=True needs tags, and"),
-    ({"data.density": "python", "diffusion": PRIORITY | {"complement": True}}, "train.views=1 is odd"),
+    ({"data.density": "python", "diffusion": PRIORITY | {"complement": True}}, "train.views=1 is no multiple of 2"),
     ({"data.density": "pyton", "diffusion": PRIORITY}, "unknown data.density 'pyton': did you mean 'python'?"),
     ({"data.density": "python", "noise.adapt": "counts", "diffusion": PRIORITY}, "noise.adapt='counts' needs"),
 ])

@@ -215,7 +215,7 @@ def test_the_first_rows_alone(prepared):
 
 
 @pytest.mark.parametrize(("estimator", "draws", "message"), [
-    ("elbo", 1, "unknown estimator 'elbo': known: bernoulli, exact, exact_count, importance, nll"),
+    ("elbo", 1, "unknown estimator 'elbo': known: bernoulli, exact, exact_count, importance, native, nll"),
     ("nll", 1, "'nll' is exact only for AR and for block size 1 .* this model has block size 4"),
     ("exact_count", 0, "draws is 0, expected at least 1"),
 ])

@@ -33,10 +33,6 @@ def check(spec: str, fraction: float) -> None:
 def check_config(config: Any) -> None:
     """UserError unless the data of a Config bring what its objective needs of every token, and nothing else."""
     objective, source = config.diffusion, config.data.density
-    missing = [name for name in config.batch_needs if name != "density"]
-    if missing:
-        raise UserError(f"this objective of kind '{objective.kind}' needs {missing[0]} of every token, which no data "
-                        "source brings")
     needed = "density" in config.batch_needs
     if needed and not source:
         raise UserError(f"diffusion.kind='{objective.kind}' needs the density of every token: set data.density, one of "

@@ -27,8 +27,8 @@ class Objective:
     mean_term: None, or a method that takes what `token_loss` takes -> float32 [N] in nats, bool [N]: the plain mean of
     the one where the other holds and the weight is positive, view by view, joins the loss a token. It needs a
     `token_loss`.
-    inputs: None where the noised stream is ids, else a method `(noised, x0_BxL, vocab_size) -> float32 [B, M, L, V]`: a
-    distribution over the vocabulary at every place, computed for a microbatch at a time.
+    mixtures: None where the noised stream is ids, else a method `(noised, x0_BxL, vocab_size) -> float32 [B, M, L, V]`:
+    a distribution over the vocabulary at every place, computed for a microbatch at a time.
     sampler: what writes with such a model when no sampler is named; "" if nothing can.
     is_bound: whether the weighted loss estimates a bound on the NLL of every token without bias.
     bound: the objective whose weighted loss is that bound for a network trained by this one, or None.
@@ -50,7 +50,7 @@ class Objective:
     needs: ClassVar[tuple[str, ...]] = ()
     token_loss: ClassVar[Callable[..., jax.Array] | None] = None
     mean_term: ClassVar[Callable[..., tuple[jax.Array, jax.Array]] | None] = None
-    inputs: ClassVar[Callable[..., jax.Array] | None] = None
+    mixtures: ClassVar[Callable[..., jax.Array] | None] = None
     sampler: ClassVar[str] = "first_hitting"
     is_bound: ClassVar[bool] = False
     needs_level: ClassVar[bool] = False

@@ -83,7 +83,7 @@ class SSDLM(Objective):
                       sigma_BxMxK=-jnp.log(jnp.maximum(alpha_bar(t_BxMxK), ALPHA_BAR_MIN)), capacity=length,
                       extra=jax.vmap(jax.vmap(lambda n: jax.random.fold_in(noise_key, n)))(number))
 
-    def inputs(self, noised: Noised, x0_BxL: jax.Array, vocab_size: int) -> jax.Array:
+    def mixtures(self, noised: Noised, x0_BxL: jax.Array, vocab_size: int) -> jax.Array:
         """softmax(w_t) of every token and view, float32 `[B, M, L, V]`."""
         length = x0_BxL.shape[-1]
         def eps(key):

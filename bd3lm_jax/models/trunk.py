@@ -286,13 +286,18 @@ def _run(model, params, noised, clean, cache, *, rule, block_size, execution, dr
             seen = spec if noised_too else dataclasses.replace(spec, noised=None)
             layer = functools.partial(_layer, block, seen, cond, rotary, execution.backend, dropout_keys,
                                       joined if noised_too else 0)
-            ours = params[name] if stop - start == count else jax.tree.map(lambda x: x[start:stop], params[name])
+            ours = params[name] if stop - start == count else _layers(params[name], start, stop)
             outputs, kept, part_aux = _run_group(layer, ours, cached and cached[start:stop], inputs, first + start,
                                                  stop - start, drop_clean and noised_too, execution)
             h, aux, parts = h | outputs, aux + part_aux, [*parts, kept]
         stored[name] = parts[0] if len(parts) == 1 else jax.tree.map(lambda *ys: jnp.concatenate(ys), *parts)
         first += count
     return h.get("noised"), h.get("clean") if noised is None else None, stored, aux
+
+
+def _layers(params, start: int, stop: int):
+    """Some layers of a group, stacked or as a tuple (`unstacked`)."""
+    return params[start:stop] if isinstance(params, tuple) else jax.tree.map(lambda x: x[start:stop], params)
 
 
 def _run_group(layer, params, cached, h, first, count, drop_clean, execution: Execution):
@@ -312,8 +317,8 @@ def _run_group(layer, params, cached, h, first, count, drop_clean, execution: Ex
         body = jax.checkpoint(body, policy=lookup(REMAT, execution.remat, "remat policy compute.remat"),
                               static_argnums=(2,), prevent_cse=execution.layers != "scan")
     if execution.layers == "scan" and scanned > 1 and stacked:
-        cached = jax.tree.map(lambda *layers: jnp.stack(layers), *cached[:scanned])
-        xs = (jax.tree.map(lambda x: x[:scanned], params), cached, first + jnp.arange(scanned))
+        joined_cache = jax.tree.map(lambda *layers: jnp.stack(layers), *cached[:scanned])
+        xs = (jax.tree.map(lambda x: x[:scanned], params), joined_cache, first + jnp.arange(scanned))
         h, ys = jax.lax.scan(lambda h, x: body(h, x, False), h, xs)
         parts = [ys]
     else:

@@ -40,7 +40,7 @@ def drawn():
 
     def run(key):
         noised = IT.corrupt(key, X0, segment, VIEWS, VOCAB, END)
-        return noised, IT.inputs(noised, X0, VOCAB)
+        return noised, IT.mixtures(noised, X0, VOCAB)
 
     return segment, *quick_jit(run)(jax.random.key(0))
 
@@ -116,7 +116,7 @@ def loss_by_hand():
     model, params = network(config)
     key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))[0]
     noised = quick_jit(lambda: config.diffusion.corrupt(key, rows["tokens"], rows["segments"], VIEWS, MASK, END))()
-    p = np.asarray(quick_jit(lambda: config.diffusion.inputs(noised, rows["tokens"], MASK + 1))())
+    p = np.asarray(quick_jit(lambda: config.diffusion.mixtures(noised, rows["tokens"], MASK + 1))())
     table = np.asarray(params["embed"]["embedding"])
     # The rows of a new table are the mixtures themselves, so that the network is asked with ids.
     mixtures = (p.reshape(-1, MASK + 1) @ table[:MASK + 1]).astype(np.float32)
