@@ -9,6 +9,7 @@ from toy_runs import LENGTH, toy_config, write_text
 import bd3lm_jax
 from bd3lm_jax import evaluate, report
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.step import LEARNT
 from bd3lm_jax.train import train
 from configs import common
 
@@ -21,10 +22,9 @@ EVAL = {"split": "valid", "data": "", "estimator": "", "draws": 1, "seed": 0, "w
 def trained(directory, algo, **changes):
     """A run of two steps; its result and metrics."""
     write_text(directory / "text.txt", 200)
-    section, model = common.OBJECTIVES[algo]
+    section, others = common.OBJECTIVES[algo]
     section = {key: 8 if value == common.BLOCK_SIZE else value for key, value in section.items()}
-    changes = {"diffusion": section, "train.steps": 2, **{f"model.{key}": value for key, value in model.items()},
-               **changes}
+    changes = {"diffusion": section, "train.steps": 2, **others, **changes}
     result = train(toy_config(directory, changes), str(directory / "run"))
     return result, [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
 
@@ -50,7 +50,7 @@ def test_a_run_with_parameters_of_the_objective(tmp_path):
     result, lines = trained(tmp_path, "adversarial", **{"train.views": 2})
     assert result["train_nll"] is None and 0 < result["valid_nll"] < 8
     lm = bd3lm_jax.load(str(tmp_path / "run"))
-    assert set(lm.params["learnt"]) == {"token", "place", "out"} and np.any(lm.params["learnt"]["out"])
+    assert set(lm.params[LEARNT]) == {"token", "place", "out"} and np.any(lm.params[LEARNT]["out"])
     assert len(lm.generate(num=1, length=16)) == 1
     further, more = trained(tmp_path, "adversarial", **{"train.views": 2, "train.steps": 3})
     assert further["step"] == 3 and len(more) == len(lines) + 1
