@@ -1,7 +1,8 @@
 """How much each token of a text tells, in [0, 1]: what priority masks and token-dependent schedules are drawn from.
 
-A source is one file with `build(argument, context) -> Spans or Table` (see source.py) and a line in SOURCES. It is
-named in `data.density`, with its argument after a colon: "python", "unigram:0.5", "file:tags.jsonl".
+A source is one file with `build(argument, context) -> Spans or Table` (see source.py), with `check(argument)` if it
+takes one, and a line in SOURCES. It is named in `data.density`, with its argument after a colon: "python",
+"unigram:0.5", "file:tags.jsonl".
 """
 
 from typing import Any
@@ -27,7 +28,8 @@ def check(spec: str, fraction: float) -> None:
     if bool(argument) != bool(source.ARGUMENT):
         raise UserError(f"data.density={spec!r}: expected '{name}:{source.ARGUMENT}'" if source.ARGUMENT else
                         f"data.density={spec!r}: '{name}' takes nothing after a colon")
-    source.check(argument)
+    if argument:
+        source.check(argument)
 
 
 def check_config(config: Any) -> None:

@@ -12,10 +12,6 @@ OPERATOR = re.compile(rf"(?<=[\d)%])\s*([-+*/×÷^<>=]+|\b(?:{WORDS})\b)\s*(?=[-
 AMOUNT = re.compile(rf"[$€£]?{NUMBER}%?")
 
 
-def check(argument: str) -> None:
-    del argument
-
-
 def build(argument: str, context: Context) -> Spans:
     del argument, context
     return Spans(find, VERSION)

@@ -10,10 +10,6 @@ from bd3lm_jax.density.source import Context, Table
 ARGUMENT, CONTINUOUS = "", True
 
 
-def check(argument: str) -> None:
-    del argument
-
-
 def build(argument: str, context: Context) -> Table:
     del argument
     return Table(lambda: log_frequency(context.counts()), context.corpus())

@@ -18,10 +18,6 @@ CONTROL = frozenset("if elif else for while break continue return raise try exce
                     .split())
 
 
-def check(argument: str) -> None:
-    del argument
-
-
 def build(argument: str, context: Context) -> Spans:
     del argument, context
     return Spans(find, VERSION)

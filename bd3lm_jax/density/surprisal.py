@@ -7,10 +7,6 @@ from bd3lm_jax.density.source import Context, Table
 ARGUMENT, CONTINUOUS = "", True
 
 
-def check(argument: str) -> None:
-    del argument
-
-
 def build(argument: str, context: Context) -> Table:
     del argument
     return Table(lambda: surprisal(context.counts()), context.corpus())

@@ -39,8 +39,7 @@ class DiffusionBERT(Objective):
     strength: float  # lambda; 0 is the uniform schedule
 
     def __post_init__(self):
-        if self.block_size < 1:
-            raise UserError(f"diffusion.block_size is {self.block_size}, expected at least 1")
+        super().__post_init__()
         if not 0 <= self.strength < 1 / math.pi:
             raise UserError(f"diffusion.strength is {self.strength}, expected 0 to {1 / math.pi:.4f} (1 / pi): beyond "
                             "it tokens would be uncovered again as the noise grows")

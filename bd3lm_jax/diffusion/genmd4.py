@@ -41,8 +41,7 @@ class GenMD4(Objective):
     eps: float  # e
 
     def __post_init__(self):
-        if self.block_size < 1:
-            raise UserError(f"diffusion.block_size is {self.block_size}, expected at least 1")
+        super().__post_init__()
         if not 0 < self.power < math.inf:
             raise UserError(f"diffusion.power is {self.power}, expected a positive number, e.g. 1.0")
         if not 0 <= self.eps < 0.5:

@@ -32,8 +32,7 @@ class Levels(Objective):
     ramp: float  # part of the time in which noise comes in from the right; N / (N + T) in the paper's notation
 
     def __post_init__(self):
-        if self.block_size < 1:
-            raise UserError(f"diffusion.block_size is {self.block_size}, expected at least 1")
+        super().__post_init__()
         if not 0 < self.ramp < 1:
             raise UserError(f"diffusion.ramp is {self.ramp}, expected between 0 and 1: without a ramp the text is "
                             "noisy at time 0")

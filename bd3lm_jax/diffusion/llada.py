@@ -45,8 +45,7 @@ class LLaDA(Objective):
     normalise: str
 
     def __post_init__(self):
-        if self.block_size < 1:
-            raise UserError(f"diffusion.block_size is {self.block_size}, expected at least 1")
+        super().__post_init__()
         if not 0 <= self.random_length <= 1:
             raise UserError(f"diffusion.random_length is {self.random_length}, expected 0 to 1, e.g. 0.01")
         if self.normalise not in NORMALISATIONS:

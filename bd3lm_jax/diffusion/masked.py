@@ -57,7 +57,7 @@ class Masked(Objective):
     eps: float  # bernoulli: no mask probability below this
 
     def __post_init__(self):
-        _check(self.block_size >= 1, f"diffusion.block_size is {self.block_size}, expected at least 1")
+        super().__post_init__()
         get_schedule(self.schedule)
         _check(self.corruption in ("exact_count", "bernoulli"),
                f"diffusion.corruption is {self.corruption!r}, expected 'exact_count' or 'bernoulli'")

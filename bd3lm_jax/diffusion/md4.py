@@ -31,8 +31,7 @@ class MD4(Objective):
     clip: float  # 1e-4 as published
 
     def __post_init__(self):
-        if self.block_size < 1:
-            raise UserError(f"diffusion.block_size is {self.block_size}, expected at least 1")
+        super().__post_init__()
         if self.schedule not in SCHEDULES and not self.schedule.startswith("polynomial:"):
             raise UserError(f"diffusion.schedule is '{self.schedule}', expected linear, cosine or polynomial:p for "
                             "diffusion.kind='md4'")

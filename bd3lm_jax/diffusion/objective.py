@@ -60,6 +60,10 @@ class Objective:
     learns: ClassVar[bool] = False
     block_size: int
 
+    def __post_init__(self):
+        if self.block_size < 1:
+            raise UserError(f"diffusion.block_size is {self.block_size}, expected at least 1")
+
     @property
     def writes(self) -> bool:
         """Whether there are samplers for the network."""

@@ -66,7 +66,7 @@ class Priority(Objective):
     rate_high: float
 
     def __post_init__(self):
-        _check(self.block_size >= 1, f"diffusion.block_size is {self.block_size}, expected at least 1")
+        super().__post_init__()
         _check(self.form in FORMS, f"diffusion.form is {self.form!r}, expected one of {', '.join(map(repr, FORMS))}")
         _check(0 < self.weight < math.inf,
                f"diffusion.weight is {self.weight}, expected a positive number; diffusion.hard=True is its limit")

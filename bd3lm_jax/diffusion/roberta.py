@@ -31,8 +31,7 @@ class RobertaDiffusion(Objective):
     special_ids: tuple[int, ...]
 
     def __post_init__(self):
-        if self.block_size < 1:
-            raise UserError(f"diffusion.block_size is {self.block_size}, expected at least 1")
+        super().__post_init__()
         wrong = [rate for rate in self.rates if not 0 < rate <= 1]
         if wrong or not self.rates:
             raise UserError(f"diffusion.rates is {self.rates}, expected mask rates above 0 and up to 1, e.g. "

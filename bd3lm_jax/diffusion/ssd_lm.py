@@ -56,8 +56,7 @@ class SSDLM(Objective):
     scale: float  # K: logits of clean tokens are +-K; 5 in the paper
 
     def __post_init__(self):
-        if self.block_size < 1:
-            raise UserError(f"diffusion.block_size is {self.block_size}, expected at least 1")
+        super().__post_init__()
         if not 0 < self.scale < math.inf:
             raise UserError(f"diffusion.scale is {self.scale}, expected a positive number, e.g. 5.0")
 

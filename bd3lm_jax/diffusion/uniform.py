@@ -39,8 +39,7 @@ class Uniform(Objective):
     eps: float
 
     def __post_init__(self):
-        if self.block_size < 1:
-            raise UserError(f"diffusion.block_size is {self.block_size}, expected at least 1")
+        super().__post_init__()
         if self.vocab_size != -1 and self.vocab_size < 3:
             raise UserError(f"diffusion.vocab_size is {self.vocab_size}, expected at least 2 tokens and a mask, or -1")
         if not 0 <= self.eps < 0.5:
