@@ -34,7 +34,7 @@ def compare(workdirs: Sequence[str], *, split: str, scorer: str, texts: int, dra
     Returns rows of {"name", "workdir", "kind", "block_size", "params", "step"; "estimator" and, in bits per byte,
     "bound" with "bound_ci95" (None without a bound), "difference" and "difference_ci95" to the first run, paired by
     document; "native" and "native_ci95" (the bound of its own objective, where that is another); "train_loss" (the
-    objective as optimised, mean of the last tenth of training), "tokens_per_s" (median while training); "gen_ppl",
+    objective as optimised, mean of the last tenth of training), "train_tokens_per_s" (median while training); "gen_ppl",
     "gen_ppl_ci95", "entropy", "entropy_ci95" and "tokens_per_call" of its texts (None without), "no_texts" (why)}.
     The intervals are over documents and draws (texts), not over trainings. Raises UserError for runs of different
     corpora and for a scorer that does not fit.
@@ -103,7 +103,7 @@ def _training(workdir: str) -> dict[str, float | None]:
     losses, rates = ([line[key] for line in lines if key in line] for key in ("train/loss", "train/tokens_per_s"))
     last = max(len(losses) // 10, 1)
     return {"train_loss": float(np.mean(losses[-last:])) if losses else None,
-            "tokens_per_s": float(np.median(rates)) if rates else None}
+            "train_tokens_per_s": float(np.median(rates)) if rates else None}
 
 
 def _texts(run, judge: Scorer | None, texts: int, seed: int) -> dict[str, Any]:
@@ -128,7 +128,8 @@ def show(rows: Sequence[dict[str, Any]], scorer: str) -> None:
     log.table(f"training, and texts scored by {scorer or 'nobody'}",
               ("run", "train loss", "tok/s", "gen. PPL", "entropy", "tokens a call"), [_texts_of(row) for row in rows])
     log.note("bound: under uniform counts, the likelihood itself for autoregression and block size 1. Intervals do not "
-             "cover what another training with another seed would give.")
+             "cover what another training with another seed would give. tok/s: while training; runs that were trained beside "
+             "others do not compare.")
 
 
 def _likelihood(row: dict[str, Any]) -> tuple[str, ...]:
@@ -137,7 +138,7 @@ def _likelihood(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _texts_of(row: dict[str, Any]) -> tuple[str, ...]:
-    return (row["name"], _number(row["train_loss"], ".3f"), _number(row["tokens_per_s"], ",.0f"),
+    return (row["name"], _number(row["train_loss"], ".3f"), _number(row["train_tokens_per_s"], ",.0f"),
             _estimate(row, "gen_ppl", ".0f"), _estimate(row, "entropy", ".2f"), _number(row["tokens_per_call"], ".2f"))
 
 
