@@ -34,8 +34,8 @@ def compare(workdirs: Sequence[str], *, split: str, scorer: str, texts: int, dra
     Returns rows of {"name", "workdir", "kind", "block_size", "params", "step"; "estimator" and, in bits per byte,
     "bound" with "bound_ci95" (None without a bound), "difference" and "difference_ci95" to the first run, paired by
     document; "native" and "native_ci95" (the bound of its own objective, where that is another); "train_loss" (the
-    objective as optimised, mean of the last tenth of training), "train_tokens_per_s" (median while training); "gen_ppl",
-    "gen_ppl_ci95", "entropy", "entropy_ci95" and "tokens_per_call" of its texts (None without), "no_texts" (why)}.
+    objective as optimised, mean of the last tenth of training), "train_tokens_per_s" (median while training);
+    "gen_ppl", "gen_ppl_ci95", "entropy", "entropy_ci95" and "tokens_per_call" of its texts (None without), "no_texts" (why)}.
     The intervals are over documents and draws (texts), not over trainings. Raises UserError for runs of different
     corpora and for a scorer that does not fit.
     """
@@ -128,8 +128,8 @@ def show(rows: Sequence[dict[str, Any]], scorer: str) -> None:
     log.table(f"training, and texts scored by {scorer or 'nobody'}",
               ("run", "train loss", "tok/s", "gen. PPL", "entropy", "tokens a call"), [_texts_of(row) for row in rows])
     log.note("bound: under uniform counts, the likelihood itself for autoregression and block size 1. Intervals do not "
-             "cover what another training with another seed would give. tok/s: while training; runs that were trained beside "
-             "others do not compare.")
+             "cover what another training with another seed would give. tok/s: while training; runs that were trained "
+             "beside others do not compare.")
 
 
 def _likelihood(row: dict[str, Any]) -> tuple[str, ...]:
