@@ -36,8 +36,8 @@ def compare(workdirs: Sequence[str], *, split: str, scorer: str, texts: int, dra
     document; "native" and "native_ci95" (the bound of its own objective, where that is another); "train_loss" (the
     objective as optimised, mean of the last tenth of training), "train_tokens_per_s" (median while training);
     "gen_ppl", "gen_ppl_ci95", "entropy", "entropy_ci95" and "tokens_per_call" of its texts (None without), "no_texts"
-    (why)}. The intervals are over documents and draws (texts), not over trainings. Raises UserError for runs of different
-    corpora and for a scorer that does not fit.
+    (why)}. The intervals are over documents and draws (texts), not over trainings. Raises UserError for runs of
+    different corpora and for a scorer that does not fit.
     """
     judge = Scorer(_model(scorer), scorer, 0) if scorer else None
     rows, first = [], None
