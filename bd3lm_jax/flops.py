@@ -66,7 +66,8 @@ def parts(model_config: Any, objective: Any, *, batch: int, length: int, views: 
         attention += 4 * batch * on_noised.width * (noised_layers * noised_pairs + (layer_count - peeled) * clean_pairs)
     if objective.mixtures is not None:  # mixtures of tokens instead of ids
         mixtures = jax.ShapeDtypeStruct((batch, views, length, model_config.vocab_size), jnp.float32)
-        layers += count(lambda p, x: model.embed.apply({"params": p}, x), params["embed"], mixtures)
+        places = jax.ShapeDtypeStruct(mixtures.shape[:-1], jnp.int32)
+        layers += count(lambda p, *x: model.embed.apply({"params": p}, *x), params["embed"], mixtures, places)
     scored = scored_positions(objective, batch, length, views, schedule)
     return Parts(layers, attention, _head(model, params, (batch, views, scored)))
 
@@ -104,7 +105,7 @@ class _Layer(NamedTuple):
 def _layer(model, block, layer, params, shape, level) -> _Layer:
     """One layer on tokens `[B, C]` or `[B, M, T]`; level: shape of the noise levels that condition them."""
     ids = jax.ShapeDtypeStruct(shape, jnp.int32)
-    h = jax.eval_shape(lambda p, x: model.embed.apply({"params": p}, x), params["embed"], ids)
+    h = jax.eval_shape(lambda p, x: model.embed.apply({"params": p}, x, x), params["embed"], ids)
     rotary = jax.eval_shape(model.rotary, ids)
     cond = None
     if model.condition is not None:
@@ -134,7 +135,7 @@ def _pairs(objective, length: int, views: int) -> tuple[float, float]:
 def _head(model, params, shape) -> int:
     """The output layer on positions `[B, M, C]`."""
     ids = jax.ShapeDtypeStruct(shape, jnp.int32)
-    h = jax.eval_shape(lambda p, x: model.embed.apply({"params": p}, x), params["embed"], ids)
+    h = jax.eval_shape(lambda p, x: model.embed.apply({"params": p}, x, x), params["embed"], ids)
     sigma = jax.ShapeDtypeStruct(ids.shape, jnp.float32) if trunk.takes_level(model.config) else None
     return count(lambda p, h, sigma: trunk.logits(model, p, h, sigma), params, h, sigma)
 

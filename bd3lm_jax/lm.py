@@ -47,9 +47,9 @@ def load(path: str, weights: str = "ema") -> "LM":
     if description.exists() and "model_type" in _json(description):
         from bd3lm_jax import hf
 
-        model_config, objective, length, params = hf.read_model(path)
-        config = Config(0, model_config, objective, **dict.fromkeys(SECTIONS))
-        return LM(config, params, None, models.build(model_config, jnp.float32), length)
+        found, params = hf.read_model(path)
+        config = Config(0, found.model, found.objective, **dict.fromkeys(SECTIONS))
+        return LM(config, params, None, models.build(found.model, jnp.float32), found.length)
     from bd3lm_jax.restore import restore
 
     run = restore(path, weights, "float32", None)

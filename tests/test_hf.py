@@ -13,6 +13,7 @@ from bd3lm_jax import hf
 from bd3lm_jax.diffusion import AR, SEDD
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import build, trunk
+from bd3lm_jax.published.bd3lm import INV_FREQ
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 LAYER = "backbone.blocks.1."
@@ -29,7 +30,7 @@ def rewritten(tmp_path, tensors=lambda tensors: tensors, name="bd3lm_block4", **
 
 @pytest.mark.parametrize("name", ["bd3lm_block4", "bd3lm_time_conditioned", "bd3lm_block32_is_mdlm", "ar", "sedd"])
 def test_parameters_have_the_tree_of_init(name):
-    config, _, length, params = hf.read_model(GOLDEN / name)
+    (config, _, length), params = hf.read_model(GOLDEN / name)
     expected = jax.eval_shape(lambda key: trunk.init(build(config, jnp.float32), key), jax.random.key(0))
     assert jax.tree.structure(params) == jax.tree.structure(expected)
     jax.tree.map(lambda x, y: np.testing.assert_equal((x.shape, x.dtype), (y.shape, y.dtype)), params, expected)
@@ -37,7 +38,7 @@ def test_parameters_have_the_tree_of_init(name):
 
 
 def test_layouts():
-    _, _, _, params = hf.read_model(GOLDEN / "bd3lm_block4")
+    params = hf.read_model(GOLDEN / "bd3lm_block4")[1]
     published = load_file(GOLDEN / "bd3lm_block4" / "model.safetensors")
     qkv, out = published[LAYER + "attn_qkv.weight"], published[LAYER + "attn_out.weight"]
     modulation = published[LAYER + "adaLN_modulation.weight"]
@@ -50,17 +51,17 @@ def test_layouts():
 
 
 def test_objectives():
-    block = hf.read_model(GOLDEN / "bd3lm_time_conditioned")[1]
+    block = hf.read_model(GOLDEN / "bd3lm_time_conditioned")[0].objective
     assert (block.block_size, block.clip_low, block.clip_high) == (8, 0.3, 0.8)
-    assert hf.read_model(GOLDEN / "ar")[1] == AR(bos=False)
-    scores = hf.read_model(GOLDEN / "sedd")[1]
+    assert hf.read_model(GOLDEN / "ar")[0].objective == AR(bos=False)
+    scores = hf.read_model(GOLDEN / "sedd")[0].objective
     assert scores == SEDD(block_size=32, corruption="bernoulli", eps=1e-3)
 
 
 def test_range_from_the_training_epsilon_on_is_unclipped(tmp_path):
     limits = {"sampling_eps_min": np.float32(1e-3), "sampling_eps_max": np.float32(1)}
     directory = rewritten(tmp_path, lambda t: t | {name: np.array(value) for name, value in limits.items()})
-    objective = hf.read_model(directory)[1]
+    objective = hf.read_model(directory)[0].objective
     assert (objective.clip_low, objective.clip_high) == (0.0, 1.0)
 
 
@@ -69,14 +70,14 @@ def test_names_left_by_a_compiler(tmp_path, prefix):
     def renamed(tensors):
         return {name.replace("backbone.", prefix if "backbone" in prefix else prefix + "backbone."): x
                 for name, x in tensors.items()}
-    expected = hf.read_model(GOLDEN / "bd3lm_block4")[3]
-    jax.tree.map(np.testing.assert_array_equal, hf.read_model(rewritten(tmp_path, renamed))[3], expected)
+    expected = hf.read_model(GOLDEN / "bd3lm_block4")[1]
+    jax.tree.map(np.testing.assert_array_equal, hf.read_model(rewritten(tmp_path, renamed))[1], expected)
 
 
 def test_half_precision_weights_become_float32(tmp_path):
     directory = rewritten(tmp_path, lambda t: {name: np.asarray(x, jnp.bfloat16) for name, x in t.items()
-                                               if "inv_freq" not in name} | {hf.INV_FREQ: t[hf.INV_FREQ]})
-    params, exact = hf.read_model(directory)[3], hf.read_model(GOLDEN / "bd3lm_block4")[3]
+                                               if "inv_freq" not in name} | {INV_FREQ: t[INV_FREQ]})
+    params, exact = hf.read_model(directory)[1], hf.read_model(GOLDEN / "bd3lm_block4")[1]
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2**-8), params, exact)
 
@@ -88,7 +89,7 @@ def without(name):
 @pytest.mark.parametrize("change, message", [
     (without(LAYER + "mlp.0.bias"), f"missing: {LAYER}mlp.0.bias$"),
     (without("sampling_eps_min"), "missing: sampling_eps_min$"),
-    (without(hf.INV_FREQ), "missing: backbone.rotary_emb.inv_freq$"),
+    (without(INV_FREQ), "missing: backbone.rotary_emb.inv_freq$"),
     (lambda t: t | {"backbone.blocks.2.norm1.weight": t[LAYER + "norm1.weight"]},
      "unexpected: backbone.blocks.2.norm1.weight$"),
     (lambda t: t | {LAYER + "attn_qkv.weight": np.zeros((48, 144), np.float32)},
@@ -96,7 +97,7 @@ def without(name):
     (lambda t: without(LAYER + "norm1.weight")(t) | {"other": np.zeros(1)},
      f"missing: {LAYER}norm1.weight; unexpected: other$"),
     (lambda t: t | {"_orig_mod." + LAYER + "norm1.weight": t[LAYER + "norm1.weight"]}, "norm1.weight is there twice"),
-    (lambda t: t | {hf.INV_FREQ: t[hf.INV_FREQ] ** 2}, "not that of RoPE base 10000"),
+    (lambda t: t | {INV_FREQ: t[INV_FREQ] ** 2}, "not that of RoPE base 10000"),
     (lambda t: {}, "missing: .* and 25 more$"),
 ])
 def test_wrong_tensors(tmp_path, change, message):

@@ -79,8 +79,9 @@ class Embed(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, ids):
+    def __call__(self, ids, position=None):
         """int32 `[..., T]`, or weights of the vocabulary's tokens float `[..., T, V]` -> `[..., T, D]`."""
+        del position  # enters by RoPE
         shape = (self.config.padded_vocab, self.config.width)
         bound = 1 / math.sqrt(self.config.width)
         table = self.param("embedding", lambda key: jax.random.uniform(key, shape, jnp.float32, -bound, bound))

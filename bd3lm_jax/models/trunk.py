@@ -42,11 +42,11 @@ class Execution:
 class Backbone(NamedTuple):
     """The leaf modules of a network; `models/dit.py` is the example to read.
 
-    embed(ids, or mixtures of them) -> h. condition(sigma) -> cond, or None for a network that takes no noise level.
-    rotary(positions) -> whatever `pre` wants of positions. groups: (name, block, count) with block methods
+    embed(ids or mixtures of them, positions) -> h. condition(sigma) -> cond, or None for a network that takes no noise
+    level. rotary(positions) -> whatever `pre` wants of positions. groups: (name, block, count) with block methods
     pre(h, cond, rotary, queries) -> q (None without queries), k, v and
     post(h, attended, cond, dropout_keys) -> h, aux. head(h, cond) -> logits, in two parts: head.features(h, cond) and
-    head.output_layer() -> kernel, bias.
+    head.output_layer() -> kernel, bias. tied: the head finds the parameters of `embed` among its own, as "embed".
     """
 
     config: Any
@@ -56,6 +56,7 @@ class Backbone(NamedTuple):
     groups: tuple[tuple[str, nn.Module, int], ...]
     head: nn.Module
     dtype: Any
+    tied: bool = False
 
 
 @flax.struct.dataclass
@@ -162,8 +163,8 @@ def init(model: Backbone, key) -> dict:
     """Random parameters: nested dict of float32 arrays; every layer group has a leading layer axis."""
     ids = jnp.zeros((1, 1), jnp.int32)
     keys = jax.random.split(key, 3 + len(model.groups))
-    params = {"embed": model.embed.init(keys[0], ids)["params"]}
-    h = model.embed.apply({"params": params["embed"]}, ids)
+    params = {"embed": model.embed.init(keys[0], ids, ids)["params"]}
+    h = model.embed.apply({"params": params["embed"]}, ids, ids)
     cond = None
     if model.condition is not None:
         params["condition"] = model.condition.init(keys[1], jnp.zeros((1, 1)))["params"]
@@ -172,7 +173,8 @@ def init(model: Backbone, key) -> dict:
         def init_layer(layer_key, block=block):
             return block.init(layer_key, h, cond, model.rotary(ids))["params"]
         params[name] = jax.vmap(init_layer)(jax.random.split(group_key, count))
-    params["head"] = model.head.init(keys[2], h, cond)["params"]
+    # A tied output layer has no parameters of its own, and its table is not there yet.
+    params["head"] = model.head.init(keys[2], h, cond, method=model.head.features if model.tied else None)["params"]
     return params
 
 
@@ -234,18 +236,22 @@ def hidden(model: Backbone, params: dict, *, noised: Stream | None, clean: Strea
 
 def logits(model: Backbone, params: dict, h, sigma=None) -> jax.Array:
     """Hidden states `[..., D]` -> logits float32 `[..., V]`. sigma `[..., n]` as in `Stream`, None: the constant 0."""
-    return model.head.apply({"params": params["head"]}, h, _condition(model, params, sigma))
+    return model.head.apply(_head_variables(model, params), h, _condition(model, params, sigma))
 
 
 def features(model: Backbone, params: dict, h, sigma=None) -> jax.Array:
     """Hidden states -> what the output layer multiplies, both `[..., D]`; sigma as in `logits`."""
     cond = _condition(model, params, sigma)
-    return model.head.apply({"params": params["head"]}, h, cond, method=model.head.features)
+    return model.head.apply(_head_variables(model, params), h, cond, method=model.head.features)
 
 
 def output_layer(model: Backbone, params: dict) -> tuple[jax.Array, jax.Array]:
     """Kernel `[D, V']` and bias `[V']`: logits = features @ kernel + bias; no token has an id from vocab_size on."""
-    return model.head.apply({"params": params["head"]}, method=model.head.output_layer)
+    return model.head.apply(_head_variables(model, params), method=model.head.output_layer)
+
+
+def _head_variables(model, params):
+    return {"params": {**params["head"], "embed": params["embed"]} if model.tied else params["head"]}
 
 
 def _condition(model, params, sigma):
@@ -262,10 +268,12 @@ def _run(model, params, noised, clean, cache, *, rule, block_size, execution, dr
                     clean=None if clean is None else clean.tokens(False),
                     cache=None if cache is None or cache.empty else cache.tokens(), smallest=smallest)
     streams = {name: stream for name, stream in (("noised", noised), ("clean", clean)) if stream is not None}
-    h = {name: model.embed.apply({"params": params["embed"]}, stream.ids) for name, stream in streams.items()}
+    position = {name: stream.position[:, None] if name == "noised" else stream.position
+                for name, stream in streams.items()}
+    h = {name: model.embed.apply({"params": params["embed"]}, stream.ids, position[name])
+         for name, stream in streams.items()}
     cond = {name: _condition(model, params, stream.sigma) for name, stream in streams.items()}
-    rotary = {name: model.rotary(stream.position[:, None] if name == "noised" else stream.position)
-              for name, stream in streams.items()}
+    rotary = {name: model.rotary(x) for name, x in position.items()}
     joined = 0
     few = len(streams) == 2 and not spec.aligned and noised.ids.shape[1] == 1  # decoding
     if few and noised.sigma is None and clean.sigma is None:

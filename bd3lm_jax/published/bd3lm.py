@@ -1,0 +1,101 @@
+"""The layout of the BD3-LM release (arXiv 2503.09573), which also carries its AR, MDLM and SEDD baselines."""
+
+import numpy as np
+
+from bd3lm_jax.diffusion import AR, SEDD, Masked
+from bd3lm_jax.models.dit import LEVEL_FEATURES, DiTConfig
+from bd3lm_jax.published.leaf import Described, Leaf, bias, check_keys, linear, padded, require, same, vector
+
+MODEL_TYPES = ("bd3lm",)
+FORMS = ("bd3lm", "mdlm", "ar", "sedd")  # what a config may name as its `algo`
+CONFIG_KEYS = {
+    "vocab_size": int, "model_length": int, "block_size": int, "hidden_dim": int, "cond_dim": int, "n_blocks": int,
+    "n_heads": int, "dropout": float, "adaln": bool, "causal": bool, "cross_attn": bool, "time_conditioning": bool,
+}
+ROPE_BASE, MLP_RATIO, TRAINING_EPS = 1e4, 4, 1e-3  # constants of the published code, absent from its config
+INV_FREQ = "backbone.rotary_emb.inv_freq"
+CLIP = ("sampling_eps_min", "sampling_eps_max")
+
+
+def describe(path, published: dict, scalars: dict[str, float]) -> Described:
+    """What config.json says. scalars: the tensors of the checkpoint that hold a single number."""
+    check_keys(path, published, CONFIG_KEYS)
+    form, length, block_size = published.get("algo"), published["model_length"], published["block_size"]
+    require(form in (None, *FORMS), f"{path}: algo is {form!r}, supported: {', '.join(FORMS)}")
+    require(form is None or published["causal"] == (form == "ar"),
+            f"{path}: algo {form!r} does not go with causal={published['causal']}")
+    require(length > 0 and block_size > 0 and length % block_size == 0,
+            f"{path}: block_size={block_size} must divide model_length={length}")
+    model = DiTConfig(
+        vocab_size=published["vocab_size"], layers=published["n_blocks"], width=published["hidden_dim"],
+        heads=published["n_heads"], mlp_ratio=MLP_RATIO, dropout=float(published["dropout"]),
+        adaln=published["adaln"], cond_dim=published["cond_dim"], time_conditioning=published["time_conditioning"],
+        rope_base=ROPE_BASE)
+    return Described(model, _objective(published, scalars), length)
+
+
+def _objective(published: dict, scalars: dict) -> Masked | AR | SEDD:
+    if published["causal"]:
+        return AR(bos=False)
+    # Without cross attention to a clean stream the row is one block.
+    block_size = published["block_size"] if published["cross_attn"] else published["model_length"]
+    low, high = (round(float(scalars[name]), 6) for name in CLIP) if CLIP[0] in scalars else (0.0, 1.0)
+    if published.get("algo") == SEDD.kind:
+        return SEDD(block_size=block_size, corruption="bernoulli", eps=TRAINING_EPS)
+    return Masked(block_size=block_size, schedule="loglinear", corruption="bernoulli", count_probs=(), complement=False,
+                  clip_low=low if low > TRAINING_EPS else 0.0, clip_high=high, eps=TRAINING_EPS)
+
+
+def layout(config: DiTConfig) -> dict[str, Leaf]:
+    """Path of each of our parameters -> its published source."""
+    width, cond, hidden, vocab = config.width, config.cond_dim, config.mlp_ratio * config.width, config.vocab_size
+    heads, size, layers = config.heads, config.width // config.heads, range(config.layers)
+    block, output = "backbone.blocks.{layer}.", "backbone.output_layer."
+    table = Leaf("backbone.vocab_embed.embedding", (vocab, width), same, same)
+    leaves = {
+        "embed.embedding": padded(table, 0, config.padded_vocab),
+        "blocks.norm1.scale": vector(f"{block}norm1.weight", width, layers),
+        "blocks.norm2.scale": vector(f"{block}norm2.weight", width, layers),
+        "blocks.qkv.kernel": linear(f"{block}attn_qkv.weight", width, (3, heads, size), layers),
+        "blocks.out.kernel": linear(f"{block}attn_out.weight", (heads, size), width, layers),
+        "blocks.mlp_in.kernel": linear(f"{block}mlp.0.weight", width, hidden, layers),
+        "blocks.mlp_in.bias": vector(f"{block}mlp.0.bias", hidden, layers),
+        "blocks.mlp_out.kernel": linear(f"{block}mlp.2.weight", hidden, width, layers),
+        "blocks.mlp_out.bias": vector(f"{block}mlp.2.bias", width, layers),
+        "head.norm.scale": vector(f"{output}norm_final.weight", width),
+        "head.linear.kernel": padded(linear(f"{output}linear.weight", width, vocab), 1, config.padded_vocab),
+        "head.linear.bias": padded(vector(f"{output}linear.bias", vocab), 0, config.padded_vocab),
+    }
+    if config.adaln:
+        modulation, level = "adaLN_modulation", "backbone.sigma_map.mlp."
+        leaves |= {
+            "condition.fc1.kernel": linear(f"{level}0.weight", LEVEL_FEATURES, cond),
+            "condition.fc1.bias": vector(f"{level}0.bias", cond),
+            "condition.fc2.kernel": linear(f"{level}2.weight", cond, cond),
+            "condition.fc2.bias": vector(f"{level}2.bias", cond),
+            "blocks.modulation.kernel": linear(f"{block}{modulation}.weight", cond, (6, width), layers),
+            "blocks.modulation.bias": bias(f"{block}{modulation}.bias", (6, width), layers),
+            "head.modulation.kernel": linear(f"{output}{modulation}.weight", cond, (2, width)),
+            "head.modulation.bias": bias(f"{output}{modulation}.bias", (2, width)),
+        }
+    return leaves
+
+
+def held(config: DiTConfig, names: set[str]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors beside parameters that a checkpoint with tensors of these names must hold. The
+    limits of the clip may be absent, but not one of them alone."""
+    limits = dict.fromkeys(CLIP, ()) if names & set(CLIP) else {}
+    return {INV_FREQ: (config.width // config.heads // 2,)} | limits
+
+
+def check_held(path, config: DiTConfig, tensors: dict[str, np.ndarray]) -> None:
+    """UserError unless the tensors of `held` say what the network computes."""
+    found, expected = tensors[INV_FREQ], _frequencies(config)
+    require(np.allclose(found, expected, rtol=1e-5, atol=0),
+            f"{path}: {INV_FREQ} is not that of RoPE base {ROPE_BASE:g}, the only one supported: entry 1 of "
+            f"{found.size} is {found[1:2]}, expected {expected[1:2]}")
+
+
+def _frequencies(config: DiTConfig) -> np.ndarray:
+    half = config.width // config.heads // 2
+    return ROPE_BASE ** (-np.arange(half) / half)

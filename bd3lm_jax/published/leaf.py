@@ -1,0 +1,99 @@
+"""Where a parameter of ours lies in a published checkpoint, and how its layout changes on the way in and out."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bd3lm_jax.errors import UserError
+
+
+class Leaf(NamedTuple):
+    """One of our parameters. Layers and experts are tensors of their own as published, and stacked in ours.
+
+    name: of its tensors, with "{layer}" and "{expert}" in it where there is one for each.
+    shape: of one such tensor as published (PyTorch's linear weights are [out, in]).
+    read: published array -> ours, for one tensor. write: its inverse, bit for bit.
+    layers: numbers of the layers in the group, in order; () if it is no parameter of a layer. experts: 0 for none.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[np.ndarray], np.ndarray]
+    write: Callable[[np.ndarray], np.ndarray]
+    layers: Sequence[int] = ()
+    experts: int = 0
+
+    def sources(self) -> list[str]:
+        """Published names of the tensors behind the parameter, in the order in which they are stacked."""
+        return [self.name.format(layer=layer, expert=expert) for layer in self.layers or (None,)
+                for expert in (range(self.experts) if self.experts else (None,))]
+
+    @property
+    def stacked(self) -> tuple[int, ...]:
+        """Leading axes of our parameter, beyond those of one tensor: layers, experts."""
+        return (len(self.layers),) * bool(self.layers) + (self.experts,) * bool(self.experts)
+
+
+def _sizes(axes: Sequence[int] | int) -> tuple[int, ...]:
+    return (axes,) if isinstance(axes, int) else tuple(axes)
+
+
+def same(x: np.ndarray) -> np.ndarray:
+    return x
+
+
+def vector(name: str, size: int, layers: Sequence[int] = ()) -> Leaf:
+    """A bias or a scale, alike in both."""
+    return Leaf(name, (size,), same, same, layers)
+
+
+def linear(name: str, inputs: Sequence[int] | int, outputs: Sequence[int] | int, layers: Sequence[int] = (),
+           experts: int = 0) -> Leaf:
+    """A matrix: [out, in] as published, `[*inputs, *outputs]` in ours."""
+    ours = (*_sizes(inputs), *_sizes(outputs))
+    shape = (math.prod(_sizes(outputs)), math.prod(_sizes(inputs)))
+    return Leaf(name, shape, lambda w: w.T.reshape(ours), lambda w: w.reshape(shape[::-1]).T, layers, experts)
+
+
+def bias(name: str, sizes: Sequence[int], layers: Sequence[int] = ()) -> Leaf:
+    """The bias of a matrix whose outputs have several axes in ours."""
+    size = math.prod(sizes)
+    return Leaf(name, (size,), lambda w: w.reshape(tuple(sizes)), lambda w: w.reshape(size), layers)
+
+
+def padded(leaf: Leaf, axis: int, size: int) -> Leaf:
+    """The leaf with an axis of ours filled with zeros up to `size`, as a vocabulary is."""
+    real = leaf.read(np.empty(leaf.shape, np.bool_)).shape[axis]
+
+    def read(w):
+        w = leaf.read(w)
+        return np.pad(w, [(0, size - real if at == axis else 0) for at in range(w.ndim)])
+
+    def write(w):
+        return leaf.write(np.take(w, range(real), axis=axis))
+
+    return leaf._replace(read=read, write=write)
+
+
+class Described(NamedTuple):
+    """What a published config.json says: our model config and objective, the context in tokens."""
+
+    model: Any
+    objective: Any
+    length: int
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def check_keys(path, published: dict, wanted: dict[str, type]) -> None:
+    """UserError unless every key is there with its type; a whole number may stand for a float."""
+    for key, kind in wanted.items():
+        require(key in published, f"{path}: key '{key}' is missing, expected {kind.__name__}")
+        value = published[key]
+        right = type(value) is kind or (kind is float and type(value) is int)
+        require(right, f"{path}: '{key}' is {value!r}, expected {kind.__name__}")
