@@ -6,7 +6,7 @@ A format module offers
     layout(model config) -> {path of our parameter: Leaf}
     held(model config, names) -> {name: shape}          tensors beside parameters that must be there
     check_held(path, model config, tensors)             ... and what they must say
-    publish(model config, objective, length) -> dict    the config.json of such a network
+    publish(model config, objective, length) -> dict    the inverse of describe: content of config.json
 and is one more line here.
 """
 

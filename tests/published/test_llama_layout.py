@@ -66,7 +66,7 @@ def test_config_out_and_in_again(name, tmp_path):
     published = json.loads(json.dumps(form.publish(described.model, described.objective, described.length)))
     again = FORMATS[published["model_type"]].describe(tmp_path, published, {})
     assert again == described._replace(mask_id=-1)
-    assert "diffusion" not in published
+    assert "block_size" not in published
 
 
 def small(**changes):
@@ -101,8 +101,8 @@ def test_networks_that_nobody_publishes(form, changes, message):
 
 
 @pytest.mark.parametrize("config, message", [
-    ({"hidden_act": "gelu"}, "hidden_act is 'gelu', supported: 'silu'"),
-    ({"attention_bias": True}, "attention_bias is True, supported: False"),
+    ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu', supported: 'silu'"),
+    ({"attention_bias": True}, "'attention_bias' is True, supported: False"),
     ({"rms_norm_eps": ...}, "key 'rms_norm_eps' is missing"),
     ({"num_attention_heads": 5, "head_dim": None}, "hidden_size=32 is no multiple of num_attention_heads=5"),
     ({"num_key_value_heads": 3}, "model.kv_heads=3 does not divide model.heads=4"),
@@ -110,8 +110,8 @@ def test_networks_that_nobody_publishes(form, changes, message):
     ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, "needs the number low_freq_factor, high_freq"),
     ({"num_key_value_heads": 4}, r"misshapen: model.layers.0.self_attn.k_proj.weight \(is \[16, 32\]"),
     ({"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight"),
-    ({"diffusion": {"kind": "masked", "block_size": 4}}, "'diffusion' has the keys block_size, expected kind, "),
-    ({"diffusion": {"kind": "maskd"}}, "did you mean 'masked'"),
+    ({"block_size": 5}, "block_size is 5, expected a number of tokens that divides the context of 96"),
+    ({"mask_token_id": "<mask>"}, "'mask_token_id' is '<mask>', expected a token id"),
 ])
 def test_wrong_config(tmp_path, config, message):
     with pytest.raises(UserError, match=message):
@@ -119,8 +119,8 @@ def test_wrong_config(tmp_path, config, message):
 
 
 @pytest.mark.parametrize("config, message", [
-    ({"alibi": True}, "alibi is True, supported: False"),
-    ({"block_type": "sequential"}, "block_type is 'sequential', supported: 'llama'"),
+    ({"alibi": True}, "'alibi' is True, supported: False"),
+    ({"block_type": "sequential"}, "'block_type' is 'sequential', supported: 'llama'"),
     ({"n_heads": 5}, "d_model=32 is no multiple of n_heads=5"),
 ])
 def test_wrong_llada_config(tmp_path, config, message):
