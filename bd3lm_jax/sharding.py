@@ -1,7 +1,7 @@
 """Where arrays live: the device mesh, one path rule for every parameter, and activation constraints.
 
 Mesh axes: "data" replicates the parameters, "fsdp" shards them (both split the batch), "tensor" splits heads, the
-hidden layer of the MLP and the vocabulary.
+hidden layer of the MLP, the vocabulary, and experts.
 """
 
 import math
@@ -30,11 +30,15 @@ RULES = (
     (r"condition/fc[12]/(kernel|bias)", P()),
     (r"(.*/)?([qk]_)?norm\d?/scale", P()),
     (r"blocks/qkv/kernel", P(None, "fsdp", None, "tensor", None)),
-    (r"blocks/out/kernel", P(None, "tensor", None, "fsdp")),
-    (r"blocks/[qkv]/kernel", P(None, "fsdp", "tensor", None)),
-    (r"blocks/[qkv]/bias", P(None, "tensor", None)),
-    (r"blocks/(gate|up)/kernel", P(None, "fsdp", "tensor")),
-    (r"blocks/down/kernel", P(None, "tensor", "fsdp")),
+    (r"blocks\d*/out/kernel", P(None, "tensor", None, "fsdp")),
+    (r"blocks\d*/[qkv]/kernel", P(None, "fsdp", "tensor", None)),
+    (r"blocks\d*/[qkv]/bias", P(None, "tensor", None)),
+    (r"blocks\d*/grouped_qkv/kernel", P(None, "fsdp", "tensor", None, None)),
+    (r"blocks\d*/((mlp|shared)/)?(gate|up)/kernel", P(None, "fsdp", "tensor")),
+    (r"blocks\d*/((mlp|shared)/)?down/kernel", P(None, "tensor", "fsdp")),
+    (r"blocks\d*/router/(kernel|bias)", P()),
+    (r"blocks\d*/experts/(gate|up)/kernel", P(None, "tensor", "fsdp", None)),
+    (r"blocks\d*/experts/down/kernel", P(None, "tensor", None, "fsdp")),
     (r"blocks/mlp_in/kernel", P(None, "fsdp", "tensor")),
     (r"blocks/mlp_in/bias", P(None, "tensor")),
     (r"blocks/mlp_out/kernel", P(None, "tensor", "fsdp")),

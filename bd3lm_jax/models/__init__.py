@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from bd3lm_jax.models import dit, llama, trunk
+from bd3lm_jax.models import dit, llama, moe, trunk
 from bd3lm_jax.models.trunk import Backbone
 
 
@@ -14,6 +14,7 @@ class Entry(NamedTuple):
 BACKBONES = {
     "dit": Entry(dit.DiTConfig, dit.build),
     "llama": Entry(llama.LlamaConfig, llama.build),
+    "moe": Entry(moe.MoEConfig, moe.build),
 }
 
 __all__ = ["BACKBONES", "Backbone", "build", "trunk"]

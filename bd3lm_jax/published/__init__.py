@@ -10,9 +10,9 @@ A format module offers
 and is one more line here.
 """
 
-from bd3lm_jax.published import bd3lm, llada, llama
+from bd3lm_jax.published import bd3lm, llada, llama, moe
 from bd3lm_jax.published.leaf import Described, Leaf
 
-FORMATS = {kind: module for module in (bd3lm, llama, llada) for kind in module.MODEL_TYPES}
+FORMATS = {kind: module for module in (bd3lm, llama, llada, moe) for kind in module.MODEL_TYPES}
 
 __all__ = ["FORMATS", "Described", "Leaf"]
