@@ -5,6 +5,7 @@ misshapen is an error.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -31,7 +32,7 @@ def read_model(directory: str | Path) -> tuple[Described, dict]:
     """
     config_path, weights_path = Path(directory) / CONFIG_FILE, Path(directory) / WEIGHTS_FILE
     published, form = read_config(config_path)
-    tensors = _read_tensors(weights_path)
+    tensors = _read_tensors(weights_path, getattr(form, "rename", str))
     described = form.describe(config_path, published, {name: x for name, x in tensors.items() if not x.shape})
     leaves = form.layout(described.model)
     held = form.held(described.model, set(tensors))
@@ -53,8 +54,8 @@ def read_config(path: Path) -> tuple[dict, ModuleType]:
     return published, FORMATS[kind]
 
 
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor as float32 under its published name."""
+def _read_tensors(path: Path, rename: Callable[[str], str]) -> dict[str, np.ndarray]:
+    """Every tensor as float32 under its published name of today."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -64,7 +65,7 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"cannot read {path} ({error}): download it again; expected one safetensors file") from None
     tensors = {}
     for name, value in loaded.items():
-        plain = name.replace(COMPILED, "")
+        plain = rename(name.replace(COMPILED, ""))
         require(plain not in tensors, f"{path}: tensor {plain} is there twice, with and without '{COMPILED}'")
         tensors[plain] = value.astype(np.float32, copy=False)
     return tensors
