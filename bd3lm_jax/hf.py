@@ -62,7 +62,7 @@ def read_model(path: str | Path, *, dtype: str = "float32", weights: str = "ema"
     require(dtype in DTYPES, f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     require(weights in ("ema", "params"), f"weights are {weights!r}, expected 'ema' or 'params'")
     config_path, published, form, weights_path, stored = _open(Path(path), allow_pickle)
-    tensors = plain_names(weights_path, stored, weights)
+    tensors = plain_names(weights_path, stored, weights, getattr(form, "rename", str))
     described = form.describe(config_path, published,
                               {name: x.read() for name, x in tensors.items() if not x.shape})
     leaves = form.layout(described.model)

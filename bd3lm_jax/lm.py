@@ -38,7 +38,7 @@ class Trained(NamedTuple):
     config_sha256: str
 
 
-def load(path: str, weights: str = "ema", dtype: str = "float32", allow_pickle: bool = False) -> "LM":
+def load(path: str | Path, weights: str = "ema", dtype: str = "float32", allow_pickle: bool = False) -> "LM":
     """The model in `path`: a run directory; a published checkpoint (a directory with config.json and safetensors, or a
     GGUF file); or, where no such path is, "organisation/name" on the Hugging Face Hub.
 
@@ -49,6 +49,7 @@ def load(path: str, weights: str = "ema", dtype: str = "float32", allow_pickle: 
     """
     from bd3lm_jax import hf
 
+    path = str(path)
     if not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).parent.exists():
         path = hf.download(path)
     if hf.is_published(path):
@@ -136,7 +137,8 @@ class LM:
         if (tokens == self.special.mask).any():
             raise UserError(f"the tokens hold the mask token {self.special.mask}, which is never part of a text")
         objective = self.config.diffusion
-        chosen = estimators.make(estimator, self.config)
+        config = self._for_rows(tokens.shape[1])
+        chosen = estimators.make(estimator, config)
         if chosen.learns:
             raise UserError(f"estimator '{estimator}' learns from a split: use it with eval, and exact_count here")
         evaluate.check_draws(draws)
@@ -146,7 +148,7 @@ class LM:
             raise UserError(f"weights have shape {weights.shape}, expected that of tokens, {tokens.shape}")
         if objective.causal and not objective.bos:
             weights = weights * (np.arange(length) > 0)
-        estimates_BxUxL = self._estimates(chosen, tokens, draws, seed) * weights[:, None]
+        estimates_BxUxL = self._estimates(chosen, config.diffusion, tokens, draws, seed) * weights[:, None]
         per_token = estimates_BxUxL.mean(1)
         mean, low, high = stats.ratio_interval(per_token.sum(1), weights.sum(1))
         if batch == 1:
@@ -154,18 +156,26 @@ class LM:
             low, high = mean - margin, mean + margin
         return NLL(per_token, mean, (low, high), float(per_token.sum()))
 
-    def _estimates(self, estimator, tokens_BxL, draws: int, seed: int) -> np.ndarray:
+    def _for_rows(self, length: int) -> Config:
+        """The config for rows of `length` tokens: a block that is longer than the row is the row, and nothing is
+        padded to a context of thousands of tokens."""
+        objective = self.config.diffusion
+        if objective.block_size <= length or objective.kind == "mixed" or getattr(objective, "count_probs", ()):
+            return self.config
+        return self.config.at_block_size(length)
+
+    def _estimates(self, estimator, objective, tokens_BxL, draws: int, seed: int) -> np.ndarray:
         """Contributions of the tokens in nats, float64 `[B, U, L]`, of U independent estimates."""
         batch, length = tokens_BxL.shape
-        padded = np.pad(tokens_BxL, ((0, 0), (0, -length % self.config.block_size)))
+        padded = np.pad(tokens_BxL, ((0, 0), (0, -length % objective.block_size)))
         position, _ = passes.plain_rows(padded)
         segment = jnp.broadcast_to(jnp.arange(padded.shape[1]) < length, padded.shape).astype(jnp.int32)
         rounds = draws if estimator.replicates > 1 else 1
         estimates = []
         for round_ in range(rounds):
             key = jax.random.fold_in(jax.random.key(seed), round_)
-            parts = [self._scores(estimator)(self.params, key, index, jnp.arange(batch), padded, position, segment,
-                                             segment > 0)[0]
+            parts = [self._scores(estimator, objective)(self.params, key, index, jnp.arange(batch), padded, position,
+                                                        segment, segment > 0)[0]
                      for index in range(estimator.passes(1))]
             estimates.append(np.mean(parts, axis=0, dtype=np.float64)[..., :length])
         return np.concatenate(estimates, axis=1)
@@ -210,13 +220,13 @@ class LM:
         return conditional.choose(self, prompt, options, normalise=normalise, estimator=estimator, draws=draws,
                                   seed=seed, batch=batch)
 
-    def _scores(self, estimator):
-        """Jitted once for each estimator."""
+    def _scores(self, estimator, objective):
+        """Jitted once for each estimator and objective."""
         known = self.__dict__.setdefault("_known_scores", {})
-        if estimator not in known:
-            known[estimator] = jax.jit(evaluate.make_scores(self.model, self.config.diffusion, estimator, self.special,
-                                                            passes.PLAIN, 1))
-        return known[estimator]
+        if (estimator, objective) not in known:
+            known[estimator, objective] = jax.jit(evaluate.make_scores(self.model, objective, estimator, self.special,
+                                                                       passes.PLAIN, 1))
+        return known[estimator, objective]
 
     @functools.cached_property
     def _plain_logits(self):
@@ -226,21 +236,21 @@ class LM:
         @jax.jit
         def plain(params, ids, sigma):
             length = ids.shape[1]
-            ids = jnp.pad(ids, ((0, 0), (0, -length % objective.block_size)))
+            size = max(min(objective.block_size, length), 1)  # a block longer than the row is the row
+            ids = jnp.pad(ids, ((0, 0), (0, -length % size)))
             position, _ = passes.plain_rows(ids)
             segment = (position < length).astype(jnp.int32)
-            h = passes.one_stream(self.model, params, ids, position, segment, rule=rule,
-                                  block_size=objective.block_size, sigma_Bxn=sigma, execution=passes.PLAIN)
+            h = passes.one_stream(self.model, params, ids, position, segment, rule=rule, block_size=size,
+                                  sigma_Bxn=sigma, execution=passes.PLAIN)
             return trunk.logits(self.model, params, h, sigma)[:, :length]
         return plain
 
     @functools.cached_property
     def _two_stream_logits(self):
-        size = self.config.block_size
-
         @jax.jit
         def two_stream(params, xt, x0, sigma):
             length = xt.shape[1]
+            size = max(min(self.config.block_size, length), 1)
             xt, x0 = (jnp.pad(x, ((0, 0), (0, -length % size))) for x in (xt, x0))
             position, _ = passes.plain_rows(x0)
             segment = (position < length).astype(jnp.int32)

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from bd3lm_jax.models import dit, trunk
+from bd3lm_jax.models import dit, llama, trunk
 from bd3lm_jax.models.trunk import Backbone
 
 
@@ -11,7 +11,10 @@ class Entry(NamedTuple):
     build: Any
 
 
-BACKBONES = {"dit": Entry(dit.DiTConfig, dit.build)}
+BACKBONES = {
+    "dit": Entry(dit.DiTConfig, dit.build),
+    "llama": Entry(llama.LlamaConfig, llama.build),
+}
 
 __all__ = ["BACKBONES", "Backbone", "build", "trunk"]
 

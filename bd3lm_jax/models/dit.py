@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.models.parts import dropped, float32_products, rotate
 from bd3lm_jax.models.trunk import Backbone
 
 LEVEL_FEATURES = 256  # sinusoidal features of the noise level
@@ -144,23 +145,15 @@ class Block(nn.Module):
     def post(self, h, attended, cond, dropout_keys):
         """h and attention output `[..., T, H, Dh]` -> the next h, auxiliary loss (none)."""
         gate1, shift, scale, gate2 = self._modulate(h, cond, 2, 3, 4, 5)
-        h = h + _gated(self._drop(self.out(attended), dropout_keys, 0), gate1)
+        rate = self.config.dropout
+        h = h + _gated(dropped(self.out(attended), dropout_keys, 0, rate), gate1)
         inner = nn.gelu(self.mlp_in(_affine(self.norm2(h), shift, scale)), approximate=True)
-        return h + _gated(self._drop(self.mlp_out(inner), dropout_keys, 1), gate2), 0.0
+        return h + _gated(dropped(self.mlp_out(inner), dropout_keys, 1, rate), gate2), 0.0
 
     def _modulate(self, h, cond, *parts):
         if not self.config.adaln:
             return (None,) * len(parts)
         return _per_token(self.modulation(cond), h.shape[-2], parts)
-
-    def _drop(self, x, row_keys, index):
-        """Dropout with one key a row, so that the noise does not depend on how rows are grouped."""
-        if row_keys is None or self.config.dropout == 0:
-            return x
-        kept = 1 - self.config.dropout
-        def keep(key):
-            return jax.random.bernoulli(jax.random.fold_in(key, index), kept, x.shape[1:])
-        return jnp.where(jax.vmap(keep)(row_keys), x / kept, 0)
 
 
 class Head(nn.Module):
@@ -172,7 +165,7 @@ class Head(nn.Module):
     def setup(self):
         self.norm = _norm(self.dtype)
         self.linear = nn.Dense(self.config.padded_vocab, dtype=self.dtype, kernel_init=nn.initializers.zeros,
-                               dot_general=_float32_products)
+                               dot_general=float32_products)
         if self.config.adaln:
             self.modulation = _modulation(2, self.config, self.dtype)
 
@@ -191,13 +184,6 @@ class Head(nn.Module):
         """Its float32 kernel `[D, V']` and bias `[V']`, V' = config.padded_vocab."""
         params = self.linear.variables["params"]
         return params["kernel"], params["bias"]
-
-
-def rotate(x, rotary):
-    """RoPE, half-split layout (arXiv 2104.09864): x `[..., T, H, Dh]`, rotary cos and sin `[..., T, 1, Dh / 2]`."""
-    cos, sin = rotary
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def _norm(dtype):
@@ -221,9 +207,3 @@ def _affine(x, shift, scale):
 
 def _gated(x, gate):
     return x if gate is None else gate * x
-
-
-def _float32_products(*args, **kwargs):
-    """The head's matrix product accumulates and returns float32 whatever the compute dtype."""
-    kwargs["preferred_element_type"] = jnp.float32
-    return jax.lax.dot_general(*args, **kwargs)

@@ -1,5 +1,6 @@
 """Parameters out of the tensors of a published checkpoint: strict, and one parameter at a time."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ NAMED = 6  # tensors named in an error, of each kind
 FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
 
 
-def plain_names(path: Path, stored: dict[str, Stored], weights: str) -> dict[str, Stored]:
-    """The tensors under their published names, averaged ones (weights="ema") in place of the others if there are any.
+def plain_names(path: Path, stored: dict[str, Stored], weights: str, rename: Callable[[str], str]
+                ) -> dict[str, Stored]:
+    """The tensors under their published names of today (`rename` knows older ones), averaged ones (weights="ema") in place of the others if there are any.
 
     Raises UserError if a name is there twice or an averaged tensor belongs to none of the others.
     """
     tensors = {}
     for name, tensor in stored.items():
         plain = name.replace(COMPILED, "")
+        plain = EMA + rename(plain.removeprefix(EMA)) if plain.startswith(EMA) else rename(plain)
         require(plain not in tensors, f"{path}: tensor {plain} is there twice, with and without '{COMPILED}'")
         tensors[plain] = tensor
     averaged = {name.removeprefix(EMA): tensors.pop(name) for name in list(tensors) if name.startswith(EMA)}
