@@ -213,9 +213,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def tokenizer_of(directory: str | Path) -> Tokenizer | None:
     """The tokenizer that lies beside published weights; None if there is none.
 
-    It is read from tokenizer.json, else from vocab.txt (WordPiece), else from vocab.json and merges.txt (byte-level BPE;
-    without the latter every token is a character). tokenizer_config.json and special_tokens_map.json name its special
-    tokens. Raises UserError for files that cannot be read and for a vocabulary without end token.
+    It is read from tokenizer.json, else from vocab.txt (WordPiece), else from vocab.json and merges.txt (byte-level
+    BPE; without the latter every token is a character). tokenizer_config.json and special_tokens_map.json name its
+    special tokens. Raises UserError for files that cannot be read and for a vocabulary without end token.
     """
     directory = Path(directory)
     found = [name for name in ("tokenizer.json", "vocab.txt", "vocab.json") if (directory / name).exists()]

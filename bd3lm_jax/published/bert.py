@@ -118,11 +118,13 @@ def held(config: BertConfig, names: set[str]) -> dict[str, tuple[int, ...]]:
     """Name -> shape of tensors that may be there beside parameters."""
     width, parts, rows = config.width, _names(config), config.unused_positions + config.positions
     known = {
-        parts.output: (config.vocab_size, width), parts.bias[1]: (config.vocab_size,),
         f"{parts.kind}.embeddings.position_ids": (1, rows), f"{parts.kind}.embeddings.token_type_ids": (1, rows),
         f"{parts.kind}.pooler.dense.weight": (width, width), f"{parts.kind}.pooler.dense.bias": (width,),
         "cls.seq_relationship.weight": (2, width), "cls.seq_relationship.bias": (2,),
     }
+    again = ((parts.output, _table(parts), (config.vocab_size, width)), (*parts.bias[::-1], (config.vocab_size,)))
+    for name, source, shape in again:
+        known |= dict.fromkeys((name, source), shape) if name in names else {}
     return {name: shape for name, shape in known.items() if name in names}
 
 

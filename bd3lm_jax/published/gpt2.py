@@ -93,8 +93,8 @@ def held(config: GPT2Config, names: set[str]) -> dict[str, tuple[int, ...]]:
     for layer in range(config.layers):
         masks |= {f"{PREFIX}h.{layer}.attn.bias": (1, 1, config.positions, config.positions),
                   f"{PREFIX}h.{layer}.attn.masked_bias": ()}
-    known = {OUTPUT: (config.vocab_size, config.width)} | masks
-    return {name: shape for name, shape in known.items() if name in names}
+    tables = dict.fromkeys((OUTPUT, TABLE), (config.vocab_size, config.width)) if OUTPUT in names else {}
+    return tables | {name: shape for name, shape in masks.items() if name in names}
 
 
 def check_held(path, config: GPT2Config, tensors: dict[str, np.ndarray]) -> None:

@@ -109,7 +109,7 @@ def layout(config: ModernBertConfig) -> dict[str, Leaf]:
 
 def held(config: ModernBertConfig, names: set[str]) -> dict[str, tuple[int, ...]]:
     """Name -> shape of tensors that may be there beside parameters: the output layer, which is the token table."""
-    return {OUTPUT: (config.vocab_size, config.width)} if OUTPUT in names else {}
+    return dict.fromkeys((OUTPUT, TABLE), (config.vocab_size, config.width)) if OUTPUT in names else {}
 
 
 def check_held(path, config: ModernBertConfig, tensors: dict[str, np.ndarray]) -> None:

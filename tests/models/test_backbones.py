@@ -53,7 +53,7 @@ def run(model, params, noised, clean, *, rule="block_causal", block_size=BLOCK, 
 
 
 def influence(outputs_of, *inputs):
-    """Which tokens of the inputs (weights of the vocabulary `[..., T, V]`) move which outputs: bool [outputs, tokens]."""
+    """Which tokens of the inputs (weights of the vocabulary `[T, V]`) move which outputs: bool [outputs, tokens]."""
     weight = np.random.default_rng(1).normal(size=SIZES["width"]).astype(np.float32)
     gradients = jax.jit(jax.jacrev(lambda *xs: outputs_of(*xs) @ weight, argnums=range(len(inputs))))(*inputs)
     return np.concatenate([np.any(np.asarray(x) != 0, axis=-1).reshape(x.shape[0], -1) for x in gradients], axis=1)

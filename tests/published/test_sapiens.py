@@ -13,8 +13,8 @@ import bd3lm_jax
 from bd3lm_jax.data.tokenizers import tokenizer_of
 
 DIRECTORY = Path(__file__).parents[1] / "data" / "sapiens_vh"
-TRASTUZUMAB = ("EVQLVESGGGLVQPGGSLRLSCAASGFNIKDTYIHWVRQAPGKGLEWVARIYPTNGYTRYADSVKGRFTISADTSKNTAYLQMNSLRAEDTAVYYCSRWGGDGFYAMDYWGQG"
-               "TLVTVSS")
+TRASTUZUMAB = ("EVQLVESGGGLVQPGGSLRLSCAASGFNIKDTYIHWVRQAPGKGLEWVARIYPTNGYTRYADSVKGRFTISADTSKNTAYLQMNSLRAEDTAVYYCSR"
+               "WGGDGFYAMDYWGQGTLVTVSS")
 BEGIN, END, MASK, MASKINGS = 0, 2, 24, 20
 
 
@@ -47,8 +47,8 @@ def test_masked_tokens_as_measured_with_the_published_code(rate, accuracy, nats)
         assert margin < 0.25 and abs(found.mean() - published) < margin
 
 
-def test_the_bound_before_adaptation_is_far_above_the_masked_tokens_nats():
-    """It was trained with few masks: with all tokens masked it guesses, yet far better than 25 equal letters."""
+def test_the_bound_before_adaptation():
+    """Above what a token costs at half masked, as it was trained with few masks; far below 20 equal letters."""
     x0 = row()[None]
     weights = np.ones(x0.shape)
     weights[0, [0, -1]] = 0
