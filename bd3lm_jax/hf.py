@@ -42,6 +42,13 @@ def read_model(directory: str | Path) -> tuple[Described, dict]:
                                       for path, leaf in leaves.items()})
 
 
+def describe(directory: str | Path) -> Described:
+    """What a published checkpoint is by its config.json alone: what its tensors say of the objective is left out."""
+    path = Path(directory) / CONFIG_FILE
+    published, form = read_config(path)
+    return form.describe(path, published, {})
+
+
 def read_config(path: Path) -> tuple[dict, ModuleType]:
     """The content of a config.json and the format that it names."""
     try:
