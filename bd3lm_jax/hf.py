@@ -112,6 +112,13 @@ def download(name: str) -> str:
                         "downloaded model") from None
 
 
+def describe(directory: str | Path) -> Described:
+    """What a published checkpoint is by its config.json alone: what its tensors say of the objective is left out."""
+    path = Path(directory) / CONFIG_FILE
+    published, form = read_config(path)
+    return form.describe(path, published, {})
+
+
 def read_config(path: Path) -> tuple[dict, ModuleType]:
     """The content of a config.json and the format that it names."""
     try:

@@ -83,7 +83,10 @@ def base() -> ConfigDict:
             "warmup_steps": 2500, "schedule": "constant", "final_lr_fraction": 0.0, "decay_fraction": 0.2,
             "ema": 0.9999,
         },
-        "train": {"steps": 1_000_000, "batch": 512, "views": 1, "init_from": "", "block_sizes": ()},
+        "train": {
+            "steps": 1_000_000, "batch": 512, "views": 1, "init_from": "", "block_sizes": (), "anneal_steps": 0,
+            "lora_rank": 0, "lora_alpha": 16.0,
+        },
         "compute": {
             "dtype": "auto", "attention": "auto", "layers": "scan", "remat": "none", "microbatch": 0, "loss_chunk": 0,
         },
