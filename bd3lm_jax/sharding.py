@@ -24,28 +24,37 @@ if TYPE_CHECKING:
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# (pattern of the whole path, spec). Layers are stacked: parameters under "blocks" have a leading layer axis.
+# (pattern of the whole path, spec). Layers are stacked: parameters under "blocks" (or "blocks0", "blocks1", ... where
+# layers differ) have a leading layer axis.
 RULES = (
     (r"embed/embedding", P("tensor", "fsdp")),
     (r"condition/fc[12]/(kernel|bias)", P()),
-    (r"(.*/)?([qk]_)?norm\d?/scale", P()),
-    (r"blocks/qkv/kernel", P(None, "fsdp", None, "tensor", None)),
-    (r"blocks\d*/out/kernel", P(None, "tensor", None, "fsdp")),
+    (r"embed/position", P(None, "fsdp")),
+    (r"embed/token_type", P()),
+    (r"(.*/)?([qk]_)?norm\d?/(scale|bias)", P()),
+    (r"blocks\d*/qkv/kernel", P(None, "fsdp", None, "tensor", None)),
+    (r"blocks\d*/qkv/bias", P(None, None, "tensor", None)),
     (r"blocks\d*/[qkv]/kernel", P(None, "fsdp", "tensor", None)),
     (r"blocks\d*/[qkv]/bias", P(None, "tensor", None)),
+    (r"blocks\d*/out/kernel", P(None, "tensor", None, "fsdp")),
+    (r"blocks\d*/out/bias", P()),
+    (r"blocks\d*/gated_in/kernel", P(None, "fsdp", None, "tensor")),
     (r"blocks\d*/grouped_qkv/kernel", P(None, "fsdp", "tensor", None, None)),
     (r"blocks\d*/((mlp|shared)/)?(gate|up)/kernel", P(None, "fsdp", "tensor")),
     (r"blocks\d*/((mlp|shared)/)?down/kernel", P(None, "tensor", "fsdp")),
     (r"blocks\d*/router/(kernel|bias)", P()),
     (r"blocks\d*/experts/(gate|up)/kernel", P(None, "tensor", "fsdp", None)),
     (r"blocks\d*/experts/down/kernel", P(None, "tensor", None, "fsdp")),
-    (r"blocks/mlp_in/kernel", P(None, "fsdp", "tensor")),
-    (r"blocks/mlp_in/bias", P(None, "tensor")),
-    (r"blocks/mlp_out/kernel", P(None, "tensor", "fsdp")),
-    (r"blocks/mlp_out/bias", P()),
-    (r"blocks/modulation/kernel", P(None, None, None, "fsdp")),
+    (r"blocks\d*/mlp_in/kernel", P(None, "fsdp", "tensor")),
+    (r"blocks\d*/mlp_in/bias", P(None, "tensor")),
+    (r"blocks\d*/mlp_out/kernel", P(None, "tensor", "fsdp")),
+    (r"blocks\d*/mlp_out/bias", P()),
+    (r"blocks\d*/modulation/kernel", P(None, None, None, "fsdp")),
     (r"head/modulation/kernel", P(None, None, "fsdp")),
     (r"(.*/)?modulation/bias", P()),
+    (r"head/dense/kernel", P("fsdp", None)),
+    (r"head/dense/bias", P()),
+    (r"head/bias", P("tensor")),
     (r"head/linear/kernel", P("fsdp", "tensor")),
     (r"head/linear/bias", P("tensor")),
     (r"objective/\w+", P()),
@@ -131,6 +140,12 @@ def batch_devices() -> int:
     """Devices that the rows of a batch are split over under `jax.set_mesh`; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def dividing(mesh: Any, axes: tuple[str, ...], size: int) -> tuple[str, ...] | None:
+    """Those of the axes that the mesh in use has, or None if there are none or their product does not divide `size`."""
+    axes = tuple(axis for axis in axes if axis in mesh.auto_axes)
+    return axes if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
 
 
 def settled(results: Any) -> Any:

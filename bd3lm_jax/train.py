@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import memory, optim, passes, profiling, report, rundir, sharding
+from bd3lm_jax import adapt, memory, optim, passes, profiling, report, rundir, sharding
 from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.config import Config
 from bd3lm_jax.data.loader import Loader, prefetch
@@ -24,7 +24,7 @@ from bd3lm_jax.evaluate import Evaluator, default_estimator
 from bd3lm_jax.log import RunLog, note, read_metrics
 from bd3lm_jax.noise import Chooser
 from bd3lm_jax.profiling import Profiler
-from bd3lm_jax.program import Program, init_params
+from bd3lm_jax.program import Program
 from bd3lm_jax.state import TrainState
 from bd3lm_jax.step import LEARNT, SpecialIds
 
@@ -83,27 +83,12 @@ def set_up(config: Config, workdir: str) -> Run:
     program = Program.of(config, SpecialIds(tokenizer.mask_id, tokenizer.end_id), mesh,
                          passes.compute_dtype(config.compute.dtype))
     if config.train.init_from:
-        _check_source(config, tokenizer)
+        adapt.check_source(config, tokenizer)
     rows = {split: prepare(config.data, split, config.block_size, tokenizer, _say) for split in ("train", "valid")}
     rundir.claim(workdir, config, tokenizer)
     if rows["train"].has_density:
         _say_density(rows["train"].meta["density_mean"])
     return Run(config, Path(workdir), tokenizer, rows, program)
-
-
-def _check_source(config: Config, tokenizer: Tokenizer) -> None:
-    """UserError unless `train.init_from` is a run of the same network and tokenizer with a checkpoint."""
-    source = config.train.init_from
-    there, there_tokenizer = rundir.read(source)
-    rundir.check_tokenizer(tokenizer, there_tokenizer.identity, f"train.init_from={source}")
-    ours, theirs = ({**section.to_dict()["model"], "dropout": None} for section in (config, there))
-    differing = [f"model.{key}: {ours.get(key)!r} != {theirs.get(key)!r}" for key in ours | theirs
-                 if ours.get(key) != theirs.get(key)]
-    if differing:
-        raise UserError(f"train.init_from={source} is another network ({'; '.join(differing)}; here != there)")
-    with Checkpoints(source, 1, read_only=True) as checkpoints:
-        if checkpoints.latest_step() is None:
-            raise UserError(f"train.init_from={source} holds no checkpoint: train it first")
 
 
 def _say_density(mean: float) -> None:
@@ -129,16 +114,11 @@ def _first_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, list[f
         return state, meta["losses"]
     with memory.explained(run.program):
         state = jax.block_until_ready(run.program.initial_state())
-    source = run.config.train.init_from
-    if not source:
+    if not run.config.train.init_from:
         return state, []
-    with Checkpoints(source, 1, read_only=True) as others:
-        theirs = jax.eval_shape(lambda: init_params(run.program.model, rundir.read(source)[0].diffusion,
-                                                    jax.random.key(0)))
-        network = {name: x for name, x in placed.params.items() if name != LEARNT}
-        found, _, step = others.restore_params("ema", theirs | network)
-    params = state.params | {name: found[name] for name in network}  # an objective's own parameters begin anew
-    note(f"starting from the weights of {source}, step {step}")
+    network = {name: x for name, x in placed.params.items() if name != LEARNT}
+    params = state.params | adapt.first_weights(run.config, run.program.model, run.tokenizer, network,
+                                                run.program.mesh)  # an objective's own parameters begin anew
     ema = jax.tree.map(jnp.copy, params) if state.ema else {}
     return state.replace(params=params, ema=ema), []
 

@@ -7,12 +7,13 @@ A format module offers
     held(model config, names) -> {name: shape}          tensors beside parameters that must be there
     check_held(path, model config, tensors)             ... and what they must say
     publish(model config, objective, length) -> dict    the inverse of describe: content of config.json
+    rename(name) -> name, if older files name tensors otherwise
 and is one more line here.
 """
 
-from bd3lm_jax.published import bd3lm, llada, llama, moe
+from bd3lm_jax.published import bd3lm, bert, gpt2, llada, llama, modernbert, moe
 from bd3lm_jax.published.leaf import Described, Leaf
 
-FORMATS = {kind: module for module in (bd3lm, llama, llada, moe) for kind in module.MODEL_TYPES}
+FORMATS = {kind: module for module in (bd3lm, llama, llada, bert, gpt2, modernbert, moe) for kind in module.MODEL_TYPES}
 
 __all__ = ["FORMATS", "Described", "Leaf"]
