@@ -56,6 +56,13 @@ MODELS = {  # beside the paper's transformer: name -> its `model` section, at th
     "modernbert": {"kind": "modernbert", "vocab_size": -1, **SIZES["small"], "hidden": 1152, "dropout": 0.0,
                    "window": 64, "local_layers": (1, 2, 4, 5, 7, 8, 10, 11), "rope_base": 160_000.0,
                    "local_rope_base": 10_000.0, "norm_eps": 1e-5},
+    "llama": {"kind": "llama", "vocab_size": -1, **SIZES["small"], "kv_heads": 4, "head_dim": 64, "hidden": 2048,
+              "dropout": 0.0, "rope_base": 10_000.0, "rope_scaling": (), "norm_eps": 1e-5, "qkv_bias": False,
+              "qk_norm": False, "tied": False},
+    "moe": {"kind": "moe", "vocab_size": -1, **SIZES["small"], "dense_layers": 1, "kv_heads": 4, "head_dim": 64,
+            "rotary_dim": 32, "hidden": 2048, "experts": 16, "expert_hidden": 512, "shared_hidden": 512, "top_k": 2,
+            "groups": 4, "top_groups": 2, "routed_scale": 2.5, "balance": 0.01, "dropout": 0.0, "rope_base": 10_000.0,
+            "norm_eps": 1e-6, "qk_norm": True, "tied": False},
 }
 CLIPS = {4: (0.45, 0.95), 16: (0.3, 0.8)}  # the paper's mask probabilities by block size; other sizes: unclipped
 

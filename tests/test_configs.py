@@ -1,5 +1,6 @@
 """Every shipped config with all its documented arguments builds and validates, and says what its notes say."""
 
+import dataclasses
 import importlib
 import itertools
 from pathlib import Path
@@ -8,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bd3lm_jax import models
+from bd3lm_jax import models, sharding
 from bd3lm_jax.config import Config
 from bd3lm_jax.models import trunk
 from bd3lm_jax.optim import make_schedule
-from configs import austen, common, lm1b, owt, tiny
+from configs import austen, common, llama_8b, lm1b, owt, tiny
 from launch.arguments import load_config
 from launch.sweep import load_points
 
-CONFIGS = {"tiny": tiny, "austen": austen, "lm1b": lm1b, "owt": owt}
+CONFIGS = {"tiny": tiny, "austen": austen, "lm1b": lm1b, "owt": owt, "llama_8b": llama_8b}
 OTHERS = [name for name in common.OBJECTIVES if name != "ar"]
 ALGORITHMS = ("", "algo=mdlm", "algo=ar", "block_size=1", "block_size=16", "block_size=4,algo=bd3lm")
 SIZES_AND_ALGORITHMS = [",".join(filter(None, words))
@@ -26,6 +27,7 @@ ARGS = {
     "austen": ALGORITHMS,
     "lm1b": SIZES_AND_ALGORITHMS,
     "owt": SIZES_AND_ALGORITHMS,
+    "llama_8b": ALGORITHMS,
 }
 
 
@@ -45,7 +47,8 @@ def test_builds_and_validates(name, arg):
             expected = int(word.removeprefix("block_size="))
     assert config.block_size == expected
     assert config.diffusion.kind == ("masked" if algo in ("bd3lm", "mdlm") else algo)
-    assert config.model.adaln == (algo != "ar")
+    if config.model.kind == "dit":
+        assert config.model.adaln == (algo != "ar")
     assert Config.from_dict(config.to_dict()) == config
     make_schedule(config.optim, config.train.steps)  # warm-up and decay fit into the steps
 
@@ -102,6 +105,26 @@ def test_small_has_the_published_number_of_parameters():
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     padding = (config.model.padded_vocab - 50258) * (2 * config.model.width + 1)
     assert (total - padding) / 1e6 == pytest.approx(169.6, abs=0.05)
+
+
+def test_the_8b_has_the_published_number_of_parameters():
+    """8,030,261,248, as the model card of Llama 3 8B's weights counts them; the vocabulary needs no padding."""
+    config = Config.from_dict(llama_8b.get_config())
+    params = jax.eval_shape(lambda: trunk.init(models.build(config.model, jnp.float32), jax.random.key(0)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 8_030_261_248
+
+
+@pytest.mark.parametrize("name", common.MODELS)
+def test_other_networks_are_one_line_of_a_config(name):
+    """Every network of `common.MODELS` in the smallest config, with every kind of attention that training uses."""
+    for arg in ("algo=ar", "block_size=4"):
+        values = tiny.get_config(arg)
+        common.set_model(values, name)
+        config = Config.from_dict(values)
+        assert config.model.kind == name and Config.from_dict(config.to_dict()) == config
+        network = dataclasses.replace(config.model, vocab_size=300)
+        params = jax.eval_shape(lambda: trunk.init(models.build(network, jnp.float32), jax.random.key(0)))
+        sharding.param_specs(params)  # every leaf has a rule
 
 
 @pytest.mark.parametrize(("arg", "message"), [

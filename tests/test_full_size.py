@@ -12,6 +12,7 @@ ARGS = {
     "austen": ("", "block_size=16", "algo=mdlm", "algo=ar"),
     "lm1b": ("", "block_size=16", "algo=mdlm", "algo=ar", "medium"),
     "owt": ("", "block_size=16", "algo=mdlm", "algo=ar", "medium"),
+    "llama_8b": ("", "algo=ar"),
 }
 MESHES = ((8, 1, 1), (2, 4, 1), (2, 2, 2))  # data, fsdp, tensor
 CODE = """
@@ -72,7 +73,7 @@ for arg in args:
 print(json.dumps({"found": found, "vocab_size": config.model.vocab_size,
                   "allocated": sum(x.nbytes for x in jax.live_arrays())}))
 """
-VOCAB = {"lm1b": 30522, "owt": 50258}  # BERT's [MASK] is one of its ids
+VOCAB = {"lm1b": 30522, "owt": 50258, "llama_8b": 128_256}  # BERT's [MASK] is one of its ids
 
 
 @pytest.mark.parametrize("name", ARGS)
@@ -89,6 +90,6 @@ def test_the_step_lowers_on_every_mesh(name):
     for line in report["found"]:
         assert line["outputs"] == line["state"] + 5  # the metrics
         assert line["compiled"] == (name == "tiny" and line["arg"] == "")
-        assert line["params"] > {"tiny": 1e6, "austen": 1e6, "lm1b": 1.2e8, "owt": 1.5e8}[name]
+        assert line["params"] > {"tiny": 1e6, "austen": 1e6, "lm1b": 1.2e8, "owt": 1.5e8, "llama_8b": 8e9}[name]
         if line["arg"] == "medium":
             assert line["params"] > 3.5e8
