@@ -42,6 +42,18 @@ def test_logits_are_those_of_the_published_implementation(name):
     assert lm.config.diffusion == expected
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_likelihood_is_that_of_the_published_logits(name):
+    """Token i under the logits at i - 1; nothing is said of the first."""
+    io, lm = np.load(GOLDEN / name / "io.npz"), bd3lm_jax.load(GOLDEN / name)
+    ids, logits = np.minimum(io["input_ids"], 57)[:, :20], np.asarray(lm.logits(np.minimum(io["input_ids"], 57)))
+    log_p = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
+    expected = -np.take_along_axis(log_p[:, :19], ids[:, 1:, None], axis=-1)[..., 0]
+    found = lm.nll(ids).per_token
+    np.testing.assert_allclose(found[:, 1:], expected, atol=1e-4)
+    assert np.all(found[:, 0] == 0)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_tensor_is_read_once_and_written_bit_for_bit(name):
     described, params = hf.read_model(GOLDEN / name)
