@@ -52,9 +52,8 @@ class BlockDenoiser(NamedTuple):
         if finished is not None:
             before = jnp.maximum(position - size, 0)
             clean = Stream(finished.ids, before, before // size, finished.real.astype(jnp.int32))
-        h, cache = _ask(self, params, noised, clean, cache, start - size, "block_causal", size)
-        h = jnp.take_along_axis(h[:, 0], positions_BxP[..., None], axis=1)
-        return trunk.logits(self.model, params, h, sigma), cache
+        h, cache = _ask(self, params, noised, clean, cache, start - size, "block_causal", size, positions_BxP)
+        return trunk.logits(self.model, params, h[:, 0], sigma), cache
 
 
 class CausalDenoiser(NamedTuple):
@@ -164,11 +163,11 @@ def _store(denoiser, params, ids_BxN, real_BxN, origin, block_size: int, rule: s
     return stored.rolled(origin % denoiser.slots)
 
 
-def _ask(denoiser, params, noised, clean, cache: Cache, position, rule: str, block_size: int):
+def _ask(denoiser, params, noised, clean, cache: Cache, position, rule: str, block_size: int, wanted_BxP=None):
     """Hidden states of what is predicted, and the cache with the clean stream stored at its place in the ring."""
     slot = jnp.maximum(position, 0) % denoiser.slots
     if clean is not None:
         cache = cache.forget(slot, clean.ids.shape[1])
     out = trunk.hidden(denoiser.model, params, noised=noised, clean=clean, cache=cache, write_at=slot, rule=rule,
-                       block_size=block_size, execution=UNROLLED, dropout_keys=None)
+                       block_size=block_size, execution=UNROLLED, dropout_keys=None, wanted_BxP=wanted_BxP)
     return (out.clean if noised is None else out.noised), out.cache

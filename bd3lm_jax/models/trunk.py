@@ -217,7 +217,7 @@ def _stored_shapes(model, params):
 
 def hidden(model: Backbone, params: dict, *, noised: Stream | None, clean: Stream | None, cache: Cache | None,
            write_at, rule: str, block_size: int, execution: Execution, dropout_keys,
-           smallest: int | None = None) -> Out:
+           smallest: int | None = None, wanted_BxP=None) -> Out:
     """One pass of both streams through all layers.
 
     Noised tokens attend to cache, earlier clean blocks and their own block; clean tokens to cache and clean by `rule`
@@ -225,10 +225,12 @@ def hidden(model: Backbone, params: dict, *, noised: Stream | None, clean: Strea
     Decoding: noised = one block, clean = the block just finished, whose keys and values go to cache slots `write_at`.
     block_size: blocks begin at row indices that are multiples of it. With a noised stream the clean stream's last
     layer computes keys and values only and its hidden states are not returned. dropout_keys: one typed key a row
-    `[B]`; None: no dropout. smallest: as in `MaskSpec`, for rows with blocks of several sizes.
+    `[B]`; None: no dropout. smallest: as in `MaskSpec`, for rows with blocks of several sizes. wanted: places in the
+    noised stream whose hidden states are returned, `[B, M, P, D]`; nothing else goes through the last layer's MLP.
     """
     h_noised, h_clean, stored, aux = _run(model, params, noised, clean, cache, rule=rule, block_size=block_size,
-                                          smallest=smallest, execution=execution, dropout_keys=dropout_keys)
+                                          smallest=smallest, execution=execution, dropout_keys=dropout_keys,
+                                          wanted_BxP=wanted_BxP)
     if cache is not None and clean is not None:
         cache = cache.write(stored, clean, write_at)
     return Out(h_noised, h_clean, cache, aux)
@@ -261,7 +263,8 @@ def _condition(model, params, sigma):
     return model.condition.apply({"params": params["condition"]}, sigma)
 
 
-def _run(model, params, noised, clean, cache, *, rule, block_size, execution, dropout_keys, smallest=None):
+def _run(model, params, noised, clean, cache, *, rule, block_size, execution, dropout_keys, smallest=None,
+         wanted_BxP=None):
     """Hidden states of both streams, by group the clean stream's keys and values (None without one), auxiliary loss."""
     spec = MaskSpec(rule=rule, block_size=block_size, aligned=cache is None, one_document=execution.one_document,
                     noised=None if noised is None else noised.tokens(True),
@@ -284,7 +287,8 @@ def _run(model, params, noised, clean, cache, *, rule, block_size, execution, dr
     aux, stored, first = jnp.zeros(()), {}, 0
     encoder = 0 if noised is None else encoder_layers(model.config)
     for index, (name, block, count) in enumerate(model.groups):
-        drop_clean = noised is not None and clean is not None and index == len(model.groups) - 1
+        shortened = noised is not None and (clean is not None or wanted_BxP is not None)
+        peeled = shortened and index == len(model.groups) - 1
         cached = None if spec.cache is None else list(zip(cache.keys[name], cache.values[name]))
         split, parts = min(max(encoder - first, 0), count), []
         for start, stop, noised_too in ((0, split, False), (split, count, True)):
@@ -293,10 +297,10 @@ def _run(model, params, noised, clean, cache, *, rule, block_size, execution, dr
                 continue
             seen = spec if noised_too else dataclasses.replace(spec, noised=None)
             layer = functools.partial(_layer, block, seen, cond, rotary, execution.backend, dropout_keys,
-                                      joined if noised_too else 0)
+                                      joined if noised_too else 0, wanted_BxP)
             ours = params[name] if stop - start == count else _layers(params[name], start, stop)
             outputs, kept, part_aux = _run_group(layer, ours, cached and cached[start:stop], inputs, first + start,
-                                                 stop - start, drop_clean and noised_too, execution)
+                                                 stop - start, peeled and noised_too, execution)
             h, aux, parts = h | outputs, aux + part_aux, [*parts, kept]
         stored[name] = parts[0] if len(parts) == 1 else jax.tree.map(lambda *ys: jnp.concatenate(ys), *parts)
         first += count
@@ -308,12 +312,12 @@ def _layers(params, start: int, stop: int):
     return params[start:stop] if isinstance(params, tuple) else jax.tree.map(lambda x: x[start:stop], params)
 
 
-def _run_group(layer, params, cached, h, first, count, drop_clean, execution: Execution):
-    """All layers of a group; the last one is peeled off when its clean output is not wanted.
+def _run_group(layer, params, cached, h, first, count, peeled, execution: Execution):
+    """All layers of a group; the last one is peeled off when not all of its output is wanted.
 
     cached: None, or for each layer its (keys, values).
     """
-    scanned = count - 1 if drop_clean else count
+    scanned = count - 1 if peeled else count
     cached = [None] * count if cached is None else cached
     stacked = not isinstance(params, tuple)
     def of_layer(i):
@@ -334,17 +338,18 @@ def _run_group(layer, params, cached, h, first, count, drop_clean, execution: Ex
         for i in range(scanned):
             h, y = body(h, of_layer(i), False)
             parts.append(jax.tree.map(lambda y: y[None], y))
-    if drop_clean:
+    if peeled:
         h, y = body(h, of_layer(count - 1), True)
         parts.append(jax.tree.map(lambda y: y[None], y))
     stored, aux = parts[0] if len(parts) == 1 else jax.tree.map(lambda *ys: jnp.concatenate(ys), *parts)
     return h, stored, aux.sum()
 
 
-def _layer(block, spec, cond, rotary, backend, dropout_keys, joined, params, cached, index, h, last):
+def _layer(block, spec, cond, rotary, backend, dropout_keys, joined, wanted_BxP, params, cached, index, h, last):
     """One layer of both streams -> hidden states, the clean stream's (k, v) or None, auxiliary loss.
 
-    joined: length of the noised stream when both go through the weights as one, else 0.
+    joined: length of the noised stream when both go through the weights as one, else 0. last: of the clean stream
+    nothing else is wanted, of the noised one only what `wanted` says.
     """
     variables = {"params": params}
     h = {name: constrain(x, BATCH_AXES) for name, x in h.items()}  # else XLA may split features and sum them everywhere
@@ -360,6 +365,10 @@ def _layer(block, spec, cond, rotary, backend, dropout_keys, joined, params, cac
     if last:
         h = {"noised": h["noised"]}
     attended = dict(zip(("noised", "clean"), attend(backend, spec, qkv.get("noised"), qkv.get("clean"), cached)))
+    if last and wanted_BxP is not None:
+        h["noised"], attended["noised"] = (
+            jnp.take_along_axis(x, jnp.expand_dims(wanted_BxP, (1, *range(3, x.ndim))), axis=2)
+            for x in (h["noised"], attended["noised"]))
     if "both" in h:
         attended = {"both": _join(attended["noised"], attended["clean"])}
     result, aux = {}, jnp.zeros(())
