@@ -181,7 +181,7 @@ class LM:
 
     def _options(self, given: dict[str, Any]) -> Options:
         """With the sampler that such a model is used with, unless another one is named."""
-        return make_options(**{"sampler": self.config.diffusion.sampler or "first_hitting"} | given)
+        return make_options(**{"sampler": self.config.diffusion.sampler} | given)
 
     def score(self, prompts, continuations, *, estimator: str = "exact_count", draws: int = 4, seed: int = 0,
               greedy: bool = False, batch: int = 16) -> list[conditional.Score]:
