@@ -76,8 +76,8 @@ def draw(keys_N, logits_NxV) -> jax.Array:
 
 
 def first_best(x) -> jax.Array:
-    """As argmax over the last axis `[..., V]`, int32. On a CPU argmax takes what it compares one number at a time, and computes it so as well
-    when that is fused with it; a maximum and a minimum do not."""
+    """As argmax over the last axis `[..., V]`, int32. On a CPU argmax takes numbers one at a time, and whatever is fused
+    with it is then computed so as well, such as the noise here; a maximum and a minimum are not."""
     last = x.shape[-1] - 1
     best = x == jnp.max(x, axis=-1, keepdims=True)
     return jnp.min(jnp.where(best, jnp.arange(last + 1, dtype=jnp.int32), last), axis=-1)
