@@ -76,7 +76,7 @@ def draw(keys_N, logits_NxV) -> jax.Array:
 
 
 def first_best(x) -> jax.Array:
-    """As argmax over the last axis `[..., V]`, int32. On a CPU argmax takes numbers one at a time, and whatever is fused
+    """As argmax over the last axis `[..., V]`, int32. On a CPU argmax takes numbers one at a time, and what is fused
     with it is then computed so as well, such as the noise here; a maximum and a minimum are not."""
     last = x.shape[-1] - 1
     best = x == jnp.max(x, axis=-1, keepdims=True)
