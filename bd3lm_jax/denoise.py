@@ -56,6 +56,41 @@ class BlockDenoiser(NamedTuple):
         return trunk.logits(self.model, params, h[:, 0], sigma), cache
 
 
+class AutoSizeDenoiser(NamedTuple):
+    """As `BlockDenoiser` with a block of its own in every row (`sampling/auto_size.py`). size: of the canvas; of a
+    smaller block the rest of the canvas is not seen. slots: room for a row's tokens and a canvas behind them."""
+
+    model: Backbone
+    size: int
+    slots: int
+    dtype: str
+    sigma_max: float = math.inf
+
+    def prefill(self, params, ids_BxN, real_BxN) -> Cache:
+        """A cache that holds the beginnings of the rows, as blocks of the canvas's size."""
+        return _store(self, params, ids_BxN, real_BxN, 0, self.size, "block_causal")
+
+    def __call__(self, params, canvas_BxS, start_B, size_B, before_B, finished: Finished | None, positions_BxP, level_B,
+                 cache):
+        place = jnp.arange(self.size)
+        position = start_B[:, None] + place
+        # Blocks are told apart by where they begin.
+        block, inside = jnp.broadcast_to(start_B[:, None], position.shape), place < size_B[:, None]
+        sigma = sigma_of(self.model, level_B, self.sigma_max)
+        noised = Stream(canvas_BxS[:, None], position, block, inside.astype(jnp.int32),
+                        None if sigma is None else sigma[:, None])
+        clean, write_at = None, None
+        if finished is not None:
+            clean = Stream(finished.ids, before_B[:, None] + place, jnp.broadcast_to(before_B[:, None], block.shape),
+                           finished.real.astype(jnp.int32))
+            # Where there is no block before, what is written is seen by nobody, and is overwritten later.
+            write_at = jnp.where(finished.real.any(-1), before_B, start_B)
+        out = trunk.hidden(self.model, params, noised=noised, clean=clean, cache=cache, write_at=write_at,
+                           rule="block_causal", block_size=self.size, execution=UNROLLED, dropout_keys=None,
+                           wanted_BxP=positions_BxP)
+        return trunk.logits(self.model, params, out.noised[:, 0], sigma), out.cache
+
+
 class CausalDenoiser(NamedTuple):
     """Autoregression as blocks of one token: the clean stream is the token before, whose output predicts the canvas.
 

@@ -17,6 +17,7 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.generation import Sample
 from bd3lm_jax.models import Backbone, trunk
 from bd3lm_jax.options import Options, make_options
+from bd3lm_jax.sampling.auto_size import AUTO
 from bd3lm_jax.step import SpecialIds
 
 
@@ -88,7 +89,7 @@ class LM:
     def fitted(self, options: dict[str, Any]) -> tuple["LM", dict[str, Any]]:
         """For a model with several block sizes: this model at the one that generation options name, and the others."""
         size = options.get("block_size")
-        if self.config.diffusion.kind != "mixed" or size is None:
+        if self.config.diffusion.kind != "mixed" or size in (None, AUTO):
             return self, options
         return self.at_block_size(size), {**options, "block_size": None}
 

@@ -105,9 +105,15 @@ class Cache:
         return Tokens(self.position, self.block, self.segment, 0)
 
     def write(self, stored: dict[str, tuple], stream: Stream, start) -> "Cache":
-        """The clean stream's keys and values (by group, stacked) put at slots `start`, `start` + 1, ... of each row."""
+        """The clean stream's keys and values (by group, stacked) put at slots `start`, `start` + 1, ... of each row.
+
+        start: one for all, or of each row `[B]`.
+        """
         def put(buffer, new):
-            return jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), start, axis=-1)
+            new = new.astype(buffer.dtype)
+            if jnp.ndim(start):
+                return jax.vmap(lambda *row: jax.lax.dynamic_update_slice_in_dim(*row, axis=-1))(buffer, new, start)
+            return jax.lax.dynamic_update_slice_in_dim(buffer, new, start, axis=-1)
         def put_all(buffers, which):
             return {name: tuple(jax.tree.map(put, buffer, _packed(jnp.moveaxis(pair[which][i], 1, -1), buffer))
                                 for i, buffer in enumerate(buffers[name])) for name, pair in stored.items()}
