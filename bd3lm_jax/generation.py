@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import automaton
+from bd3lm_jax import automaton, shifted
 from bd3lm_jax.approximate_cache import ApproximateDenoiser
-from bd3lm_jax.denoise import BlockDenoiser, CausalDenoiser, Guided
+from bd3lm_jax.denoise import BlockDenoiser, CausalDenoiser, Guided, ShiftedDenoiser
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.fit import WRITERS
 from bd3lm_jax.models.trunk import unstacked
@@ -177,10 +177,14 @@ def make_denoiser(lm, plan: Plan):
     objective = lm.config.diffusion
     if objective.causal:
         return CausalDenoiser(lm.model, plan.slots, plan.cache_dtype, objective.bos, lm.special.end)
+    form = shifted.form_of(lm.config.model)
+    if plan.approximate_cache and form:
+        raise UserError(f"approximate_cache is not there for networks with model.shifted='{form}': leave it out")
     if plan.approximate_cache:
         return ApproximateDenoiser(lm.model, plan.settings.window, plan.slots, plan.approximate_cache,
                                    plan.settings.mask_id, plan.cache_dtype, objective.sigma_max)
-    return BlockDenoiser(lm.model, plan.settings.block_size, plan.slots, plan.cache_dtype, objective.sigma_max)
+    denoiser = BlockDenoiser(lm.model, plan.settings.block_size, plan.slots, plan.cache_dtype, objective.sigma_max)
+    return ShiftedDenoiser(denoiser, form, lm.special.end) if form else denoiser
 
 
 def make_request(lm, options: Options, rows: Rows, turn: int) -> Request:

@@ -17,7 +17,9 @@ ADDED = {  # keys that the run directories of earlier versions lack, with values
     "data": {"density": "", "density_fraction": 1.0},
     "compute": {"loss_chunk": 0},
 }
-ADDED_BY_KIND = {"masked": {"complement": False}, "dit": {"decoder_layers": 0}}  # the same for objectives, networks
+ADDED_BY_KIND = {  # the same for objectives and networks
+    "masked": {"complement": False}, "dit": {"decoder_layers": 0, "shifted": ""},
+}
 
 
 def resolve(config: Config, tokenizer: Tokenizer) -> Config:

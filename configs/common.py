@@ -58,7 +58,7 @@ def base() -> ConfigDict:
         "model": {
             "kind": "dit", "vocab_size": -1, **SIZES["small"], "mlp_ratio": 4, "dropout": 0.1, "adaln": True,
             "cond_dim": 128, "time_conditioning": False, "rope_base": 10_000.0,
-            "decoder_layers": 0,
+            "decoder_layers": 0, "shifted": "",
         },
         "diffusion": {
             "kind": "masked", "block_size": 4, "schedule": "loglinear", "corruption": "bernoulli", "count_probs": (),

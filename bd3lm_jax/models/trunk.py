@@ -66,7 +66,7 @@ class Stream:
     float `[..., V]`.
 
     sigma: float32 noise level -log(alpha) as the network takes it, `[B, n]` (clean) or `[B, M, n]` (noised) with n
-    dividing the length (one level for n-th parts of the row); None: the constant 0.
+    dividing the length (one level for n-th parts of the row); None: the constant 0. sees: as in `Tokens`.
     """
 
     ids: jax.Array
@@ -74,9 +74,10 @@ class Stream:
     block: jax.Array
     segment: jax.Array
     sigma: jax.Array | None = None
+    sees: jax.Array | None = None
 
     def tokens(self, noised: bool) -> Tokens:
-        return Tokens(self.position, self.block, self.segment, int(noised))
+        return Tokens(self.position, self.block, self.segment, int(noised), self.sees)
 
 
 class Int8(NamedTuple):
