@@ -325,6 +325,9 @@ class Config:
         check(length % block_size == 0,
               f"diffusion.block_size={block_size} does not divide data.length={length}: choose a length that is a "
               f"multiple, e.g. {-(-length // block_size) * block_size}")
+        positions = getattr(config.model, "positions", length)
+        check(length <= positions, f"data.length={length} is more than model.positions={positions}, which the network "
+              "has learned positions for: raise one or shorten the other")
         check(not trunk.encoder_layers(config.model) or not config.diffusion.causal and block_size < length,
               "model.decoder_layers splits the network by clean and noised blocks, and this objective has no clean "
               f"blocks before noised ones: use 0, or blocks shorter than data.length={length}")

@@ -189,7 +189,7 @@ def make_denoiser(lm, plan: Plan):
 
 def make_request(lm, options: Options, rows: Rows, turn: int) -> Request:
     forbidden = np.zeros(lm.config.model.vocab_size, bool)
-    forbidden[[lm.special.mask, *options.forbidden]] = True
+    forbidden[[i for i in (lm.special.mask, *options.forbidden) if i >= 0]] = True  # -1: no such token
     threshold = WRITERS[options.sampler].threshold if options.threshold is None else options.threshold
     key = jax.random.fold_in(jax.random.key(options.seed), turn) if turn else jax.random.key(options.seed)
     keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(jnp.asarray(rows.number))

@@ -67,8 +67,8 @@ def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:
         raise UserError(f"{path} holds no {CONFIG}: expected a directory written by 'python -m launch train'")
     stored = _stored(path)
     if "model_type" in stored:
-        raise UserError(f"{path} is a published checkpoint, which brings no data and no tokenizer: use sample, or "
-                        "bd3lm_jax.load(...).nll from Python")
+        raise UserError(f"{path} is a published checkpoint, expected a run directory: python -m launch convert "
+                        f"--from={path} --to=DIR --format=native makes one")
     stored.pop("config_sha256", None)
     return Config.from_dict(_brought_up_to_date(stored)), load_tokenizer(path / TOKENIZER)
 

@@ -24,20 +24,33 @@ if TYPE_CHECKING:
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# (pattern of the whole path, spec). Layers are stacked: parameters under "blocks" have a leading layer axis.
+# (pattern of the whole path, spec). Layers are stacked: parameters under "blocks" (or "blocks0", "blocks1", ... where
+# layers differ) have a leading layer axis.
 RULES = (
     (r"embed/embedding", P("tensor", "fsdp")),
     (r"condition/fc[12]/(kernel|bias)", P()),
-    (r"(.*/)?norm\d?/scale", P()),
-    (r"blocks/qkv/kernel", P(None, "fsdp", None, "tensor", None)),
-    (r"blocks/out/kernel", P(None, "tensor", None, "fsdp")),
-    (r"blocks/mlp_in/kernel", P(None, "fsdp", "tensor")),
-    (r"blocks/mlp_in/bias", P(None, "tensor")),
-    (r"blocks/mlp_out/kernel", P(None, "tensor", "fsdp")),
-    (r"blocks/mlp_out/bias", P()),
-    (r"blocks/modulation/kernel", P(None, None, None, "fsdp")),
+    (r"embed/position", P(None, "fsdp")),
+    (r"embed/token_type", P()),
+    (r"(.*/)?([qk]_)?norm\d?/(scale|bias)", P()),
+    (r"blocks\d*/qkv/kernel", P(None, "fsdp", None, "tensor", None)),
+    (r"blocks\d*/qkv/bias", P(None, None, "tensor", None)),
+    (r"blocks\d*/[qkv]/kernel", P(None, "fsdp", "tensor", None)),
+    (r"blocks\d*/[qkv]/bias", P(None, "tensor", None)),
+    (r"blocks\d*/out/kernel", P(None, "tensor", None, "fsdp")),
+    (r"blocks\d*/out/bias", P()),
+    (r"blocks\d*/gated_in/kernel", P(None, "fsdp", None, "tensor")),
+    (r"blocks\d*/(gate|up)/kernel", P(None, "fsdp", "tensor")),
+    (r"blocks\d*/down/kernel", P(None, "tensor", "fsdp")),
+    (r"blocks\d*/mlp_in/kernel", P(None, "fsdp", "tensor")),
+    (r"blocks\d*/mlp_in/bias", P(None, "tensor")),
+    (r"blocks\d*/mlp_out/kernel", P(None, "tensor", "fsdp")),
+    (r"blocks\d*/mlp_out/bias", P()),
+    (r"blocks\d*/modulation/kernel", P(None, None, None, "fsdp")),
     (r"head/modulation/kernel", P(None, None, "fsdp")),
     (r"(.*/)?modulation/bias", P()),
+    (r"head/dense/kernel", P("fsdp", None)),
+    (r"head/dense/bias", P()),
+    (r"head/bias", P("tensor")),
     (r"head/linear/kernel", P("fsdp", "tensor")),
     (r"head/linear/bias", P("tensor")),
     (r"objective/\w+", P()),

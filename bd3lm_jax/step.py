@@ -65,6 +65,7 @@ def score(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_
     if objective.causal:
         if not objective.bos:  # nobody reads the end token
             segment_BxL = jnp.where(noised.weight_BxMxL[:, 0] > 0, segment_BxL, 0)
+            position_BxL = jnp.maximum(position_BxL - 1, 0)  # the input is the token before, at its own place
             execution = dataclasses.replace(execution, one_document=False)
         h = passes.one_stream(model, params, noised.xt_BxMxL[:, 0], position_BxL, segment_BxL, rule="causal",
                               block_size=1, execution=execution, dropout_keys=dropout_keys)[:, None]

@@ -22,6 +22,7 @@ SPECS = ("bytes", *PRESETS, "bpe:N", "a path to a tokenizer.json")
 END_TOKEN = "<|endoftext|>"
 # Names in use for the two special tokens, most telling first.
 END_TOKENS = (END_TOKEN, "</s>", "[SEP]", "<|end_of_text|>", "<eos>", "<|im_end|>")
+USUAL_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<s>", "</s>", "<pad>", "<unk>", "<mask>", END_TOKEN)
 MASK_TOKENS = ("[MASK]", "<mask>", "<|mask|>", "<|mdm_mask|>")
 NUM_BYTES = 256
 
@@ -225,6 +226,79 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return SubwordTokenizer(content["kind"], content["model"], content["end_id"], content["mask_id"])
 
 
+def tokenizer_of(directory: str | Path) -> Tokenizer | None:
+    """The tokenizer that lies beside published weights; None if there is none.
+
+    It is read from tokenizer.json, else from vocab.txt (WordPiece), else from vocab.json and merges.txt (byte-level
+    BPE; without the latter every token is a character). tokenizer_config.json and special_tokens_map.json name its
+    special tokens. Raises UserError for files that cannot be read and for a vocabulary without end token.
+    """
+    directory = Path(directory)
+    found = [name for name in ("tokenizer.json", "vocab.txt", "vocab.json") if (directory / name).exists()]
+    if not found:
+        return None
+    path = directory / found[0]
+    named = [directory / name for name in ("special_tokens_map.json", "tokenizer_config.json")]
+    config = {key: value for file in named if file.exists() for key, value in _read_json(file).items()}
+    if path.name == "tokenizer.json":
+        if "kind" in _read_json(path):
+            return load_tokenizer(path)
+        return _from_model(path.name, path.read_text(encoding="utf-8"), config)
+    build = _word_piece if path.name == "vocab.txt" else _byte_level
+    return _from_model(path.name, build(path, config), config)
+
+
+def _word_piece(path: Path, config: dict) -> str:
+    """The JSON form of a BERT tokenizer whose vocabulary is one token a line."""
+    library, tokens = _library(), _read_text(path).split("\n")
+    vocab = {token.rstrip("\r"): i for i, token in enumerate(tokens[:-1] if tokens[-1] == "" else tokens)}
+    tokenizer = library.Tokenizer(library.models.WordPiece(vocab, unk_token=_content_of(config.get("unk_token"))
+                                                           or "[UNK]", max_input_chars_per_word=100))
+    tokenizer.normalizer = library.normalizers.BertNormalizer(
+        lowercase=config.get("do_lower_case", True), strip_accents=config.get("strip_accents"),
+        handle_chinese_chars=config.get("tokenize_chinese_chars", True))
+    tokenizer.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = library.decoders.WordPiece()
+    return _with_special_tokens(library, tokenizer, vocab, config)
+
+
+def _byte_level(path: Path, config: dict) -> str:
+    """The JSON form of a GPT-2 or RoBERTa tokenizer."""
+    library, vocab, merges = _library(), _read_json(path), path.with_name("merges.txt")
+    lines = _read_text(merges).splitlines() if merges.exists() else []
+    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    unknown = _content_of(config.get("unk_token")) or "<unk>"
+    try:
+        model = library.models.BPE(vocab, pairs, unk_token=unknown if unknown in vocab else None)
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{path} and {merges.name} are no BPE vocabulary: {error}") from None
+    tokenizer = library.Tokenizer(model)
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space", False))
+    tokenizer.decoder = library.decoders.ByteLevel()
+    return _with_special_tokens(library, tokenizer, vocab, config)
+
+
+def _with_special_tokens(library, tokenizer, vocab: dict[str, int], config: dict) -> str:
+    """Its JSON form, with the tokens that are never text: those that the config names, and the usual ones."""
+    named = [_content_of(value) for key, value in config.items() if key.endswith("_token")]
+    special = [name for name in dict.fromkeys((*named, *USUAL_SPECIAL)) if name in vocab]
+    tokenizer.add_special_tokens([library.AddedToken(name, normalized=False, special=True) for name in special])
+    return tokenizer.to_str()
+
+
+def _content_of(token) -> str | None:
+    """A special token as configs name it: a string, or an object with its content."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"tokenizer file {path} cannot be read: {error}") from None
+
+
 def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -267,8 +341,7 @@ def _from_model(kind: str, model: str, config: dict) -> Tokenizer:
     vocab = _parse(kind, model).get_vocab()
 
     def find(keys: tuple, usual: tuple) -> int | None:
-        named = [config.get(key) for key in keys]
-        named = [name["content"] if isinstance(name, dict) else name for name in named]
+        named = [_content_of(config.get(key)) for key in keys]
         return next((vocab[name] for name in (*named, *usual) if name in vocab), None)
 
     end_id = find(("eos_token", "sep_token"), END_TOKENS)

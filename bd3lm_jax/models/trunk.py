@@ -47,6 +47,7 @@ class Backbone(NamedTuple):
     pre(h, cond, rotary, queries) -> q (None without queries), k, v and
     post(h, attended, cond, dropout_keys) -> h, aux. head(h, cond) -> logits, in two parts: head.features(h, cond) and
     head.output_layer() -> kernel, bias. tied: the head finds the parameters of `embed` among its own, as "embed".
+    A block with an attribute `window` (not None) sees no further than that (`attention.allowed`).
     """
 
     config: Any
@@ -292,7 +293,8 @@ def _run(model, params, noised, clean, cache, *, rule, block_size, execution, dr
             inputs = {stream: x for stream, x in h.items() if noised_too or stream == "clean"}
             if start == stop or not inputs:  # no such layers, or no clean tokens that would go through them
                 continue
-            seen = spec if noised_too else dataclasses.replace(spec, noised=None)
+            seen = dataclasses.replace(spec, noised=spec.noised if noised_too else None,
+                                       window=getattr(block, "window", None))
             layer = functools.partial(_layer, block, seen, cond, rotary, execution.backend, dropout_keys,
                                       joined if noised_too else 0)
             ours = params[name] if stop - start == count else _layers(params[name], start, stop)
