@@ -34,7 +34,7 @@ class Source(NamedTuple):
 
 def read_source(path: str) -> Source:
     """The network of a run or of a published checkpoint, without its weights. UserError if there is none."""
-    if not rundir.is_published(path):
+    if not hf.is_published(path):
         config, _ = rundir.read(path)
         return Source(path, False, config.model, config.diffusion, config.data.length)
     described = hf.describe(path)
@@ -74,7 +74,7 @@ def first_weights(config: Config, model: Backbone, tokenizer: Tokenizer, abstrac
     """
     source, mask_id = read_source(config.train.init_from), tokenizer.mask_id
     if source.published:
-        found, step = hf.read_model(source.path)[1], ""
+        found, step = hf.read_model(source.path, mesh=mesh)[1], ""
     else:
         from bd3lm_jax.restore import restore
 

@@ -122,6 +122,8 @@ def _layer(model, block, layer, params, shape, level) -> _Layer:
     q = jax.eval_shape(pre, layer, h, cond, rotary)[0]
     width = math.prod(q.shape[-2:])
     before, after = count(pre, layer, h, cond, rotary), count(post, layer, h, q, cond)
+    if hasattr(block, "spare_flops"):
+        after -= block.spare_flops(math.prod(shape))
     return _Layer(before + after, before - 2 * math.prod(h.shape) * width, width)
 
 

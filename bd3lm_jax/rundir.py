@@ -73,11 +73,6 @@ def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:
     return Config.from_dict(_brought_up_to_date(stored)), load_tokenizer(path / TOKENIZER)
 
 
-def is_published(path: str | os.PathLike) -> bool:
-    """Whether a directory holds a published checkpoint (its config.json names a model_type), not a run."""
-    return (Path(path) / CONFIG).exists() and "model_type" in _stored(Path(path))
-
-
 def _stored(path: Path) -> dict:
     try:
         return json.loads((path / CONFIG).read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """Where arrays live: the device mesh, one path rule for every parameter, and activation constraints.
 
 Mesh axes: "data" replicates the parameters, "fsdp" shards them (both split the batch), "tensor" splits heads, the
-hidden layer of the MLP and the vocabulary.
+hidden layer of the MLP, the vocabulary, and experts.
 """
 
 import math
@@ -36,11 +36,15 @@ RULES = (
     (r"blocks\d*/qkv/bias", P(None, None, "tensor", None)),
     (r"blocks\d*/[qkv]/kernel", P(None, "fsdp", "tensor", None)),
     (r"blocks\d*/[qkv]/bias", P(None, "tensor", None)),
+    (r"blocks\d*/grouped_qkv/kernel", P(None, "fsdp", "tensor", None, None)),
     (r"blocks\d*/out/kernel", P(None, "tensor", None, "fsdp")),
     (r"blocks\d*/out/bias", P()),
     (r"blocks\d*/gated_in/kernel", P(None, "fsdp", None, "tensor")),
-    (r"blocks\d*/(gate|up)/kernel", P(None, "fsdp", "tensor")),
-    (r"blocks\d*/down/kernel", P(None, "tensor", "fsdp")),
+    (r"blocks\d*/((mlp|shared)/)?(gate|up)/kernel", P(None, "fsdp", "tensor")),
+    (r"blocks\d*/((mlp|shared)/)?down/kernel", P(None, "tensor", "fsdp")),
+    (r"blocks\d*/router/(kernel|bias)", P()),
+    (r"blocks\d*/experts/(gate|up)/kernel", P(None, "tensor", "fsdp", None)),
+    (r"blocks\d*/experts/down/kernel", P(None, "tensor", None, "fsdp")),
     (r"blocks\d*/mlp_in/kernel", P(None, "fsdp", "tensor")),
     (r"blocks\d*/mlp_in/bias", P(None, "tensor")),
     (r"blocks\d*/mlp_out/kernel", P(None, "tensor", "fsdp")),

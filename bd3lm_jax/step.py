@@ -41,7 +41,7 @@ class Scored(NamedTuple):
 
     features_BxMxCxD go into the output layer; weight_BxMxC is 0 where a position does not count; index_BxMxC says where
     in the row it stands; xt_BxMxC and sigma_BxMxC: the noised token there and its level (for an objective's own loss).
-    tokens_B: tokens of the row.
+    tokens_B: tokens of the row. aux: the network's own loss, a sum over tokens as the others.
     """
 
     features_BxMxCxD: jax.Array
@@ -51,6 +51,7 @@ class Scored(NamedTuple):
     xt_BxMxC: jax.Array | None = None
     sigma_BxMxC: jax.Array | None = None
     tokens_B: jax.Array | None = None
+    aux: jax.Array | float = 0.0
 
 
 def score(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_BxL, position_BxL, segment_BxL,
@@ -67,8 +68,9 @@ def score(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_
             segment_BxL = jnp.where(noised.weight_BxMxL[:, 0] > 0, segment_BxL, 0)
             position_BxL = jnp.maximum(position_BxL - 1, 0)  # the input is the token before, at its own place
             execution = dataclasses.replace(execution, one_document=False)
-        h = passes.one_stream(model, params, noised.xt_BxMxL[:, 0], position_BxL, segment_BxL, rule="causal",
-                              block_size=1, execution=execution, dropout_keys=dropout_keys)[:, None]
+        out = passes.one_stream_out(model, params, noised.xt_BxMxL[:, 0], position_BxL, segment_BxL, rule="causal",
+                                    block_size=1, execution=execution, dropout_keys=dropout_keys)
+        h = out.clean[:, None]
     else:
         largest, sizes = objective.block_size, None
         if noised.size_B is not None:
@@ -78,10 +80,10 @@ def score(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_
             inputs = objective.mixtures(noised, tokens_BxL, model.config.vocab_size)
         if form == "block":
             inputs, clean = shifted.inputs(inputs, clean, position_BxL, largest, end_id)
-        h = passes.two_stream(model, params, inputs, clean, position_BxL, segment_BxL,
-                              block_size=largest, sizes=sizes, sigma_BxMxn=sigma, execution=execution,
-                              dropout_keys=dropout_keys, sees_BxL=sees_BxL)
-        h = shifted.outputs(h) if form == "row" else h
+        out = passes.two_stream_out(model, params, inputs, clean, position_BxL, segment_BxL,
+                                    block_size=largest, sizes=sizes, sigma_BxMxn=sigma, execution=execution,
+                                    dropout_keys=dropout_keys, sees_BxL=sees_BxL)
+        h = shifted.outputs(out.noised) if form == "row" else out.noised
     weight, xt, length = noised.weight_BxMxL, noised.xt_BxMxL, tokens_BxL.shape[1]
     target = jnp.broadcast_to(tokens_BxL[:, None], xt.shape)
     index = jnp.broadcast_to(jnp.arange(length), target.shape)
@@ -93,7 +95,7 @@ def score(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_
     part = length // noised.sigma_BxMxK.shape[2]
     sigma = jnp.take_along_axis(noised.sigma_BxMxK, index // part, axis=2)
     features = trunk.features(model, params, h, sigma if takes_level else None)
-    return Scored(features, target, weight, index, xt, sigma, tokens_B)
+    return Scored(features, target, weight, index, xt, sigma, tokens_B, out.aux)
 
 
 def overflows(noised: Noised) -> jax.Array:
@@ -182,8 +184,8 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
         token_loss = objective.token_loss
         if token_loss is not None and objective.learns:
             token_loss = functools.partial(token_loss, learnt=params[LEARNT])
-        return total_loss(model, params, scored, special.mask, config.compute.loss_chunk, token_loss,
-                          objective.mean_term)
+        return scored.aux + total_loss(model, params, scored, special.mask, config.compute.loss_chunk, token_loss,
+                                       objective.mean_term)
 
     def gradients(params, rows):
         """Loss, its gradient in what is trained, and what the schedule sees of the losses: the derivatives in their

@@ -219,7 +219,7 @@ class _Window:
                     "train/tokens_per_s": rate}
             if self.config.train.block_sizes:
                 line["train/block_size"] = self.config.block_size_at(step - 1)
-            if self.objective.is_bound:
+            if self.objective.is_bound and not getattr(self.config.model, "balance", 0):
                 line["train/nll"] = loss
         if valid:
             line |= {f"valid/{name}": valid[name] for name in ("nll", "ppl", "bits_per_byte")}

@@ -205,7 +205,10 @@ def get_tokenizer(spec: str, train_documents: Callable[[], Iterable[str]]) -> To
     if spec.startswith("bpe:"):
         return train_bpe(spec, train_documents())
     if Path(spec).is_dir():
-        return load_tokenizer(Path(spec) / "tokenizer.json")
+        found = tokenizer_of(spec)
+        if found is None:
+            raise UserError(f"data.tokenizer='{spec}' holds no tokenizer.json (nor vocab.txt, nor vocab.json)")
+        return found
     if spec.endswith(".json") or Path(spec).exists():
         return load_tokenizer(spec)
     raise UserError(f"unknown data.tokenizer '{spec}': {nearest(spec, SPECS)}")

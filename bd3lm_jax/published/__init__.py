@@ -11,9 +11,10 @@ A format module offers
 and is one more line here.
 """
 
-from bd3lm_jax.published import bd3lm, bert, gpt2, llada, llama, modernbert
+from bd3lm_jax.published import bd3lm, bert, gpt2, llada, llama, modernbert, moe
 from bd3lm_jax.published.leaf import Described, Leaf
 
-FORMATS = {kind: module for module in (bd3lm, llama, llada, bert, gpt2, modernbert) for kind in module.MODEL_TYPES}
+FORMATS = {kind: module for module in (bd3lm, llama, llada, moe, bert, gpt2, modernbert)
+           for kind in module.MODEL_TYPES}
 
 __all__ = ["FORMATS", "Described", "Leaf"]
