@@ -91,6 +91,45 @@ class AutoSizeDenoiser(NamedTuple):
         return trunk.logits(self.model, params, out.noised[:, 0], sigma), out.cache
 
 
+class ShiftedDenoiser(NamedTuple):
+    """A network whose outputs are one token ahead (shifted.py), asked as one whose outputs are not.
+
+    The cache is that of `denoise` beside the token before the canvas, `[B]`.
+    """
+
+    denoise: BlockDenoiser
+    form: str
+    end_id: int
+
+    def stored_before(self, first_block: int) -> int:
+        return self.denoise.stored_before(first_block)
+
+    def prefill(self, params, ids_BxN, real_BxN, origin):
+        """As `BlockDenoiser.prefill`; what stands before `origin` is not known and counts as the end token."""
+        end_Bx1 = jnp.full((len(ids_BxN), 1), self.end_id, ids_BxN.dtype)
+        ahead_BxN1 = jnp.concatenate([end_Bx1, ids_BxN], axis=1)
+        last_B = jnp.take_along_axis(ahead_BxN1, real_BxN.sum(1, keepdims=True), axis=1)[:, 0]
+        read = ids_BxN if self.form == "row" else ahead_BxN1[:, :-1]
+        return last_B, self.denoise.prefill(params, read, real_BxN, origin)
+
+    def __call__(self, params, canvas_BxS, block, finished: Finished | None, positions_BxP, level_B, cache):
+        last_B, stored = cache
+        if self.form == "row":
+            positions_BxP = jnp.maximum(positions_BxP - 1, 0)
+        else:
+            if finished is not None:
+                after_B = jnp.where(finished.real[:, -1], finished.ids[:, -1], self.end_id)
+                finished, last_B = finished._replace(ids=_behind(last_B, finished.ids)), after_B
+            canvas_BxS = _behind(last_B, canvas_BxS)
+        logits, stored = self.denoise(params, canvas_BxS, block, finished, positions_BxP, level_B, stored)
+        return logits, (last_B, stored)
+
+
+def _behind(first_B, ids_BxS):
+    """The ids moved back by one place, behind `first_B`; the last one is left out."""
+    return jnp.concatenate([first_B[:, None].astype(ids_BxS.dtype), ids_BxS[:, :-1]], axis=1)
+
+
 class CausalDenoiser(NamedTuple):
     """Autoregression as blocks of one token: the clean stream is the token before, whose output predicts the canvas.
 

@@ -69,7 +69,8 @@ def score_views(model: Backbone, params: dict, objective: Any, noised: Any, toke
                 scored_BxL, special: SpecialIds, execution: Execution,
                 replicates: int, token_loss: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What `make_scores` returns, of given views."""
-    scored = score(model, params, objective, noised, tokens_BxL, position_BxL, segment_BxL, execution)
+    scored = score(model, params, objective, noised, tokens_BxL, position_BxL, segment_BxL, execution,
+                   end_id=special.end)
     losses = jnp.where(scored.weight_BxMxC == 0, 0, row_losses(model, params, scored, special.mask, 0, token_loss))
     place = jax.vmap(jax.vmap(lambda losses, index: jnp.zeros(tokens_BxL.shape[1]).at[index].add(losses)))
     losses_BxMxL = jnp.where(scored_BxL[:, None], place(losses, scored.index_BxMxC), 0)
@@ -93,34 +94,46 @@ class Opened(NamedTuple):
     config_sha256: str
 
 
-def open_run(workdir: str, weights: str, batch: int, block_size: int = 0) -> Opened:
-    """The newest checkpoint of a run, over all devices. weights: "ema" or "params"; batch: rows a pass, 0 for the
-    run's own; block_size: one that it was trained with, 0 for its usual one."""
-    from bd3lm_jax.restore import restore
+def open_run(workdir: str, weights: str, batch: int, block_size: int = 0, length: int = 0) -> Opened:
+    """The newest checkpoint of a run, or a published one, over all devices. weights: "ema" or "params"; batch: rows a
+    pass, 0 for the run's own; block_size: one that it was trained with, 0 for its usual one; length: tokens a row of a
+    published checkpoint (`restore.restore_published`)."""
+    from bd3lm_jax.hf import is_published
+    from bd3lm_jax.restore import restore, restore_published
 
     mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
-    run = restore(workdir, weights, None, mesh)
+    if is_published(workdir):
+        run = restore_published(workdir, weights, mesh, length)
+    else:
+        run = restore(workdir, weights, None, mesh)
     config = run.config.at_trained_size(block_size) if block_size else run.config
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch=batch or config.eval.batch))
-    evaluator = Evaluator(config, run.model, SpecialIds(run.tokenizer.mask_id, run.tokenizer.end_id), mesh)
+    evaluator = Evaluator(config, run.model, SpecialIds(run.mask_id, run.tokenizer.end_id), mesh)
     return Opened(workdir, config, run.tokenizer, run.params, evaluator, run.step, run.meta["config_sha256"])
 
 
 def evaluate_run(workdir: str, *, split: str, data: str, estimator: str, draws: int, seed: int, weights: str,
                  batch: int, target_ci: float, max_draws: int, against: str, data_dir: str, chunks: str, stride: int,
-                 first_token: str, end_token: str, block_size: int = 0) -> dict[str, Any]:
+                 first_token: str, end_token: str, block_size: int = 0, length: int = 0) -> dict[str, Any]:
     """The `eval` command: likelihood of a split under the newest checkpoint of a run.
 
     data, split, data_dir: which text (`domains.open_text`). chunks, stride, first_token, end_token: what of it counts
     (`domains.convention_for`). estimator: "" for the best one. target_ci: as `Target`, 0 for none; then `draws`
-    is the size of a round. block_size: as for `open_run`. against: another run to compare with on the same
-    documents, or "" (see `compare.py`).
+    is the size of a round. block_size, length: as for `open_run`. against: another run to compare with on the same
+    documents, or "" (see `compare.py`). Published checkpoints have no corpus of their own: they need `data`.
     """
     from bd3lm_jax import compare
+    from bd3lm_jax.hf import is_published
 
-    run = open_run(workdir, weights, batch, block_size)
+    from_elsewhere = [path for path in (workdir, against) if path and is_published(path)]
+    if is_published(workdir) and not data:
+        raise UserError(f"{workdir} is a published checkpoint, which brings no corpus: give --data=austen or another "
+                        "text")
+    if length and not from_elsewhere:
+        raise UserError(f"--length={length} is for published checkpoints: {workdir} has the length it was trained with")
+    run = open_run(workdir, weights, batch, block_size, length)
     estimators.make(estimator or default_estimator(run.config), run.config)  # refuse before any text is read
-    other = open_run(against, weights, batch) if against else None
+    other = open_run(against, weights, batch, length=length) if against else None
     convention = domains.convention_for([side.config for side in (run, other) if side is not None], chunks=chunks,
                                         stride=stride, first_token=first_token, end_token=end_token)
     which = {"data": data, "split": split, "data_dir": data_dir, "convention": convention}

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import automaton
+from bd3lm_jax import automaton, shifted
 from bd3lm_jax.approximate_cache import ApproximateDenoiser
-from bd3lm_jax.denoise import AutoSizeDenoiser, BlockDenoiser, CausalDenoiser, Guided
+from bd3lm_jax.denoise import AutoSizeDenoiser, BlockDenoiser, CausalDenoiser, Guided, ShiftedDenoiser
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.fit import WRITERS
 from bd3lm_jax.models.trunk import unstacked
@@ -185,19 +185,24 @@ def make_plan(lm, options: Options, row_length: int) -> Plan:
 
 def make_denoiser(lm, plan: Plan):
     objective = lm.config.diffusion
-    if plan.sizes is not None:
-        return AutoSizeDenoiser(lm.model, plan.settings.block_size, plan.slots, plan.cache_dtype, objective.sigma_max)
     if objective.causal:
         return CausalDenoiser(lm.model, plan.slots, plan.cache_dtype, objective.bos, lm.special.end)
+    form = shifted.form_of(lm.config.model)
+    if form and (plan.approximate_cache or plan.sizes):
+        what = "approximate_cache" if plan.approximate_cache else f"block_size='{auto_size.AUTO}'"
+        raise UserError(f"{what} is not there for networks with model.shifted='{form}': leave it out")
+    if plan.sizes is not None:
+        return AutoSizeDenoiser(lm.model, plan.settings.block_size, plan.slots, plan.cache_dtype, objective.sigma_max)
     if plan.approximate_cache:
         return ApproximateDenoiser(lm.model, plan.settings.window, plan.slots, plan.approximate_cache,
                                    plan.settings.mask_id, plan.cache_dtype, objective.sigma_max)
-    return BlockDenoiser(lm.model, plan.settings.block_size, plan.slots, plan.cache_dtype, objective.sigma_max)
+    denoiser = BlockDenoiser(lm.model, plan.settings.block_size, plan.slots, plan.cache_dtype, objective.sigma_max)
+    return ShiftedDenoiser(denoiser, form, lm.special.end) if form else denoiser
 
 
 def make_request(lm, options: Options, rows: Rows, turn: int) -> Request:
     forbidden = np.zeros(lm.config.model.vocab_size, bool)
-    forbidden[[lm.special.mask, *options.forbidden]] = True
+    forbidden[[i for i in (lm.special.mask, *options.forbidden) if i >= 0]] = True  # -1: no such token
     threshold = WRITERS[options.sampler].threshold if options.threshold is None else options.threshold
     key = jax.random.fold_in(jax.random.key(options.seed), turn) if turn else jax.random.key(options.seed)
     keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(jnp.asarray(rows.number))

@@ -1,45 +1,122 @@
-"""Published checkpoints in Hugging Face layout (config.json + model.safetensors), read strictly.
+"""The door for published checkpoints (Hugging Face layout, GGUF): in and out, strictly.
 
-Which architectures: `published.FORMATS`. Every tensor of a file is used exactly once; anything missing, left over or
-misshapen is an error.
+Which architectures: `published.FORMATS`. Every tensor of a checkpoint is used exactly once; anything missing, left
+over or misshapen is an error. What is written is whole or not there.
 """
 
 import json
 from pathlib import Path
 from types import ModuleType
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from bd3lm_jax import models, sharding
+from bd3lm_jax.data.tokenizers import Tokenizer, tokenizer_of
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.published import FORMATS, Described, Leaf
+from bd3lm_jax.models import trunk
+from bd3lm_jax.published import FORMATS, Described
 from bd3lm_jax.published.leaf import require
+from bd3lm_jax.published.read import check_tensors, plain_names, read_params
+from bd3lm_jax.published.tensors import Stored, open_directory
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-COMPILED = "_orig_mod."  # left in tensor names by torch.compile
-NAMED = 6  # tensors named in an error, of each kind
+CONFIG_FILE = "config.json"
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+GGUF = ".gguf"
+DTYPES = ("float32", "bfloat16")  # that parameters may have
 
 
-def read_model(directory: str | Path) -> tuple[Described, dict]:
-    """A published network: what it is, and its float32 parameters.
+def is_published(path: str | Path) -> bool:
+    """Whether `path` is a published checkpoint: a GGUF file, or a directory whose config.json has a model_type.
 
-    The parameters have the tree and shapes of `trunk.init`: layers stacked, vocabulary padded with zeros.
+    UserError if its config.json is not JSON.
+    """
+    path = Path(path)
+    if path.suffix == GGUF:
+        return True
+    config = path / CONFIG_FILE
+    if not config.is_file():
+        return False
+    try:
+        return "model_type" in json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{config} is not valid JSON ({error})") from None
+
+
+def read_model(path: str | Path, *, dtype: str = "float32", weights: str = "ema",
+               mesh: jax.sharding.Mesh | None = None, allow_pickle: bool = False) -> tuple[Described, dict]:
+    """A published network: what it is, and its parameters.
+
+    The parameters have the tree and shapes of `trunk.init`: layers stacked, vocabulary padded with zeros. They are read
+    one after the other, each device its own part.
+
+    path: a directory, or a GGUF file. dtype: of the parameters, one of DTYPES. weights: "ema" or "params", where both
+    are there. mesh: where the parameters lie, by `sharding.RULES`; None for the first device. allow_pickle: read the
+    tensors of pickled files as well.
 
     Raises:
         UserError: unreadable files, an unsupported architecture, or tensors that are not exactly the expected ones.
     """
-    config_path, weights_path = Path(directory) / CONFIG_FILE, Path(directory) / WEIGHTS_FILE
-    published, form = read_config(config_path)
-    tensors = _read_tensors(weights_path)
-    described = form.describe(config_path, published, {name: x for name, x in tensors.items() if not x.shape})
+    require(dtype in DTYPES, f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    require(weights in ("ema", "params"), f"weights are {weights!r}, expected 'ema' or 'params'")
+    config_path, published, form, weights_path, stored = _open(Path(path), allow_pickle)
+    tensors = plain_names(weights_path, stored, weights, getattr(form, "rename", str))
+    described = form.describe(config_path, published,
+                              {name: x.read() for name, x in tensors.items() if not x.shape})
     leaves = form.layout(described.model)
     held = form.held(described.model, set(tensors))
-    _check_tensors(weights_path, tensors, held | {name: leaf.shape for leaf in leaves.values()
-                                                  for name in leaf.sources()})
-    form.check_held(weights_path, described.model, tensors)
-    return described, unflatten_dict({tuple(path.split(".")): _stacked(leaf, tensors)
-                                      for path, leaf in leaves.items()})
+    check_tensors(weights_path, tensors, held | {name: leaf.shape for leaf in leaves.values()
+                                                 for name in leaf.sources()})
+    form.check_held(weights_path, described.model, {name: tensors[name].read() for name in held})
+    shardings = None if mesh is None else _shardings(described.model, mesh)
+    params = read_params(weights_path, leaves, tensors, jnp.dtype(dtype), shardings)
+    return described, unflatten_dict({tuple(at.split(".")): x for at, x in params.items()})
+
+
+def read_tokenizer(path: str | Path, described: Described) -> Tokenizer | None:
+    """The tokenizer that a published checkpoint brings, None if there is none.
+
+    UserError if it has ids beyond the vocabulary of the network.
+    """
+    path = Path(path)
+    if path.suffix == GGUF:
+        from bd3lm_jax.published.gguf import read_tokenizer as read
+
+        tokenizer = read(path)
+    else:
+        tokenizer = tokenizer_of(path)
+    vocab = described.model.vocab_size
+    require(tokenizer is None or tokenizer.size <= vocab, f"{path}: the vocabulary of the network has {vocab} ids, "
+            f"fewer than the {tokenizer and tokenizer.size} of its tokenizer: use the tokenizer that it was trained with")
+    return tokenizer
+
+
+def download(name: str) -> str:
+    """The local directory of "organisation/name" on the Hugging Face Hub, fetched if it is not there yet.
+
+    UserError if huggingface_hub is not installed, or the model cannot be had.
+    """
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(f"no directory {name}; to take it from the Hugging Face Hub: pip install huggingface_hub, or "
+                        "download the model there and give its directory") from None
+    try:
+        return huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES, etag_timeout=10)
+    except Exception as error:  # the network and the Hub raise many kinds; all of them mean: not fetched
+        first = f"{error}\n".strip().splitlines()[0] if str(error).strip() else ""
+        raise UserError(f"no directory {name}, and the Hugging Face Hub did not give a model of this name "
+                        f"({type(error).__name__}: {first}): check name and network, or give the directory of a "
+                        "downloaded model") from None
+
+
+def describe(directory: str | Path) -> Described:
+    """What a published checkpoint is by its config.json alone: what its tensors say of the objective is left out."""
+    path = Path(directory) / CONFIG_FILE
+    published, form = read_config(path)
+    return form.describe(path, published, {})
 
 
 def read_config(path: Path) -> tuple[dict, ModuleType]:
@@ -53,37 +130,17 @@ def read_config(path: Path) -> tuple[dict, ModuleType]:
     return published, FORMATS[kind]
 
 
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor as float32 under its published name."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+def _open(path: Path, allow_pickle: bool) -> tuple[Path, dict, ModuleType, Path, dict[str, Stored]]:
+    """Where the config is, what it says, its format; where the tensors are, and these by name."""
+    if path.suffix == GGUF:
+        from bd3lm_jax.published.gguf import open_gguf
 
-    try:
-        loaded = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path} ({error}): download it again; expected one safetensors file") from None
-    tensors = {}
-    for name, value in loaded.items():
-        plain = name.replace(COMPILED, "")
-        require(plain not in tensors, f"{path}: tensor {plain} is there twice, with and without '{COMPILED}'")
-        tensors[plain] = value.astype(np.float32, copy=False)
-    return tensors
+        published, tensors = open_gguf(path)
+        return path, published, FORMATS[published["model_type"]], path, tensors
+    published, form = read_config(path / CONFIG_FILE)
+    return path / CONFIG_FILE, published, form, *open_directory(path, allow_pickle)
 
 
-def _check_tensors(path: Path, tensors: dict, expected: dict) -> None:
-    misshapen = [f"{name} (is {list(tensors[name].shape)}, expected {list(shape)})"
-                 for name, shape in expected.items() if name in tensors and tensors[name].shape != shape]
-    problems = {"missing": sorted(expected.keys() - tensors.keys()),
-                "unexpected": sorted(tensors.keys() - expected.keys()), "misshapen": misshapen}
-    found = [f"{kind}: {_named(names)}" for kind, names in problems.items() if names]
-    require(not found, f"{path} does not fit its {CONFIG_FILE}. Tensors {'; '.join(found)}")
-
-
-def _named(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
-
-
-def _stacked(leaf: Leaf, tensors: dict[str, np.ndarray]) -> jnp.ndarray:
-    parts = [leaf.read(tensors[name]) for name in leaf.sources()]
-    return jnp.asarray(np.stack(parts).reshape(leaf.stacked + parts[0].shape))
+def _shardings(config, mesh: jax.sharding.Mesh) -> dict[str, jax.sharding.NamedSharding]:
+    abstract = jax.eval_shape(lambda: trunk.init(models.build(config, jnp.float32), jax.random.key(0)))
+    return flatten_dict(sharding.param_shardings(abstract, mesh), sep=".")

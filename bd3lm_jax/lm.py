@@ -1,7 +1,7 @@
 """A language model in hand: likelihood, generation and raw logits of a run directory or a published checkpoint."""
 
 import functools
-import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.generation import Sample
 from bd3lm_jax.models import Backbone, trunk
 from bd3lm_jax.options import Options, make_options
+from bd3lm_jax.published import Described
 from bd3lm_jax.sampling.auto_size import AUTO
 from bd3lm_jax.step import SpecialIds
 
@@ -38,43 +39,57 @@ class Trained(NamedTuple):
     config_sha256: str
 
 
-def load(path: str, weights: str = "ema") -> "LM":
-    """The model in `path`: a run directory, or a published checkpoint (config.json + safetensors).
+def load(path: str | Path, weights: str = "ema", dtype: str = "float32", allow_pickle: bool = False) -> "LM":
+    """The model in `path`: a run directory; a published checkpoint (a directory with config.json and safetensors, or a
+    GGUF file); or, where no such path is, "organisation/name" on the Hugging Face Hub.
 
-    weights: "ema" or "params" (of a run; "ema" falls back to the parameters when the run kept no average).
+    weights: "ema" or "params" ("ema" falls back to the parameters where no average was kept). dtype: of the
+    computation, and of the parameters of a published checkpoint: "float32" or "bfloat16". allow_pickle: of a published
+    checkpoint, read pickled weights too (tensors alone; needs torch).
     Raises UserError if there is nothing to load or it does not fit.
     """
-    description = Path(path) / "config.json"
-    if description.exists() and "model_type" in _json(description):
-        from bd3lm_jax import hf
+    from bd3lm_jax import hf
 
-        found, params = hf.read_model(path)
-        config = Config(0, found.model, found.objective, **dict.fromkeys(SECTIONS))
-        return LM(config, params, None, models.build(found.model, jnp.float32), found.length)
+    path = str(path)
+    if not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).parent.exists():
+        path = hf.download(path)
+    if hf.is_published(path):
+        found, params = hf.read_model(path, dtype=dtype, weights=weights, allow_pickle=allow_pickle)
+        return published(found, params, hf.read_tokenizer(path, found), dtype)
     from bd3lm_jax.restore import restore
 
-    run = restore(path, weights, "float32", None)
+    run = restore(path, weights, dtype, None)
     return LM(run.config, run.params, run.tokenizer, run.model, run.config.data.length,
               Trained(run.step, run.meta["config_sha256"]))
+
+
+def published(found: Described, params: dict, tokenizer: Tokenizer | None, dtype: str) -> "LM":
+    """The model of a published checkpoint. Its mask token is what its config names, else its tokenizer's own."""
+    config = Config(0, found.model, found.objective, **dict.fromkeys(SECTIONS))
+    mask_id = found.mask_id
+    if mask_id < 0 and tokenizer is not None and tokenizer.mask_id < found.model.vocab_size:
+        mask_id = tokenizer.mask_id
+    return LM(config, params, tokenizer, models.build(found.model, jnp.dtype(dtype)), found.length, mask_id=mask_id)
 
 
 class LM:
     """`config`, `params`, `tokenizer` (None if the checkpoint brings none) and what can be done with them.
 
     context: the most tokens a row may hold (what the model was trained on). trained: None if it is no run's.
+    mask_id: -1 if there is no mask token; None for the tokenizer's, and without tokenizer the last one.
     """
 
     def __init__(self, config: Config, params: dict, tokenizer: Tokenizer | None, model: Backbone, context: int,
-                 trained: Trained | None = None):
+                 trained: Trained | None = None, mask_id: int | None = None):
         self.config, self.params, self.tokenizer, self.model, self.context = config, params, tokenizer, model, context
-        self.trained = trained
+        self.trained, self._mask_id = trained, mask_id
 
     @property
     def special(self) -> SpecialIds:
-        """Mask and end token; a published checkpoint without tokenizer has its mask last and no end token (-1)."""
-        if self.tokenizer is not None:
-            return SpecialIds(self.tokenizer.mask_id, self.tokenizer.end_id)
-        return SpecialIds(self.config.model.vocab_size - 1, -1)
+        """Mask and end token, -1 where there is none (no end token without tokenizer)."""
+        known = self.tokenizer is not None
+        mask_id = self.tokenizer.mask_id if known else self.config.model.vocab_size - 1
+        return SpecialIds(mask_id if self._mask_id is None else self._mask_id, self.tokenizer.end_id if known else -1)
 
     def at_block_size(self, size: int) -> "LM":
         """This model with blocks of `size` tokens, one of those that it was trained with (`diffusion.kind="mixed"`)."""
@@ -83,7 +98,7 @@ class LM:
             return self
         known = self.__dict__.setdefault("_at_sizes", {})  # each keeps its programs
         if size not in known:
-            known[size] = LM(config, self.params, self.tokenizer, self.model, self.context)
+            known[size] = LM(config, self.params, self.tokenizer, self.model, self.context, mask_id=self._mask_id)
         return known[size]
 
     def fitted(self, options: dict[str, Any]) -> tuple["LM", dict[str, Any]]:
@@ -123,7 +138,8 @@ class LM:
         if (tokens == self.special.mask).any():
             raise UserError(f"the tokens hold the mask token {self.special.mask}, which is never part of a text")
         objective = self.config.diffusion
-        chosen = estimators.make(estimator, self.config)
+        config = self._for_rows(tokens.shape[1])
+        chosen = estimators.make(estimator, config)
         if chosen.learns:
             raise UserError(f"estimator '{estimator}' learns from a split: use it with eval, and exact_count here")
         evaluate.check_draws(draws)
@@ -133,7 +149,7 @@ class LM:
             raise UserError(f"weights have shape {weights.shape}, expected that of tokens, {tokens.shape}")
         if objective.causal and not objective.bos:
             weights = weights * (np.arange(length) > 0)
-        estimates_BxUxL = self._estimates(chosen, tokens, draws, seed) * weights[:, None]
+        estimates_BxUxL = self._estimates(chosen, config.diffusion, tokens, draws, seed) * weights[:, None]
         per_token = estimates_BxUxL.mean(1)
         mean, low, high = stats.ratio_interval(per_token.sum(1), weights.sum(1))
         if batch == 1:
@@ -141,18 +157,26 @@ class LM:
             low, high = mean - margin, mean + margin
         return NLL(per_token, mean, (low, high), float(per_token.sum()))
 
-    def _estimates(self, estimator, tokens_BxL, draws: int, seed: int) -> np.ndarray:
+    def _for_rows(self, length: int) -> Config:
+        """The config for rows of `length` tokens: a block that is longer than the row is the row, and nothing is
+        padded to a context of thousands of tokens."""
+        objective = self.config.diffusion
+        if objective.block_size <= length or objective.kind == "mixed" or getattr(objective, "count_probs", ()):
+            return self.config
+        return self.config.at_block_size(length)
+
+    def _estimates(self, estimator, objective, tokens_BxL, draws: int, seed: int) -> np.ndarray:
         """Contributions of the tokens in nats, float64 `[B, U, L]`, of U independent estimates."""
         batch, length = tokens_BxL.shape
-        padded = np.pad(tokens_BxL, ((0, 0), (0, -length % self.config.block_size)))
+        padded = np.pad(tokens_BxL, ((0, 0), (0, -length % objective.block_size)))
         position, _ = passes.plain_rows(padded)
         segment = jnp.broadcast_to(jnp.arange(padded.shape[1]) < length, padded.shape).astype(jnp.int32)
         rounds = draws if estimator.replicates > 1 else 1
         estimates = []
         for round_ in range(rounds):
             key = jax.random.fold_in(jax.random.key(seed), round_)
-            parts = [self._scores(estimator)(self.params, key, index, jnp.arange(batch), padded, position, segment,
-                                             segment > 0)[0]
+            parts = [self._scores(estimator, objective)(self.params, key, index, jnp.arange(batch), padded, position,
+                                                        segment, segment > 0)[0]
                      for index in range(estimator.passes(1))]
             estimates.append(np.mean(parts, axis=0, dtype=np.float64)[..., :length])
         return np.concatenate(estimates, axis=1)
@@ -197,13 +221,13 @@ class LM:
         return conditional.choose(self, prompt, options, normalise=normalise, estimator=estimator, draws=draws,
                                   seed=seed, batch=batch)
 
-    def _scores(self, estimator):
-        """Jitted once for each estimator."""
+    def _scores(self, estimator, objective):
+        """Jitted once for each estimator and objective."""
         known = self.__dict__.setdefault("_known_scores", {})
-        if estimator not in known:
-            known[estimator] = jax.jit(evaluate.make_scores(self.model, self.config.diffusion, estimator, self.special,
-                                                            passes.PLAIN, 1))
-        return known[estimator]
+        if (estimator, objective) not in known:
+            known[estimator, objective] = jax.jit(evaluate.make_scores(self.model, objective, estimator, self.special,
+                                                                       passes.PLAIN, 1))
+        return known[estimator, objective]
 
     @functools.cached_property
     def _plain_logits(self):
@@ -213,21 +237,21 @@ class LM:
         @jax.jit
         def plain(params, ids, sigma):
             length = ids.shape[1]
-            ids = jnp.pad(ids, ((0, 0), (0, -length % objective.block_size)))
+            size = max(min(objective.block_size, length), 1)  # a block longer than the row is the row
+            ids = jnp.pad(ids, ((0, 0), (0, -length % size)))
             position, _ = passes.plain_rows(ids)
             segment = (position < length).astype(jnp.int32)
-            h = passes.one_stream(self.model, params, ids, position, segment, rule=rule,
-                                  block_size=objective.block_size, sigma_Bxn=sigma, execution=passes.PLAIN)
+            h = passes.one_stream(self.model, params, ids, position, segment, rule=rule, block_size=size,
+                                  sigma_Bxn=sigma, execution=passes.PLAIN)
             return trunk.logits(self.model, params, h, sigma)[:, :length]
         return plain
 
     @functools.cached_property
     def _two_stream_logits(self):
-        size = self.config.block_size
-
         @jax.jit
         def two_stream(params, xt, x0, sigma):
             length = xt.shape[1]
+            size = max(min(self.config.block_size, length), 1)
             xt, x0 = (jnp.pad(x, ((0, 0), (0, -length % size))) for x in (xt, x0))
             position, _ = passes.plain_rows(x0)
             segment = (position < length).astype(jnp.int32)
@@ -260,10 +284,3 @@ class LM:
         if sigma.shape not in ((shape[0],), (shape[0], blocks)):
             raise UserError(f"sigma has shape {sigma.shape}, expected ({shape[0]},) or ({shape[0]}, {blocks})")
         return sigma.reshape(shape[0], -1)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from error

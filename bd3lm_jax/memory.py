@@ -100,7 +100,8 @@ def tpu_padding(program: Program) -> int:
     tile = choose_tile(length if views else 0, clean, views, objective.block_size)
     real = views * length + clean
     padded = (views * -(-length // tile) + -(-clean // tile)) * tile
-    head, size = config.model.width // config.model.heads, jnp.dtype(program.model.dtype).itemsize
+    head = getattr(config.model, "head_dim", config.model.width // config.model.heads)
+    size = jnp.dtype(program.model.dtype).itemsize
     lanes = -(-head // LANES) * LANES
     arrays = 4 if compute.remat == "none" else 1
     extra = arrays * size * (padded * lanes - real * head) + 4 * (padded * SUBLANES - real)

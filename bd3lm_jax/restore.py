@@ -1,4 +1,4 @@
-"""The trained model of a run directory, as evaluation and generation need it."""
+"""The trained model of a run directory or of a published checkpoint, as evaluation and generation need it."""
 
 import os
 from typing import Any, NamedTuple
@@ -6,12 +6,16 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from bd3lm_jax import models, passes, rundir, sharding
+from bd3lm_jax import hf, lora, models, passes, rundir, sharding
 from bd3lm_jax.checkpoint import Checkpoints
-from bd3lm_jax.config import Config
+from bd3lm_jax.config import SECTIONS, ComputeConfig, Config, DataConfig, EvalConfig
 from bd3lm_jax.data.tokenizers import Tokenizer
+from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import Backbone
 from bd3lm_jax.program import init_params
+
+
+PUBLISHED_LENGTH, PUBLISHED_BATCH = 1024, 8  # tokens a row at most, and rows a pass, where nobody says
 
 
 class Restored(NamedTuple):
@@ -21,6 +25,7 @@ class Restored(NamedTuple):
     params: Any
     meta: dict
     step: int
+    mask_id: int
 
 
 def restore(workdir: str | os.PathLike, weights: str, dtype: str | None, mesh: Mesh | None) -> Restored:
@@ -32,10 +37,39 @@ def restore(workdir: str | os.PathLike, weights: str, dtype: str | None, mesh: M
     """
     config, tokenizer = rundir.read(workdir)
     model = models.build(config.model, passes.compute_dtype(dtype or config.compute.dtype))
-    abstract = jax.eval_shape(lambda: init_params(model, config.diffusion, jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: init_params(model, config, jax.random.key(0)))
     if mesh is not None:
         abstract = sharding.with_shardings(abstract, sharding.param_shardings(abstract, mesh))
     with Checkpoints(workdir, 1, read_only=True) as checkpoints:
         params, meta, step = checkpoints.restore_params(weights, abstract)
     rundir.check_tokenizer(tokenizer, meta["tokenizer"], f"the checkpoint in {workdir}")
-    return Restored(config, tokenizer, model, params, meta, step)
+    return Restored(config, tokenizer, model, lora.merge(params, config.train), meta, step, tokenizer.mask_id)
+
+
+def restore_published(path: str | os.PathLike, weights: str, mesh: Mesh, length: int) -> Restored:
+    """A published checkpoint as if it were a run of step 0 without a corpus of its own.
+
+    length: tokens a row, 0 for its context or PUBLISHED_LENGTH, if that is less. A model with one block a row has
+    blocks of that length. Raises UserError as `hf.read_model`, without a tokenizer, and for a length that does not fit.
+    """
+    dtype = passes.compute_dtype("auto")
+    found, params = hf.read_model(path, dtype="float32", weights=weights, mesh=mesh)
+    tokenizer = hf.read_tokenizer(path, found)
+    if tokenizer is None:
+        raise UserError(f"{path} brings no tokenizer, which texts need: put its tokenizer.json there")
+    length = length or min(found.length, PUBLISHED_LENGTH)
+    if length > found.length:
+        raise UserError(f"--length={length} is more than the {found.length} tokens that {path} was trained on")
+    config = Config(0, found.model, found.objective, **dict.fromkeys(SECTIONS) | {
+        "data": DataConfig(source="austen", path="", name="", field="text", tokenizer="", length=length, layout="wrap",
+                           valid_fraction=0.01, cache_dir="", workers=1, density="", density_fraction=1.0),
+        "compute": ComputeConfig(dtype="auto", attention="auto", layers="scan", remat="none", microbatch=0,
+                                 loss_chunk=0),
+        "eval": EvalConfig(every=1, rows=0, batch=PUBLISHED_BATCH, draws=1, samples=0, sample_length=0)})
+    if config.block_size >= found.length:  # one block a row
+        config = config.at_block_size(length)
+    if length % config.block_size:
+        raise UserError(f"--length={length} is no multiple of the block size of {path}, {config.block_size}")
+    mask_id = found.mask_id if found.mask_id >= 0 else tokenizer.mask_id
+    return Restored(config, tokenizer, models.build(found.model, dtype), params, {"config_sha256": config.sha256()}, 0,
+                    mask_id if mask_id < found.model.vocab_size else -1)

@@ -9,6 +9,7 @@ Likelihood, with a 95 % interval over documents and draws:
   python -m launch eval --workdir=runs/tiny --estimator=exact             # every mask: no Monte-Carlo error (S <= 8)
   python -m launch eval --workdir=runs/tiny --target_ci=0.1%              # draws until that part is so tight
   python -m launch eval --workdir=runs/tiny --against=runs/tiny-ar        # paired difference, interval and p-value
+  python -m launch eval --workdir=SmolLM2-135M --data=austen --length=512 # a published checkpoint
   python -m launch eval --workdir=runs/mixed --block_size=4               # of a model trained with several
   python -m launch eval --workdir=runs/mixed --curve                      # at each of them, with calls and tokens/s
 
@@ -58,7 +59,8 @@ def define(values: flags.FlagValues) -> None:
 
 
 def _define_likelihood(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", "", "run directory", flag_values=values)
+    flags.DEFINE_string("workdir", "", "run directory, or one in Hugging Face layout (then give --data)",
+                        flag_values=values)
     flags.DEFINE_string("split", "test", "train, valid or test", flag_values=values)
     flags.DEFINE_string("data", "", "a .txt or .jsonl file (all of it); a named text: austen, moby_dick, sotu, "
                         "wikitext2, ptb, lm1b, lambada, ag_news, pubmed, arxiv; or all of these; empty: the run's own",
@@ -115,7 +117,9 @@ def _define_task(values: flags.FlagValues) -> None:
     flags.DEFINE_string("sampler", None, "of --task, as all flags below: see python -m launch sample --help",
                         flag_values=values)
     for name in ("length", "top_k", "steps", "block_size"):
-        more = "; of a likelihood: one that the model was trained with" if name == "block_size" else ""
+        more = {"block_size": "; of a likelihood: one that the model was trained with",
+                "length": "; of the likelihood of a published checkpoint: tokens a row, by default its context or 1024, "
+                          "if that is less"}.get(name, "")
         flags.DEFINE_integer(name, None, f"of --task{more}", lower_bound=1, flag_values=values)
     for name in ("temperature", "top_p", "min_p", "repetition_penalty", "threshold"):
         flags.DEFINE_float(name, None, "of --task", lower_bound=0.0, flag_values=values)
@@ -131,7 +135,7 @@ def main(args: flags.FlagValues) -> dict:
         _allow(args, "--task", ("workdir", "task", *TASK, *SAMPLER))
         return _task(args)
     _allow(args, "a likelihood (neither --samples nor --task)",
-           ("workdir", "data", "against", "target_ci", "block_size", "curve", "within", *LIKELIHOOD))
+           ("workdir", "data", "against", "target_ci", "block_size", "length", "curve", "within", *LIKELIHOOD))
     return _likelihood(args)
 
 
@@ -169,14 +173,15 @@ def _likelihood(args: flags.FlagValues) -> dict:
     if args.data == "all":
         if args.against:
             raise UserError("--against does not go with --data=all: give --workdir=A,B instead")
-        if args.block_size:
-            raise UserError("--block_size does not go with --data=all: give one --data at a time")
+        for name in ("block_size", "length"):
+            if args[name].value:
+                raise UserError(f"--{name} does not go with --data=all: give one --data at a time")
         from bd3lm_jax.suite import evaluate_suite
 
         return evaluate_suite(workdir.split(","), target_ci=target_ci, **common)
     from bd3lm_jax.evaluate import evaluate_run
 
-    at = {"block_size": args.block_size} if args.block_size else {}
+    at = {name: args[name].value for name in ("block_size", "length") if args[name].value}
     return evaluate_run(workdir, data=args.data, against=args.against, target_ci=target_ci, **at, **common)
 
 

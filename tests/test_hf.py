@@ -30,11 +30,11 @@ def rewritten(tmp_path, tensors=lambda tensors: tensors, name="bd3lm_block4", **
 
 @pytest.mark.parametrize("name", ["bd3lm_block4", "bd3lm_time_conditioned", "bd3lm_block32_is_mdlm", "ar", "sedd"])
 def test_parameters_have_the_tree_of_init(name):
-    (config, _, length), params = hf.read_model(GOLDEN / name)
+    (config, _, length, mask_id), params = hf.read_model(GOLDEN / name)
     expected = jax.eval_shape(lambda key: trunk.init(build(config, jnp.float32), key), jax.random.key(0))
     assert jax.tree.structure(params) == jax.tree.structure(expected)
     jax.tree.map(lambda x, y: np.testing.assert_equal((x.shape, x.dtype), (y.shape, y.dtype)), params, expected)
-    assert length == 32
+    assert (length, mask_id) == (32, 66)
 
 
 def test_layouts():

@@ -28,7 +28,7 @@ MASK = 30
 @functools.cache
 def published(name):
     """A published network and what its own implementation gave."""
-    (config, objective, _), params = hf.read_model(GOLDEN / name)
+    (config, objective, *_), params = hf.read_model(GOLDEN / name)
     return build(config, jnp.float32), params, objective, dict(np.load(GOLDEN / name / "io.npz"))
 
 

@@ -10,8 +10,8 @@ LIBRARY = sorted((ROOT / "bd3lm_jax").rglob("*.py"))
 CORE = {"attention", "models", "diffusion", "sampling"}
 CORE_NEEDS = {"jax", "flax", "numpy", "optax", "chex", "bd3lm_jax"}
 STANDARD = {"collections", "concurrent", "dataclasses", "difflib", "functools", "logging", "math", "typing"}
-ONLY_IN = {"orbax": {"checkpoint.py"}, "safetensors": {"hf.py"}, "ml_collections": set(), "matplotlib": {"plots.py"},
-           "tensorflow_datasets": {"corpora.py"}, "torch": {"torch_side.py"}, "rich": {"log.py", "animate.py"}}
+ONLY_IN = {"orbax": {"checkpoint.py"}, "safetensors": {"tensors.py"}, "ml_collections": set(), "matplotlib": {"plots.py"},
+           "tensorflow_datasets": {"corpora.py"}, "torch": {"torch_side.py", "pickles.py"}, "rich": {"log.py", "animate.py"}}
 
 
 def imports(path: Path, top_only: bool) -> set[str]:

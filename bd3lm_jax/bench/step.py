@@ -127,7 +127,8 @@ def config_of(case: Case, name: str, remat: str) -> Config:
                         layout="wrap", valid_fraction=0.01, cache_dir="", workers=1, density="", density_fraction=1.0),
         optim=OptimConfig(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0, warmup_steps=0,
                           schedule="constant", final_lr_fraction=0.0, decay_fraction=0.0, ema=0.0),
-        train=TrainConfig(steps=1, batch=case.batch, views=views, init_from="", block_sizes=()),
+        train=TrainConfig(steps=1, batch=case.batch, views=views, init_from="", block_sizes=(),
+                          anneal_steps=0, lora_rank=0, lora_alpha=1.0),
         compute=ComputeConfig(dtype="auto", attention="auto", layers="scan", remat=remat, microbatch=0, loss_chunk=0),
         mesh=None, log=None, checkpoint=None, eval=None)
 

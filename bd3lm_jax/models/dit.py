@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.models.shared import drop, of_tokens, padded, queries_keys_values
 from bd3lm_jax.models.trunk import Backbone
 
 LEVEL_FEATURES = 256  # sinusoidal features of the noise level
@@ -33,6 +34,7 @@ class DiTConfig:
     time_conditioning: bool  # the noise level is an input; otherwise the adaLN input is a constant
     rope_base: float
     decoder_layers: int = 0  # last layers, which alone run on noised blocks (E2D2); 0: all of them, the plain form
+    shifted: str = ""  # whether outputs are one token ahead (shifted.py)
 
     def __post_init__(self):
         for name in ("layers", "width", "heads", "mlp_ratio", "cond_dim"):
@@ -52,8 +54,7 @@ class DiTConfig:
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of the embedding table: a multiple of 128, which divides over devices; hidden from callers."""
-        return -(-self.vocab_size // 128) * 128
+        return padded(self.vocab_size)
 
 
 def build(config: DiTConfig, dtype: Any) -> Backbone:
@@ -85,9 +86,7 @@ class Embed(nn.Module):
         shape = (self.config.padded_vocab, self.config.width)
         bound = 1 / math.sqrt(self.config.width)
         table = self.param("embedding", lambda key: jax.random.uniform(key, shape, jnp.float32, -bound, bound))
-        if jnp.issubdtype(ids.dtype, jnp.floating):
-            return ids.astype(self.dtype) @ table.astype(self.dtype)[:ids.shape[-1]]
-        return table.astype(self.dtype)[ids]
+        return of_tokens(table, ids, self.dtype)
 
 
 class Condition(nn.Module):
@@ -134,33 +133,21 @@ class Block(nn.Module):
         """h `[..., T, D]` -> q (None without `queries`), k, v `[..., T, H, Dh]`, rotated."""
         shift, scale = self._modulate(h, cond, 0, 1)
         x = _affine(self.norm1(h), shift, scale)
-        if not queries:
-            kernel_Dx2xHxDh = self.qkv.variables["params"]["kernel"][:, 1:].astype(self.dtype)
-            k, v = jnp.moveaxis(jnp.tensordot(x.astype(self.dtype), kernel_Dx2xHxDh, 1), -3, 0)
-            return None, rotate(k, rotary), v
-        q, k, v = jnp.moveaxis(self.qkv(x), -3, 0)
-        return rotate(q, rotary), rotate(k, rotary), v
+        q, k, v = queries_keys_values(self.qkv, x, queries, self.dtype)
+        return rotate(q, rotary) if queries else None, rotate(k, rotary), v
 
     def post(self, h, attended, cond, dropout_keys):
         """h and attention output `[..., T, H, Dh]` -> the next h, auxiliary loss (none)."""
         gate1, shift, scale, gate2 = self._modulate(h, cond, 2, 3, 4, 5)
-        h = h + _gated(self._drop(self.out(attended), dropout_keys, 0), gate1)
+        rate = self.config.dropout
+        h = h + _gated(drop(self.out(attended), dropout_keys, 0, rate), gate1)
         inner = nn.gelu(self.mlp_in(_affine(self.norm2(h), shift, scale)), approximate=True)
-        return h + _gated(self._drop(self.mlp_out(inner), dropout_keys, 1), gate2), 0.0
+        return h + _gated(drop(self.mlp_out(inner), dropout_keys, 1, rate), gate2), 0.0
 
     def _modulate(self, h, cond, *parts):
         if not self.config.adaln:
             return (None,) * len(parts)
         return _per_token(self.modulation(cond), h.shape[-2], parts)
-
-    def _drop(self, x, row_keys, index):
-        """Dropout with one key a row, so that the noise does not depend on how rows are grouped."""
-        if row_keys is None or self.config.dropout == 0:
-            return x
-        kept = 1 - self.config.dropout
-        def keep(key):
-            return jax.random.bernoulli(jax.random.fold_in(key, index), kept, x.shape[1:])
-        return jnp.where(jax.vmap(keep)(row_keys), x / kept, 0)
 
 
 class Head(nn.Module):

@@ -47,6 +47,7 @@ class Backbone(NamedTuple):
     pre(h, cond, rotary, queries) -> q (None without queries), k, v and
     post(h, attended, cond, dropout_keys) -> h, aux. head(h, cond) -> logits, in two parts: head.features(h, cond) and
     head.output_layer() -> kernel, bias. tied: the head finds the parameters of `embed` among its own, as "embed".
+    A block with an attribute `window` (not None) sees no further than that (`attention.allowed`).
     """
 
     config: Any
@@ -66,7 +67,7 @@ class Stream:
     float `[..., V]`.
 
     sigma: float32 noise level -log(alpha) as the network takes it, `[B, n]` (clean) or `[B, M, n]` (noised) with n
-    dividing the length (one level for n-th parts of the row); None: the constant 0.
+    dividing the length (one level for n-th parts of the row); None: the constant 0. sees: as in `Tokens`.
     """
 
     ids: jax.Array
@@ -74,9 +75,10 @@ class Stream:
     block: jax.Array
     segment: jax.Array
     sigma: jax.Array | None = None
+    sees: jax.Array | None = None
 
     def tokens(self, noised: bool) -> Tokens:
-        return Tokens(self.position, self.block, self.segment, int(noised))
+        return Tokens(self.position, self.block, self.segment, int(noised), self.sees)
 
 
 class Int8(NamedTuple):
@@ -301,7 +303,8 @@ def _run(model, params, noised, clean, cache, *, rule, block_size, execution, dr
             inputs = {stream: x for stream, x in h.items() if noised_too or stream == "clean"}
             if start == stop or not inputs:  # no such layers, or no clean tokens that would go through them
                 continue
-            seen = spec if noised_too else dataclasses.replace(spec, noised=None)
+            seen = dataclasses.replace(spec, noised=spec.noised if noised_too else None,
+                                       window=getattr(block, "window", None))
             layer = functools.partial(_layer, block, seen, cond, rotary, execution.backend, dropout_keys,
                                       joined if noised_too else 0, wanted_BxP)
             ours = params[name] if stop - start == count else _layers(params[name], start, stop)

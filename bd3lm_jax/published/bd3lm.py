@@ -31,7 +31,7 @@ def describe(path, published: dict, scalars: dict[str, float]) -> Described:
         heads=published["n_heads"], mlp_ratio=MLP_RATIO, dropout=float(published["dropout"]),
         adaln=published["adaln"], cond_dim=published["cond_dim"], time_conditioning=published["time_conditioning"],
         rope_base=ROPE_BASE)
-    return Described(model, _objective(published, scalars), length)
+    return Described(model, _objective(published, scalars), length, model.vocab_size - 1)
 
 
 def _objective(published: dict, scalars: dict) -> Masked | AR | SEDD:

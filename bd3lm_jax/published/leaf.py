@@ -78,11 +78,13 @@ def padded(leaf: Leaf, axis: int, size: int) -> Leaf:
 
 
 class Described(NamedTuple):
-    """What a published config.json says: our model config and objective, the context in tokens."""
+    """What a published config.json says: our model config and objective, the context in tokens, the mask token (-1: not
+    named)."""
 
     model: Any
     objective: Any
     length: int
+    mask_id: int = -1
 
 
 def require(condition: bool, message: str) -> None:

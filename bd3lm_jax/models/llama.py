@@ -1,0 +1,212 @@
+"""The transformer of Llama, Qwen2, Qwen3, Mistral, SmolLM2, LLaDA and Dream.
+
+RMSNorm, RoPE, grouped queries (arXiv 2305.13245), SwiGLU (arXiv 2002.05202). What tells these families apart are sizes
+and a few switches; whether a token sees later ones is for the objective to say.
+"""
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from bd3lm_jax.errors import UserError
+from bd3lm_jax.models.dit import rotate
+from bd3lm_jax.models.shared import drop, logits_of, of_tokens, padded, tied_kernel
+from bd3lm_jax.models.trunk import Backbone
+
+INIT = nn.initializers.normal(0.02)  # of every matrix, as in the published training codes
+NORMAL, LINEAR, LLAMA3 = 0, 1, 4  # numbers in rope_scaling: none, a factor, the form of Llama 3.1
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of the network. vocab_size counts the mask token if there is one; -1 in a config: the tokenizer's."""
+
+    kind: ClassVar[str] = "llama"
+    vocab_size: int
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int  # heads of keys and values, each shared by heads / kv_heads queries
+    head_dim: int
+    hidden: int  # of the MLP
+    dropout: float
+    rope_base: float
+    rope_scaling: tuple[float, ...]  # (): none; (factor,): all wavelengths longer; Llama 3.1: `llama3_frequencies`
+    norm_eps: float
+    qkv_bias: bool  # Qwen2, Dream
+    qk_norm: bool  # RMSNorm of every query and key before RoPE (Qwen3)
+    tied: bool  # the output layer is the embedding table
+    shifted: str = ""  # whether outputs are one token ahead (shifted.py)
+
+    def __post_init__(self):
+        check_sizes(self, ("layers", "width", "heads", "kv_heads", "head_dim", "hidden"))
+        if self.head_dim % 2:
+            raise UserError(f"model.head_dim is {self.head_dim}, expected an even number (RoPE)")
+        if len(self.rope_scaling) not in (NORMAL, LINEAR, LLAMA3) or not all(x > 0 for x in self.rope_scaling):
+            raise UserError(f"model.rope_scaling is {self.rope_scaling}, expected (), (factor,) or (factor, low, high, "
+                            "original context), all above 0")
+
+    @property
+    def padded_vocab(self) -> int:
+        return padded(self.vocab_size)
+
+
+def check_sizes(config: Any, positive: tuple[str, ...]) -> None:
+    """UserError unless these fields are positive and what all networks of this kind have is in order."""
+    for name in positive:
+        if getattr(config, name) < 1:
+            raise UserError(f"model.{name} is {getattr(config, name)}, expected at least 1")
+    if config.vocab_size != -1 and config.vocab_size < 2:
+        raise UserError(f"model.vocab_size is {config.vocab_size}, expected at least 2, or -1 for the tokenizer's")
+    if config.heads % config.kv_heads:
+        raise UserError(f"model.kv_heads={config.kv_heads} does not divide model.heads={config.heads}")
+    if not 0 <= config.dropout < 1:
+        raise UserError(f"model.dropout is {config.dropout}, expected in [0, 1)")
+    if not (config.norm_eps > 0 and config.rope_base > 1):
+        raise UserError(f"model.norm_eps is {config.norm_eps} and model.rope_base {config.rope_base}, expected above 0 "
+                        "and above 1")
+
+
+def build(config: LlamaConfig, dtype: Any) -> Backbone:
+    """The backbone that computes in `dtype`; parameters are float32."""
+    frequencies = rope_frequencies(config.head_dim, config.rope_base)
+    if len(config.rope_scaling) == LINEAR:
+        frequencies = frequencies / config.rope_scaling[0]
+    elif len(config.rope_scaling) == LLAMA3:
+        frequencies = llama3_frequencies(frequencies, *config.rope_scaling)
+    return Backbone(config=config, embed=Embed(config, dtype), condition=None, rotary=make_rotary(frequencies),
+                    groups=(("blocks", Block(config, dtype), config.layers),), head=Head(config, dtype), dtype=dtype,
+                    tied=config.tied)
+
+
+def rope_frequencies(turned: int, base: float) -> np.ndarray:
+    """Radians a position of each pair among the `turned` numbers of a head (arXiv 2104.09864): float64 `[turned / 2]`.
+    """
+    return base ** (-np.arange(0, turned, 2) / turned)
+
+
+def llama3_frequencies(frequencies, factor: float, low: float, high: float, context: float) -> np.ndarray:
+    """Frequencies for a longer context (Llama 3.1, arXiv 2407.21783): those that turn less than `low` times in the
+    original context are divided by `factor`, those above `high` times kept, and between them both are mixed."""
+    kept = np.clip((context * frequencies / (2 * math.pi) - low) / (high - low), 0, 1)
+    return (kept + (1 - kept) / factor) * frequencies
+
+
+def make_rotary(frequencies: np.ndarray):
+    """positions -> what `parts.rotate` takes."""
+    frequencies = jnp.asarray(frequencies, jnp.float32)
+
+    def rotary(position):
+        """cos and sin `[..., T, 1, R / 2]`, float32."""
+        angle = position[..., None, None].astype(jnp.float32) * frequencies
+        return jnp.cos(angle), jnp.sin(angle)
+    return rotary
+
+
+class Embed(nn.Module):
+    config: Any
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, ids, position=None):
+        """int32 `[..., T]`, or weights of the vocabulary's tokens float `[..., T, V]` -> `[..., T, D]`."""
+        del position  # enters by RoPE
+        table = self.param("embedding", INIT, (self.config.padded_vocab, self.config.width), jnp.float32)
+        return of_tokens(table, ids, self.dtype)
+
+
+class Block(nn.Module):
+    """A transformer layer in two halves, around the attention that the trunk does."""
+
+    config: LlamaConfig
+    dtype: Any
+
+    def setup(self):
+        config, dtype = self.config, self.dtype
+        self.norm1, self.norm2 = (rms_norm(config.norm_eps, dtype) for _ in range(2))
+        self.q = heads_of(config.heads, config.head_dim, config.qkv_bias, dtype)
+        self.k = heads_of(config.kv_heads, config.head_dim, config.qkv_bias, dtype)
+        self.v = heads_of(config.kv_heads, config.head_dim, config.qkv_bias, dtype)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (rms_norm(config.norm_eps, dtype) for _ in range(2))
+        self.out = joined_heads(config.width, dtype)
+        self.gate, self.up = (matrix(config.hidden, dtype) for _ in range(2))
+        self.down = matrix(config.width, dtype)
+
+    def __call__(self, h, cond, rotary):
+        """All parameters once, for `init`."""
+        q = self.pre(h, cond, rotary, True)[0]
+        return self.post(h, q, cond, None)
+
+    def pre(self, h, cond, rotary, queries: bool):
+        """h `[..., T, D]` -> q `[..., T, H, Dh]` (None without `queries`), k, v `[..., T, Hkv, Dh]`, rotated."""
+        x = self.norm1(h)
+        q, k = self.q(x) if queries else None, self.k(x)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q) if queries else None, self.k_norm(k)
+        return rotate(q, rotary) if queries else None, rotate(k, rotary), self.v(x)
+
+    def post(self, h, attended, cond, dropout_keys):
+        """h and attention output `[..., T, H, Dh]` -> the next h, auxiliary loss (none)."""
+        rate = self.config.dropout
+        h = h + drop(self.out(attended), dropout_keys, 0, rate)
+        x = self.norm2(h)
+        return h + drop(self.down(nn.silu(self.gate(x)) * self.up(x)), dropout_keys, 1, rate), 0.0
+
+
+class Head(nn.Module):
+    """Final norm and the output layer without bias, tied to the embedding table or not."""
+
+    config: Any
+    dtype: Any
+
+    def setup(self):
+        self.norm = rms_norm(self.config.norm_eps, self.dtype)
+        if not self.config.tied:
+            self.linear = Kernel((self.config.width, self.config.padded_vocab))
+
+    def __call__(self, h, cond):
+        """h `[..., T, D]` -> logits float32 `[..., T, V]`, without the padding of the vocabulary."""
+        return logits_of(self.features(h, cond), *self.output_layer(), self.config.vocab_size)
+
+    def features(self, h, cond):
+        """h `[..., T, D]` -> what the output layer multiplies, `[..., T, D]`."""
+        return self.norm(h)
+
+    def output_layer(self):
+        """Its float32 kernel `[D, V']` and bias `[V']` (zeros), V' = config.padded_vocab."""
+        kernel_DxV = tied_kernel(self) if self.config.tied else self.linear()
+        return kernel_DxV, jnp.zeros(kernel_DxV.shape[1], jnp.float32)
+
+
+class Kernel(nn.Module):
+    """A float32 parameter "kernel" by itself."""
+
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self):
+        return self.param("kernel", INIT, self.shape, jnp.float32)
+
+
+def rms_norm(eps: float, dtype: Any) -> nn.RMSNorm:
+    """x / sqrt(mean(x^2) + eps) * scale (arXiv 1910.07467), float32 inside."""
+    return nn.RMSNorm(epsilon=eps, dtype=dtype)
+
+
+def matrix(outputs: int, dtype: Any) -> nn.Dense:
+    return nn.Dense(outputs, use_bias=False, dtype=dtype, kernel_init=INIT)
+
+
+def heads_of(heads: int, size: int, bias: bool, dtype: Any) -> nn.DenseGeneral:
+    """`[..., D]` -> `[..., heads, size]`."""
+    return nn.DenseGeneral((heads, size), use_bias=bias, dtype=dtype, kernel_init=INIT)
+
+
+def joined_heads(width: int, dtype: Any) -> nn.DenseGeneral:
+    """`[..., H, Dh]` -> `[..., width]`."""
+    return nn.DenseGeneral(width, axis=(-2, -1), use_bias=False, dtype=dtype, kernel_init=INIT)
