@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from bd3lm_jax.models import Backbone, trunk
-from bd3lm_jax.models.trunk import Cache, Execution, Stream
+from bd3lm_jax.models.cache import Cache
+from bd3lm_jax.models.trunk import Execution, Stream
 from bd3lm_jax.sampling.generate import Finished
 
 # A loop around the layers would copy the weights of each one out of their stack in every call.

@@ -6,7 +6,7 @@ from typing import Any
 from bd3lm_jax.approximate_cache import KINDS
 from bd3lm_jax.errors import UserError, lookup, nearest
 from bd3lm_jax.fit import WRITERS, check_fit
-from bd3lm_jax.models.trunk import CACHE_DTYPES
+from bd3lm_jax.models import cache
 from bd3lm_jax.sampling import Filters
 from bd3lm_jax.sampling.auto_size import AUTO
 from bd3lm_jax.sampling.filters import check_filters
@@ -75,8 +75,8 @@ def check_options(lm, options: Options) -> None:
     """UserError for options out of range or that do not fit the model."""
     lookup(WRITERS, options.sampler, "sampler")
     check_filters(options.filters)
-    if options.cache_dtype not in CACHE_DTYPES:
-        lookup(dict.fromkeys(CACHE_DTYPES), options.cache_dtype, "cache_dtype")
+    if options.cache_dtype not in cache.DTYPES:
+        lookup(dict.fromkeys(cache.DTYPES), options.cache_dtype, "cache_dtype")
     size = lm.config.block_size
     check_fit(lm.config.diffusion, options)
     if options.steps is not None and options.steps < 1:

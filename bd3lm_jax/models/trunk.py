@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from bd3lm_jax.attention import MaskSpec, Tokens, attend
 from bd3lm_jax.errors import lookup
+from bd3lm_jax.models.cache import Cache, Int8, unpacked
 from bd3lm_jax.sharding import BATCH_AXES, constrain
 
 
@@ -81,72 +82,6 @@ class Stream:
         return Tokens(self.position, self.block, self.segment, int(noised), self.sees)
 
 
-class Int8(NamedTuple):
-    """Keys or values as integers, and a float32 scale for each token and head."""
-
-    integers: jax.Array
-    scale: jax.Array
-
-
-@flax.struct.dataclass
-class Cache:
-    """Keys and values of finished tokens: by layer group, for each layer `[B, Hkv, Dh, P]` (an array or `Int8`), so
-    that no call cuts a layer out of a stack or transposes it; what the mask needs `[B, P]`.
-
-    empty (static): nothing is stored yet, so nothing attends to it.
-    """
-
-    keys: dict[str, tuple]
-    values: dict[str, tuple]
-    position: jax.Array
-    block: jax.Array
-    segment: jax.Array
-    empty: bool = flax.struct.field(pytree_node=False)
-
-    def tokens(self) -> Tokens:
-        return Tokens(self.position, self.block, self.segment, 0)
-
-    def write(self, stored: dict[str, tuple], stream: Stream, start) -> "Cache":
-        """The clean stream's keys and values (by group, stacked) put at slots `start`, `start` + 1, ... of each row.
-
-        start: one for all, or of each row `[B]`.
-        """
-        def put(buffer, new):
-            new = new.astype(buffer.dtype)
-            if jnp.ndim(start):
-                return jax.vmap(lambda *row: jax.lax.dynamic_update_slice_in_dim(*row, axis=-1))(buffer, new, start)
-            return jax.lax.dynamic_update_slice_in_dim(buffer, new, start, axis=-1)
-        def put_all(buffers, which):
-            return {name: tuple(jax.tree.map(put, buffer, _packed(jnp.moveaxis(pair[which][i], 1, -1), buffer))
-                                for i, buffer in enumerate(buffers[name])) for name, pair in stored.items()}
-        info = {name: put(getattr(self, name), getattr(stream, name)) for name in ("position", "block", "segment")}
-        return Cache(keys=put_all(self.keys, 0), values=put_all(self.values, 1), empty=False, **info)
-
-    def forget(self, start, count: int) -> "Cache":
-        """Nobody attends to slots `start` to `start` + `count` - 1 any more."""
-        nobody = jnp.zeros((self.segment.shape[0], count), jnp.int32)
-        return self.replace(segment=jax.lax.dynamic_update_slice_in_dim(self.segment, nobody, start, axis=1))
-
-    def rolled(self, shift) -> "Cache":
-        """Slot i moves to slot i + `shift`, the last ones to the front."""
-        return jax.tree.map(lambda x: jnp.roll(x, shift, axis=-1), self)
-
-
-def _packed(x, like):
-    """Keys or values as the cache keeps them."""
-    if not isinstance(like, Int8):
-        return x
-    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-2, keepdims=True).astype(jnp.float32), 1e-12) / 127
-    return Int8(jnp.round(x.astype(jnp.float32) / scale), scale)
-
-
-def _unpacked(stored, dtype):
-    """Inverse of `_packed`, in the dtype that is computed in."""
-    if isinstance(stored, Int8):
-        return (stored.integers.astype(jnp.float32) * stored.scale).astype(dtype)
-    return stored.astype(dtype)
-
-
 class Out(NamedTuple):
     """noised `[B, M, T, D]` and clean `[B, C, D]` hidden states before the head (None: absent or not wanted)."""
 
@@ -197,11 +132,8 @@ def unstacked(model: Backbone, params: dict) -> dict:
     return {**params, **groups}
 
 
-CACHE_DTYPES = ("compute", "float32", "bfloat16", "int8")
-
-
 def new_cache(model: Backbone, params: dict, batch: int, capacity: int, dtype: str) -> Cache:
-    """An empty cache for `capacity` tokens a row. dtype: one of CACHE_DTYPES, "compute": that of the network."""
+    """An empty cache for `capacity` tokens a row. dtype: one of cache.DTYPES, "compute": that of the network."""
     shapes = jax.eval_shape(lambda p: _stored_shapes(model, p), params)
     def buffer(x):
         heads, size = x.shape[3:]
@@ -370,7 +302,7 @@ def _layer(block, spec, cond, rotary, backend, dropout_keys, joined, wanted_BxP,
         qkv = _split_all(qkv.pop("both"), joined)
     stored = qkv["clean"][1:] if "clean" in qkv else None
     if cached is not None:
-        cached = tuple(_unpacked(x, next(iter(h.values())).dtype) for x in cached)
+        cached = tuple(unpacked(x, next(iter(h.values())).dtype) for x in cached)
     if last:
         h = {"noised": h["noised"]}
     attended = dict(zip(("noised", "clean"), attend(backend, spec, qkv.get("noised"), qkv.get("clean"), cached)))

@@ -11,6 +11,7 @@ import pytest
 from bd3lm_jax import flops
 from bd3lm_jax.attention import blocked
 from bd3lm_jax.models import build, trunk
+from bd3lm_jax.models.cache import DTYPES
 from bd3lm_jax.models.dit import DiTConfig
 from bd3lm_jax.models.trunk import Stream
 from bd3lm_jax.passes import PLAIN
@@ -359,7 +360,7 @@ def test_a_small_cache_is_a_rounded_one(dtype, rounding):
 def test_cache_bytes():
     model, params = network()
     sizes = {dtype: sum(x.nbytes for x in jax.tree.leaves(trunk.new_cache(model, params, 2, LENGTH, dtype).keys))
-             for dtype in trunk.CACHE_DTYPES}
+             for dtype in DTYPES}
     heads, width = 2, 8
     tokens = 3 * 2 * LENGTH * heads
     assert sizes == {"compute": 4 * tokens * width, "float32": 4 * tokens * width, "bfloat16": 2 * tokens * width,
