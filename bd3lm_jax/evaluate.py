@@ -108,7 +108,7 @@ def open_run(workdir: str, weights: str, batch: int, block_size: int = 0, length
         run = restore(workdir, weights, None, mesh)
     config = run.config.at_trained_size(block_size) if block_size else run.config
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch=batch or config.eval.batch))
-    evaluator = Evaluator(config, run.model, SpecialIds(run.mask_id, run.tokenizer.end_id), mesh)
+    evaluator = Evaluator(config, run.model, SpecialIds(run.tokenizer.mask_id, run.tokenizer.end_id), mesh)
     return Opened(workdir, config, run.tokenizer, run.params, evaluator, run.step, run.meta["config_sha256"])
 
 

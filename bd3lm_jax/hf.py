@@ -4,20 +4,21 @@ Which architectures: `published.FORMATS`. Every tensor of a checkpoint is used e
 over or misshapen is an error. What is written is whole or not there.
 """
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bd3lm_jax import models, sharding
 from bd3lm_jax.data.tokenizers import Tokenizer, tokenizer_of
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.errors import UserError, lookup
 from bd3lm_jax.models import trunk
-from bd3lm_jax.published import FORMATS, Described
+from bd3lm_jax.published import FORMATS, NETWORKS, Described, write
 from bd3lm_jax.published.leaf import require
 from bd3lm_jax.published.read import check_tensors, plain_names, read_params
 from bd3lm_jax.published.tensors import Stored, open_directory
@@ -78,7 +79,8 @@ def read_model(path: str | Path, *, dtype: str = "float32", weights: str = "ema"
 def read_tokenizer(path: str | Path, described: Described) -> Tokenizer | None:
     """The tokenizer that a published checkpoint brings, None if there is none.
 
-    UserError if it has ids beyond the vocabulary of the network.
+    Its mask is the one that config.json names, else its own; -1 where the network has no such token. UserError if it
+    has ids beyond the vocabulary of the network.
     """
     path = Path(path)
     if path.suffix == GGUF:
@@ -89,8 +91,22 @@ def read_tokenizer(path: str | Path, described: Described) -> Tokenizer | None:
         tokenizer = tokenizer_of(path)
     vocab = described.model.vocab_size
     require(tokenizer is None or tokenizer.size <= vocab, f"{path}: the vocabulary of the network has {vocab} ids, "
-            f"fewer than the {tokenizer and tokenizer.size} of its tokenizer: use the tokenizer that it was trained with")
-    return tokenizer
+            f"fewer than the {tokenizer and tokenizer.size} of its tokenizer: use the one that it was trained with")
+    return tokenizer and fitted(tokenizer, described)
+
+
+def fitted(tokenizer: Tokenizer, described: Described) -> Tokenizer:
+    """The tokenizer with the mask of a network: what that names, else its own, -1 if the network has no such token."""
+    mask_id = described.mask_id if described.mask_id >= 0 else tokenizer.mask_id
+    return tokenizer.with_mask(mask_id if mask_id < described.model.vocab_size else -1)
+
+
+def local(path: str | Path) -> str:
+    """`path`; or, where neither it nor the directory it would be in exists, the local copy of the model of this name
+    ("organisation/name") on the Hugging Face Hub."""
+    path = str(path)
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists() and not Path(path).parent.exists()
+    return download(path) if is_name else path
 
 
 def download(name: str) -> str:
@@ -144,3 +160,46 @@ def _open(path: Path, allow_pickle: bool) -> tuple[Path, dict, ModuleType, Path,
 def _shardings(config, mesh: jax.sharding.Mesh) -> dict[str, jax.sharding.NamedSharding]:
     abstract = jax.eval_shape(lambda: trunk.init(models.build(config, jnp.float32), jax.random.key(0)))
     return flatten_dict(sharding.param_shardings(abstract, mesh), sep=".")
+
+
+def write_model(target: str | Path, described: Described, params: dict, *, dtype: str, max_shard: int,
+                model_type: str | None, files: dict[str, bytes]) -> dict[str, int | str]:
+    """Write a network as a directory in Hugging Face layout: config.json, safetensors and `files`.
+
+    params: the tree of `trunk.init`, on any mesh. dtype: of the written parameters, one of `write.DTYPES`. max_shard:
+    bytes a file. model_type: the layout, None for the usual one of such a network. files: name -> content of what else
+    belongs there. Nothing is there before all of it is.
+
+    Returns tensors (how many), bytes (theirs) and path. Raises UserError if the target exists, the layout cannot say
+    what the network is, or a value overflows; RunError if the disk is full.
+    """
+    require(dtype in write.DTYPES, f"dtype is {dtype!r}, expected one of {', '.join(write.DTYPES)}")
+    published, form = _published(described, model_type)
+    leaves = form.layout(described.model)
+    flat = {".".join(path): x for path, x in flatten_dict(params).items()}
+    constants = form.constants(described.model, described.objective) if hasattr(form, "constants") else {}
+    tensors = write.tensors_of(leaves, flat, write.DTYPES[dtype]) + write.of_constants(constants)
+    with write.whole(Path(target)) as work:
+        write.write_tensors(work, tensors, max_shard)
+        write.write_json(work / CONFIG_FILE, published | {"torch_dtype": dtype})
+        for name, content in files.items():
+            (work / name).write_bytes(content)
+    return {"tensors": len(tensors), "bytes": sum(tensor.num_bytes for tensor in tensors), "path": str(target)}
+
+
+def _published(described: Described, model_type: str | None) -> tuple[dict, ModuleType]:
+    """config.json and format of a network. UserError if reading it back would give another network or objective."""
+    model, objective, length, mask_id = described
+    form = FORMATS[model_type] if model_type else lookup(NETWORKS, model.kind, "published layout of a network of kind")
+    published = form.publish(model, objective, length)
+    scalars = {name: x for name, x in (form.constants(model, objective) if hasattr(form, "constants") else {}).items()
+               if not x.shape}
+    if mask_id >= 0 and form.describe(CONFIG_FILE, published, scalars).mask_id != mask_id:
+        published["mask_token_id"] = mask_id
+    back = form.describe(CONFIG_FILE, published, scalars)
+    if back.model.dropout == 0:  # only for training, and most layouts do not name it
+        described = described._replace(model=dataclasses.replace(model, dropout=0.0))
+    wrong = [f"{name} {ours!r} would be read back as {theirs!r}" for name, ours, theirs
+             in zip(Described._fields, described, back) if ours != theirs and not (name == "mask_id" and ours < 0)]
+    require(not wrong, f"the layout '{published['model_type']}' cannot say what this model is: {'; '.join(wrong)}")
+    return published, form

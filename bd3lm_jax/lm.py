@@ -1,7 +1,6 @@
 """A language model in hand: likelihood, generation and raw logits of a run directory or a published checkpoint."""
 
 import functools
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,9 +49,7 @@ def load(path: str | Path, weights: str = "ema", dtype: str = "float32", allow_p
     """
     from bd3lm_jax import hf
 
-    path = str(path)
-    if not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).parent.exists():
-        path = hf.download(path)
+    path = hf.local(path)
     if hf.is_published(path):
         found, params = hf.read_model(path, dtype=dtype, weights=weights, allow_pickle=allow_pickle)
         return published(found, params, hf.read_tokenizer(path, found), dtype)
@@ -64,12 +61,10 @@ def load(path: str | Path, weights: str = "ema", dtype: str = "float32", allow_p
 
 
 def published(found: Described, params: dict, tokenizer: Tokenizer | None, dtype: str) -> "LM":
-    """The model of a published checkpoint. Its mask token is what its config names, else its tokenizer's own."""
+    """The model of a published checkpoint; its tokenizer knows the mask token (`hf.fitted`)."""
     config = Config(0, found.model, found.objective, **dict.fromkeys(SECTIONS))
-    mask_id = found.mask_id
-    if mask_id < 0 and tokenizer is not None and tokenizer.mask_id < found.model.vocab_size:
-        mask_id = tokenizer.mask_id
-    return LM(config, params, tokenizer, models.build(found.model, jnp.dtype(dtype)), found.length, mask_id=mask_id)
+    return LM(config, params, tokenizer, models.build(found.model, jnp.dtype(dtype)), found.length,
+              mask_id=found.mask_id if tokenizer is None else None)
 
 
 class LM:

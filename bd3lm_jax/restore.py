@@ -25,7 +25,6 @@ class Restored(NamedTuple):
     params: Any
     meta: dict
     step: int
-    mask_id: int
 
 
 def restore(workdir: str | os.PathLike, weights: str, dtype: str | None, mesh: Mesh | None) -> Restored:
@@ -43,7 +42,7 @@ def restore(workdir: str | os.PathLike, weights: str, dtype: str | None, mesh: M
     with Checkpoints(workdir, 1, read_only=True) as checkpoints:
         params, meta, step = checkpoints.restore_params(weights, abstract)
     rundir.check_tokenizer(tokenizer, meta["tokenizer"], f"the checkpoint in {workdir}")
-    return Restored(config, tokenizer, model, lora.merge(params, config.train), meta, step, tokenizer.mask_id)
+    return Restored(config, tokenizer, model, lora.merge(params, config.train), meta, step)
 
 
 def restore_published(path: str | os.PathLike, weights: str, mesh: Mesh, length: int) -> Restored:
@@ -70,6 +69,4 @@ def restore_published(path: str | os.PathLike, weights: str, mesh: Mesh, length:
         config = config.at_block_size(length)
     if length % config.block_size:
         raise UserError(f"--length={length} is no multiple of the block size of {path}, {config.block_size}")
-    mask_id = found.mask_id if found.mask_id >= 0 else tokenizer.mask_id
-    return Restored(config, tokenizer, models.build(found.model, dtype), params, {"config_sha256": config.sha256()}, 0,
-                    mask_id if mask_id < found.model.vocab_size else -1)
+    return Restored(config, tokenizer, models.build(found.model, dtype), params, {"config_sha256": config.sha256()}, 0)

@@ -40,6 +40,7 @@ RULES = (
     (r"blocks\d*/out/kernel", P(None, "tensor", None, "fsdp")),
     (r"blocks\d*/out/bias", P()),
     (r"blocks\d*/gated_in/kernel", P(None, "fsdp", None, "tensor")),
+    (r"blocks\d*/grouped_qkv/kernel", P(None, "fsdp", "tensor", None, None)),
     (r"blocks\d*/((mlp|shared)/)?(gate|up)/kernel", P(None, "fsdp", "tensor")),
     (r"blocks\d*/((mlp|shared)/)?down/kernel", P(None, "tensor", "fsdp")),
     (r"blocks\d*/router/(kernel|bias)", P()),
@@ -141,6 +142,12 @@ def batch_devices() -> int:
     """Devices that the rows of a batch are split over under `jax.set_mesh`; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def dividing(mesh: Any, axes: tuple[str, ...], size: int) -> tuple[str, ...] | None:
+    """Those of the axes that the mesh in use has, or None if there are none or their product does not divide `size`."""
+    axes = tuple(axis for axis in axes if axis in mesh.auto_axes)
+    return axes if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
 
 
 def settled(results: Any) -> Any:

@@ -118,8 +118,8 @@ def _define_task(values: flags.FlagValues) -> None:
                         flag_values=values)
     for name in ("length", "top_k", "steps", "block_size"):
         more = {"block_size": "; of a likelihood: one that the model was trained with",
-                "length": "; of the likelihood of a published checkpoint: tokens a row, by default its context or 1024, "
-                          "if that is less"}.get(name, "")
+                "length": "; of the likelihood of a published checkpoint: tokens a row; by default its context, up to "
+                          "1024"}.get(name, "")
         flags.DEFINE_integer(name, None, f"of --task{more}", lower_bound=1, flag_values=values)
     for name in ("temperature", "top_p", "min_p", "repetition_penalty", "threshold"):
         flags.DEFINE_float(name, None, "of --task", lower_bound=0.0, flag_values=values)

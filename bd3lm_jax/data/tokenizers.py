@@ -4,6 +4,7 @@ Besides its own `size` ids every tokenizer has an end-of-document id and a mask 
 unless the vocabulary has one of its own ([MASK]).
 """
 
+import copy
 import hashlib
 import json
 import lzma
@@ -77,6 +78,13 @@ class Tokenizer:
             bad = ids.min() if ids.min() < 0 else ids.max()
             raise UserError(f"{what} hold id {bad}, expected 0..{self.vocab_size - 1} (tokenizer '{self.kind}'): "
                             "was the text encoded with another tokenizer?")
+
+    def with_mask(self, mask_id: int) -> "Tokenizer":
+        """The same with another mask id; -1: no mask."""
+        other = copy.copy(self)
+        other.mask_id, other.vocab_size = mask_id, max(self.size, mask_id + 1)
+        other.__dict__.pop("identity", None)
+        return other
 
     def _content(self) -> dict:
         return {"kind": self.kind, "end_id": self.end_id, "mask_id": self.mask_id}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from bd3lm_jax.sharding import BATCH_AXES
+from bd3lm_jax.sharding import BATCH_AXES, dividing
 
 
 class Routing(NamedTuple):
@@ -73,8 +73,8 @@ def mix(x, routing: Routing, gate, up, down) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.auto_axes:
         return _mix(x, routing.choice, routing.weight, gate, up, down)
-    rows = _dividing(mesh, BATCH_AXES, x.shape[0])
-    split = _dividing(mesh, ("tensor",), gate.shape[0])
+    rows = dividing(mesh, BATCH_AXES, x.shape[0])
+    split = dividing(mesh, ("tensor",), gate.shape[0])
 
     def local(x, choice, weight, gate, up, down):
         first = jax.lax.axis_index("tensor") * gate.shape[0] if split else 0
@@ -85,12 +85,6 @@ def mix(x, routing: Routing, gate, up, down) -> jax.Array:
     return jax.shard_map(local, in_specs=(tokens,) * 3 + (kernels,) * 3, out_specs=tokens,
                          axis_names=set(mesh.auto_axes), check_vma=False)(x, routing.choice, routing.weight, gate, up,
                                                                           down)
-
-
-def _dividing(mesh, axes, size: int):
-    """Those of the axes that the mesh has, or None if their product does not divide `size`."""
-    axes = tuple(axis for axis in axes if axis in mesh.auto_axes)
-    return axes if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
 
 
 def _mix(x, choice, weight, gate, up, down):

@@ -6,15 +6,17 @@ A format module offers
     layout(model config) -> {path of our parameter: Leaf}
     held(model config, names) -> {name: shape}          tensors beside parameters that must be there
     check_held(path, model config, tensors)             ... and what they must say
-    publish(model config, objective, length) -> dict    the inverse of describe: content of config.json
-    rename(name) -> name, if older files name tensors otherwise
-and is one more line here.
+    publish(model config, objective, length) -> dict    the config.json of such a network
+and, where there is something to say,
+    constants(model config, objective) -> {name: array} tensors beside parameters that are written
+    rename(name) -> name                                of a tensor that had another name once
+and is one more line here, in NETWORKS as well if it is how networks of a kind are written.
 """
 
 from bd3lm_jax.published import bd3lm, bert, gpt2, llada, llama, modernbert, moe
 from bd3lm_jax.published.leaf import Described, Leaf
 
-FORMATS = {kind: module for module in (bd3lm, llama, llada, moe, bert, gpt2, modernbert)
-           for kind in module.MODEL_TYPES}
+FORMATS = {kind: module for module in (bd3lm, llama, llada, bert, gpt2, modernbert, moe) for kind in module.MODEL_TYPES}
+NETWORKS = {"dit": bd3lm, "llama": llama, "bert": bert, "gpt2": gpt2, "modernbert": modernbert, "moe": moe}
 
-__all__ = ["FORMATS", "Described", "Leaf"]
+__all__ = ["FORMATS", "NETWORKS", "Described", "Leaf"]

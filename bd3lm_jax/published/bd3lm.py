@@ -4,7 +4,9 @@ import numpy as np
 
 from bd3lm_jax.diffusion import AR, SEDD, Masked
 from bd3lm_jax.models.dit import LEVEL_FEATURES, DiTConfig
-from bd3lm_jax.published.leaf import Described, Leaf, bias, check_keys, linear, padded, require, same, vector
+from bd3lm_jax.published.leaf import (
+    Described, Leaf, bias, check_keys, linear, named_objective, objective_keys, padded, require, same, vector,
+)
 
 MODEL_TYPES = ("bd3lm",)
 FORMS = ("bd3lm", "mdlm", "ar", "sedd")  # what a config may name as its `algo`
@@ -31,7 +33,38 @@ def describe(path, published: dict, scalars: dict[str, float]) -> Described:
         heads=published["n_heads"], mlp_ratio=MLP_RATIO, dropout=float(published["dropout"]),
         adaln=published["adaln"], cond_dim=published["cond_dim"], time_conditioning=published["time_conditioning"],
         rope_base=ROPE_BASE)
-    return Described(model, _objective(published, scalars), length, model.vocab_size - 1)
+    objective = named_objective(path, published, _objective(published, scalars))
+    return Described(model, objective, length, model.vocab_size - 1)
+
+
+def publish(model: DiTConfig, objective, length: int) -> dict:
+    """The config.json of such a network. Raises UserError for one that the published code does not compute."""
+    require(objective.masks or objective.causal, f"diffusion.kind='{objective.kind}' does not mask tokens, as all "
+            "models in the layout of BD3-LM do: keep the run directory")
+    given = {"mlp_ratio": model.mlp_ratio, "rope_base": model.rope_base, "decoder_layers": model.decoder_layers}
+    known = {"mlp_ratio": MLP_RATIO, "rope_base": ROPE_BASE, "decoder_layers": 0}
+    other = [f"model.{key}={given[key]:g} (expected {known[key]:g})" for key in given if given[key] != known[key]]
+    require(not other, f"the layout of BD3-LM has no {', '.join(other)}: keep the run directory")
+    form = {"ar": {"algo": "ar"}, "sedd": {"algo": "sedd"}}.get(objective.kind, {})
+    limits = constants(model, objective)
+    config = {
+        "model_type": "bd3lm", "architectures": ["BD3LM"], **form, "vocab_size": model.vocab_size,
+        "model_length": length, "block_size": objective.block_size, "hidden_dim": model.width,
+        "cond_dim": model.cond_dim, "n_blocks": model.layers, "n_heads": model.heads, "dropout": model.dropout,
+        "adaln": model.adaln, "causal": objective.causal, "cross_attn": not form, "attn_backend": "sdpa",
+        "time_conditioning": model.time_conditioning, "var_min": CLIP[0] in limits,
+        **{name: round(float(limits[name]), 6) for name in CLIP if name in limits},
+    }
+    return config | objective_keys(objective, _objective(config, limits))
+
+
+def constants(model: DiTConfig, objective) -> dict[str, np.ndarray]:
+    """The tensors beside parameters that are published with such a network, by name."""
+    found = {INV_FREQ: _frequencies(model).astype(np.float32)}
+    if not objective.causal and objective.kind != SEDD.kind:
+        limits = max(getattr(objective, "clip_low", 0.0), TRAINING_EPS), getattr(objective, "clip_high", 1.0)
+        found |= {name: np.array(limit, np.float32) for name, limit in zip(CLIP, limits)}
+    return found
 
 
 def _objective(published: dict, scalars: dict) -> Masked | AR | SEDD:

@@ -6,16 +6,18 @@ import numpy as np
 
 from bd3lm_jax.diffusion import AR, Masked
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.published.leaf import require
+from bd3lm_jax.published.leaf import OBJECTIVE_KEY, named_objective, objective_keys, require
 
 BLOCK_SIZE = "block_size"  # our own key in config.json, for a network that became a block diffusion model
 SHIFTED = "shifted"  # ... whose outputs are one token ahead
 MASK_ID = "mask_token_id"
 
 
-def read_objective(path, published: dict, length: int, causal: bool) -> AR | Masked:
+def read_objective(path, published: dict, length: int, causal: bool) -> Any:
     """The next token for `causal` networks, masked tokens of a whole row for others; with BLOCK_SIZE in the config
-    masked tokens of a block."""
+    masked tokens of a block; with OBJECTIVE_KEY what that says."""
+    if OBJECTIVE_KEY in published:
+        return named_objective(path, published, None)
     if causal and BLOCK_SIZE not in published:
         return AR(bos=False)
     size = published.get(BLOCK_SIZE, length)
@@ -31,18 +33,17 @@ def read_shifted(path, published: dict, usual: str) -> str:
     return found
 
 
-def write_objective(kind: str, objective: Any, length: int, causal: bool) -> dict[str, int]:
+def write_objective(kind: str, objective: Any, length: int, causal: bool) -> dict[str, Any]:
     """What config.json says of the objective beside what the network is; inverse of `read_objective`.
 
-    Raises UserError for an objective that such a config cannot name.
+    Raises UserError for an autoregressive network of an architecture that sees the whole row.
     """
-    if objective.causal:
-        if not causal:
-            raise UserError(f"a config.json of model_type {kind!r} cannot say that the network is autoregressive")
+    if objective.causal and not causal:
+        raise UserError(f"a config.json of model_type {kind!r} cannot say that the network is autoregressive")
+    if objective == AR(bos=False):
         return {}
-    if objective.kind != Masked.kind:
-        raise UserError(f"a config.json of model_type {kind!r} cannot say diffusion.kind={objective.kind!r}, expected "
-                        "'masked' or 'ar'")
+    if objective != Masked.uniform_counts(objective.block_size):
+        return objective_keys(objective, None)
     return {BLOCK_SIZE: objective.block_size} if causal or objective.block_size != length else {}
 
 

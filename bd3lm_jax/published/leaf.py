@@ -1,12 +1,14 @@
 """Where a parameter of ours lies in a published checkpoint, and how its layout changes on the way in and out."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.diffusion import OBJECTIVES
+from bd3lm_jax.errors import UserError, lookup
 
 
 class Leaf(NamedTuple):
@@ -78,13 +80,13 @@ def padded(leaf: Leaf, axis: int, size: int) -> Leaf:
 
 
 class Described(NamedTuple):
-    """What a published config.json says: our model config and objective, the context in tokens, the mask token (-1: not
-    named)."""
+    """What a published config.json says: our model config and objective, the context in tokens, the id of the mask
+    token (-1: it names none)."""
 
     model: Any
     objective: Any
     length: int
-    mask_id: int = -1
+    mask_id: int
 
 
 def require(condition: bool, message: str) -> None:
@@ -99,3 +101,25 @@ def check_keys(path, published: dict, wanted: dict[str, type]) -> None:
         value = published[key]
         right = type(value) is kind or (kind is float and type(value) is int)
         require(right, f"{path}: '{key}' is {value!r}, expected {kind.__name__}")
+
+
+OBJECTIVE_KEY = "diffusion"  # of config.json: the objective, where it is not the usual one of the architecture
+
+
+def named_objective(path, published: dict, usual: Any) -> Any:
+    """The objective that a config.json of ours names under "diffusion", else the usual one of its architecture."""
+    named = published.get(OBJECTIVE_KEY)
+    if named is None:
+        return usual
+    require(isinstance(named, dict), f"{path}: '{OBJECTIVE_KEY}' is {named!r}, expected an object")
+    kind = lookup(OBJECTIVES, named.get("kind", ""), f"objective {path}: {OBJECTIVE_KEY}.kind")
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in named.items() if key != "kind"}
+    wanted = {field.name for field in dataclasses.fields(kind)}
+    require(values.keys() == wanted, f"{path}: '{OBJECTIVE_KEY}' has the keys {', '.join(sorted(values))}, expected "
+            f"kind, {', '.join(sorted(wanted))}")
+    return kind(**values)
+
+
+def objective_keys(objective: Any, usual: Any) -> dict:
+    """What a config.json says of an objective: nothing if it is the usual one of the architecture."""
+    return {} if objective == usual else {OBJECTIVE_KEY: {"kind": objective.kind, **dataclasses.asdict(objective)}}

@@ -19,6 +19,7 @@ CHOICES = {
     "use_sliding_window": (False,), "norm_topk_prob": (True,), "score_function": ("sigmoid",),
     "moe_router_enable_expert_bias": (True,), "use_rmsnorm": (True,),
 }
+BALANCE = "load_balance_coefficient"  # our own key, for a network that goes on training
 EMBED, HEAD = "model.word_embeddings.weight", "lm_head.weight"
 
 
@@ -39,9 +40,9 @@ def describe(path, published: dict, scalars: dict[str, float]) -> Described:
         experts=published["num_experts"], expert_hidden=expert_hidden,
         shared_hidden=shared * published["num_shared_experts"], top_k=published["num_experts_per_tok"],
         groups=published["n_group"], top_groups=published["topk_group"],
-        routed_scale=float(published["routed_scaling_factor"]), balance=0.0, dropout=0.0, rope_base=theta,
-        norm_eps=float(published["rms_norm_eps"]), qk_norm=published.get("use_qk_norm", True),
-        tied=published.get("tie_word_embeddings", False))
+        routed_scale=float(published["routed_scaling_factor"]), balance=float(published.get(BALANCE, 0.0)),
+        dropout=0.0, rope_base=theta, norm_eps=float(published["rms_norm_eps"]),
+        qk_norm=published.get("use_qk_norm", True), tied=published.get("tie_word_embeddings", False))
     objective = read_objective(path, published, length, causal=False)
     return Described(model, objective, length, mask_id(path, published))
 
@@ -51,7 +52,8 @@ def publish(model: MoEConfig, objective, length: int) -> dict:
     shared, rest = divmod(model.shared_hidden, model.expert_hidden)
     require(rest == 0, f"model.shared_hidden={model.shared_hidden} is no multiple of model.expert_hidden="
             f"{model.expert_hidden}, which LLaDA2's layout needs")
-    return {
+    own = {BALANCE: model.balance} if model.balance else {}
+    return own | {
         "model_type": "llada2_moe", "architectures": ["LLaDA2MoeModelLM"], "vocab_size": model.vocab_size,
         "hidden_size": model.width, "intermediate_size": model.hidden, "num_hidden_layers": model.layers,
         "first_k_dense_replace": model.dense_layers, "num_attention_heads": model.heads,

@@ -19,7 +19,8 @@ FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
 
 def plain_names(path: Path, stored: dict[str, Stored], weights: str, rename: Callable[[str], str]
                 ) -> dict[str, Stored]:
-    """The tensors under their published names of today (`rename` knows older ones), averaged ones (weights="ema") in place of the others if there are any.
+    """The tensors under their published names of today (`rename` knows older ones), with weights="ema" averaged ones in
+    place of the others if there are any.
 
     Raises UserError if a name is there twice or an averaged tensor belongs to none of the others.
     """

@@ -115,4 +115,4 @@ def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """A safetensors file as the libraries of published models expect it."""
     from safetensors.numpy import save_file
 
-    save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, path, metadata={"format": "pt"})
+    save_file({name: np.asarray(x, order="C") for name, x in tensors.items()}, path, metadata={"format": "pt"})

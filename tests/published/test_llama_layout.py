@@ -1,5 +1,6 @@
 """Published Llama-shaped checkpoints against the logits of their own implementations, and their layouts both ways."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import bd3lm_jax
 from bd3lm_jax import hf
-from bd3lm_jax.diffusion import AR, Masked
+from bd3lm_jax.diffusion import AR, SEDD, Masked
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import build, trunk
 from bd3lm_jax.models.llama import LlamaConfig
@@ -82,6 +83,9 @@ def small(**changes):
     (llama, {"qk_norm": True, "head_dim": 16}, AR(bos=False), "qwen3"),
     (llama, {"qkv_bias": True}, Masked.uniform_counts(8), "qwen2"),
     (llama, {"qkv_bias": True}, Masked.uniform_counts(64), "Dream"),
+    (llama, {}, dataclasses.replace(Masked.uniform_counts(4), corruption="bernoulli", clip_low=0.3), "llama"),
+    (llama, {}, SEDD(block_size=4, corruption="bernoulli", eps=1e-3), "llama"),
+    (llama, {}, AR(bos=True), "llama"),
     (llada, {"kv_heads": 1, "qkv_bias": True, "tied": True}, Masked.uniform_counts(16), "llada"),
 ])
 def test_networks_of_ours_have_a_published_config(form, changes, objective, kind, tmp_path):
@@ -111,6 +115,8 @@ def test_networks_that_nobody_publishes(form, changes, message):
     ({"num_key_value_heads": 4}, r"misshapen: model.layers.0.self_attn.k_proj.weight \(is \[16, 32\]"),
     ({"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight"),
     ({"block_size": 5}, "block_size is 5, expected a number of tokens that divides the context of 96"),
+    ({"diffusion": {"kind": "masked", "block_size": 4}}, "'diffusion' has the keys block_size, expected kind, "),
+    ({"diffusion": {"kind": "maskd"}}, "did you mean 'masked'"),
     ({"mask_token_id": "<mask>"}, "'mask_token_id' is '<mask>', expected a token id"),
 ])
 def test_wrong_config(tmp_path, config, message):

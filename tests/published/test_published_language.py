@@ -16,7 +16,7 @@ from scipy.special import log_softmax
 
 import bd3lm_jax
 from bd3lm_jax import hf, loss, passes
-from bd3lm_jax.diffusion import AR, SEDD, Masked
+from bd3lm_jax.diffusion import AR, Masked
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import build, trunk
 from bd3lm_jax.published import FORMATS
@@ -146,7 +146,6 @@ def test_an_adapted_network_says_what_it_became(name, objective):
 
 @pytest.mark.parametrize("name, objective, message", [
     ("modernbert", AR(bos=False), "'modernbert' cannot say that the network is autoregressive"),
-    ("gpt2", SEDD(block_size=4, corruption="bernoulli", eps=1e-3), "cannot say diffusion.kind='sedd'"),
 ])
 def test_objectives_that_a_config_cannot_say(name, objective, message):
     model, _, length, _ = hf.read_model(GOLDEN / name)[0]

@@ -1,0 +1,139 @@
+"""From a run directory, a published checkpoint or a GGUF file to a run directory or a directory in Hugging Face layout.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bd3lm_jax import hf, lm, log, report, rundir
+from bd3lm_jax.config import Config
+from bd3lm_jax.data.tokenizers import get_tokenizer
+from bd3lm_jax.errors import UserError
+from bd3lm_jax.lm import LM
+from bd3lm_jax.models import trunk
+from bd3lm_jax.published import Described, write
+from bd3lm_jax.published.card import Origin, card
+
+FORMATS = ("hf", "native")
+CARD = "README.md"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "vocab.txt",
+                   "merges.txt", "tokenizer.model", "generation_config.json")
+SIGMA = 0.5  # noise level at which a time-conditioned network is checked
+
+
+def convert(source: str | os.PathLike, target: str | os.PathLike, *, form: str, dtype: str, check: int, max_shard: str,
+            weights: str, tokenizer: str, length: int, allow_pickle: bool, base: Mapping) -> dict[str, Any]:
+    """The `convert` command: write the model in `source` to the new directory `target`.
+
+    form: "hf", or "native" for a run directory. dtype: of the written parameters, a run directory has float32. check:
+    compare the logits of so many random tokens before and after. max_shard: of a file, e.g. "5GB". weights: "ema" or
+    "params". tokenizer: as `data.tokenizer`, for a source that brings none; "" for its own. length: tokens a row in the
+    config of a run directory, 0 for the model's context. base: nested mapping of a whole config, for the sections of a
+    run directory that a published checkpoint does not know.
+
+    Returns tensors, bytes, path, dtype and format; with `check` also checked_tokens, max_difference (of the logits) and
+    largest_logit. Raises UserError for wrong input; `target` is whole or not there.
+    """
+    if form not in FORMATS:
+        raise UserError(f"format is {form!r}, expected one of {', '.join(FORMATS)}")
+    if Path(target).exists():
+        raise UserError(f"{target} exists and is never overwritten: choose another directory")
+    source = hf.local(source)
+    native = not hf.is_published(source)
+    if native and form == "native":
+        raise UserError(f"{source} is a run directory already: copy it, or use --format=hf")
+    if form == "native" and dtype != "float32":
+        raise UserError(f"dtype is {dtype!r}: a run directory keeps float32 parameters, use float32 or --format=hf")
+    shard = write.parse_size(max_shard)
+    model = lm.load(source, weights, allow_pickle=allow_pickle)
+    if tokenizer:
+        model = _with_tokenizer(model, source, tokenizer)
+    if form == "hf":
+        written = _write_published(model, Path(source), Path(target), dtype, shard, native)
+    else:
+        written = _write_run(model, Path(source), Path(target), length, base)
+    log.note(f"{written['tensors']} tensors, {written['bytes']:,} bytes in {target}")
+    result = {**written, "dtype": dtype, "format": form}
+    return result | (compare(model, lm.load(target, weights), check) if check else {})
+
+
+def _with_tokenizer(model: LM, source, spec: str) -> LM:
+    if model.tokenizer is not None:
+        raise UserError(f"--tokenizer={spec}: {source} brings its own tokenizer, leave it out")
+    found = get_tokenizer(spec, lambda: ())
+    described = _described(model)
+    if found.size > described.model.vocab_size:
+        raise UserError(f"--tokenizer={spec} has {found.size} ids, more than the {described.model.vocab_size} of the "
+                        f"network in {source}")
+    return LM(model.config, model.params, hf.fitted(found, described), model.model, model.context)
+
+
+def _described(model: LM) -> Described:
+    return Described(model.config.model, model.config.diffusion, model.context, model.special.mask)
+
+
+def _write_published(model: LM, source: Path, target: Path, dtype: str, max_shard: int, native: bool) -> dict:
+    described, model_type, files = _described(model), None, {}
+    if native:
+        results = {split: found for split, found in (report.read(source) or {}).items() if split != "step"}
+        origin = Origin(source.name, model.config.data, model.trained.step, results)
+    else:
+        origin = Origin(source.name, None, None, {})
+        if source.is_dir():
+            model_type = json.loads((source / hf.CONFIG_FILE).read_text(encoding="utf-8"))["model_type"]
+            files = {name: (source / name).read_bytes() for name in TOKENIZER_FILES if (source / name).is_file()}
+    if model.tokenizer is not None and "tokenizer.json" not in files:
+        files |= write.tokenizer_files(model.tokenizer)
+    size = sum(x.size for x in jax.tree.leaves(model.params))
+    text = card(target.name, described, size, dtype, origin, model.tokenizer is not None)
+    return hf.write_model(target, described, model.params, dtype=dtype, max_shard=max_shard, model_type=model_type,
+                          files=files | {CARD: text.encode()})
+
+
+def _write_run(model: LM, source: Path, target: Path, length: int, base: Mapping) -> dict:
+    """A run directory of step 0, whose config is `base` but for what the model says."""
+    from bd3lm_jax.checkpoint import Checkpoints
+    from bd3lm_jax.state import TrainState
+
+    if model.tokenizer is None:
+        raise UserError(f"{source} brings no tokenizer, and a run directory needs one: give --tokenizer=gpt2 or the "
+                        "path of a tokenizer.json")
+    length = length or model.context
+    objective = model.config.diffusion
+    if length > model.context:
+        raise UserError(f"length is {length}, expected at most {model.context}, what the model was trained on")
+    if not objective.causal and objective.block_size >= model.context:  # one block a row
+        objective = model.config.at_block_size(length).diffusion
+    sections = {name: {"kind": section.kind, **dataclasses.asdict(section)}
+                for name, section in (("model", model.config.model), ("diffusion", objective))}
+    data = {**base["data"], "tokenizer": str(target / rundir.TOKENIZER), "length": length}
+    config = Config.from_dict({**base, **sections, "data": data})
+    state = TrainState(step=jnp.zeros((), jnp.int32), params=model.params, ema={}, opt_state={})
+    meta = {"tokenizer": model.tokenizer.identity, "config_sha256": config.sha256(), "losses": []}
+    with write.whole(target) as work:
+        rundir.claim(work, config, model.tokenizer)
+        with Checkpoints(work, 1) as checkpoints:
+            checkpoints.save(0, state, meta, wait=True)
+    leaves = jax.tree.leaves(model.params)
+    return {"tensors": len(leaves), "bytes": sum(x.nbytes for x in leaves), "path": str(target)}
+
+
+def compare(before: LM, after: LM, tokens: int) -> dict[str, float | int]:
+    """Logits of one row of `tokens` random tokens under both. UserError if it is longer than the context."""
+    if tokens > before.context:
+        raise UserError(f"check is {tokens} tokens, expected at most {before.context}, the context of the model")
+    rows = np.random.default_rng(0).integers(0, before.config.model.vocab_size, size=(2, 1, tokens))
+    x0 = rows[1] if trunk.encoder_layers(before.config.model) else None
+    sigma = [SIGMA] if trunk.takes_level(before.config.model) else None
+    ours, theirs = (np.asarray(model.logits(rows[0], x0, sigma=sigma), np.float64) for model in (before, after))
+    difference = float(np.abs(ours - theirs).max())
+    log.note(f"logits of {tokens} random tokens differ by at most {difference:.3g}; the largest is "
+             f"{np.abs(ours).max():.4g}")
+    return {"checked_tokens": tokens, "max_difference": difference, "largest_logit": float(np.abs(ours).max())}

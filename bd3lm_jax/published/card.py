@@ -1,0 +1,89 @@
+"""The model card of a written checkpoint: what it is, on what it was trained, what it measured, how to load it."""
+
+from typing import Any, NamedTuple
+
+from bd3lm_jax.published.leaf import Described
+
+HEAD = """---
+library_name: bd3lm_jax
+pipeline_tag: text-generation
+tags:
+- {tag}
+---
+
+# {name}
+
+{what}
+"""
+LOAD = """
+## How to load
+
+```python
+import bd3lm_jax
+
+lm = bd3lm_jax.load("{name}")  # this directory
+{use}
+```
+
+On the command line: `{command}`.
+"""
+
+
+class Origin(NamedTuple):
+    """Where a model comes from. data: the data section of its run, None if it is no run's; step: updates it was trained
+    for; results: split -> figures of its report (`nll`, `nll_ci95`, ...), {} for none."""
+
+    source: str
+    data: Any
+    step: int | None
+    results: dict[str, dict]
+
+
+def card(name: str, described: Described, num_params: int, dtype: str, origin: Origin, has_tokenizer: bool) -> str:
+    """README.md of a directory called `name`, Markdown."""
+    objective, model = described.objective, described.model
+    if objective.causal:
+        kind, tag = "An autoregressive language model", "autoregressive"
+    elif objective.block_size >= described.length:
+        kind, tag = "A diffusion language model over whole rows", "diffusion"
+    else:
+        kind, tag = f"A block diffusion language model with blocks of {objective.block_size} tokens", "block-diffusion"
+    what = (f"{kind} (`diffusion.kind=\"{objective.kind}\"`), context {described.length} tokens. Network: "
+            f"`{model.kind}`, {num_params:,} parameters stored as {dtype}: {model.layers} layers, {model.width} wide, "
+            f"{model.heads} heads, vocabulary {model.vocab_size}"
+            + (f", mask token {described.mask_id}." if described.mask_id >= 0 else "."))
+    if objective.causal and objective.bos:
+        what += " It was trained with the end token before every text: give it first."
+    text = HEAD.format(name=name, tag=tag, what=what) + f"\n## Training\n\n{_training(origin)}\n"
+    text += "\n## Results\n\n" + _results(origin.results)
+    use = 'print(lm.generate(["Once"], length=64)[0].text)' if has_tokenizer else "print(lm.logits([[0, 1, 2]]).shape)"
+    return text + LOAD.format(name=name, use=use, command=f"python -m launch sample --workdir={name}" if has_tokenizer
+                              else f"python -m launch convert --from={name} --to=DIR")
+
+
+def _training(origin: Origin) -> str:
+    if origin.data is None:
+        return f"Converted from `{origin.source}`, with the weights it had; see there for its data."
+    data = origin.data
+    which = data.name or data.path
+    corpus = f"the {data.source} corpus" + (f" (`{which}`)" if which else "")
+    return (f"Written from the run `{origin.source}`, trained for {origin.step:,} updates on {corpus}: rows of "
+            f"{data.length} tokens of the tokenizer `{data.tokenizer}`, layout `{data.layout}`.")
+
+
+def _results(results: dict[str, dict]) -> str:
+    if not results:
+        return "None were recorded with these weights.\n"
+    heads = ("split", "nats a token", "95 % interval", "perplexity", "95 % interval", "bits a byte", "estimator",
+             "documents")
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for split, found in results.items():
+        low, high = found["nll_ci95"]
+        ppl_low, ppl_high = found["ppl_ci95"]
+        cells = (split, f"{found['nll']:.4f}", f"{low:.4f} .. {high:.4f}", f"{found['ppl']:.2f}",
+                 f"{ppl_low:.2f} .. {ppl_high:.2f}", f"{found['bits_per_byte']:.4f}", found["estimator"],
+                 str(found["documents"]))
+        lines.append("| " + " | ".join(cells) + " |")
+    bound = any(found["estimator"] != "nll" for found in results.values())
+    said = "\nThe figures of a diffusion model are upper bounds; intervals are over documents and draws.\n"
+    return "\n".join(lines) + "\n" + (said if bound else "")

@@ -1,0 +1,123 @@
+"""A directory in Hugging Face layout: written beside its place and renamed into it when it is whole."""
+
+import contextlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from bd3lm_jax.errors import RunError, UserError
+from bd3lm_jax.published.leaf import Leaf, require
+from bd3lm_jax.published.tensors import INDEX_FILE, WEIGHTS_FILE, converted, write_file
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+class Tensor(NamedTuple):
+    """A tensor to be written: what it takes in its file, and how to have it."""
+
+    name: str
+    num_bytes: int
+    make: Callable[[], np.ndarray]
+
+
+def parse_size(text: str) -> int:
+    """"5GB" -> bytes."""
+    number, unit = text[:-2], text[-2:].upper()
+    try:
+        size = round(float(number) * UNITS[unit])
+    except (KeyError, ValueError):
+        size = 0
+    require(size > 0, f"{text!r} is no size, expected a number and {', '.join(UNITS)}, e.g. 5GB")
+    return size
+
+
+@contextlib.contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """A directory to fill, which becomes `target` if nothing fails and is gone otherwise.
+
+    Raises UserError if `target` exists, RunError if the disk is full or cannot be written.
+    """
+    require(not target.exists(), f"{target} exists and is never overwritten: choose another directory")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f"{target.name}.part-", dir=target.parent))
+        try:
+            yield work
+            work.chmod(0o755)  # mkdtemp's directories are private
+            work.rename(target)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    except UserError:
+        raise
+    except OSError as error:
+        raise RunError(f"cannot write {target}: {error.strerror or error}; free some disk space, or choose another "
+                       "directory") from None
+
+
+def tensors_of(leaves: dict[str, Leaf], params: Mapping[str, jax.Array], dtype: np.dtype) -> list[Tensor]:
+    """The published tensors of our parameters, in `dtype`. Each is cut out of its stack when it is made."""
+    require(leaves.keys() == params.keys(), "the network has parameters that its published layout does not know: "
+            f"{', '.join(sorted(params.keys() ^ leaves.keys())[:6])}")
+    tensors = []
+    for path, leaf in leaves.items():
+        for place, name in zip(np.ndindex(*leaf.stacked), leaf.sources(), strict=True):
+            def make(path=path, leaf=leaf, place=place, name=name):
+                return converted(name, leaf.write(np.asarray(params[path][place])), dtype)
+            tensors.append(Tensor(name, math.prod(leaf.shape) * dtype.itemsize, make))
+    return tensors
+
+
+def of_constants(constants: Mapping[str, np.ndarray]) -> list[Tensor]:
+    """Tensors that keep their own dtype: rounded ones would say something else."""
+    return [Tensor(name, x.nbytes, lambda x=x: x) for name, x in constants.items()]
+
+
+def write_tensors(directory: Path, tensors: list[Tensor], max_shard: int) -> None:
+    """Files of at most `max_shard` bytes of tensors, or of one tensor; with an index if there are several.
+
+    One file's tensors are in memory at a time. Raises UserError for a value that overflows.
+    """
+    shards = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(x.num_bytes for x in shards[-1]) + tensor.num_bytes > max_shard:
+            shards.append([])
+        shards[-1].append(tensor)
+    count, stem = len(shards), WEIGHTS_FILE.partition(".")[0]
+    names = [WEIGHTS_FILE] if count == 1 else [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    for name, shard in zip(names, shards):
+        write_file(directory / name, {tensor.name: tensor.make() for tensor in shard})
+    if count > 1:
+        places = {tensor.name: name for name, shard in zip(names, shards) for tensor in shard}
+        index = {"metadata": {"total_size": sum(x.num_bytes for x in tensors)}, "weight_map": places}
+        write_json(directory / INDEX_FILE, index)
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    """Name -> content of the files that bring a tokenizer: Hugging Face's where it is one of theirs, else our own."""
+    content = json.loads(tokenizer.to_bytes())
+    if "model" not in content:
+        return {"tokenizer.json": tokenizer.to_bytes()}
+    vocabulary = json.loads(content["model"])
+    tokens = {i: token for token, i in _vocab(vocabulary).items()}
+    named = {"eos_token": tokens.get(tokenizer.end_id), "mask_token": tokens.get(tokenizer.mask_id)}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **{key: token for key, token in named.items() if token}}
+    return {"tokenizer.json": content["model"].encode(), "tokenizer_config.json": json.dumps(config, indent=2).encode()}
+
+
+def _vocab(model: dict) -> dict[str, int]:
+    inner = model["model"]["vocab"]
+    plain = inner if isinstance(inner, dict) else {token: i for i, (token, _) in enumerate(inner)}
+    return plain | {token["content"]: token["id"] for token in model.get("added_tokens", ())}

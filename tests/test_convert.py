@@ -1,0 +1,200 @@
+"""Written checkpoints against the published files they came from, run directories both ways, nothing half-written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import bd3lm_jax
+from bd3lm_jax import hf
+from bd3lm_jax.convert import convert
+from bd3lm_jax.errors import UserError
+from bd3lm_jax.published.bd3lm import CONFIG_KEYS, INV_FREQ
+from configs.common import base
+from word_tokenizer import write_tokenizer
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+BD3LM = ("bd3lm_block4", "bd3lm_time_conditioned", "bd3lm_block32_is_mdlm", "ar", "sedd")
+OTHERS = ("hf/llama", "hf/qwen2", "hf/llada", "hf/dream")
+
+
+def converted(source, target, **changes):
+    options = {"form": "hf", "dtype": "float32", "check": 0, "max_shard": "5GB", "weights": "ema", "tokenizer": "",
+               "length": 0, "allow_pickle": False, "base": base().to_dict()}
+    return convert(source, target, **options | changes)
+
+
+def with_tokenizer(tmp_path, name, size, *special):
+    directory = tmp_path / "source"
+    shutil.copytree(GOLDEN / name, directory)
+    write_tokenizer(directory, size, *special)
+    return directory
+
+
+def assert_same_files(ours, theirs):
+    """Names, shapes, dtypes and bits, but for the frequencies of RoPE, which PyTorch rounds otherwise."""
+    ours, theirs = load_file(ours / "model.safetensors"), load_file(theirs / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, x in theirs.items():
+        assert (ours[name].shape, ours[name].dtype) == (x.shape, x.dtype), name
+        if name == INV_FREQ:
+            np.testing.assert_allclose(ours[name], x, rtol=1e-6)
+        else:
+            np.testing.assert_array_equal(ours[name], x, name)
+
+
+@pytest.mark.parametrize("name", [*BD3LM, *OTHERS])
+def test_in_out_in(tmp_path, name):
+    result = converted(GOLDEN / name, tmp_path / "out")
+    assert_same_files(tmp_path / "out", GOLDEN / name)
+    (there, params), (here, again) = hf.read_model(GOLDEN / name), hf.read_model(tmp_path / "out")
+    assert here == there
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    tensors = load_file(GOLDEN / name / "model.safetensors")
+    assert result["tensors"] == len(tensors) and result["bytes"] == sum(x.nbytes for x in tensors.values())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", BD3LM)
+def test_config_of_a_written_bd3lm(tmp_path, name):
+    converted(GOLDEN / name, tmp_path / "out")
+    ours, theirs = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "out", GOLDEN / name))
+    for key in (*CONFIG_KEYS, "algo", "model_type", "architectures", "var_min", "sampling_eps_min",
+                "sampling_eps_max"):
+        assert ours.get(key) == theirs.get(key), key
+
+
+def test_shards(tmp_path):
+    limit = 20_000
+    converted(GOLDEN / "bd3lm_block4", tmp_path / "out", max_shard="0.02MB")
+    tensors = load_file(GOLDEN / "bd3lm_block4" / "model.safetensors")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert [file.name for file in files] == [f"model-{i + 1:05}-of-{len(files):05}.safetensors"
+                                             for i in range(len(files))] and len(files) > 4
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in tensors.values())
+    found = {}
+    for file in files:
+        part = load_file(file)
+        assert {name: index["weight_map"][name] for name in part} == dict.fromkeys(part, file.name)
+        assert len(part) == 1 or sum(x.nbytes for x in part.values()) <= limit
+        found |= part
+    assert found.keys() == tensors.keys()
+    jax.tree.map(np.testing.assert_array_equal, hf.read_model(tmp_path / "out")[1],
+                 hf.read_model(GOLDEN / "bd3lm_block4")[1])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_other_dtypes(tmp_path, dtype):
+    result = converted(GOLDEN / "hf/llama", tmp_path / "out", dtype=dtype, check=16)
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    for name, x in load_file(GOLDEN / "hf/llama" / "model.safetensors").items():
+        np.testing.assert_array_equal(written[name], x.astype(kind), name)
+    assert 0 < result["max_difference"] < 0.05 * result["largest_logit"] and result["checked_tokens"] == 16
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == dtype
+
+
+def test_overflow_names_the_tensor_and_leaves_nothing(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / "hf/llama", source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1e6
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(UserError, match="tensor model.norm.weight: 32 values overflow in float16, the largest is 1"):
+        converted(source, tmp_path / "out", dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    converted(source, tmp_path / "out", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("name, size", [("bd3lm_block4", 66), ("ar", 66), ("hf/llama", 59)])
+def test_a_run_directory_and_back(tmp_path, name, size):
+    source = with_tokenizer(tmp_path, name, size)
+    result = converted(source, tmp_path / "run", form="native", check=8)
+    assert result["max_difference"] == 0 and sorted(path.name for path in tmp_path.iterdir()) == ["run", "source"]
+    there, here = bd3lm_jax.load(source), bd3lm_jax.load(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, there.params, here.params)
+    assert (here.config.model, here.config.diffusion) == (there.config.model, there.config.diffusion)
+    assert here.special == there.special and here.context == there.context
+    assert (here.special.mask, here.special.end) == (66 if size == 66 else -1, size - 1)
+    converted(tmp_path / "run", tmp_path / "back")
+    assert_same_files(tmp_path / "back", source)
+    assert hf.read_model(tmp_path / "back")[0] == hf.read_model(source)[0]
+    text = "w3 w1 w4"
+    tokenizers = [bd3lm_jax.load(tmp_path / part).tokenizer for part in ("source", "run", "back")]
+    assert [tokenizer.encode(text).tolist() for tokenizer in tokenizers] == [[3, 1, 4]] * 3
+    assert len({tokenizer.mask_id for tokenizer in tokenizers} | {there.special.mask}) == 1
+
+
+def test_an_objective_of_ours_comes_back(tmp_path):
+    """Published code has no word for how a bound is estimated: config.json says it for this library."""
+    source = with_tokenizer(tmp_path, "bd3lm_block4", 66)
+    converted(source, tmp_path / "run", form="native")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["diffusion"] |= {"corruption": "exact_count", "clip_low": 0.0, "clip_high": 1.0}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    converted(tmp_path / "run", tmp_path / "out")
+    assert hf.read_model(tmp_path / "out")[0].objective == bd3lm_jax.load(tmp_path / "run").config.diffusion
+    assert load_file(tmp_path / "out" / "model.safetensors")["sampling_eps_min"] == np.float32(1e-3)
+
+
+def test_the_card(tmp_path):
+    source = with_tokenizer(tmp_path, "bd3lm_block4", 66)
+    converted(source, tmp_path / "run", form="native")
+    numbers = {"nll": 4.25, "nll_ci95": [4.0, 4.5], "ppl": 70.1, "ppl_ci95": [54.6, 90.0], "bits_per_byte": 1.5,
+               "estimator": "exact_count", "documents": 7}
+    (tmp_path / "run" / "report.json").write_text(json.dumps({"step": 0, "valid": numbers}))
+    converted(tmp_path / "run", tmp_path / "named", dtype="bfloat16")
+    text = (tmp_path / "named" / "README.md").read_text()
+    for part in ("# named", "blocks of 4 tokens", "as bfloat16", "the austen corpus", "mask token 66",
+                 "| valid | 4.2500 | 4.0000 .. 4.5000 | 70.10 | 54.60 .. 90.00 | 1.5000 | exact_count | 7 |",
+                 'bd3lm_jax.load("named")'):
+        assert part in text, part
+    assert "None were recorded" not in text
+    assert "None were recorded" in _card_of(source, tmp_path / "plain")
+
+
+def _card_of(source, target):
+    converted(source, target)
+    return (target / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name, changes, message", [
+    ("hf/llama", {"form": "native"}, "brings no tokenizer, and a run directory needs one: give --tokenizer"),
+    ("hf/llama", {"form": "native", "dtype": "bfloat16"}, "a run directory keeps float32"),
+    ("hf/llama", {"form": "native", "tokenizer": "bytes"}, "--tokenizer=bytes has 257 ids, more than the 59"),
+    ("hf/llama", {"max_shard": "5"}, "'5' is no size"),
+    ("hf/llama", {"form": "gguf"}, "format is 'gguf', expected one of hf, native"),
+    ("hf/llama", {"dtype": "int8"}, "dtype is 'int8', expected one of float32, bfloat16, float16"),
+])
+def test_bad_requests(tmp_path, name, changes, message):
+    with pytest.raises(UserError, match=message):
+        converted(GOLDEN / name, tmp_path / "out", **changes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten(tmp_path):
+    with pytest.raises(UserError, match="exists and is never overwritten"):
+        converted(GOLDEN / "ar", tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model": {"rope_base": 5e4}}, r"the layout of BD3-LM has no model.rope_base=50000 \(expected 10000\)"),
+    ({"model": {"decoder_layers": 1}}, "has no model.decoder_layers=1"),
+    ({"diffusion": {"kind": "uniform", "block_size": 4, "vocab_size": -1, "eps": 1e-3}}, "does not mask tokens"),
+])
+def test_what_the_layout_cannot_say(tmp_path, change, message):
+    source = with_tokenizer(tmp_path, "bd3lm_time_conditioned", 66)
+    converted(source, tmp_path / "run", form="native")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    for section, keys in change.items():
+        config[section] = keys if "kind" in keys else config[section] | keys
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        converted(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
