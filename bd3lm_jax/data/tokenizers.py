@@ -19,7 +19,7 @@ import numpy as np
 from bd3lm_jax.errors import UserError, nearest
 
 PRESETS = ("gpt2", "bert-base-uncased")
-SPECS = ("bytes", *PRESETS, "bpe:N", "a path to a tokenizer.json")
+SPECS = ("bytes", *PRESETS, "bpe:N", "a path to a tokenizer.json, or to the directory of a published model")
 END_TOKEN = "<|endoftext|>"
 # Names in use for the two special tokens, most telling first.
 END_TOKENS = (END_TOKEN, "</s>", "[SEP]", "<|end_of_text|>", "<eos>", "<|im_end|>")
@@ -215,7 +215,7 @@ def get_tokenizer(spec: str, train_documents: Callable[[], Iterable[str]]) -> To
     if Path(spec).is_dir():
         found = tokenizer_of(spec)
         if found is None:
-            raise UserError(f"data.tokenizer='{spec}' holds no tokenizer.json (nor vocab.txt, nor vocab.json)")
+            raise UserError(f"data.tokenizer='{spec}' is a directory without tokenizer.json, vocab.txt or vocab.json")
         return found
     if spec.endswith(".json") or Path(spec).exists():
         return load_tokenizer(spec)
