@@ -81,7 +81,7 @@ def small(**changes):
     (llama, {"rope_scaling": (2.0,)}, Masked.uniform_counts(4), "llama"),
     (llama, {"qk_norm": True, "head_dim": 16}, AR(bos=False), "qwen3"),
     (llama, {"qkv_bias": True}, Masked.uniform_counts(8), "qwen2"),
-    (llama, {"qkv_bias": True}, Masked.uniform_counts(64), "Dream"),
+    (llama, {"qkv_bias": True, "shifted": "row"}, Masked.uniform_counts(64), "Dream"),
     (llada, {"kv_heads": 1, "qkv_bias": True, "tied": True}, Masked.uniform_counts(16), "llada"),
 ])
 def test_networks_of_ours_have_a_published_config(form, changes, objective, kind, tmp_path):
