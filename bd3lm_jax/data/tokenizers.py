@@ -212,6 +212,10 @@ def get_tokenizer(spec: str, train_documents: Callable[[], Iterable[str]]) -> To
         return _from_model(spec, lzma.decompress(packed).decode(), {})
     if spec.startswith("bpe:"):
         return train_bpe(spec, train_documents())
+    if spec.endswith(".gguf"):
+        from bd3lm_jax.published.gguf import read_tokenizer
+
+        return read_tokenizer(Path(spec))
     if Path(spec).is_dir():
         found = tokenizer_of(spec)
         if found is None:
