@@ -57,7 +57,7 @@ def check_source(config: Config, tokenizer: Tokenizer) -> None:
     if config.data.length > source.length and source.published:
         raise UserError(f"data.length={config.data.length}, but {name} was made for rows of at most {source.length} "
                         "tokens: shorten the rows")
-    if source.mask_id not in (-1, tokenizer.mask_id):
+    if source.objective.masks and source.mask_id not in (-1, tokenizer.mask_id):
         raise UserError(f"{name} names {source.mask_id} as its mask token, and that of data.tokenizer="
                         f"'{config.data.tokenizer}' is {tokenizer.mask_id}: use the tokenizer that came with it")
     if source.published:
