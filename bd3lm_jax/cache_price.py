@@ -16,7 +16,8 @@ from bd3lm_jax import estimators, stats
 from bd3lm_jax.denoise import UNROLLED
 from bd3lm_jax.diffusion.masked import cross_entropy_subs
 from bd3lm_jax.models import trunk
-from bd3lm_jax.models.trunk import Cache, Stream
+from bd3lm_jax.models.cache import Cache
+from bd3lm_jax.models.trunk import Stream
 
 DTYPES = ("float32", "bfloat16", "int8")  # the first is what the others are compared with
 BATCH = 16  # rows a pass
@@ -108,8 +109,9 @@ def _score_block(lm, params, noised, tokens, positions, segments, cache: Cache, 
 
 def _score_token(lm, params, noised, tokens, positions, segments, cache: Cache, block):
     """As `_score_block` for an autoregressive model, whose clean stream is the token before."""
-    if not lm.config.diffusion.bos:  # nobody reads the end token
+    if not lm.config.diffusion.bos:  # nobody reads the end token, and the token before has the place before
         segments = jnp.where(noised.weight_BxMxL[:, 0] > 0, segments, 0)
+        positions = jnp.maximum(positions - 1, 0)
     position = _cut(lm, positions, block)
     clean = Stream(_cut(lm, noised.xt_BxMxL[:, 0], block), position, position, _cut(lm, segments, block))
     out = _hidden(lm, params, None, clean, cache, block)

@@ -8,36 +8,28 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, get_args, get_origin
+from typing import Any
 
-from bd3lm_jax import curriculum, density
+from bd3lm_jax import annealing, answers, curriculum, density, lora, shifted
 from bd3lm_jax.diffusion import OBJECTIVES
 from bd3lm_jax.diffusion.clip import ClipSearch, CountSchedule
 from bd3lm_jax.diffusion.running import RunningLoss
-from bd3lm_jax.errors import UserError, lookup, nearest
+from bd3lm_jax.errors import lookup
 from bd3lm_jax.models import BACKBONES, trunk
 from bd3lm_jax.models.trunk import REMAT, takes_level
+from bd3lm_jax.typed import as_mapping, as_section, as_type, check, one_of, same_keys
 
-
-SOURCES = ("austen", "text", "jsonl", "tfds", "python_sources", "arithmetic", "python_arithmetic")
-
-
-def check(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-def one_of(name: str, value: Any, allowed: tuple) -> None:
-    check(value in allowed, f"{name} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
+SAME = "init_from"  # as model.kind: the network whose weights start the run
+SOURCES = ("austen", "text", "jsonl", "tfds", "python_sources", "arithmetic", "python_arithmetic", "sft")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """What is read and how it becomes rows of `length` tokens."""
 
-    source: str  # "austen" (embedded), "text", "jsonl", "tfds", "python_sources", "arithmetic", "python_arithmetic"
+    source: str  # "austen" (embedded), "text", "jsonl", "sft" (prompts and answers), "tfds", ...: SOURCES
     path: str  # file or directory of local sources; "" for embedded ones
-    name: str  # TFDS name, e.g. "lm1b"; "" otherwise
+    name: str  # TFDS name, e.g. "lm1b"; of "text" how it was tokenised, of "sft" how a dialogue is written; else ""
     field: str  # JSONL or TFDS key that holds the text
     tokenizer: str  # "bytes", "gpt2", "bert-base-uncased", "bpe:2048" (trained on the corpus), or a tokenizer.json
     length: int  # tokens a row
@@ -53,7 +45,7 @@ class DataConfig:
         one_of("data.layout", self.layout, ("wrap", "pack", "pad"))
         check(self.length > 0, f"data.length is {self.length}, expected a positive number of tokens")
         check(0 < self.valid_fraction < 1, f"data.valid_fraction is {self.valid_fraction}, expected between 0 and 1")
-        check(self.source not in ("text", "jsonl") or self.path, f"data.source={self.source!r} needs data.path")
+        check(self.source not in ("text", "jsonl", "sft") or self.path, f"data.source={self.source!r} needs data.path")
         check(self.source != "tfds" or self.name, "data.source='tfds' needs data.name, e.g. 'lm1b'")
         check(self.workers >= 1, f"data.workers is {self.workers}, expected at least 1")
         density.check(self.density, self.density_fraction)
@@ -94,15 +86,21 @@ class TrainConfig:
     steps: int
     batch: int  # rows a step, over all devices
     views: int  # noised views of each row; they share one pass of the clean stream
-    init_from: str  # run directory whose (EMA) weights start this run, e.g. one of another block size; "" = random
+    init_from: str  # run or published checkpoint whose (EMA) weights start this run (docs/adapt.md); "" = random
     # Curriculum: from step s on blocks of n tokens, ((s, n), ...), e.g. ((0, 1), (1000, 4)); () = diffusion.block_size
     block_sizes: tuple[tuple[int, int], ...]
+    anneal_steps: int  # steps over which causal attention opens to what the objective wants (annealing.py); 0 = at once
+    lora_rank: int  # rank of the updates of frozen matrices (lora.py); 0 = all weights are trained
+    lora_alpha: float  # an update counts lora_alpha / lora_rank
 
     def __post_init__(self):
         curriculum.check_pairs(self.block_sizes)
         check(self.steps >= 1, f"train.steps is {self.steps}, expected at least 1")
         check(self.batch >= 1, f"train.batch is {self.batch}, expected at least 1")
         check(self.views >= 1, f"train.views is {self.views}, expected at least 1")
+        check(self.anneal_steps >= 0, f"train.anneal_steps is {self.anneal_steps}, expected at least 0")
+        check(self.lora_rank >= 0, f"train.lora_rank is {self.lora_rank}, expected at least 0")
+        check(self.lora_alpha > 0, f"train.lora_alpha is {self.lora_alpha}, expected a positive number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,6 +267,16 @@ class Config:
         """Of the update that follows `step` updates: by the curriculum, if there is one."""
         return curriculum.size_at(self.train.block_sizes, step) or self.block_size
 
+    def phase_at(self, step: int) -> tuple[int, bool]:
+        """Block size of the update that follows `step` updates, and whether its attention is still being opened."""
+        return self.block_size_at(step), step < self.train.anneal_steps
+
+    def in_phase(self, size: int, opening: bool) -> "Config":
+        """The config of updates in such a phase."""
+        config = self if size == self.block_size else self.at_block_size(size)
+        return config if opening else dataclasses.replace(config, train=dataclasses.replace(config.train,
+                                                                                            anneal_steps=0))
+
     @property
     def trained_sizes(self) -> tuple[int, ...]:
         """Block sizes at which the model can be used."""
@@ -296,24 +304,30 @@ class Config:
     def batch_needs(self) -> tuple[str, ...]:
         """Names of the arrays that a batch brings beside tokens, segments and positions."""
         learnt = ("density",) if self.noise and self.noise.adapt == "running_loss" else ()
-        return tuple(name for name in self.diffusion.needs if name not in learnt)
+        brought = ("prompt",) if self.data and self.data.source == "sft" else ()
+        return tuple(name for name in dict.fromkeys((*self.diffusion.needs, *brought)) if name not in learnt)
 
     @classmethod
     def from_dict(cls, mapping: Mapping) -> "Config":
         """Validate a nested mapping. Raises UserError naming the first unknown, missing or ill-typed key."""
         mapping = {key: value for key, value in mapping.items()}
-        _same_keys("", mapping, [field.name for field in dataclasses.fields(cls)])
-        sections = {name: _section(name, mapping[name], kind) for name, kind in SECTIONS.items()}
+        same_keys("", mapping, [field.name for field in dataclasses.fields(cls)])
+        sections = {name: as_section(name, mapping[name], kind) for name, kind in SECTIONS.items()}
         for name, registry, what in (("model", BACKBONES, "backbone"), ("diffusion", OBJECTIVES, "objective")):
-            section = dict(_mapping(name, mapping[name]))
+            section = dict(as_mapping(name, mapping[name]))
+            if section.get("kind") == SAME and what == "backbone":
+                section = _network_of(sections["train"].init_from, section)
             kind = lookup(registry, section.pop("kind", ""), f"{what} {name}.kind")
-            sections[name] = _section(name, section, kind.Config if what == "backbone" else kind)
-        seed = _typed("seed", mapping["seed"], int)
+            sections[name] = as_section(name, section, kind.Config if what == "backbone" else kind)
+        seed = as_type("seed", mapping["seed"], int)
         config = cls(seed=seed, **sections)
         length, block_size = config.data.length, config.block_size
         check(length % block_size == 0,
               f"diffusion.block_size={block_size} does not divide data.length={length}: choose a length that is a "
               f"multiple, e.g. {-(-length // block_size) * block_size}")
+        positions = getattr(config.model, "positions", length)
+        check(length <= positions, f"data.length={length} is more than model.positions={positions}, which the network "
+              "has learned positions for: raise one or shorten the other")
         check(not trunk.encoder_layers(config.model) or not config.diffusion.causal and block_size < length,
               "model.decoder_layers splits the network by clean and noised blocks, and this objective has no clean "
               f"blocks before noised ones: use 0, or blocks shorter than data.length={length}")
@@ -325,7 +339,11 @@ class Config:
               f"'{config.diffusion.kind}' draws so many views together here, use {-(-views // group) * group}")
         config.noise.schedule(config.diffusion, config.model.vocab_size)  # raises if they do not go together
         curriculum.check(config)
+        annealing.check(config)
+        shifted.check(config)
+        lora.check(config)
         density.check_config(config)
+        answers.check(config)
         rows, batch = config.compute.microbatch, config.train.batch
         check(rows == 0 or batch % rows == 0, f"compute.microbatch={rows} does not divide train.batch={batch}")
         return config
@@ -352,6 +370,15 @@ class Config:
         return {key: value for key, value in flat.items() if not {key, key.split(".")[0]} & set(RESUMABLE)}
 
 
+def _network_of(source: str, given: Mapping) -> dict:
+    """The section `model` of the network in `train.init_from`, with what is given beside `kind` in its place."""
+    from bd3lm_jax import adapt  # which needs Config
+
+    check(bool(source), f"model.kind='{SAME}' takes the network of train.init_from, which is ''")
+    model = adapt.read_source(source).model
+    return {"kind": model.kind, **dataclasses.asdict(model), **{key: x for key, x in given.items() if key != "kind"}}
+
+
 def flatten(nested: Mapping, prefix: str = "") -> dict:
     """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
     flat = {}
@@ -361,36 +388,3 @@ def flatten(nested: Mapping, prefix: str = "") -> dict:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _mapping(name: str, value: Any) -> Mapping:
-    check(hasattr(value, "items"), f"config key '{name}' is {value!r}, expected a section")
-    return value
-
-
-def _same_keys(prefix: str, mapping: Mapping, known: list[str]) -> None:
-    for key in mapping:
-        check(key in known, f"unknown config key '{prefix}{key}': {nearest(key, known)}")
-    missing = [key for key in known if key not in mapping]
-    check(not missing, f"missing config key '{prefix}{missing[0] if missing else ''}'")
-
-
-def _section(name: str, section: Any, kind: type) -> Any:
-    section = dict(_mapping(name, section).items())
-    fields = {field.name: field.type for field in dataclasses.fields(kind)}
-    _same_keys(f"{name}.", section, list(fields))
-    return kind(**{key: _typed(f"{name}.{key}", section[key], fields[key]) for key in fields})
-
-
-def _typed(key: str, value: Any, kind: type) -> Any:
-    """`value` as `kind`: int widens to float, lists become tuples, nothing else is converted."""
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
-        inner = get_args(kind)[0]
-        return tuple(_typed(key, item, inner) for item in value)
-    plain = get_origin(kind) or kind
-    right = isinstance(value, plain) and not (plain is int and isinstance(value, bool))
-    wanted = getattr(kind, "__name__", kind)
-    check(right, f"config key '{key}' is {value!r} ({type(value).__name__}), expected {wanted}")
-    return value

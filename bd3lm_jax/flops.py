@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bd3lm_jax import models
 from bd3lm_jax.models import trunk
@@ -52,7 +53,6 @@ def parts(model_config: Any, objective: Any, *, batch: int, length: int, views: 
     params = jax.eval_shape(lambda: trunk.init(model, jax.random.key(0)))
     level = (batch, views, length // objective.block_size) if trunk.takes_level(model_config) else (1, 1)
     clean, noised_views = (length, 0) if objective.causal else (length - objective.block_size, views)
-    clean_pairs, noised_pairs = _pairs(objective, length, views)
     layers = attention = first = 0
     for index, (name, block, layer_count) in enumerate(model.groups):
         layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params[name])
@@ -62,6 +62,7 @@ def parts(model_config: Any, objective: Any, *, batch: int, length: int, views: 
         peeled = int(not objective.causal and index == len(model.groups) - 1)
         noised_layers = layer_count - min(max(trunk.encoder_layers(model_config) - first, 0), layer_count)
         first += layer_count
+        clean_pairs, noised_pairs = _pairs(objective, length, views, getattr(block, "window", None))
         layers += noised_layers * on_noised.all + (layer_count - peeled) * on_clean.all + peeled * on_clean.keys_values
         attention += 4 * batch * on_noised.width * (noised_layers * noised_pairs + (layer_count - peeled) * clean_pairs)
     if objective.mixtures is not None:  # mixtures of tokens instead of ids
@@ -121,15 +122,19 @@ def _layer(model, block, layer, params, shape, level) -> _Layer:
     q = jax.eval_shape(pre, layer, h, cond, rotary)[0]
     width = math.prod(q.shape[-2:])
     before, after = count(pre, layer, h, cond, rotary), count(post, layer, h, q, cond)
+    if hasattr(block, "spare_flops"):
+        after -= block.spare_flops(math.prod(shape))
     return _Layer(before + after, before - 2 * math.prod(h.shape) * width, width)
 
 
-def _pairs(objective, length: int, views: int) -> tuple[float, float]:
+def _pairs(objective, length: int, views: int, window: int | None) -> tuple[float, float]:
     """Pairs (query, key) that see each other in one row and layer: clean queries, noised queries."""
-    if objective.causal:
-        return length * (length + 1) / 2, 0
-    size = objective.block_size
-    return (length - size) * length / 2, views * length * (length + size) / 2
+    size, place = (1 if objective.causal else objective.block_size), np.arange(length)
+    reach = length if window is None else window
+    last = np.minimum(place // size * size + size - 1, place + reach)
+    pairs = last - np.maximum(place - reach, 0) + 1  # of each query, whichever stream its keys are in
+    clean = length if objective.causal else length - size
+    return float(pairs[:clean].sum()), 0.0 if objective.causal else float(views * pairs.sum())
 
 
 def _head(model, params, shape) -> int:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bd3lm_jax import models, sharding
-from bd3lm_jax.data.tokenizers import Tokenizer, load_tokenizer
+from bd3lm_jax.data.tokenizers import Tokenizer, tokenizer_of
 from bd3lm_jax.errors import UserError, lookup
 from bd3lm_jax.models import trunk
 from bd3lm_jax.published import FORMATS, NETWORKS, Described, write
@@ -23,7 +23,7 @@ from bd3lm_jax.published.leaf import require
 from bd3lm_jax.published.read import check_tensors, plain_names, read_params
 from bd3lm_jax.published.tensors import Stored, open_directory
 
-CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
+CONFIG_FILE = "config.json"
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 GGUF = ".gguf"
 DTYPES = ("float32", "bfloat16")  # that parameters may have
@@ -88,8 +88,7 @@ def read_tokenizer(path: str | Path, described: Described) -> Tokenizer | None:
 
         tokenizer = read(path)
     else:
-        file = path / TOKENIZER_FILE
-        tokenizer = load_tokenizer(file) if file.exists() else None
+        tokenizer = tokenizer_of(path)
     vocab = described.model.vocab_size
     require(tokenizer is None or tokenizer.size <= vocab, f"{path}: the vocabulary of the network has {vocab} ids, "
             f"fewer than the {tokenizer and tokenizer.size} of its tokenizer: use the one that it was trained with")
@@ -127,6 +126,13 @@ def download(name: str) -> str:
         raise UserError(f"no directory {name}, and the Hugging Face Hub did not give a model of this name "
                         f"({type(error).__name__}: {first}): check name and network, or give the directory of a "
                         "downloaded model") from None
+
+
+def describe(path: str | Path) -> Described:
+    """What a published checkpoint is, without its weights. UserError as for `read_model`."""
+    config_path, published, form, weights_path, stored = _open(Path(path), False)
+    tensors = plain_names(weights_path, stored, "ema", getattr(form, "rename", str))
+    return form.describe(config_path, published, {name: x.read() for name, x in tensors.items() if not x.shape})
 
 
 def read_config(path: Path) -> tuple[dict, ModuleType]:

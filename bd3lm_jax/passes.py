@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bd3lm_jax.models import trunk
-from bd3lm_jax.models.trunk import Backbone, Execution, Stream
+from bd3lm_jax.models.trunk import Backbone, Execution, Out, Stream
 
 
 PLAIN = Execution(backend="auto", layers="scan", remat="none", one_document=False)
@@ -26,32 +26,43 @@ def compute_dtype(name: str):
     return jnp.dtype(name)
 
 
-def two_stream(model: Backbone, params: dict, xt_BxMxL, x0_BxL, position_BxL, segment_BxL, *, block_size: int,
-               sizes: RowSizes | None = None, sigma_BxMxn=None, clean_sigma_Bx1=None, execution: Execution,
-               dropout_keys=None) -> jax.Array:
-    """Hidden states `[B, M, L, D]` of M noised views, every block seeing the clean blocks before it (BD3-LM eq. 6).
+def two_stream(*args, **kwargs) -> jax.Array:
+    """Hidden states `[B, M, L, D]` of M noised views: `two_stream_out` without the rest."""
+    return two_stream_out(*args, **kwargs).noised
+
+
+def one_stream(*args, **kwargs) -> jax.Array:
+    """Hidden states `[B, L, D]` of a plain pass: `one_stream_out` without the rest."""
+    return one_stream_out(*args, **kwargs).clean
+
+
+def two_stream_out(model: Backbone, params: dict, xt_BxMxL, x0_BxL, position_BxL, segment_BxL, *, block_size: int,
+                   sizes: RowSizes | None = None, sigma_BxMxn=None, clean_sigma_Bx1=None, execution: Execution,
+                   dropout_keys=None, sees_BxL=None) -> Out:
+    """M noised views, every block seeing the clean blocks before it (BD3-LM eq. 6).
 
     The last clean block is read by nobody and left out; with one block a row (MDLM) there is no clean stream.
     xt: ids, or float `[B, M, L, V]` as in `trunk.Stream`. sizes: of each row's blocks where they differ; block_size is
     then the largest, and only the smallest is left out. sigma: noise level of each n-th part of the row, clean_sigma:
     one for the whole row (published checkpoints); None is the constant 0 (and all that networks without time
-    conditioning take).
+    conditioning take). sees: the last position that each token sees (annealing.py), None: all of its block.
     """
     length = x0_BxL.shape[1]
     block = position_BxL // (block_size if sizes is None else sizes.size_B[:, None])
     smallest = None if sizes is None else sizes.smallest
-    noised = Stream(xt_BxMxL, position_BxL, block, segment_BxL, sigma_BxMxn)
+    noised = Stream(xt_BxMxL, position_BxL, block, segment_BxL, sigma_BxMxn, sees_BxL)
     clean, kept = None, length - (smallest or block_size)
     if kept > 0:
-        clean = Stream(*(x[:, :kept] for x in (x0_BxL, position_BxL, block, segment_BxL)), clean_sigma_Bx1)
-    return _run(model, params, noised, clean, "block_causal", block_size, execution, dropout_keys, smallest).noised
+        clean = Stream(*(x[:, :kept] for x in (x0_BxL, position_BxL, block, segment_BxL)), clean_sigma_Bx1,
+                       None if sees_BxL is None else sees_BxL[:, :kept])
+    return _run(model, params, noised, clean, "block_causal", block_size, execution, dropout_keys, smallest)
 
 
-def one_stream(model: Backbone, params: dict, ids_BxL, position_BxL, segment_BxL, *, rule: str, block_size: int,
-               sigma_Bxn=None, execution: Execution, dropout_keys=None) -> jax.Array:
-    """Hidden states `[B, L, D]` of a plain pass; rule "causal", "block_causal" or "bidirectional"."""
+def one_stream_out(model: Backbone, params: dict, ids_BxL, position_BxL, segment_BxL, *, rule: str, block_size: int,
+                   sigma_Bxn=None, execution: Execution, dropout_keys=None) -> Out:
+    """A plain pass; rule "causal", "block_causal" or "bidirectional"."""
     clean = Stream(ids_BxL, position_BxL, position_BxL // block_size, segment_BxL, sigma_Bxn)
-    return _run(model, params, None, clean, rule, block_size, execution, dropout_keys).clean
+    return _run(model, params, None, clean, rule, block_size, execution, dropout_keys)
 
 
 def _run(model, params, noised, clean, rule, block_size, execution, dropout_keys, smallest=None):

@@ -29,6 +29,10 @@ def encode_prompts(lm, prompts, num: int, length: int, window: bool) -> list[np.
     if length < 1 or (length > lm.context and not window):
         raise UserError(f"length is {length}, expected 1 to {lm.context}, the tokens the model was trained on"
                         + (", or a sliding window (window=True, --window)" if length > lm.context else ""))
+    positions = getattr(lm.config.model, "positions", None)
+    if positions is not None and length > positions:
+        raise UserError(f"length is {length}, and model.kind='{lm.config.model.kind}' has learned {positions} "
+                        "positions: it cannot write more, nor with a sliding window")
     if prompts is not None and (isinstance(prompts, str) or not len(prompts)):
         raise UserError(f"prompts are {prompts!r}, expected a list of one or more texts or lists of token ids")
     encoded = []

@@ -13,11 +13,13 @@ PART = ".tmp"  # a file being written
 ADDED = {  # keys that the run directories of earlier versions lack, with values that mean what these runs did
     "noise": {"adapt": "none", "clip_widths": [0.5, 0.6, 0.7, 0.8, 0.9], "clip_stride": 0.05, "clip_batches": 1,
               "count_floor": 0.1, "count_decay": 0.99},
-    "train": {"views": 1, "block_sizes": []},
+    "train": {"views": 1, "block_sizes": [], "anneal_steps": 0, "lora_rank": 0, "lora_alpha": 16.0},
     "data": {"density": "", "density_fraction": 1.0},
     "compute": {"loss_chunk": 0},
 }
-ADDED_BY_KIND = {"masked": {"complement": False}, "dit": {"decoder_layers": 0}}  # the same for objectives, networks
+ADDED_BY_KIND = {  # the same for objectives and networks
+    "masked": {"complement": False}, "dit": {"decoder_layers": 0, "shifted": ""},
+}
 
 
 def resolve(config: Config, tokenizer: Tokenizer) -> Config:
@@ -25,6 +27,8 @@ def resolve(config: Config, tokenizer: Tokenizer) -> Config:
     wanted, given = tokenizer.vocab_size, config.model.vocab_size
     if given == -1:
         return config.with_vocab(wanted)
+    if config.train.init_from and tokenizer.size <= given < wanted:
+        return config.with_vocab(wanted)  # the source knows no mask token: adapt.py adds it
     if given < wanted:
         raise UserError(f"model.vocab_size={given} is smaller than the {wanted} ids of tokenizer "
                         f"'{config.data.tokenizer}' with its mask token: use -1 to take the tokenizer's")
@@ -61,15 +65,19 @@ def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:
         raise UserError(f"no run directory {path}: train first (python -m launch train --workdir={path})")
     if not (path / CONFIG).exists():
         raise UserError(f"{path} holds no {CONFIG}: expected a directory written by 'python -m launch train'")
-    try:
-        stored = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path / CONFIG} is not valid JSON ({error}): restore it or train again") from error
+    stored = _stored(path)
     if "model_type" in stored:
         raise UserError(f"{path} is a published checkpoint, expected a run directory: python -m launch convert "
                         f"--from={path} --to=DIR --format=native makes one")
     stored.pop("config_sha256", None)
     return Config.from_dict(_brought_up_to_date(stored)), load_tokenizer(path / TOKENIZER)
+
+
+def _stored(path: Path) -> dict:
+    try:
+        return json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path / CONFIG} is not valid JSON ({error}): restore it or train again") from error
 
 
 def _brought_up_to_date(stored: dict) -> dict:

@@ -1,7 +1,7 @@
 """Where arrays live: the device mesh, one path rule for every parameter, and activation constraints.
 
 Mesh axes: "data" replicates the parameters, "fsdp" shards them (both split the batch), "tensor" splits heads, the
-hidden layer of the MLP and the vocabulary.
+hidden layer of the MLP, the vocabulary, and experts.
 """
 
 import math
@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.state import TrainState
+from bd3lm_jax.state import TrainState, trained
 
 if TYPE_CHECKING:
     from bd3lm_jax.config import MeshConfig
@@ -24,27 +24,42 @@ if TYPE_CHECKING:
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# (pattern of the whole path, spec). Layers are stacked: parameters under "blocks" have a leading layer axis.
+# (pattern of the whole path, spec). Layers are stacked: parameters under "blocks" (or "blocks0", "blocks1", ... where
+# layers differ) have a leading layer axis.
 RULES = (
     (r"embed/embedding", P("tensor", "fsdp")),
     (r"condition/fc[12]/(kernel|bias)", P()),
-    (r"(.*/)?([qk]_)?norm\d?/scale", P()),
-    (r"blocks/qkv/kernel", P(None, "fsdp", None, "tensor", None)),
-    (r"blocks/out/kernel", P(None, "tensor", None, "fsdp")),
-    (r"blocks/[qkv]/kernel", P(None, "fsdp", "tensor", None)),
-    (r"blocks/[qkv]/bias", P(None, "tensor", None)),
-    (r"blocks/(gate|up)/kernel", P(None, "fsdp", "tensor")),
-    (r"blocks/down/kernel", P(None, "tensor", "fsdp")),
-    (r"blocks/mlp_in/kernel", P(None, "fsdp", "tensor")),
-    (r"blocks/mlp_in/bias", P(None, "tensor")),
-    (r"blocks/mlp_out/kernel", P(None, "tensor", "fsdp")),
-    (r"blocks/mlp_out/bias", P()),
-    (r"blocks/modulation/kernel", P(None, None, None, "fsdp")),
+    (r"embed/position", P(None, "fsdp")),
+    (r"embed/token_type", P()),
+    (r"(.*/)?([qk]_)?norm\d?/(scale|bias)", P()),
+    (r"blocks\d*/qkv/kernel", P(None, "fsdp", None, "tensor", None)),
+    (r"blocks\d*/qkv/bias", P(None, None, "tensor", None)),
+    (r"blocks\d*/[qkv]/kernel", P(None, "fsdp", "tensor", None)),
+    (r"blocks\d*/[qkv]/bias", P(None, "tensor", None)),
+    (r"blocks\d*/grouped_qkv/kernel", P(None, "fsdp", "tensor", None, None)),
+    (r"blocks\d*/out/kernel", P(None, "tensor", None, "fsdp")),
+    (r"blocks\d*/out/bias", P()),
+    (r"blocks\d*/gated_in/kernel", P(None, "fsdp", None, "tensor")),
+    (r"blocks\d*/grouped_qkv/kernel", P(None, "fsdp", "tensor", None, None)),
+    (r"blocks\d*/((mlp|shared)/)?(gate|up)/kernel", P(None, "fsdp", "tensor")),
+    (r"blocks\d*/((mlp|shared)/)?down/kernel", P(None, "tensor", "fsdp")),
+    (r"blocks\d*/router/(kernel|bias)", P()),
+    (r"blocks\d*/experts/(gate|up)/kernel", P(None, "tensor", "fsdp", None)),
+    (r"blocks\d*/experts/down/kernel", P(None, "tensor", None, "fsdp")),
+    (r"blocks\d*/mlp_in/kernel", P(None, "fsdp", "tensor")),
+    (r"blocks\d*/mlp_in/bias", P(None, "tensor")),
+    (r"blocks\d*/mlp_out/kernel", P(None, "tensor", "fsdp")),
+    (r"blocks\d*/mlp_out/bias", P()),
+    (r"blocks\d*/modulation/kernel", P(None, None, None, "fsdp")),
     (r"head/modulation/kernel", P(None, None, "fsdp")),
     (r"(.*/)?modulation/bias", P()),
+    (r"head/dense/kernel", P("fsdp", None)),
+    (r"head/dense/bias", P()),
+    (r"head/bias", P("tensor")),
     (r"head/linear/kernel", P("fsdp", "tensor")),
     (r"head/linear/bias", P("tensor")),
     (r"objective/\w+", P()),
+    (r"lora/.*", P()),
 )
 
 
@@ -106,7 +121,7 @@ def state_shardings(tx: optax.GradientTransformation, abstract_state: TrainState
     """TrainState of NamedSharding for a state from `jax.eval_shape`: moments and average lie where their weights do."""
     params = param_shardings(abstract_state.params, mesh)
     replicated = NamedSharding(mesh, P())
-    opt_state = optax.tree_map_params(tx, lambda _, sharding: sharding, abstract_state.opt_state, params,
+    opt_state = optax.tree_map_params(tx, lambda _, sharding: sharding, abstract_state.opt_state, trained(params),
                                       transform_non_params=lambda _: replicated)
     noise = dict.fromkeys(abstract_state.noise, replicated)
     return TrainState(replicated, params, params if abstract_state.ema else {}, opt_state, noise)
@@ -127,6 +142,12 @@ def batch_devices() -> int:
     """Devices that the rows of a batch are split over under `jax.set_mesh`; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def dividing(mesh: Any, axes: tuple[str, ...], size: int) -> tuple[str, ...] | None:
+    """Those of the axes that the mesh in use has, or None if there are none or their product does not divide `size`."""
+    axes = tuple(axis for axis in axes if axis in mesh.auto_axes)
+    return axes if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
 
 
 def settled(results: Any) -> Any:

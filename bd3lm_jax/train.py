@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import memory, optim, passes, profiling, report, rundir, sharding
+from bd3lm_jax import adapt, lora, memory, optim, passes, profiling, report, rundir, sharding
 from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.config import Config
 from bd3lm_jax.data.loader import Loader, prefetch
@@ -24,9 +24,9 @@ from bd3lm_jax.evaluate import Evaluator, default_estimator
 from bd3lm_jax.log import RunLog, note, read_metrics
 from bd3lm_jax.noise import Chooser
 from bd3lm_jax.profiling import Profiler
-from bd3lm_jax.program import Program, init_params
-from bd3lm_jax.state import TrainState
-from bd3lm_jax.step import LEARNT, SpecialIds
+from bd3lm_jax.program import Program
+from bd3lm_jax.state import LEARNT, LORA, TrainState
+from bd3lm_jax.step import SpecialIds
 
 PREFETCH = 2  # batches placed ahead of the step, at least
 SHOWN_COUNTS = 32  # larger blocks log their NLL at powers of two masked tokens only
@@ -61,7 +61,7 @@ def train(config: Config, workdir: str, profile: bool = False) -> dict[str, Any]
         with (RunLog(run.workdir, run.config.train.steps, start_step=start) as log, _termination() as stop,
               Profiler(run.workdir, start + profiling.FIRST, profiling.STEPS if profile else 0) as profiler):
             state, step_ms, valid = _loop(run, state, losses, checkpoints, evaluator, log, stop, profiler)
-        weights = state.ema or state.params
+        weights = _weights(run, state)
         valid = valid or _validate(run, evaluator, weights, whole=True)
     report.closing(run, weights, valid, evaluator)
     lines = read_metrics(run.workdir)
@@ -73,37 +73,18 @@ def train(config: Config, workdir: str, profile: bool = False) -> dict[str, Any]
 
 def set_up(config: Config, workdir: str) -> Run:
     """Read the data, check everything that can be wrong and claim the run directory; nothing is computed yet."""
-    for name in config.batch_needs:
-        if name != "density":
-            raise UserError(f"this objective of kind '{config.diffusion.kind}' needs '{name}' of every token, which no "
-                            "data source brings")
     mesh = sharding.make_mesh(config.mesh)
     tokenizer = prepare_tokenizer(config.data)
     config = rundir.resolve(config, tokenizer)
     program = Program.of(config, SpecialIds(tokenizer.mask_id, tokenizer.end_id), mesh,
                          passes.compute_dtype(config.compute.dtype))
     if config.train.init_from:
-        _check_source(config, tokenizer)
+        adapt.check_source(config, tokenizer)
     rows = {split: prepare(config.data, split, config.block_size, tokenizer, _say) for split in ("train", "valid")}
     rundir.claim(workdir, config, tokenizer)
     if rows["train"].has_density:
         _say_density(rows["train"].meta["density_mean"])
     return Run(config, Path(workdir), tokenizer, rows, program)
-
-
-def _check_source(config: Config, tokenizer: Tokenizer) -> None:
-    """UserError unless `train.init_from` is a run of the same network and tokenizer with a checkpoint."""
-    source = config.train.init_from
-    there, there_tokenizer = rundir.read(source)
-    rundir.check_tokenizer(tokenizer, there_tokenizer.identity, f"train.init_from={source}")
-    ours, theirs = ({**section.to_dict()["model"], "dropout": None} for section in (config, there))
-    differing = [f"model.{key}: {ours.get(key)!r} != {theirs.get(key)!r}" for key in ours | theirs
-                 if ours.get(key) != theirs.get(key)]
-    if differing:
-        raise UserError(f"train.init_from={source} is another network ({'; '.join(differing)}; here != there)")
-    with Checkpoints(source, 1, read_only=True) as checkpoints:
-        if checkpoints.latest_step() is None:
-            raise UserError(f"train.init_from={source} holds no checkpoint: train it first")
 
 
 def _say_density(mean: float) -> None:
@@ -129,16 +110,11 @@ def _first_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, list[f
         return state, meta["losses"]
     with memory.explained(run.program):
         state = jax.block_until_ready(run.program.initial_state())
-    source = run.config.train.init_from
-    if not source:
+    if not run.config.train.init_from:
         return state, []
-    with Checkpoints(source, 1, read_only=True) as others:
-        theirs = jax.eval_shape(lambda: init_params(run.program.model, rundir.read(source)[0].diffusion,
-                                                    jax.random.key(0)))
-        network = {name: x for name, x in placed.params.items() if name != LEARNT}
-        found, _, step = others.restore_params("ema", theirs | network)
-    params = state.params | {name: found[name] for name in network}  # an objective's own parameters begin anew
-    note(f"starting from the weights of {source}, step {step}")
+    network = {name: x for name, x in placed.params.items() if name not in (LEARNT, LORA)}
+    params = state.params | adapt.first_weights(run.config, run.program.model, run.tokenizer, network,
+                                                run.program.mesh)  # an objective's own parameters begin anew
     ema = jax.tree.map(jnp.copy, params) if state.ema else {}
     return state.replace(params=params, ema=ema), []
 
@@ -162,7 +138,7 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
         for step, (ids, batch) in zip(range(start, config.train.steps), batches):
             profiler.step(step, state)
             with memory.explained(program):
-                state, metrics = step_fns[config.block_size_at(step)](state, batch)
+                state, metrics = step_fns[config.phase_at(step)](state, batch)
                 values = _read(run, pending, clock) if pending is not None else None
             if values is not None:
                 window.add(*values, {}, {}, clock, log)
@@ -174,7 +150,7 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
                 values = _read(run, pending, clock)
                 valid, noise = {}, {}
                 if validating:
-                    valid = _validate(run, evaluator, state.ema or state.params, whole=last)
+                    valid = _validate(run, evaluator, _weights(run, state), whole=last)
                     state, noise = choose_noise(state, lambda at: loader.get(at)[1], done)
                 window.add(*values, valid, noise, clock, log)
                 pending = None
@@ -187,6 +163,11 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
                 raise Preempted(f"stopped by SIGTERM after step {done}, which is saved in {run.workdir}: run the same "
                                 "command again to go on")
     return state, clock.median_ms(), valid
+
+
+def _weights(run: Run, state: TrainState) -> dict:
+    """What is evaluated: the average if there is one, with low-rank updates in their matrices."""
+    return lora.merge(state.ema or state.params, run.config.train)
 
 
 def _validate(run: Run, evaluator: Evaluator, weights, whole: bool) -> dict:
@@ -238,7 +219,7 @@ class _Window:
                     "train/tokens_per_s": rate}
             if self.config.train.block_sizes:
                 line["train/block_size"] = self.config.block_size_at(step - 1)
-            if self.objective.is_bound:
+            if self.objective.is_bound and not getattr(self.config.model, "balance", 0):
                 line["train/nll"] = loss
         if valid:
             line |= {f"valid/{name}": valid[name] for name in ("nll", "ppl", "bits_per_byte")}

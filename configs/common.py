@@ -48,6 +48,15 @@ SIZES = {  # the paper's small, and the usual medium
     "small": dict(layers=12, width=768, heads=12),
     "medium": dict(layers=24, width=1024, heads=16),
 }
+MODELS = {  # beside the paper's transformer: name -> its `model` section, at the small size
+    "bert": {"kind": "bert", "vocab_size": -1, **SIZES["small"], "hidden": 3072, "dropout": 0.1, "positions": 256,
+             "unused_positions": 0, "token_types": 1, "norm_eps": 1e-12},
+    "gpt2": {"kind": "gpt2", "vocab_size": -1, **SIZES["small"], "hidden": 3072, "dropout": 0.1, "positions": 256,
+             "norm_eps": 1e-5, "shifted": ""},
+    "modernbert": {"kind": "modernbert", "vocab_size": -1, **SIZES["small"], "hidden": 1152, "dropout": 0.0,
+                   "window": 64, "local_layers": (1, 2, 4, 5, 7, 8, 10, 11), "rope_base": 160_000.0,
+                   "local_rope_base": 10_000.0, "norm_eps": 1e-5},
+}
 CLIPS = {4: (0.45, 0.95), 16: (0.3, 0.8)}  # the paper's mask probabilities by block size; other sizes: unclipped
 
 
@@ -58,7 +67,7 @@ def base() -> ConfigDict:
         "model": {
             "kind": "dit", "vocab_size": -1, **SIZES["small"], "mlp_ratio": 4, "dropout": 0.1, "adaln": True,
             "cond_dim": 128, "time_conditioning": False, "rope_base": 10_000.0,
-            "decoder_layers": 0,
+            "decoder_layers": 0, "shifted": "",
         },
         "diffusion": {
             "kind": "masked", "block_size": 4, "schedule": "loglinear", "corruption": "bernoulli", "count_probs": (),
@@ -74,7 +83,10 @@ def base() -> ConfigDict:
             "warmup_steps": 2500, "schedule": "constant", "final_lr_fraction": 0.0, "decay_fraction": 0.2,
             "ema": 0.9999,
         },
-        "train": {"steps": 1_000_000, "batch": 512, "views": 1, "init_from": "", "block_sizes": ()},
+        "train": {
+            "steps": 1_000_000, "batch": 512, "views": 1, "init_from": "", "block_sizes": (), "anneal_steps": 0,
+            "lora_rank": 0, "lora_alpha": 16.0,
+        },
         "compute": {
             "dtype": "auto", "attention": "auto", "layers": "scan", "remat": "none", "microbatch": 0, "loss_chunk": 0,
         },
@@ -124,7 +136,8 @@ def set_algo(config: ConfigDict, algo: str, block_size: int) -> None:
     config.diffusion = ConfigDict({key: size if value == BLOCK_SIZE else value for key, value in diffusion.items()})
     for key, value in changes.items():
         section, _, name = key.partition(".")
-        config[section][name] = value
+        if name in config[section]:  # other backbones have no such input
+            config[section][name] = value
 
 
 def set_paper_recipe(config: ConfigDict, algo: str, block_size: int) -> None:
@@ -133,6 +146,13 @@ def set_paper_recipe(config: ConfigDict, algo: str, block_size: int) -> None:
     if algo == "bd3lm":
         config.train.steps = 150_000
         config.diffusion.clip_low, config.diffusion.clip_high = CLIPS.get(block_size, (0.0, 1.0))
+
+
+def set_model(config: ConfigDict, name: str) -> None:
+    """Another backbone than the paper's, one of MODELS, with as many learned positions as a row has tokens."""
+    config.model = ConfigDict(MODELS[name])
+    if "positions" in config.model:
+        config.model.positions = config.data.length
 
 
 def set_size(config: ConfigDict, size: str) -> None:

@@ -53,6 +53,8 @@ def why_not(spec: MaskSpec, head_size: int, dtype) -> str | None:
 
 
 def _why_not_mask(spec: MaskSpec) -> str | None:
+    if spec.window is not None:
+        return f"a layer sees {spec.window} tokens to either side, and cuDNN's calls here have no window"
     if spec.smallest is not None:
         return "rows have blocks of several sizes, and cuDNN's calls are the same for all rows"
     if not spec.one_document:
@@ -97,7 +99,7 @@ def _parts(spec: MaskSpec, noised, clean):
     see = functools.partial(allowed, spec.rule)
     full = _flash(causal=False)
     if noised is not None:
-        own = in_blocks(full, size) if size >= LARGE_BLOCK else own_flash(see, size, OWN_TILE)
+        own = in_blocks(full, size) if size >= LARGE_BLOCK else own_flash(see, size, OWN_TILE, None)
         parts.append(Own(spec, noised, own))
     if clean is None:
         return parts
@@ -107,7 +109,7 @@ def _parts(spec: MaskSpec, noised, clean):
         return [*parts, Prefix(spec, noised, clean, _block_causal(full, size))]
     parts.append(Prefix(spec, noised, clean, _flash(causal=True)))
     if size > 1 and (noised is not None or spec.rule == "block_causal"):
-        parts.append(Prefix(spec, noised, clean, own_flash(functools.partial(_missed, spec), size, OWN_TILE)))
+        parts.append(Prefix(spec, noised, clean, own_flash(functools.partial(_missed, spec), size, OWN_TILE, None)))
     return parts
 
 

@@ -35,7 +35,7 @@ def dense_attention(spec: MaskSpec, noised, clean, cache):
         tokens = _view_tokens(spec.noised, views)
         q_tokens.append(tokens)
         kv_tokens.append(tokens)
-    mask = allowed(spec.rule, _concat(q_tokens).expand(2), _concat(kv_tokens).expand(1))
+    mask = allowed(spec.rule, _concat(q_tokens).expand(2), _concat(kv_tokens).expand(1), spec.window)
     out = _attend(jnp.concatenate(queries, axis=1), keys, values, mask)
     clean_out = None
     if clean is not None and clean[0] is not None:

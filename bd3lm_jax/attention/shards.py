@@ -1,6 +1,5 @@
 """Attention on every device's own rows and heads, for calls that the compiler cannot divide by itself."""
 
-import math
 from collections.abc import Callable
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from bd3lm_jax.attention.spec import MaskSpec
-from bd3lm_jax.sharding import BATCH_AXES
+from bd3lm_jax.sharding import BATCH_AXES, dividing
 
 
 def per_device(attend: Callable, spec: MaskSpec, noised, clean):
@@ -18,16 +17,10 @@ def per_device(attend: Callable, spec: MaskSpec, noised, clean):
     if not mesh.auto_axes:
         return attend(spec, noised, clean)
     keys = (noised or clean)[1]
-    rows, heads = _dividing(mesh, BATCH_AXES, keys.shape[0]), _dividing(mesh, ("tensor",), keys.shape[-2])
+    rows, heads = dividing(mesh, BATCH_AXES, keys.shape[0]), dividing(mesh, ("tensor",), keys.shape[-2])
     stream = {4: P(rows, None, heads), 5: P(rows, None, None, heads)}  # [B, C, H, Dh], [B, M, T, H, Dh]
     qkv = jax.tree.map(lambda x: stream[x.ndim], (noised, clean))
     tokens = jax.tree.map(lambda x: P(rows) if jnp.ndim(x) else P(), spec)
     outputs = tuple(None if x is None else x[0] for x in qkv)
     return jax.shard_map(attend, in_specs=(tokens, *qkv), out_specs=outputs, axis_names=set(mesh.auto_axes),
                          check_vma=False)(spec, noised, clean)
-
-
-def _dividing(mesh, axes, size: int):
-    """Those of the axes that the mesh has, or None if their product does not divide `size`."""
-    axes = tuple(axis for axis in axes if axis in mesh.auto_axes)
-    return axes if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None

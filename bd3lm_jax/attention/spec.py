@@ -19,13 +19,15 @@ class Tokens:
     """What the predicate knows of tokens; int32 arrays that broadcast together, normally `[B, T]`.
 
     position: place in its document. block: index of its block in its document. segment: the document within the row,
-    0 for padding. view: 0 for clean tokens, m >= 1 for the m-th noised view.
+    0 for padding. view: 0 for clean tokens, m >= 1 for the m-th noised view. sees: the last position that it may see
+    while attention opens (annealing.py); None: all that the rule allows.
     """
 
     position: jax.Array
     block: jax.Array
     segment: jax.Array
     view: jax.Array | int
+    sees: jax.Array | None = None
 
     def expand(self, *axes: int) -> "Tokens":
         """New axes in every array (for broadcasting queries against keys)."""
@@ -41,6 +43,7 @@ class MaskSpec:
     clean stream is the block before the noised one (decoding). one_document: every row is known to hold one document,
     padding only after it, so that position = row index; backends without segments need it. smallest: the smallest block
     of any row where rows have blocks of several sizes, all multiples of it that divide block_size; None: all alike.
+    window: as in `allowed`.
     """
 
     rule: str = flax.struct.field(pytree_node=False)
@@ -51,13 +54,15 @@ class MaskSpec:
     clean: Tokens | None
     cache: Tokens | None
     smallest: int | None = flax.struct.field(pytree_node=False, default=None)
+    window: int | None = flax.struct.field(pytree_node=False, default=None)
 
 
-def allowed(rule: str, q: Tokens, kv: Tokens) -> jax.Array:
+def allowed(rule: str, q: Tokens, kv: Tokens, window: int | None = None) -> jax.Array:
     """Whether query token `q` may attend to key token `kv`: bool, shape of the two broadcast together.
 
     Noised sees its own block of its own view and earlier clean blocks; clean sees clean by `rule`; clean never sees
-    noised; nobody sees another segment or padding.
+    noised; nobody sees another segment or padding. window: nor a token whose place in the document is more than so many
+    tokens away, in either direction; None: however far.
     """
     q_noised, kv_noised = jnp.asarray(q.view) > 0, jnp.asarray(kv.view) > 0
     own_block = q_noised & (q.view == kv.view) & (q.block == kv.block)
@@ -67,7 +72,10 @@ def allowed(rule: str, q: Tokens, kv: Tokens) -> jax.Array:
         clean &= kv.position <= q.position
     elif rule == "block_causal":
         clean &= kv.block <= q.block
-    return (q.segment == kv.segment) & (kv.segment > 0) & (own_block | earlier | clean)
+    seen = (q.segment == kv.segment) & (kv.segment > 0) & (own_block | earlier | clean)
+    if q.sees is not None:
+        seen &= kv.position <= q.sees
+    return seen if window is None else seen & (jnp.abs(q.position - kv.position) <= window)
 
 
 def seen_tiles(rule: str, block_size: int, queries: int, keys: int, tile: int) -> np.ndarray:

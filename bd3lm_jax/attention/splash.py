@@ -44,6 +44,8 @@ def splash_attention(spec: MaskSpec, noised, clean, cache):
 
 def why_not(spec: MaskSpec, head_size: int, dtype, tokens: int) -> str | None:
     """Why the kernel cannot run this call, in words; None when it can. tokens: length of a row."""
+    if spec.window is not None:
+        return f"a layer sees {spec.window} tokens to either side, and no window goes into splash attention here"
     if spec.smallest is not None:
         return "rows have blocks of several sizes, and splash attention has one mask for all rows"
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):

@@ -64,6 +64,24 @@ def all_tiles(size: int, queries: int, keys: int) -> Tiles:
     return Tiles(size, pairs[:0], pairs)
 
 
+def within(window: int | None, shift: int, tiles_of: Callable[[int, int], Tiles]) -> Callable[[int, int], Tiles]:
+    """`tiles_of` without the tiles that lie wholly outside the window of `spec.allowed`.
+
+    shift: queries may stand up to so many rows later than their index says (`parts.Prefix`).
+    """
+    if window is None:
+        return tiles_of
+
+    def near(queries: int, keys: int) -> Tiles:
+        size, whole, masked = tiles_of(queries, keys)
+        pairs = np.concatenate([whole, masked])
+        behind = (pairs[:, 0] - pairs[:, 1] - 1) * size + 1 > window
+        ahead = (pairs[:, 1] - pairs[:, 0] - 1) * size + 1 > window + shift
+        return Tiles(size, whole[:0], pairs[~(behind | ahead)])
+
+    return near
+
+
 def flash(see: Callable[[Tokens, Tokens], jax.Array], tiles_of: Callable[[int, int], Tiles]) -> Flash:
     """Attention where `see` allows it, over the tiles that `tiles_of(queries, keys)` lists."""
     return Flash(functools.partial(_forward, see, tiles_of), functools.partial(_backward, see, tiles_of))

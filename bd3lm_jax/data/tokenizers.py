@@ -19,10 +19,11 @@ import numpy as np
 from bd3lm_jax.errors import UserError, nearest
 
 PRESETS = ("gpt2", "bert-base-uncased")
-SPECS = ("bytes", *PRESETS, "bpe:N", "a path to a tokenizer.json")
+SPECS = ("bytes", *PRESETS, "bpe:N", "a path to a tokenizer.json, or to the directory of a published model")
 END_TOKEN = "<|endoftext|>"
 # Names in use for the two special tokens, most telling first.
 END_TOKENS = (END_TOKEN, "</s>", "[SEP]", "<|end_of_text|>", "<eos>", "<|im_end|>")
+USUAL_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<s>", "</s>", "<pad>", "<unk>", "<mask>", END_TOKEN)
 MASK_TOKENS = ("[MASK]", "<mask>", "<|mask|>", "<|mdm_mask|>")
 NUM_BYTES = 256
 
@@ -39,6 +40,10 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         """int32 [n]; no special token is ever added or read from the text."""
         return self.encode_batch([text])[0]
+
+    def encode_special(self, text: str) -> np.ndarray:
+        """As `encode`, but the names of special tokens in the text are these tokens (chat templates write them)."""
+        return self.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         raise NotImplementedError
@@ -134,6 +139,16 @@ class SubwordTokenizer(Tokenizer):
             self.unknown_id = self._tokenizer.token_to_id(unknown)
         super().__init__(kind, size, end_id, size if mask_id is None else mask_id)
 
+    @cached_property
+    def _reads_special(self):
+        library_tokenizer = _parse(self.kind, self._model)
+        library_tokenizer.no_padding()
+        library_tokenizer.no_truncation()
+        return library_tokenizer
+
+    def encode_special(self, text: str) -> np.ndarray:
+        return np.asarray(self._reads_special.encode(text, add_special_tokens=False).ids, np.int32)
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
@@ -197,6 +212,15 @@ def get_tokenizer(spec: str, train_documents: Callable[[], Iterable[str]]) -> To
         return _from_model(spec, lzma.decompress(packed).decode(), {})
     if spec.startswith("bpe:"):
         return train_bpe(spec, train_documents())
+    if spec.endswith(".gguf"):
+        from bd3lm_jax.published.gguf import read_tokenizer
+
+        return read_tokenizer(Path(spec))
+    if Path(spec).is_dir():
+        found = tokenizer_of(spec)
+        if found is None:
+            raise UserError(f"data.tokenizer='{spec}' is a directory without tokenizer.json, vocab.txt or vocab.json")
+        return found
     if spec.endswith(".json") or Path(spec).exists():
         return load_tokenizer(spec)
     raise UserError(f"unknown data.tokenizer '{spec}': {nearest(spec, SPECS)}")
@@ -215,6 +239,79 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if missing:
         raise UserError(f"tokenizer file {path} has no '{missing[0]}': damaged, or not written by this library")
     return SubwordTokenizer(content["kind"], content["model"], content["end_id"], content["mask_id"])
+
+
+def tokenizer_of(directory: str | Path) -> Tokenizer | None:
+    """The tokenizer that lies beside published weights; None if there is none.
+
+    It is read from tokenizer.json, else from vocab.txt (WordPiece), else from vocab.json and merges.txt (byte-level
+    BPE; without the latter every token is a character). tokenizer_config.json and special_tokens_map.json name its
+    special tokens. Raises UserError for files that cannot be read and for a vocabulary without end token.
+    """
+    directory = Path(directory)
+    found = [name for name in ("tokenizer.json", "vocab.txt", "vocab.json") if (directory / name).exists()]
+    if not found:
+        return None
+    path = directory / found[0]
+    named = [directory / name for name in ("special_tokens_map.json", "tokenizer_config.json")]
+    config = {key: value for file in named if file.exists() for key, value in _read_json(file).items()}
+    if path.name == "tokenizer.json":
+        if "kind" in _read_json(path):
+            return load_tokenizer(path)
+        return _from_model(path.name, path.read_text(encoding="utf-8"), config)
+    build = _word_piece if path.name == "vocab.txt" else _byte_level
+    return _from_model(path.name, build(path, config), config)
+
+
+def _word_piece(path: Path, config: dict) -> str:
+    """The JSON form of a BERT tokenizer whose vocabulary is one token a line."""
+    library, tokens = _library(), _read_text(path).split("\n")
+    vocab = {token.rstrip("\r"): i for i, token in enumerate(tokens[:-1] if tokens[-1] == "" else tokens)}
+    tokenizer = library.Tokenizer(library.models.WordPiece(vocab, unk_token=_content_of(config.get("unk_token"))
+                                                           or "[UNK]", max_input_chars_per_word=100))
+    tokenizer.normalizer = library.normalizers.BertNormalizer(
+        lowercase=config.get("do_lower_case", True), strip_accents=config.get("strip_accents"),
+        handle_chinese_chars=config.get("tokenize_chinese_chars", True))
+    tokenizer.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = library.decoders.WordPiece()
+    return _with_special_tokens(library, tokenizer, vocab, config)
+
+
+def _byte_level(path: Path, config: dict) -> str:
+    """The JSON form of a GPT-2 or RoBERTa tokenizer."""
+    library, vocab, merges = _library(), _read_json(path), path.with_name("merges.txt")
+    lines = _read_text(merges).splitlines() if merges.exists() else []
+    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    unknown = _content_of(config.get("unk_token")) or "<unk>"
+    try:
+        model = library.models.BPE(vocab, pairs, unk_token=unknown if unknown in vocab else None)
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{path} and {merges.name} are no BPE vocabulary: {error}") from None
+    tokenizer = library.Tokenizer(model)
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space", False))
+    tokenizer.decoder = library.decoders.ByteLevel()
+    return _with_special_tokens(library, tokenizer, vocab, config)
+
+
+def _with_special_tokens(library, tokenizer, vocab: dict[str, int], config: dict) -> str:
+    """Its JSON form, with the tokens that are never text: those that the config names, and the usual ones."""
+    named = [_content_of(value) for key, value in config.items() if key.endswith("_token")]
+    special = [name for name in dict.fromkeys((*named, *USUAL_SPECIAL)) if name in vocab]
+    tokenizer.add_special_tokens([library.AddedToken(name, normalized=False, special=True) for name in special])
+    return tokenizer.to_str()
+
+
+def _content_of(token) -> str | None:
+    """A special token as configs name it: a string, or an object with its content."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"tokenizer file {path} cannot be read: {error}") from None
 
 
 def _read_json(path: Path) -> dict:
@@ -259,8 +356,7 @@ def _from_model(kind: str, model: str, config: dict) -> Tokenizer:
     vocab = _parse(kind, model).get_vocab()
 
     def find(keys: tuple, usual: tuple) -> int | None:
-        named = [config.get(key) for key in keys]
-        named = [name["content"] if isinstance(name, dict) else name for name in named]
+        named = [_content_of(config.get(key)) for key in keys]
         return next((vocab[name] for name in (*named, *usual) if name in vocab), None)
 
     end_id = find(("eos_token", "sep_token"), END_TOKENS)

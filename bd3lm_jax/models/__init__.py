@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from bd3lm_jax.models import dit, llama, trunk
+from bd3lm_jax.models import bert, dit, gpt2, llama, modernbert, moe, trunk
 from bd3lm_jax.models.trunk import Backbone
 
 
@@ -13,7 +13,11 @@ class Entry(NamedTuple):
 
 BACKBONES = {
     "dit": Entry(dit.DiTConfig, dit.build),
+    "bert": Entry(bert.BertConfig, bert.build),
+    "gpt2": Entry(gpt2.GPT2Config, gpt2.build),
+    "modernbert": Entry(modernbert.ModernBertConfig, modernbert.build),
     "llama": Entry(llama.LlamaConfig, llama.build),
+    "moe": Entry(moe.MoEConfig, moe.build),
 }
 
 __all__ = ["BACKBONES", "Backbone", "build", "trunk"]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.models.parts import dropped, float32_products, rotate
+from bd3lm_jax.models.shared import drop, of_tokens, padded, queries_keys_values
 from bd3lm_jax.models.trunk import Backbone
 
 LEVEL_FEATURES = 256  # sinusoidal features of the noise level
@@ -34,6 +34,7 @@ class DiTConfig:
     time_conditioning: bool  # the noise level is an input; otherwise the adaLN input is a constant
     rope_base: float
     decoder_layers: int = 0  # last layers, which alone run on noised blocks (E2D2); 0: all of them, the plain form
+    shifted: str = ""  # whether outputs are one token ahead (shifted.py)
 
     def __post_init__(self):
         for name in ("layers", "width", "heads", "mlp_ratio", "cond_dim"):
@@ -53,8 +54,7 @@ class DiTConfig:
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of the embedding table: a multiple of 128, which divides over devices; hidden from callers."""
-        return -(-self.vocab_size // 128) * 128
+        return padded(self.vocab_size)
 
 
 def build(config: DiTConfig, dtype: Any) -> Backbone:
@@ -86,9 +86,7 @@ class Embed(nn.Module):
         shape = (self.config.padded_vocab, self.config.width)
         bound = 1 / math.sqrt(self.config.width)
         table = self.param("embedding", lambda key: jax.random.uniform(key, shape, jnp.float32, -bound, bound))
-        if jnp.issubdtype(ids.dtype, jnp.floating):
-            return ids.astype(self.dtype) @ table.astype(self.dtype)[:ids.shape[-1]]
-        return table.astype(self.dtype)[ids]
+        return of_tokens(table, ids, self.dtype)
 
 
 class Condition(nn.Module):
@@ -135,20 +133,16 @@ class Block(nn.Module):
         """h `[..., T, D]` -> q (None without `queries`), k, v `[..., T, H, Dh]`, rotated."""
         shift, scale = self._modulate(h, cond, 0, 1)
         x = _affine(self.norm1(h), shift, scale)
-        if not queries:
-            kernel_Dx2xHxDh = self.qkv.variables["params"]["kernel"][:, 1:].astype(self.dtype)
-            k, v = jnp.moveaxis(jnp.tensordot(x.astype(self.dtype), kernel_Dx2xHxDh, 1), -3, 0)
-            return None, rotate(k, rotary), v
-        q, k, v = jnp.moveaxis(self.qkv(x), -3, 0)
-        return rotate(q, rotary), rotate(k, rotary), v
+        q, k, v = queries_keys_values(self.qkv, x, queries, self.dtype)
+        return rotate(q, rotary) if queries else None, rotate(k, rotary), v
 
     def post(self, h, attended, cond, dropout_keys):
         """h and attention output `[..., T, H, Dh]` -> the next h, auxiliary loss (none)."""
         gate1, shift, scale, gate2 = self._modulate(h, cond, 2, 3, 4, 5)
         rate = self.config.dropout
-        h = h + _gated(dropped(self.out(attended), dropout_keys, 0, rate), gate1)
+        h = h + _gated(drop(self.out(attended), dropout_keys, 0, rate), gate1)
         inner = nn.gelu(self.mlp_in(_affine(self.norm2(h), shift, scale)), approximate=True)
-        return h + _gated(dropped(self.mlp_out(inner), dropout_keys, 1, rate), gate2), 0.0
+        return h + _gated(drop(self.mlp_out(inner), dropout_keys, 1, rate), gate2), 0.0
 
     def _modulate(self, h, cond, *parts):
         if not self.config.adaln:
@@ -165,7 +159,7 @@ class Head(nn.Module):
     def setup(self):
         self.norm = _norm(self.dtype)
         self.linear = nn.Dense(self.config.padded_vocab, dtype=self.dtype, kernel_init=nn.initializers.zeros,
-                               dot_general=float32_products)
+                               dot_general=_float32_products)
         if self.config.adaln:
             self.modulation = _modulation(2, self.config, self.dtype)
 
@@ -184,6 +178,13 @@ class Head(nn.Module):
         """Its float32 kernel `[D, V']` and bias `[V']`, V' = config.padded_vocab."""
         params = self.linear.variables["params"]
         return params["kernel"], params["bias"]
+
+
+def rotate(x, rotary):
+    """RoPE, half-split layout (arXiv 2104.09864): x `[..., T, H, Dh]`, rotary cos and sin `[..., T, 1, Dh / 2]`."""
+    cos, sin = rotary
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def _norm(dtype):
@@ -207,3 +208,9 @@ def _affine(x, shift, scale):
 
 def _gated(x, gate):
     return x if gate is None else gate * x
+
+
+def _float32_products(*args, **kwargs):
+    """The head's matrix product accumulates and returns float32 whatever the compute dtype."""
+    kwargs["preferred_element_type"] = jnp.float32
+    return jax.lax.dot_general(*args, **kwargs)

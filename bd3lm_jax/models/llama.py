@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.models.parts import dropped, float32_products, rms_norm, rotate
+from bd3lm_jax.models.dit import rotate
+from bd3lm_jax.models.shared import drop, logits_of, of_tokens, padded, tied_kernel
 from bd3lm_jax.models.trunk import Backbone
 
 INIT = nn.initializers.normal(0.02)  # of every matrix, as in the published training codes
@@ -39,6 +40,7 @@ class LlamaConfig:
     qkv_bias: bool  # Qwen2, Dream
     qk_norm: bool  # RMSNorm of every query and key before RoPE (Qwen3)
     tied: bool  # the output layer is the embedding table
+    shifted: str = ""  # whether outputs are one token ahead (shifted.py)
 
     def __post_init__(self):
         check_sizes(self, ("layers", "width", "heads", "kv_heads", "head_dim", "hidden"))
@@ -50,7 +52,7 @@ class LlamaConfig:
 
     @property
     def padded_vocab(self) -> int:
-        return padded_vocab(self)
+        return padded(self.vocab_size)
 
 
 def check_sizes(config: Any, positive: tuple[str, ...]) -> None:
@@ -67,11 +69,6 @@ def check_sizes(config: Any, positive: tuple[str, ...]) -> None:
     if not (config.norm_eps > 0 and config.rope_base > 1):
         raise UserError(f"model.norm_eps is {config.norm_eps} and model.rope_base {config.rope_base}, expected above 0 "
                         "and above 1")
-
-
-def padded_vocab(config: Any) -> int:
-    """Rows of the embedding table: a multiple of 128, which divides over devices; hidden from callers."""
-    return -(-config.vocab_size // 128) * 128
 
 
 def build(config: LlamaConfig, dtype: Any) -> Backbone:
@@ -119,9 +116,7 @@ class Embed(nn.Module):
         """int32 `[..., T]`, or weights of the vocabulary's tokens float `[..., T, V]` -> `[..., T, D]`."""
         del position  # enters by RoPE
         table = self.param("embedding", INIT, (self.config.padded_vocab, self.config.width), jnp.float32)
-        if jnp.issubdtype(ids.dtype, jnp.floating):
-            return ids.astype(self.dtype) @ table.astype(self.dtype)[:ids.shape[-1]]
-        return table.astype(self.dtype)[ids]
+        return of_tokens(table, ids, self.dtype)
 
 
 class Block(nn.Module):
@@ -158,9 +153,9 @@ class Block(nn.Module):
     def post(self, h, attended, cond, dropout_keys):
         """h and attention output `[..., T, H, Dh]` -> the next h, auxiliary loss (none)."""
         rate = self.config.dropout
-        h = h + dropped(self.out(attended), dropout_keys, 0, rate)
+        h = h + drop(self.out(attended), dropout_keys, 0, rate)
         x = self.norm2(h)
-        return h + dropped(self.down(nn.silu(self.gate(x)) * self.up(x)), dropout_keys, 1, rate), 0.0
+        return h + drop(self.down(nn.silu(self.gate(x)) * self.up(x)), dropout_keys, 1, rate), 0.0
 
 
 class Head(nn.Module):
@@ -172,16 +167,11 @@ class Head(nn.Module):
     def setup(self):
         self.norm = rms_norm(self.config.norm_eps, self.dtype)
         if not self.config.tied:
-            self.linear = nn.Dense(self.config.padded_vocab, use_bias=False, dtype=self.dtype, kernel_init=INIT,
-                                   dot_general=float32_products)
+            self.linear = Kernel((self.config.width, self.config.padded_vocab))
 
     def __call__(self, h, cond):
         """h `[..., T, D]` -> logits float32 `[..., T, V]`, without the padding of the vocabulary."""
-        x = self.features(h, cond)
-        if not self.config.tied:
-            return self.linear(x).astype(jnp.float32)[..., :self.config.vocab_size]
-        kernel_DxV = self.output_layer()[0].astype(self.dtype)
-        return jnp.dot(x, kernel_DxV, preferred_element_type=jnp.float32)[..., :self.config.vocab_size]
+        return logits_of(self.features(h, cond), *self.output_layer(), self.config.vocab_size)
 
     def features(self, h, cond):
         """h `[..., T, D]` -> what the output layer multiplies, `[..., T, D]`."""
@@ -189,9 +179,23 @@ class Head(nn.Module):
 
     def output_layer(self):
         """Its float32 kernel `[D, V']` and bias `[V']` (zeros), V' = config.padded_vocab."""
-        params = self.variables["params"]
-        kernel = params["embed"]["embedding"].T if self.config.tied else params["linear"]["kernel"]
-        return kernel, jnp.zeros(kernel.shape[1], jnp.float32)
+        kernel_DxV = tied_kernel(self) if self.config.tied else self.linear()
+        return kernel_DxV, jnp.zeros(kernel_DxV.shape[1], jnp.float32)
+
+
+class Kernel(nn.Module):
+    """A float32 parameter "kernel" by itself."""
+
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self):
+        return self.param("kernel", INIT, self.shape, jnp.float32)
+
+
+def rms_norm(eps: float, dtype: Any) -> nn.RMSNorm:
+    """x / sqrt(mean(x^2) + eps) * scale (arXiv 1910.07467), float32 inside."""
+    return nn.RMSNorm(epsilon=eps, dtype=dtype)
 
 
 def matrix(outputs: int, dtype: Any) -> nn.Dense:

@@ -13,10 +13,10 @@ and, where there is something to say,
 and is one more line here, in NETWORKS as well if it is how networks of a kind are written.
 """
 
-from bd3lm_jax.published import bd3lm, llada, llama
+from bd3lm_jax.published import bd3lm, bert, gpt2, llada, llama, modernbert, moe
 from bd3lm_jax.published.leaf import Described, Leaf
 
-FORMATS = {kind: module for module in (bd3lm, llama, llada) for kind in module.MODEL_TYPES}
-NETWORKS = {"dit": bd3lm, "llama": llama}
+FORMATS = {kind: module for module in (bd3lm, llama, llada, bert, gpt2, modernbert, moe) for kind in module.MODEL_TYPES}
+NETWORKS = {"dit": bd3lm, "llama": llama, "bert": bert, "gpt2": gpt2, "modernbert": modernbert, "moe": moe}
 
 __all__ = ["FORMATS", "NETWORKS", "Described", "Leaf"]

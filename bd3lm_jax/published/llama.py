@@ -2,19 +2,18 @@
 
 import numpy as np
 
-from bd3lm_jax.diffusion import AR, Masked
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.diffusion import Masked
 from bd3lm_jax.models.llama import LINEAR, LLAMA3, LlamaConfig, rope_frequencies
-from bd3lm_jax.published.leaf import (
-    Described, Leaf, bias, check_keys, linear, named_objective, objective_keys, padded, require, same, vector,
-)
+from bd3lm_jax.published.language import (SHIFTED, check_choices, check_tied, mask_id, read_objective, read_shifted,
+                                          write_objective)
+from bd3lm_jax.published.leaf import Described, Leaf, bias, check_keys, linear, padded, require, same, vector
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "Dream")
 CONFIG_KEYS = {
     "vocab_size": int, "hidden_size": int, "intermediate_size": int, "num_hidden_layers": int,
     "num_attention_heads": int, "max_position_embeddings": int, "rms_norm_eps": float,
 }
-ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0}
+CHOICES = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "partial_rotary_factor": (1,)}
 THETA = 1e4  # of configs that name none
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 EMBED, HEAD, INV_FREQ = "model.embed_tokens.weight", "lm_head.weight", "rotary_emb.inv_freq"
@@ -24,31 +23,32 @@ def describe(path, published: dict, scalars: dict[str, float]) -> Described:
     """What config.json says; a sliding window shorter than the context is the context, where it changes nothing."""
     check_keys(path, published, CONFIG_KEYS)
     kind, heads = published["model_type"], published["num_attention_heads"]
-    check_only(path, published, ONLY)
+    check_choices(path, published, CHOICES)
     theta, scaling = rope_of(path, published)
     model = LlamaConfig(
         vocab_size=published["vocab_size"], layers=published["num_hidden_layers"], width=published["hidden_size"],
         heads=heads, kv_heads=published.get("num_key_value_heads") or heads, head_dim=head_dim_of(path, published),
         hidden=published["intermediate_size"], dropout=0.0, rope_base=theta, rope_scaling=scaling,
         norm_eps=float(published["rms_norm_eps"]), qkv_bias=kind in ("qwen2", "Dream"), qk_norm=kind == "qwen3",
-        tied=published.get("tie_word_embeddings", False))
+        tied=published.get("tie_word_embeddings", False),
+        shifted=read_shifted(path, published, "row" if kind == "Dream" else ""))
     length = published["max_position_embeddings"]
     if published.get("sliding_window") and published.get("use_sliding_window", kind == "mistral"):
         length = min(length, published["sliding_window"])
-    usual = Masked.uniform_counts(length) if kind == "Dream" else AR(bos=False)
-    return Described(model, named_objective(path, published, usual), length, mask_id_of(published))
+    objective = read_objective(path, published, length, causal=kind != "Dream")
+    return Described(model, objective, length, mask_id(path, published))
 
 
 def publish(model: LlamaConfig, objective, length: int) -> dict:
     """The config.json of such a network. Raises UserError for one that no published architecture computes."""
     require(not (model.qkv_bias and model.qk_norm), "no published architecture has both model.qkv_bias and "
             "model.qk_norm: use one of them")
-    whole_row = Masked.uniform_counts(length)
     kind = "qwen3" if model.qk_norm else "llama"
     if model.qkv_bias:
         require(model.head_dim * model.heads == model.width, f"model.qkv_bias=True is published as Qwen2, whose "
                 f"heads fill the width: model.head_dim is {model.head_dim}, expected {model.width / model.heads:g}")
-        kind = "Dream" if objective == whole_row else "qwen2"
+        dream = objective == Masked.uniform_counts(length) and model.shifted == "row"
+        kind = "Dream" if dream else "qwen2"
     names = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
              "Dream": "DreamModel"}
     return {
@@ -59,7 +59,8 @@ def publish(model: LlamaConfig, objective, length: int) -> dict:
         "rope_scaling": _published_scaling(model.rope_scaling), "hidden_act": "silu", "attention_bias": False,
         "attention_dropout": 0.0, "tie_word_embeddings": model.tied,
         **({"mlp_bias": False} if kind == "llama" else {"use_sliding_window": False, "sliding_window": None}),
-        **objective_keys(objective, whole_row if kind == "Dream" else AR(bos=False)),
+        **write_objective(kind, objective, length, causal=kind != "Dream"),
+        **({SHIFTED: model.shifted} if model.shifted and kind != "Dream" else {}),
     }
 
 
@@ -91,18 +92,6 @@ def head_dim_of(path, published: dict) -> int:
     require(named or heads > 0 and width % heads == 0,
             f"{path}: hidden_size={width} is no multiple of num_attention_heads={heads}, and no head_dim is named")
     return named or width // heads
-
-
-def mask_id_of(published: dict) -> int:
-    named = published.get("mask_token_id")
-    return -1 if named is None else named
-
-
-def check_only(path, published: dict, only: dict) -> None:
-    """UserError for a switch that is set to what we do not compute; absent ones are as we compute."""
-    for key, value in only.items():
-        require(published.get(key, value) in (value, None), f"{path}: {key} is {published.get(key)!r}, supported: "
-                f"{value!r}")
 
 
 def layout(config: LlamaConfig) -> dict[str, Leaf]:
@@ -145,15 +134,9 @@ def held(config: LlamaConfig, names: set[str]) -> dict[str, tuple[int, ...]]:
 
 def check_held(path, config: LlamaConfig, tensors: dict[str, np.ndarray]) -> None:
     """UserError unless the tensors of `held` say what the network computes."""
-    check_tied(path, config, tensors, HEAD, EMBED)
+    if config.tied:
+        check_tied(path, tensors, HEAD, EMBED)
     expected = rope_frequencies(config.head_dim, config.rope_base)
     for name in filter(lambda name: name.endswith(INV_FREQ), tensors):
         require(np.allclose(tensors[name], expected, rtol=1e-2), f"{path}: {name} is not that of rope_theta "
                 f"{config.rope_base:g}: entry 1 is {tensors[name][1:2]}, expected {expected[1:2]}")
-
-
-def check_tied(path, config, tensors: dict[str, np.ndarray], head: str, embed: str) -> None:
-    """UserError for an output layer that is there, tied by the config, and not the embedding table."""
-    if config.tied and head in tensors and not np.array_equal(tensors[head], tensors[embed]):
-        raise UserError(f"{path}: {head} differs from {embed}, and config.json ties them (tie_word_embeddings): expected "
-                        "equal tensors, or tie_word_embeddings=false")

@@ -1,5 +1,6 @@
 """Published Llama-shaped checkpoints against the logits of their own implementations, and their layouts both ways."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import bd3lm_jax
 from bd3lm_jax import hf
-from bd3lm_jax.diffusion import AR, Masked
+from bd3lm_jax.diffusion import AR, SEDD, Masked
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import build, trunk
 from bd3lm_jax.models.llama import LlamaConfig
@@ -66,7 +67,7 @@ def test_config_out_and_in_again(name, tmp_path):
     published = json.loads(json.dumps(form.publish(described.model, described.objective, described.length)))
     again = FORMATS[published["model_type"]].describe(tmp_path, published, {})
     assert again == described._replace(mask_id=-1)
-    assert "diffusion" not in published
+    assert "block_size" not in published
 
 
 def small(**changes):
@@ -81,7 +82,10 @@ def small(**changes):
     (llama, {"rope_scaling": (2.0,)}, Masked.uniform_counts(4), "llama"),
     (llama, {"qk_norm": True, "head_dim": 16}, AR(bos=False), "qwen3"),
     (llama, {"qkv_bias": True}, Masked.uniform_counts(8), "qwen2"),
-    (llama, {"qkv_bias": True}, Masked.uniform_counts(64), "Dream"),
+    (llama, {"qkv_bias": True, "shifted": "row"}, Masked.uniform_counts(64), "Dream"),
+    (llama, {}, dataclasses.replace(Masked.uniform_counts(4), corruption="bernoulli", clip_low=0.3), "llama"),
+    (llama, {}, SEDD(block_size=4, corruption="bernoulli", eps=1e-3), "llama"),
+    (llama, {}, AR(bos=True), "llama"),
     (llada, {"kv_heads": 1, "qkv_bias": True, "tied": True}, Masked.uniform_counts(16), "llada"),
 ])
 def test_networks_of_ours_have_a_published_config(form, changes, objective, kind, tmp_path):
@@ -101,8 +105,8 @@ def test_networks_that_nobody_publishes(form, changes, message):
 
 
 @pytest.mark.parametrize("config, message", [
-    ({"hidden_act": "gelu"}, "hidden_act is 'gelu', supported: 'silu'"),
-    ({"attention_bias": True}, "attention_bias is True, supported: False"),
+    ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu', supported: 'silu'"),
+    ({"attention_bias": True}, "'attention_bias' is True, supported: False"),
     ({"rms_norm_eps": ...}, "key 'rms_norm_eps' is missing"),
     ({"num_attention_heads": 5, "head_dim": None}, "hidden_size=32 is no multiple of num_attention_heads=5"),
     ({"num_key_value_heads": 3}, "model.kv_heads=3 does not divide model.heads=4"),
@@ -110,8 +114,10 @@ def test_networks_that_nobody_publishes(form, changes, message):
     ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, "needs the number low_freq_factor, high_freq"),
     ({"num_key_value_heads": 4}, r"misshapen: model.layers.0.self_attn.k_proj.weight \(is \[16, 32\]"),
     ({"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight"),
+    ({"block_size": 5}, "block_size is 5, expected a number of tokens that divides the context of 96"),
     ({"diffusion": {"kind": "masked", "block_size": 4}}, "'diffusion' has the keys block_size, expected kind, "),
     ({"diffusion": {"kind": "maskd"}}, "did you mean 'masked'"),
+    ({"mask_token_id": "<mask>"}, "'mask_token_id' is '<mask>', expected a token id"),
 ])
 def test_wrong_config(tmp_path, config, message):
     with pytest.raises(UserError, match=message):
@@ -119,8 +125,8 @@ def test_wrong_config(tmp_path, config, message):
 
 
 @pytest.mark.parametrize("config, message", [
-    ({"alibi": True}, "alibi is True, supported: False"),
-    ({"block_type": "sequential"}, "block_type is 'sequential', supported: 'llama'"),
+    ({"alibi": True}, "'alibi' is True, supported: False"),
+    ({"block_type": "sequential"}, "'block_type' is 'sequential', supported: 'llama'"),
     ({"n_heads": 5}, "d_model=32 is no multiple of n_heads=5"),
 ])
 def test_wrong_llada_config(tmp_path, config, message):

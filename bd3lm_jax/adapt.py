@@ -1,0 +1,134 @@
+"""What turns foreign weights into the start of a run: those of `train.init_from`, a run or a published checkpoint.
+
+The network must be the same but for its vocabulary, which may lack the mask token, and for what no weight depends on.
+A mask token that the source never read begins as the mean of all embeddings plus noise.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bd3lm_jax import hf, models, rundir
+from bd3lm_jax.config import Config
+from bd3lm_jax.data.tokenizers import Tokenizer
+from bd3lm_jax.errors import UserError
+from bd3lm_jax.log import note
+from bd3lm_jax.models import Backbone, trunk
+
+FREE = ("dropout", "vocab_size", "shifted")  # of a model config: no shape depends on it but the vocabulary's
+NOISE = 0.02  # of a new row, in standard deviations of the rows that are there
+MASK_ROW = 0x6D61736B  # tells its random numbers from others
+
+
+class Source(NamedTuple):
+    """What `train.init_from` holds; length: the most tokens a row that it was made for; mask_id: -1 if not named."""
+
+    path: str
+    published: bool
+    model: Any
+    objective: Any
+    length: int
+    mask_id: int
+
+
+def read_source(path: str) -> Source:
+    """The network of a run or of a published checkpoint, without its weights. UserError if there is none."""
+    if not hf.is_published(path):
+        config, _ = rundir.read(path)
+        return Source(path, False, config.model, config.diffusion, config.data.length, -1)
+    described = hf.describe(path)
+    return Source(path, True, described.model, described.objective, described.length, described.mask_id)
+
+
+def check_source(config: Config, tokenizer: Tokenizer) -> None:
+    """UserError unless `train.init_from` holds weights for the network of a config, and a run its tokenizer."""
+    source = read_source(config.train.init_from)
+    name = f"train.init_from={source.path}"
+    ours, theirs = ({"kind": model.kind, **dataclasses.asdict(model)} for model in (config.model, source.model))
+    differing = [f"model.{key}: {ours.get(key)!r} != {theirs.get(key)!r}" for key in ours | theirs
+                 if key not in FREE and ours.get(key) != theirs.get(key)]
+    if ours["vocab_size"] < theirs["vocab_size"]:
+        differing.append(f"model.vocab_size: {ours['vocab_size']} < {theirs['vocab_size']}")
+    if differing:
+        raise UserError(f"{name} is another network ({'; '.join(differing)}; here != there): use model.kind="
+                        f"'init_from', which takes its network")
+    if config.data.length > source.length and source.published:
+        raise UserError(f"data.length={config.data.length}, but {name} was made for rows of at most {source.length} "
+                        "tokens: shorten the rows")
+    if source.mask_id not in (-1, tokenizer.mask_id):
+        raise UserError(f"{name} names {source.mask_id} as its mask token, and that of data.tokenizer="
+                        f"'{config.data.tokenizer}' is {tokenizer.mask_id}: use the tokenizer that came with it")
+    if source.published:
+        return
+    rundir.check_tokenizer(tokenizer, rundir.read(source.path)[1].identity, name)
+    from bd3lm_jax.checkpoint import Checkpoints
+
+    with Checkpoints(source.path, 1, read_only=True) as checkpoints:
+        if checkpoints.latest_step() is None:
+            raise UserError(f"{name} holds no checkpoint: train it first")
+
+
+def first_weights(config: Config, model: Backbone, tokenizer: Tokenizer, abstract: dict,
+                  mesh: jax.sharding.Mesh) -> dict:
+    """The weights of `train.init_from` as those of `model`, with a row for the mask token if it has none.
+
+    abstract: the network's parameters as shapes with shardings, where the result lies.
+    """
+    source, mask_id = read_source(config.train.init_from), tokenizer.mask_id
+    if source.published:
+        found, step = hf.read_model(source.path, mesh=mesh)[1], ""
+    else:
+        from bd3lm_jax.restore import restore
+
+        run = restore(source.path, "ema", None, mesh)
+        found, step = {name: run.params[name] for name in abstract}, f", step {run.step}"
+    note(f"starting from the weights of {source.path}{step}")
+    axes, known = vocabulary_axes(model), source.model.vocab_size
+    found = jax.tree.map(_grown, found, abstract, axes)
+    if config.diffusion.masks and (mask_id >= known or not source.objective.masks):
+        rows = min(known, tokenizer.size)
+        note(f"mask token {mask_id}: {'a new row' if mask_id >= known else 'a row that was never read'}, now the mean "
+             f"of {rows - (mask_id < rows)} embeddings plus noise")
+        found = with_mask_row(found, axes, mask_id, rows, config.seed)
+    return jax.device_put(found, jax.tree.map(lambda x: x.sharding, abstract))
+
+
+def vocabulary_axes(model: Backbone) -> dict:
+    """For every parameter the axis that runs over the vocabulary, -1 where none does: what grows with its size."""
+    def shapes(config):
+        return jax.eval_shape(lambda: trunk.init(models.build(config, model.dtype), jax.random.key(0)))
+
+    def differing(a, b):
+        return next((axis for axis, (here, there) in enumerate(zip(a.shape, b.shape)) if here != there), -1)
+
+    larger = dataclasses.replace(model.config, vocab_size=model.config.padded_vocab + 1)
+    return jax.tree.map(differing, shapes(model.config), shapes(larger))
+
+
+def with_mask_row(params: dict, axes: dict, mask_id: int, known: int, seed: int) -> dict:
+    """The parameters with row `mask_id` of every table over the vocabulary drawn anew: the mean of the others of the
+    first `known` rows plus NOISE times their standard deviation, feature by feature, times a normal number."""
+    leaves, treedef = jax.tree.flatten(params)
+    key = jax.random.fold_in(jax.random.key(seed), MASK_ROW)
+
+    def drawn(index, x, axis):
+        if axis < 0:
+            return x
+        rows = jnp.moveaxis(x, axis, 0)
+        others = (jnp.arange(rows.shape[0]) < known) & (jnp.arange(rows.shape[0]) != mask_id)
+        where = others.reshape(-1, *(1,) * (rows.ndim - 1))
+        mean, spread = jnp.mean(rows, 0, where=where), jnp.std(rows, 0, where=where)
+        row = mean + NOISE * spread * jax.random.normal(jax.random.fold_in(key, index), mean.shape)
+        return jnp.moveaxis(rows.at[mask_id].set(row), 0, axis)
+
+    found = [drawn(index, x, axis) for index, (x, axis) in enumerate(zip(leaves, jax.tree.leaves(axes)))]
+    return jax.tree.unflatten(treedef, found)
+
+
+def _grown(x, like, axis: int):
+    """Zeros behind the last row of a table over the vocabulary, up to the size that it has here."""
+    if axis < 0 or x.shape == like.shape:
+        return x
+    return jnp.pad(x, [(0, like.shape[i] - x.shape[i] if i == axis else 0) for i in range(x.ndim)])

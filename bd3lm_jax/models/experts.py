@@ -1,0 +1,121 @@
+"""A mixture of experts: who goes to which expert, and the experts' products.
+
+No token is dropped and none waits for another: the assignments are sorted into tiles of one expert each, and every tile
+is a product of its own. Under a mesh each device takes its own rows, and its own experts of the axis "tensor".
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from bd3lm_jax.sharding import BATCH_AXES, dividing
+
+
+class Routing(NamedTuple):
+    """Of each token its k experts, int32 `[..., k]`, and their weights; the scores of all experts `[..., E]`, float32.
+    """
+
+    choice: jax.Array
+    weight: jax.Array
+    score: jax.Array
+
+
+def route(logits, bias_E, *, groups: int, top_groups: int, top_k: int, scale: float) -> Routing:
+    """Grouped routing by sigmoid scores (DeepSeek-V3, arXiv 2412.19437, section 2.1.2; LLaDA2).
+
+    A token goes to its best `top_k` experts by score + bias among its best `top_groups` groups, which are ranked by the
+    sum of their two best. The bias has no part in the weights: scores normalised over the chosen, times `scale`.
+
+    logits: float32 `[..., E]`. bias_E: moves the choice alone and has no gradient.
+    """
+    score = jax.nn.sigmoid(logits)
+    ranked = jax.lax.stop_gradient(score + bias_E)
+    grouped = ranked.reshape(*ranked.shape[:-1], groups, ranked.shape[-1] // groups)
+    best_two = jax.lax.top_k(grouped, 2)[0].sum(-1)
+    chosen_groups = jax.lax.top_k(best_two, top_groups)[1]
+    open_ = jax.nn.one_hot(chosen_groups, groups, dtype=jnp.bool_).any(-2)
+    choice = jax.lax.top_k(jnp.where(open_[..., None], grouped, -jnp.inf).reshape(ranked.shape), top_k)[1]
+    weight = jnp.take_along_axis(score, choice, axis=-1)
+    if top_k > 1:
+        weight = weight / (weight.sum(-1, keepdims=True) + 1e-20)
+    return Routing(choice, weight * scale, score)
+
+
+def imbalance(routing: Routing, real) -> jax.Array:
+    """How unevenly the tokens of a row load the experts, times its tokens, summed over rows: float32 scalar.
+
+    sum_e f_e P_e over a row, f_e = E / k times the part of its choices that fell on e, P_e the mean share of e in the
+    scores; 1 when all are alike (arXiv 2412.19437, eq. 17 to 20). real: bool `[..., T]`, tokens that are not padding.
+    """
+    experts, k = routing.score.shape[-1], routing.choice.shape[-1]
+    tokens = jnp.maximum(real.sum(-1, dtype=jnp.float32), 1)[..., None]
+    chosen = jax.nn.one_hot(routing.choice, experts, dtype=jnp.float32).sum(-2)
+    share = routing.score / (routing.score.sum(-1, keepdims=True) + 1e-20)
+    f, p = (jnp.where(real[..., None], x, 0).sum(-2) / tokens for x in (chosen * experts / k, share))
+    return jnp.sum((f * p).sum(-1, keepdims=True) * tokens)
+
+
+def tile_shape(assignments: int, experts: int) -> tuple[int, int]:
+    """Tiles, and slots of a tile, that hold so many assignments however they fall on the experts: at most about half
+    as many slots again as assignments."""
+    size = max(-(-assignments // (2 * experts)), 1)
+    return min(assignments, assignments // size + experts), size
+
+
+def mix(x, routing: Routing, gate, up, down) -> jax.Array:
+    """Sum over a token's experts of weight * SwiGLU: x `[B, ..., D]` -> `[B, ..., D]`.
+
+    gate, up `[E, D, F]`, down `[E, F, D]`, in the dtype of x. Sums are float32.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.auto_axes:
+        return _mix(x, routing.choice, routing.weight, gate, up, down)
+    rows = dividing(mesh, BATCH_AXES, x.shape[0])
+    split = dividing(mesh, ("tensor",), gate.shape[0])
+
+    def local(x, choice, weight, gate, up, down):
+        first = jax.lax.axis_index("tensor") * gate.shape[0] if split else 0
+        out = _mix(x, choice - first, weight, gate, up, down)
+        return jax.lax.psum(out, "tensor") if split else out
+
+    tokens, kernels = P(rows), P(split)
+    return jax.shard_map(local, in_specs=(tokens,) * 3 + (kernels,) * 3, out_specs=tokens,
+                         axis_names=set(mesh.auto_axes), check_vma=False)(x, routing.choice, routing.weight, gate, up,
+                                                                          down)
+
+
+def _mix(x, choice, weight, gate, up, down):
+    """As `mix` on one device; choices outside 0 .. E - 1 are other devices'."""
+    k, experts, shape = choice.shape[-1], gate.shape[0], x.shape
+    tokens = math.prod(shape[:-1])
+    x_NxD, weight_NxK = x.reshape(tokens, shape[-1]), weight.reshape(tokens, k)
+    tiles, size = tile_shape(choice.size, experts)
+    slot_A, expert_t = _slots(choice.reshape(-1), experts, tiles, size)
+    # What no assignment fills reads token N, which is not there: zeros.
+    token = jnp.full(tiles * size, tokens).at[slot_A].set(jnp.arange(choice.size) // k, mode="drop")
+    x_txsxD = x_NxD.at[token].get(mode="fill", fill_value=0).reshape(tiles, size, shape[-1])
+    inner = jax.nn.silu(_products(x_txsxD, gate[expert_t])) * _products(x_txsxD, up[expert_t])
+    out = _products(inner, down[expert_t]).reshape(tiles * size, shape[-1])
+    out_NxKxD = out.at[slot_A].get(mode="fill", fill_value=0).reshape(tokens, k, shape[-1])
+    return jnp.einsum("nkd,nk->nd", out_NxKxD.astype(jnp.float32), weight_NxK).astype(x.dtype).reshape(shape)
+
+
+def _products(x_txsxD, kernel_txDxF):
+    return jnp.einsum("tsd,tdf->tsf", x_txsxD, kernel_txDxF, preferred_element_type=jnp.float32).astype(x_txsxD.dtype)
+
+
+def _slots(choice_A, experts: int, tiles: int, size: int):
+    """Slot of every assignment in tiles of one expert each (tiles * size: no slot), and the expert of every tile."""
+    choice_A = jnp.where((choice_A >= 0) & (choice_A < experts), choice_A, experts)
+    count_E = jnp.zeros(experts + 1, jnp.int32).at[choice_A].add(1)
+    order_A = jnp.argsort(choice_A, stable=True)
+    rank_A = jnp.zeros_like(choice_A).at[order_A].set(
+        jnp.arange(choice_A.size) - (jnp.cumsum(count_E) - count_E)[choice_A[order_A]])
+    last_E = jnp.cumsum(-(-count_E[:-1] // size))
+    first_E = jnp.concatenate([jnp.zeros(1, jnp.int32), last_E])  # of nobody: behind all others
+    slot_A = first_E[choice_A] * size + rank_A
+    expert_t = jnp.searchsorted(last_E, jnp.arange(tiles), side="right", method="compare_all")
+    return jnp.where(choice_A < experts, slot_A, tiles * size), jnp.minimum(expert_t, experts - 1)

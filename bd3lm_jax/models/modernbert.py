@@ -1,0 +1,155 @@
+"""ModernBERT (arXiv 2412.13663): RoPE, LayerNorm without bias before each half of a layer, GeGLU, and layers that see a
+window between layers that see everything, each with a RoPE base of its own.
+
+The first layer has no norm before its attention: the embedding has just had one.
+"""
+
+import dataclasses
+import itertools
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from bd3lm_jax.errors import UserError
+from bd3lm_jax.models.dit import rotate
+from bd3lm_jax.models.shared import (check_config, drop, logits_of, of_tokens, padded, queries_keys_values,
+                                     tied_kernel)
+from bd3lm_jax.models.trunk import Backbone
+
+NORMAL = nn.initializers.normal(0.02)  # the published recipe's
+
+
+@dataclasses.dataclass(frozen=True)
+class ModernBertConfig:
+    """Sizes of the network. vocab_size counts the mask token; -1 in a config: taken from the tokenizer."""
+
+    kind: ClassVar[str] = "modernbert"
+    vocab_size: int
+    layers: int
+    width: int
+    heads: int
+    hidden: int  # of the MLP, which has as many gates
+    dropout: float  # of what the MLP adds
+    window: int  # local layers see so many tokens to either side
+    local_layers: tuple[int, ...]  # numbers of the layers with a window; the others see everything
+    rope_base: float  # of the layers that see everything
+    local_rope_base: float
+    norm_eps: float
+
+    def __post_init__(self):
+        check_config(self, ("layers", "width", "heads", "hidden", "window"))
+        if self.width % (2 * self.heads):
+            raise UserError(f"model.width={self.width} must be a multiple of 2 * model.heads={2 * self.heads} (RoPE)")
+        if not set(self.local_layers) <= set(range(self.layers)):
+            raise UserError(f"model.local_layers is {self.local_layers}, expected numbers from 0 to "
+                            f"model.layers-1={self.layers - 1}")
+
+    @property
+    def padded_vocab(self) -> int:
+        return padded(self.vocab_size)
+
+    def runs(self) -> tuple[tuple[str, range, bool], ...]:
+        """Neighbouring layers that are alike, which are stacked: name, their numbers, whether they see a window."""
+        def alike(layer: int) -> tuple:
+            return layer == 0, layer in self.local_layers
+        found = [list(run) for _, run in itertools.groupby(range(self.layers), alike)]
+        return tuple((f"blocks{i}", range(run[0], run[-1] + 1), run[0] in self.local_layers)
+                     for i, run in enumerate(found))
+
+
+def build(config: ModernBertConfig, dtype: Any) -> Backbone:
+    """The backbone that computes in `dtype`; parameters are float32."""
+    size = config.width // config.heads
+    frequencies = [base ** (-jnp.arange(0, size, 2) / size) for base in (config.rope_base, config.local_rope_base)]
+
+    def rotary(position):
+        """cos and sin `[..., T, 1, Dh / 2]`, float32: of layers that see everything, and of local ones."""
+        angles = [position[..., None, None].astype(jnp.float32) * x for x in frequencies]
+        return tuple((jnp.cos(angle), jnp.sin(angle)) for angle in angles)
+
+    groups = tuple((name, Block(config, dtype, layers[0] == 0, config.window if local else None), len(layers))
+                   for name, layers, local in config.runs())
+    return Backbone(config=config, embed=Embed(config, dtype), condition=None, rotary=rotary, groups=groups,
+                    head=Head(config, dtype), dtype=dtype, tied=True)
+
+
+class Embed(nn.Module):
+    config: ModernBertConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, ids, position):
+        """Tokens as `shared.of_tokens` takes them -> `[..., T, D]`."""
+        del position  # enters by RoPE
+        tokens = self.param("embedding", NORMAL, (self.config.padded_vocab, self.config.width))
+        return _norm(self.config, self.dtype, name="norm")(of_tokens(tokens, ids, self.dtype))
+
+
+class Block(nn.Module):
+    """A transformer layer in two halves, around the attention that the trunk does; window: None for everything."""
+
+    config: ModernBertConfig
+    dtype: Any
+    first: bool  # of all layers
+    window: int | None
+
+    def setup(self):
+        config, dtype = self.config, self.dtype
+        size, narrow = config.width // config.heads, nn.initializers.normal(0.02 / (2 * config.layers) ** 0.5)
+        if not self.first:
+            self.norm1 = _norm(config, dtype)
+        self.norm2 = _norm(config, dtype)
+        self.qkv = nn.DenseGeneral((3, config.heads, size), use_bias=False, dtype=dtype, kernel_init=NORMAL)
+        self.out = nn.DenseGeneral(config.width, axis=(-2, -1), use_bias=False, dtype=dtype, kernel_init=narrow)
+        self.gated_in = nn.DenseGeneral((2, config.hidden), use_bias=False, dtype=dtype, kernel_init=NORMAL)
+        self.mlp_out = nn.Dense(config.width, use_bias=False, dtype=dtype, kernel_init=narrow)
+
+    def __call__(self, h, cond, rotary):
+        """All parameters once, for `init`."""
+        q, k, v = self.pre(h, cond, rotary, True)
+        return self.post(h, q + k + v, cond, None)
+
+    def pre(self, h, cond, rotary, queries: bool):
+        """h `[..., T, D]` -> q (None without `queries`), k, v `[..., T, H, Dh]`, rotated."""
+        del cond
+        rotary = rotary[self.window is not None]
+        q, k, v = queries_keys_values(self.qkv, h if self.first else self.norm1(h), queries, self.dtype)
+        return rotate(q, rotary) if queries else None, rotate(k, rotary), v
+
+    def post(self, h, attended, cond, dropout_keys):
+        """h and attention output `[..., T, H, Dh]` -> the next h, auxiliary loss (none)."""
+        del cond
+        h = h + self.out(attended)
+        x, gate = jnp.moveaxis(self.gated_in(self.norm2(h)), -2, 0)
+        inner = nn.gelu(x, approximate=False) * gate
+        return h + self.mlp_out(drop(inner, dropout_keys, 0, self.config.dropout)), 0.0
+
+
+class Head(nn.Module):
+    """Final norm, then the masked-token head: dense layer, GELU and norm, the token table with a bias."""
+
+    config: ModernBertConfig
+    dtype: Any
+
+    def setup(self):
+        self.norm1, self.norm2 = _norm(self.config, self.dtype), _norm(self.config, self.dtype)
+        self.dense = nn.Dense(self.config.width, use_bias=False, dtype=self.dtype, kernel_init=NORMAL)
+        self.bias = self.param("bias", nn.initializers.zeros, (self.config.padded_vocab,))
+
+    def __call__(self, h, cond):
+        """h `[..., T, D]` -> logits float32 `[..., T, V]`, without the padding of the vocabulary."""
+        return logits_of(self.features(h, cond), *self.output_layer(), self.config.vocab_size)
+
+    def features(self, h, cond):
+        """h `[..., T, D]` -> what the output layer multiplies, `[..., T, D]`."""
+        del cond
+        return self.norm2(nn.gelu(self.dense(self.norm1(h)), approximate=False))
+
+    def output_layer(self):
+        """Its float32 kernel `[D, V']` and bias `[V']`, V' = config.padded_vocab."""
+        return tied_kernel(self), self.bias
+
+
+def _norm(config, dtype, name=None):
+    return nn.LayerNorm(epsilon=config.norm_eps, use_bias=False, dtype=dtype, name=name)

@@ -1,0 +1,200 @@
+"""LLaDA2 (arXiv 2512.15745): a mixture of experts with grouped routing, as Ling 2 and DeepSeek-V3.
+
+The first layers are dense; the others send every token through shared experts and its own few (see experts.py).
+Queries and keys are normed per head; the first part of a head turns (partial RoPE), the rest does not.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bd3lm_jax.errors import UserError
+from bd3lm_jax.models import experts
+from bd3lm_jax.models.dit import rotate
+from bd3lm_jax.models.llama import (
+    INIT, Embed, Head, Kernel, check_sizes, joined_heads, make_rotary, matrix, rms_norm, rope_frequencies,
+)
+from bd3lm_jax.models.shared import drop, padded
+from bd3lm_jax.models.trunk import Backbone
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """Sizes of the network. vocab_size counts the mask token if there is one; -1 in a config: the tokenizer's."""
+
+    kind: ClassVar[str] = "moe"
+    vocab_size: int
+    layers: int
+    dense_layers: int  # the first ones, without experts
+    width: int
+    heads: int
+    kv_heads: int  # heads of keys and values, each shared by heads / kv_heads queries
+    head_dim: int
+    rotary_dim: int  # numbers of a head that turn
+    hidden: int  # of the MLP of dense layers
+    experts: int
+    expert_hidden: int
+    shared_hidden: int  # of what every token goes through beside its experts; 0: nothing
+    top_k: int  # experts of a token
+    groups: int  # of experts
+    top_groups: int  # groups that a token may choose from
+    routed_scale: float  # of the experts' sum
+    balance: float  # coefficient of the load-balancing loss (`experts.imbalance`) of every layer; 0: none
+    dropout: float
+    rope_base: float
+    norm_eps: float
+    qk_norm: bool
+    tied: bool  # the output layer is the embedding table
+
+    def __post_init__(self):
+        check_sizes(self, ("layers", "width", "heads", "kv_heads", "head_dim", "hidden", "experts", "expert_hidden",
+                           "top_k", "groups", "top_groups"))
+        if not 0 <= self.dense_layers < self.layers:
+            raise UserError(f"model.dense_layers is {self.dense_layers}, expected 0 to model.layers - 1 = "
+                            f"{self.layers - 1}: with dense layers alone use model.kind='llama'")
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+            raise UserError(f"model.rotary_dim is {self.rotary_dim}, expected an even number up to model.head_dim="
+                            f"{self.head_dim}")
+        if self.experts % self.groups or self.experts < 2 * self.groups:
+            raise UserError(f"model.groups={self.groups} must divide model.experts={self.experts} into groups of at "
+                            "least 2")
+        most = self.top_groups * (self.experts // self.groups)
+        if self.top_groups > self.groups or self.top_k > most:
+            raise UserError(f"model.top_groups={self.top_groups} of {self.groups} groups hold {most} experts, expected "
+                            f"at most {self.groups} groups, and at least model.top_k={self.top_k} experts in them")
+        if self.shared_hidden < 0 or self.balance < 0 or self.routed_scale <= 0:
+            raise UserError(f"model.shared_hidden={self.shared_hidden} and model.balance={self.balance} must be at "
+                            f"least 0, model.routed_scale={self.routed_scale} above 0")
+
+    @property
+    def padded_vocab(self) -> int:
+        return padded(self.vocab_size)
+
+
+def build(config: MoEConfig, dtype: Any) -> Backbone:
+    """The backbone that computes in `dtype`; parameters, router and routing are float32."""
+    groups = (("blocks0", Block(config, dtype, False), config.dense_layers),
+              ("blocks1", Block(config, dtype, True), config.layers - config.dense_layers))
+    return Backbone(config=config, embed=Embed(config, dtype), condition=None,
+                    rotary=make_rotary(rope_frequencies(config.rotary_dim, config.rope_base)),
+                    groups=tuple(group for group in groups if group[2]), head=Head(config, dtype), dtype=dtype,
+                    tied=config.tied)
+
+
+class Block(nn.Module):
+    """A layer in two halves, around the attention that the trunk does; its MLP is dense or `sparse`."""
+
+    config: MoEConfig
+    dtype: Any
+    sparse: bool
+
+    def setup(self):
+        config, dtype = self.config, self.dtype
+        share = config.heads // config.kv_heads
+        self.norm1, self.norm2 = (rms_norm(config.norm_eps, dtype) for _ in range(2))
+        # By key head its queries, the key, the value: heads that belong together stay on one device.
+        self.grouped_qkv = nn.DenseGeneral((config.kv_heads, share + 2, config.head_dim), use_bias=False, dtype=dtype,
+                                           kernel_init=INIT)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (rms_norm(config.norm_eps, dtype) for _ in range(2))
+        self.out = joined_heads(config.width, dtype)
+        if not self.sparse:
+            self.mlp = SwiGLU(config.width, config.hidden, dtype)
+            return
+        self.router = Router(config.width, config.experts)
+        self.experts = Experts(config, dtype)
+        if config.shared_hidden:
+            self.shared = SwiGLU(config.width, config.shared_hidden, dtype)
+
+    def __call__(self, h, cond, rotary):
+        """All parameters once, for `init`."""
+        return self.post(h, self.pre(h, cond, rotary, True)[0], cond, None)
+
+    def pre(self, h, cond, rotary, queries: bool):
+        """h `[..., T, D]` -> q `[..., T, H, Dh]` (None without `queries`), k, v `[..., T, Hkv, Dh]`, rotated."""
+        x, q = self.norm1(h), None
+        if queries:
+            qkv = self.grouped_qkv(x)
+            q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
+            q = q.reshape(*q.shape[:-3], self.config.heads, self.config.head_dim)
+            q = self._placed(q, "q_norm", rotary)
+        else:
+            kernel = self.grouped_qkv.variables["params"]["kernel"][..., -2:, :].astype(self.dtype)
+            k, v = jnp.moveaxis(jnp.tensordot(x, kernel, 1), -2, 0)
+        return q, self._placed(k, "k_norm", rotary), v
+
+    def _placed(self, x, norm: str, rotary):
+        """Queries or keys, normed, their first numbers turned by position."""
+        x, turned = getattr(self, norm)(x) if self.config.qk_norm else x, self.config.rotary_dim
+        return jnp.concatenate([rotate(x[..., :turned], rotary), x[..., turned:]], axis=-1)
+
+    def post(self, h, attended, cond, dropout_keys):
+        """h and attention output `[..., T, H, Dh]` -> the next h, the load-balancing loss times its coefficient."""
+        rate = self.config.dropout
+        h = h + drop(self.out(attended), dropout_keys, 0, rate)
+        x = self.norm2(h)
+        if not self.sparse:
+            return h + drop(self.mlp(x), dropout_keys, 1, rate), 0.0
+        config, aux = self.config, 0.0
+        routing = experts.route(*self.router(x), groups=config.groups, top_groups=config.top_groups,
+                                top_k=config.top_k, scale=config.routed_scale)
+        if config.balance:
+            real = jnp.any(attended != 0, axis=(-2, -1))  # padding sees nobody: exactly nothing
+            aux = config.balance * experts.imbalance(routing, real)
+        mixed = self.experts(x, routing)
+        if config.shared_hidden:
+            mixed = mixed + self.shared(x)
+        return h + drop(mixed, dropout_keys, 1, rate), aux
+
+    def spare_flops(self, tokens: int) -> int:
+        """FLOPs of the empty slots among the experts' tiles, which are computed and not needed."""
+        if not self.sparse:
+            return 0
+        tiles, size = experts.tile_shape(tokens * self.config.top_k, self.config.experts)
+        return 6 * self.config.width * self.config.expert_hidden * (tiles * size - tokens * self.config.top_k)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x)."""
+
+    width: int
+    hidden: int
+    dtype: Any
+
+    def setup(self):
+        self.gate, self.up = (matrix(self.hidden, self.dtype) for _ in range(2))
+        self.down = matrix(self.width, self.dtype)
+
+    def __call__(self, x):
+        return self.down(nn.silu(self.gate(x)) * self.up(x))
+
+
+class Router(nn.Module):
+    """x `[..., D]` -> logits float32 `[..., E]`, and the bias of the choice `[E]`, which has no gradient."""
+
+    width: int
+    experts: int
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", INIT, (self.width, self.experts), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.experts,), jnp.float32)
+        return jnp.dot(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST), bias
+
+
+class Experts(nn.Module):
+    """Their matrices, stacked, and `experts.mix`."""
+
+    config: MoEConfig
+    dtype: Any
+
+    def setup(self):
+        number, width, hidden = self.config.experts, self.config.width, self.config.expert_hidden
+        self.gate, self.up = (Kernel((number, width, hidden)) for _ in range(2))
+        self.down = Kernel((number, hidden, width))
+
+    def __call__(self, x, routing):
+        return experts.mix(x, routing, *(kernel().astype(self.dtype) for kernel in (self.gate, self.up, self.down)))

@@ -1,0 +1,72 @@
+"""What several backbones are built from: token tables, tied output layers, dropout, checks of their sizes."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bd3lm_jax.errors import UserError
+
+
+def check_config(config: Any, positive: tuple[str, ...]) -> None:
+    """UserError unless the named fields are at least 1, the width divides by the heads, and vocabulary and dropout are
+    in range."""
+    for name in positive:
+        if getattr(config, name) < 1:
+            raise UserError(f"model.{name} is {getattr(config, name)}, expected at least 1")
+    if config.vocab_size != -1 and config.vocab_size < 2:
+        raise UserError(f"model.vocab_size is {config.vocab_size}, expected at least 2, or -1 for the tokenizer's")
+    if config.width % config.heads:
+        raise UserError(f"model.width={config.width} must be a multiple of model.heads={config.heads}")
+    if not 0 <= config.dropout < 1:
+        raise UserError(f"model.dropout is {config.dropout}, expected in [0, 1)")
+
+
+def padded(vocab_size: int) -> int:
+    """Rows of a token table: a multiple of 128, which divides over devices; hidden from callers."""
+    return -(-vocab_size // 128) * 128
+
+
+def of_tokens(table_VxD, ids, dtype) -> jax.Array:
+    """Rows of a table: int32 `[..., T]`, or weights of the vocabulary's tokens float `[..., T, V]` -> `[..., T, D]`."""
+    table_VxD = table_VxD.astype(dtype)
+    if jnp.issubdtype(ids.dtype, jnp.floating):
+        return ids.astype(dtype) @ table_VxD[:ids.shape[-1]]
+    return table_VxD[ids]
+
+
+def queries_keys_values(qkv: nn.DenseGeneral, x, queries: bool, dtype) -> tuple:
+    """q (None without `queries`, and not computed), k, v `[..., T, H, Dh]` of a layer whose outputs are (3, H, Dh)."""
+    if queries:
+        return tuple(jnp.moveaxis(qkv(x), -3, 0))
+    params = {name: value.astype(dtype) for name, value in qkv.variables["params"].items()}
+    kv = jnp.tensordot(x.astype(dtype), params["kernel"][:, 1:], 1)
+    if "bias" in params:
+        kv = kv + params["bias"][1:]
+    return None, *jnp.moveaxis(kv, -3, 0)
+
+
+def tied_kernel(head: nn.Module) -> jax.Array:
+    """The token table of a tied backbone as its output layer, `[D, V']`, inside a method of the head."""
+    return head.get_variable("params", "embed")["embedding"].T
+
+
+def logits_of(features, kernel_DxV, bias_V, vocab_size: int) -> jax.Array:
+    """Float32 logits `[..., T, V]` without the padding of the vocabulary, accumulated in float32."""
+    logits = jnp.einsum("...d,dv->...v", features, kernel_DxV.astype(features.dtype),
+                        preferred_element_type=jnp.float32)
+    return (logits + bias_V)[..., :vocab_size]
+
+
+def drop(x, row_keys, index: int, rate: float) -> jax.Array:
+    """Dropout with one key a row, so that the noise does not depend on how rows are grouped; index: of the place in the
+    layer. Without keys or rate: `x`."""
+    if row_keys is None or rate == 0:
+        return x
+    kept = 1 - rate
+
+    def keep(key):
+        return jax.random.bernoulli(jax.random.fold_in(key, index), kept, x.shape[1:])
+
+    return jnp.where(jax.vmap(keep)(row_keys), x / kept, 0)

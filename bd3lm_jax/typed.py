@@ -1,0 +1,50 @@
+"""Sections of a config: nested mappings to frozen dataclasses, with errors that name the key."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, get_args, get_origin
+
+from bd3lm_jax.errors import UserError, nearest
+
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def one_of(name: str, value: Any, allowed: tuple) -> None:
+    check(value in allowed, f"{name} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
+
+
+def as_mapping(name: str, value: Any) -> Mapping:
+    check(hasattr(value, "items"), f"config key '{name}' is {value!r}, expected a section")
+    return value
+
+
+def same_keys(prefix: str, mapping: Mapping, known: list[str]) -> None:
+    for key in mapping:
+        check(key in known, f"unknown config key '{prefix}{key}': {nearest(key, known)}")
+    missing = [key for key in known if key not in mapping]
+    check(not missing, f"missing config key '{prefix}{missing[0] if missing else ''}'")
+
+
+def as_section(name: str, given: Any, kind: type) -> Any:
+    """A section of a config as the dataclass `kind`. UserError for an unknown, missing or ill-typed key."""
+    given = dict(as_mapping(name, given).items())
+    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+    same_keys(f"{name}.", given, list(fields))
+    return kind(**{key: as_type(f"{name}.{key}", given[key], fields[key]) for key in fields})
+
+
+def as_type(key: str, value: Any, kind: type) -> Any:
+    """`value` as `kind`: int widens to float, lists become tuples, nothing else is converted."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
+        inner = get_args(kind)[0]
+        return tuple(as_type(key, item, inner) for item in value)
+    plain = get_origin(kind) or kind
+    right = isinstance(value, plain) and not (plain is int and isinstance(value, bool))
+    wanted = getattr(kind, "__name__", kind)
+    check(right, f"config key '{key}' is {value!r} ({type(value).__name__}), expected {wanted}")
+    return value
