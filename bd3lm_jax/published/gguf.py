@@ -33,10 +33,10 @@ SIZES = {  # keys of config.json and of GGUF, behind the architecture
 CONTROL, USER_DEFINED = 3, 4  # kinds of tokens
 SPLITS = {  # regular expressions that cut a text into words, by the name of the tokenizer; None: those of GPT-2
     "default": None, "gpt-2": None, "smollm": None,
-    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-                 r"|\s+(?!\S)|\s+",
-    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-             r"|\s+(?!\S)|\s+",
+    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                 r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+             r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 SINGLE_DIGITS = ("smollm",)
 
@@ -77,8 +77,8 @@ def read_tokenizer(path: Path) -> Tokenizer | None:
     _, values = _read(path)
     model, pre = values("tokenizer.ggml.model", ""), values("tokenizer.ggml.pre", "default")
     if model != "gpt2" or pre not in SPLITS:
-        log.note(f"{path}: a tokenizer of kind {model!r}, {pre!r} is not read (supported: gpt2 with {', '.join(SPLITS)})"
-                 ": texts need a tokenizer.json")
+        log.note(f"{path}: a tokenizer of kind {model!r}, {pre!r} is not read (supported: gpt2 with "
+                 f"{', '.join(SPLITS)}): texts need a tokenizer.json")
         return None
     tokens, kinds = values("tokenizer.ggml.tokens"), values("tokenizer.ggml.token_type", [])
     content = _tokenizer_json(tokens, kinds, values("tokenizer.ggml.merges"), pre)

@@ -91,7 +91,7 @@ def test_a_truncated_part(tmp_path):
 
 def test_parameters_in_bfloat16_are_the_rounded_ones():
     exact, rounded = (hf.read_model(SOURCE, dtype=dtype)[1] for dtype in ("float32", "bfloat16"))
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x).astype(ml_dtypes.bfloat16), y), exact, rounded)
+    assert_same(jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), exact), rounded)
     lm = bd3lm_jax.load(SOURCE, dtype="bfloat16")
     io = np.load(SOURCE / "io.npz")
     difference = np.abs(lm.logits(io["xt"], io["x0"]) - io["logits"]).max()
