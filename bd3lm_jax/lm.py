@@ -17,6 +17,7 @@ from bd3lm_jax.generation import Sample
 from bd3lm_jax.models import Backbone, trunk
 from bd3lm_jax.options import Options, make_options
 from bd3lm_jax.published import Described
+from bd3lm_jax.sampling.auto_size import AUTO
 from bd3lm_jax.step import SpecialIds
 
 
@@ -98,7 +99,7 @@ class LM:
     def fitted(self, options: dict[str, Any]) -> tuple["LM", dict[str, Any]]:
         """For a model with several block sizes: this model at the one that generation options name, and the others."""
         size = options.get("block_size")
-        if self.config.diffusion.kind != "mixed" or size is None:
+        if self.config.diffusion.kind != "mixed" or size in (None, AUTO):
             return self, options
         return self.at_block_size(size), {**options, "block_size": None}
 
@@ -200,7 +201,7 @@ class LM:
 
     def _options(self, given: dict[str, Any]) -> Options:
         """With the sampler that such a model is used with, unless another one is named."""
-        return make_options(**{"sampler": self.config.diffusion.sampler or "first_hitting"} | given)
+        return make_options(**{"sampler": self.config.diffusion.sampler} | given)
 
     def score(self, prompts, continuations, *, estimator: str = "exact_count", draws: int = 4, seed: int = 0,
               greedy: bool = False, batch: int = 16) -> list[conditional.Score]:

@@ -20,7 +20,8 @@ from word_tokenizer import write_tokenizer
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 BD3LM = ("bd3lm_block4", "bd3lm_time_conditioned", "bd3lm_block32_is_mdlm", "ar", "sedd")
-OTHERS = ("hf/llama", "hf/qwen2", "hf/llada", "hf/dream")
+OTHERS = tuple(f"hf/{name}" for name in ("llama", "qwen2", "llada", "dream", "llada2_moe", "bert", "roberta",
+                                           "modernbert", "gpt2"))
 
 
 def converted(source, target, **changes):
