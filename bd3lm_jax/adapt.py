@@ -23,22 +23,23 @@ MASK_ROW = 0x6D61736B  # tells its random numbers from others
 
 
 class Source(NamedTuple):
-    """What `train.init_from` holds; length: the most tokens a row that it was made for."""
+    """What `train.init_from` holds; length: the most tokens a row that it was made for; mask_id: -1 if not named."""
 
     path: str
     published: bool
     model: Any
     objective: Any
     length: int
+    mask_id: int
 
 
 def read_source(path: str) -> Source:
     """The network of a run or of a published checkpoint, without its weights. UserError if there is none."""
-    if not rundir.is_published(path):
+    if not hf.is_published(path):
         config, _ = rundir.read(path)
-        return Source(path, False, config.model, config.diffusion, config.data.length)
+        return Source(path, False, config.model, config.diffusion, config.data.length, -1)
     described = hf.describe(path)
-    return Source(path, True, described.model, described.objective, described.length)
+    return Source(path, True, described.model, described.objective, described.length, described.mask_id)
 
 
 def check_source(config: Config, tokenizer: Tokenizer) -> None:
@@ -56,6 +57,9 @@ def check_source(config: Config, tokenizer: Tokenizer) -> None:
     if config.data.length > source.length and source.published:
         raise UserError(f"data.length={config.data.length}, but {name} was made for rows of at most {source.length} "
                         "tokens: shorten the rows")
+    if source.objective.masks and source.mask_id not in (-1, tokenizer.mask_id):
+        raise UserError(f"{name} names {source.mask_id} as its mask token, and that of data.tokenizer="
+                        f"'{config.data.tokenizer}' is {tokenizer.mask_id}: use the tokenizer that came with it")
     if source.published:
         return
     rundir.check_tokenizer(tokenizer, rundir.read(source.path)[1].identity, name)
@@ -74,7 +78,7 @@ def first_weights(config: Config, model: Backbone, tokenizer: Tokenizer, abstrac
     """
     source, mask_id = read_source(config.train.init_from), tokenizer.mask_id
     if source.published:
-        found, step = hf.read_model(source.path)[1], ""
+        found, step = hf.read_model(source.path, mesh=mesh)[1], ""
     else:
         from bd3lm_jax.restore import restore
 

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 
 from bd3lm_jax.denoise import UNROLLED, sigma_of
 from bd3lm_jax.models import Backbone, trunk
-from bd3lm_jax.models.trunk import Cache, Stream
+from bd3lm_jax.models.cache import Cache
+from bd3lm_jax.models.trunk import Stream
 from bd3lm_jax.sampling.generate import Finished
 
 KINDS = ("prefix", "dual")

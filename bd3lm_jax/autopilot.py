@@ -24,12 +24,14 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.generation import Sample
 from bd3lm_jax.lm import LM, load
 from bd3lm_jax.quality import figures
+from bd3lm_jax.sampling.auto_size import AUTO
 from bd3lm_jax.scorer import BATCH, Scorer
 from bd3lm_jax.settings import FILE, PREFERENCES
 
 EXACT = {"sampler": "first_hitting"}
 THRESHOLDS = {"threshold": (0.9, 0.6, 0.3, 0.05), "entropy_bound": (0.1, 1.0, 3.0, 6.0), "factor": (1.0, 2.7)}
 TOKENS_A_STEP = {"confidence": (1, 2, 4), "ancestral": (1, 2)}
+SURE, BLOCK_CONFIDENCES = {"sampler": "threshold", "threshold": 0.6}, (0.2, 0.3, 0.4)  # of blocks of chosen sizes
 SHORT_BLOCK = 32  # of a bidirectional model: written left to right in stretches of so many tokens
 ENTROPY_KEPT = 0.9  # of the exact sampler's: with less a setting is never recommended
 ALLOWED = {"balanced": 1.1, "speed": 1.5}  # perplexity against that of the exact sampler, at most
@@ -80,6 +82,10 @@ def autopilot(workdir: str, *, scorer: str, rounds: int, texts: int) -> dict[str
 def candidates(lm: LM) -> list[dict[str, Any]]:
     """Settings that make a difference to this model, the exact sampler first: fields of `options.Options`."""
     size = lm.config.block_size
+    if lm.config.diffusion.kind == "mixed":
+        sizes = [{"block_size": size} for size in lm.config.trained_sizes]
+        sizes += [{"block_size": AUTO, "block_confidence": value} for value in BLOCK_CONFIDENCES]
+        return [EXACT, *({**setting, **size} for setting in (EXACT, SURE) for size in sizes)]
     if lm.config.diffusion.causal or size == 1:
         return [EXACT]  # one token a call
     found = [EXACT, *({"sampler": sampler, "threshold": value} for sampler, values in THRESHOLDS.items()
@@ -161,7 +167,8 @@ def judged(lm: LM, samples: Sequence[Sample], scorer: Scorer | None) -> dict[str
 def name_of(setting: dict) -> str:
     """{"sampler": "threshold", "threshold": 0.9, "block_size": 32} -> "threshold 0.9, block_size 32"."""
     name = setting["sampler"] + (f" {setting['threshold']:g}" if "threshold" in setting else "")
-    return ", ".join([name, *(f"{key} {setting[key]}" for key in ("steps", "block_size") if key in setting)])
+    return ", ".join([name, *(f"{key} {setting[key]}" for key in ("steps", "block_size", "block_confidence")
+                              if key in setting)])
 
 
 def nll_of(row: dict) -> float:

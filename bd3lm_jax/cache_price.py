@@ -16,7 +16,8 @@ from bd3lm_jax import estimators, stats
 from bd3lm_jax.denoise import UNROLLED
 from bd3lm_jax.diffusion.masked import cross_entropy_subs
 from bd3lm_jax.models import trunk
-from bd3lm_jax.models.trunk import Cache, Stream
+from bd3lm_jax.models.cache import Cache
+from bd3lm_jax.models.trunk import Stream
 
 DTYPES = ("float32", "bfloat16", "int8")  # the first is what the others are compared with
 BATCH = 16  # rows a pass

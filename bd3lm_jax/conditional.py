@@ -337,7 +337,8 @@ def _say(model, objective, special, capacity: int, params, noised: Noised, rows:
         weight = jnp.where(rows.scored_BxL[:, None], noised.weight_BxMxL, 0)
         noised = noised.replace(weight_BxMxL=weight, capacity=capacity)
     position, _ = passes.plain_rows(rows.tokens_BxL)
-    scored = step.score(model, params, objective, noised, rows.tokens_BxL, position, rows.segment_BxL, passes.PLAIN)
+    scored = step.score(model, params, objective, noised, rows.tokens_BxL, position, rows.segment_BxL, passes.PLAIN,
+                        end_id=special.end)
     output = Output(*trunk.output_layer(model, params)).without(special.mask, model.config.vocab_size)
 
     def losses(xs):

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from bd3lm_jax import curriculum, density
+from bd3lm_jax import annealing, answers, curriculum, density, lora, shifted
 from bd3lm_jax.diffusion import OBJECTIVES
 from bd3lm_jax.diffusion.clip import ClipSearch, CountSchedule
 from bd3lm_jax.diffusion.running import RunningLoss
@@ -29,7 +29,7 @@ class DataConfig:
 
     source: str  # "austen" (embedded), "text", "jsonl", "sft" (prompts and answers), "tfds", ...: SOURCES
     path: str  # file or directory of local sources; "" for embedded ones
-    name: str  # TFDS name, e.g. "lm1b"; of "sft" how a dialogue is written (data/sft.py); "" otherwise
+    name: str  # TFDS name, e.g. "lm1b"; of "text" how it was tokenised, of "sft" how a dialogue is written; else ""
     field: str  # JSONL or TFDS key that holds the text
     tokenizer: str  # "bytes", "gpt2", "bert-base-uncased", "bpe:2048" (trained on the corpus), or a tokenizer.json
     length: int  # tokens a row
@@ -267,6 +267,16 @@ class Config:
         """Of the update that follows `step` updates: by the curriculum, if there is one."""
         return curriculum.size_at(self.train.block_sizes, step) or self.block_size
 
+    def phase_at(self, step: int) -> tuple[int, bool]:
+        """Block size of the update that follows `step` updates, and whether its attention is still being opened."""
+        return self.block_size_at(step), step < self.train.anneal_steps
+
+    def in_phase(self, size: int, opening: bool) -> "Config":
+        """The config of updates in such a phase."""
+        config = self if size == self.block_size else self.at_block_size(size)
+        return config if opening else dataclasses.replace(config, train=dataclasses.replace(config.train,
+                                                                                            anneal_steps=0))
+
     @property
     def trained_sizes(self) -> tuple[int, ...]:
         """Block sizes at which the model can be used."""
@@ -294,7 +304,8 @@ class Config:
     def batch_needs(self) -> tuple[str, ...]:
         """Names of the arrays that a batch brings beside tokens, segments and positions."""
         learnt = ("density",) if self.noise and self.noise.adapt == "running_loss" else ()
-        return tuple(name for name in self.diffusion.needs if name not in learnt)
+        brought = ("prompt",) if self.data and self.data.source == "sft" else ()
+        return tuple(name for name in dict.fromkeys((*self.diffusion.needs, *brought)) if name not in learnt)
 
     @classmethod
     def from_dict(cls, mapping: Mapping) -> "Config":
@@ -328,7 +339,11 @@ class Config:
               f"'{config.diffusion.kind}' draws so many views together here, use {-(-views // group) * group}")
         config.noise.schedule(config.diffusion, config.model.vocab_size)  # raises if they do not go together
         curriculum.check(config)
+        annealing.check(config)
+        shifted.check(config)
+        lora.check(config)
         density.check_config(config)
+        answers.check(config)
         rows, batch = config.compute.microbatch, config.train.batch
         check(rows == 0 or batch % rows == 0, f"compute.microbatch={rows} does not divide train.batch={batch}")
         return config

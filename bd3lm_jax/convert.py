@@ -53,6 +53,8 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, form: str, 
         raise UserError(f"dtype is {dtype!r}: a run directory keeps float32 parameters, use float32 or --format=hf")
     shard = write.parse_size(max_shard)
     model = lm.load(source, weights, allow_pickle=allow_pickle)
+    if check > model.context:
+        raise UserError(f"check is {check} tokens, expected at most {model.context}, the context of the model")
     if tokenizer:
         model = _with_tokenizer(model, source, tokenizer)
     if form == "hf":
@@ -126,9 +128,7 @@ def _write_run(model: LM, source: Path, target: Path, length: int, base: Mapping
 
 
 def compare(before: LM, after: LM, tokens: int) -> dict[str, float | int]:
-    """Logits of one row of `tokens` random tokens under both. UserError if it is longer than the context."""
-    if tokens > before.context:
-        raise UserError(f"check is {tokens} tokens, expected at most {before.context}, the context of the model")
+    """Logits of one row of `tokens` random tokens under both."""
     rows = np.random.default_rng(0).integers(0, before.config.model.vocab_size, size=(2, 1, tokens))
     x0 = rows[1] if trunk.encoder_layers(before.config.model) else None
     sigma = [SIGMA] if trunk.takes_level(before.config.model) else None

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from bd3lm_jax.models import Backbone, trunk
-from bd3lm_jax.models.trunk import Cache, Execution, Stream
+from bd3lm_jax.models.cache import Cache
+from bd3lm_jax.models.trunk import Execution, Stream
 from bd3lm_jax.sampling.generate import Finished
 
 # A loop around the layers would copy the weights of each one out of their stack in every call.
@@ -52,9 +53,82 @@ class BlockDenoiser(NamedTuple):
         if finished is not None:
             before = jnp.maximum(position - size, 0)
             clean = Stream(finished.ids, before, before // size, finished.real.astype(jnp.int32))
-        h, cache = _ask(self, params, noised, clean, cache, start - size, "block_causal", size)
-        h = jnp.take_along_axis(h[:, 0], positions_BxP[..., None], axis=1)
-        return trunk.logits(self.model, params, h, sigma), cache
+        h, cache = _ask(self, params, noised, clean, cache, start - size, "block_causal", size, positions_BxP)
+        return trunk.logits(self.model, params, h[:, 0], sigma), cache
+
+
+class AutoSizeDenoiser(NamedTuple):
+    """As `BlockDenoiser` with a block of its own in every row (`sampling/auto_size.py`). size: of the canvas; of a
+    smaller block the rest of the canvas is not seen. slots: room for a row's tokens and a canvas behind them."""
+
+    model: Backbone
+    size: int
+    slots: int
+    dtype: str
+    sigma_max: float = math.inf
+
+    def prefill(self, params, ids_BxN, real_BxN) -> Cache:
+        """A cache that holds the beginnings of the rows, as blocks of the canvas's size."""
+        return _store(self, params, ids_BxN, real_BxN, 0, self.size, "block_causal")
+
+    def __call__(self, params, canvas_BxS, start_B, size_B, before_B, finished: Finished | None, positions_BxP, level_B,
+                 cache):
+        place = jnp.arange(self.size)
+        position = start_B[:, None] + place
+        # Blocks are told apart by where they begin.
+        block, inside = jnp.broadcast_to(start_B[:, None], position.shape), place < size_B[:, None]
+        sigma = sigma_of(self.model, level_B, self.sigma_max)
+        noised = Stream(canvas_BxS[:, None], position, block, inside.astype(jnp.int32),
+                        None if sigma is None else sigma[:, None])
+        clean, write_at = None, None
+        if finished is not None:
+            clean = Stream(finished.ids, before_B[:, None] + place, jnp.broadcast_to(before_B[:, None], block.shape),
+                           finished.real.astype(jnp.int32))
+            # Where there is no block before, what is written is seen by nobody, and is overwritten later.
+            write_at = jnp.where(finished.real.any(-1), before_B, start_B)
+        out = trunk.hidden(self.model, params, noised=noised, clean=clean, cache=cache, write_at=write_at,
+                           rule="block_causal", block_size=self.size, execution=UNROLLED, dropout_keys=None,
+                           wanted_BxP=positions_BxP)
+        return trunk.logits(self.model, params, out.noised[:, 0], sigma), out.cache
+
+
+class ShiftedDenoiser(NamedTuple):
+    """A network whose outputs are one token ahead (shifted.py), asked as one whose outputs are not.
+
+    The cache is that of `denoise` beside the token before the canvas, `[B]`.
+    """
+
+    denoise: BlockDenoiser
+    form: str
+    end_id: int
+
+    def stored_before(self, first_block: int) -> int:
+        return self.denoise.stored_before(first_block)
+
+    def prefill(self, params, ids_BxN, real_BxN, origin):
+        """As `BlockDenoiser.prefill`; what stands before `origin` is not known and counts as the end token."""
+        end_Bx1 = jnp.full((len(ids_BxN), 1), self.end_id, ids_BxN.dtype)
+        ahead_BxN1 = jnp.concatenate([end_Bx1, ids_BxN], axis=1)
+        last_B = jnp.take_along_axis(ahead_BxN1, real_BxN.sum(1, keepdims=True), axis=1)[:, 0]
+        read = ids_BxN if self.form == "row" else ahead_BxN1[:, :-1]
+        return last_B, self.denoise.prefill(params, read, real_BxN, origin)
+
+    def __call__(self, params, canvas_BxS, block, finished: Finished | None, positions_BxP, level_B, cache):
+        last_B, stored = cache
+        if self.form == "row":
+            positions_BxP = jnp.maximum(positions_BxP - 1, 0)
+        else:
+            if finished is not None:
+                after_B = jnp.where(finished.real[:, -1], finished.ids[:, -1], self.end_id)
+                finished, last_B = finished._replace(ids=_behind(last_B, finished.ids)), after_B
+            canvas_BxS = _behind(last_B, canvas_BxS)
+        logits, stored = self.denoise(params, canvas_BxS, block, finished, positions_BxP, level_B, stored)
+        return logits, (last_B, stored)
+
+
+def _behind(first_B, ids_BxS):
+    """The ids moved back by one place, behind `first_B`; the last one is left out."""
+    return jnp.concatenate([first_B[:, None].astype(ids_BxS.dtype), ids_BxS[:, :-1]], axis=1)
 
 
 class CausalDenoiser(NamedTuple):
@@ -164,11 +238,11 @@ def _store(denoiser, params, ids_BxN, real_BxN, origin, block_size: int, rule: s
     return stored.rolled(origin % denoiser.slots)
 
 
-def _ask(denoiser, params, noised, clean, cache: Cache, position, rule: str, block_size: int):
+def _ask(denoiser, params, noised, clean, cache: Cache, position, rule: str, block_size: int, wanted_BxP=None):
     """Hidden states of what is predicted, and the cache with the clean stream stored at its place in the ring."""
     slot = jnp.maximum(position, 0) % denoiser.slots
     if clean is not None:
         cache = cache.forget(slot, clean.ids.shape[1])
     out = trunk.hidden(denoiser.model, params, noised=noised, clean=clean, cache=cache, write_at=slot, rule=rule,
-                       block_size=block_size, execution=UNROLLED, dropout_keys=None)
+                       block_size=block_size, execution=UNROLLED, dropout_keys=None, wanted_BxP=wanted_BxP)
     return (out.clean if noised is None else out.noised), out.cache

@@ -199,7 +199,7 @@ def _how_to_get(name: str, domain: Domain, data_dir: str) -> str:
 
 def _local(own: DataConfig, path: Path) -> DataConfig:
     jsonl = ".jsonl" in path.suffixes or (path.is_dir() and any(path.glob("*.jsonl*")))
-    return dataclasses.replace(own, source="jsonl" if jsonl else "text", path=str(path))
+    return dataclasses.replace(own, source="jsonl" if jsonl else "text", path=str(path), name="")
 
 
 def _plain(corpus: Corpus, style: str) -> Corpus:

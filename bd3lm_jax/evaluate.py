@@ -69,7 +69,8 @@ def score_views(model: Backbone, params: dict, objective: Any, noised: Any, toke
                 scored_BxL, special: SpecialIds, execution: Execution,
                 replicates: int, token_loss: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What `make_scores` returns, of given views."""
-    scored = score(model, params, objective, noised, tokens_BxL, position_BxL, segment_BxL, execution)
+    scored = score(model, params, objective, noised, tokens_BxL, position_BxL, segment_BxL, execution,
+                   end_id=special.end)
     losses = jnp.where(scored.weight_BxMxC == 0, 0, row_losses(model, params, scored, special.mask, 0, token_loss))
     place = jax.vmap(jax.vmap(lambda losses, index: jnp.zeros(tokens_BxL.shape[1]).at[index].add(losses)))
     losses_BxMxL = jnp.where(scored_BxL[:, None], place(losses, scored.index_BxMxC), 0)

@@ -12,9 +12,6 @@ WRITERS = {**SAMPLERS, simplex.NAME: simplex.SAMPLER}
 def check_fit(objective: Objective, options: Any) -> None:
     """UserError unless the sampler of the options (`options.Options`) asks what networks of this objective say."""
     name, sampler = options.sampler, WRITERS[options.sampler]
-    if not objective.writes:
-        raise UserError(f"a model of kind '{objective.kind}' predicts no masked tokens and no sampler fits it: it "
-                        "writes no texts, only its likelihood is known (eval)")
     if simplex.NAME in (name, objective.sampler):
         simplex.check(objective, options)
         return
@@ -22,11 +19,14 @@ def check_fit(objective: Objective, options: Any) -> None:
         raise UserError(f"sampler '{name}' is for masked diffusion: an autoregressive model uses first_hitting")
     if sampler.scores and not objective.scores:
         raise UserError(f"sampler '{name}' needs the log scores of an SEDD model, this one is of kind "
-                        f"'{objective.kind}': use ancestral")
+                        f"'{objective.kind}': use {objective.sampler if objective.redraws else 'ancestral'}")
     redraws = sampler.redraw is not None
     if redraws != objective.redraws:
-        does, use = ("redraws letters", "ancestral") if redraws else ("reveals masks", "uniform")
+        does, use = ("redraws letters", "ancestral") if redraws else ("reveals masks", objective.sampler)
         raise UserError(f"sampler '{name}' {does}, which a model of kind '{objective.kind}' never sees: use {use}")
+    if redraws and sampler.scores != objective.scores:
+        raise UserError(f"sampler '{name}' reads probabilities, and a model of kind '{objective.kind}' gives log "
+                        f"scores: use {objective.sampler}")
     if redraws and (options.constraint is not None or options.guidance or options.block_size is not None):
         raise UserError(f"sampler '{name}' redraws the whole block without masks: leave constraint, guidance and "
                         "block_size out")

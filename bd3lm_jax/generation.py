@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import automaton
+from bd3lm_jax import automaton, shifted
 from bd3lm_jax.approximate_cache import ApproximateDenoiser
-from bd3lm_jax.denoise import BlockDenoiser, CausalDenoiser, Guided
+from bd3lm_jax.denoise import AutoSizeDenoiser, BlockDenoiser, CausalDenoiser, Guided, ShiftedDenoiser
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.fit import WRITERS
 from bd3lm_jax.models.trunk import unstacked
 from bd3lm_jax.options import Options, check_options, is_bidirectional
 from bd3lm_jax.prompts import BUCKET, Rows, encode_prompts, prompt_rows
-from bd3lm_jax.sampling import STOPS, Asked, Progress, Request, Settings, run_blocks, simplex, start
+from bd3lm_jax.sampling import STOPS, Asked, Progress, Request, Settings, auto_size, run_blocks, simplex, start
 from bd3lm_jax.sampling.constraint import Constraint, best_block, sample_block
 
 ROWS = 64  # rows a batch at most; fewer are padded to a power of two
@@ -67,11 +67,15 @@ def _write_batch(lm, options: Options, rows: Rows):
 
 
 def _write_rows(lm, options: Options, rows: Rows, turn: int):
-    """One pass of the loop over the blocks of the rows; between stretches of blocks a look for stop strings."""
+    """One pass of the loop over the blocks of the rows; between stretches of blocks a look for stop strings (blocks of
+    chosen sizes: `finish` alone looks for them)."""
     job = begin(lm, options, rows, turn)
     size = job.plan.settings.block_size
     progress, blocks = job.progress, rows.tokens.shape[1] // size
-    if not options.stop:
+    if job.plan.sizes is not None:
+        progress = job.run(progress, rows.tokens.shape[1] // job.plan.sizes.sizes[0])
+        progress = progress._replace(tokens=progress.tokens[:, :rows.tokens.shape[1]])
+    elif not options.stop:
         progress = job.run(progress, blocks)
     else:
         for until in range(job.first_block, blocks + CHECK_EVERY, max(1, CHECK_EVERY // size)):
@@ -131,6 +135,7 @@ class Plan(NamedTuple):
     approximate_cache: str
     guided: bool
     levels: simplex.Simplex | None = None
+    sizes: auto_size.Sizes | None = None
 
 
 def begin(lm, options: Options, rows: Rows, turn: int) -> Job:
@@ -139,8 +144,10 @@ def begin(lm, options: Options, rows: Rows, turn: int) -> Job:
     size = plan.settings.block_size
     wanted = ~rows.given & (np.arange(rows.given.shape[1]) < rows.length[:, None])
     first_block = int(np.argmax(wanted.any(0))) // size
-    denoiser = make_denoiser(lm, plan)
-    stored = denoiser.stored_before(first_block)
+    if plan.sizes is None:
+        stored = make_denoiser(lm, plan).stored_before(first_block)
+    else:
+        stored = int(np.cumprod(rows.given, axis=1).sum(1).max())
     origin = -(-max(stored - plan.slots, 0) // size) * size
     prefill = min(plan.slots, -(-stored // BUCKET) * BUCKET)
     request = make_request(lm, options, rows, turn)
@@ -156,8 +163,11 @@ def begin(lm, options: Options, rows: Rows, turn: int) -> Job:
 
 def make_plan(lm, options: Options, row_length: int) -> Plan:
     """Static choices; a sliding window keeps as much context as the model was trained with."""
-    sampler, size = WRITERS[options.sampler], lm.config.block_size
-    window = options.block_size or size
+    sampler, size, sizes = WRITERS[options.sampler], lm.config.block_size, None
+    if options.block_size == auto_size.AUTO:
+        sizes = auto_size.Sizes(lm.config.trained_sizes, options.block_confidence)
+        size = sizes.sizes[-1]
+    window = size if sizes else options.block_size or size
     draw_all = None
     if options.constraint is not None:
         draw_all = sample_block if options.temperature else best_block
@@ -167,20 +177,27 @@ def make_plan(lm, options: Options, row_length: int) -> Plan:
                         min_entropy=options.min_entropy, draw_all=draw_all)
     beginning = lm.config.diffusion.causal and lm.config.diffusion.bos  # takes a slot of its own
     ring = max((lm.context // size - 1) * size, size) + beginning
-    slots = min(row_length, ring) if options.window else row_length
+    slots = min(row_length, ring) if options.window else row_length + (size if sizes else 0)
     levels = simplex.levels(lm.config.diffusion, settings.steps) if options.sampler == simplex.NAME else None
     return Plan(options.sampler, settings, slots, options.cache_dtype, options.approximate_cache,
-                bool(options.guidance), levels)
+                bool(options.guidance), levels, sizes)
 
 
 def make_denoiser(lm, plan: Plan):
     objective = lm.config.diffusion
     if objective.causal:
         return CausalDenoiser(lm.model, plan.slots, plan.cache_dtype, objective.bos, lm.special.end)
+    form = shifted.form_of(lm.config.model)
+    if form and (plan.approximate_cache or plan.sizes):
+        what = "approximate_cache" if plan.approximate_cache else f"block_size='{auto_size.AUTO}'"
+        raise UserError(f"{what} is not there for networks with model.shifted='{form}': leave it out")
+    if plan.sizes is not None:
+        return AutoSizeDenoiser(lm.model, plan.settings.block_size, plan.slots, plan.cache_dtype, objective.sigma_max)
     if plan.approximate_cache:
         return ApproximateDenoiser(lm.model, plan.settings.window, plan.slots, plan.approximate_cache,
                                    plan.settings.mask_id, plan.cache_dtype, objective.sigma_max)
-    return BlockDenoiser(lm.model, plan.settings.block_size, plan.slots, plan.cache_dtype, objective.sigma_max)
+    denoiser = BlockDenoiser(lm.model, plan.settings.block_size, plan.slots, plan.cache_dtype, objective.sigma_max)
+    return ShiftedDenoiser(denoiser, form, lm.special.end) if form else denoiser
 
 
 def make_request(lm, options: Options, rows: Rows, turn: int) -> Request:
@@ -208,6 +225,10 @@ def make_asked(lm, plan: Plan, params, request: Request, guidance) -> Asked:
 def _start(lm, plan: Plan, prefill: int, params, request: Request, tokens_BxL, first_block, stored, origin, guidance):
     denoiser = make_denoiser(lm, plan)
     ids = jnp.where(request.given, tokens_BxL, plan.settings.mask_id)
+    if plan.sizes is not None:
+        beginning = jnp.cumprod(request.given, axis=1)[:, :prefill] > 0
+        return auto_size.first(request, tokens_BxL, plan.settings,
+                               denoiser.prefill(params, ids[:, :prefill], beginning))
     if lm.config.diffusion.causal and lm.config.diffusion.bos:
         ids = jnp.pad(ids, ((0, 0), (1, 0)), constant_values=lm.special.end)
     ids = jax.lax.dynamic_slice_in_dim(ids, origin, prefill, axis=1)
@@ -220,6 +241,8 @@ def _start(lm, plan: Plan, prefill: int, params, request: Request, tokens_BxL, f
 
 def _run(lm, plan: Plan, params, request: Request, guidance, progress: Progress, until) -> Progress:
     asked = make_asked(lm, plan, params, request, guidance)
+    if plan.sizes is not None:
+        return auto_size.run_blocks(plan.sizes, auto_size.AutoAsked(*asked), request, progress, until)
     if plan.levels is not None:
         return simplex.run_blocks(plan.levels, asked, request, progress, until)
     return run_blocks(asked, request, progress, until)

@@ -128,11 +128,11 @@ def download(name: str) -> str:
                         "downloaded model") from None
 
 
-def describe(directory: str | Path) -> Described:
-    """What a published checkpoint is by its config.json alone: what its tensors say of the objective is left out."""
-    path = Path(directory) / CONFIG_FILE
-    published, form = read_config(path)
-    return form.describe(path, published, {})
+def describe(path: str | Path) -> Described:
+    """What a published checkpoint is, without its weights. UserError as for `read_model`."""
+    config_path, published, form, weights_path, stored = _open(Path(path), False)
+    tensors = plain_names(weights_path, stored, "ema", getattr(form, "rename", str))
+    return form.describe(config_path, published, {name: x.read() for name, x in tensors.items() if not x.shape})
 
 
 def read_config(path: Path) -> tuple[dict, ModuleType]:

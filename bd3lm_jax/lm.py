@@ -17,6 +17,7 @@ from bd3lm_jax.generation import Sample
 from bd3lm_jax.models import Backbone, trunk
 from bd3lm_jax.options import Options, make_options
 from bd3lm_jax.published import Described
+from bd3lm_jax.sampling.auto_size import AUTO
 from bd3lm_jax.step import SpecialIds
 
 
@@ -98,9 +99,20 @@ class LM:
     def fitted(self, options: dict[str, Any]) -> tuple["LM", dict[str, Any]]:
         """For a model with several block sizes: this model at the one that generation options name, and the others."""
         size = options.get("block_size")
-        if self.config.diffusion.kind != "mixed" or size is None:
+        if self.config.diffusion.kind != "mixed" or size in (None, AUTO):
             return self, options
         return self.at_block_size(size), {**options, "block_size": None}
+
+    def on_canvas(self, length: int) -> "LM":
+        """This model as it writes texts of `length` tokens: published networks that see whole rows, which were trained
+        on rows of many lengths, on as many places; runs on the rows that they were trained on."""
+        size = self.config.block_size
+        if self.trained is not None or not 0 < length < size or size != self.context:
+            return self
+        config, known = self._for_rows(length), self.__dict__.setdefault("_canvases", {})
+        if length not in known:
+            known[length] = LM(config, self.params, self.tokenizer, self.model, self.context, mask_id=self._mask_id)
+        return known[length]
 
     def logits(self, xt, x0=None, *, sigma=None) -> jax.Array:
         """Raw network output, float32 `[B, L, V]`, before SUBS.
@@ -129,6 +141,7 @@ class LM:
         a whole split: `python -m launch eval`). draws: independent ones.
         """
         tokens = np.asarray(self._check_ids(tokens))
+        self._check_mask()
         if (tokens == self.special.mask).any():
             raise UserError(f"the tokens hold the mask token {self.special.mask}, which is never part of a text")
         objective = self.config.diffusion
@@ -182,16 +195,18 @@ class LM:
         `options.Options` (sampler, temperature, top_k, top_p, steps, threshold, stop, window, seed, ...). Request i
         is keyed by (seed, i), whatever else is in the batch.
         """
+        self._check_mask()
         lm, options = self.fitted(options)
-        return generation.generate(lm, prompts, num, length, lm._options(options))
+        return generation.generate(lm.on_canvas(length), prompts, num, length, lm._options(options))
 
     def stream(self, prompt=None, *, length: int, **options) -> Iterator[stream.Committed | stream.Revision]:
         """The text of one prompt while it is written: `Committed(text)` stays, `Revision(text)` is the present block.
 
         The same tokens as `generate` writes with the same options.
         """
+        self._check_mask()
         lm, options = self.fitted(options)
-        return stream.watch(lm, prompt, length, lm._options(options))
+        return stream.watch(lm.on_canvas(length), prompt, length, lm._options(options))
 
     def infill(self, texts, *, draws: int = 4, **options) -> list[infill.Infill]:
         """Fill `[MASK]`, `[MASK:n]` and `[MASK:a-b]` in texts; see `infill.infill`."""
@@ -200,7 +215,7 @@ class LM:
 
     def _options(self, given: dict[str, Any]) -> Options:
         """With the sampler that such a model is used with, unless another one is named."""
-        return make_options(**{"sampler": self.config.diffusion.sampler or "first_hitting"} | given)
+        return make_options(**{"sampler": self.config.diffusion.sampler} | given)
 
     def score(self, prompts, continuations, *, estimator: str = "exact_count", draws: int = 4, seed: int = 0,
               greedy: bool = False, batch: int = 16) -> list[conditional.Score]:
@@ -267,6 +282,11 @@ class LM:
             raise UserError(f"rows have {ids.shape[1]} tokens, expected at most {self.context}, what the model was "
                             "trained on")
         return jnp.asarray(ids, jnp.int32)
+
+    def _check_mask(self) -> None:
+        if self.config.diffusion.masks and not self.config.diffusion.causal and self.special.mask < 0:
+            raise UserError("this model fills in masked tokens, and neither its config.json (mask_token_id) nor its "
+                            "tokenizer says which token is the mask: name it in config.json")
 
     def _check_sigma(self, sigma, shape) -> jax.Array | None:
         if not trunk.takes_level(self.config.model):

@@ -87,7 +87,8 @@ def block_losses(model: Backbone, params: Any, objective: Any, special: SpecialI
 
     rows: `tokens`, `positions` and `segments`, int32 `[B, L]`.
     """
-    scored = score(model, params, objective, noised, rows["tokens"], rows["positions"], rows["segments"], execution)
+    scored = score(model, params, objective, noised, rows["tokens"], rows["positions"], rows["segments"], execution,
+                   end_id=special.end)
     nats_BxMxC = row_losses(model, params, scored, special.mask, 0, objective.token_loss) * scored.weight_BxMxC
     n_BxK = corrupt.maskable_counts(rows["segments"] != 0, objective.block_size)
     add = jax.vmap(jax.vmap(lambda nats, block: jnp.zeros(n_BxK.shape[-1]).at[block].add(nats)))

@@ -6,8 +6,9 @@ from typing import Any
 from bd3lm_jax.approximate_cache import KINDS
 from bd3lm_jax.errors import UserError, lookup, nearest
 from bd3lm_jax.fit import WRITERS, check_fit
-from bd3lm_jax.models.trunk import CACHE_DTYPES
+from bd3lm_jax.models import cache
 from bd3lm_jax.sampling import Filters
+from bd3lm_jax.sampling.auto_size import AUTO
 from bd3lm_jax.sampling.filters import check_filters
 
 
@@ -18,7 +19,8 @@ class Options:
     sampler: one of `fit.WRITERS`. temperature, top_k, top_p, min_p, repetition_penalty: see
     `sampling/filters.py`. forbidden: ids never drawn. steps, threshold: of the sampler; None: its usual ones.
     block_size: what the model was trained with, or for a bidirectional model (MDLM) the stretch that is written at a
-    time, left to right; None: all of it (a model trained with several sizes: any of them, None its usual one).
+    time, left to right; None: all of it (a model trained with several sizes: any of them, None its usual one, or
+    "auto", see `sampling/auto_size.py`). block_confidence: of "auto", how sure the model must be for a larger block.
     stop: strings that end a text. min_length: new tokens before an end token.
     min_entropy: a text whose last 256 tokens have a lower unigram entropy (nats) is given up; the paper uses 4.
     window: texts may be longer than what the model was trained on (see `denoise.py`; MDLM slides by half its length).
@@ -38,7 +40,8 @@ class Options:
     forbidden: tuple[int, ...] = ()
     steps: int | None = None
     threshold: float | None = None
-    block_size: int | None = None
+    block_size: int | str | None = None
+    block_confidence: float = 0.5
     stop: tuple[str, ...] = ()
     min_length: int = 0
     min_entropy: float | None = None
@@ -72,8 +75,8 @@ def check_options(lm, options: Options) -> None:
     """UserError for options out of range or that do not fit the model."""
     lookup(WRITERS, options.sampler, "sampler")
     check_filters(options.filters)
-    if options.cache_dtype not in CACHE_DTYPES:
-        lookup(dict.fromkeys(CACHE_DTYPES), options.cache_dtype, "cache_dtype")
+    if options.cache_dtype not in cache.DTYPES:
+        lookup(dict.fromkeys(cache.DTYPES), options.cache_dtype, "cache_dtype")
     size = lm.config.block_size
     check_fit(lm.config.diffusion, options)
     if options.steps is not None and options.steps < 1:
@@ -82,10 +85,7 @@ def check_options(lm, options: Options) -> None:
         raise UserError(f"threshold is {options.threshold}, expected at least 0")
     if options.min_length < 0:
         raise UserError(f"min_length is {options.min_length}, expected at least 0")
-    if options.block_size not in (None, size) and not (is_bidirectional(lm) and options.block_size > 0
-                                                       and size % options.block_size == 0):
-        expected = f"a divisor of {size}" if is_bidirectional(lm) else f"{size}, the one it was trained with"
-        raise UserError(f"block_size is {options.block_size}, expected {expected}")
+    _check_block_size(lm, options)
     if WRITERS[options.sampler].rewrites and options.block_size not in (None, size):
         raise UserError(f"sampler '{options.sampler}' rewrites the whole block: leave block_size out")
     _check_approximate_cache(lm, options)
@@ -107,6 +107,28 @@ def check_options(lm, options: Options) -> None:
         raise UserError("stop strings need a tokenizer, and this checkpoint has none")
     if any(not text for text in options.stop):
         raise UserError("a stop string is empty, expected at least one character")
+
+
+def _check_block_size(lm, options: Options) -> None:
+    asked, size = options.block_size, lm.config.block_size
+    if asked == AUTO and lm.config.diffusion.kind == "mixed":
+        _check_auto_size(options)
+    elif is_bidirectional(lm):
+        if asked is not None and not (isinstance(asked, int) and asked > 0 and size % asked == 0):
+            raise UserError(f"block_size is {asked}, expected a divisor of {size}")
+    elif asked not in (None, size):
+        raise UserError(f"block_size is {asked}, expected {size}, the one it was trained with")
+
+
+def _check_auto_size(options: Options) -> None:
+    if not 0 <= options.block_confidence <= 1:
+        raise UserError(f"block_confidence is {options.block_confidence}, expected 0 to 1, a probability")
+    refused = {"window": options.window, "constraint": options.constraint is not None, "guidance": options.guidance,
+               "min_entropy": options.min_entropy is not None}
+    given = [name for name, value in refused.items() if value]
+    if given:
+        raise UserError(f"block_size='{AUTO}' gives every row blocks of its own, which does not go with "
+                        f"{', '.join(given)}: leave that out, or name a block size")
 
 
 def _check_approximate_cache(lm, options: Options) -> None:

@@ -38,22 +38,23 @@ def one_stream(*args, **kwargs) -> jax.Array:
 
 def two_stream_out(model: Backbone, params: dict, xt_BxMxL, x0_BxL, position_BxL, segment_BxL, *, block_size: int,
                    sizes: RowSizes | None = None, sigma_BxMxn=None, clean_sigma_Bx1=None, execution: Execution,
-                   dropout_keys=None) -> Out:
+                   dropout_keys=None, sees_BxL=None) -> Out:
     """M noised views, every block seeing the clean blocks before it (BD3-LM eq. 6).
 
     The last clean block is read by nobody and left out; with one block a row (MDLM) there is no clean stream.
     xt: ids, or float `[B, M, L, V]` as in `trunk.Stream`. sizes: of each row's blocks where they differ; block_size is
     then the largest, and only the smallest is left out. sigma: noise level of each n-th part of the row, clean_sigma:
     one for the whole row (published checkpoints); None is the constant 0 (and all that networks without time
-    conditioning take).
+    conditioning take). sees: the last position that each token sees (annealing.py), None: all of its block.
     """
     length = x0_BxL.shape[1]
     block = position_BxL // (block_size if sizes is None else sizes.size_B[:, None])
     smallest = None if sizes is None else sizes.smallest
-    noised = Stream(xt_BxMxL, position_BxL, block, segment_BxL, sigma_BxMxn)
+    noised = Stream(xt_BxMxL, position_BxL, block, segment_BxL, sigma_BxMxn, sees_BxL)
     clean, kept = None, length - (smallest or block_size)
     if kept > 0:
-        clean = Stream(*(x[:, :kept] for x in (x0_BxL, position_BxL, block, segment_BxL)), clean_sigma_Bx1)
+        clean = Stream(*(x[:, :kept] for x in (x0_BxL, position_BxL, block, segment_BxL)), clean_sigma_Bx1,
+                       None if sees_BxL is None else sees_BxL[:, :kept])
     return _run(model, params, noised, clean, "block_causal", block_size, execution, dropout_keys, smallest)
 
 

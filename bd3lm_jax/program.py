@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bd3lm_jax import models, optim, sharding
+from bd3lm_jax import lora, models, optim, sharding
 from bd3lm_jax.config import Config
 from bd3lm_jax.models import Backbone, trunk
-from bd3lm_jax.state import TrainState
-from bd3lm_jax.step import LEARNT, SpecialIds, make_step
+from bd3lm_jax.state import LEARNT, LORA, TrainState, trained
+from bd3lm_jax.step import SpecialIds, make_step
 
 OWN = 0x6C656172  # tells the random numbers of the objective's own parameters from the network's
 BATCH_KEYS = ("tokens", "segments", "positions")
@@ -59,10 +59,10 @@ class Program:
         return self._step(self.config)
 
     def steps(self) -> dict:
-        """`step` for every block size of the run, by size; each is compiled when it is first used, and once."""
-        sizes = {size for _, size in self.config.train.block_sizes}
-        return {size: self._step(self.config.at_block_size(size)) for size in sizes} or {
-            self.config.block_size: self.step()}
+        """`step` for every phase of the run (`Config.phase_at`); each is compiled when it is first used, and once."""
+        train = self.config.train
+        starts = (0, train.anneal_steps, *(step for step, _ in train.block_sizes))
+        return {phase: self._step(self.config.in_phase(*phase)) for phase in map(self.config.phase_at, starts)}
 
     def _step(self, config: Config):
         return jax.jit(make_step(config, self.model, self.tx, self.special), donate_argnums=0,
@@ -82,9 +82,12 @@ class Program:
             return self.step().lower(*self.arguments()).compile()
 
 
-def init_params(model: Backbone, objective: Any, key: jax.Array) -> dict:
-    """Random parameters of the network, and with an objective that learns its own, under LEARNT."""
-    params = trunk.init(model, key)
+def init_params(model: Backbone, config: Config, key: jax.Array) -> dict:
+    """Random parameters of the network; under LORA its low-rank updates, if these are trained, and under LEARNT the
+    parameters of an objective that has its own."""
+    params, objective = trunk.init(model, key), config.diffusion
+    if config.train.lora_rank:
+        params[LORA] = lora.init(model, params, config.train.lora_rank, key)
     if not objective.learns:
         return params
     own_key = jax.random.fold_in(key, OWN)
@@ -104,7 +107,7 @@ def bytes_needed(compiled: jax.stages.Compiled) -> int:
 
 
 def _initial_state(config: Config, model: Backbone, tx: optax.GradientTransformation) -> TrainState:
-    params = init_params(model, config.diffusion, jax.random.key(config.seed))
+    params = init_params(model, config, jax.random.key(config.seed))
     ema = jax.tree.map(jnp.copy, params) if config.optim.ema > 0 else {}
     noise = config.schedule.first() if config.schedule else {}
-    return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(params), noise)
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(trained(params)), noise)

@@ -42,7 +42,7 @@ def closing(run: Any, weights: Any, valid: dict, evaluator: Any) -> None:
     if hasattr(config.schedule, "law"):
         plots.noise_over_steps(run.workdir)
     note(f"plots in {Path(run.workdir) / 'plots'}")
-    if config.eval.samples and config.diffusion.writes:
+    if config.eval.samples:
         _samples(run, weights)
     numbers = {split: {key: value for key, value in estimate.items() if key != "wall_s"}
                for split, (_, estimate) in splits.items()}

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from bd3lm_jax import hf, models, passes, rundir, sharding
+from bd3lm_jax import hf, lora, models, passes, rundir, sharding
 from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.config import SECTIONS, ComputeConfig, Config, DataConfig, EvalConfig
 from bd3lm_jax.data.tokenizers import Tokenizer
@@ -36,13 +36,13 @@ def restore(workdir: str | os.PathLike, weights: str, dtype: str | None, mesh: M
     """
     config, tokenizer = rundir.read(workdir)
     model = models.build(config.model, passes.compute_dtype(dtype or config.compute.dtype))
-    abstract = jax.eval_shape(lambda: init_params(model, config.diffusion, jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: init_params(model, config, jax.random.key(0)))
     if mesh is not None:
         abstract = sharding.with_shardings(abstract, sharding.param_shardings(abstract, mesh))
     with Checkpoints(workdir, 1, read_only=True) as checkpoints:
         params, meta, step = checkpoints.restore_params(weights, abstract)
     rundir.check_tokenizer(tokenizer, meta["tokenizer"], f"the checkpoint in {workdir}")
-    return Restored(config, tokenizer, model, params, meta, step)
+    return Restored(config, tokenizer, model, lora.merge(params, config.train), meta, step)
 
 
 def restore_published(path: str | os.PathLike, weights: str, mesh: Mesh, length: int) -> Restored:

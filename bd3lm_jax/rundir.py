@@ -17,7 +17,9 @@ ADDED = {  # keys that the run directories of earlier versions lack, with values
     "data": {"density": "", "density_fraction": 1.0},
     "compute": {"loss_chunk": 0},
 }
-ADDED_BY_KIND = {"masked": {"complement": False}, "dit": {"decoder_layers": 0}}  # the same for objectives, networks
+ADDED_BY_KIND = {  # the same for objectives and networks
+    "masked": {"complement": False}, "dit": {"decoder_layers": 0, "shifted": ""},
+}
 
 
 def resolve(config: Config, tokenizer: Tokenizer) -> Config:
@@ -69,11 +71,6 @@ def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:
                         f"--from={path} --to=DIR --format=native makes one")
     stored.pop("config_sha256", None)
     return Config.from_dict(_brought_up_to_date(stored)), load_tokenizer(path / TOKENIZER)
-
-
-def is_published(path: str | os.PathLike) -> bool:
-    """Whether a directory holds a published checkpoint (its config.json names a model_type), not a run."""
-    return (Path(path) / CONFIG).exists() and "model_type" in _stored(Path(path))
 
 
 def _stored(path: Path) -> dict:

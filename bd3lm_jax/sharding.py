@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.state import TrainState
+from bd3lm_jax.state import TrainState, trained
 
 if TYPE_CHECKING:
     from bd3lm_jax.config import MeshConfig
@@ -36,6 +36,7 @@ RULES = (
     (r"blocks\d*/qkv/bias", P(None, None, "tensor", None)),
     (r"blocks\d*/[qkv]/kernel", P(None, "fsdp", "tensor", None)),
     (r"blocks\d*/[qkv]/bias", P(None, "tensor", None)),
+    (r"blocks\d*/grouped_qkv/kernel", P(None, "fsdp", "tensor", None, None)),
     (r"blocks\d*/out/kernel", P(None, "tensor", None, "fsdp")),
     (r"blocks\d*/out/bias", P()),
     (r"blocks\d*/gated_in/kernel", P(None, "fsdp", None, "tensor")),
@@ -58,6 +59,7 @@ RULES = (
     (r"head/linear/kernel", P("fsdp", "tensor")),
     (r"head/linear/bias", P("tensor")),
     (r"objective/\w+", P()),
+    (r"lora/.*", P()),
 )
 
 
@@ -119,7 +121,7 @@ def state_shardings(tx: optax.GradientTransformation, abstract_state: TrainState
     """TrainState of NamedSharding for a state from `jax.eval_shape`: moments and average lie where their weights do."""
     params = param_shardings(abstract_state.params, mesh)
     replicated = NamedSharding(mesh, P())
-    opt_state = optax.tree_map_params(tx, lambda _, sharding: sharding, abstract_state.opt_state, params,
+    opt_state = optax.tree_map_params(tx, lambda _, sharding: sharding, abstract_state.opt_state, trained(params),
                                       transform_non_params=lambda _: replicated)
     noise = dict.fromkeys(abstract_state.noise, replicated)
     return TrainState(replicated, params, params if abstract_state.ema else {}, opt_state, noise)

@@ -6,6 +6,10 @@ import flax.struct
 import jax
 
 
+LORA = "lora"  # name of low-rank updates among the parameters (lora.py)
+LEARNT = "objective"  # name of the objective's own parameters among those of the network
+
+
 @flax.struct.dataclass
 class TrainState:
     """All of a run's memory: the batch and the noise of a step are functions of (seed, step).
@@ -19,3 +23,8 @@ class TrainState:
     ema: Any
     opt_state: Any
     noise: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
+
+
+def trained(params: dict) -> dict:
+    """What is trained of the parameters: all of them, or where there are low-rank updates, not the network's own."""
+    return {name: x for name, x in params.items() if LORA not in params or name in (LORA, LEARNT)}

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bd3lm_jax import optim, passes
+from bd3lm_jax import annealing, answers, lora, optim, passes, shifted
 from bd3lm_jax.config import Config
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.diffusion.running import RunningLoss
@@ -18,13 +18,9 @@ from bd3lm_jax.loss import Output, TokenLoss, general_losses, token_losses, weig
 from bd3lm_jax.models import Backbone, trunk
 from bd3lm_jax.passes import Execution
 from bd3lm_jax.sharding import BATCH_AXES, batch_devices, constrain
-from bd3lm_jax.state import TrainState
+from bd3lm_jax.state import LEARNT, TrainState, trained
 
 PREPARE = 0x70726570  # tells what an objective does to a batch from its noise
-
-
-LEARNT = "objective"  # name of the objective's own parameters among those of the network
-
 
 @dataclasses.dataclass(frozen=True)
 class SpecialIds:
@@ -59,8 +55,11 @@ class Scored(NamedTuple):
 
 
 def score(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_BxL, position_BxL, segment_BxL,
-          execution: Execution, dropout_keys=None) -> Scored:
-    """The network on noised rows, up to its output layer. A row that masks more than its capacity has weight NaN."""
+          execution: Execution, dropout_keys=None, sees_BxL=None, end_id: int = -1) -> Scored:
+    """The network on noised rows, up to its output layer. A row that masks more than its capacity has weight NaN.
+
+    sees_BxL: as for `passes.two_stream`. end_id: read by networks with outputs one token ahead (shifted.py).
+    """
     takes_level, tokens_B = trunk.takes_level(model.config), (segment_BxL != 0).sum(1)
     noised = noised.replace(sigma_BxMxK=jnp.minimum(noised.sigma_BxMxK, objective.sigma_max))
     sigma = noised.sigma_BxMxK if takes_level else None
@@ -76,13 +75,15 @@ def score(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_
         largest, sizes = objective.block_size, None
         if noised.size_B is not None:
             largest, sizes = objective.sizes[-1], passes.RowSizes(noised.size_B, objective.sizes[0])
-        inputs = noised.xt_BxMxL
+        inputs, clean, form = noised.xt_BxMxL, tokens_BxL, shifted.form_of(model.config)
         if objective.mixtures is not None:
             inputs = objective.mixtures(noised, tokens_BxL, model.config.vocab_size)
-        out = passes.two_stream_out(model, params, inputs, tokens_BxL, position_BxL, segment_BxL,
+        if form == "block":
+            inputs, clean = shifted.inputs(inputs, clean, position_BxL, largest, end_id)
+        out = passes.two_stream_out(model, params, inputs, clean, position_BxL, segment_BxL,
                                     block_size=largest, sizes=sizes, sigma_BxMxn=sigma, execution=execution,
-                                    dropout_keys=dropout_keys)
-        h = out.noised
+                                    dropout_keys=dropout_keys, sees_BxL=sees_BxL)
+        h = shifted.outputs(out.noised) if form == "row" else out.noised
     weight, xt, length = noised.weight_BxMxL, noised.xt_BxMxL, tokens_BxL.shape[1]
     target = jnp.broadcast_to(tokens_BxL[:, None], xt.shape)
     index = jnp.broadcast_to(jnp.arange(length), target.shape)
@@ -174,11 +175,12 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
     objective, schedule = config.diffusion, config.schedule
     learns = schedule is not None and schedule.learns
 
-    def loss_of(params, weight_BxMxL, rows):
+    def loss_of(ours, params, weight_BxMxL, rows):
+        params = lora.merged(params | ours, lora.scale_of(config.train))
         keys = rows["dropout_keys"] if config.model.dropout > 0 else None
         noised = rows["noised"].replace(weight_BxMxL=weight_BxMxL)
         scored = score(model, params, objective, noised, rows["tokens"], rows["positions"], rows["segments"],
-                       execution, keys)
+                       execution, keys, rows.get("sees"), special.end)
         token_loss = objective.token_loss
         if token_loss is not None and objective.learns:
             token_loss = functools.partial(token_loss, learnt=params[LEARNT])
@@ -186,11 +188,13 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
                                        objective.mean_term)
 
     def gradients(params, rows):
-        """Loss, its gradient, and what the schedule sees of the losses: the derivatives in the weights."""
+        """Loss, its gradient in what is trained, and what the schedule sees of the losses: the derivatives in their
+        weights."""
         weight_BxMxL = rows["noised"].weight_BxMxL
         if not learns and not objective.learns:
-            return *jax.value_and_grad(loss_of)(params, weight_BxMxL, rows), {}
-        total, (grads, losses_BxMxL) = jax.value_and_grad(loss_of, argnums=(0, 1))(params, weight_BxMxL, rows)
+            return *jax.value_and_grad(loss_of)(trained(params), params, weight_BxMxL, rows), {}
+        total, (grads, losses_BxMxL) = jax.value_and_grad(loss_of, argnums=(0, 2))(trained(params), params,
+                                                                                   weight_BxMxL, rows)
         if objective.learns:
             own = objective.noise_gradient(told(params), rows["noised"], rows["tokens"], rows["segments"], losses_BxMxL)
             grads = {**grads, LEARNT: jax.tree.map(jnp.add, grads[LEARNT], own)}
@@ -205,17 +209,20 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
                             told(state.params))
         dropout_keys = jax.vmap(lambda row: jax.random.fold_in(dropout_key, row))(jnp.arange(tokens.shape[0]))
         rows = {**batch, "noised": noised, "dropout_keys": dropout_keys}
+        if config.train.anneal_steps:
+            rows["sees"] = annealing.last_seen(key, state.step, config.train.anneal_steps, batch["positions"],
+                                               objective.block_size)
         total, grads, seen = sum_over_rows(lambda part: gradients(state.params, part), rows,
                                            config.compute.microbatch or tokens.shape[0])
-        scored = noised.weight_BxMxL > 0 if objective.causal else batch["segments"] != 0
+        scored = noised.weight_BxMxL > 0 if objective.causal else answers.maskable(objective, batch) != 0
         count = config.train.views * jnp.maximum(jnp.sum(scored), 1).astype(jnp.float32)
         loss, grads = total / count, jax.tree.map(lambda g: g / count, grads)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         def update(params, ema, opt_state, noise):
-            updates, opt_state = tx.update(grads, opt_state, params)
-            params = optax.apply_updates(params, updates)
+            updates, opt_state = tx.update(grads, opt_state, trained(params))
+            params = params | optax.apply_updates(trained(params), updates)
             ema = optim.update_ema(ema, params, config.optim.ema, state.step + 1)
             return params, ema, opt_state, schedule.learn(noise, seen) if learns else noise
 
@@ -240,14 +247,14 @@ def draw_noise(config: Config, special: SpecialIds, key, batch: dict, views: int
     learnt: as `told` gives it.
     """
     objective, schedule = config.diffusion, config.schedule
-    arguments = key, batch["tokens"], batch["segments"], views, special.mask, special.end
-    needed = {name: batch[name] for name in config.batch_needs} | ({} if learnt is None else {"learnt": learnt})
+    arguments = key, batch["tokens"], answers.maskable(objective, batch), views, special.mask, special.end
+    needed = {name: batch[name] for name in config.batch_needs if name in objective.needs}
+    needed |= {} if learnt is None else {"learnt": learnt}
     if isinstance(schedule, RunningLoss):
         needed["density"] = schedule.density(noise, batch["tokens"])
-    if schedule is None or isinstance(schedule, RunningLoss):
-        return objective.corrupt(*arguments, **needed)
-    return objective.corrupt(*arguments, schedule.law(noise, batch["tokens"].shape[1] // objective.block_size),
-                             **needed)
+    if schedule is not None and not isinstance(schedule, RunningLoss):
+        arguments += schedule.law(noise, batch["tokens"].shape[1] // objective.block_size),
+    return answers.weighed(objective, batch, objective.corrupt(*arguments, **needed))
 
 
 def sum_over_rows(function: Callable[[dict], Any], rows: dict, microbatch: int) -> Any:

@@ -18,6 +18,7 @@ from bd3lm_jax.generation import Sample
 from bd3lm_jax.options import Options, check_options
 from bd3lm_jax.prompts import Rows, encode_prompts, prompt_rows
 from bd3lm_jax.sampling import SAMPLERS, STOPS, simplex
+from bd3lm_jax.sampling.auto_size import AUTO
 from bd3lm_jax.sampling.generate import close_block, open_block, reveal, writing
 
 MASK_SIGN, END_SIGN = "░", "∎"
@@ -71,6 +72,9 @@ def stream(lm, prompts: Sequence | None, num: int, length: int, options: Options
     if options.sampler == simplex.NAME:
         raise UserError("a text of simplex diffusion is not watched step by step, every step draws all of a block: use "
                         "generate, or sample without --animate and --trace")
+    if options.block_size == AUTO:
+        raise UserError(f"block_size='{AUTO}' is not watched, every row has blocks of its own: name a block size, or "
+                        "use generate, or sample without --animate and --trace")
     prompts = encode_prompts(lm, prompts, num, length, options.window)
     if len(prompts) > generation.ROWS:
         raise UserError(f"{len(prompts)} texts are asked for, expected at most {generation.ROWS} to watch at a time")

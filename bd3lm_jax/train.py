@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import adapt, memory, optim, passes, profiling, report, rundir, sharding
+from bd3lm_jax import adapt, lora, memory, optim, passes, profiling, report, rundir, sharding
 from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.config import Config
 from bd3lm_jax.data.loader import Loader, prefetch
@@ -25,8 +25,8 @@ from bd3lm_jax.log import RunLog, note, read_metrics
 from bd3lm_jax.noise import Chooser
 from bd3lm_jax.profiling import Profiler
 from bd3lm_jax.program import Program
-from bd3lm_jax.state import TrainState
-from bd3lm_jax.step import LEARNT, SpecialIds
+from bd3lm_jax.state import LEARNT, LORA, TrainState
+from bd3lm_jax.step import SpecialIds
 
 PREFETCH = 2  # batches placed ahead of the step, at least
 SHOWN_COUNTS = 32  # larger blocks log their NLL at powers of two masked tokens only
@@ -61,7 +61,7 @@ def train(config: Config, workdir: str, profile: bool = False) -> dict[str, Any]
         with (RunLog(run.workdir, run.config.train.steps, start_step=start) as log, _termination() as stop,
               Profiler(run.workdir, start + profiling.FIRST, profiling.STEPS if profile else 0) as profiler):
             state, step_ms, valid = _loop(run, state, losses, checkpoints, evaluator, log, stop, profiler)
-        weights = state.ema or state.params
+        weights = _weights(run, state)
         valid = valid or _validate(run, evaluator, weights, whole=True)
     report.closing(run, weights, valid, evaluator)
     lines = read_metrics(run.workdir)
@@ -73,10 +73,6 @@ def train(config: Config, workdir: str, profile: bool = False) -> dict[str, Any]
 
 def set_up(config: Config, workdir: str) -> Run:
     """Read the data, check everything that can be wrong and claim the run directory; nothing is computed yet."""
-    for name in config.batch_needs:
-        if name != "density":
-            raise UserError(f"this objective of kind '{config.diffusion.kind}' needs '{name}' of every token, which no "
-                            "data source brings")
     mesh = sharding.make_mesh(config.mesh)
     tokenizer = prepare_tokenizer(config.data)
     config = rundir.resolve(config, tokenizer)
@@ -116,7 +112,7 @@ def _first_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, list[f
         state = jax.block_until_ready(run.program.initial_state())
     if not run.config.train.init_from:
         return state, []
-    network = {name: x for name, x in placed.params.items() if name != LEARNT}
+    network = {name: x for name, x in placed.params.items() if name not in (LEARNT, LORA)}
     params = state.params | adapt.first_weights(run.config, run.program.model, run.tokenizer, network,
                                                 run.program.mesh)  # an objective's own parameters begin anew
     ema = jax.tree.map(jnp.copy, params) if state.ema else {}
@@ -142,7 +138,7 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
         for step, (ids, batch) in zip(range(start, config.train.steps), batches):
             profiler.step(step, state)
             with memory.explained(program):
-                state, metrics = step_fns[config.block_size_at(step)](state, batch)
+                state, metrics = step_fns[config.phase_at(step)](state, batch)
                 values = _read(run, pending, clock) if pending is not None else None
             if values is not None:
                 window.add(*values, {}, {}, clock, log)
@@ -154,7 +150,7 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
                 values = _read(run, pending, clock)
                 valid, noise = {}, {}
                 if validating:
-                    valid = _validate(run, evaluator, state.ema or state.params, whole=last)
+                    valid = _validate(run, evaluator, _weights(run, state), whole=last)
                     state, noise = choose_noise(state, lambda at: loader.get(at)[1], done)
                 window.add(*values, valid, noise, clock, log)
                 pending = None
@@ -167,6 +163,11 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
                 raise Preempted(f"stopped by SIGTERM after step {done}, which is saved in {run.workdir}: run the same "
                                 "command again to go on")
     return state, clock.median_ms(), valid
+
+
+def _weights(run: Run, state: TrainState) -> dict:
+    """What is evaluated: the average if there is one, with low-rank updates in their matrices."""
+    return lora.merge(state.ema or state.params, run.config.train)
 
 
 def _validate(run: Run, evaluator: Evaluator, weights, whole: bool) -> dict:

@@ -52,7 +52,7 @@ MODELS = {  # beside the paper's transformer: name -> its `model` section, at th
     "bert": {"kind": "bert", "vocab_size": -1, **SIZES["small"], "hidden": 3072, "dropout": 0.1, "positions": 256,
              "unused_positions": 0, "token_types": 1, "norm_eps": 1e-12},
     "gpt2": {"kind": "gpt2", "vocab_size": -1, **SIZES["small"], "hidden": 3072, "dropout": 0.1, "positions": 256,
-             "norm_eps": 1e-5},
+             "norm_eps": 1e-5, "shifted": ""},
     "modernbert": {"kind": "modernbert", "vocab_size": -1, **SIZES["small"], "hidden": 1152, "dropout": 0.0,
                    "window": 64, "local_layers": (1, 2, 4, 5, 7, 8, 10, 11), "rope_base": 160_000.0,
                    "local_rope_base": 10_000.0, "norm_eps": 1e-5},
@@ -74,7 +74,7 @@ def base() -> ConfigDict:
         "model": {
             "kind": "dit", "vocab_size": -1, **SIZES["small"], "mlp_ratio": 4, "dropout": 0.1, "adaln": True,
             "cond_dim": 128, "time_conditioning": False, "rope_base": 10_000.0,
-            "decoder_layers": 0,
+            "decoder_layers": 0, "shifted": "",
         },
         "diffusion": {
             "kind": "masked", "block_size": 4, "schedule": "loglinear", "corruption": "bernoulli", "count_probs": (),

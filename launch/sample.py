@@ -9,7 +9,7 @@
 
 Flags by purpose:
   what          --workdir --weights --num --length --prompt --seed
-  speed         --prefer --settings or by hand --sampler --steps --threshold --block_size
+  speed         --prefer --settings or by hand --sampler --steps --threshold --block_size --block_confidence
   choice        --temperature --top_k --top_p --min_p --repetition_penalty --guidance --constraint --json_schema
                 --forced
   ends          --stop --min_length --min_entropy
@@ -30,8 +30,8 @@ from absl import flags
 
 TAKES_CONFIG = False
 OPTIONS = ("sampler", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "steps", "threshold",
-           "block_size", "stop", "min_length", "min_entropy", "window", "cache_dtype", "approximate_cache",
-           "guidance", "constraint", "seed")  # what is given goes to LM.generate
+           "block_size", "block_confidence", "stop", "min_length", "min_entropy", "window", "cache_dtype",
+           "approximate_cache", "guidance", "constraint", "seed")  # what is given goes to LM.generate
 
 
 def define(values: flags.FlagValues) -> None:
@@ -65,9 +65,11 @@ def _define_speed(values: flags.FlagValues) -> None:
                          flag_values=values)
     flags.DEFINE_float("threshold", None, "the sampler's number: probability, factor, nats, eta; by default its usual "
                        "one", lower_bound=0.0, flag_values=values)
-    flags.DEFINE_integer("block_size", None, "of a bidirectional model: tokens written at a time, left to right; of "
-                         "one that was trained with several sizes: one of them",
-                         lower_bound=1, flag_values=values)
+    flags.DEFINE_string("block_size", None, "of a bidirectional model: tokens written at a time, left to right; of one "
+                        "that was trained with several sizes: one of them, or auto, each next block's by how sure the "
+                        "model is", flag_values=values)
+    flags.DEFINE_float("block_confidence", 0.5, "of --block_size=auto: mean probability of the likeliest tokens that a "
+                       "larger block needs", lower_bound=0.0, upper_bound=1.0, flag_values=values)
 
 
 def _define_choice(values: flags.FlagValues) -> None:
@@ -117,6 +119,7 @@ def main(args: flags.FlagValues) -> dict:
     chosen, source = _choose(args, lm)
     lm, chosen = lm.fitted(chosen)
     length, options = args.length or min(256, lm.context), make_options(**chosen)
+    lm = lm.on_canvas(length)
     start = time.perf_counter()
     if args.animate or args.trace:
         samples = _watch(args, lm, length, options)
@@ -152,6 +155,8 @@ def _choose(args: flags.FlagValues, lm) -> tuple[dict, str]:
     from bd3lm_jax.errors import UserError
 
     given = {name: args[name].value for name in OPTIONS if args[name].present}
+    if "block_size" in given:
+        given["block_size"] = _block_size(given["block_size"])
     if args.json_schema:
         if args.constraint is not None:
             raise UserError("--constraint and --json_schema are two constraints: give one of them")
@@ -161,6 +166,15 @@ def _choose(args: flags.FlagValues, lm) -> tuple[dict, str]:
     chosen, source = settings.settings_for(lm, args.workdir, args.settings, args.prefer or "")
     usual = {"seed": args.seed, "sampler": lm.config.diffusion.sampler}
     return usual | settings.merged(chosen, given), source
+
+
+def _block_size(word: str) -> int | str:
+    from bd3lm_jax.errors import UserError
+    from bd3lm_jax.sampling.auto_size import AUTO
+
+    if word != AUTO and not (word.isdecimal() and int(word) > 0):
+        raise UserError(f"--block_size={word}: expected a positive whole number, or {AUTO}")
+    return word if word == AUTO else int(word)
 
 
 def _forced(words: list[str]) -> dict[str, str]:
@@ -202,8 +216,11 @@ def _used(lm, options) -> dict:
     dtype = jnp.dtype(lm.model.dtype).name if options.cache_dtype == "compute" else options.cache_dtype
     cached = lm.config.diffusion.causal or lm.config.block_size < lm.context or options.approximate_cache
     sizes = {name: cache_price.bytes_per_token(lm, name) for name in cache_price.DTYPES} if cached else None
+    if not plan.sizes:
+        del values["block_confidence"]
     values |= {"name": values.pop("sampler"), "steps": plan.settings.steps, "threshold": threshold,
-               "block_size": plan.settings.window, "cache_dtype": dtype, "cache_bytes_per_token": sizes}
+               "block_size": options.block_size if plan.sizes else plan.settings.window, "cache_dtype": dtype,
+               "cache_bytes_per_token": sizes}
     del values["seed"]
     return values
 

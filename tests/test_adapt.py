@@ -9,13 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_runs import AR, MASK, toy_config, toy_dict, write_text
+from toy_runs import AR, END, MASK, toy_config, toy_dict, write_text
 
+import bd3lm_jax
 from bd3lm_jax import adapt, hf, models, rundir
 from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.config import Config
+from bd3lm_jax.data.loader import Loader
+from bd3lm_jax.data.prepare import prepare
 from bd3lm_jax.data.tokenizers import ByteTokenizer
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.log import read_metrics
 from bd3lm_jax.models import trunk
 from bd3lm_jax.models.dit import DiTConfig
 from bd3lm_jax.restore import restore
@@ -49,6 +53,8 @@ def published(directory: Path, name: str, vocab_size: int) -> Path:
 
     shutil.copytree(GOLDEN / name, directory)
     config = json.loads((directory / "config.json").read_text())
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        config.pop(key, None)
     tensors = load_file(directory / "model.safetensors")
     grown = {}
     for key, x in tensors.items():
@@ -121,6 +127,7 @@ def test_a_published_checkpoint_without_a_mask_token_gets_one(home, tmp_path, ca
     np.testing.assert_allclose(new["embed"]["embedding"][257], old["embed"]["embedding"][:257].mean(0), atol=0.05)
 
 
+@pytest.mark.ci_slow
 def test_a_published_masked_model_keeps_its_mask_token(home, tmp_path):
     """MDLM -> BD3-LM: the bound of one block a row becomes that of blocks of four, with all weights as published."""
     source = published(tmp_path / "mdlm", "bd3lm_block32_is_mdlm", 258)
@@ -130,6 +137,32 @@ def test_a_published_masked_model_keeps_its_mask_token(home, tmp_path):
     train(Config.from_dict(start(home, source)), str(tmp_path / "run"))  # the same command again
 
 
+@pytest.mark.ci_slow
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_causal_model_starts_at_its_own_likelihood(home, tmp_path, name):
+    """Blocks of one token with outputs one ahead: the loss of the first update is the mean NLL by the raw logits of the
+    published network on the rows of that batch, behind an end token; then blocks of two are trained, whole and by
+    updates of rank 2."""
+    source, length = published(tmp_path / name, f"hf/{name}", 257), 24
+    changes = {"data.length": length, "train.batch": 4, "train.steps": 2, "eval.rows": 4}
+    sizes = {"diffusion.block_size": 2, "train.block_sizes": ((0, 1), (1, 2)), "train.anneal_steps": 2}
+    model = {"model": {**SAME, "shifted": "block", "dropout": 0.0}}
+    config = Config.from_dict(start(home, source, **changes, **sizes) | model)
+    train(config, str(tmp_path / "run"))
+    rows = prepare(config.data, "train", 2, ByteTokenizer())
+    tokens = Loader(rows, 4, config.seed, None).get(0)[1]["tokens"]
+    inputs = np.concatenate([np.full((4, 1), END), tokens[:, :-1]], axis=1)
+    logits = np.asarray(bd3lm_jax.load(str(source)).logits(inputs), np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nll = -np.take_along_axis(log_p, tokens[..., None], -1).mean()
+    losses = [line["train/loss"] for line in read_metrics(tmp_path / "run")]
+    assert losses[0] == pytest.approx(nll, rel=1e-5) and len(losses) == 2
+    lora = {"train.lora_rank": 2, "optim.lr": 1e-2}
+    result = train(Config.from_dict(start(home, source, **changes | lora) | model), str(tmp_path / "lora"))
+    assert np.isfinite(result["valid_nll"]) and rundir.read(tmp_path / "lora")[0].model.kind == name
+
+
+@pytest.mark.ci_slow
 def test_continuing_does_not_start_again(home, ar_run, tmp_path):
     config = start(home, ar_run, **{"optim.lr": 1e-2})
     train(Config.from_dict(config), str(tmp_path / "run"))

@@ -12,6 +12,7 @@ from toy_runs import toy_config, write_text
 import bd3lm_jax
 from bd3lm_jax import autopilot, settings
 from bd3lm_jax.diffusion import AR
+from bd3lm_jax.diffusion.mixed import Mixed
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.lm import Trained
 from bd3lm_jax.options import check_options, make_options
@@ -19,6 +20,7 @@ from bd3lm_jax.scorer import Scorer
 from bd3lm_jax.train import train
 from launch.__main__ import main
 
+MIXED = Mixed(block_size=4, sizes=(1, 4), schedule="loglinear", corruption="exact_count", complement=False, eps=1e-3)
 SWEEP = [autopilot.EXACT, {"sampler": "threshold", "threshold": 0.5}, {"sampler": "threshold", "threshold": 0.05},
          {"sampler": "confidence", "steps": 2}]
 
@@ -34,17 +36,19 @@ def row(name, ppl, tokens_per_call, entropy=4.0, mean_length=100.0):
             "entropy": entropy, "mean_length": mean_length, "rejected": ""}
 
 
-@pytest.mark.parametrize("objective", [masked(4), masked(1), masked(CONTEXT), AR(bos=True)])
+@pytest.mark.parametrize("objective", [masked(4), masked(1), masked(CONTEXT), AR(bos=True), MIXED])
 def test_the_model_takes_every_candidate(objective, monkeypatch):
     monkeypatch.setattr(autopilot, "SHORT_BLOCK", 8)
     lm = make_lm(objective, tokenizer=LETTERS)
     found = autopilot.candidates(lm)
     for setting in found:
-        check_options(lm, make_options(**setting))
+        at, rest = lm.fitted(setting)
+        check_options(at, make_options(**rest))
     names = [autopilot.name_of(setting) for setting in found]
     assert names[0] == "first_hitting" and len(set(names)) == len(names)
     several = objective.block_size > 1
-    assert 12 <= len(found) <= 20 if several else found == [autopilot.EXACT]
+    assert 11 <= len(found) <= 20 if several else found == [autopilot.EXACT]
+    assert ("first_hitting, block_size auto, block_confidence 0.3" in names) == (objective == MIXED)
     assert ("threshold 0.3, block_size 8" in names or "threshold 0.5, block_size 8" in names) == (
         objective.block_size == CONTEXT)
 

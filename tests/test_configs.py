@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import pytest
 
 from bd3lm_jax import models, sharding
-from bd3lm_jax.config import Config
+from bd3lm_jax.config import Config, flatten
 from bd3lm_jax.models import trunk
 from bd3lm_jax.optim import make_schedule
-from configs import austen, common, llama_8b, lm1b, owt, tiny
+from configs import adapt, austen, common, llama_8b, lm1b, owt, roberta_wikitext, sft, tiny
 from launch.arguments import load_config
 from launch.sweep import load_points
 
 CONFIGS = {"tiny": tiny, "austen": austen, "lm1b": lm1b, "owt": owt, "llama_8b": llama_8b}
+ADAPTING = {"adapt": adapt, "sft": sft, "roberta_wikitext": roberta_wikitext}  # they begin with a directory
 OTHERS = [name for name in common.OBJECTIVES if name != "ar"]
 ALGORITHMS = ("", "algo=mdlm", "algo=ar", "block_size=1", "block_size=16", "block_size=4,algo=bd3lm")
 SIZES_AND_ALGORITHMS = [",".join(filter(None, words))
@@ -33,7 +34,7 @@ ARGS = {
 
 def test_every_config_file_is_tested():
     files = {path.stem for path in Path(common.__file__).parent.glob("*.py")} - {"__init__", "common"}
-    assert files == set(CONFIGS)
+    assert files == set(CONFIGS | ADAPTING)
 
 
 @pytest.mark.parametrize(("name", "arg"), [(name, arg) for name in CONFIGS for arg in ARGS[name]])
@@ -60,9 +61,9 @@ def test_every_objective_has_a_config(algo):
     assert Config.from_dict(config.to_dict()) == config
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", CONFIGS | ADAPTING)
 def test_is_a_lab_note(name):
-    note = CONFIGS[name].__doc__.lower()
+    note = (CONFIGS | ADAPTING)[name].__doc__.lower()
     for part in ("python -m launch train", "arguments:", "hardware", "time:", "expected"):
         assert part in note, f"the docstring of configs/{name}.py does not say {part!r}"
 
@@ -158,3 +159,48 @@ def test_overrides_have_the_types_of_the_keys():
     assert config.data.path == "x y"
     assert config.diffusion.count_probs == (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
     assert config.block_size == 8
+
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+WHOLE_ROW = GOLDEN / "bd3lm_block32_is_mdlm"
+
+
+@pytest.mark.parametrize(("name", "arg", "expected"), [
+    ("adapt", "from={ar}", {"model.shifted": "block", "train.anneal_steps": 1000, "diffusion.block_size": 4,
+                            "train.block_sizes": ((0, 1), (500, 2), (1000, 4))}),
+    ("adapt", "from={ar},block_size=1", {"train.block_sizes": ((0, 1),), "model.adaln": False}),
+    ("adapt", "from={ar},block_size=12", {"train.block_sizes": ((0, 1), (333, 2), (666, 4), (1000, 12))}),
+    ("adapt", "from={ar},algo=mdlm", {"diffusion.block_size": 256, "model.shifted": "block"}),
+    ("adapt", "from={mdlm},recipe=mlm,block_size=16", {"train.block_sizes": ((0, 256), (1000, 16)),
+                                                       "model.shifted": ""}),
+    ("adapt", "from={mdlm},recipe=mdlm,lora=8", {"train.lora_rank": 8, "optim.ema": 0.0, "train.block_sizes": (),
+                                                 "model.adaln": True}),
+    ("sft", "from={mdlm}", {"data.name": "plain", "data.layout": "pack", "diffusion.kind": "masked"}),
+    ("sft", "from={mdlm},algo=llada,lora=4", {"diffusion.sft": True, "data.layout": "pad",
+                                              "diffusion.normalise": "answer", "diffusion.block_size": 512}),
+    ("sft", "from={ar},algo=ar,template=chat", {"data.name": "chat", "diffusion.kind": "ar", "model.adaln": False}),
+    ("roberta_wikitext", "from={mdlm},text=raw", {"data.name": "", "diffusion.protected": 16, "data.length": 256}),
+    ("roberta_wikitext", "from={mdlm},rates=fixed", {"diffusion.rates": (0.15,), "data.name": "wikitext"}),
+])
+def test_adaptations_take_the_network_of_their_source(name, arg, expected):
+    if "block_size=12" in arg:
+        expected = expected | {"data.length": 252}
+    given = ADAPTING[name].get_config(arg.format(ar=GOLDEN / "ar", mdlm=WHOLE_ROW))
+    given.data.length = expected.get("data.length", given.data.length)
+    config = Config.from_dict(given)
+    flat = flatten(config.to_dict())
+    assert {key: flat[key] for key in expected} == expected
+    assert config.train.init_from == config.data.tokenizer and config.model.layers == 2
+    assert Config.from_dict(config.to_dict()) == config
+    make_schedule(config.optim, config.train.steps)
+
+
+@pytest.mark.parametrize(("config", "arg", "message"), [
+    (adapt, "", "expected from=DIR"), (adapt, "from=x,recipe=gpt", "recipe=ar, mlm or mdlm"),
+    (adapt, "from=x,algo=sedd", "algo=bd3lm or mdlm"), (sft, "from=x,template=y", "template=plain, chat, joined"),
+    (sft, "", "expected from=DIR"), (roberta_wikitext, "text=clean", "text=detokenised or raw"),
+    (roberta_wikitext, "rates=five", "rates=ten or fixed"),
+])
+def test_bad_arguments_of_adaptations(config, arg, message):
+    with pytest.raises(ValueError, match=message):
+        config.get_config(arg)

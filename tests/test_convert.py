@@ -20,7 +20,8 @@ from word_tokenizer import write_tokenizer
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 BD3LM = ("bd3lm_block4", "bd3lm_time_conditioned", "bd3lm_block32_is_mdlm", "ar", "sedd")
-OTHERS = ("hf/llama", "hf/qwen2", "hf/llada", "hf/dream")
+OTHERS = tuple(f"hf/{name}" for name in ("llama", "qwen2", "llada", "dream", "llada2_moe", "bert", "roberta",
+                                           "modernbert", "gpt2"))
 
 
 def converted(source, target, **changes):
@@ -131,15 +132,17 @@ def test_a_run_directory_and_back(tmp_path, name, size):
     assert len({tokenizer.mask_id for tokenizer in tokenizers} | {there.special.mask}) == 1
 
 
-def test_an_objective_of_ours_comes_back(tmp_path):
+def test_an_objective_and_a_form_of_ours_come_back(tmp_path):
     """Published code has no word for how a bound is estimated: config.json says it for this library."""
     source = with_tokenizer(tmp_path, "bd3lm_block4", 66)
     converted(source, tmp_path / "run", form="native")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     config["diffusion"] |= {"corruption": "exact_count", "clip_low": 0.0, "clip_high": 1.0}
+    config["model"] |= {"shifted": "block"}
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     converted(tmp_path / "run", tmp_path / "out")
-    assert hf.read_model(tmp_path / "out")[0].objective == bd3lm_jax.load(tmp_path / "run").config.diffusion
+    found, ours = hf.describe(tmp_path / "out"), bd3lm_jax.load(tmp_path / "run").config
+    assert (found.objective, found.model) == (ours.diffusion, ours.model) and found.model.shifted == "block"
     assert load_file(tmp_path / "out" / "model.safetensors")["sampling_eps_min"] == np.float32(1e-3)
 
 

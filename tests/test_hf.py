@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import bd3lm_jax
 from bd3lm_jax import hf
 from bd3lm_jax.diffusion import AR, SEDD
 from bd3lm_jax.errors import UserError
@@ -56,6 +57,20 @@ def test_objectives():
     assert hf.read_model(GOLDEN / "ar")[0].objective == AR(bos=False)
     scores = hf.read_model(GOLDEN / "sedd")[0].objective
     assert scores == SEDD(block_size=32, corruption="bernoulli", eps=1e-3)
+
+
+def test_the_release_of_mdlm(tmp_path):
+    """It has the tensors of the BD3-LM release without the limits of the clip, and a shorter config."""
+    golden = "bd3lm_block32_is_mdlm"
+    kept = ("vocab_size", "model_length", "hidden_dim", "cond_dim", "n_blocks", "n_heads", "dropout",
+            "time_conditioning")
+    config = json.loads((GOLDEN / golden / "config.json").read_text())
+    dropped = dict.fromkeys(config.keys() - set(kept), ...)
+    directory = rewritten(tmp_path, lambda t: {name: x for name, x in t.items() if "sampling" not in name}, golden,
+                          **dropped | {"model_type": "mdlm"})
+    lm, io = bd3lm_jax.load(directory), np.load(GOLDEN / golden / "io.npz")
+    assert (lm.config.diffusion.block_size, lm.config.diffusion.clip_high, lm.special.mask) == (32, 1.0, 66)
+    np.testing.assert_allclose(lm.logits(io["xt"]), io["logits"], atol=2e-5, rtol=0)
 
 
 def test_range_from_the_training_epsilon_on_is_unclipped(tmp_path):

@@ -85,6 +85,8 @@ def _why_not(name: str, spec, noised, clean, platform) -> str | None:
     """Why a backend cannot compute this call on this platform, in words; None when it can."""
     k = (noised or clean)[1]
     kv_heads, head_size = k.shape[-2:]
+    if name in FASTEST.values() and (spec.noised or spec.clean).sees is not None:
+        return "what a token sees changes from step to step (train.anneal_steps)"
     if name == "splash":
         if platform == "gpu":
             return "it needs a TPU, and this is a GPU"

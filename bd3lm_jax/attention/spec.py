@@ -19,13 +19,15 @@ class Tokens:
     """What the predicate knows of tokens; int32 arrays that broadcast together, normally `[B, T]`.
 
     position: place in its document. block: index of its block in its document. segment: the document within the row,
-    0 for padding. view: 0 for clean tokens, m >= 1 for the m-th noised view.
+    0 for padding. view: 0 for clean tokens, m >= 1 for the m-th noised view. sees: the last position that it may see
+    while attention opens (annealing.py); None: all that the rule allows.
     """
 
     position: jax.Array
     block: jax.Array
     segment: jax.Array
     view: jax.Array | int
+    sees: jax.Array | None = None
 
     def expand(self, *axes: int) -> "Tokens":
         """New axes in every array (for broadcasting queries against keys)."""
@@ -71,6 +73,8 @@ def allowed(rule: str, q: Tokens, kv: Tokens, window: int | None = None) -> jax.
     elif rule == "block_causal":
         clean &= kv.block <= q.block
     seen = (q.segment == kv.segment) & (kv.segment > 0) & (own_block | earlier | clean)
+    if q.sees is not None:
+        seen &= kv.position <= q.sees
     return seen if window is None else seen & (jnp.abs(q.position - kv.position) <= window)
 
 

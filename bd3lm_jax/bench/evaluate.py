@@ -18,7 +18,6 @@ from bd3lm_jax.bench.runner import Limit, Variant, compare
 from bd3lm_jax.config import DataConfig, EvalConfig, MeshConfig
 from bd3lm_jax.data.prepare import prepare
 from bd3lm_jax.data.tokenizers import get_tokenizer
-from bd3lm_jax.diffusion.masked import Masked
 from bd3lm_jax.evaluate import Evaluator, score_views
 from bd3lm_jax.models import trunk
 from bd3lm_jax.passes import compute_dtype
@@ -48,8 +47,7 @@ def run_case(case: step.Case, rounds: int) -> list[dict]:
                           density="", density_fraction=1.0)
         tokenizer = get_tokenizer("bytes", tuple)
         rows = prepare(data, "all", case.block_size, tokenizer)
-        objective = Masked.uniform_counts(case.block_size)
-        config = step.config_of(case, objective, 1, "none")
+        config = step.config_of(case, "two_stream", "none")
         config = dataclasses.replace(config, data=data, eval=EvalConfig(
             every=1, rows=0, batch=case.batch, draws=1, samples=0, sample_length=1))
         mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))

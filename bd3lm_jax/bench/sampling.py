@@ -2,8 +2,8 @@
 
 fused is `LM.generate` with first hitting, S network calls a block; fused_2 reveals two tokens a call, at random
 positions; cached stores a finished block by a call of its own; no_cache passes over the whole row in every call;
-forward is the bare network of fused, its calls and nothing else; ar_cached is an autoregressive network of the same
-size.
+forward is the bare network of fused, its calls and nothing else; fused_split has a network whose last third of the
+layers is its decoder (`model.decoder_layers`); ar_cached is an autoregressive network of the same size.
 """
 
 import functools
@@ -59,6 +59,7 @@ def run(rounds: int, against: str) -> list[dict]:
 def run_case(sizes: dict, length: int, size: int, batch: int, rounds: int) -> list[dict]:
     """All variants at one block size and batch."""
     lm, ar = make_lm(sizes, Masked.uniform_counts(size), length), make_lm(sizes, AR(bos=True), length)
+    split = make_lm(sizes | {"decoder_layers": max(sizes["layers"] // 3, 1)}, Masked.uniform_counts(size), length)
     options = generation.Options()
     case = (f"S={size}, batch {batch}, {length} tokens, {sizes['layers']} x {sizes['width']}, "
             f"V={sizes['vocab_size']}")
@@ -66,6 +67,7 @@ def run_case(sizes: dict, length: int, size: int, batch: int, rounds: int) -> li
         Variant("ar_cached", sampler(ar, options, batch)),
         Variant("fused", sampler(lm, options, batch)),
         Variant("fused_2", sampler(lm, generation.Options(sampler="random_order", steps=max(size // 2, 1)), batch)),
+        Variant("fused_split", sampler(split, options, batch)),
         Variant("cached", sampler(lm, options, batch, wrap=stored_apart)),
         Variant("no_cache", sampler(lm, options, batch, wrap=uncached)),
         Variant("forward", bare(lm, options, batch)),

@@ -1,6 +1,7 @@
 """Training steps with their optimiser: this library's, as `train` runs it, against autoregression and the alternatives.
 
-ar, mdlm (one block a row), two_stream and two_stream_views2 are `step.make_step`. two_pass computes the same loss with
+ar, mdlm (one block a row), two_stream, two_stream_views2 and two_stream_split (noised tokens in the last third of the
+layers only, `model.decoder_layers`) are `step.make_step`. two_pass computes the same loss with
 the clean stream in a pass of its own before the noised one. published_structure is one pass over [noised; clean] with a
 dense 2L x 2L mask and the output layer on all 2L positions, as published (github.com/kuleshov-group/bd3lms).
 """
@@ -101,7 +102,9 @@ OBJECTIVES = {  # variant of this library -> objective of a case, noised views
     "mdlm": (lambda case: Masked.uniform_counts(case.length), 1),
     "two_stream": (lambda case: Masked.uniform_counts(case.block_size), 1),
     "two_stream_views2": (lambda case: Masked.uniform_counts(case.block_size), 2),
+    "two_stream_split": (lambda case: Masked.uniform_counts(case.block_size), 1),
 }
+SPLIT = {"two_stream_split": 3}  # variants whose decoder is that part of the layers
 STRUCTURES = {"two_pass": two_pass_loss, "published_structure": published_loss}  # other ways to compute `two_stream`
 
 
@@ -110,12 +113,15 @@ def _objective(name: str, case: Case) -> tuple[Any, int]:
     return objective(case), views
 
 
-def config_of(case: Case, objective: Any, views: int, remat: str) -> Config:
-    """The run whose step is measured: no dropout, no average of the weights, constant learning rate."""
+def config_of(case: Case, name: str, remat: str) -> Config:
+    """The run of a variant: no dropout, no average of the weights, constant learning rate."""
+    objective, views = _objective(name, case)
+    decoder_layers = max(case.layers // SPLIT[name], 1) if name in SPLIT else 0
     return Config(
         seed=0,
         model=DiTConfig(vocab_size=case.vocab, layers=case.layers, width=case.width, heads=case.heads, mlp_ratio=4,
-                        dropout=0.0, adaln=True, cond_dim=128, time_conditioning=False, rope_base=1e4),
+                        dropout=0.0, adaln=True, cond_dim=128, time_conditioning=False, rope_base=1e4,
+                        decoder_layers=decoder_layers),
         diffusion=objective,
         data=DataConfig(source="austen", path="", name="", field="text", tokenizer="bytes", length=case.length,
                         layout="wrap", valid_fraction=0.01, cache_dir="", workers=1, density="", density_fraction=1.0),
@@ -130,14 +136,14 @@ def config_of(case: Case, objective: Any, views: int, remat: str) -> Config:
 def measured(name: str, case: Case, remat: str, abstract: bool) -> Variant:
     """A step in JAX. abstract: compiled, not run."""
     objective, views = _objective(name, case)
-    model = config_of(case, objective, views, remat).model
+    model = config_of(case, name, remat).model
     needed = flops.train_step(model, objective, batch=case.batch, length=case.length, views=views)
     return compiled(name, *program(name, case, remat, abstract), carries=True, flops_needed=needed, parts=views)
 
 
 def program(name: str, case: Case, remat: str, abstract: bool) -> tuple[Callable, tuple]:
     """The training step of a variant in JAX and its arguments (their shapes alone if abstract)."""
-    config = config_of(case, *_objective(name, case), remat)
+    config = config_of(case, name, remat)
     model, tx, state, batch = setting(config, abstract)
     special = SpecialIds(mask=case.vocab - 1, end=0)
     if name in STRUCTURES:
@@ -189,7 +195,7 @@ def torch_published(case: Case) -> Variant:
     from bd3lm_jax.bench import torch_side
 
     special = SpecialIds(mask=case.vocab - 1, end=0)
-    config = config_of(case, *_objective("two_stream", case), remat="none")
+    config = config_of(case, "two_stream", remat="none")
     _, _, state, batch = setting(config, abstract=False)
     noised = noise(config, state, batch, special)
     return torch_side.published_step(state.params, config.model, case.block_size, config.optim, noised.xt_BxMxL[:, 0],

@@ -18,6 +18,7 @@ from importlib import resources
 from pathlib import Path
 
 from bd3lm_jax.config import DataConfig
+from bd3lm_jax.data.detokenize import detokenize, rules_of
 from bd3lm_jax.errors import UserError, lookup, nearest
 
 SPLITS = ("train", "valid", "test")
@@ -101,31 +102,44 @@ def _resource(name: str) -> bytes:
 
 
 def text(data: DataConfig, split: str) -> Corpus:
-    """A file or a directory of .txt files (also .xz, .gz): one line is one document, blank lines are dropped."""
+    """A file or a directory of .txt files (also .xz, .gz): one line is one document, blank lines are dropped.
+
+    `data.name`: how the text was tokenised, which is undone (data/detokenize.py), e.g. "wikitext"; "": it was not.
+    """
+    rules_of(data.name or "plain")
 
     def read(path: Path) -> Iterator[str]:
-        return (line for _, line in _lines(path) if line.strip())
+        lines = (detokenize(line, data.name or "plain") for _, line in _lines(path))
+        return (line for line in lines if line.strip())
 
-    return _local(data, split, ".txt", read, key="text")
+    return local_files(data, split, ".txt", read, key=f"text {data.name}" if data.name else "text")
 
 
 def jsonl(data: DataConfig, split: str) -> Corpus:
     """A file or a directory of .jsonl files (also .xz, .gz): one object a line, its `data.field` is the document."""
 
     def read(path: Path) -> Iterator[str]:
-        documents = (_json_field(path, number, line, data.field) for number, line in _lines(path) if line.strip())
+        documents = (_json_field(path, number, record, data.field) for number, record in json_lines(path))
         return (document for document in documents if document.strip())
 
-    return _local(data, split, ".jsonl", read, key=f"jsonl {data.field}")
+    return local_files(data, split, ".jsonl", read, key=f"jsonl {data.field}")
 
 
-def _json_field(path: Path, number: int, line: str, field: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {number} is not JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{path} line {number} is a JSON {type(record).__name__}, expected an object with '{field}'")
+def json_lines(path: Path) -> Iterator[tuple[int, dict]]:
+    """Line numbers and objects of a .jsonl file; UserError with the line for anything else."""
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} line {number} is not JSON: {error.msg} at column {error.colno}") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{path} line {number} is a JSON {type(record).__name__}, expected an object")
+        yield number, record
+
+
+def _json_field(path: Path, number: int, record: dict, field: str) -> str:
     if field not in record:
         raise UserError(f"{path} line {number} has no field '{field}' (data.field): {nearest(field, record)}")
     if not isinstance(record[field], str):
@@ -133,7 +147,8 @@ def _json_field(path: Path, number: int, line: str, field: str) -> str:
     return record[field].rstrip("\r\n")
 
 
-def _local(data: DataConfig, split: str, suffix: str, read: Callable, key: str) -> Corpus:
+def local_files(data: DataConfig, split: str, suffix: str, read: Callable, key: str) -> Corpus:
+    """A split of the files at `data.path`; read(path) yields documents, key says what they depend on beside files."""
     files = _split_files(Path(data.path), suffix)
     held_out = split in ("train", "valid") and not files["valid"]
     chosen = sum(files.values(), []) if split == WHOLE else files["train"] if held_out else files[split]
@@ -304,5 +319,11 @@ def _code(name: str):
     return build
 
 
-SOURCES = {"austen": austen, "text": text, "jsonl": jsonl, "tfds": tfds,
+def _sft(data: DataConfig, split: str) -> Corpus:
+    from bd3lm_jax.data import dialogues  # which needs Corpus
+
+    return dialogues.sft(data, split)
+
+
+SOURCES = {"austen": austen, "text": text, "jsonl": jsonl, "sft": _sft, "tfds": tfds,
            **{name: _code(name) for name in ("python_sources", "arithmetic", "python_arithmetic")}}

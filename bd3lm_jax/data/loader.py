@@ -10,6 +10,7 @@ import numpy as np
 from bd3lm_jax.data.prepare import Rows
 
 ARRAYS = ("tokens", "segments", "positions")
+EXTRA = ("density", "prompt")  # where the rows were prepared with them
 
 
 def row_ids(num_rows: int, batch: int, seed: int, step: int) -> np.ndarray:
@@ -28,7 +29,7 @@ def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
 
 class Loader:
     """`get(step)` -> row ids [B] and the arrays `tokens`, `segments`, `positions` (int32 [B, L]) of the batch, with
-    `density` (float32 [B, L]) if the rows were prepared with one.
+    `density` and `prompt` (float32 [B, L]) if the rows were prepared with them.
 
     With a `sharding` (over [B, L]) they are global jax arrays, of which a process reads only the rows that lie on its
     own devices; without one they are NumPy arrays.
@@ -45,13 +46,13 @@ class Loader:
 
 
 def read_rows(rows: Rows, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """`tokens`, `segments` and `positions`, int32 [n, L], of the given rows, and their `density` if they have one."""
+    """`tokens`, `segments` and `positions`, int32 [n, L], of the given rows, and those of EXTRA that they have."""
     return {name: getattr(rows, name)(ids) for name in array_names(rows)}
 
 
 def array_names(rows: Rows) -> tuple[str, ...]:
     """Names of the arrays of a batch of these rows."""
-    return ARRAYS + (("density",) if getattr(rows, "has_density", False) else ())
+    return ARRAYS + tuple(name for name in EXTRA if getattr(rows, f"has_{name}", False))
 
 
 def place_rows(rows: Rows, ids: np.ndarray, sharding) -> dict:

@@ -1,7 +1,8 @@
 """Tokenise and lay out a split once; read its rows memory mapped ever after.
 
 A prepared split is a directory named by a hash of all that decides its content: tokens.npy `[R, L]` (uint16 or
-uint32), density.npy `[R, L]` (uint8, 255 times the density) where one was asked for, pieces.npy `[P, 4]` (see
+uint32), density.npy `[R, L]` (uint8, 255 times the density) where one was asked for, prompt.npy `[R, L]` (uint8, 1 on
+prompts) of dialogues, pieces.npy `[P, 4]` (see
 packing.py) and meta.json, which is written last and holds sizes and hashes of the others.
 """
 
@@ -43,6 +44,8 @@ class Rows:
         self._pieces_Px4 = np.load(path / "pieces.npy")
         self.has_density = "density" in meta
         self._density_RxL = np.load(path / "density.npy", mmap_mode="r") if self.has_density else None
+        self.has_prompt = "prompt.npy" in meta["files"]
+        self._prompt_RxL = np.load(path / "prompt.npy", mmap_mode="r") if self.has_prompt else None
         self._first_piece = np.searchsorted(self._pieces_Px4[:, packing.ROW], np.arange(len(self) + 1))
 
     def __len__(self) -> int:
@@ -55,6 +58,10 @@ class Rows:
     def density(self, row_ids: np.ndarray) -> np.ndarray:
         """float32 [n, L] in [0, 1]; 0 in padding. Only where `has_density`."""
         return self._density_RxL[np.asarray(row_ids)].astype(np.float32) / DENSITY_STEPS
+
+    def prompt(self, row_ids: np.ndarray) -> np.ndarray:
+        """float32 [n, L]: 1 on prompts, 0 on answers and in padding. Only where `has_prompt`."""
+        return self._prompt_RxL[np.asarray(row_ids)].astype(np.float32)
 
     def segments(self, row_ids: np.ndarray) -> np.ndarray:
         """int32 [n, L]: tokens see only their own segment; 0 = padding."""
@@ -74,8 +81,9 @@ class Rows:
         return self._paint(len(row_ids), chosen, target, chosen[:, packing.DOCUMENT], 0, -1)
 
     def scored(self, row_ids: np.ndarray) -> np.ndarray:
-        """bool [n, L]: tokens that evaluation counts, here all but padding (fewer in windows.py)."""
-        return self.documents(row_ids) >= 0
+        """bool [n, L]: tokens that evaluation counts, here all but padding and prompts (fewer in windows.py)."""
+        real = self.documents(row_ids) >= 0
+        return real & (self.prompt(row_ids) == 0) if self.has_prompt else real
 
     def stream(self) -> np.ndarray:
         """int32 [meta["tokens"]]: all tokens without padding, document after document.
@@ -205,7 +213,10 @@ def _build(work: Path, documents: Iterable[str], identity: dict, tokenizer: Toke
     flat = {"tokens.npy": (np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32), tokenizer.end_id)}
     if density is not None:
         flat["density.npy"] = np.dtype(np.uint8), 0
-    lengths, num_bytes = _tokenise(work, flat["tokens.npy"][0], documents, tokenizer, progress, density)
+    dialogues = identity["source"] == "sft"
+    if dialogues:
+        flat["prompt.npy"] = np.dtype(np.uint8), 0
+    lengths, num_bytes = _tokenise(work, flat["tokens.npy"][0], documents, tokenizer, progress, density, dialogues)
     if not len(lengths):
         raise UserError(f"the {identity['split']} split of '{identity['source']}' holds no documents")
     found = {}
@@ -244,8 +255,9 @@ def _flat(path: Path) -> Path:
 
 
 def _tokenise(work: Path, dtype: np.dtype, documents: Iterable[str], tokenizer: Tokenizer, progress: Progress | None,
-              density: Annotation | None):
-    """Write the ids of all documents, each with its end token, and their densities. Returns lengths [D] and bytes.
+              density: Annotation | None, dialogues: bool):
+    """Write the ids of all documents, each with its end token, their densities and which tokens are prompts. Returns
+    lengths [D] and bytes.
 
     A document counts its UTF-8 bytes and one for the newline that its end token stands for.
     """
@@ -253,8 +265,12 @@ def _tokenise(work: Path, dtype: np.dtype, documents: Iterable[str], tokenizer: 
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(_flat(work / "tokens.npy"), "wb"))
         other = stack.enter_context(open(_flat(work / "density.npy"), "wb")) if density is not None else None
+        prompts = stack.enter_context(open(_flat(work / "prompt.npy"), "wb")) if dialogues else None
         for batch in _batches(documents):
             for text, (ids, offsets) in zip(batch, _encoded(batch, tokenizer, density)):
+                if dialogues:
+                    ids, prompt = _of_parts(text, tokenizer)
+                    prompts.write(np.append(prompt, False).astype(np.uint8).tobytes())
                 file.write(np.append(ids, tokenizer.end_id).astype(dtype).tobytes())
                 if density is not None:
                     values = density.of(text, ids, offsets, tokenizer.end_id)
@@ -272,6 +288,13 @@ def _encoded(batch: list[str], tokenizer: Tokenizer, density: Annotation | None)
     if density is not None and density.needs_offsets:
         return tokenizer.encode_offsets(batch)
     return ((ids, None) for ids in tokenizer.encode_batch(batch))
+
+
+def _of_parts(dialogue, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of a Dialogue, part by part, and which of them are prompt."""
+    encode = tokenizer.encode_special if dialogue.special else tokenizer.encode
+    parts = [encode(text) for text, _ in dialogue.parts]
+    return np.concatenate(parts), np.repeat([not answer for _, answer in dialogue.parts], [len(ids) for ids in parts])
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:

@@ -19,7 +19,7 @@ import numpy as np
 from bd3lm_jax.errors import UserError, nearest
 
 PRESETS = ("gpt2", "bert-base-uncased")
-SPECS = ("bytes", *PRESETS, "bpe:N", "a path to a tokenizer.json")
+SPECS = ("bytes", *PRESETS, "bpe:N", "a path to a tokenizer.json, or to the directory of a published model")
 END_TOKEN = "<|endoftext|>"
 # Names in use for the two special tokens, most telling first.
 END_TOKENS = (END_TOKEN, "</s>", "[SEP]", "<|end_of_text|>", "<eos>", "<|im_end|>")
@@ -40,6 +40,10 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         """int32 [n]; no special token is ever added or read from the text."""
         return self.encode_batch([text])[0]
+
+    def encode_special(self, text: str) -> np.ndarray:
+        """As `encode`, but the names of special tokens in the text are these tokens (chat templates write them)."""
+        return self.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         raise NotImplementedError
@@ -135,6 +139,16 @@ class SubwordTokenizer(Tokenizer):
             self.unknown_id = self._tokenizer.token_to_id(unknown)
         super().__init__(kind, size, end_id, size if mask_id is None else mask_id)
 
+    @cached_property
+    def _reads_special(self):
+        library_tokenizer = _parse(self.kind, self._model)
+        library_tokenizer.no_padding()
+        library_tokenizer.no_truncation()
+        return library_tokenizer
+
+    def encode_special(self, text: str) -> np.ndarray:
+        return np.asarray(self._reads_special.encode(text, add_special_tokens=False).ids, np.int32)
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
@@ -198,6 +212,15 @@ def get_tokenizer(spec: str, train_documents: Callable[[], Iterable[str]]) -> To
         return _from_model(spec, lzma.decompress(packed).decode(), {})
     if spec.startswith("bpe:"):
         return train_bpe(spec, train_documents())
+    if spec.endswith(".gguf"):
+        from bd3lm_jax.published.gguf import read_tokenizer
+
+        return read_tokenizer(Path(spec))
+    if Path(spec).is_dir():
+        found = tokenizer_of(spec)
+        if found is None:
+            raise UserError(f"data.tokenizer='{spec}' is a directory without tokenizer.json, vocab.txt or vocab.json")
+        return found
     if spec.endswith(".json") or Path(spec).exists():
         return load_tokenizer(spec)
     raise UserError(f"unknown data.tokenizer '{spec}': {nearest(spec, SPECS)}")

@@ -29,7 +29,7 @@ class Objective:
     `token_loss`.
     mixtures: None where the noised stream is ids, else a method `(noised, x0_BxL, vocab_size) -> float32 [B, M, L, V]`:
     a distribution over the vocabulary at every place, computed for a microbatch at a time.
-    sampler: what writes with such a model when no sampler is named; "" if nothing can.
+    sampler: what writes with such a model when no sampler is named.
     is_bound: whether the weighted loss estimates a bound on the NLL of every token without bias.
     bound: the objective whose weighted loss is that bound for a network trained by this one, or None.
     needs_level: the network must be told the noise level (model.time_conditioning).
@@ -63,11 +63,6 @@ class Objective:
     def __post_init__(self):
         if self.block_size < 1:
             raise UserError(f"diffusion.block_size is {self.block_size}, expected at least 1")
-
-    @property
-    def writes(self) -> bool:
-        """Whether there are samplers for the network."""
-        return bool(self.sampler)
 
     @property
     def bound(self) -> "Objective | None":

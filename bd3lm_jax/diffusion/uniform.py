@@ -102,8 +102,8 @@ class SEDDUniform(Uniform):
 
     kind: ClassVar[str] = "sedd_uniform"
     needs_level: ClassVar[bool] = True
-    redraws: ClassVar[bool] = False
-    sampler: ClassVar[str] = ""
+    scores: ClassVar[bool] = True
+    sampler: ClassVar[str] = "uniform_scores"
 
     @staticmethod
     def token_loss(logits_NxV: jax.Array, target_N: jax.Array, xt_N: jax.Array, sigma_N: jax.Array,

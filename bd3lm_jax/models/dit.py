@@ -34,6 +34,7 @@ class DiTConfig:
     time_conditioning: bool  # the noise level is an input; otherwise the adaLN input is a constant
     rope_base: float
     decoder_layers: int = 0  # last layers, which alone run on noised blocks (E2D2); 0: all of them, the plain form
+    shifted: str = ""  # whether outputs are one token ahead (shifted.py)
 
     def __post_init__(self):
         for name in ("layers", "width", "heads", "mlp_ratio", "cond_dim"):

@@ -30,6 +30,7 @@ class GPT2Config:
     dropout: float  # of what each half of a layer adds
     positions: int  # learned ones: the most tokens a document may have
     norm_eps: float
+    shifted: str = ""  # whether outputs are one token ahead (shifted.py)
 
     def __post_init__(self):
         check_config(self, ("layers", "width", "heads", "hidden", "positions"))

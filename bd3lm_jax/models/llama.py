@@ -40,6 +40,7 @@ class LlamaConfig:
     qkv_bias: bool  # Qwen2, Dream
     qk_norm: bool  # RMSNorm of every query and key before RoPE (Qwen3)
     tied: bool  # the output layer is the embedding table
+    shifted: str = ""  # whether outputs are one token ahead (shifted.py)
 
     def __post_init__(self):
         check_sizes(self, ("layers", "width", "heads", "kv_heads", "head_dim", "hidden"))

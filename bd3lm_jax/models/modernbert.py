@@ -5,7 +5,6 @@ The first layer has no norm before its attention: the embedding has just had one
 """
 
 import dataclasses
-import itertools
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -51,11 +50,10 @@ class ModernBertConfig:
 
     def runs(self) -> tuple[tuple[str, range, bool], ...]:
         """Neighbouring layers that are alike, which are stacked: name, their numbers, whether they see a window."""
-        def alike(layer: int) -> tuple:
-            return layer == 0, layer in self.local_layers
-        found = [list(run) for _, run in itertools.groupby(range(self.layers), alike)]
-        return tuple((f"blocks{i}", range(run[0], run[-1] + 1), run[0] in self.local_layers)
-                     for i, run in enumerate(found))
+        local = [layer in self.local_layers for layer in range(self.layers)]
+        starts = [layer for layer in range(self.layers) if layer < 2 or local[layer] != local[layer - 1]]
+        return tuple((f"blocks{i}", range(start, stop), local[start])
+                     for i, (start, stop) in enumerate(zip(starts, [*starts[1:], self.layers])))
 
 
 def build(config: ModernBertConfig, dtype: Any) -> Backbone:

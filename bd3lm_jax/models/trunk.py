@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from bd3lm_jax.attention import MaskSpec, Tokens, attend
 from bd3lm_jax.errors import lookup
+from bd3lm_jax.models.cache import Cache, Int8, unpacked
 from bd3lm_jax.sharding import BATCH_AXES, constrain
 
 
@@ -67,7 +68,7 @@ class Stream:
     float `[..., V]`.
 
     sigma: float32 noise level -log(alpha) as the network takes it, `[B, n]` (clean) or `[B, M, n]` (noised) with n
-    dividing the length (one level for n-th parts of the row); None: the constant 0.
+    dividing the length (one level for n-th parts of the row); None: the constant 0. sees: as in `Tokens`.
     """
 
     ids: jax.Array
@@ -75,69 +76,10 @@ class Stream:
     block: jax.Array
     segment: jax.Array
     sigma: jax.Array | None = None
+    sees: jax.Array | None = None
 
     def tokens(self, noised: bool) -> Tokens:
-        return Tokens(self.position, self.block, self.segment, int(noised))
-
-
-class Int8(NamedTuple):
-    """Keys or values as integers, and a float32 scale for each token and head."""
-
-    integers: jax.Array
-    scale: jax.Array
-
-
-@flax.struct.dataclass
-class Cache:
-    """Keys and values of finished tokens: by layer group, for each layer `[B, Hkv, Dh, P]` (an array or `Int8`), so
-    that no call cuts a layer out of a stack or transposes it; what the mask needs `[B, P]`.
-
-    empty (static): nothing is stored yet, so nothing attends to it.
-    """
-
-    keys: dict[str, tuple]
-    values: dict[str, tuple]
-    position: jax.Array
-    block: jax.Array
-    segment: jax.Array
-    empty: bool = flax.struct.field(pytree_node=False)
-
-    def tokens(self) -> Tokens:
-        return Tokens(self.position, self.block, self.segment, 0)
-
-    def write(self, stored: dict[str, tuple], stream: Stream, start) -> "Cache":
-        """The clean stream's keys and values (by group, stacked) put at slots `start`, `start` + 1, ... of each row."""
-        def put(buffer, new):
-            return jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), start, axis=-1)
-        def put_all(buffers, which):
-            return {name: tuple(jax.tree.map(put, buffer, _packed(jnp.moveaxis(pair[which][i], 1, -1), buffer))
-                                for i, buffer in enumerate(buffers[name])) for name, pair in stored.items()}
-        info = {name: put(getattr(self, name), getattr(stream, name)) for name in ("position", "block", "segment")}
-        return Cache(keys=put_all(self.keys, 0), values=put_all(self.values, 1), empty=False, **info)
-
-    def forget(self, start, count: int) -> "Cache":
-        """Nobody attends to slots `start` to `start` + `count` - 1 any more."""
-        nobody = jnp.zeros((self.segment.shape[0], count), jnp.int32)
-        return self.replace(segment=jax.lax.dynamic_update_slice_in_dim(self.segment, nobody, start, axis=1))
-
-    def rolled(self, shift) -> "Cache":
-        """Slot i moves to slot i + `shift`, the last ones to the front."""
-        return jax.tree.map(lambda x: jnp.roll(x, shift, axis=-1), self)
-
-
-def _packed(x, like):
-    """Keys or values as the cache keeps them."""
-    if not isinstance(like, Int8):
-        return x
-    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-2, keepdims=True).astype(jnp.float32), 1e-12) / 127
-    return Int8(jnp.round(x.astype(jnp.float32) / scale), scale)
-
-
-def _unpacked(stored, dtype):
-    """Inverse of `_packed`, in the dtype that is computed in."""
-    if isinstance(stored, Int8):
-        return (stored.integers.astype(jnp.float32) * stored.scale).astype(dtype)
-    return stored.astype(dtype)
+        return Tokens(self.position, self.block, self.segment, int(noised), self.sees)
 
 
 class Out(NamedTuple):
@@ -190,11 +132,8 @@ def unstacked(model: Backbone, params: dict) -> dict:
     return {**params, **groups}
 
 
-CACHE_DTYPES = ("compute", "float32", "bfloat16", "int8")
-
-
 def new_cache(model: Backbone, params: dict, batch: int, capacity: int, dtype: str) -> Cache:
-    """An empty cache for `capacity` tokens a row. dtype: one of CACHE_DTYPES, "compute": that of the network."""
+    """An empty cache for `capacity` tokens a row. dtype: one of cache.DTYPES, "compute": that of the network."""
     shapes = jax.eval_shape(lambda p: _stored_shapes(model, p), params)
     def buffer(x):
         heads, size = x.shape[3:]
@@ -218,7 +157,7 @@ def _stored_shapes(model, params):
 
 def hidden(model: Backbone, params: dict, *, noised: Stream | None, clean: Stream | None, cache: Cache | None,
            write_at, rule: str, block_size: int, execution: Execution, dropout_keys,
-           smallest: int | None = None) -> Out:
+           smallest: int | None = None, wanted_BxP=None) -> Out:
     """One pass of both streams through all layers.
 
     Noised tokens attend to cache, earlier clean blocks and their own block; clean tokens to cache and clean by `rule`
@@ -226,10 +165,12 @@ def hidden(model: Backbone, params: dict, *, noised: Stream | None, clean: Strea
     Decoding: noised = one block, clean = the block just finished, whose keys and values go to cache slots `write_at`.
     block_size: blocks begin at row indices that are multiples of it. With a noised stream the clean stream's last
     layer computes keys and values only and its hidden states are not returned. dropout_keys: one typed key a row
-    `[B]`; None: no dropout. smallest: as in `MaskSpec`, for rows with blocks of several sizes.
+    `[B]`; None: no dropout. smallest: as in `MaskSpec`, for rows with blocks of several sizes. wanted: places in the
+    noised stream whose hidden states are returned, `[B, M, P, D]`; nothing else goes through the last layer's MLP.
     """
     h_noised, h_clean, stored, aux = _run(model, params, noised, clean, cache, rule=rule, block_size=block_size,
-                                          smallest=smallest, execution=execution, dropout_keys=dropout_keys)
+                                          smallest=smallest, execution=execution, dropout_keys=dropout_keys,
+                                          wanted_BxP=wanted_BxP)
     if cache is not None and clean is not None:
         cache = cache.write(stored, clean, write_at)
     return Out(h_noised, h_clean, cache, aux)
@@ -262,7 +203,8 @@ def _condition(model, params, sigma):
     return model.condition.apply({"params": params["condition"]}, sigma)
 
 
-def _run(model, params, noised, clean, cache, *, rule, block_size, execution, dropout_keys, smallest=None):
+def _run(model, params, noised, clean, cache, *, rule, block_size, execution, dropout_keys, smallest=None,
+         wanted_BxP=None):
     """Hidden states of both streams, by group the clean stream's keys and values (None without one), auxiliary loss."""
     spec = MaskSpec(rule=rule, block_size=block_size, aligned=cache is None, one_document=execution.one_document,
                     noised=None if noised is None else noised.tokens(True),
@@ -285,7 +227,8 @@ def _run(model, params, noised, clean, cache, *, rule, block_size, execution, dr
     aux, stored, first = jnp.zeros(()), {}, 0
     encoder = 0 if noised is None else encoder_layers(model.config)
     for index, (name, block, count) in enumerate(model.groups):
-        drop_clean = noised is not None and clean is not None and index == len(model.groups) - 1
+        shortened = noised is not None and (clean is not None or wanted_BxP is not None)
+        peeled = shortened and index == len(model.groups) - 1
         cached = None if spec.cache is None else list(zip(cache.keys[name], cache.values[name]))
         split, parts = min(max(encoder - first, 0), count), []
         for start, stop, noised_too in ((0, split, False), (split, count, True)):
@@ -295,10 +238,10 @@ def _run(model, params, noised, clean, cache, *, rule, block_size, execution, dr
             seen = dataclasses.replace(spec, noised=spec.noised if noised_too else None,
                                        window=getattr(block, "window", None))
             layer = functools.partial(_layer, block, seen, cond, rotary, execution.backend, dropout_keys,
-                                      joined if noised_too else 0)
+                                      joined if noised_too else 0, wanted_BxP)
             ours = params[name] if stop - start == count else _layers(params[name], start, stop)
             outputs, kept, part_aux = _run_group(layer, ours, cached and cached[start:stop], inputs, first + start,
-                                                 stop - start, drop_clean and noised_too, execution)
+                                                 stop - start, peeled and noised_too, execution)
             h, aux, parts = h | outputs, aux + part_aux, [*parts, kept]
         stored[name] = parts[0] if len(parts) == 1 else jax.tree.map(lambda *ys: jnp.concatenate(ys), *parts)
         first += count
@@ -310,12 +253,12 @@ def _layers(params, start: int, stop: int):
     return params[start:stop] if isinstance(params, tuple) else jax.tree.map(lambda x: x[start:stop], params)
 
 
-def _run_group(layer, params, cached, h, first, count, drop_clean, execution: Execution):
-    """All layers of a group; the last one is peeled off when its clean output is not wanted.
+def _run_group(layer, params, cached, h, first, count, peeled, execution: Execution):
+    """All layers of a group; the last one is peeled off when not all of its output is wanted.
 
     cached: None, or for each layer its (keys, values).
     """
-    scanned = count - 1 if drop_clean else count
+    scanned = count - 1 if peeled else count
     cached = [None] * count if cached is None else cached
     stacked = not isinstance(params, tuple)
     def of_layer(i):
@@ -336,17 +279,18 @@ def _run_group(layer, params, cached, h, first, count, drop_clean, execution: Ex
         for i in range(scanned):
             h, y = body(h, of_layer(i), False)
             parts.append(jax.tree.map(lambda y: y[None], y))
-    if drop_clean:
+    if peeled:
         h, y = body(h, of_layer(count - 1), True)
         parts.append(jax.tree.map(lambda y: y[None], y))
     stored, aux = parts[0] if len(parts) == 1 else jax.tree.map(lambda *ys: jnp.concatenate(ys), *parts)
     return h, stored, aux.sum()
 
 
-def _layer(block, spec, cond, rotary, backend, dropout_keys, joined, params, cached, index, h, last):
+def _layer(block, spec, cond, rotary, backend, dropout_keys, joined, wanted_BxP, params, cached, index, h, last):
     """One layer of both streams -> hidden states, the clean stream's (k, v) or None, auxiliary loss.
 
-    joined: length of the noised stream when both go through the weights as one, else 0.
+    joined: length of the noised stream when both go through the weights as one, else 0. last: of the clean stream
+    nothing else is wanted, of the noised one only what `wanted` says.
     """
     variables = {"params": params}
     h = {name: constrain(x, BATCH_AXES) for name, x in h.items()}  # else XLA may split features and sum them everywhere
@@ -358,10 +302,14 @@ def _layer(block, spec, cond, rotary, backend, dropout_keys, joined, params, cac
         qkv = _split_all(qkv.pop("both"), joined)
     stored = qkv["clean"][1:] if "clean" in qkv else None
     if cached is not None:
-        cached = tuple(_unpacked(x, next(iter(h.values())).dtype) for x in cached)
+        cached = tuple(unpacked(x, next(iter(h.values())).dtype) for x in cached)
     if last:
         h = {"noised": h["noised"]}
     attended = dict(zip(("noised", "clean"), attend(backend, spec, qkv.get("noised"), qkv.get("clean"), cached)))
+    if last and wanted_BxP is not None:
+        h["noised"], attended["noised"] = (
+            jnp.take_along_axis(x, jnp.expand_dims(wanted_BxP, (1, *range(3, x.ndim))), axis=2)
+            for x in (h["noised"], attended["noised"]))
     if "both" in h:
         attended = {"both": _join(attended["noised"], attended["clean"])}
     result, aux = {}, jnp.zeros(())

@@ -1,14 +1,16 @@
-"""The layout of the BD3-LM release (arXiv 2503.09573), which also carries its AR, MDLM and SEDD baselines."""
+"""The layout of the BD3-LM release (arXiv 2503.09573), which also carries its AR, MDLM and SEDD baselines, and that of
+the MDLM release (arXiv 2406.07524): the same tensors, and a config.json without the switches."""
 
 import numpy as np
 
 from bd3lm_jax.diffusion import AR, SEDD, Masked
 from bd3lm_jax.models.dit import LEVEL_FEATURES, DiTConfig
+from bd3lm_jax.published.language import SHIFTED, read_shifted
 from bd3lm_jax.published.leaf import (
     Described, Leaf, bias, check_keys, linear, named_objective, objective_keys, padded, require, same, vector,
 )
 
-MODEL_TYPES = ("bd3lm",)
+MODEL_TYPES = ("bd3lm", "mdlm")
 FORMS = ("bd3lm", "mdlm", "ar", "sedd")  # what a config may name as its `algo`
 CONFIG_KEYS = {
     "vocab_size": int, "model_length": int, "block_size": int, "hidden_dim": int, "cond_dim": int, "n_blocks": int,
@@ -21,6 +23,9 @@ CLIP = ("sampling_eps_min", "sampling_eps_max")
 
 def describe(path, published: dict, scalars: dict[str, float]) -> Described:
     """What config.json says. scalars: the tensors of the checkpoint that hold a single number."""
+    if published["model_type"] == "mdlm":
+        published = {**published, "block_size": published.get("model_length"), "adaln": True, "causal": False,
+                     "cross_attn": False}
     check_keys(path, published, CONFIG_KEYS)
     form, length, block_size = published.get("algo"), published["model_length"], published["block_size"]
     require(form in (None, *FORMS), f"{path}: algo is {form!r}, supported: {', '.join(FORMS)}")
@@ -32,7 +37,7 @@ def describe(path, published: dict, scalars: dict[str, float]) -> Described:
         vocab_size=published["vocab_size"], layers=published["n_blocks"], width=published["hidden_dim"],
         heads=published["n_heads"], mlp_ratio=MLP_RATIO, dropout=float(published["dropout"]),
         adaln=published["adaln"], cond_dim=published["cond_dim"], time_conditioning=published["time_conditioning"],
-        rope_base=ROPE_BASE)
+        rope_base=ROPE_BASE, shifted=read_shifted(path, published, ""))
     objective = named_objective(path, published, _objective(published, scalars))
     return Described(model, objective, length, model.vocab_size - 1)
 
@@ -55,7 +60,8 @@ def publish(model: DiTConfig, objective, length: int) -> dict:
         "time_conditioning": model.time_conditioning, "var_min": CLIP[0] in limits,
         **{name: round(float(limits[name]), 6) for name in CLIP if name in limits},
     }
-    return config | objective_keys(objective, _objective(config, limits))
+    ours = {SHIFTED: model.shifted} if model.shifted else {}
+    return config | ours | objective_keys(objective, _objective(config, limits))
 
 
 def constants(model: DiTConfig, objective) -> dict[str, np.ndarray]:

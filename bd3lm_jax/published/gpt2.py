@@ -36,7 +36,8 @@ def describe(path, published: dict, scalars: dict[str, float]) -> Described:
     model = GPT2Config(vocab_size=published["vocab_size"], layers=published["n_layer"], width=width,
                        heads=published["n_head"], hidden=hidden or 4 * width,
                        dropout=float(published.get("resid_pdrop", 0.0)), positions=length,
-                       norm_eps=float(published["layer_norm_epsilon"]))
+                       norm_eps=float(published["layer_norm_epsilon"]),
+                       shifted=language.read_shifted(path, published, ""))
     return Described(model, language.read_objective(path, published, length, causal=True), length,
                      language.mask_id(path, published))
 
@@ -50,6 +51,7 @@ def publish(model: GPT2Config, objective, length: int) -> dict:
         "n_inner": model.hidden, "resid_pdrop": model.dropout, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
         "layer_norm_epsilon": model.norm_eps, **{key: values[0] for key, values in CHOICES.items()},
         **language.write_objective(GPT2Config.kind, objective, model.positions, causal=True),
+        **({language.SHIFTED: model.shifted} if model.shifted else {}),
     }
 
 

@@ -9,6 +9,7 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.published.leaf import OBJECTIVE_KEY, named_objective, objective_keys, require
 
 BLOCK_SIZE = "block_size"  # our own key in config.json, for a network that became a block diffusion model
+SHIFTED = "shifted"  # ... whose outputs are one token ahead
 MASK_ID = "mask_token_id"
 
 
@@ -23,6 +24,13 @@ def read_objective(path, published: dict, length: int, causal: bool) -> Any:
     require(type(size) is int and 0 < size <= length and length % size == 0,
             f"{path}: {BLOCK_SIZE} is {size!r}, expected a number of tokens that divides the context of {length}")
     return Masked.uniform_counts(size)
+
+
+def read_shifted(path, published: dict, usual: str) -> str:
+    """Our `model.shifted` of a network that became a diffusion model; usual: what it is where nobody says."""
+    found = published.get(SHIFTED, usual)
+    require(found in ("", "row", "block"), f"{path}: '{SHIFTED}' is {found!r}, expected '', 'row' or 'block'")
+    return found
 
 
 def write_objective(kind: str, objective: Any, length: int, causal: bool) -> dict[str, Any]:

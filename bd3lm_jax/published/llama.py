@@ -4,7 +4,8 @@ import numpy as np
 
 from bd3lm_jax.diffusion import Masked
 from bd3lm_jax.models.llama import LINEAR, LLAMA3, LlamaConfig, rope_frequencies
-from bd3lm_jax.published.language import check_choices, check_tied, mask_id, read_objective, write_objective
+from bd3lm_jax.published.language import (SHIFTED, check_choices, check_tied, mask_id, read_objective, read_shifted,
+                                          write_objective)
 from bd3lm_jax.published.leaf import Described, Leaf, bias, check_keys, linear, padded, require, same, vector
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "Dream")
@@ -29,7 +30,8 @@ def describe(path, published: dict, scalars: dict[str, float]) -> Described:
         heads=heads, kv_heads=published.get("num_key_value_heads") or heads, head_dim=head_dim_of(path, published),
         hidden=published["intermediate_size"], dropout=0.0, rope_base=theta, rope_scaling=scaling,
         norm_eps=float(published["rms_norm_eps"]), qkv_bias=kind in ("qwen2", "Dream"), qk_norm=kind == "qwen3",
-        tied=published.get("tie_word_embeddings", False))
+        tied=published.get("tie_word_embeddings", False),
+        shifted=read_shifted(path, published, "row" if kind == "Dream" else ""))
     length = published["max_position_embeddings"]
     if published.get("sliding_window") and published.get("use_sliding_window", kind == "mistral"):
         length = min(length, published["sliding_window"])
@@ -45,7 +47,8 @@ def publish(model: LlamaConfig, objective, length: int) -> dict:
     if model.qkv_bias:
         require(model.head_dim * model.heads == model.width, f"model.qkv_bias=True is published as Qwen2, whose "
                 f"heads fill the width: model.head_dim is {model.head_dim}, expected {model.width / model.heads:g}")
-        kind = "Dream" if objective == Masked.uniform_counts(length) else "qwen2"
+        dream = objective == Masked.uniform_counts(length) and model.shifted == "row"
+        kind = "Dream" if dream else "qwen2"
     names = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
              "Dream": "DreamModel"}
     return {
@@ -57,6 +60,7 @@ def publish(model: LlamaConfig, objective, length: int) -> dict:
         "attention_dropout": 0.0, "tie_word_embeddings": model.tied,
         **({"mlp_bias": False} if kind == "llama" else {"use_sliding_window": False, "sliding_window": None}),
         **write_objective(kind, objective, length, causal=kind != "Dream"),
+        **({SHIFTED: model.shifted} if model.shifted and kind != "Dream" else {}),
     }
 
 

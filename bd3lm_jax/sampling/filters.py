@@ -53,8 +53,7 @@ def filter_logits(logits_NxV, filters: Filters) -> jax.Array:
     """
     logits = logits_NxV.astype(jnp.float32)
     if filters.temperature == 0:
-        best = jnp.argmax(logits, axis=-1, keepdims=True)
-        return jnp.where(jnp.arange(logits.shape[-1]) == best, 0.0, EXCLUDED)
+        return jnp.where(jnp.arange(logits.shape[-1]) == first_best(logits)[:, None], 0.0, EXCLUDED)
     logits = logits / filters.temperature
     if filters.top_k is not None and filters.top_k < logits.shape[-1]:
         threshold = jax.lax.top_k(logits, filters.top_k)[0][:, -1:]
@@ -73,4 +72,12 @@ def filter_logits(logits_NxV, filters: Filters) -> jax.Array:
 def draw(keys_N, logits_NxV) -> jax.Array:
     """One token from each row, int32 `[N]`, by float32 Gumbel noise with one key a row."""
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits_NxV.shape[-1:], jnp.float32))(keys_N)
-    return jnp.argmax(logits_NxV + noise, axis=-1).astype(jnp.int32)
+    return first_best(logits_NxV + noise)
+
+
+def first_best(x) -> jax.Array:
+    """As argmax over the last axis `[..., V]`, int32. On a CPU argmax takes numbers one at a time, and what is fused
+    with it is then computed so as well, such as the noise here; a maximum and a minimum are not."""
+    last = x.shape[-1] - 1
+    best = x == jnp.max(x, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(best, jnp.arange(last + 1, dtype=jnp.int32), last), axis=-1)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bd3lm_jax.sampling.filters import Filters, draw, filter_logits, penalise
+from bd3lm_jax.sampling.filters import Filters, draw, filter_logits, first_best, penalise
 from bd3lm_jax.sampling.steps import Plan, Row, Said, Sampler
 
 STOPS = ("length", "end", "entropy")  # by the code in `Progress.stopped`; 0 also means: still writing
@@ -277,7 +277,7 @@ def _said(logits_BxPxV, drawn_BxP, everything: bool) -> Said:
     if not everything:
         return Said(confidence, confidence, confidence)
     p = jnp.exp(log_p)
-    best = jnp.argmax(p, axis=-1, keepdims=True)
+    best = first_best(p)[..., None]
     second = jnp.max(jnp.where(jnp.arange(p.shape[-1]) == best, 0.0, p), axis=-1)
     entropy = -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1)
     return Said(confidence, jnp.max(p, axis=-1) - second, entropy)

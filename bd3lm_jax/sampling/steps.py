@@ -220,9 +220,9 @@ def analytic(row: Row, planned, said: Said, steps: int, threshold):
     return planned & ((row.index >= steps - 1) | (said.coin < (t - s) / t * jnp.exp(said.log_total)))
 
 
-def every_letter(key, row: Row, steps: int, threshold) -> Plan:
-    """All positions are redrawn in every step, on a grid from all noise to none."""
-    t, s = uniform_grid(row.index / steps), uniform_grid((row.index + 1) / steps)
+def every_letter(most, key, row: Row, steps: int, threshold) -> Plan:
+    """All positions are redrawn in every step, on a grid from noise level `most` to none."""
+    t, s = most * uniform_grid(row.index / steps), most * uniform_grid((row.index + 1) / steps)
     last = row.index >= steps - 1
     return Plan(row.masked, row.masked & ~last, t, jnp.where(last, 0.0, s))
 
@@ -236,6 +236,20 @@ def uniform_posterior(logits_V, token, letters_V, t, s):
     count, keep = letters_V.sum(), (1 - t) / (1 - s)
     reached_V = keep * (jnp.arange(logits_V.shape[0]) == token) + (1 - keep) / count
     return jnp.where(letters_V, jnp.log(reached_V * ((1 - s) * jax.nn.softmax(logits_V) + s / count)), -jnp.inf)
+
+
+def score_posterior(scores_V, token, letters_V, t, s):
+    """Log-law of a token at noise level s given its letter at t, from log scores of each letter over it: SEDD's
+    denoising step on the uniform graph (Tweedie, arXiv 2310.16834, theorem 4.2), exact for exact scores.
+
+    The scores, own letter 0, are in proportion to the law of x_t given the other tokens; taking the noise out of that
+    gives x0's, which `uniform_posterior` takes. At t = 1 nothing would be left: the grid begins at 1 - 1e-3, as
+    published.
+    """
+    own_V = jnp.arange(scores_V.shape[0]) == token
+    noised_V = jax.nn.softmax(jnp.where(letters_V, jnp.where(own_V, 0.0, scores_V), -jnp.inf))
+    clean_V = jnp.maximum(noised_V - letters_V * t / letters_V.sum(), 0.0)
+    return uniform_posterior(jnp.log(clean_V), token, letters_V, t, s)
 
 
 def _rank(score_S, planned_S):
@@ -307,6 +321,8 @@ SAMPLERS = {
     "remdm_rescale": _remdm(rescaled, 0.05),
     "remdm_confidence": _remdm(by_confidence, 1.0),
     "remdm_loop": _remdm(looped, 0.02, loop_grid),
-    "uniform": Sampler(every_letter, steps=1000, redraw=uniform_posterior),
+    "uniform": Sampler(functools.partial(every_letter, 1.0), steps=1000, redraw=uniform_posterior),
+    "uniform_scores": Sampler(functools.partial(every_letter, 1 - 1e-3), steps=1000, scores=True,
+                              redraw=score_posterior),
     "iterative": Sampler(iterative, rewrites=True, steps=10),
 }

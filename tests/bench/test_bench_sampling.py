@@ -27,6 +27,6 @@ def test_variants_write_the_same_texts():
 def test_rows_of_all_variants():
     rows = sampling.run_case(TINY, 64, size=4, batch=2, rounds=1)
     assert {row["variant"] for row in rows if row["baseline"] == "ar_cached"} == {
-        "ar_cached", "fused", "fused_2", "cached", "no_cache", "forward"}
+        "ar_cached", "fused", "fused_2", "fused_split", "cached", "no_cache", "forward"}
     assert {(row["variant"], row["baseline"]) for row in rows} > {("fused", "no_cache"), ("fused", "forward")}
     assert all(row["time_ratio"] > 0 for row in rows)

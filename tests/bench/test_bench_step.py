@@ -42,7 +42,7 @@ def test_other_structures_compute_the_same_step(name, two_stream):
 
 def test_the_published_network_in_pytorch_has_the_same_loss(two_stream):
     torch_side = pytest.importorskip("bd3lm_jax.bench.torch_side", reason="PyTorch is not installed")
-    config = module.config_of(CASE, *module._objective("two_stream", CASE), remat="none")
+    config = module.config_of(CASE, "two_stream", remat="none")
     _, _, state, batch = module.setting(config, abstract=False)
     state, special = random_everywhere(state), module.SpecialIds(CASE.vocab - 1, 0)
     noised = module.noise(config, state, batch, special)
@@ -57,7 +57,9 @@ def test_variants_are_what_they_are_called():
     objectives = {name: (make(CASE), views) for name, (make, views) in OBJECTIVES.items()}
     assert objectives["ar"][0].causal and objectives["ar"][1] == 1
     assert {name: (objective.block_size, views) for name, (objective, views) in objectives.items() if name != "ar"} == {
-        "mdlm": (64, 1), "two_stream": (8, 1), "two_stream_views2": (8, 2)}
+        "mdlm": (64, 1), "two_stream": (8, 1), "two_stream_views2": (8, 2), "two_stream_split": (8, 1)}
+    layers = {name: module.config_of(module.SMALL, name, "none").model.decoder_layers for name in OBJECTIVES}
+    assert {name: n for name, n in layers.items() if n} == {"two_stream_split": 2}
 
 
 def test_timed_rows(monkeypatch):
@@ -77,9 +79,11 @@ def test_timed_rows(monkeypatch):
 def test_counted_rows_are_not_run():
     case = Case(layers=2, width=64, heads=2, batch=1, length=256, block_size=8, vocab=512)
     rows = {row["variant"]: row for row in module.counted(case)}
-    assert list(rows) == ["ar", "mdlm", "two_stream", "two_stream_views2", "two_pass", "published_structure"]
+    assert list(rows) == ["ar", "mdlm", "two_stream", "two_stream_views2", "two_stream_split", "two_pass",
+                          "published_structure"]
     assert all(row["median_ms"] is row["memory_ratio"] is row["compile_s"] is None for row in rows.values())
     ratio = {name: row["flops_ratio"] for name, row in rows.items()}
+    assert ratio["two_stream_split"] < ratio["two_stream"]
     assert ratio["ar"] == 1 < ratio["two_stream_views2"] < ratio["two_stream"] < ratio["published_structure"]
 
 

@@ -89,6 +89,12 @@ def test_what_a_tokenizer_saved_is_one(tmp_path):
     assert tokenizer_of(tmp_path / "nowhere") is None
 
 
+def test_a_directory_as_data_tokenizer(tmp_path):
+    assert get_tokenizer(str(SAPIENS), None).identity == tokenizer_of(SAPIENS).identity
+    with pytest.raises(UserError, match="is a directory without tokenizer.json, vocab.txt or vocab.json"):
+        get_tokenizer(str(tmp_path), None)
+
+
 @pytest.mark.parametrize("files, message", [
     ({"vocab.txt": "[UNK]\nword\n"}, "'vocab.txt' has no end token"),
     ({"vocab.json": "[1]"}, "holds a JSON list, expected an object"),

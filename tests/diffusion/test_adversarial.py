@@ -218,7 +218,7 @@ def trained():
                                          "compute.microbatch": 4, "optim.ema": 0.0})
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=MASK + 1))
     model, params = network(config, scale=0.1)
-    params = params | {LEARNT: init_params(model, config.diffusion, jax.random.key(0))[LEARNT]}
+    params = params | {LEARNT: init_params(model, config, jax.random.key(0))[LEARNT]}
     tx = optax.adam(2e-2)
     step = quick_jit(make_step(config, model, tx, SpecialIds(MASK, END)))
     state = TrainState(jnp.int32(0), params, {}, tx.init(params))

@@ -39,7 +39,7 @@ def test_a_run(algo, tmp_path):
     assert ("train/nll" in lines[0]) == is_bound and math.isfinite(lines[0]["train/loss"])
     assert json.loads((run / "report.json").read_text())["valid"]["estimator"] == estimator
     assert 0 < result["valid_nll"] < 20
-    assert (run / "samples").exists() == (algo != "sedd_uniform")
+    assert (run / "samples").exists()
 
 
 @pytest.mark.ci_slow

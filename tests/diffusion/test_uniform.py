@@ -143,7 +143,9 @@ def test_what_needs_masks_is_refused():
     scores = make_lm(SEDDUniform(4, MASK + 1, 1e-3), time_conditioning=True)
     for use, words in [(lambda: lm.generate(length=8, sampler="first_hitting"),
                        "'first_hitting' reveals masks.* kind 'uniform' .* use uniform"),
-                       (lambda: scores.generate(length=8), "of kind 'sedd_uniform' predicts no masked .* no texts"),
+                       (lambda: scores.generate(length=8, sampler="uniform"),
+                        "'uniform' reads probabilities.* kind 'sedd_uniform' .* use uniform_scores"),
+                       (lambda: lm.generate(length=8, sampler="uniform_scores"), "needs the log scores .* use uniform"),
                        (lambda: lm.generate(length=8, sampler="uniform", guidance=1.0), "leave constraint, guidance"),
                        (lambda: make_lm().generate(length=8, sampler="uniform"), "redraws letters.* use ancestral"),
                        (lambda: lm.nll(make_ids(1, 4)), "estimator 'exact_count' masks tokens.* use native"),

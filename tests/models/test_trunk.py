@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bd3lm_jax import flops
 from bd3lm_jax.attention import blocked
 from bd3lm_jax.models import build, trunk
+from bd3lm_jax.models.cache import DTYPES
 from bd3lm_jax.models.dit import DiTConfig
 from bd3lm_jax.models.trunk import Stream
+from bd3lm_jax.passes import PLAIN
 
 CONFIG = DiTConfig(vocab_size=31, layers=3, width=16, heads=2, mlp_ratio=2, dropout=0.0, adaln=True, cond_dim=8,
                    time_conditioning=True, rope_base=1e4)
@@ -357,7 +360,7 @@ def test_a_small_cache_is_a_rounded_one(dtype, rounding):
 def test_cache_bytes():
     model, params = network()
     sizes = {dtype: sum(x.nbytes for x in jax.tree.leaves(trunk.new_cache(model, params, 2, LENGTH, dtype).keys))
-             for dtype in trunk.CACHE_DTYPES}
+             for dtype in DTYPES}
     heads, width = 2, 8
     tokens = 3 * 2 * LENGTH * heads
     assert sizes == {"compute": 4 * tokens * width, "float32": 4 * tokens * width, "bfloat16": 2 * tokens * width,
@@ -372,3 +375,20 @@ def test_layers_start_different():
     assert kernels.shape == (3, 16, 3, 2, 8)
     assert not np.any(kernels[0] == kernels[1])
     np.testing.assert_allclose(kernels.std(), 1 / np.sqrt(3 * 16), rtol=0.05)  # U(+-1 / sqrt(fan in))
+
+
+def test_what_is_not_wanted_costs_nothing_behind_the_last_attention():
+    model, params = network()
+    ids = np.random.default_rng(2).integers(0, CONFIG.vocab_size, size=(2, 1, LENGTH)).astype(np.int32)
+    noised = make_stream(jnp.asarray(ids), BLOCK)
+    wanted = np.array([[3, 0], [7, 11]])
+
+    def hidden(params, wanted):
+        return trunk.hidden(model, params, noised=noised, clean=None, cache=None, write_at=None, rule="block_causal",
+                            block_size=BLOCK, execution=PLAIN, dropout_keys=None, wanted_BxP=wanted).noised
+
+    every, some = jax.jit(lambda p: (hidden(p, None), hidden(p, wanted)))(params)
+    np.testing.assert_allclose(some, np.take_along_axis(np.asarray(every), wanted[:, None, :, None], 2), atol=1e-5)
+    saved = flops.count(lambda p: hidden(p, None), params) - flops.count(lambda p: hidden(p, wanted), params)
+    width = CONFIG.width
+    assert saved == 2 * (LENGTH - 2) * 2 * (width * width + 2 * CONFIG.mlp_ratio * width * width)

@@ -94,7 +94,7 @@ def small(**changes):
     (llama, {"rope_scaling": (2.0,)}, Masked.uniform_counts(4), "llama"),
     (llama, {"qk_norm": True, "head_dim": 16}, AR(bos=False), "qwen3"),
     (llama, {"qkv_bias": True}, Masked.uniform_counts(8), "qwen2"),
-    (llama, {"qkv_bias": True}, Masked.uniform_counts(64), "Dream"),
+    (llama, {"qkv_bias": True, "shifted": "row"}, Masked.uniform_counts(64), "Dream"),
     (llama, {}, dataclasses.replace(Masked.uniform_counts(4), corruption="bernoulli", clip_low=0.3), "llama"),
     (llama, {}, SEDD(block_size=4, corruption="bernoulli", eps=1e-3), "llama"),
     (llama, {}, AR(bos=True), "llama"),
@@ -209,3 +209,19 @@ def test_a_row_is_not_padded_to_the_context(tmp_path):
     io = np.load(GOLDEN / "llada" / "io.npz")
     assert np.abs(lm.logits(io["input_ids"]) - io["logits"]).max() <= 5e-5 * np.abs(io["logits"]).max()
     assert np.isfinite(lm.nll(np.minimum(io["input_ids"], 57), draws=1).mean)
+
+
+def test_a_text_is_written_on_a_canvas_of_its_length(tmp_path):
+    """As by the same network whose context is so long, and no place beyond is filled."""
+    short = bd3lm_jax.load(rewritten(tmp_path, "llada", max_sequence_length=24))
+    whole = bd3lm_jax.load(GOLDEN / "llada")
+    found, expected = (lm.generate([[3, 4, 5]], length=24, seed=1)[0] for lm in (whole, short))
+    assert found.nfe <= 21 and list(found.tokens) == list(expected.tokens)
+
+
+def test_a_model_that_masks_needs_a_mask(tmp_path):
+    lm = bd3lm_jax.load(rewritten(tmp_path, "llada", mask_token_id=...))
+    assert lm.logits([[1, 2, 3]]).shape == (1, 3, 59)
+    for use in (lambda: lm.nll([[1, 2, 3]]), lambda: lm.generate(length=8)):
+        with pytest.raises(UserError, match="nor its tokenizer says which token is the mask"):
+            use()

@@ -82,6 +82,18 @@ def test_likelihood_of_gpt2():
     np.testing.assert_array_equal(found[:, 0], 0)
 
 
+def test_gpt2_writes_what_its_logits_say():
+    """Every token written with the cache is the likeliest of the pass over the whole row so far."""
+    lm, io = published("gpt2")
+    prompt = io["input_ids"][0, :5].tolist()
+    row = prompt + list(lm.generate([prompt], length=12, top_k=1)[0].tokens)
+    logits = np.array(lm.logits(np.array([row])))[0]
+    logits[:, [i for i in (lm.special.mask,) if i >= 0]] = -np.inf
+    assert len(row) == 12 and row[5:] == logits[4:-1].argmax(-1).tolist()
+    with pytest.raises(UserError, match="has learned 24 positions: it cannot write more, nor with a sliding window"):
+        lm.generate([prompt], length=40, window=True)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_have_the_tree_of_init(name):
     described, params = hf.read_model(GOLDEN / name)

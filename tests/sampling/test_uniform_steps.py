@@ -1,10 +1,12 @@
 """The sampler of uniform-state diffusion: its law after every step against transitions written from Bayes' rule."""
 
+import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from scipy import stats
 from toy_blocks import QUICK, make_request, row_keys, settings
 from toy_lm import MASK as LM_MASK
@@ -32,8 +34,6 @@ def network(canvas_BxS, block, finished, positions_BxP, level_B, cache):
 
 def one_step(z, p_K, alpha_t, alpha_s):
     """q(x_s | x_t = z, x0 ~ p): over all x0 and x_s, the joint chance of the path to z, normalised."""
-    def jump(alpha):
-        return alpha * np.eye(KINDS) + (1 - alpha) / KINDS
     return_from = jump(alpha_t / alpha_s)[:, z]
     law = return_from * (p_K @ jump(alpha_s))
     return law / law.sum()
@@ -53,10 +53,45 @@ def laws():
     return found
 
 
-def blocks(keys_B):
+def jump(alpha):
+    """Chance of the letter of the column after noise, given that of the row."""
+    return alpha * np.eye(KINDS) + (1 - alpha) / KINDS
+
+
+TEXTS = np.random.default_rng(5).dirichlet(np.ones(KINDS**SIZE)).reshape(KINDS, KINDS)  # of two letters
+
+
+def exact_scores(canvas_BxS, block, finished, positions_BxP, level_B, cache):
+    """log p_t(letter, other) / p_t(own, other), and junk for the own letter and the mask."""
+    jump_BxKxK = (1 - level_B)[:, None, None] * jnp.eye(KINDS) + level_B[:, None, None] / KINDS
+    joint_Bx2 = jnp.log(jnp.einsum("bik,ij,bjl->bkl", jump_BxKxK, jnp.asarray(TEXTS, jnp.float32), jump_BxKxK))
+    other = jnp.take_along_axis(canvas_BxS, 1 - positions_BxP, axis=1)
+    own = jnp.take_along_axis(canvas_BxS, positions_BxP, axis=1)
+    rows = jnp.arange(len(own))[:, None]
+    log_p = jnp.where(positions_BxP[..., None] == 0, joint_Bx2.swapaxes(1, 2)[rows, other], joint_Bx2[rows, other])
+    scores = log_p - jnp.take_along_axis(log_p, own[..., None], axis=-1)
+    scores = jnp.where(jnp.arange(KINDS) == own[..., None], 5.0, scores)
+    return jnp.pad(scores, ((0, 0), (0, 0), (0, 1)), constant_values=9.0), cache
+
+
+def score_laws():
+    """Both letters redrawn at once, each by its exact posterior given both at the level before: by enumeration."""
+    law, found = np.full((KINDS, KINDS), KINDS**-SIZE), []
+    for index in range(STEPS):
+        t, s = 0.999 * (1 - index / STEPS), 0.999 * (1 - (index + 1) / STEPS)
+        to_s, s_to_t = jump(1 - s), jump((1 - t) / (1 - s))
+        # chance of x_s = (i, j) and x_t = (a, b)
+        joint = np.einsum("xy,xi,yj,ia,jb->ijab", TEXTS, to_s, to_s, s_to_t, s_to_t)
+        joint = joint / joint.sum((0, 1))
+        law = np.einsum("ab,iab,jab->ij", law, joint.sum(1), joint.sum(0))
+        found.append(law.ravel())
+    return found
+
+
+def blocks(keys_B, ask=network, sampler="uniform"):
     """Canvases after every step `[B, STEPS, SIZE]`, and what is still open at the end."""
     request = make_request(keys_B, SIZE)
-    asked = Asked(network, SAMPLERS["uniform"], settings(STEPS, size=SIZE))
+    asked = Asked(ask, SAMPLERS[sampler], settings(STEPS, size=SIZE))
     progress = start(asked, request, jnp.zeros((keys_B.shape[0], SIZE), int), 0, jnp.zeros(()))
     block, cache = open_block(asked, request, progress)
     canvases = [block.canvas]
@@ -67,10 +102,13 @@ def blocks(keys_B):
     return jnp.stack(canvases, 1), block.masked
 
 
-def test_law_of_every_step():
-    canvases, masked = jax.jit(blocks, compiler_options=QUICK)(row_keys(8000))
+@pytest.mark.parametrize("ask, sampler, expected", [(network, "uniform", laws),
+                                                    (exact_scores, "uniform_scores", score_laws)])
+def test_law_of_every_step(ask, sampler, expected):
+    written = functools.partial(blocks, ask=ask, sampler=sampler)
+    canvases, masked = jax.jit(written, compiler_options=QUICK)(row_keys(8000))
     assert not np.asarray(masked).any() and np.asarray(canvases).max() < KINDS
-    for step, law in enumerate(laws()):
+    for step, law in enumerate(expected()):
         seen = np.bincount(np.asarray(canvases)[:, step] @ [KINDS, 1], minlength=KINDS**SIZE)
         assert law.sum() > 1 - 1e-9 and stats.chisquare(seen, 8000 * law).pvalue > 1e-3
 

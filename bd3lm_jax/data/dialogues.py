@@ -1,0 +1,148 @@
+"""Prompts and answers for supervised fine-tuning: JSON lines to texts whose parts know whether they are prompt.
+
+A line holds "prompt" and "response", or "messages": a list of {"role", "content"} where every message of the role
+"assistant" is an answer. `data.name` says how they become text:
+    ""      prompt and answer one after the other, nothing between them
+    "plain" every turn under its heading: "### User:", "### Assistant:", "### System:"
+    "chat"  the chat template of the directory `data.tokenizer` (needs jinja2), whose special tokens are read as such
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from bd3lm_jax.config import DataConfig
+from bd3lm_jax.data.corpora import Corpus, json_lines, local_files
+from bd3lm_jax.errors import UserError, lookup
+
+ANSWERS = "assistant"  # the role whose messages are answers
+ROLES = ("system", "user", ANSWERS)
+
+Messages = list[dict[str, str]]
+
+
+class Dialogue(str):
+    """A text with its parts, (text, whether it is an answer); special: whether special tokens in it are meant."""
+
+    parts: tuple[tuple[str, bool], ...]
+    special: bool
+
+    def __new__(cls, parts: list[tuple[str, bool]], special: bool = False) -> "Dialogue":
+        parts = tuple((text, answer) for text, answer in parts if text)
+        self = super().__new__(cls, "".join(text for text, _ in parts))
+        self.parts, self.special = parts, special
+        return self
+
+
+def sft(data: DataConfig, split: str) -> Corpus:
+    """A file or a directory of .jsonl files (also .xz, .gz), see above. UserError for lines that hold no dialogue."""
+    write, identity = lookup(TEMPLATES, data.name, "data.name (how a dialogue becomes text)")(data)
+
+    def read(path: Path) -> Iterator[Dialogue]:
+        return (write(_messages(path, number, record)) for number, record in json_lines(path))
+
+    return local_files(data, split, ".jsonl", read, key=f"sft {data.name} {identity}")
+
+
+def _messages(path: Path, number: int, record: dict) -> Messages:
+    where = f"{path} line {number}"
+    if "messages" not in record:
+        missing = [key for key in ("prompt", "response") if not isinstance(record.get(key), str)]
+        if missing:
+            raise UserError(f"{where} has no text '{missing[0]}': expected 'prompt' and 'response', or 'messages'")
+        return [{"role": "user", "content": record["prompt"]}, {"role": ANSWERS, "content": record["response"]}]
+    messages = record["messages"]
+    right = isinstance(messages, list) and all(
+        isinstance(x, dict) and x.get("role") in ROLES and isinstance(x.get("content"), str) for x in messages)
+    if not right:
+        raise UserError(f"{where}: 'messages' is not a list of objects with \"content\" (text) and \"role\", one of "
+                        f"{', '.join(ROLES)}")
+    if not any(message["role"] == ANSWERS for message in messages):
+        raise UserError(f"{where} holds no message of role '{ANSWERS}': nothing to learn")
+    return messages
+
+
+def _joined(data: DataConfig):
+    del data
+    return (lambda messages: Dialogue([(x["content"], x["role"] == ANSWERS) for x in messages])), ""
+
+
+def _plain(data: DataConfig):
+    del data
+
+    def write(messages: Messages) -> Dialogue:
+        parts = []
+        for index, message in enumerate(messages):
+            heading = f"### {message['role'].capitalize()}:\n"
+            parts += [("\n\n" * (index > 0) + heading, False), (message["content"], message["role"] == ANSWERS)]
+        return Dialogue(parts)
+
+    return write, ""
+
+
+def _chat(data: DataConfig):
+    render, source = chat_template(Path(data.tokenizer))
+
+    def write(messages: Messages) -> Dialogue:
+        """An answer is what the template adds to the text that asks for it."""
+        parts, done = [], ""
+        for index, message in enumerate(messages):
+            if message["role"] != ANSWERS:
+                continue
+            asked, whole = render(messages[:index], True), render(messages[:index + 1], False)
+            if not (asked.startswith(done) and whole.startswith(asked)):
+                raise UserError(f"the chat template of {data.tokenizer} changes what it wrote when a dialogue goes on: "
+                                "answers cannot be told from prompts; use data.name='plain'")
+            parts += [(asked[len(done):], False), (whole[len(asked):], True)]
+            done = whole
+        return Dialogue(parts, special=True)
+
+    return write, source
+
+
+TEMPLATES: dict[str, Callable] = {"": _joined, "plain": _plain, "chat": _chat}
+
+
+def chat_template(directory: Path) -> tuple[Callable[[Messages, bool], str], str]:
+    """The chat template of a tokenizer's directory: `f(messages, whether an answer is to follow) -> text`, and its
+    source. UserError if there is none, or no jinja2 to run it."""
+    directory = directory if directory.is_dir() else directory.parent
+    config = _config(directory / "tokenizer_config.json")
+    file = directory / "chat_template.jinja"
+    source = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
+    if not isinstance(source, str):
+        raise UserError(f"{directory} holds no chat template (chat_template in tokenizer_config.json): use data.name="
+                        "'plain'")
+    try:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise UserError("chat templates need jinja2: pip install jinja2, or use data.name='plain'") from None
+    names = {key: config[key]["content"] if isinstance(config.get(key), dict) else config.get(key) or ""
+             for key in ("bos_token", "eos_token")}
+
+    def fail(message: str):
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = fail
+    try:
+        template = environment.from_string(source)
+    except TemplateError as error:
+        raise UserError(f"the chat template of {directory} is not valid: {error}") from None
+
+    def render(messages: Messages, more: bool) -> str:
+        try:
+            return template.render(messages=messages, add_generation_prompt=more, **names)
+        except TemplateError as error:
+            raise UserError(f"the chat template of {directory} refuses a dialogue: {error}") from None
+
+    return render, source
+
+
+def _config(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from None
+    return content if isinstance(content, dict) else {}

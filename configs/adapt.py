@@ -1,0 +1,57 @@
+"""Pretrained weights become a block diffusion model: the network, its tokenizer and its weights from one directory.
+
+    python -m launch train --config=configs/adapt.py:from=DIR --workdir=runs/adapted
+    python -m launch eval --workdir=runs/adapted
+    python -m launch sample --workdir=runs/adapted
+
+DIR is a published checkpoint (config.json, safetensors, tokenizer.json) or a run directory. Recipes (docs/adapt.md):
+    recipe=ar    a causal model (GPT-2, Llama, Qwen, ... or algo=ar): outputs stay one token ahead, blocks grow from one
+                 token to block_size over the first third of the steps while attention inside them opens
+    recipe=mlm   a masked language model (BERT, RoBERTa): whole rows for the first third, then blocks
+    recipe=mdlm  a diffusion model of whole rows (MDLM, LLaDA): blocks at once, as BD3-LM does (arXiv 2503.09573)
+
+Arguments: from=DIR, recipe=ar|mlm|mdlm, block_size=N or algo=mdlm (one block a row), lora=RANK (low-rank updates of
+frozen weights), e.g. --config=configs/adapt.py:from=runs/tiny-ar,block_size=16,lora=8. The text is the embedded corpus;
+another one: --config.data.source=text --config.data.path=FILE.
+Hardware: one accelerator for models of some 100M parameters; two CPU cores for toy ones. Time: to be measured.
+Expected: to be measured.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+RECIPES = ("ar", "mlm", "mdlm")
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    options = common.parse(arg, **{"from": "", "recipe": "ar", "block_size": 4, "algo": "bd3lm", "lora": 0})
+    source = getattr(options, "from")
+    if not source or options.recipe not in RECIPES or options.algo not in ("bd3lm", "mdlm"):
+        raise ValueError("expected from=DIR, a published checkpoint or a run directory, recipe=ar, mlm or mdlm and "
+                         f"algo=bd3lm or mdlm; got from={source}, recipe={options.recipe}, algo={options.algo}")
+    config = common.base()
+    config.model = ConfigDict({"kind": "init_from"})
+    config.data.update(tokenizer=source, length=256)
+    config.diffusion.corruption = "exact_count"
+    config.optim.update(lr=1e-3 if options.lora else 1e-4, beta2=0.99, warmup_steps=100, schedule="wsd",
+                        ema=0.0 if options.lora else 0.995)
+    config.train.update(steps=3000, batch=16, init_from=source, lora_rank=options.lora)
+    config.log.every = 20
+    config.checkpoint.every = 500
+    config.eval.update(every=500, rows=64, batch=16, draws=4)
+    common.set_algo(config, options.algo, options.block_size)
+    _set_recipe(config, options.recipe)
+    return config
+
+
+def _set_recipe(config: ConfigDict, recipe: str) -> None:
+    size, length, third = config.diffusion.block_size, config.data.length, config.train.steps // 3
+    if recipe == "ar":
+        config.model.shifted = "block"
+        sizes = [2**n for n in range(size.bit_length()) if size % 2**n == 0 and 2**n < size]
+        starts = [index * third // max(len(sizes), 1) for index in range(len(sizes))]
+        config.train.block_sizes = (*zip(starts, sizes), (third if sizes else 0, size))
+        config.train.anneal_steps = third
+    elif recipe == "mlm" and size < length:
+        config.train.block_sizes = ((0, length), (third, size))

@@ -1,0 +1,251 @@
+"""What is read from files: several with an index, pickles, averages, dtypes, meshes; a clear error for each damage."""
+
+import json
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import bd3lm_jax
+from bd3lm_jax import hf
+from bd3lm_jax.errors import UserError
+from toy_runs import run_python
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+SOURCE = GOLDEN / "bd3lm_block4"
+NORM, BIAS = "backbone.output_layer.norm_final.weight", "backbone.output_layer.linear.bias"
+
+
+def tensors_of(path=SOURCE):
+    return load_file(path / "model.safetensors")
+
+
+def config_in(tmp_path, name="bd3lm_block4"):
+    shutil.copy(GOLDEN / name / "config.json", tmp_path)
+    return tmp_path
+
+
+def split(tmp_path, change=lambda files, index: None):
+    """The source in three files with an index; `change(files, index)` edits both before they are written."""
+    config_in(tmp_path)
+    tensors = tensors_of()
+    files = {f"part{k}.safetensors": {name: x for i, (name, x) in enumerate(tensors.items()) if i % 3 == k}
+             for k in range(3)}
+    index = {name: file for file, part in files.items() for name in part}
+    change(files, index)
+    for file, part in files.items():
+        save_file(part, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return tmp_path
+
+
+def assert_same(params, others):
+    jax.tree.map(np.testing.assert_array_equal, params, others)
+
+
+def test_an_index_of_files(tmp_path):
+    assert_same(hf.read_model(split(tmp_path))[1], hf.read_model(SOURCE)[1])
+
+
+def twice(files, index):
+    files["part2.safetensors"][NORM] = files[index[NORM]][NORM]
+    index[NORM] = index[NORM]
+
+
+def lost(files, index):
+    del files[index[NORM]][NORM]
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda files, index: files.pop("part1.safetensors"), "names part1.safetensors, which is not there: download"),
+    (twice, f"tensor {NORM} is in two files, part[01].safetensors and part2.safetensors"),
+    (lost, rf"names tensors that are not in their files: {NORM} \(part"),
+    (lambda files, index: files["part1.safetensors"].update(other=np.zeros(1)), "unexpected: other$"),
+])
+def test_wrong_indices(tmp_path, change, message):
+    with pytest.raises(UserError, match=message) as error:
+        hf.read_model(split(tmp_path, change))
+    assert "\n" not in str(error.value)
+
+
+def test_unreadable_indices(tmp_path):
+    index = split(tmp_path) / "model.safetensors.index.json"
+    for content in ("{", "[]", "{}"):
+        index.write_text(content)
+        with pytest.raises(UserError, match="cannot read .*index.json .*expected a weight_map"):
+            hf.read_model(tmp_path)
+
+
+def test_a_truncated_part(tmp_path):
+    part = split(tmp_path) / "part1.safetensors"
+    part.write_bytes(part.read_bytes()[:-8])
+    with pytest.raises(UserError, match="cannot read .*part1.safetensors"):
+        hf.read_model(tmp_path)
+
+
+def test_parameters_in_bfloat16_are_the_rounded_ones():
+    exact, rounded = (hf.read_model(SOURCE, dtype=dtype)[1] for dtype in ("float32", "bfloat16"))
+    assert_same(jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), exact), rounded)
+    lm = bd3lm_jax.load(SOURCE, dtype="bfloat16")
+    io = np.load(SOURCE / "io.npz")
+    difference = np.abs(lm.logits(io["xt"], io["x0"]) - io["logits"]).max()
+    assert 1e-4 < difference < 0.05 * np.abs(io["logits"]).max()
+    with pytest.raises(UserError, match="dtype is 'int8', expected one of float32, bfloat16"):
+        hf.read_model(SOURCE, dtype="int8")
+
+
+def stored_as(tmp_path, dtype, width):
+    """The final norm with another dtype in the header: the safetensors package writes only NumPy's."""
+    raw = (SOURCE / "model.safetensors").read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header, data = json.loads(raw[8:8 + size]), raw[8 + size:]
+    count, offset = header[NORM]["shape"][0] * width, 0
+    for name, entry in header.items():
+        start, stop = entry.get("data_offsets", (0, 0))
+        if name == NORM:
+            data = data[:start] + data[start:start + count] + data[stop:]
+            entry |= {"dtype": dtype, "data_offsets": [start, start + count]}
+            cut, offset = start, count - (stop - start)
+    for name, entry in header.items():
+        if name != NORM and entry.get("data_offsets", (0, 0))[0] > cut:
+            entry["data_offsets"] = [at + offset for at in entry["data_offsets"]]
+    text = json.dumps(header).encode()
+    (config_in(tmp_path) / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+@pytest.mark.parametrize("dtype, width, message", [
+    ("F8_E4M3", 1, rf"tensor {NORM} \(F8_E4M3\) has a dtype that is not supported, expected one of F64, F32"),
+    ("I32", 4, rf"tensors that are no floating-point numbers: {NORM} \(int32\)"),
+])
+def test_other_dtypes_are_refused(tmp_path, dtype, width, message):
+    stored_as(tmp_path, dtype, width)
+    with pytest.raises(UserError, match=message):
+        hf.read_model(tmp_path)
+
+
+def test_averages_are_taken_unless_asked_otherwise(tmp_path):
+    tensors = tensors_of()
+    averaged = {"ema." + name: x + 1 for name, x in tensors.items() if name in (NORM, BIAS)}
+    save_file(tensors | averaged, config_in(tmp_path) / "model.safetensors")
+    plain = hf.read_model(SOURCE)[1]
+    ema = hf.read_model(tmp_path)[1]
+    np.testing.assert_array_equal(ema["head"]["norm"]["scale"], plain["head"]["norm"]["scale"] + 1)
+    np.testing.assert_array_equal(ema["embed"]["embedding"], plain["embed"]["embedding"])
+    assert_same(hf.read_model(tmp_path, weights="params")[1], plain)
+    save_file(tensors | {"ema.other": np.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="averaged tensors without the plain ones: ema.other"):
+        hf.read_model(tmp_path)
+
+
+class FakeTensor:
+    """What `torch.load` gives for an array."""
+
+    dtype = "torch.float32"
+
+    def __init__(self, x):
+        self.x, self.shape = x, x.shape
+
+    def detach(self):
+        return self
+
+    def numpy(self):
+        return self.x
+
+
+def pickled(tmp_path, monkeypatch, content, suffix=".ckpt"):
+    """A directory with a pickle, and a stand-in for torch that finds `content` in it."""
+    (config_in(tmp_path) / f"model{suffix}").write_bytes(b"pickle")
+
+    def load(path, map_location, weights_only):
+        assert weights_only is True
+        if isinstance(content, Exception):
+            raise content
+        return content
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(load=load))
+    return tmp_path
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".ckpt", ".pt", ".pth"])
+def test_pickles_are_refused(tmp_path, suffix):
+    (config_in(tmp_path) / f"model{suffix}").write_bytes(b"pickle")
+    with pytest.raises(UserError, match=f"model{suffix} is pickled, and reading a pickle can run any program"):
+        hf.read_model(tmp_path)
+
+
+def test_without_torch_no_pickle(tmp_path, monkeypatch):
+    (config_in(tmp_path) / "model.bin").write_bytes(b"pickle")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match="needs torch: pip install torch"):
+        hf.read_model(tmp_path, allow_pickle=True)
+
+
+def test_pickles_of_tensors(tmp_path, monkeypatch):
+    content = {name: FakeTensor(x) for name, x in tensors_of().items()}
+    directory = pickled(tmp_path, monkeypatch, content, ".bin")
+    assert_same(hf.read_model(directory, allow_pickle=True)[1], hf.read_model(SOURCE)[1])
+
+
+def test_training_checkpoints_bring_averages_in_the_order_of_the_parameters(tmp_path, monkeypatch):
+    tensors = tensors_of()
+    buffers = ("backbone.rotary_emb.inv_freq", "sampling_eps_min", "sampling_eps_max")
+    shadow = [FakeTensor(x * 2) for name, x in tensors.items() if name not in buffers]
+    content = {"state_dict": {"_orig_mod." + name: FakeTensor(x) for name, x in tensors.items()}, "epoch": 3,
+               "ema": {"decay": 0.9999, "num_updates": 5, "shadow_params": shadow}}
+    directory = pickled(tmp_path, monkeypatch, content)
+    plain = hf.read_model(SOURCE)[1]
+    assert_same(hf.read_model(directory, allow_pickle=True)[1], jax.tree.map(lambda x: 2 * x, plain))
+    assert_same(hf.read_model(directory, weights="params", allow_pickle=True)[1], plain)
+    content["ema"]["shadow_params"] = shadow[1:]
+    with pytest.raises(UserError, match="its average has 29 tensors that are not those of the 30 parameters"):
+        hf.read_model(directory, allow_pickle=True)
+
+
+@pytest.mark.parametrize("content, message", [
+    ([], "holds a list, expected a dict of tensors by name"),
+    (RuntimeError("Weights only load failed\nlong story"), r"\(RuntimeError: Weights only load failed\): damaged, or"),
+])
+def test_other_pickles(tmp_path, monkeypatch, content, message):
+    with pytest.raises(UserError, match=message):
+        hf.read_model(pickled(tmp_path, monkeypatch, content), allow_pickle=True)
+
+
+def test_a_mesh_holds_the_same_numbers_in_parts():
+    result = run_python("""
+        import sys
+        import jax, numpy as np
+        from bd3lm_jax import hf, sharding
+        from bd3lm_jax.config import MeshConfig
+        mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
+        for path in sys.argv[1:]:
+            whole, parts = hf.read_model(path)[1], hf.read_model(path, mesh=mesh)[1]
+            jax.tree.map(np.testing.assert_array_equal, whole, parts)
+            expected = sharding.param_shardings(whole, mesh)
+            jax.tree.map(lambda x, y: np.testing.assert_equal(x.sharding, y), parts, expected)
+            table = parts["embed"]["embedding"]
+            assert {s.data.size for s in table.addressable_shards} == {table.size // 4}
+        """, SOURCE, GOLDEN / "hf" / "llama", devices=4)
+    assert result.returncode == 0, result.stderr
+
+
+def test_nothing_but_the_parts_is_read(monkeypatch):
+    """A device's part of a stack of layers needs the tensors of these layers alone."""
+    from bd3lm_jax.published.bd3lm import layout
+    from bd3lm_jax.published.read import _placed
+    from bd3lm_jax.published.tensors import open_file
+
+    described, params = hf.read_model(SOURCE)
+    tensors, seen = open_file(SOURCE / "model.safetensors"), []
+    watched = {name: x._replace(read=lambda x=x, name=name: seen.append(name) or x.read())
+               for name, x in tensors.items()}
+    monkeypatch.setattr(jax, "make_array_from_callback", lambda shape, sharding, part: part(
+        (slice(1, 2), *[slice(0, n) for n in shape[1:-1]], slice(0, 3))))
+    leaf = layout(described.model)["blocks.mlp_in.kernel"]
+    part = _placed(leaf, watched, np.dtype(np.float32), object())
+    np.testing.assert_array_equal(part, params["blocks"]["mlp_in"]["kernel"][1:2, :, :3])
+    assert seen == ["backbone.blocks.1.mlp.0.weight"]
