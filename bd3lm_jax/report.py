@@ -80,6 +80,8 @@ def _likelihood_table(run, split: str, rows, estimate: dict) -> None:
 
 def _count_models(run, split: str, rows) -> dict[str, float]:
     """Bits per byte of models that only count, trained on the training split."""
+    if run.config.data.source == "sft":
+        raise UserError("the model is measured on answers alone")
     if run.rows["train"].meta["tokens"] > COUNTED_TOKENS:
         raise UserError(f"the training split has more than {COUNTED_TOKENS // 10**6} million tokens")
     train, test, vocab, size = run.rows["train"].stream(), rows.stream(), run.tokenizer.size, rows.meta["bytes"]

@@ -74,7 +74,7 @@ def train(config: Config, workdir: str, profile: bool = False) -> dict[str, Any]
 def set_up(config: Config, workdir: str) -> Run:
     """Read the data, check everything that can be wrong and claim the run directory; nothing is computed yet."""
     mesh = sharding.make_mesh(config.mesh)
-    tokenizer = prepare_tokenizer(config.data)
+    tokenizer = adapt.masking(config, prepare_tokenizer(config.data))
     config = rundir.resolve(config, tokenizer)
     program = Program.of(config, SpecialIds(tokenizer.mask_id, tokenizer.end_id), mesh,
                          passes.compute_dtype(config.compute.dtype))
