@@ -4,6 +4,7 @@
   python -m launch train --config=configs/austen.py --workdir=runs/mine
   python -m launch train --config=configs/tiny.py:block_size=8 --config.optim.lr=5e-4 --workdir=runs/blocks-of-8
   python -m launch train --config=configs/tiny.py:algo=ar --workdir=runs/tiny-ar
+  python -m launch train --distributed --mesh=data=-1,fsdp=4        # on every host of a TPU slice: docs/clusters.md
   python -m launch train --config=configs/owt.py --mesh=data=8,fsdp=4 --plan               # what it will need
   python -m launch train --config=configs/owt.py --mesh=data=8,fsdp=4 --plan --for=v5e     # on one of them
 

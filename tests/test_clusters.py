@@ -306,11 +306,12 @@ def test_slurm_script_asks_for_what_it_needs(tmp_path):
     path = slurm_script(tmp_path)
     assert bash(f"bash -n {shlex.quote(path)}").returncode == 0
     options = sbatch_options(path)
-    assert options == {"--job-name": "owt", "--nodes": "2", "--ntasks-per-node": "1", "--gpus-per-node": "8",
+    assert options == {"--job-name": "owt", "--nodes": "2", "--ntasks-per-node": "8", "--gpus-per-node": "8",
                        "--output": f"{tmp_path}/o'ut $dir/owt-%j.log", "--open-mode": "append", "--requeue": "",
                        "--signal": "B:TERM@120"}
     array = sbatch_options(slurm_script(tmp_path, accelerator="H100:8", points=6))
     assert array["--array"] == "0-5" and array["--output"].endswith("owt-%A_%a.log")
+    assert (array["--nodes"], array["--ntasks-per-node"], array["--gpus-per-node"]) == ("1", "1", "8")
 
 
 @pytest.fixture

@@ -22,21 +22,21 @@ from toy_runs import toy_dict
 def get_config():
     return ConfigDict(toy_dict(Path({directory!r}), {{"mesh.data": 2, "mesh.fsdp": 2, "checkpoint.every": 50}}))
 """
-SECONDS = 280
+SECONDS = 600
 
 
 @pytest.fixture
 def runs(tmp_path):
-    """A function that starts `python -m launch train` in `count` processes of `devices` simulated devices each."""
+    """A function that starts a command (train) in `count` processes of `devices` simulated devices each."""
     write_text(tmp_path / "text.txt", 60)
     (tmp_path / "toy.py").write_text(CONFIG.format(directory=str(tmp_path)))
     started = []
 
-    def start(workdir, count, devices, *flags, ranks=None):
+    def start(workdir, count, devices, *flags, ranks=None, command=()):
         port = 20000 + (os.getpid() * 7 + len(started)) % 20000
         joined = ("--distributed", f"--coordinator=127.0.0.1:{port}", f"--processes={count}", "--heartbeat=20")
         for i in ranks or range(count):
-            words = [sys.executable, "-m", "launch", "train", f"--config={tmp_path / 'toy.py'}",
+            words = [sys.executable, "-m", "launch", *(command or ("train", f"--config={tmp_path / 'toy.py'}")),
                      f"--workdir={tmp_path / workdir}", *flags, *((*joined, f"--process_id={i}") if count > 1 else ())]
             out, err = (open(tmp_path / f"{workdir}.{i}.{kind}", "w") for kind in ("out", "err"))
             started.append(subprocess.Popen(words, cwd=ROOT, stdout=out, stderr=err, env=environment(devices)))
@@ -71,6 +71,10 @@ def test_two_processes_train_as_one(tmp_path, runs):
     assert two[-1]["valid/nll"] == pytest.approx(one[-1]["valid/nll"], abs=1e-5)
     assert json.loads(said(tmp_path, "two", 0, "out").splitlines()[-1])["step"] == 3
     assert "{" not in said(tmp_path, "two", 1, "out") and "step 3/3" not in said(tmp_path, "two", 1, "err")
+    measure = runs("two", 2, 2, "--split=valid", command=("eval",))
+    assert [process.wait(SECONDS) for process in measure] == [0, 0], said(tmp_path, "two", 0, "err")
+    found = json.loads(said(tmp_path, "two", 0, "out").splitlines()[-1])
+    assert found["nll"] == pytest.approx(two[-1]["valid/nll"], abs=1e-5) and "{" not in said(tmp_path, "two", 1, "out")
 
 
 @pytest.mark.ci_slow

@@ -74,6 +74,15 @@ def test_a_sweep_becomes_an_array(capsys, tmp_path):
     assert code == 0 and "--index=1" in json.loads(out)["actions"]["run"][0]
 
 
+def test_the_examples_of_the_documentation(capsys, tmp_path):
+    text = (ROOT / "docs" / "clusters.md").read_text().replace("\\\n", " ")
+    examples = [line for line in text.splitlines() if line.startswith("python -m launch tpu ")]
+    assert {"gcloud", "xpk", "skypilot", "slurm"} == {line.split("--engine=")[1].split()[0] for line in examples}
+    for line in examples:
+        code, _, err = launch(capsys, tmp_path, *shlex.split(line, comments=True)[4:])
+        assert code == 0, err
+
+
 BAD = [
     ((*GCLOUD, "--"), "no command: after --"),
     ((*GCLOUD,), "no command: after --"),

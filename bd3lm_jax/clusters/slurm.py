@@ -35,15 +35,19 @@ def _path(job: Job) -> str:
 
 
 def _script(job: Job) -> str:
-    """Slurm sends SIGTERM to this script alone, which hands it to srun, and srun to every process."""
+    """Slurm sends SIGTERM to this script alone, which hands it to srun, and srun to every process.
+
+    jax gives a process that it finds under Slurm one GPU: so many processes on several hosts, on one a single process.
+    """
+    gpus = job.slice.chips // job.slice.hosts
     array, log = (f"#SBATCH --array=0-{job.points - 1}\n", "%A_%a") if job.points else ("", "%j")
     index = ' --index="$SLURM_ARRAY_TASK_ID"' if job.points else ""
     again = "|".join(map(str, AGAIN))
     return f"""#!/usr/bin/env bash
 #SBATCH --job-name={job.name}
 #SBATCH --nodes={job.slice.hosts}
-#SBATCH --ntasks-per-node=1
-#SBATCH --gpus-per-node={job.slice.chips // job.slice.hosts}
+#SBATCH --ntasks-per-node={gpus if job.slice.hosts > 1 else 1}
+#SBATCH --gpus-per-node={gpus}
 {array}#SBATCH --output={_in_comment(job.out)}/{job.name}-{log}.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
