@@ -10,6 +10,11 @@ heavy.txt holds their translations, one a line: those in frame, with less than 8
 The published network sees a whole row and was trained with 15 % masked; here every number of masks is as likely.
 
 Arguments: block_size=N or algo=mdlm (the default: one block a row).
+Hardware and time: two shared CPU cores; 400 steps are 0.9 million tokens: 7 minutes at the 2,150 a second that were
+seen with a core free (half an hour for 245 steps with the cores shared by ten).
+Expected (measured after 245 of the 400 steps, 128 held-out chains, seed 0): 0.817 nats a residue, 95 % interval
+0.779 .. 0.855; the published network before: 1.105 (1.070 .. 1.140) with its beginning token given, 1.327 on the same
+rows.
 """
 
 from ml_collections import ConfigDict
