@@ -3,7 +3,7 @@
     pip install airrship
     airrship -o heavy --shm --all_alleles -n 20000 --seed 1
     python -m launch train --config=configs/sapiens.py --config.data.path=heavy.txt --workdir=runs/sapiens
-    python -m launch sample --workdir=runs/sapiens --num=8 --length=144
+    python -m launch sample --workdir=runs/sapiens --num=8 --length=144 --temperature=0.5
 
 airrship (AGPL, no dependency of ours) simulates repertoires of human heavy chains by recombination and hypermutation;
 heavy.txt holds their translations, one a line: those in frame, with less than 8 % mutated and at most 142 residues.
