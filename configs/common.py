@@ -58,7 +58,7 @@ MODELS = {  # beside the paper's transformer: name -> its `model` section, at th
                    "local_rope_base": 10_000.0, "norm_eps": 1e-5},
     "llama": {"kind": "llama", "vocab_size": -1, **SIZES["small"], "kv_heads": 4, "head_dim": 64, "hidden": 2048,
               "dropout": 0.0, "rope_base": 10_000.0, "rope_scaling": (), "norm_eps": 1e-5, "qkv_bias": False,
-              "qk_norm": False, "tied": False},
+              "qk_norm": False, "tied": False, "shifted": ""},
     "moe": {"kind": "moe", "vocab_size": -1, **SIZES["small"], "dense_layers": 1, "kv_heads": 4, "head_dim": 64,
             "rotary_dim": 32, "hidden": 2048, "experts": 16, "expert_hidden": 512, "shared_hidden": 512, "top_k": 2,
             "groups": 4, "top_groups": 2, "routed_scale": 2.5, "balance": 0.01, "dropout": 0.0, "rope_base": 10_000.0,
