@@ -42,6 +42,17 @@ def read_source(path: str) -> Source:
     return Source(path, True, described.model, described.objective, described.length, described.mask_id)
 
 
+def masking(config: Config, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with the mask token that `train.init_from` was trained with, where that names one; with one behind
+    its vocabulary if it has none and the objective of the config needs it."""
+    if not config.diffusion.masks:
+        return tokenizer
+    source = read_source(config.train.init_from) if config.train.init_from else None
+    if source is not None and source.objective.masks and source.mask_id >= 0:
+        return tokenizer.with_mask(source.mask_id)
+    return tokenizer if tokenizer.mask_id >= 0 else tokenizer.with_mask(tokenizer.size)
+
+
 def check_source(config: Config, tokenizer: Tokenizer) -> None:
     """UserError unless `train.init_from` holds weights for the network of a config, and a run its tokenizer."""
     source = read_source(config.train.init_from)
@@ -57,12 +68,9 @@ def check_source(config: Config, tokenizer: Tokenizer) -> None:
     if config.data.length > source.length and source.published:
         raise UserError(f"data.length={config.data.length}, but {name} was made for rows of at most {source.length} "
                         "tokens: shorten the rows")
-    if source.objective.masks and source.mask_id not in (-1, tokenizer.mask_id):
-        raise UserError(f"{name} names {source.mask_id} as its mask token, and that of data.tokenizer="
-                        f"'{config.data.tokenizer}' is {tokenizer.mask_id}: use the tokenizer that came with it")
     if source.published:
         return
-    rundir.check_tokenizer(tokenizer, rundir.read(source.path)[1].identity, name)
+    rundir.check_tokenizer(tokenizer, masking(config, rundir.read(source.path)[1]).identity, name)
     from bd3lm_jax.checkpoint import Checkpoints
 
     with Checkpoints(source.path, 1, read_only=True) as checkpoints:

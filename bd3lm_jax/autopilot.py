@@ -62,12 +62,13 @@ def autopilot(workdir: str, *, scorer: str, rounds: int, texts: int) -> dict[str
     lm = load(workdir)
     if lm.tokenizer is None:
         raise UserError(f"{workdir} has no tokenizer and no data: the settings of a run directory can be measured")
+    corpus = lm.corpus(workdir)
     if not os.access(workdir, os.W_OK):
         raise UserError(f"cannot write in {workdir}, where {FILE} goes: use a copy of the run directory")
     judge = Scorer(load(scorer), scorer, 0) if scorer else None
     length = min(MAX_LENGTH, lm.context)
     rows = measure(lm, candidates(lm), judge, rounds, texts, length)
-    rows_of_text = prepare(lm.config.data, "valid", lm.config.block_size, lm.tokenizer)
+    rows_of_text = prepare(corpus, "valid", lm.config.block_size, lm.tokenizer)
     result = {"bench": "sampling", **recommend(rows), "rule": RULE, "measured": rows,
               "cache": cache_price.price(lm, rows_of_text, PRICE_ROWS, seed=0), "scorer": scorer or None,
               "length": length, "texts": texts * rounds, **lm.trained._asdict(), "device": jax.devices()[0].device_kind,

@@ -27,7 +27,7 @@ def curve(workdir: str, *, split: str, estimator: str, draws: int, seed: int, we
     if len(sizes) < 2:
         raise UserError(f"{workdir} was trained with blocks of {sizes[0]} tokens only: a curve needs a model of "
                         "diffusion.kind='mixed'")
-    text, rows = prepare(lm.config.data, split, lm.config.block_size, lm.tokenizer), []
+    text, rows = prepare(lm.corpus(workdir), split, lm.config.block_size, lm.tokenizer), []
     for size in sizes:
         found = _likelihood(open_run(workdir, weights, batch, size), text, estimator, draws, seed)
         rows.append({"block_size": size, **found, **_speed(lm.at_block_size(size), seed)})

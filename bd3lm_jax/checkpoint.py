@@ -23,6 +23,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from bd3lm_jax.errors import RunError, UserError
 from bd3lm_jax.log import note
+from bd3lm_jax.sharding import settled
 from bd3lm_jax.state import TrainState
 
 FORMAT = 1  # of the meta item
@@ -242,7 +243,7 @@ def fingerprints(tree: Any) -> dict[str, int]:
 
     Any single wrong element changes it for certain, other damage is missed with probability 2^-32.
     """
-    sums = {path: _fingerprint(leaf) for path, leaf in _leaves(tree)}
+    sums = {path: settled(_fingerprint(leaf)) for path, leaf in _leaves(tree)}
     return {path: int(value) for path, value in jax.device_get(sums).items()}
 
 

@@ -47,6 +47,8 @@ def study(workdirs: list[str], *, split: str, batch: int, draws: int, seed: int)
         raise UserError(f"batch is {batch} and draws {draws}, expected an even batch of at least 2 and 2 draws")
     runs = {workdir: load(workdir) for workdir in workdirs}
     _check(runs)
+    for workdir, lm in runs.items():
+        lm.corpus(workdir)  # raises where there is none
     tags = _tags([lm.config for lm in runs.values()])
     first = next(iter(runs.values()))
     measure, rows = jax.jit(make_measure(first)), []
@@ -65,7 +67,7 @@ def _check(runs: dict[str, LM]) -> None:
         if lm.config.diffusion.causal or trunk.takes_level(lm.config.model):
             raise UserError(f"{workdir} predicts no masked tokens without a noise level: give masked models with "
                             "model.time_conditioning=False")
-        if "density" in lm.config.diffusion.needs and not lm.config.data.density:
+        if "density" in lm.config.diffusion.needs and not lm.corpus(workdir).density:
             raise UserError(f"{workdir} learnt its densities (noise.adapt='running_loss'), which are not measured "
                             "here: give runs with data.density")
         same = (lm.config.block_size, lm.config.model, lm.tokenizer.identity)

@@ -17,6 +17,8 @@ EXTRA = {  # what is lost without it, and how to get it
     "safetensors": "checkpoints in Hugging Face layout (pip install safetensors)",
     "matplotlib": "plots (pip install matplotlib)",
     "tensorflow-datasets": "data.source='tfds' (pip install tensorflow-datasets)",
+    "gguf": "GGUF files (pip install gguf)",
+    "huggingface_hub": "models by their names on the Hugging Face Hub (pip install huggingface_hub)",
     "tensorflow": "building TFDS data sets such as lm1b, not reading them (pip install 'bd3lm_jax[data]')",
 }
 ATTENTION_SHAPE = {"length": 1024, "block_size": 16, "heads": 1, "kv_heads": 1, "head_size": 64}

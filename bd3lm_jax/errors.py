@@ -5,9 +5,16 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Wrong input, found at the door: nothing was started. Command-line exit code 2."""
+    """Wrong input, found at the door: nothing was started. Command-line exit code 2.
+
+    agreed: of many processes of a run all raise it at the same point, so that they can leave together.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str, agreed: bool = False):
+        super().__init__(message)
+        self.agreed = agreed
 
 
 class RunError(UserError):
@@ -20,6 +27,12 @@ class Preempted(UserError):
     """The run was told to stop and has saved its state: run the same command again. Exit code 42."""
 
     exit_code = 42
+
+
+class Stuck(UserError):
+    """Nothing happened for too long (watchdog.py): run the same command again. Exit code 75."""
+
+    exit_code = 75
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

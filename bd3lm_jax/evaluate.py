@@ -174,6 +174,7 @@ class Evaluator:
         self.batch = -(-config.eval.batch // devices) * devices
         self.sharding = batch_sharding(mesh)
         self._programs = {}
+        self.alive = lambda: None  # called after every batch
 
     def run(self, params, rows: Rows, *, estimator: str, draws: int, seed: int, num_rows: int = 0) -> dict:
         """NLL of the first `num_rows` rows (0: all) in nats per token, with intervals.
@@ -204,6 +205,7 @@ class Evaluator:
             for round_ in itertools.count():
                 for batch, passes in self._batches(estimator, params, rows, ids, draws, seed, round_):
                     total.add(round_, passes, self._documents(rows, batch))
+                    self.alive()
                 total.wall_s = time.perf_counter() - began
                 if target is None and round_ + 1 == rounds or target is not None and _met(total, target):
                     return total

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bd3lm_jax import conditional, estimators, evaluate, generation, infill, models, passes, stats, stream
-from bd3lm_jax.config import SECTIONS, Config
+from bd3lm_jax.config import SECTIONS, Config, DataConfig
 from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.generation import Sample
@@ -85,6 +85,13 @@ class LM:
         known = self.tokenizer is not None
         mask_id = self.tokenizer.mask_id if known else self.config.model.vocab_size - 1
         return SpecialIds(mask_id if self._mask_id is None else self._mask_id, self.tokenizer.end_id if known else -1)
+
+    def corpus(self, path: str) -> DataConfig:
+        """What the run in `path` was trained on. UserError for a published checkpoint, which brings no corpus."""
+        if self.config.data is None:
+            raise UserError(f"{path} is a published checkpoint, which brings no corpus: give a run directory (python "
+                            "-m launch convert --format=native makes one)")
+        return self.config.data
 
     def at_block_size(self, size: int) -> "LM":
         """This model with blocks of `size` tokens, one of those that it was trained with (`diffusion.kind="mixed"`)."""

@@ -18,6 +18,13 @@ METRICS_FILE = "metrics.jsonl"
 PLAIN_SECONDS = 5.0  # between progress lines when stderr is not a terminal
 
 _console = Console(stderr=True, highlight=False)
+_silent = False
+
+
+def silence() -> None:
+    """From now on this process, one of many, says neither notes nor results."""
+    global _silent
+    _silent = _console.quiet = True
 
 
 def note(text: str) -> None:
@@ -37,7 +44,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
 
 def result(values: Mapping[str, Any]) -> None:
     """The result of a command: one JSON object, the last line of stdout. Numbers that are not finite become null."""
-    print(_to_json(values), flush=True)
+    if not _silent:
+        print(_to_json(values), flush=True)
 
 
 def save(path: str | os.PathLike, values: Mapping[str, Any]) -> None:

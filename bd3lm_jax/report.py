@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bd3lm_jax import plots, textmetrics
+from bd3lm_jax import distributed, plots, textmetrics
 from bd3lm_jax.data.corpora import join_documents, load_documents
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.log import note, save, table
@@ -24,15 +24,17 @@ COUNTED_TOKENS = 20_000_000  # count models are for training splits up to this s
 def closing(run: Any, weights: Any, valid: dict, evaluator: Any) -> None:
     """The report after `train`: valid (and, for the embedded corpus, test) beside count models, samples, plots.
 
-    valid is {} for a model without a bound."""
+    valid is {} for a model without a bound. Of many processes all call it, and the first one writes."""
     splits = {"valid": (run.rows["valid"], valid)} if valid else {}
     config = run.config
     if not valid:
         note(f"an objective of kind '{config.diffusion.kind}' has no bound on the likelihood: none is reported")
     if valid and config.data.source == "austen":
-        rows = _test_rows(run)
+        rows = distributed.first_then_others(lambda: _test_rows(run))
         estimate = evaluator.run(weights, rows, estimator=valid["estimator"], draws=config.eval.draws, seed=config.seed)
         splits["test"] = (rows, estimate)
+    if jax.process_index() > 0:
+        return
     for split, (rows, estimate) in splits.items():
         _likelihood_table(run, split, rows, estimate)
     if valid and len(valid["nll_by_count"]) > 1:
@@ -42,7 +44,9 @@ def closing(run: Any, weights: Any, valid: dict, evaluator: Any) -> None:
     if hasattr(config.schedule, "law"):
         plots.noise_over_steps(run.workdir)
     note(f"plots in {Path(run.workdir) / 'plots'}")
-    if config.eval.samples:
+    if config.eval.samples and jax.process_count() > 1:
+        note(f"no samples of a run of many processes: python -m launch sample --workdir={run.workdir}")
+    elif config.eval.samples:
         _samples(run, weights)
     numbers = {split: {key: value for key, value in estimate.items() if key != "wall_s"}
                for split, (_, estimate) in splits.items()}
@@ -80,6 +84,8 @@ def _likelihood_table(run, split: str, rows, estimate: dict) -> None:
 
 def _count_models(run, split: str, rows) -> dict[str, float]:
     """Bits per byte of models that only count, trained on the training split."""
+    if run.config.data.source == "sft":
+        raise UserError("the model is measured on answers alone")
     if run.rows["train"].meta["tokens"] > COUNTED_TOKENS:
         raise UserError(f"the training split has more than {COUNTED_TOKENS // 10**6} million tokens")
     train, test, vocab, size = run.rows["train"].stream(), rows.stream(), run.tokenizer.size, rows.meta["bytes"]

@@ -41,7 +41,7 @@ class Scorer:
         """stride: 0 for half a window. Raises UserError if the model has no tokenizer, gives a bound only, or the
         stride does not go with its window."""
         if lm.tokenizer is None:
-            raise UserError(f"scorer {path} has no tokenizer, which texts need: use a run directory")
+            raise UserError(f"scorer {path} has no tokenizer, which texts need: put its tokenizer.json there")
         if not estimators.is_exact(lm.config):
             raise UserError(f"scorer {path} gives only a bound on the likelihood (block size {lm.config.block_size}), "
                             "which is no perplexity: use an autoregressive model, or one of block size 1 without time "

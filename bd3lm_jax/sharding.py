@@ -69,19 +69,24 @@ def make_mesh(mesh: "MeshConfig", devices: Sequence[jax.Device] | None = None) -
     Raises UserError, with the numbers, if the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    sizes, types = sizes_for(mesh, len(devices)), (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # sizes that are no products of the slice's own axes
+        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=types)
+
+
+def sizes_for(mesh: "MeshConfig", count: int) -> tuple[int, ...]:
+    """Sizes by axis for `count` devices, -1 resolved. Raises UserError if they do not multiply to `count`."""
     sizes = [getattr(mesh, axis) for axis in AXES]
     fixed = math.prod(size for size in sizes if size != -1)
-    resolved = [len(devices) // fixed if size == -1 else size for size in sizes]
-    if math.prod(resolved) != len(devices):
+    resolved = tuple(count // fixed if size == -1 else size for size in sizes)
+    if math.prod(resolved) != count:
         wanted = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes))
-        raise UserError(f"{wanted} does not fit {len(devices)} devices: the product must be {len(devices)} "
-                        f"(one size may be -1: whatever is left)")
-    types = (AxisType.Auto,) * len(AXES)
-    try:
-        return jax.make_mesh(tuple(resolved), AXES, axis_types=types, devices=devices)
-    except NotImplementedError:  # sizes that are no products of the slice's own axes
-        placed = mesh_utils.create_device_mesh(tuple(resolved), devices, allow_split_physical_axes=True)
-        return Mesh(placed, AXES, axis_types=types)
+        raise UserError(f"{wanted} does not fit {count} devices: the product must be {count} (one size may be -1: "
+                        "whatever is left)")
+    return resolved
 
 
 def check_mesh(mesh: Mesh, model_config: Any, batch: int) -> None:

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import adapt, lora, memory, optim, passes, profiling, report, rundir, sharding
+from bd3lm_jax import adapt, distributed, lora, memory, optim, passes, profiling, report, rundir, sharding
 from bd3lm_jax.checkpoint import Checkpoints
-from bd3lm_jax.config import Config
+from bd3lm_jax.config import Config, flatten
 from bd3lm_jax.data.loader import Loader, prefetch
 from bd3lm_jax.data.prepare import Rows, prepare, prepare_tokenizer
 from bd3lm_jax.data.tokenizers import Tokenizer
@@ -27,6 +25,7 @@ from bd3lm_jax.profiling import Profiler
 from bd3lm_jax.program import Program
 from bd3lm_jax.state import LEARNT, LORA, TrainState
 from bd3lm_jax.step import SpecialIds
+from bd3lm_jax.watchdog import Watchdog
 
 PREFETCH = 2  # batches placed ahead of the step, at least
 SHOWN_COUNTS = 32  # larger blocks log their NLL at powers of two masked tokens only
@@ -44,10 +43,11 @@ class Run:
     program: Program
 
 
-def train(config: Config, workdir: str, profile: bool = False) -> dict[str, Any]:
+def train(config: Config, workdir: str, profile: bool = False, stuck_after: float = 0.0) -> dict[str, Any]:
     """Train to `config.train.steps`, going on from the newest checkpoint in `workdir` if there is one.
 
-    profile: write a trace of a few steps into WORKDIR/profile. Returns the result object of the `train` command.
+    profile: write a trace of a few steps into WORKDIR/profile. stuck_after: seconds without a finished step after which
+    the process ends with exit code 75 (watchdog.py), 0 for never. Returns the result object of the `train` command.
     Raises UserError for wrong input, RunError when the loss is not finite (with step and rows), memory runs out (with
     what would fit) or a save fails, Preempted after SIGTERM once the state is saved.
     """
@@ -58,9 +58,11 @@ def train(config: Config, workdir: str, profile: bool = False) -> dict[str, Any]
         state, losses = _first_state(run, checkpoints)
         start = int(state.step)
         evaluator = Evaluator(run.config, program.model, program.special, program.mesh)
-        with (RunLog(run.workdir, run.config.train.steps, start_step=start) as log, _termination() as stop,
+        with (RunLog(run.workdir, run.config.train.steps, start_step=start) as log,
+              distributed.termination() as stop, Watchdog(stuck_after, "no step finished") as watchdog,
               Profiler(run.workdir, start + profiling.FIRST, profiling.STEPS if profile else 0) as profiler):
-            state, step_ms, valid = _loop(run, state, losses, checkpoints, evaluator, log, stop, profiler)
+            evaluator.alive = watchdog.done
+            state, step_ms, valid = _loop(run, state, losses, checkpoints, evaluator, log, stop, profiler, watchdog)
         weights = _weights(run, state)
         valid = valid or _validate(run, evaluator, weights, whole=True)
     report.closing(run, weights, valid, evaluator)
@@ -73,15 +75,19 @@ def train(config: Config, workdir: str, profile: bool = False) -> dict[str, Any]
 
 def set_up(config: Config, workdir: str) -> Run:
     """Read the data, check everything that can be wrong and claim the run directory; nothing is computed yet."""
+    distributed.check_same(flatten(config.to_dict()), "configuration")
     mesh = sharding.make_mesh(config.mesh)
-    tokenizer = prepare_tokenizer(config.data)
+    tokenizer = adapt.masking(config, distributed.first_then_others(lambda: prepare_tokenizer(config.data)))
     config = rundir.resolve(config, tokenizer)
     program = Program.of(config, SpecialIds(tokenizer.mask_id, tokenizer.end_id), mesh,
                          passes.compute_dtype(config.compute.dtype))
     if config.train.init_from:
         adapt.check_source(config, tokenizer)
-    rows = {split: prepare(config.data, split, config.block_size, tokenizer, _say) for split in ("train", "valid")}
-    rundir.claim(workdir, config, tokenizer)
+    rows = distributed.first_then_others(lambda: {
+        split: prepare(config.data, split, config.block_size, tokenizer, _say) for split in ("train", "valid")})
+    hashes = {name: split.meta["hash"] for name, split in rows.items()}
+    distributed.check_same(hashes | {"tokenizer": tokenizer.identity}, "text")
+    distributed.first_alone(lambda: rundir.claim(workdir, config, tokenizer))
     if rows["train"].has_density:
         _say_density(rows["train"].meta["density_mean"])
     return Run(config, Path(workdir), tokenizer, rows, program)
@@ -120,7 +126,7 @@ def _first_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, list[f
 
 
 def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evaluator: Evaluator, log: RunLog, stop,
-          profiler: Profiler):
+          profiler: Profiler, watchdog: Watchdog):
     """All steps -> last state, median milliseconds a step, last validation. Metrics are read one step late."""
     config, program, start = run.config, run.program, int(state.step)
     step_fns = program.steps()
@@ -140,10 +146,11 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
             with memory.explained(program):
                 state, metrics = step_fns[config.phase_at(step)](state, batch)
                 values = _read(run, pending, clock) if pending is not None else None
+            watchdog.done()
             if values is not None:
                 window.add(*values, {}, {}, clock, log)
             pending, done = (step, ids, metrics), step + 1
-            last, stopping = done == config.train.steps, stop.is_set()
+            last, stopping = done == config.train.steps, stop.reached(done)
             validating = last or done % config.eval.every == 0
             saving = last or stopping or done % config.checkpoint.every == 0
             if validating or saving:
@@ -159,9 +166,10 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
                 checkpoints.save(done, state, {"tokenizer": run.tokenizer.identity, "config_sha256": config.sha256(),
                                                "losses": window.losses,
                                                "noise": choose_noise.shown(state)}, wait=last or stopping)
+                watchdog.done()
             if stopping and not last:
                 raise Preempted(f"stopped by SIGTERM after step {done}, which is saved in {run.workdir}: run the same "
-                                "command again to go on")
+                                "command again to go on", agreed=True)
     return state, clock.median_ms(), valid
 
 
@@ -189,12 +197,12 @@ def _read(run: Run, pending, clock: "_Clock") -> tuple[int, dict]:
     if values["overflow"]:
         raise RunError(f"a row of step {step + 1} has more masked tokens than the capacity of its objective: "
                        f"{type(run.config.diffusion).__name__} draws more than it declares; the last checkpoint in "
-                       f"{run.workdir} is whole")
+                       f"{run.workdir} is whole", agreed=True)
     if not values["finite"]:
         raise RunError(
             f"the loss of step {step + 1} is not finite (loss {values['loss']}, gradient norm {values['grad_norm']}; "
             f"rows {', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''} of the training split): lower "
-            f"optim.lr or raise optim.warmup_steps; the last checkpoint in {run.workdir} is whole")
+            f"optim.lr or raise optim.warmup_steps; the last checkpoint in {run.workdir} is whole", agreed=True)
     return step + 1, values
 
 
@@ -252,20 +260,6 @@ class _Clock:
 
     def median_ms(self) -> float | None:
         return float(np.median(self.seconds)) * 1e3 if self.seconds else None
-
-
-@contextlib.contextmanager
-def _termination():
-    """An event that SIGTERM sets; the previous handler comes back at the end."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    previous = signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _last(lines: list[dict], key: str) -> float | None:

@@ -66,7 +66,7 @@ def study(workdir: str, *, split: str, batch: int, draws: int, seed: int) -> lis
     lm = load(workdir)
     _check(lm, workdir, batch, draws)
     size = lm.config.block_size
-    loader = Loader(prepare(lm.config.data, split, size, lm.tokenizer), batch, seed, None)
+    loader = Loader(prepare(lm.corpus(workdir), split, size, lm.tokenizer), batch, seed, None)
     batches = [loader.get(step)[1] for step in range(draws)]
     measure = jax.jit(make_measure(lm))
     uniform = Masked.uniform_counts(size)

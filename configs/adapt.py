@@ -4,7 +4,8 @@
     python -m launch eval --workdir=runs/adapted
     python -m launch sample --workdir=runs/adapted
 
-DIR is a published checkpoint (config.json, safetensors, tokenizer.json) or a run directory. Recipes (docs/adapt.md):
+DIR is a published checkpoint (config.json, safetensors, tokenizer.json; or a GGUF file) or a run directory. Recipes
+(docs/adapt.md):
     recipe=ar    a causal model (GPT-2, Llama, Qwen, ... or algo=ar): outputs stay one token ahead, blocks grow from one
                  token to block_size over the first third of the steps while attention inside them opens
     recipe=mlm   a masked language model (BERT, RoBERTa): whole rows for the first third, then blocks

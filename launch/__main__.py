@@ -15,6 +15,7 @@ COMMANDS = {
     "doctor": "what is installed, which devices, and a small self-test",
     "bench": "time and memory of the hot paths",
     "sweep": "train a config with some keys changed, many times, and compare",
+    "tpu": "what a cluster needs to run one of these: gcloud, xpk, SkyPilot, Slurm",
 }
 USAGE = """Block diffusion language models in JAX.
 
@@ -50,7 +51,11 @@ def main(argv: list[str]) -> int:
             return 0
         return _run(command, rest)
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+        if error.agreed:
+            from bd3lm_jax import distributed
+
+            distributed.leave()
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -58,9 +63,22 @@ def main(argv: list[str]) -> int:
     except ModuleNotFoundError as error:
         print(f"error: the package '{error.name}' is not installed: pip install -e .", file=sys.stderr)
         return 1
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
+        return _code_of(error)
+
+
+def _code_of(error: Exception) -> int:
+    """1, or 75 where another process of the run is gone, which says nothing against running all again."""
+    if "bd3lm_jax.distributed" not in sys.modules:
         return 1
+    from bd3lm_jax import distributed
+    from bd3lm_jax.errors import Stuck
+
+    if not distributed.lost_peer(error):
+        return 1
+    print("error: another process of this run is gone: run the same command again", file=sys.stderr)
+    return Stuck.exit_code
 
 
 def _run(command, argv: list[str]) -> int:
@@ -74,6 +92,9 @@ def _run(command, argv: list[str]) -> int:
             result = command.main(args, spec, overrides)
         else:
             result = command.main(args, arguments.load_config(spec, overrides), arguments.config_name(spec))
+    elif getattr(command, "TAKES_COMMAND", False):
+        argv, words = arguments.split_command(argv)
+        result = command.main(arguments.parse_flags(command.define, argv), words)
     else:
         result = command.main(arguments.parse_flags(command.define, argv, getattr(command, "POSITIONAL", None)))
     log.result(result)

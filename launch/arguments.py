@@ -46,6 +46,34 @@ def required(values: flags.FlagValues, name: str) -> str:
     return values[name].value
 
 
+def define_processes(values: flags.FlagValues) -> None:
+    """Flags of commands that several processes can run together."""
+    flags.DEFINE_boolean("distributed", False, "one of many processes: found on TPUs, Slurm and OpenMPI, else told by "
+                         "the next three", flag_values=values)
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0", flag_values=values)
+    flags.DEFINE_integer("processes", None, "how many there are", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("process_id", None, "which one this is, from 0", lower_bound=0, flag_values=values)
+    flags.DEFINE_float("join_within", 300.0, "seconds for all processes to find each other", lower_bound=1.0,
+                       flag_values=values)
+    flags.DEFINE_float("heartbeat", 100.0, "seconds of silence after which another process counts as dead",
+                       lower_bound=2.0, flag_values=values)
+
+
+def join_processes(args: flags.FlagValues) -> None:
+    """Join the other processes if --distributed says so. UserError for flags that do not fit together."""
+    told = [name for name in ("coordinator", "processes", "process_id") if args[name].present]
+    if not args.distributed:
+        if told:
+            raise UserError(f"--{told[0]} goes with --distributed: add it")
+        return
+    if told and len(told) < 3:
+        raise UserError(f"--{told[0]} needs its companions: --coordinator=HOST:PORT --processes=N --process_id=I")
+    from bd3lm_jax import distributed
+
+    distributed.join(args.coordinator, args.processes, args.process_id, args.join_within,
+                     args.heartbeat)
+
+
 def flags_help(define: Callable[[flags.FlagValues], None]) -> str:
     """One line a flag, with its default."""
     values = flags.FlagValues()
@@ -67,6 +95,14 @@ def split_config(argv: Sequence[str]) -> tuple[str, list[str], list[str]]:
         else:
             rest.append(word)
     return spec, overrides, rest
+
+
+def split_command(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(what stands before `--`, the command after it); the latter may begin with `python -m launch`."""
+    words = list(argv)
+    where = words.index("--") if "--" in words else len(words)
+    command = words[where + 1:]
+    return words[:where], command[3:] if command[1:3] == ["-m", "launch"] else command
 
 
 def override_key(word: str) -> str:

@@ -40,10 +40,12 @@ Result: see docs/tasks.md.
 from absl import flags
 
 from bd3lm_jax.errors import UserError
+from launch.arguments import define_processes, join_processes
 
 TAKES_CONFIG = False
 LIKELIHOOD = ("split", "data_dir", "chunks", "stride", "first_token", "end_token", "estimator", "draws", "seed",
               "weights", "batch", "max_draws")  # handed over as they are; data, against and target_ci as well
+PROCESSES = ("distributed", "coordinator", "processes", "process_id", "join_within", "heartbeat")
 CURVE = ("split", "estimator", "draws", "seed", "weights", "batch")
 QUALITY = ("scorer", "weights", "split", "reference", "stride", "max_tokens", "mauve", "plot")
 TASK = ("file", "against", "allow_code_execution", "num_problems", "draws_per_problem", "shots", "seed",
@@ -56,6 +58,7 @@ def define(values: flags.FlagValues) -> None:
     _define_likelihood(values)
     _define_quality(values)
     _define_task(values)
+    define_processes(values)
 
 
 def _define_likelihood(values: flags.FlagValues) -> None:
@@ -135,7 +138,9 @@ def main(args: flags.FlagValues) -> dict:
         _allow(args, "--task", ("workdir", "task", *TASK, *SAMPLER))
         return _task(args)
     _allow(args, "a likelihood (neither --samples nor --task)",
-           ("workdir", "data", "against", "target_ci", "block_size", "length", "curve", "within", *LIKELIHOOD))
+           ("workdir", "data", "against", "target_ci", "block_size", "length", "curve", "within", *LIKELIHOOD,
+            *PROCESSES))
+    join_processes(args)
     return _likelihood(args)
 
 
@@ -166,7 +171,7 @@ def _likelihood(args: flags.FlagValues) -> dict:
     workdir, target_ci = required(args, "workdir"), _fraction(args.target_ci)
     common = _values(args, LIKELIHOOD)
     if args.curve:
-        _allow(args, "--curve", ("workdir", "curve", "within", *CURVE))
+        _allow(args, "--curve", ("workdir", "curve", "within", *CURVE, *PROCESSES))
         from bd3lm_jax.block_sizes import curve
 
         return curve(workdir, within=args.within, **_values(args, CURVE))

@@ -4,6 +4,7 @@
   python -m launch train --config=configs/austen.py --workdir=runs/mine
   python -m launch train --config=configs/tiny.py:block_size=8 --config.optim.lr=5e-4 --workdir=runs/blocks-of-8
   python -m launch train --config=configs/tiny.py:algo=ar --workdir=runs/tiny-ar
+  python -m launch train --distributed --mesh=data=-1,fsdp=4        # on every host of a TPU slice: docs/clusters.md
   python -m launch train --config=configs/owt.py --mesh=data=8,fsdp=4 --plan               # what it will need
   python -m launch train --config=configs/owt.py --mesh=data=8,fsdp=4 --plan --for=v5e     # on one of them
 
@@ -19,6 +20,7 @@ import dataclasses
 from absl import flags
 
 from bd3lm_jax.errors import UserError
+from launch.arguments import define_processes, join_processes
 
 TAKES_CONFIG = True
 
@@ -36,6 +38,9 @@ def define(values: flags.FlagValues) -> None:
                       "compiler (package libtpu, else estimated); a TPU: its own", flag_values=values)
     flags.DEFINE_float("utilisation", 0.4, "with --plan: the part of the peak that is reached", lower_bound=1e-3,
                        upper_bound=1.0, flag_values=values)
+    flags.DEFINE_float("stuck_after", 1800.0, "seconds without a finished step, validation or save after which the "
+                       "process ends with exit code 75; 0: never", lower_bound=0.0, flag_values=values)
+    define_processes(values)
 
 
 def main(args: flags.FlagValues, config, name: str) -> dict:
@@ -47,9 +52,10 @@ def main(args: flags.FlagValues, config, name: str) -> dict:
         return plan(config, target=args["for"].value or "", utilisation=args.utilisation)
     if args["for"].present:
         raise UserError("--for goes with --plan: training uses the devices that are there")
+    join_processes(args)
     from bd3lm_jax.train import train
 
-    return train(config, args.workdir or f"runs/{name}", profile=args.profile)
+    return train(config, args.workdir or f"runs/{name}", profile=args.profile, stuck_after=args.stuck_after)
 
 
 def parse_mesh(words: list[str]):

@@ -104,6 +104,16 @@ def test_the_row_of_the_mask_token_by_its_law():
     assert not np.array_equal(again["table"], found["table"])
 
 
+def test_the_mask_token_is_that_of_the_source(home):
+    """Golden LLaDA names id 58, which need not be the last one; what masks nothing is left as it is."""
+    start_from = {"train.init_from": str(GOLDEN / "hf" / "llada")}
+    bytes_alone = ByteTokenizer().with_mask(-1)
+    assert adapt.masking(toy_config(home, start_from), ByteTokenizer()).mask_id == 58
+    assert adapt.masking(toy_config(home), ByteTokenizer()).mask_id == MASK
+    assert adapt.masking(toy_config(home), bytes_alone).mask_id == MASK == bytes_alone.size
+    assert adapt.masking(toy_config(home, {"diffusion": AR, "model.adaln": False}), bytes_alone).mask_id == -1
+
+
 def test_axes_of_the_vocabulary():
     model = models.build(DiTConfig(300, 1, 128, 1, 4, 0.0, False, 16, False, 1e4), jnp.float32)
     axes = adapt.vocabulary_axes(model)

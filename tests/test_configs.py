@@ -13,12 +13,13 @@ from bd3lm_jax import models, sharding
 from bd3lm_jax.config import Config, flatten
 from bd3lm_jax.models import trunk
 from bd3lm_jax.optim import make_schedule
-from configs import adapt, austen, common, llama_8b, lm1b, owt, roberta_wikitext, sft, tiny
+from configs import adapt, austen, common, llama_8b, lm1b, owt, roberta_wikitext, sapiens, sft, tiny
 from launch.arguments import load_config
 from launch.sweep import load_points
 
 CONFIGS = {"tiny": tiny, "austen": austen, "lm1b": lm1b, "owt": owt, "llama_8b": llama_8b}
-ADAPTING = {"adapt": adapt, "sft": sft, "roberta_wikitext": roberta_wikitext}  # they begin with a directory
+# They begin with a directory.
+ADAPTING = {"adapt": adapt, "sft": sft, "roberta_wikitext": roberta_wikitext, "sapiens": sapiens}
 OTHERS = [name for name in common.OBJECTIVES if name != "ar"]
 ALGORITHMS = ("", "algo=mdlm", "algo=ar", "block_size=1", "block_size=16", "block_size=4,algo=bd3lm")
 SIZES_AND_ALGORITHMS = [",".join(filter(None, words))
@@ -191,6 +192,15 @@ def test_adaptations_take_the_network_of_their_source(name, arg, expected):
     flat = flatten(config.to_dict())
     assert {key: flat[key] for key in expected} == expected
     assert config.train.init_from == config.data.tokenizer and config.model.layers == 2
+    assert Config.from_dict(config.to_dict()) == config
+    make_schedule(config.optim, config.train.steps)
+
+
+@pytest.mark.parametrize(("arg", "block_size"), [("", 144), ("block_size=16,algo=bd3lm", 16)])
+def test_the_antibody_network_is_that_of_its_directory(arg, block_size):
+    config = Config.from_dict(sapiens.get_config(arg))
+    assert (config.model.kind, config.model.width, config.model.vocab_size) == ("bert", 128, 25)
+    assert config.block_size == block_size and config.data.length == config.model.positions == 144
     assert Config.from_dict(config.to_dict()) == config
     make_schedule(config.optim, config.train.steps)
 

@@ -199,7 +199,8 @@ def test_train_gets_the_config_and_a_workdir_named_after_it(capsys, monkeypatch)
     assert run(capsys, "train", "--config.train.steps", "5", "--config.optim.lr=1e-2")[:2] == (0, '{"step": 5}\n')
     assert run(capsys, "train", "--config=configs/austen.py:algo=ar", "--workdir=elsewhere")[0] == 0
     ((first, workdir), options), ((second, elsewhere), _) = calls
-    assert (first.train.steps, first.optim.lr, workdir, options) == (5, 0.01, "runs/tiny", {"profile": False})
+    assert (first.train.steps, first.optim.lr, workdir) == (5, 0.01, "runs/tiny")
+    assert options == {"profile": False, "stuck_after": 1800.0}
     assert (second.diffusion.kind, elsewhere) == ("ar", "elsewhere")
 
 
@@ -208,7 +209,8 @@ def test_train_takes_a_mesh_and_a_profile(capsys, monkeypatch):
     stand_in(monkeypatch, "bd3lm_jax.train", train=recorder(calls, {}))
     assert run(capsys, "train", "--mesh=data=-1,fsdp=4", "--profile")[0] == 0
     ((config, _), options), = calls
-    assert (config.mesh.data, config.mesh.fsdp, config.mesh.tensor, options) == (-1, 4, 1, {"profile": True})
+    assert (config.mesh.data, config.mesh.fsdp, config.mesh.tensor) == (-1, 4, 1)
+    assert options == {"profile": True, "stuck_after": 1800.0}
 
 
 def test_plan_trains_nothing(capsys, monkeypatch):

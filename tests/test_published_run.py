@@ -11,7 +11,7 @@ import pytest
 from scipy.special import log_softmax
 
 import bd3lm_jax
-from bd3lm_jax import hf
+from bd3lm_jax import density_study, hf, variance
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.scorer import Scorer
 from launch.__main__ import main
@@ -165,6 +165,14 @@ def test_the_named_mask_wins(tmp_path):
     assert bd3lm_jax.load(published(tmp_path / "a", "hf/dream", 58)).special.mask == 58
     assert bd3lm_jax.load(published(tmp_path / "b", "bd3lm_block4", 66, "[MASK]")).special.mask == 66
     assert bd3lm_jax.load(published(tmp_path / "c", "hf/llama", 59, "[MASK]")).special.mask == 57
+
+
+@pytest.mark.parametrize("measure", [
+    lambda path: variance.study(path, split="valid", batch=2, draws=2, seed=0),
+    lambda path: density_study.study([path], split="valid", batch=2, draws=2, seed=0)])
+def test_what_needs_a_corpus_says_so(tmp_path, measure):
+    with pytest.raises(UserError, match="model is a published checkpoint, which brings no corpus: give a run"):
+        measure(str(published(tmp_path, "bd3lm_block4", 66)))
 
 
 # The Hub

@@ -67,8 +67,8 @@ def test_the_rules_cover_the_dit(adaln):
 
 
 def test_uncovered_leaves_are_listed():
-    shapes = {**SHAPES, "extra": {"kernel": (D, D)}, "lora": {"a": (D,)}}
-    with pytest.raises(UserError, match="no sharding rule covers extra/kernel, lora/a: add a line to RULES"):
+    shapes = {**SHAPES, "extra": {"kernel": (D, D)}, "other": {"a": (D,)}}
+    with pytest.raises(UserError, match="no sharding rule covers extra/kernel, other/a: add a line to RULES"):
         sharding.param_specs(params_of(shapes))
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_lm import CONTEXT, END, MASK, VOCAB, make_ids, make_lm, masked
+from toy_lm import CONTEXT, END, LETTERS, MASK, VOCAB, make_ids, make_lm, masked
 from toy_runs import AR, toy_config
 
 import bd3lm_jax
@@ -28,7 +28,7 @@ def shifted_lm(size, form="block"):
     ar = make_lm(Autoregression(bos=True))
     config = dataclasses.replace(ar.config.model, shifted=form)
     whole = dataclasses.replace(ar.config, model=config, diffusion=masked(size))
-    return bd3lm_jax.LM(whole, ar.params, None, build(config, jnp.float32), CONTEXT)
+    return bd3lm_jax.LM(whole, ar.params, LETTERS, build(config, jnp.float32), CONTEXT)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -109,9 +109,17 @@ def test_blocks_with_a_cache_are_asked_as_in_training(first_block):
 
 def test_writing_token_by_token_is_the_autoregressive_model():
     prompts = [make_ids(5), make_ids(2, seed=7)]
-    texts = [lm.generate(prompts, length=12, temperature=0.0)
-             for lm in (make_lm(Autoregression(bos=True)), shifted_lm(1))]
+    models = make_lm(Autoregression(bos=True), tokenizer=LETTERS), shifted_lm(1)
+    texts = [lm.generate(prompts, length=12, temperature=0.0) for lm in models]
     assert [x.tokens for x in texts[0]] == [x.tokens for x in texts[1]] and any(x.tokens for x in texts[0])
+
+
+def test_likelihoods_and_holes_are_those_of_the_autoregressive_model():
+    models, tokens = (make_lm(Autoregression(bos=True), tokenizer=LETTERS), shifted_lm(1)), make_ids(2, 10, seed=9)
+    expected, found = models[0].nll(tokens, estimator="nll"), models[1].nll(tokens, estimator="exact")
+    np.testing.assert_allclose(found.per_token, expected.per_token, atol=1e-4)
+    filled = [lm.infill(["bcf[MASK:4]"], temperature=0.0, draws=1)[0].tokens for lm in models]
+    assert filled[0] == filled[1] and len(filled[0]) == 7
 
 
 def test_forms_that_do_not_fit_are_refused(tmp_path):

@@ -215,7 +215,10 @@ def get_tokenizer(spec: str, train_documents: Callable[[], Iterable[str]]) -> To
     if spec.endswith(".gguf"):
         from bd3lm_jax.published.gguf import read_tokenizer
 
-        return read_tokenizer(Path(spec))
+        found = read_tokenizer(Path(spec))
+        if found is None:
+            raise UserError(f"data.tokenizer='{spec}' holds no tokenizer that can be read: give a tokenizer.json")
+        return found
     if Path(spec).is_dir():
         found = tokenizer_of(spec)
         if found is None:

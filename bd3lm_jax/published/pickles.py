@@ -35,7 +35,7 @@ def _load(path: Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises many kinds; all of them mean: not read
-        first = f"{error}\n".splitlines()[0]
+        first = f"{error}\n".splitlines()[0].partition(". ")[0]  # what follows tells how to run the pickle after all
         raise UserError(f"cannot read {path} ({type(error).__name__}: {first}): damaged, or it holds other objects "
                         "than tensors; save its state dict alone, as model.safetensors") from None
 

@@ -141,6 +141,7 @@ def test_cached_tokens_equal_one_causal_pass(config):
         cache = out.cache
 
 
+@pytest.mark.ci_slow
 @ALL
 def test_views_are_rows_of_their_own(config):
     """Two views of a row in one pass, and each alone without scan, in tiles, with everything computed again."""
@@ -153,6 +154,7 @@ def test_views_are_rows_of_their_own(config):
         np.testing.assert_allclose(found.noised[:, 0], both[:, view], atol=3e-5)
 
 
+@pytest.mark.ci_slow
 @ALL
 def test_bfloat16_is_close_to_float32(config):
     noised, clean = batch_of_two()
@@ -163,6 +165,7 @@ def test_bfloat16_is_close_to_float32(config):
     assert 0 < np.sqrt(np.mean(difference**2)) < 0.05 * np.sqrt(np.mean(np.asarray(exact)**2))
 
 
+@pytest.mark.ci_slow
 @ALL
 def test_dropout_follows_the_keys_of_its_rows(config):
     model, params = network(dataclasses.replace(config, dropout=0.5))

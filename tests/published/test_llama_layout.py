@@ -95,6 +95,7 @@ def small(**changes):
     (llama, {"qk_norm": True, "head_dim": 16}, AR(bos=False), "qwen3"),
     (llama, {"qkv_bias": True}, Masked.uniform_counts(8), "qwen2"),
     (llama, {"qkv_bias": True, "shifted": "row"}, Masked.uniform_counts(64), "Dream"),
+    (llama, {"shifted": "block"}, Masked.uniform_counts(4), "llama"),
     (llama, {}, dataclasses.replace(Masked.uniform_counts(4), corruption="bernoulli", clip_low=0.3), "llama"),
     (llama, {}, SEDD(block_size=4, corruption="bernoulli", eps=1e-3), "llama"),
     (llama, {}, AR(bos=True), "llama"),

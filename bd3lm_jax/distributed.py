@@ -1,0 +1,140 @@
+"""Many processes, one run: they join, agree on what they do, write once, and stop after the same step.
+
+Everything here is also right for a single process, where it costs nothing.
+"""
+
+import contextlib
+import json
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from bd3lm_jax import log
+from bd3lm_jax.errors import RunError, UserError
+from bd3lm_jax.watchdog import Watchdog
+
+LEAVE_S = 3600  # that processes which are done wait for those that are not
+SHOWN = 5  # differing keys named in an error
+
+T = TypeVar("T")
+
+
+def join(coordinator: str, processes: int | None, process_id: int | None, within: float, heartbeat: float) -> None:
+    """Find the other processes: by themselves on TPUs, Slurm and OpenMPI, else at `coordinator` ("HOST:PORT").
+
+    Call it before any device is used. All but the first process say nothing but errors from then on. within: seconds
+    until all must be there; else the process ends with exit code 75. heartbeat: seconds of silence after which another
+    process counts as dead; then this one ends with exit code 134. UserError for an address or number that cannot be,
+    and where there is no cluster to be found.
+    """
+    told = {}
+    if coordinator:
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdecimal():
+            raise UserError(f"--coordinator={coordinator}: expected HOST:PORT of the machine of process 0")
+        if not process_id < processes:
+            raise UserError(f"--process_id={process_id}: expected 0 to {processes - 1} of {processes} processes")
+        told = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process_id}
+    what = f"not all processes have joined{f' at {coordinator}' if coordinator else ''}"
+    try:
+        with Watchdog(within, what):  # at its own time limit jax aborts with a C++ stack trace
+            jax.distributed.initialize(**told, initialization_timeout=int(2 * within) + 60,
+                                       heartbeat_timeout_seconds=int(heartbeat), shutdown_timeout_seconds=LEAVE_S)
+    except ValueError as error:
+        raise UserError(f"--distributed found no cluster ({error}): give --coordinator=HOST:PORT --processes=N "
+                        "--process_id=I") from None
+    except RuntimeError as error:
+        raise RunError(f"cannot join the other processes: {' '.join(str(error).split())[:300]}") from None
+    if jax.process_index() > 0:
+        log.silence()
+
+
+def leave() -> None:
+    """Wait until all processes are here, so that none takes the others' end for a failure."""
+    if jax.process_count() > 1:
+        jax.distributed.shutdown()
+
+
+def lost_peer(error: Exception) -> bool:
+    """Whether an error says no more than that another process is gone: run all of them again."""
+    return jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError) and bool(
+        re.search(r"gloo|connection (closed|reset|refused)|unavailable|heartbeat|another task died", str(error), re.I))
+
+
+def texts(text: str) -> list[str]:
+    """The `text` of every process, in order. All must call it."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    rows = multihost_utils.process_allgather(np.pad(data, (0, int(sizes.max()) - len(data))))
+    return [row[:size].tobytes().decode() for row, size in zip(rows, sizes)]
+
+
+def check_same(values: dict[str, Any], what: str) -> None:
+    """UserError on all processes, naming the keys, unless `values` (flat, of JSON values) are the same on all of them.
+    """
+    found = [json.loads(text) for text in texts(json.dumps(values))]
+    for i, other in enumerate(found):
+        differing = [f"{key}: {found[0].get(key)!r} != {other.get(key)!r}" for key in {**found[0], **other}
+                     if found[0].get(key) != other.get(key)]
+        if differing:
+            more = f"; and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+            raise UserError(f"process {i} has another {what} than process 0 ({'; '.join(differing[:SHOWN])}{more}): "
+                            "start all of them with the same command and the same files", agreed=True)
+
+
+def first_alone(work: Callable[[], T]) -> T | None:
+    """`work()` on process 0 only, while the others wait; a UserError is raised on all. None on the others."""
+    result, said = None, ""
+    if jax.process_index() == 0:
+        try:
+            result = work()
+        except UserError as error:
+            if jax.process_count() == 1:
+                raise
+            said = json.dumps([isinstance(error, RunError), str(error)])
+    told = texts(said)[0]
+    if told:
+        failed, message = json.loads(told)
+        raise (RunError if failed else UserError)(message, agreed=True)
+    return result
+
+
+def first_then_others(work: Callable[[], T]) -> T:
+    """`work()` on process 0, then on the others, which find in a shared cache what it has made."""
+    result = first_alone(work)
+    return work() if jax.process_index() > 0 else result
+
+
+class Stop:
+    """Whether the run is to stop; of many processes all are told at the same step, whichever got the signal."""
+
+    def __init__(self):
+        self.signalled = threading.Event()
+
+    def reached(self, step: int) -> bool:
+        """Call it once for every step, in order, on all processes."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.signalled.is_set()
+
+
+@contextlib.contextmanager
+def termination() -> Iterator[Stop]:
+    """A Stop that SIGTERM sets. jax listens to the signal in one of many processes, a handler in a single one."""
+    stop = Stop()
+    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: stop.signalled.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,200 @@
+"""Several processes: the same losses as one, one writer, one stop, and what is said when they cannot work together."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+from toy_runs import ROOT, environment, write_text
+
+from bd3lm_jax import distributed
+from bd3lm_jax.errors import RunError, UserError
+
+CONFIG = """
+from pathlib import Path
+from ml_collections import ConfigDict
+from toy_runs import toy_dict
+
+def get_config():
+    return ConfigDict(toy_dict(Path({directory!r}), {{"mesh.data": 2, "mesh.fsdp": 2, "checkpoint.every": 50}}))
+"""
+SECONDS = 600
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """A function that starts a command (train) in `count` processes of `devices` simulated devices each."""
+    write_text(tmp_path / "text.txt", 60)
+    (tmp_path / "toy.py").write_text(CONFIG.format(directory=str(tmp_path)))
+    started = []
+
+    def start(workdir, count, devices, *flags, ranks=None, command=()):
+        port = 20000 + (os.getpid() * 7 + len(started)) % 20000
+        joined = ("--distributed", f"--coordinator=127.0.0.1:{port}", f"--processes={count}", "--heartbeat=20")
+        for i in ranks or range(count):
+            words = [sys.executable, "-m", "launch", *(command or ("train", f"--config={tmp_path / 'toy.py'}")),
+                     f"--workdir={tmp_path / workdir}", *flags, *((*joined, f"--process_id={i}") if count > 1 else ())]
+            out, err = (open(tmp_path / f"{workdir}.{i}.{kind}", "w") for kind in ("out", "err"))
+            started.append(subprocess.Popen(words, cwd=ROOT, stdout=out, stderr=err, env=environment(devices)))
+        return started[-len(ranks or range(count)):]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def said(tmp_path, workdir, i, kind):
+    return (tmp_path / f"{workdir}.{i}.{kind}").read_text()
+
+
+def logged(tmp_path, workdir):
+    path = tmp_path / workdir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.mark.ci_slow
+def test_two_processes_train_as_one(tmp_path, runs):
+    """2 x 2 devices and 1 x 4: the same three losses and the same bound; one process writes and speaks."""
+    for workdir, count, devices in (("two", 2, 2), ("one", 1, 4)):
+        processes = runs(workdir, count, devices, "--config.train.steps=3")
+        assert [process.wait(SECONDS) for process in processes] == [0] * count, said(tmp_path, workdir, 0, "err")
+    two, one = (logged(tmp_path, workdir) for workdir in ("two", "one"))
+    assert [line["step"] for line in two] == [1, 2, 3] == [line["step"] for line in one]
+    for ours, theirs in zip(two, one):
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-5)
+        assert ours["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=1e-5)
+    assert two[-1]["valid/nll"] == pytest.approx(one[-1]["valid/nll"], abs=1e-5)
+    assert json.loads(said(tmp_path, "two", 0, "out").splitlines()[-1])["step"] == 3
+    assert "{" not in said(tmp_path, "two", 1, "out") and "step 3/3" not in said(tmp_path, "two", 1, "err")
+    measure = runs("two", 2, 2, "--split=valid", command=("eval",))
+    assert [process.wait(SECONDS) for process in measure] == [0, 0], said(tmp_path, "two", 0, "err")
+    found = json.loads(said(tmp_path, "two", 0, "out").splitlines()[-1])
+    assert found["nll"] == pytest.approx(two[-1]["valid/nll"], abs=1e-5) and "{" not in said(tmp_path, "two", 1, "out")
+
+
+@pytest.mark.ci_slow
+def test_sigterm_to_one_process_stops_both_after_the_same_step(tmp_path, runs):
+    processes = runs("run", 2, 2, "--config.train.steps=100000", "--config.eval.every=100000")
+    wait_for_steps(tmp_path, "run", 4, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    assert [process.wait(SECONDS) for process in processes] == [42, 42], said(tmp_path, "run", 1, "err")
+    steps = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdecimal()]
+    assert max(steps) == logged(tmp_path, "run")[-1]["step"]
+    for i in range(2):
+        assert f"stopped by SIGTERM after step {max(steps)}" in said(tmp_path, "run", i, "err").splitlines()[-1]
+    (process,) = runs("run", 1, 4, f"--config.train.steps={max(steps) + 1}")
+    assert process.wait(SECONDS) == 0
+    assert f"continuing from step {max(steps)}" in said(tmp_path, "run", 0, "err")
+    assert [line["step"] for line in logged(tmp_path, "run")] == list(range(1, max(steps) + 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_takes_the_other_along(tmp_path, runs, victim):
+    processes = runs("run", 2, 2, "--config.train.steps=100000", "--config.eval.every=100000")
+    wait_for_steps(tmp_path, "run", 4, processes)
+    processes[victim].kill()
+    code = processes[1 - victim].wait(60)
+    assert code in (75, 134, -signal.SIGABRT), said(tmp_path, "run", 1 - victim, "err")
+
+
+def wait_for_steps(tmp_path, workdir, steps, processes):
+    deadline = time.monotonic() + SECONDS
+    while len(logged(tmp_path, workdir)) < steps:
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes), \
+            said(tmp_path, workdir, 0, "err")
+        time.sleep(0.1)
+
+
+@pytest.mark.ci_slow
+def test_different_configurations_are_found_before_anything_is_done(tmp_path, runs):
+    """Both processes leave with 2 and name the keys, also those that may differ between two runs of a directory."""
+    port = 20000 + (os.getpid() * 7 + 9999) % 20000
+    joined = ("--distributed", f"--coordinator=127.0.0.1:{port}", "--processes=2")
+    flags = ((*joined, "--process_id=0"), (*joined, "--process_id=1", "--config.optim.lr=0.5", "--config.log.every=7"))
+    processes = [runs(f"run{i}", 1, 2, *words)[0] for i, words in enumerate(flags)]
+    assert [process.wait(SECONDS) for process in processes] == [2, 2]
+    for i in range(2):
+        last = said(tmp_path, f"run{i}", 0, "err").splitlines()[-1]
+        assert "process 1 has another configuration than process 0 (optim.lr: 0.01 != 0.5; log.every: 1 != 7)" in last
+        assert not (tmp_path / f"run{i}").exists()
+
+
+@pytest.mark.parametrize(("rank", "missing"), [(1, "the coordinator"), (0, "the other process")])
+def test_processes_that_do_not_find_each_other_say_for_how_long_they_tried(tmp_path, runs, rank, missing):
+    (process,) = runs("run", 2, 1, "--join_within=1.5", ranks=[rank])
+    assert process.wait(60) == 75, missing
+    last = said(tmp_path, "run", rank, "err").splitlines()[-1]
+    assert last.startswith("error: not all processes have joined at 127.0.0.1:") and "within 1.5 s" in last
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("host", 2, 0), "expected HOST:PORT"), ((":80", 2, 0), "expected HOST:PORT"), (("host:x", 2, 0), "HOST:PORT"),
+    (("host:80", 2, 2), "--process_id=2: expected 0 to 1 of 2 processes")])
+def test_addresses_that_cannot_be(arguments, message):
+    with pytest.raises(UserError, match=message):
+        distributed.join(*arguments, within=1, heartbeat=10)
+
+
+# ---- a single process
+
+
+def test_a_single_process_agrees_with_itself():
+    assert distributed.texts("é") == ["é"]
+    distributed.check_same({"a": 1}, "configuration")
+    assert distributed.first_alone(lambda: 3) == 3 == distributed.first_then_others(lambda: 3)
+    for kind in (UserError, RunError):
+        with pytest.raises(kind, match="no") as caught:
+            distributed.first_alone(lambda: fail(kind("no")))
+        assert not caught.value.agreed
+
+
+def fail(error):
+    raise error
+
+
+def test_two_processes_compare_by_key(monkeypatch):
+    other = json.dumps({"a": 1, "b": [1, 2], "c": "x"})
+    monkeypatch.setattr(distributed, "texts", lambda text: [text, other])
+    distributed.check_same({"a": 1, "b": [1, 2], "c": "x"}, "text")
+    with pytest.raises(UserError, match=r"another text than .* \(b: \[1\] != \[1, 2\]; d: 2 != None\)") as caught:
+        distributed.check_same({"a": 1, "b": [1], "c": "x", "d": 2}, "text")
+    assert caught.value.agreed
+
+
+def test_the_first_process_tells_the_others_what_is_wrong(monkeypatch):
+    """Process 1 of two hears of an error of process 0, with its kind, and does not do the work."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    for told, kind in ((json.dumps([True, "disk full"]), RunError), (json.dumps([False, "disk full"]), UserError)):
+        monkeypatch.setattr(distributed, "texts", lambda text, told=told: [told, text])
+        with pytest.raises(UserError, match="disk full") as caught:
+            distributed.first_alone(lambda: fail(AssertionError("the work of process 0")))
+        assert type(caught.value) is kind and caught.value.agreed
+    monkeypatch.setattr(distributed, "texts", lambda text: ["", text])
+    assert distributed.first_alone(lambda: fail(AssertionError("the work of process 0"))) is None
+    assert distributed.first_then_others(lambda: 5) == 5
+
+
+def test_a_lost_peer_is_told_from_an_error_of_ours(monkeypatch):
+    gone = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:53388")
+    assert not distributed.lost_peer(gone)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert distributed.lost_peer(gone)
+    assert not distributed.lost_peer(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
+    assert not distributed.lost_peer(ValueError("Connection closed by peer"))
+
+
+def test_sigterm_stops_a_single_process_and_the_old_handler_comes_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with distributed.termination() as stop:
+        assert not stop.reached(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.reached(2)
+    assert signal.getsignal(signal.SIGTERM) is before
