@@ -19,7 +19,7 @@ from bd3lm_jax.step import SpecialIds, make_step
 SHARED = dict(vocab_size=-1, width=16, heads=4, kv_heads=2, head_dim=4, hidden=24, dropout=0.1, rope_base=1e4,
               norm_eps=1e-5, qk_norm=True, tied=True)
 MODELS = {
-    "llama": dict(SHARED, layers=2, rope_scaling=(), qkv_bias=True),
+    "llama": dict(SHARED, layers=2, rope_scaling=(), qkv_bias=True, shifted=""),
     "moe": dict(SHARED, layers=2, dense_layers=1, rotary_dim=2, experts=4, expert_hidden=8, shared_hidden=8, top_k=2,
                 groups=2, top_groups=1, routed_scale=2.5, balance=0.1),
 }
