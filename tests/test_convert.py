@@ -187,7 +187,6 @@ def test_nothing_is_overwritten(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"model": {"rope_base": 5e4}}, r"the layout of BD3-LM has no model.rope_base=50000 \(expected 10000\)"),
     ({"model": {"decoder_layers": 1}}, "has no model.decoder_layers=1"),
     ({"diffusion": {"kind": "uniform", "block_size": 4, "vocab_size": -1, "eps": 1e-3}}, "does not mask tokens"),
 ])
@@ -201,3 +200,21 @@ def test_what_the_layout_cannot_say(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         converted(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_another_rope_base(tmp_path):
+    """As `configs/tiny.py` has it: the published code rotates by the frequencies in the file."""
+    source = with_tokenizer(tmp_path, "bd3lm_block4", 66)
+    converted(source, tmp_path / "run", form="native")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["model"]["rope_base"] = 100.0
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    converted(tmp_path / "run", tmp_path / "out")
+    ids = np.random.default_rng(0).integers(0, 66, (1, 32))
+    run, out, first = (bd3lm_jax.load(path) for path in (tmp_path / "run", tmp_path / "out", source))
+    assert out.config.model == run.config.model and out.config.model.rope_base == 100
+    np.testing.assert_array_equal(out.logits(ids), run.logits(ids))
+    assert np.abs(out.logits(ids) - first.logits(ids)).max() > 1e-3
+    half = out.config.model.width // out.config.model.heads // 2
+    np.testing.assert_allclose(load_file(tmp_path / "out" / "model.safetensors")["backbone.rotary_emb.inv_freq"],
+                               100.0 ** (-np.arange(half) / half), rtol=1e-6)

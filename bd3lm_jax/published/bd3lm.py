@@ -17,7 +17,8 @@ CONFIG_KEYS = {
     "n_heads": int, "dropout": float, "adaln": bool, "causal": bool, "cross_attn": bool, "time_conditioning": bool,
 }
 ROPE_BASE, MLP_RATIO, TRAINING_EPS = 1e4, 4, 1e-3  # constants of the published code, absent from its config
-INV_FREQ = "backbone.rotary_emb.inv_freq"
+INV_FREQ = "backbone.rotary_emb.inv_freq"  # what the published code rotates by, whatever its own base
+ROPE_KEY = "rope_base"  # our own key in config.json, for another base than theirs
 CLIP = ("sampling_eps_min", "sampling_eps_max")
 
 
@@ -33,11 +34,14 @@ def describe(path, published: dict, scalars: dict[str, float]) -> Described:
             f"{path}: algo {form!r} does not go with causal={published['causal']}")
     require(length > 0 and block_size > 0 and length % block_size == 0,
             f"{path}: block_size={block_size} must divide model_length={length}")
+    rope_base = published.get(ROPE_KEY, ROPE_BASE)
+    require(type(rope_base) in (int, float) and rope_base > 0,
+            f"{path}: '{ROPE_KEY}' is {rope_base!r}, expected a positive number")
     model = DiTConfig(
         vocab_size=published["vocab_size"], layers=published["n_blocks"], width=published["hidden_dim"],
         heads=published["n_heads"], mlp_ratio=MLP_RATIO, dropout=float(published["dropout"]),
         adaln=published["adaln"], cond_dim=published["cond_dim"], time_conditioning=published["time_conditioning"],
-        rope_base=ROPE_BASE, shifted=read_shifted(path, published, ""))
+        rope_base=float(rope_base), shifted=read_shifted(path, published, ""))
     objective = named_objective(path, published, _objective(published, scalars))
     return Described(model, objective, length, model.vocab_size - 1)
 
@@ -46,8 +50,8 @@ def publish(model: DiTConfig, objective, length: int) -> dict:
     """The config.json of such a network. Raises UserError for one that the published code does not compute."""
     require(objective.masks or objective.causal, f"diffusion.kind='{objective.kind}' does not mask tokens, as all "
             "models in the layout of BD3-LM do: keep the run directory")
-    given = {"mlp_ratio": model.mlp_ratio, "rope_base": model.rope_base, "decoder_layers": model.decoder_layers}
-    known = {"mlp_ratio": MLP_RATIO, "rope_base": ROPE_BASE, "decoder_layers": 0}
+    given = {"mlp_ratio": model.mlp_ratio, "decoder_layers": model.decoder_layers}
+    known = {"mlp_ratio": MLP_RATIO, "decoder_layers": 0}
     other = [f"model.{key}={given[key]:g} (expected {known[key]:g})" for key in given if given[key] != known[key]]
     require(not other, f"the layout of BD3-LM has no {', '.join(other)}: keep the run directory")
     form = {"ar": {"algo": "ar"}, "sedd": {"algo": "sedd"}}.get(objective.kind, {})
@@ -61,6 +65,8 @@ def publish(model: DiTConfig, objective, length: int) -> dict:
         **{name: round(float(limits[name]), 6) for name in CLIP if name in limits},
     }
     ours = {SHIFTED: model.shifted} if model.shifted else {}
+    if model.rope_base != ROPE_BASE:
+        ours[ROPE_KEY] = model.rope_base
     return config | ours | objective_keys(objective, _objective(config, limits))
 
 
@@ -131,10 +137,10 @@ def check_held(path, config: DiTConfig, tensors: dict[str, np.ndarray]) -> None:
     """UserError unless the tensors of `held` say what the network computes."""
     found, expected = tensors[INV_FREQ], _frequencies(config)
     require(np.allclose(found, expected, rtol=1e-5, atol=0),
-            f"{path}: {INV_FREQ} is not that of RoPE base {ROPE_BASE:g}, the only one supported: entry 1 of "
-            f"{found.size} is {found[1:2]}, expected {expected[1:2]}")
+            f"{path}: {INV_FREQ} is not that of RoPE base {config.rope_base:g} ('{ROPE_KEY}' in config.json, or else "
+            f"{ROPE_BASE:g}): entry 1 of {found.size} is {found[1:2]}, expected {expected[1:2]}")
 
 
 def _frequencies(config: DiTConfig) -> np.ndarray:
     half = config.width // config.heads // 2
-    return ROPE_BASE ** (-np.arange(half) / half)
+    return config.rope_base ** (-np.arange(half) / half)
