@@ -64,20 +64,21 @@ def published(found: Described, params: dict, tokenizer: Tokenizer | None, dtype
     """The model of a published checkpoint; its tokenizer knows the mask token (`hf.fitted`)."""
     config = Config(0, found.model, found.objective, **dict.fromkeys(SECTIONS))
     return LM(config, params, tokenizer, models.build(found.model, jnp.dtype(dtype)), found.length,
-              mask_id=found.mask_id if tokenizer is None else None)
+              mask_id=found.mask_id if tokenizer is None else None, any_length=True)
 
 
 class LM:
     """`config`, `params`, `tokenizer` (None if the checkpoint brings none) and what can be done with them.
 
     context: the most tokens a row may hold (what the model was trained on). trained: None if it is no run's.
-    mask_id: -1 if there is no mask token; None for the tokenizer's, and without tokenizer the last one.
+    mask_id: -1 if there is no mask token; None for the tokenizer's, and without tokenizer the last one. any_length: it
+    was trained on rows of many lengths, as published checkpoints are; a run only knows the rows of its config.
     """
 
     def __init__(self, config: Config, params: dict, tokenizer: Tokenizer | None, model: Backbone, context: int,
-                 trained: Trained | None = None, mask_id: int | None = None):
+                 trained: Trained | None = None, mask_id: int | None = None, any_length: bool = False):
         self.config, self.params, self.tokenizer, self.model, self.context = config, params, tokenizer, model, context
-        self.trained, self._mask_id = trained, mask_id
+        self.trained, self._mask_id, self._any_length = trained, mask_id, any_length
 
     @property
     def special(self) -> SpecialIds:
@@ -111,10 +112,10 @@ class LM:
         return self.at_block_size(size), {**options, "block_size": None}
 
     def on_canvas(self, length: int) -> "LM":
-        """This model as it writes texts of `length` tokens: published networks that see whole rows, which were trained
-        on rows of many lengths, on as many places; runs on the rows that they were trained on."""
+        """This model as it writes texts of `length` tokens: networks that see whole rows, and were trained on rows of
+        many lengths, on as many places."""
         size = self.config.block_size
-        if self.trained is not None or not 0 < length < size or size != self.context:
+        if not self._any_length or not 0 < length < size or size != self.context:
             return self
         config, known = self._for_rows(length), self.__dict__.setdefault("_canvases", {})
         if length not in known:

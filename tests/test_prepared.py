@@ -15,9 +15,10 @@ LLADA = {"kind": "llada", "block_size": LENGTH, "complement": False, "random_len
          "normalise": "tokens"}
 
 
-def measure(changes):
+def measure(changes, **data):
     """`f(step, batch)`: metrics of that step of LLaDA on fixed weights, jitted."""
-    config, tx = toy_config(Path("unused"), {"diffusion": {**LLADA, **changes}, "optim.ema": 0.0}), optax.sgd(0.0)
+    changes = {"diffusion": {**LLADA, **changes}, "optim.ema": 0.0} | {f"data.{key}": x for key, x in data.items()}
+    config, tx = toy_config(Path("unused"), changes), optax.sgd(0.0)
     model, params = network(config)
     run = quick_jit(make_step(config, model, tx, SpecialIds(MASK, END)))
     state = TrainState(jnp.int32(0), params, {}, tx.init(params))
@@ -51,7 +52,7 @@ def test_a_cut_batch_depends_on_its_beginning_alone():
 
 def test_padding_of_an_answer_is_learned_and_the_prompt_is_not():
     """The last row ends in padding: whatever it holds, end tokens are put there and count; prompts are context."""
-    metrics = measure({"random_length": 0.0, "sft": True, "normalise": "answer"})
+    metrics = measure({"random_length": 0.0, "sft": True, "normalise": "answer"}, source="sft", layout="pad")
     batch = make_batch(padding=6)
     batch["prompt"] = jnp.broadcast_to(jnp.arange(LENGTH) < 8, batch["tokens"].shape).astype(jnp.int32)
     found = metrics(1, batch)
