@@ -14,7 +14,7 @@ import numpy as np
 
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.models.dit import rotate
-from bd3lm_jax.models.shared import drop, logits_of, of_tokens, padded, tied_kernel
+from bd3lm_jax.models.shared import check_ranges, drop, logits_of, of_tokens, padded, tied_kernel
 from bd3lm_jax.models.trunk import Backbone
 
 INIT = nn.initializers.normal(0.02)  # of every matrix, as in the published training codes
@@ -57,15 +57,9 @@ class LlamaConfig:
 
 def check_sizes(config: Any, positive: tuple[str, ...]) -> None:
     """UserError unless these fields are positive and what all networks of this kind have is in order."""
-    for name in positive:
-        if getattr(config, name) < 1:
-            raise UserError(f"model.{name} is {getattr(config, name)}, expected at least 1")
-    if config.vocab_size != -1 and config.vocab_size < 2:
-        raise UserError(f"model.vocab_size is {config.vocab_size}, expected at least 2, or -1 for the tokenizer's")
+    check_ranges(config, positive)
     if config.heads % config.kv_heads:
         raise UserError(f"model.kv_heads={config.kv_heads} does not divide model.heads={config.heads}")
-    if not 0 <= config.dropout < 1:
-        raise UserError(f"model.dropout is {config.dropout}, expected in [0, 1)")
     if not (config.norm_eps > 0 and config.rope_base > 1):
         raise UserError(f"model.norm_eps is {config.norm_eps} and model.rope_base {config.rope_base}, expected above 0 "
                         "and above 1")

@@ -9,18 +9,22 @@ import jax.numpy as jnp
 from bd3lm_jax.errors import UserError
 
 
-def check_config(config: Any, positive: tuple[str, ...]) -> None:
-    """UserError unless the named fields are at least 1, the width divides by the heads, and vocabulary and dropout are
-    in range."""
+def check_ranges(config: Any, positive: tuple[str, ...]) -> None:
+    """UserError unless the named fields are at least 1, and vocabulary and dropout are in range."""
     for name in positive:
         if getattr(config, name) < 1:
             raise UserError(f"model.{name} is {getattr(config, name)}, expected at least 1")
     if config.vocab_size != -1 and config.vocab_size < 2:
         raise UserError(f"model.vocab_size is {config.vocab_size}, expected at least 2, or -1 for the tokenizer's")
-    if config.width % config.heads:
-        raise UserError(f"model.width={config.width} must be a multiple of model.heads={config.heads}")
     if not 0 <= config.dropout < 1:
         raise UserError(f"model.dropout is {config.dropout}, expected in [0, 1)")
+
+
+def check_config(config: Any, positive: tuple[str, ...]) -> None:
+    """As `check_ranges`, for networks whose heads share the width."""
+    check_ranges(config, positive)
+    if config.width % config.heads:
+        raise UserError(f"model.width={config.width} must be a multiple of model.heads={config.heads}")
 
 
 def padded(vocab_size: int) -> int:
