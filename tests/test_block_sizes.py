@@ -105,6 +105,7 @@ def run(tmp_path_factory):
     return str(home / "run"), train(config, str(home / "run"))
 
 
+@pytest.mark.ci_slow
 def test_a_run_with_several_sizes_trains_and_gives_the_curve(run):
     workdir, result = run
     assert result["train_nll"] is None and np.isfinite(result["valid_nll"])

@@ -32,6 +32,7 @@ def runs(tmp_path_factory):
     return [str(directory / name) for name in ("uniform", "hard")]
 
 
+@pytest.mark.ci_slow
 def test_bounds_of_both_kinds_add_up(runs, tmp_path):
     rows = bench("density", 2, "", tmp_path, ",".join(runs))["rows"]
     assert [row["masks"] for row in rows] == ["masked, pairs", "priority, hard, 100% of documents tagged, pairs"]
@@ -52,6 +53,7 @@ def test_bounds_of_both_kinds_add_up(runs, tmp_path):
     assert json.loads((tmp_path / "density.json").read_text())["rows"] == rows
 
 
+@pytest.mark.ci_slow
 def test_parts_by_a_slow_loop(runs):
     run = open_run(runs[1], "ema", 0)
     rows = prepare(run.config.data, "test", 4, ByteTokenizer())
@@ -78,11 +80,13 @@ def test_masked_runs_by_hand():
     ([0, 1], {"draws": 1}, "batch is 4 and draws 1, expected an even batch"),
     ([0, 1], {"batch": 3}, "batch is 3 and draws 2, expected an even batch"),
 ])
+@pytest.mark.ci_slow
 def test_wrong_input(runs, chosen, changes, message):
     with pytest.raises(UserError, match=message):
         study([runs[i] for i in chosen], **{"split": "test", "batch": 4, "draws": 2, "seed": 0} | changes)
 
 
+@pytest.mark.ci_slow
 def test_runs_of_other_blocks_are_refused(runs, monkeypatch):
     real, sizes = density_study.load, iter((4, 8))
 

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from bd3lm_jax import generation
 from bd3lm_jax.bench import sampling
@@ -10,6 +11,7 @@ from bd3lm_jax.diffusion import Masked
 TINY = {"layers": 2, "width": 16, "heads": 2, "vocab_size": 24}
 
 
+@pytest.mark.ci_slow
 def test_variants_write_the_same_texts():
     lm = sampling.make_lm(TINY, Masked.uniform_counts(4), 64)
     draw = np.random.default_rng(0)
@@ -24,6 +26,7 @@ def test_variants_write_the_same_texts():
     assert len({*map(tuple, written)}) == 2
 
 
+@pytest.mark.ci_slow
 def test_rows_of_all_variants():
     rows = sampling.run_case(TINY, 64, size=4, batch=2, rounds=1)
     assert {row["variant"] for row in rows if row["baseline"] == "ar_cached"} == {

@@ -62,6 +62,7 @@ def test_variants_are_what_they_are_called():
     assert {name: n for name, n in layers.items() if n} == {"two_stream_split": 2}
 
 
+@pytest.mark.ci_slow
 def test_timed_rows(monkeypatch):
     chosen = {name: OBJECTIVES[name] for name in ("ar", "two_stream_views2")}
     monkeypatch.setattr(module, "OBJECTIVES", {**chosen, "two_stream": OBJECTIVES["two_stream"]})
@@ -98,6 +99,7 @@ def test_published_structure_counts_by_hand():
     assert module.products(function, *arguments) == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.ci_slow
 def test_compiled_only():
     rows = {row["variant"]: row for row in module.compiled_only(CASE)}
     assert list(rows) == ["two_stream", "published_structure"]

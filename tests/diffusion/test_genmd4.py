@@ -113,6 +113,7 @@ def test_gradient_of_the_schedules_is_that_of_the_enumerated_bound(t):
     assert np.abs(np.asarray(through_masks)[:LETTERS]).max() > 0.01
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("power", [1.0, 2.0])
 def test_one_schedule_for_all_is_md4(power):
     """Loss and gradient of the network on the same masks; and MD4's weights and levels are these."""
