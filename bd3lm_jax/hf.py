@@ -26,6 +26,7 @@ from bd3lm_jax.published.tensors import Stored, open_directory
 CONFIG_FILE = "config.json"
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 GGUF = ".gguf"
+RUNS = "runs"  # where run directories usually are
 DTYPES = ("float32", "bfloat16")  # that parameters may have
 
 
@@ -103,10 +104,10 @@ def fitted(tokenizer: Tokenizer, described: Described) -> Tokenizer:
 
 def local(path: str | Path) -> str:
     """`path`; or, where neither it nor the directory it would be in exists, the local copy of the model of this name
-    ("organisation/name") on the Hugging Face Hub."""
+    ("organisation/name") on the Hugging Face Hub. What would be in RUNS is never looked for there."""
     path = str(path)
     is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists() and not Path(path).parent.exists()
-    return download(path) if is_name else path
+    return download(path) if is_name and Path(path).parent.name != RUNS else path
 
 
 def download(name: str) -> str:

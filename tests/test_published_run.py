@@ -190,8 +190,9 @@ def test_names_on_the_hub(monkeypatch):
     assert asked == [("some-org/some.model", hf.HUB_FILES)] and not any("bin" in one for one in hf.HUB_FILES)
 
 
-@pytest.mark.parametrize("path", ["nowhere", "a/b/c", str(GOLDEN / "nowhere")])
-def test_other_paths_are_never_asked_for(monkeypatch, path):
+@pytest.mark.parametrize("path", ["nowhere", "a/b/c", "runs/nowhere", str(GOLDEN / "nowhere")])
+def test_other_paths_are_never_asked_for(monkeypatch, tmp_path, path):
+    monkeypatch.chdir(tmp_path)
     hub(monkeypatch, lambda *args, **kwargs: pytest.fail("asked the Hub"))
     with pytest.raises(UserError, match="no run directory"):
         bd3lm_jax.load(path)
