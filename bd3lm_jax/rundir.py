@@ -62,7 +62,8 @@ def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:
     """Config and tokenizer of a run directory; UserError if it is none."""
     path = Path(workdir)
     if not path.is_dir():
-        raise UserError(f"no run directory {path}: train first (python -m launch train --workdir={path})")
+        raise UserError(f"no run directory {path}: train first (python -m launch train --workdir={path}), or give a "
+                        "published checkpoint (config.json and safetensors)")
     if not (path / CONFIG).exists():
         raise UserError(f"{path} holds no {CONFIG}: expected a directory written by 'python -m launch train'")
     stored = _stored(path)
