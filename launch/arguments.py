@@ -30,6 +30,10 @@ def parse_flags(define: Callable[[flags.FlagValues], None], argv: Sequence[str],
     define(values)
     try:
         rest = values(["launch", *argv])[1:]
+    except flags.UnrecognizedFlagError as error:
+        near = "Did you mean" in str(error)
+        hint = "" if near else ": see --help; keys of a config are written --config.train.steps=100"
+        raise UserError(_one_line(error) + hint) from None
     except flags.Error as error:
         raise UserError(_one_line(error)) from None
     if rest and positional and not values[positional].present:
