@@ -6,6 +6,7 @@ versions that are installed: figures on it can be compared on one installation o
 """
 
 import ast
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -33,7 +34,7 @@ SUMS = {"train": 20_000, "valid": 500, "test": 1000}  # documents of arithmetic
 def python_sources(data: DataConfig, split: str) -> Corpus:
     """Functions and classes of PACKAGES (those installed), in the order of their paths."""
     del data
-    return Corpus(lambda: _code(split), lambda: json.dumps(["python", split, MAX_CHARS, _versions()]))
+    return Corpus(lambda: iter(_code()[split]), lambda: json.dumps(["python", split, "once", MAX_CHARS, _versions()]))
 
 
 def arithmetic(data: DataConfig, split: str) -> Corpus:
@@ -58,18 +59,21 @@ def _versions() -> list[list[str]]:
             if importlib.util.find_spec(name) is not None]
 
 
-def _code(split: str) -> Iterator[str]:
+@functools.cache
+def _code() -> dict[str, list[str]]:
+    """Documents by split. What stands in several modules counts once, for the first: no split holds it again."""
+    found = {split: [] for split in ("train", *HELD_OUT)}
     seen = set()
     for name, _ in _versions():
         root = Path(importlib.util.find_spec(name).origin).parent
         for path in sorted(root.rglob("*.py")):
             module = f"{name}/{path.relative_to(root).as_posix()}"
-            if any(word in module for word in LEFT_OUT) or _split_of(module) != split:
+            if any(word in module for word in LEFT_OUT):
                 continue
-            for document in _definitions(path):
-                if document not in seen:
-                    seen.add(document)
-                    yield document
+            new = [document for document in dict.fromkeys(_definitions(path)) if document not in seen]
+            seen.update(new)
+            found[_split_of(module)] += new
+    return found
 
 
 def _split_of(name: str) -> str:

@@ -110,3 +110,22 @@ def test_code_documents_parse(tmp_path):
     assert found[0].endswith("it seems'")
     module.write_text("def broken(:\n")
     assert list(code._definitions(module)) == []
+
+
+def test_code_that_stands_in_several_modules_is_in_one_split_once(tmp_path, monkeypatch):
+    def function(name):
+        return f"def {name}(a):\n    return 'a text that is long enough to be a document of its own, or so it is hoped'\n"
+
+    package = tmp_path / "made_up"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    for i in range(60):  # enough that some are held out
+        (package / f"module{i:02}.py").write_text(f"{function('shared')}\n\n{function(f'own{i}')}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(code, "_versions", lambda: [["made_up", "1"]])
+    code._code.cache_clear()
+    found = code._code()
+    code._code.cache_clear()
+    names = {split: [text.split("(")[0][4:] for text in texts] for split, texts in found.items()}
+    assert sorted(sum(names.values(), [])) == sorted(["shared", *(f"own{i}" for i in range(60))])
+    assert all(names.values())
