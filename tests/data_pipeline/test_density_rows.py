@@ -114,7 +114,7 @@ def test_code_documents_parse(tmp_path):
 
 def test_code_that_stands_in_several_modules_is_in_one_split_once(tmp_path, monkeypatch):
     def function(name):
-        return f"def {name}(a):\n    return 'a text that is long enough to be a document of its own, or so it is said'\n"
+        return f"def {name}(a):\n    return 'a text that is long enough to be a document of its own, so it is said'\n"
 
     package = tmp_path / "made_up"
     package.mkdir()
