@@ -1,4 +1,4 @@
-"""The web page of `trace.py`; the record takes the place of the word RECORD."""
+"""The web pages of `trace.py`: the record of one model takes the place of the word RECORD, its pages that of FRAMES."""
 
 PAGE = r"""<!DOCTYPE html>
 <html lang="en">
@@ -28,6 +28,7 @@ small, #what { color: var(--quiet); }
 </head>
 <body>
 <h1>How a text was written</h1>
+<div id="title"></div>
 <div class="bar">
   <label>Text <select id="sample"></select></label>
   <button id="first" title="first step (Home)">|&lt;</button>
@@ -51,6 +52,7 @@ steps; up and down: texts; space: play.</small>
 const record = JSON.parse(document.getElementById("record").textContent);
 const at = name => document.getElementById(name);
 let sample = record.samples[0], shown = 0, timer = null;
+at("title").textContent = record.title;
 
 function colour(confidence) {
   const stops = [[253, 174, 97], [255, 255, 191], [145, 207, 230]];
@@ -138,6 +140,37 @@ document.addEventListener("keydown", event => {
   if (keys[event.key]) { event.preventDefault(); keys[event.key](); }
 });
 if (sample) choose(0);
+</script>
+</body>
+</html>
+"""
+
+BESIDE = r"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>How texts were written, side by side</title>
+<style>
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 1rem; }
+#frames { display: flex; gap: 1rem; height: 90vh; }
+iframe { flex: 1; min-width: 0; border: 1px solid #8886; border-radius: .5rem; }
+button { font: inherit; }
+</style>
+</head>
+<body>
+<button id="play">Play all from the start</button> <small>A step takes the same time in each.</small>
+<div id="frames">
+FRAMES
+</div>
+<script>
+"use strict";
+document.getElementById("play").onclick = () => {
+  for (const frame of document.querySelectorAll("iframe")) {
+    frame.contentWindow.show(0);
+    frame.contentWindow.play(true);
+  }
+};
 </script>
 </body>
 </html>

@@ -14,7 +14,7 @@ Flags by purpose:
                 --forced
   ends          --stop --min_length --min_entropy
   cache         --window --cache_dtype --approximate_cache
-  output        --out --animate --trace
+  output        --out --animate --trace --beside
 
 Result: samples (text, num_tokens, nfe, stop), tokens_per_s, nfe_per_token, seed, sampler (name and all settings as they
 were used, where they come from, and the bytes of a token in the cache by cache_dtype).
@@ -105,6 +105,8 @@ def _define_rest(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("animate", False, "show the texts as they are written", flag_values=values)
     flags.DEFINE_string("trace", "", "write an HTML page that shows how they were written, step by step",
                         flag_values=values)
+    flags.DEFINE_multi_string("beside", None, "of --trace: a page of another run, to be played side by side in this "
+                              "one", flag_values=values)
 
 
 def main(args: flags.FlagValues) -> dict:
@@ -112,6 +114,7 @@ def main(args: flags.FlagValues) -> dict:
 
     workdir = required(args, "workdir")
     _check_outputs(args)
+    others = _others(args)
     import bd3lm_jax
     from bd3lm_jax.options import make_options
 
@@ -122,7 +125,7 @@ def main(args: flags.FlagValues) -> dict:
     lm = lm.on_canvas(length)
     start = time.perf_counter()
     if args.animate or args.trace:
-        samples = _watch(args, lm, length, options)
+        samples = _watch(args, lm, length, options, others)
     else:
         samples = lm.generate(args.prompt, num=args.num, length=length, **chosen)
     seconds = time.perf_counter() - start
@@ -147,6 +150,16 @@ def _check_outputs(args: flags.FlagValues) -> None:
         directory = Path(args[name].value).parent
         if args[name].value and not (directory.is_dir() and os.access(directory, os.W_OK)):
             raise UserError(f"cannot write --{name}={args[name].value}: {directory} is no directory, or not yours")
+
+
+def _others(args: flags.FlagValues) -> list[dict]:
+    """Records of the pages of --beside."""
+    from bd3lm_jax import trace
+    from bd3lm_jax.errors import UserError
+
+    if args.beside and not args.trace:
+        raise UserError("--beside goes with --trace=FILE.html: the page on which all are shown")
+    return [trace.read_html(path) for path in args.beside or ()]
 
 
 def _choose(args: flags.FlagValues, lm) -> tuple[dict, str]:
@@ -190,7 +203,7 @@ def _forced(words: list[str]) -> dict[str, str]:
     return found
 
 
-def _watch(args: flags.FlagValues, lm, length: int, options) -> list:
+def _watch(args: flags.FlagValues, lm, length: int, options, others: list[dict]) -> list:
     """The samples, shown as they are written, and their trace."""
     from rich.console import Console
 
@@ -201,7 +214,8 @@ def _watch(args: flags.FlagValues, lm, length: int, options) -> list:
         events = animate.animate(events, lm, Console(stderr=True, highlight=False))
     events = list(events)
     if args.trace:
-        trace.write_html(args.trace, trace.make_record(events, lm))
+        record = trace.make_record(events, lm, f"{args.workdir}, {options.sampler}")
+        trace.write_html(args.trace, [record, *others])
     done = [event for event in events if event.sample is not None]
     return [event.sample for event in sorted(done, key=lambda event: event.number)]
 

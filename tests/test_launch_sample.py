@@ -114,6 +114,11 @@ def test_texts_that_are_watched_are_the_same(capsys, lm, tmp_path):
     watched = sample(capsys, *words, "--animate", f"--trace={page}", f"--out={lines}")[1]
     assert watched["samples"] == sample(capsys, *words)[1]["samples"]
     assert "<html" in page.read_text() and watched["samples"][0]["text"] in lines.read_text()
+    both = tmp_path / "both.html"
+    sample(capsys, *words, f"--trace={both}", f"--beside={page}")
+    assert both.read_text().count("<iframe") == 2
+    code, _, err = sample(capsys, f"--beside={page}")
+    assert code == 2 and "--beside goes with --trace" in err
     found = sample_files.read(str(lines))
     assert found.texts == [one["text"] for one in watched["samples"]]
     assert found.nfe_per_token == pytest.approx(watched["nfe_per_token"])

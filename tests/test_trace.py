@@ -8,6 +8,7 @@ import pytest
 from toy_lm import END, LETTERS, MASK, Letters, make_lm
 
 from bd3lm_jax import stream, trace
+from bd3lm_jax.errors import UserError
 from bd3lm_jax.generation import Sample
 from bd3lm_jax.options import make_options
 from bd3lm_jax.step import SpecialIds
@@ -64,9 +65,9 @@ LM = types.SimpleNamespace(special=SpecialIds(MASK, END), tokenizer=LETTERS)
 
 
 def test_a_record_holds_the_changes_of_every_text():
-    record = trace.make_record(EVENTS, LM)
+    record = trace.make_record(EVENTS, LM, "runs/x")
     assert record == {
-        "mask": MASK, "end": END,
+        "title": "runs/x", "mask": MASK, "end": END,
         "pieces": {"1": "b", "2": "c", "3": "∎", "5": "f", "6": "g", "7": "h", "12": "░"},
         "samples": [
             {"number": 0, "canvas": [5, MASK, MASK, MASK], "stop": "end", "nfe": 3, "steps": [
@@ -82,7 +83,7 @@ def test_a_record_replays_to_the_texts():
     lm = make_lm(tokenizer=LETTERS)
     options = make_options(sampler="remdm_cap", steps=6, threshold=0.6, forbidden=[END])
     events = list(stream.stream(lm, [[1, 2]], 1, 18, options))
-    sample = trace.make_record(events, lm)["samples"][0]
+    sample = trace.make_record(events, lm, "")["samples"][0]
     row = list(sample["canvas"])
     for step in sample["steps"]:
         for place, token, confidence in step["revealed"]:
@@ -96,8 +97,8 @@ def test_a_record_replays_to_the_texts():
 
 @pytest.mark.parametrize("tokenizer", [LETTERS, Signs(), None])
 def test_a_page_is_self_contained_and_holds_its_record(tmp_path, tokenizer):
-    record = trace.make_record(EVENTS, types.SimpleNamespace(special=LM.special, tokenizer=tokenizer))
-    trace.write_html(tmp_path / "trace.html", record)
+    record = trace.make_record(EVENTS, types.SimpleNamespace(special=LM.special, tokenizer=tokenizer), "<b>")
+    trace.write_html(tmp_path / "trace.html", [record])
     page = read(tmp_path / "trace.html")
     assert json.loads(page.scripts[0]) == record
     types_of_scripts = [attributes.get("type") for tag, attributes in page.elements if tag == "script"]
@@ -110,8 +111,26 @@ def test_a_page_is_self_contained_and_holds_its_record(tmp_path, tokenizer):
     assert [path.name for path in tmp_path.iterdir()] == ["trace.html"]
 
 
+def test_pages_side_by_side(tmp_path):
+    records = [trace.make_record(EVENTS, types.SimpleNamespace(special=LM.special, tokenizer=Signs()), title)
+               for title in ("runs/a\"><script>", "runs/b")]
+    for name, record in zip("ab", records):
+        trace.write_html(tmp_path / f"{name}.html", [record])
+    assert [trace.read_html(tmp_path / f"{name}.html") for name in "ab"] == records
+    trace.write_html(tmp_path / "both.html", records)
+    frames = [attributes for tag, attributes in read(tmp_path / "both.html").elements if tag == "iframe"]
+    assert [frame["title"] for frame in frames] == [record["title"] for record in records]
+    for frame, name in zip(frames, "ab"):
+        assert frame["srcdoc"] == (tmp_path / f"{name}.html").read_text()
+        assert all(f"function {called}(" in frame["srcdoc"] for called in ("show", "play"))
+    (tmp_path / "other.html").write_text("<html></html>")
+    for name in ("other.html", "both.html", "absent.html"):
+        with pytest.raises(UserError, match="is no page that sample --trace wrote of one model"):
+            trace.read_html(tmp_path / name)
+
+
 def test_the_script_finds_every_element_it_asks_for(tmp_path):
-    trace.write_html(tmp_path / "trace.html", trace.make_record(EVENTS, LM))
+    trace.write_html(tmp_path / "trace.html", [trace.make_record(EVENTS, LM, "runs/x")])
     page = read(tmp_path / "trace.html")
     ids = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
     asked = {part.split('"')[0] for part in page.scripts[1].split('at("')[1:]}
@@ -125,6 +144,6 @@ def test_a_page_is_small(tmp_path):
         events = [event(step=0, canvas=[MASK] * length)]
         events += [event(step=i + 1, canvas=[1] * (i + 1) + [MASK] * (length - i - 1), revealed=[i], confidence=[0.5])
                    for i in range(length)]
-        trace.write_html(tmp_path / "trace.html", trace.make_record(events, LM))
+        trace.write_html(tmp_path / "trace.html", [trace.make_record(events, LM, "")])
         sizes.append((tmp_path / "trace.html").stat().st_size)
     assert sizes[0] < 25_000 and sizes[1] - sizes[0] < 100 * 900
