@@ -1,13 +1,14 @@
 """Priority masks on trained runs: the bound on dense and other tokens, lengths of masked runs, gradients.
 
-Needs `--workdir=RUN,RUN,...`, runs that differ in their masks. A round is one batch of rows of the test split, drawn by
-every run's own noise on the network of the first run (`density_study.study`).
+Needs `--workdir=RUN,RUN,...`, runs that differ in their masks, or one directory of a sweep. A round is one batch of
+rows of the test split, drawn by every run's own noise on the network of the first run (`density_study.study`).
 """
 
 import os
 from pathlib import Path
 
 from bd3lm_jax import plots
+from bd3lm_jax.bench.family import runs_of
 from bd3lm_jax.bench.runner import row_of
 from bd3lm_jax.density_study import PARTS, study
 
@@ -22,7 +23,7 @@ WORKDIR = True
 def run(rounds: int, against: str, workdir: str) -> list[dict]:
     """A row a run: fields of `density_study.study` beside those of every benchmark."""
     del against
-    found = study(workdir.split(","), split="test", batch=BATCH, draws=rounds, seed=0)
+    found = study(runs_of(workdir), split="test", batch=BATCH, draws=rounds, seed=0)
     return [row_of(f"S={row['block_size']}", f"{Path(row['run']).name}: {row['masks']}", found[0]["masks"], **row)
             for row in found]
 

@@ -1,8 +1,7 @@
 """Information-density masking (arXiv 2603.15803), small: which tokens are masked more often, and what it trains to.
 
     python -m launch sweep --config=configs/sweeps/density.py --parallel=2
-    cd runs/sweeps/density
-    python -m launch bench density --rounds=16 --workdir=RUN,RUN,...     # see docs/density.md
+    python -m launch bench density --rounds=16 --workdir=runs/sweeps/density
 
 The text is Python source of installed packages and sums in words, in turns; only the code is tagged (`data.density`
 "python"), on 100, 30 and 10 % of the documents. Uniform masks, soft ones (w = 2), soft ones with importance weights,
