@@ -14,7 +14,7 @@ ADDED = {  # keys that the run directories of earlier versions lack, with values
     "noise": {"adapt": "none", "clip_widths": [0.5, 0.6, 0.7, 0.8, 0.9], "clip_stride": 0.05, "clip_batches": 1,
               "count_floor": 0.1, "count_decay": 0.99},
     "train": {"views": 1, "block_sizes": [], "anneal_steps": 0, "lora_rank": 0, "lora_alpha": 16.0},
-    "data": {"density": "", "density_fraction": 1.0},
+    "data": {"density": "", "density_fraction": 1.0, "mixture": []},
     "compute": {"loss_chunk": 0},
 }
 ADDED_BY_KIND = {  # the same for objectives and networks

@@ -41,10 +41,18 @@ def as_type(key: str, value: Any, kind: type) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
-        inner = get_args(kind)[0]
-        return tuple(as_type(key, item, inner) for item in value)
+        return tuple(as_type(key, item, inner) for item, inner in zip(value, _kinds(key, value, get_args(kind))))
     plain = get_origin(kind) or kind
     right = isinstance(value, plain) and not (plain is int and isinstance(value, bool))
     wanted = getattr(kind, "__name__", kind)
     check(right, f"config key '{key}' is {value!r} ({type(value).__name__}), expected {wanted}")
     return value
+
+
+def _kinds(key: str, value: Any, kinds: tuple) -> tuple:
+    """What the items of a tuple are to be: `kinds` of the form (kind, ...), or one for each item of a pair."""
+    if kinds[-1] is Ellipsis:
+        return (kinds[0],) * len(value)
+    names = ", ".join(kind.__name__ for kind in kinds)
+    check(len(value) == len(kinds), f"config key '{key}' holds {value!r}, expected pairs ({names})")
+    return kinds

@@ -18,6 +18,7 @@ from importlib import resources
 from pathlib import Path
 
 from bd3lm_jax.config import DataConfig
+from bd3lm_jax.data import mixture
 from bd3lm_jax.data.detokenize import detokenize, rules_of
 from bd3lm_jax.errors import UserError, lookup, nearest
 
@@ -325,5 +326,12 @@ def _sft(data: DataConfig, split: str) -> Corpus:
     return dialogues.sft(data, split)
 
 
-SOURCES = {"austen": austen, "text": text, "jsonl": jsonl, "sft": _sft, "tfds": tfds,
+def _mixture(data: DataConfig, split: str) -> Corpus:
+    """The documents of all its sources, one source after another."""
+    parts = [open_corpus(section, split) for section in mixture.sections(data).values()]
+    return Corpus(lambda: itertools.chain.from_iterable(part.documents() for part in parts),
+                  lambda: json.dumps([part.fingerprint() for part in parts]))
+
+
+SOURCES = {"austen": austen, "text": text, "jsonl": jsonl, "sft": _sft, "tfds": tfds, mixture.SOURCE: _mixture,
            **{name: _code(name) for name in ("python_sources", "arithmetic", "python_arithmetic")}}
