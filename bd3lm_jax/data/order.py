@@ -39,8 +39,7 @@ def _sorted(num_rows: int, seed: int, epoch: int, index_N: np.ndarray) -> np.nda
 @functools.lru_cache(maxsize=4)
 def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     """Order of a stream of raw random bits, which, unlike Generator.permutation, no NumPy version may change."""
-    bits = np.random.Philox(key=[seed % 2**64, epoch]).random_raw(num_rows)
-    return np.argsort(bits, kind="stable")
+    return np.argsort(_random_bits(num_rows, seed, epoch), kind="stable")
 
 
 def enciphered(num_rows: int, seed: int, epoch: int, index_N: np.ndarray) -> np.ndarray:
@@ -50,7 +49,7 @@ def enciphered(num_rows: int, seed: int, epoch: int, index_N: np.ndarray) -> np.
     falls inside, twice on average at most (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002).
     """
     bits = max(2, (num_rows - 1).bit_length())
-    keys = np.random.Philox(key=[seed % 2**64, epoch]).random_raw(ROUNDS)
+    keys = _random_bits(ROUNDS, seed, epoch)
     result_N = index_N.astype(np.uint64)
     outside = np.arange(len(result_N))
     while len(outside):
@@ -78,3 +77,8 @@ def _mixed(number_N: np.ndarray) -> np.ndarray:
     number_N = (number_N ^ number_N >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     number_N = (number_N ^ number_N >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return number_N ^ number_N >> np.uint64(31)
+
+
+def _random_bits(number: int, seed: int, epoch: int) -> np.ndarray:
+    key = np.array([seed % 2**64, epoch], np.uint64)  # a list of such numbers would become floating point
+    return np.random.Philox(key=key).random_raw(number)
