@@ -33,6 +33,10 @@ class Dialogue(str):
         self.parts, self.special = parts, special
         return self
 
+    def __getnewargs__(self) -> tuple:
+        """For copies that other processes get."""
+        return self.parts, self.special
+
 
 def sft(data: DataConfig, split: str) -> Corpus:
     """A file or a directory of .jsonl files (also .xz, .gz), see above. UserError for lines that hold no dialogue."""
