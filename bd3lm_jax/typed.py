@@ -1,10 +1,31 @@
 """Sections of a config: nested mappings to frozen dataclasses, with errors that name the key."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin
 
 from bd3lm_jax.errors import UserError, nearest
+
+
+def from_json(text: str | bytes) -> Any:
+    """As json.loads, with its JSONDecodeError also for what is nested too deep or holds a number of too many digits."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except (RecursionError, ValueError) as error:
+        said = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise json.JSONDecodeError(said, str(text), 0) from None
+
+
+def check_characters(text: str, what: str) -> None:
+    """UserError for halves of characters, which JSON and command lines can bring: no UTF-8 text holds them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} holds {text[error.start]!a} at character {error.start}, which is half of a character: "
+                        "give UTF-8 text") from None
 
 
 def check(condition: bool, message: str) -> None:

@@ -9,9 +9,12 @@ from hypothesis import given, strategies as st
 from toy_fuzz import damaged, damaged_bytes, fuzz, names, works_or_says_why, written
 
 from bd3lm_jax import hf
+from bd3lm_jax.errors import UserError
 from bd3lm_jax.published.tensors import INDEX_FILE, WEIGHTS_FILE, open_directory, write_file
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
+OURS = {"kind": "masked", "block_size": 4, "schedule": "loglinear", "corruption": "bernoulli", "count_probs": [],
+        "complement": False, "clip_low": 0.0, "clip_high": 1.0, "eps": 1e-3}  # as an objective is written beside them
 CONFIGS = {name: json.loads((GOLDEN / name / "config.json").read_text())
            for name in ("bd3lm_block4", "sedd", *(f"hf/{path.name}" for path in sorted((GOLDEN / "hf").iterdir())))}
 TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b.c": np.ones(4, np.float16),
@@ -109,4 +112,23 @@ def test_configs(directory, data):
     weights = (GOLDEN / name / WEIGHTS_FILE).read_bytes()
     (directory / WEIGHTS_FILE).write_bytes(weights)
     works_or_says_why(lambda: hf.describe(directory))
+    works_or_says_why(lambda: hf.read_config(directory / "config.json"))
     works_or_says_why(lambda: hf.is_published(directory))
+
+
+@fuzz(80)
+@given(data=st.data())
+def test_objectives_and_layouts(directory, data):
+    """As far as the comparison of every tensor with what the config wants."""
+    content = {**CONFIGS["bd3lm_block4"], "diffusion": OURS}
+    written(directory / "config.json", data.draw(damaged(content)))
+    (directory / WEIGHTS_FILE).write_bytes((GOLDEN / "bd3lm_block4" / WEIGHTS_FILE).read_bytes())
+    works_or_says_why(lambda: hf.read_model(directory))
+
+
+def test_nested_too_deep(directory):
+    for name, read in (("config.json", hf.is_published), ("config.json", lambda path: hf.read_config(
+            path / "config.json")), (INDEX_FILE, read_all)):
+        (directory / WEIGHTS_FILE).unlink(missing_ok=True)
+        written(directory / name, b"[" * 100_000)
+        assert isinstance(works_or_says_why(lambda: read(directory)), UserError)

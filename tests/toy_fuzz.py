@@ -12,7 +12,7 @@ import signal
 
 from hypothesis import HealthCheck, settings, strategies as st
 
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.errors import UserError, one_line
 
 HUNT = int(os.environ.get("BD3LM_FUZZ", 0))
 SECONDS = 20  # after which a call counts as hanging
@@ -48,8 +48,8 @@ def works_or_says_why(call):
         try:
             return call()
         except UserError as error:
-            said = " ".join(str(error).split())  # as launch/__main__.py prints it
-            assert 0 < len(said) < 2000, said
+            said = one_line(error)
+            assert said and len(said.splitlines()) == 1 and len(said) < 2000, said
             return error
 
 
