@@ -75,6 +75,14 @@ def test_jsonl_files(tmp_path_factory, data, source):
     prepared(directory, source)
 
 
+def test_dialogues_without_a_word_are_no_documents(tmp_path):
+    said = [("", ""), ("why?", "so"), ("", "so")]
+    lines = [json.dumps({"prompt": prompt, "response": response}) for prompt, response in said]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    (tmp_path / "valid.jsonl").write_text(lines[1])
+    assert prepared(tmp_path, "sft").meta["documents"] == 2
+
+
 def test_json_that_is_too_deep_or_too_large_a_number(tmp_path):
     for number, line in enumerate(["[" * 100_000, '{"a":' * 100_000, '{"text": ' + "9" * 10_000 + "}"]):
         directory = tmp_path / str(number)

@@ -43,7 +43,8 @@ def sft(data: DataConfig, split: str) -> Corpus:
     write, identity = lookup(TEMPLATES, data.name, "data.name (how a dialogue becomes text)")(data)
 
     def read(path: Path) -> Iterator[Dialogue]:
-        return (write(_messages(path, number, record)) for number, record in json_lines(path))
+        dialogues = (write(_messages(path, number, record)) for number, record in json_lines(path))
+        return (dialogue for dialogue in dialogues if dialogue.parts)
 
     return local_files(data, split, ".jsonl", read, key=f"sft {data.name} {identity}")
 
