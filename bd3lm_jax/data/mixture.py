@@ -74,9 +74,9 @@ class Shares:
     """Which of K sources each position takes, and how many before it did.
 
     The sources are the leaves of a Huffman tree of their weights; a node sends floor(p n + 1/2) of its first n
-    positions to its left, p being the part of its weight that is there. At a leaf the rounding adds up to less than
-    half of the sum of (weight of the leaf / weight of an ancestor) over the path, and in a Huffman tree the weights on
-    a path grow at least like Fibonacci numbers: less than 1.7, whatever the weights and however many they are.
+    positions to its left, p being the part of its weight that is there. The rounding above a leaf adds up to at most
+    half of the sum of (weight of the leaf / weight of the node) over the nodes from the leaf to below the root, whose
+    weights grow at least like Fibonacci numbers in a Huffman tree: less than 1.7, whatever the weights and how many.
     """
 
     def __init__(self, weights: Sequence[float]):

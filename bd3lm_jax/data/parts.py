@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
 import zipfile
 import zlib
@@ -113,6 +114,7 @@ def _encode_with(workers: int, parts: Iterator[list[str]], tokenizer: Tokenizer,
 def _start(tokenizer: str, form: Form) -> None:
     """In a worker: it has one core, and ends with its parent, even when that is killed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the workers
     global _WORKER
     _WORKER = load_tokenizer(tokenizer), form
     parent = multiprocessing.parent_process().sentinel

@@ -70,7 +70,7 @@ def test_dialogues_in_parts(data_config, tmp_path, monkeypatch):
 
     expected = one_part(make, tmp_path, ByteTokenizer())
     monkeypatch.setattr(parts, "PART_CHARS", PART)
-    assert content(prepare(make(), "train", BLOCK, ByteTokenizer(), workers=2)) == expected
+    assert content(prepare(make(), "train", BLOCK, ByteTokenizer())) == expected
 
 
 def stop_after(number):
