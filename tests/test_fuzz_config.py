@@ -97,6 +97,14 @@ def test_config_files(tmp_path, capsys, source, code):
     assert error.startswith("error: ") and "\n" not in error
 
 
-def test_the_whole_command_says_one_line(capsys):
-    assert main(["prepare", "--config.data.mixture=(('austen',0),)", "--config.data.source=mixture"]) == 2
-    assert "\n" not in capsys.readouterr().err.strip()
+@pytest.mark.parametrize("words, message", [
+    (["--config.data.source=mixture", "--config.data.mixture=(('austen',0),)"], "weight of 'austen' is 0.0"),
+    (["--config.data.source=\x1b[2J\n\ud800"], r"data.source is '\x1b[2J\n\ud800'"),
+    (["\x1b[2Ja\nb\ud800"], r"unexpected argument '\x1b[2Ja b\ud800'"),
+    (["9" * 10_000], "9 ... 9"),
+])
+def test_the_whole_command_says_one_short_line(capsys, words, message):
+    """Nor does what is quoted reach the terminal as a control character, or without end."""
+    assert main(["prepare", *words]) == 2
+    said = capsys.readouterr().err.strip("\n")
+    assert message in said and said.isprintable() and len(said) < 2000
