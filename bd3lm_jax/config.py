@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bd3lm_jax import annealing, answers, curriculum, density, lora, shifted
+from bd3lm_jax.data import mixture
 from bd3lm_jax.diffusion import OBJECTIVES
 from bd3lm_jax.diffusion.clip import ClipSearch, CountSchedule
 from bd3lm_jax.diffusion.running import RunningLoss
@@ -20,7 +21,7 @@ from bd3lm_jax.models.trunk import REMAT, takes_level
 from bd3lm_jax.typed import as_mapping, as_section, as_type, check, one_of, same_keys
 
 SAME = "init_from"  # as model.kind: the network whose weights start the run
-SOURCES = ("austen", "text", "jsonl", "tfds", "python_sources", "arithmetic", "python_arithmetic", "sft")
+SOURCES = ("austen", "text", "jsonl", "tfds", "python_sources", "arithmetic", "python_arithmetic", "sft", "mixture")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,7 @@ class DataConfig:
     workers: int  # threads that read batches ahead of the step
     density: str  # how much each token tells (density.SOURCES), for objectives that need it; "" = none
     density_fraction: float  # part of the documents that are annotated; the density of others is 0
+    mixture: tuple[tuple[str, float], ...]  # of source "mixture": sources and their rates (data/mixture.py); else ()
 
     def __post_init__(self):
         one_of("data.source", self.source, SOURCES)
@@ -49,6 +51,8 @@ class DataConfig:
         check(self.source != "tfds" or self.name, "data.source='tfds' needs data.name, e.g. 'lm1b'")
         check(self.workers >= 1, f"data.workers is {self.workers}, expected at least 1")
         density.check(self.density, self.density_fraction)
+        mixture.check(self.source, self.mixture, {"path": self.path, "name": self.name, "density": self.density},
+                      SOURCES)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,7 +81,7 @@ def _cache_directory() -> str:
 
     path = cache_directory(DataConfig(source="austen", path="", name="", field="text", tokenizer="bytes", length=1,
                                       layout="wrap", valid_fraction=0.5, cache_dir="", workers=1,
-                                      density="", density_fraction=1.0))
+                                      density="", density_fraction=1.0, mixture=()))
     with tempfile.TemporaryFile(dir=path):
         return f"{path} can be written"
 

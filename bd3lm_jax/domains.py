@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bd3lm_jax.config import Config, DataConfig
-from bd3lm_jax.data import corpora
+from bd3lm_jax.data import corpora, mixture
 from bd3lm_jax.data.corpora import Corpus
 from bd3lm_jax.data.detokenize import detokenize, rules_of
 from bd3lm_jax.data.prepare import prepare_corpus
@@ -106,9 +106,10 @@ def open_text(config: Config, tokenizer: Tokenizer, *, data: str, split: str, da
               convention: Convention) -> Text:
     """A text as rows for the model of `config`, tokenised and laid out as in its training.
 
-    data: OWN for the run's own corpus, a name in DOMAINS, a .txt or .jsonl file (all of it, whatever the split) or a
-    directory of them. split: of the run's own corpus, of austen and of directories. data_dir: where the files of
-    domains are, NAME.txt or NAME.jsonl (also .xz, .gz); "" for none.
+    data: OWN for the run's own corpus, a source of its mixture as it is written there, a name in DOMAINS, a .txt or
+    .jsonl file (all of it, whatever the split) or a directory of them. split: of the run's own corpus, of its sources,
+    of austen and of directories. data_dir: where the files of domains are, NAME.txt or NAME.jsonl (also .xz, .gz); ""
+    for none.
 
     Raises UserError for a text that is empty, shorter than a block or foreign to the tokenizer, Missing (which is one)
     for a known domain that is not there.
@@ -155,11 +156,15 @@ def _find(own: DataConfig, data: str, split: str, data_dir: str) -> _Found:
     if data in (OWN, own.source):
         return _Found(own.source, split, corpora.open_corpus(own, split))
     if data == "austen":
-        return _Found(data, split, corpora.open_corpus(dataclasses.replace(own, source="austen", path=""), split))
+        austen = dataclasses.replace(own, source="austen", path="", mixture=())
+        return _Found(data, split, corpora.open_corpus(austen, split))
     if data in DOMAINS:
         domain = DOMAINS[data]
         split, corpus = _open_domain(own, data, domain, data_dir)
         return _Found(data, split, corpus, domain.style, domain.word_ppl)
+    sources = mixture.sections(own)
+    if data in sources:
+        return _Found(sources[data].source, split, corpora.open_corpus(sources[data], split))
     path = Path(data)
     if not path.exists():
         raise UserError(f"--data={data} is no file or directory of .txt or .jsonl text, and no named text: "
@@ -181,7 +186,7 @@ def _open_domain(own: DataConfig, name: str, domain: Domain, data_dir: str) -> t
         return corpora.WHOLE, corpora.open_corpus(dataclasses.replace(_local(own, path), field="text"), corpora.WHOLE)
     if not (domain.tfds and corpora.tfds_is_prepared(domain.tfds)):
         raise Missing(_how_to_get(name, domain, data_dir))
-    sections = [dataclasses.replace(own, source="tfds", path="", name=domain.tfds, field=field)
+    sections = [dataclasses.replace(own, source="tfds", path="", name=domain.tfds, field=field, mixture=())
                 for field in domain.fields]
     parts = [corpora.open_corpus(section, "test") for section in sections]
     return "test", Corpus(lambda: map(" ".join, zip(*(part.documents() for part in parts), strict=True)),
@@ -199,7 +204,7 @@ def _how_to_get(name: str, domain: Domain, data_dir: str) -> str:
 
 def _local(own: DataConfig, path: Path) -> DataConfig:
     jsonl = ".jsonl" in path.suffixes or (path.is_dir() and any(path.glob("*.jsonl*")))
-    return dataclasses.replace(own, source="jsonl" if jsonl else "text", path=str(path), name="")
+    return dataclasses.replace(own, source="jsonl" if jsonl else "text", path=str(path), name="", mixture=())
 
 
 def _plain(corpus: Corpus, style: str) -> Corpus:

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 1500  # characters of an error that are shown
+
 
 class UserError(Exception):
     """Wrong input, found at the door: nothing was started. Command-line exit code 2.
@@ -35,6 +37,13 @@ class Stuck(UserError):
     exit_code = 75
 
 
+def one_line(error: Exception) -> str:
+    """What an error says, on one line that a terminal can show; the middle of a very long one is left out."""
+    said = " ".join(str(error).split())
+    said = "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in said)
+    return said if len(said) <= LONGEST else f"{said[:LONGEST // 2]} ... {said[-LONGEST // 2:]}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`did you mean 'x'?` for the closest known name, else the list of what is known."""
     known = sorted(known)
@@ -44,6 +53,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def lookup(registry: dict, name: str, what: str):
     """`registry[name]`, or a UserError that names `what` and the nearest registered name."""
-    if name not in registry:
+    if name not in list(registry):  # what a file holds may have no hash
         raise UserError(f"unknown {what} '{name}': {nearest(str(name), registry)}")
     return registry[name]

@@ -4,9 +4,10 @@ Which architectures: `published.FORMATS`. Every tensor of a checkpoint is used e
 over or misshapen is an error. What is written is whole or not there.
 """
 
+import contextlib
 import dataclasses
-import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -22,12 +23,14 @@ from bd3lm_jax.published import FORMATS, NETWORKS, Described, write
 from bd3lm_jax.published.leaf import require
 from bd3lm_jax.published.read import check_tensors, plain_names, read_params
 from bd3lm_jax.published.tensors import Stored, open_directory
+from bd3lm_jax.typed import from_json
 
 CONFIG_FILE = "config.json"
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 GGUF = ".gguf"
 RUNS = "runs"  # where run directories usually are
 DTYPES = ("float32", "bfloat16")  # that parameters may have
+LAYER_KEYS, MOST_LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "n_blocks"), 10_000
 
 
 def is_published(path: str | Path) -> bool:
@@ -42,9 +45,10 @@ def is_published(path: str | Path) -> bool:
     if not config.is_file():
         return False
     try:
-        return "model_type" in json.loads(config.read_text(encoding="utf-8"))
+        content = from_json(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{config} is not valid JSON ({error})") from None
+    return isinstance(content, dict) and "model_type" in content
 
 
 def read_model(path: str | Path, *, dtype: str = "float32", weights: str = "ema",
@@ -65,12 +69,13 @@ def read_model(path: str | Path, *, dtype: str = "float32", weights: str = "ema"
     require(weights in ("ema", "params"), f"weights are {weights!r}, expected 'ema' or 'params'")
     config_path, published, form, weights_path, stored = _open(Path(path), allow_pickle)
     tensors = plain_names(weights_path, stored, weights, getattr(form, "rename", str))
-    described = form.describe(config_path, published,
-                              {name: x.read() for name, x in tensors.items() if not x.shape})
-    leaves = form.layout(described.model)
-    held = form.held(described.model, set(tensors))
-    check_tensors(weights_path, tensors, held | {name: leaf.shape for leaf in leaves.values()
-                                                 for name in leaf.sources()})
+    with _makes_sense(config_path, published):
+        described = form.describe(config_path, published,
+                                  {name: x.read() for name, x in tensors.items() if not x.shape})
+        leaves = form.layout(described.model)
+        held = form.held(described.model, set(tensors))
+        check_tensors(weights_path, tensors, held | {name: leaf.shape for leaf in leaves.values()
+                                                     for name in leaf.sources()})
     form.check_held(weights_path, described.model, {name: tensors[name].read() for name in held})
     shardings = None if mesh is None else _shardings(described.model, mesh)
     params = read_params(weights_path, leaves, tensors, jnp.dtype(dtype), shardings)
@@ -133,17 +138,31 @@ def describe(path: str | Path) -> Described:
     """What a published checkpoint is, without its weights. UserError as for `read_model`."""
     config_path, published, form, weights_path, stored = _open(Path(path), False)
     tensors = plain_names(weights_path, stored, "ema", getattr(form, "rename", str))
-    return form.describe(config_path, published, {name: x.read() for name, x in tensors.items() if not x.shape})
+    with _makes_sense(config_path, published):
+        return form.describe(config_path, published, {name: x.read() for name, x in tensors.items() if not x.shape})
+
+
+@contextlib.contextmanager
+def _makes_sense(path: Path, published: dict) -> Iterator[None]:
+    """UserError in place of what arithmetic on an absurd config.json raises; formats check only what is often wrong."""
+    layers = [published[key] for key in LAYER_KEYS if key in published]
+    require(all(type(number) is int and 0 <= number <= MOST_LAYERS for number in layers),
+            f"{path}: the number of layers is {layers}, expected 0 to {MOST_LAYERS}")
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
+        raise UserError(f"{path} describes no '{published['model_type']}' network ({type(error).__name__}: {error}): "
+                        "the value of a key is of a kind or size that published ones never are") from error
 
 
 def read_config(path: Path) -> tuple[dict, ModuleType]:
     """The content of a config.json and the format that it names."""
     try:
-        published = json.loads(path.read_text(encoding="utf-8"))
+        published = from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}): expected the config.json of a published checkpoint") from None
     kind = published.get("model_type") if isinstance(published, dict) else None
-    require(kind in FORMATS, f"{path}: model_type is {kind!r}, supported: {', '.join(FORMATS)}")
+    require(kind in list(FORMATS), f"{path}: model_type is {kind!r}, supported: {', '.join(FORMATS)}")
     return published, FORMATS[kind]
 
 

@@ -55,11 +55,14 @@ def encode(lm, text) -> np.ndarray:
         if lm.tokenizer is None:
             raise UserError("this checkpoint has no tokenizer: give prompts as lists of token ids")
         text = lm.tokenizer.encode(text)
-    ids = np.asarray(text)
-    if ids.ndim != 1:
+    try:
+        ids = np.asarray(text)
+    except ValueError:  # lists of several lengths
+        ids = None
+    if ids is None or ids.ndim != 1 or ids.size and not np.issubdtype(ids.dtype, np.integer):
         raise UserError(f"a prompt is {text!r}, expected a text or a list of token ids")
     vocab = lm.config.model.vocab_size
-    if ids.size and not (np.issubdtype(ids.dtype, np.integer) and 0 <= ids.min() and ids.max() < vocab):
+    if ids.size and not (0 <= ids.min() and ids.max() < vocab):
         raise UserError(f"a prompt holds token ids from {ids.min()} to {ids.max()}, expected integers 0 to {vocab - 1}")
     return ids.astype(np.int32)
 

@@ -61,7 +61,7 @@ def restore_published(path: str | os.PathLike, weights: str, mesh: Mesh, length:
         raise UserError(f"--length={length} is more than the {found.length} tokens that {path} was trained on")
     config = Config(0, found.model, found.objective, **dict.fromkeys(SECTIONS) | {
         "data": DataConfig(source="austen", path="", name="", field="text", tokenizer="", length=length, layout="wrap",
-                           valid_fraction=0.01, cache_dir="", workers=1, density="", density_fraction=1.0),
+                           valid_fraction=0.01, cache_dir="", workers=1, density="", density_fraction=1.0, mixture=()),
         "compute": ComputeConfig(dtype="auto", attention="auto", layers="scan", remat="none", microbatch=0,
                                  loss_chunk=0),
         "eval": EvalConfig(every=1, rows=0, batch=PUBLISHED_BATCH, draws=1, samples=0, sample_length=0)})

@@ -7,6 +7,7 @@ from pathlib import Path
 from bd3lm_jax.config import Config
 from bd3lm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.typed import as_mapping, from_json
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 PART = ".tmp"  # a file being written
@@ -14,7 +15,7 @@ ADDED = {  # keys that the run directories of earlier versions lack, with values
     "noise": {"adapt": "none", "clip_widths": [0.5, 0.6, 0.7, 0.8, 0.9], "clip_stride": 0.05, "clip_batches": 1,
               "count_floor": 0.1, "count_decay": 0.99},
     "train": {"views": 1, "block_sizes": [], "anneal_steps": 0, "lora_rank": 0, "lora_alpha": 16.0},
-    "data": {"density": "", "density_fraction": 1.0},
+    "data": {"density": "", "density_fraction": 1.0, "mixture": []},
     "compute": {"loss_chunk": 0},
 }
 ADDED_BY_KIND = {  # the same for objectives and networks
@@ -76,14 +77,16 @@ def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:
 
 def _stored(path: Path) -> dict:
     try:
-        return json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        stored = from_json((path / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UserError(f"{path / CONFIG} is not valid JSON ({error}): restore it or train again") from error
+    return as_mapping(str(path / CONFIG), stored)
 
 
 def _brought_up_to_date(stored: dict) -> dict:
-    missing = ADDED | {name: ADDED_BY_KIND.get(stored.get(name, {}).get("kind"), {}) for name in ("model", "diffusion")}
-    return stored | {name: keys | stored.get(name, {}) for name, keys in missing.items()}
+    sections = {name: as_mapping(name, stored.get(name, {})) for name in (*ADDED, "model", "diffusion")}
+    missing = ADDED | {name: ADDED_BY_KIND.get(str(sections[name].get("kind")), {}) for name in ("model", "diffusion")}
+    return stored | {name: keys | sections[name] for name, keys in missing.items()}
 
 
 def check_tokenizer(tokenizer: Tokenizer, identity: str, owner: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from bd3lm_jax import rundir
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.typed import from_json
 
 SEPARATOR = "\n--\n"  # between the texts of a .txt file
 FORMS = 'the JSON result of sample, lines of {"text": ...}, or a run directory'
@@ -79,7 +80,7 @@ def _content(file: Path) -> str:
 def _objects(file: Path, content: str) -> list[dict[str, Any]]:
     """The JSON objects of a file: one of any layout, or one a line."""
     try:
-        found = [json.loads(content)]
+        found = [from_json(content)]
     except json.JSONDecodeError:
         lines = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]
         found = [_line(file, number, line) for number, line in lines]
@@ -91,7 +92,7 @@ def _objects(file: Path, content: str) -> list[dict[str, Any]]:
 
 def _line(file: Path, number: int, line: str) -> Any:
     try:
-        return json.loads(line)
+        return from_json(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{file} line {number} is not JSON ({error.msg} at column {error.colno}): expected {FORMS}; a "
                         'file of plain texts is called .txt and has "--" on a line between them') from None

@@ -6,6 +6,7 @@ from typing import Any
 
 from bd3lm_jax import log
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.typed import from_json
 from bd3lm_jax.lm import LM
 
 FILE = "sampling.json"  # in the run directory, written by `python -m launch bench sampling --workdir=DIR`
@@ -69,7 +70,7 @@ def merged(chosen: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 def read_object(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file. UserError if there is none."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = from_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -1,10 +1,31 @@
 """Sections of a config: nested mappings to frozen dataclasses, with errors that name the key."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin
 
 from bd3lm_jax.errors import UserError, nearest
+
+
+def from_json(text: str | bytes) -> Any:
+    """As json.loads, with its JSONDecodeError also for what is nested too deep or holds a number of too many digits."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except (RecursionError, ValueError) as error:
+        said = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise json.JSONDecodeError(said, str(text), 0) from None
+
+
+def check_characters(text: str, what: str) -> None:
+    """UserError for halves of characters, which JSON and command lines can bring: no UTF-8 text holds them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} holds {text[error.start]!a} at character {error.start}, which is half of a character: "
+                        "give UTF-8 text") from None
 
 
 def check(condition: bool, message: str) -> None:
@@ -41,10 +62,18 @@ def as_type(key: str, value: Any, kind: type) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
-        inner = get_args(kind)[0]
-        return tuple(as_type(key, item, inner) for item in value)
+        return tuple(as_type(key, item, inner) for item, inner in zip(value, _kinds(key, value, get_args(kind))))
     plain = get_origin(kind) or kind
     right = isinstance(value, plain) and not (plain is int and isinstance(value, bool))
     wanted = getattr(kind, "__name__", kind)
     check(right, f"config key '{key}' is {value!r} ({type(value).__name__}), expected {wanted}")
     return value
+
+
+def _kinds(key: str, value: Any, kinds: tuple) -> tuple:
+    """What the items of a tuple are to be: `kinds` of the form (kind, ...), or one for each item of a pair."""
+    if kinds[-1] is Ellipsis:
+        return (kinds[0],) * len(value)
+    names = ", ".join(kind.__name__ for kind in kinds)
+    check(len(value) == len(kinds), f"config key '{key}' holds {value!r}, expected pairs ({names})")
+    return kinds

@@ -83,7 +83,7 @@ def base() -> ConfigDict:
         "data": {
             "source": "austen", "path": "", "name": "", "field": "text", "tokenizer": "bpe:2048", "length": 256,
             "layout": "wrap", "valid_fraction": 0.01, "cache_dir": "", "workers": 2, "density": "",
-            "density_fraction": 1.0,
+            "density_fraction": 1.0, "mixture": (),
         },
         "optim": {
             "lr": 3e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0,

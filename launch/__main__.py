@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in HELP:
         print(USAGE.format(commands="\n".join(f"  {name:<9} {line}" for name, line in COMMANDS.items())))
         return 0
-    from bd3lm_jax.errors import UserError, nearest
+    from bd3lm_jax.errors import UserError, nearest, one_line
 
     name, rest = argv[0], argv[1:]
     try:
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
             return 0
         return _run(command, rest)
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+        print("error:", one_line(error), file=sys.stderr, flush=True)
         if error.agreed:
             from bd3lm_jax import distributed
 

@@ -194,9 +194,12 @@ def _get_config(spec: str) -> ConfigDict:
     except TypeError:
         raise UserError(f"config file '{path}' takes " + ("no args after ':'" if args else "args: give FILE.py:args"))
     try:
-        return ConfigDict(module.get_config(*args))
+        config = module.get_config(*args)
     except ValueError as error:
         raise UserError(f"{spec}: {error}") from None
+    if not isinstance(config, (ConfigDict, dict)):
+        raise UserError(f"get_config() in config file '{path}' returns {config!r}, expected a ConfigDict or a dict")
+    return ConfigDict(config)
 
 
 def _leaves(config: ConfigDict, prefix: str = ""):

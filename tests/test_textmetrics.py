@@ -10,7 +10,7 @@ from bd3lm_jax.data.corpora import join_documents, load_documents
 from bd3lm_jax.errors import UserError
 
 AUSTEN = DataConfig(source="austen", path="", name="", field="", tokenizer="bytes", length=1, layout="wrap",
-                    valid_fraction=0.1, cache_dir="", workers=1, density="", density_fraction=1.0)
+                    valid_fraction=0.1, cache_dir="", workers=1, density="", density_fraction=1.0, mixture=())
 
 
 def slow_nats(train: list, test: list, vocab: int, order: int) -> float:

@@ -52,7 +52,7 @@ def run_case(case: Case, rounds: int) -> list[dict]:
         for layout in LAYOUTS:
             data = DataConfig(source="text" if case.path else "austen", path=case.path, name="", field="text",
                               tokenizer=case.tokenizer, length=case.length, layout=layout, valid_fraction=0.01,
-                              cache_dir=directory, workers=1, density="", density_fraction=1.0)
+                              cache_dir=directory, workers=1, density="", density_fraction=1.0, mixture=())
             rows += preparing(case, data, rounds) + reading(case, data, rounds)
     return rows
 

@@ -44,7 +44,7 @@ def run_case(case: step.Case, rounds: int) -> list[dict]:
         (Path(directory) / "text.txt").write_bytes(text + b"\n")
         data = DataConfig(source="text", path=f"{directory}/text.txt", name="", field="text", tokenizer="bytes",
                           length=case.length, layout="wrap", valid_fraction=0.01, cache_dir=directory, workers=1,
-                          density="", density_fraction=1.0)
+                          density="", density_fraction=1.0, mixture=())
         tokenizer = get_tokenizer("bytes", tuple)
         rows = prepare(data, "all", case.block_size, tokenizer)
         config = step.config_of(case, "two_stream", "none")

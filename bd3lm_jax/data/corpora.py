@@ -18,8 +18,10 @@ from importlib import resources
 from pathlib import Path
 
 from bd3lm_jax.config import DataConfig
+from bd3lm_jax.data import mixture
 from bd3lm_jax.data.detokenize import detokenize, rules_of
 from bd3lm_jax.errors import UserError, lookup, nearest
+from bd3lm_jax.typed import check_characters, from_json
 
 SPLITS = ("train", "valid", "test")
 HASHED_BYTES = 1 << 28  # of a source file
@@ -131,7 +133,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = from_json(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path} line {number} is not JSON: {error.msg} at column {error.colno}") from None
         if not isinstance(record, dict):
@@ -144,6 +146,7 @@ def _json_field(path: Path, number: int, record: dict, field: str) -> str:
         raise UserError(f"{path} line {number} has no field '{field}' (data.field): {nearest(field, record)}")
     if not isinstance(record[field], str):
         raise UserError(f"{path} line {number}: field '{field}' is {type(record[field]).__name__}, expected text")
+    check_characters(record[field], f"{path} line {number}: field '{field}'")
     return record[field].rstrip("\r\n")
 
 
@@ -325,5 +328,12 @@ def _sft(data: DataConfig, split: str) -> Corpus:
     return dialogues.sft(data, split)
 
 
-SOURCES = {"austen": austen, "text": text, "jsonl": jsonl, "sft": _sft, "tfds": tfds,
+def _mixture(data: DataConfig, split: str) -> Corpus:
+    """The documents of all its sources, one source after another."""
+    parts = [open_corpus(section, split) for section in mixture.sections(data).values()]
+    return Corpus(lambda: itertools.chain.from_iterable(part.documents() for part in parts),
+                  lambda: json.dumps([part.fingerprint() for part in parts]))
+
+
+SOURCES = {"austen": austen, "text": text, "jsonl": jsonl, "sft": _sft, "tfds": tfds, mixture.SOURCE: _mixture,
            **{name: _code(name) for name in ("python_sources", "arithmetic", "python_arithmetic")}}

@@ -7,13 +7,13 @@ A line holds "prompt" and "response", or "messages": a list of {"role", "content
     "chat"  the chat template of the directory `data.tokenizer` (needs jinja2), whose special tokens are read as such
 """
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bd3lm_jax.config import DataConfig
 from bd3lm_jax.data.corpora import Corpus, json_lines, local_files
 from bd3lm_jax.errors import UserError, lookup
+from bd3lm_jax.typed import check_characters, from_json
 
 ANSWERS = "assistant"  # the role whose messages are answers
 ROLES = ("system", "user", ANSWERS)
@@ -33,19 +33,31 @@ class Dialogue(str):
         self.parts, self.special = parts, special
         return self
 
+    def __getnewargs__(self) -> tuple:
+        """For copies that other processes get."""
+        return self.parts, self.special
+
 
 def sft(data: DataConfig, split: str) -> Corpus:
     """A file or a directory of .jsonl files (also .xz, .gz), see above. UserError for lines that hold no dialogue."""
     write, identity = lookup(TEMPLATES, data.name, "data.name (how a dialogue becomes text)")(data)
 
     def read(path: Path) -> Iterator[Dialogue]:
-        return (write(_messages(path, number, record)) for number, record in json_lines(path))
+        dialogues = (write(_messages(path, number, record)) for number, record in json_lines(path))
+        return (dialogue for dialogue in dialogues if dialogue.parts)
 
     return local_files(data, split, ".jsonl", read, key=f"sft {data.name} {identity}")
 
 
 def _messages(path: Path, number: int, record: dict) -> Messages:
     where = f"{path} line {number}"
+    messages = _read_messages(where, record)
+    for message in messages:
+        check_characters(message["content"], where)
+    return messages
+
+
+def _read_messages(where: str, record: dict) -> Messages:
     if "messages" not in record:
         missing = [key for key in ("prompt", "response") if not isinstance(record.get(key), str)]
         if missing:
@@ -142,7 +154,7 @@ def chat_template(directory: Path) -> tuple[Callable[[Messages, bool], str], str
 
 def _config(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        content = from_json(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error})") from None
     return content if isinstance(content, dict) else {}

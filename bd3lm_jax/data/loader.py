@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from bd3lm_jax.data.mixture import MixedRows
+from bd3lm_jax.data.order import rows_at
 from bd3lm_jax.data.prepare import Rows
 
 ARRAYS = ("tokens", "segments", "positions")
@@ -15,16 +17,16 @@ EXTRA = ("density", "prompt")  # where the rows were prepared with them
 
 def row_ids(num_rows: int, batch: int, seed: int, step: int) -> np.ndarray:
     """int64 [batch]: rows of a step. Every epoch is a new permutation of all rows; a batch may straddle epochs."""
-    position = np.arange(step * batch, (step + 1) * batch, dtype=np.int64)
-    epoch, index = np.divmod(position, num_rows)
-    return np.concatenate([_permutation(num_rows, seed, int(e))[index[epoch == e]] for e in np.unique(epoch)])
+    return rows_at(num_rows, seed, _positions(batch, step))
 
 
-@functools.lru_cache(maxsize=4)
-def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    """Order of a stream of raw random bits, which, unlike Generator.permutation, no NumPy version may change."""
-    bits = np.random.Philox(key=[seed % 2**64, epoch]).random_raw(num_rows)
-    return np.argsort(bits, kind="stable")
+def mixed_row_ids(rows: MixedRows, batch: int, seed: int, step: int) -> np.ndarray:
+    """int64 [batch]: rows of a step, from every source in its share; the epochs are those of each source."""
+    return rows.ids_at(seed, _positions(batch, step))
+
+
+def _positions(batch: int, step: int) -> np.ndarray:
+    return np.arange(step * batch, (step + 1) * batch, dtype=np.int64)
 
 
 class Loader:
@@ -35,14 +37,19 @@ class Loader:
     own devices; without one they are NumPy arrays.
     """
 
-    def __init__(self, rows: Rows, batch: int, seed: int, sharding):
+    def __init__(self, rows: Rows | MixedRows, batch: int, seed: int, sharding):
         self.rows, self.batch, self.seed, self.sharding = rows, batch, seed, sharding
 
     def get(self, step: int) -> tuple[np.ndarray, dict]:
-        ids = row_ids(len(self.rows), self.batch, self.seed, step)
+        ids = self._ids(step)
         if self.sharding is None:
             return ids, read_rows(self.rows, ids)
         return ids, place_rows(self.rows, ids, self.sharding)
+
+    def _ids(self, step: int) -> np.ndarray:
+        if isinstance(self.rows, MixedRows):
+            return mixed_row_ids(self.rows, self.batch, self.seed, step)
+        return row_ids(len(self.rows), self.batch, self.seed, step)
 
 
 def read_rows(rows: Rows, ids: np.ndarray) -> dict[str, np.ndarray]:

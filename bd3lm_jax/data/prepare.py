@@ -3,13 +3,12 @@
 A prepared split is a directory named by a hash of all that decides its content: tokens.npy `[R, L]` (uint16 or
 uint32), density.npy `[R, L]` (uint8, 255 times the density) where one was asked for, prompt.npy `[R, L]` (uint8, 1 on
 prompts) of dialogues, pieces.npy `[P, 4]` (see
-packing.py) and meta.json, which is written last and holds sizes and hashes of the others.
+packing.py) and meta.json, which is written last (see manifest.py).
 """
 
 import contextlib
 import dataclasses
-import hashlib
-import json
+import fcntl
 import os
 import shutil
 import tempfile
@@ -20,17 +19,16 @@ from pathlib import Path
 import numpy as np
 
 from bd3lm_jax.config import DataConfig
-from bd3lm_jax.data import corpora, packing
+from bd3lm_jax.data import corpora, manifest, mixture, packing, parts
 from bd3lm_jax.data.tokenizers import Tokenizer, get_tokenizer, load_tokenizer
 from bd3lm_jax.density import open_density
 from bd3lm_jax.density.source import Annotation, Context
 from bd3lm_jax.errors import RunError, UserError
 
 FORMAT = 1  # raise it when the same documents would be stored differently
-BATCH_CHARS = 1 << 22  # text tokenised at once
 CHUNK_TOKENS = 1 << 22  # tokens held in memory while rows are written
-DENSITY_STEPS = 255  # a density is stored as whole parts of this: tags are exact
-HASHED_BYTES = 1 << 30  # of each file: enough to see damage, and never a long wait at start-up
+STORED = {"tokens", "density", "prompt"}  # arrays with an entry a token
+LOCK = "lock"  # held by the process that builds a directory
 
 Progress = Callable[[int, int], None]  # called with the documents and tokens done so far
 
@@ -57,7 +55,7 @@ class Rows:
 
     def density(self, row_ids: np.ndarray) -> np.ndarray:
         """float32 [n, L] in [0, 1]; 0 in padding. Only where `has_density`."""
-        return self._density_RxL[np.asarray(row_ids)].astype(np.float32) / DENSITY_STEPS
+        return self._density_RxL[np.asarray(row_ids)].astype(np.float32) / parts.DENSITY_STEPS
 
     def prompt(self, row_ids: np.ndarray) -> np.ndarray:
         """float32 [n, L]: 1 on prompts, 0 on answers and in padding. Only where `has_prompt`."""
@@ -129,7 +127,7 @@ def prepare_tokenizer(data: DataConfig) -> Tokenizer:
     if not data.tokenizer.startswith("bpe:"):
         return get_tokenizer(data.tokenizer, tuple)
     corpus = corpora.open_corpus(data, "train")
-    path = cache_directory(data) / f"tokenizer-{_digest([FORMAT, data.tokenizer, corpus.fingerprint()])}.json"
+    path = cache_directory(data) / f"tokenizer-{manifest.digest([FORMAT, data.tokenizer, corpus.fingerprint()])}.json"
     if path.exists():
         return load_tokenizer(path)
     tokenizer = get_tokenizer(data.tokenizer, corpus.documents)
@@ -141,19 +139,25 @@ def prepare_tokenizer(data: DataConfig) -> Tokenizer:
 
 
 def prepare(data: DataConfig, split: str, block_size: int, tokenizer: Tokenizer,
-            progress: Progress | None = None) -> Rows:
+            progress: Progress | None = None, workers: int = 1) -> Rows | mixture.MixedRows:
     """Rows of a split, from the cache if they are there and whole, else built now.
 
-    Only the "pack" layout depends on `block_size`. With `data.density` the rows have a density. Raises UserError for
-    input that cannot be read or an empty split, RunError when the disk is full.
+    The train split of a mixture are the rows of its sources, each prepared by itself; its other splits are prepared as
+    one text. Only the "pack" layout depends on `block_size`. With `data.density` the rows have a density.
+    workers: processes that tokenise; the result does not depend on them. Raises UserError for input that cannot be read
+    or an empty split, RunError when the disk is full or a worker is killed; what was done is found by the next call.
     """
+    if data.source == mixture.SOURCE and split == "train":
+        sources = {name: prepare(section, split, block_size, tokenizer, progress, workers)
+                   for name, section in mixture.sections(data).items()}
+        return mixture.MixedRows(sources, [weight for _, weight in data.mixture])
     density = None
     if data.density:
         context = Context(corpora.open_corpus(data, "train").fingerprint,
                           lambda: _train_counts(data, block_size, tokenizer, progress))
         density = open_density(data.density, data.density_fraction, context)
     return prepare_corpus(corpora.open_corpus(data, split), data.source, split, data, block_size, tokenizer, progress,
-                          density)
+                          density, workers)
 
 
 def _train_counts(data: DataConfig, block_size: int, tokenizer: Tokenizer, progress: Progress | None) -> np.ndarray:
@@ -168,23 +172,31 @@ def _train_counts(data: DataConfig, block_size: int, tokenizer: Tokenizer, progr
 
 
 def prepare_corpus(corpus: corpora.Corpus, source: str, split: str, data: DataConfig, block_size: int,
-                   tokenizer: Tokenizer, progress: Progress | None = None, density: Annotation | None = None) -> Rows:
+                   tokenizer: Tokenizer, progress: Progress | None = None, density: Annotation | None = None,
+                   workers: int = 1) -> Rows:
     """As `prepare`, for the documents of `corpus`, which `source` and `split` name; `data` tells the layout."""
     identity = {"format": FORMAT, "source": source, "split": split, "corpus": corpus.fingerprint(),
                 "tokenizer": tokenizer.identity, "layout": data.layout, "length": data.length,
                 "block_size": block_size if data.layout == "pack" else 0}
     if density is not None:
         identity["density"] = density.identity
-    path = cache_directory(data) / f"{source}-{split}-{_digest(identity)}"
+    path = cache_directory(data) / f"{source}-{split}-{manifest.digest(identity)}"
     if path.exists():
-        damage = _damage(path)
+        damage = manifest.damage(path, identity)
         if damage is None:
-            return Rows(path, _read_meta(path))
+            return Rows(path, manifest.read(path))
         warnings.warn(f"prepared rows in {path} are damaged ({damage}): building them again", stacklevel=2)
         shutil.rmtree(path)
+    kept = path.with_name(f"{path.name}.parts")
     with _disk_errors(path.parent), _work_directory(path) as work:
-        meta = _build(work, corpus.documents(), identity, tokenizer, progress, density)
-        _publish(work, path)
+        try:
+            meta = _build(work, corpus.documents(), identity, tokenizer, progress, density, kept, workers)
+        except UserError as error:
+            if not isinstance(error, RunError):  # another text has to be given, which these parts are not of
+                shutil.rmtree(kept, ignore_errors=True)
+            raise
+        _publish(work, path, identity)
+        shutil.rmtree(kept, ignore_errors=True)
     return Rows(path, meta)
 
 
@@ -199,16 +211,23 @@ def _disk_errors(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _work_directory(path: Path) -> Iterator[Path]:
-    """A directory beside `path`, gone afterwards unless it was renamed."""
+    """A directory beside `path`, gone afterwards unless it was renamed; those of processes that were killed go too."""
+    for abandoned in path.parent.glob(f"{path.name}.part-*"):
+        with contextlib.suppress(OSError), open(abandoned / LOCK, "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its owner is gone, or this raises
+            shutil.rmtree(abandoned, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=f"{path.name}.part-", dir=path.parent))
     try:
-        yield work
+        with open(work / LOCK, "wb") as lock:
+            with contextlib.suppress(OSError):  # some file systems have no locks: then nothing is taken for abandoned
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def _build(work: Path, documents: Iterable[str], identity: dict, tokenizer: Tokenizer,
-           progress: Progress | None, density: Annotation | None) -> dict:
+           progress: Progress | None, density: Annotation | None, kept: Path, workers: int) -> dict:
     """Write tokens.npy, density.npy, pieces.npy and meta.json of a split in the directory `work`."""
     flat = {"tokens.npy": (np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32), tokenizer.end_id)}
     if density is not None:
@@ -216,23 +235,22 @@ def _build(work: Path, documents: Iterable[str], identity: dict, tokenizer: Toke
     dialogues = identity["source"] == "sft"
     if dialogues:
         flat["prompt.npy"] = np.dtype(np.uint8), 0
-    lengths, num_bytes = _tokenise(work, flat["tokens.npy"][0], documents, tokenizer, progress, density, dialogues)
+    form = parts.Form(flat["tokens.npy"][0].str, dialogues)
+    lengths, num_bytes = _tokenise(work, documents, tokenizer, progress, density, form, kept, workers)
     if not len(lengths):
         raise UserError(f"the {identity['split']} split of '{identity['source']}' holds no documents")
     found = {}
     if density is not None:
         if identity["split"] == "train":
             density.finished()
-        found["density_mean"] = float(np.memmap(_flat(work / "density.npy"), np.uint8, "r").mean()) / DENSITY_STEPS
+        stored = np.memmap(_flat(work / "density.npy"), np.uint8, "r")
+        found["density_mean"] = float(stored.mean()) / parts.DENSITY_STEPS
     layout = packing.lay_out(identity["layout"], lengths, identity["length"], identity["block_size"])
     for name, (dtype, padding) in flat.items():
         _write_rows(work / name, dtype, layout, identity["length"], padding)
     np.save(work / "pieces.npy", layout.pieces_Px4)
-    files = {name: _file_check(work / name) for name in (*flat, "pieces.npy")}
-    meta = identity | found | {"rows": layout.num_rows, "tokens": int(lengths.sum()), "documents": len(lengths),
-                       "bytes": num_bytes, "hash": _digest(identity), "files": files}
-    (work / "meta.json").write_text(json.dumps(meta, indent=1))
-    return meta
+    counts = {"rows": layout.num_rows, "tokens": int(lengths.sum()), "documents": len(lengths), "bytes": num_bytes}
+    return manifest.write(work, identity, found | counts, [*flat, "pieces.npy"])
 
 
 def _write_rows(path: Path, dtype: np.dtype, layout: packing.Layout, length: int, padding: int) -> None:
@@ -254,93 +272,33 @@ def _flat(path: Path) -> Path:
     return path.with_suffix(".flat")
 
 
-def _tokenise(work: Path, dtype: np.dtype, documents: Iterable[str], tokenizer: Tokenizer, progress: Progress | None,
-              density: Annotation | None, dialogues: bool):
+def _tokenise(work: Path, documents: Iterable[str], tokenizer: Tokenizer, progress: Progress | None,
+              density: Annotation | None, form: parts.Form, kept: Path, workers: int) -> tuple[np.ndarray, int]:
     """Write the ids of all documents, each with its end token, their densities and which tokens are prompts. Returns
-    lengths [D] and bytes.
-
-    A document counts its UTF-8 bytes and one for the newline that its end token stands for.
-    """
-    lengths, num_bytes, num_tokens = [], 0, 0
+    lengths [D] and bytes."""
+    lengths, num_bytes, num_tokens, num_documents = [], 0, 0, 0
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open(_flat(work / "tokens.npy"), "wb"))
-        other = stack.enter_context(open(_flat(work / "density.npy"), "wb")) if density is not None else None
-        prompts = stack.enter_context(open(_flat(work / "prompt.npy"), "wb")) if dialogues else None
-        for batch in _batches(documents):
-            for text, (ids, offsets) in zip(batch, _encoded(batch, tokenizer, density)):
-                if dialogues:
-                    ids, prompt = _of_parts(text, tokenizer)
-                    prompts.write(np.append(prompt, False).astype(np.uint8).tobytes())
-                file.write(np.append(ids, tokenizer.end_id).astype(dtype).tobytes())
-                if density is not None:
-                    values = density.of(text, ids, offsets, tokenizer.end_id)
-                    other.write(np.round(values * DENSITY_STEPS).astype(np.uint8).tobytes())
-                lengths.append(len(ids) + 1)
-                num_tokens += len(ids) + 1
-            num_bytes += sum(len(document.encode()) + 1 for document in batch)
+        files = {}
+        for arrays in parts.encode_all(documents, tokenizer, form, density, kept, workers):
+            for name in STORED & arrays.keys():
+                if name not in files:
+                    files[name] = stack.enter_context(open(_flat(work / f"{name}.npy"), "wb"))
+                files[name].write(arrays[name].tobytes())
+            lengths.append(arrays["lengths"])
+            num_bytes += int(arrays["bytes"])
+            num_documents += len(lengths[-1])
+            num_tokens += len(arrays["tokens"])
             if progress is not None:
-                progress(len(lengths), num_tokens)
-    return np.asarray(lengths, np.int64), num_bytes
+                progress(num_documents, num_tokens)
+    return np.concatenate(lengths) if lengths else np.zeros(0, np.int64), num_bytes
 
 
-def _encoded(batch: list[str], tokenizer: Tokenizer, density: Annotation | None):
-    """Ids and, where the density needs them, the characters of each."""
-    if density is not None and density.needs_offsets:
-        return tokenizer.encode_offsets(batch)
-    return ((ids, None) for ids in tokenizer.encode_batch(batch))
-
-
-def _of_parts(dialogue, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of a Dialogue, part by part, and which of them are prompt."""
-    encode = tokenizer.encode_special if dialogue.special else tokenizer.encode
-    parts = [encode(text) for text, _ in dialogue.parts]
-    return np.concatenate(parts), np.repeat([not answer for _, answer in dialogue.parts], [len(ids) for ids in parts])
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch, chars = [], 0
-    for document in documents:
-        batch.append(document)
-        chars += len(document)
-        if chars >= BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
-
-
-def _publish(work: Path, path: Path) -> None:
+def _publish(work: Path, path: Path, identity: dict) -> None:
     """Rename into place; another process may have been faster with the same content."""
     work.chmod(0o755)  # mkdtemp's directories are private
+    (work / LOCK).unlink()
     try:
         work.rename(path)
     except OSError:
-        if _damage(path) is not None:
+        if manifest.damage(path, identity) is not None:
             raise
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with a prepared directory, None if nothing."""
-    try:
-        files = _read_meta(path)["files"]
-        wrong = [name for name, check in files.items() if _file_check(path / name) != check]
-    except (OSError, ValueError, KeyError) as error:
-        return str(error)
-    return f"{wrong[0]} does not match meta.json" if wrong else None
-
-
-def _read_meta(path: Path) -> dict:
-    return json.loads((path / "meta.json").read_text())
-
-
-def _file_check(path: Path) -> dict:
-    digest, left = hashlib.sha256(), HASHED_BYTES
-    with open(path, "rb") as file:
-        while left > 0 and (part := file.read(min(left, 1 << 20))):
-            digest.update(part)
-            left -= len(part)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _digest(content) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]

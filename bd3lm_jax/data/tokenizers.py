@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from bd3lm_jax.errors import UserError, nearest
+from bd3lm_jax.typed import check_characters, from_json
 
 PRESETS = ("gpt2", "bert-base-uncased")
 SPECS = ("bytes", *PRESETS, "bpe:N", "a path to a tokenizer.json, or to the directory of a published model")
@@ -38,7 +39,8 @@ class Tokenizer:
         self.vocab_size = max(size, mask_id + 1)
 
     def encode(self, text: str) -> np.ndarray:
-        """int32 [n]; no special token is ever added or read from the text."""
+        """int32 [n]; no special token is ever added or read from the text. UserError for what UTF-8 cannot say."""
+        check_characters(text, "the text")
         return self.encode_batch([text])[0]
 
     def encode_special(self, text: str) -> np.ndarray:
@@ -147,6 +149,7 @@ class SubwordTokenizer(Tokenizer):
         return library_tokenizer
 
     def encode_special(self, text: str) -> np.ndarray:
+        check_characters(text, "the text")
         return np.asarray(self._reads_special.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -241,7 +244,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     missing = [key for key in ("model", "end_id", "mask_id") if key not in content]
     if missing:
         raise UserError(f"tokenizer file {path} has no '{missing[0]}': damaged, or not written by this library")
-    return SubwordTokenizer(content["kind"], content["model"], content["end_id"], content["mask_id"])
+    kinds = {"kind": str, "model": str, "end_id": int, "mask_id": int}
+    wrong = [key for key, kind in kinds.items() if type(content[key]) is not kind]
+    if wrong:
+        raise UserError(f"tokenizer file {path}: '{wrong[0]}' is {content[wrong[0]]!r}, expected "
+                        f"{kinds[wrong[0]].__name__}: damaged, or not written by this library")
+    return SubwordTokenizer(*(content[key] for key in kinds))
 
 
 def tokenizer_of(directory: str | Path) -> Tokenizer | None:
@@ -319,7 +327,7 @@ def _read_text(path: Path) -> str:
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"tokenizer file {path} does not exist") from None
     except (OSError, ValueError) as error:

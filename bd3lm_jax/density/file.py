@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bd3lm_jax.density.source import Context, Span, Spans
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.typed import from_json
 
 ARGUMENT, CONTINUOUS = "PATH", False
 
@@ -61,7 +62,7 @@ class Annotations:
 
     def _read(self, number: int, line: str) -> None:
         try:
-            record = json.loads(line)
+            record = from_json(line)
         except json.JSONDecodeError as error:
             raise self._error(number, f"not JSON: {error.msg} at column {error.colno}") from None
         if not isinstance(record, dict) or not ("text" in record or "sha256" in record):

@@ -9,6 +9,7 @@ import numpy as np
 
 from bd3lm_jax.diffusion import OBJECTIVES
 from bd3lm_jax.errors import UserError, lookup
+from bd3lm_jax.typed import as_section
 
 
 class Leaf(NamedTuple):
@@ -113,11 +114,11 @@ def named_objective(path, published: dict, usual: Any) -> Any:
         return usual
     require(isinstance(named, dict), f"{path}: '{OBJECTIVE_KEY}' is {named!r}, expected an object")
     kind = lookup(OBJECTIVES, named.get("kind", ""), f"objective {path}: {OBJECTIVE_KEY}.kind")
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in named.items() if key != "kind"}
+    values = {key: value for key, value in named.items() if key != "kind"}
     wanted = {field.name for field in dataclasses.fields(kind)}
     require(values.keys() == wanted, f"{path}: '{OBJECTIVE_KEY}' has the keys {', '.join(sorted(values))}, expected "
             f"kind, {', '.join(sorted(wanted))}")
-    return kind(**values)
+    return as_section(f"{path}: {OBJECTIVE_KEY}", values, kind)
 
 
 def objective_keys(objective: Any, usual: Any) -> dict:

@@ -13,6 +13,7 @@ import numpy as np
 
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.published.leaf import require
+from bd3lm_jax.typed import from_json
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -79,8 +80,10 @@ def _mapped(content: np.ndarray, entry: dict) -> Stored:
 
 def _open_index(index: Path) -> dict[str, Stored]:
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        places = from_json(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(places.values()))
+        if not all(isinstance(file, str) and Path(file).name == file for file in files):
+            raise ValueError(f"it names {files[0]!r} and others, expected files beside it")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read {index} ({type(error).__name__}: {error}): {AGAIN}; expected a weight_map from "
                         "tensors to files") from None

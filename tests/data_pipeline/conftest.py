@@ -10,7 +10,7 @@ def data_config(tmp_path):
     def make(**changes) -> DataConfig:
         fields = {"source": "austen", "path": "", "name": "", "field": "text", "tokenizer": "bytes", "length": 32,
                   "layout": "wrap", "valid_fraction": 0.1, "cache_dir": str(tmp_path / "cache"), "workers": 1,
-                  "density": "", "density_fraction": 1.0}
+                  "density": "", "density_fraction": 1.0, "mixture": ()}
         return DataConfig(**fields | changes)
 
     return make

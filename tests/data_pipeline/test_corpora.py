@@ -4,7 +4,10 @@ import lzma
 
 import pytest
 
+from bd3lm_jax.data import parts
 from bd3lm_jax.data.corpora import NOVELS, join_documents, load_documents, open_corpus
+from bd3lm_jax.data.prepare import prepare
+from bd3lm_jax.data.tokenizers import ByteTokenizer
 from bd3lm_jax.errors import UserError
 
 FIVE_NOVELS_BYTES, PERSUASION_BYTES = 3_543_784, 463_316
@@ -115,7 +118,7 @@ def test_fingerprint_follows_content_and_split(data_config, tmp_path):
     assert fingerprints("a\nb\n") == seen[:2]
 
 
-def test_tfds(data_config, tmp_path):
+def test_tfds(data_config, tmp_path, monkeypatch):
     tfds = pytest.importorskip("tensorflow_datasets")
 
     class Lines(tfds.core.GeneratorBasedBuilder):
@@ -136,6 +139,10 @@ def test_tfds(data_config, tmp_path):
     data = data_config(source="tfds", name="lines", path=str(tmp_path))
     assert list(load_documents(data, "train")) == [f"élan {i}" for i in range(18)]
     assert list(load_documents(data, "valid")) == ["élan 18", "élan 19"]
+    monkeypatch.setattr(parts, "PART_CHARS", 40)  # prepared in parts as any large text
+    rows = prepare(data, "train", 4, ByteTokenizer())
+    assert ByteTokenizer().decode(rows.stream()) == "".join(f"élan {i}\n" for i in range(18))
+    assert (rows.meta["documents"], rows.meta["source"]) == (18, "tfds") and "lines" in rows.meta["corpus"]
     with pytest.raises(UserError, match="has no test split, it has train"):
         load_documents(data, "test")
     with pytest.raises(UserError, match="no field 'txt'.*did you mean 'text'"):

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from bd3lm_jax.data import code, packing, prepare as prepare_module
+from bd3lm_jax.data import code, packing, parts, prepare as prepare_module
 from bd3lm_jax.data.corpora import load_documents
 from bd3lm_jax.data.loader import Loader
 from bd3lm_jax.data.prepare import prepare
@@ -27,7 +27,7 @@ def sums(data_config, tmp_path):
 @pytest.mark.parametrize("layout", ["wrap", "pack", "pad"])
 def test_entries_belong_to_their_tokens(sums, layout, monkeypatch):
     monkeypatch.setattr(prepare_module, "CHUNK_TOKENS", 96)  # three rows at a time
-    monkeypatch.setattr(prepare_module, "BATCH_CHARS", 100)
+    monkeypatch.setattr(parts, "PART_CHARS", 100)
     data = sums(layout=layout, density="arithmetic")
     rows = prepare(data, "train", BLOCK, ByteTokenizer())
     documents = list(load_documents(data, "train"))
@@ -52,7 +52,7 @@ def test_old_caches_stay_valid(sums):
     rows = prepare(data, "train", BLOCK, ByteTokenizer())
     assert not rows.has_density and not (rows.path / "density.npy").exists()
     assert set(rows.meta) == {"format", "source", "split", "corpus", "tokenizer", "layout", "length", "block_size",
-                              "rows", "tokens", "documents", "bytes", "hash", "files"}
+                              "rows", "tokens", "documents", "bytes", "hash", "files", "versions", "seal"}
     digests = {prepare(sums(**changes), "train", BLOCK, ByteTokenizer()).meta["hash"] for changes in (
         {}, {"density": "arithmetic"}, {"density": "python"}, {"density": "arithmetic", "density_fraction": 0.3},
         {"density": "frequency"})}

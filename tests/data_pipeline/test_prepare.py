@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 
-from bd3lm_jax.data import packing, prepare as prepare_module
+from bd3lm_jax.data import packing, parts, prepare as prepare_module
 from bd3lm_jax.data.corpora import join_documents, load_documents
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
 from bd3lm_jax.data.tokenizers import ByteTokenizer
@@ -49,7 +49,7 @@ def slow_rows(data, split):
 @pytest.mark.parametrize("layout", ["wrap", "pack", "pad"])
 def test_rows_match_a_slow_loop(text_config, layout, monkeypatch):
     monkeypatch.setattr(prepare_module, "CHUNK_TOKENS", 96)  # three rows at a time
-    monkeypatch.setattr(prepare_module, "BATCH_CHARS", 100)
+    monkeypatch.setattr(parts, "PART_CHARS", 100)
     data = text_config(layout=layout)
     rows = prepare(data, "train", BLOCK, ByteTokenizer())
     expected = slow_rows(data, "train")
@@ -170,7 +170,7 @@ def test_empty_split(data_config, tmp_path):
 
 
 def test_progress_counts_up(text_config, monkeypatch):
-    monkeypatch.setattr(prepare_module, "BATCH_CHARS", 100)
+    monkeypatch.setattr(parts, "PART_CHARS", 100)
     calls = []
     rows = prepare(text_config(), "train", 4, ByteTokenizer(), progress=lambda *counts: calls.append(counts))
     assert len(calls) > 3 and calls == sorted(calls)

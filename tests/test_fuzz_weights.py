@@ -1,0 +1,135 @@
+"""Published checkpoints with random damage: every tensor is read as it was, or one line says what is wrong."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+from toy_fuzz import damaged, damaged_bytes, fuzz, names, works_or_says_why, written
+
+from bd3lm_jax import hf
+from bd3lm_jax.errors import UserError
+from bd3lm_jax.published.tensors import INDEX_FILE, WEIGHTS_FILE, open_directory, write_file
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+OURS = {"kind": "masked", "block_size": 4, "schedule": "loglinear", "corruption": "bernoulli", "count_probs": [],
+        "complement": False, "clip_low": 0.0, "clip_high": 1.0, "eps": 1e-3}  # as an objective is written beside them
+CONFIGS = {name: json.loads((GOLDEN / name / "config.json").read_text())
+           for name in ("bd3lm_block4", "sedd", *(f"hf/{path.name}" for path in sorted((GOLDEN / "hf").iterdir())))}
+TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b.c": np.ones(4, np.float16),
+           "n": np.zeros((), np.int64)}
+SIZES = st.one_of(st.integers(0, 300), st.sampled_from([2**31, 2**40, 2**63, 2**64 - 1]))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoint")
+
+
+@pytest.fixture(scope="module")
+def whole(directory):
+    """Header and data of a small safetensors file."""
+    write_file(directory / WEIGHTS_FILE, TENSORS)
+    data = (directory / WEIGHTS_FILE).read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    return json.loads(data[8:8 + size]), data[8 + size:]
+
+
+def read_all(directory):
+    """The tensors of a directory; each is what its entry says."""
+    found = {}
+    for name, stored in open_directory(directory, False)[1].items():
+        found[name] = stored.read()
+        assert found[name].shape == stored.shape and found[name].dtype == stored.dtype
+    return found
+
+
+def file_of(header, data, size=None):
+    text = json.dumps(header).encode()
+    return (len(text) if size is None else size).to_bytes(8, "little") + text + data
+
+
+@fuzz(120)
+@given(data=st.data())
+def test_safetensors_headers(directory, whole, data):
+    header, content = whole
+    written(directory / WEIGHTS_FILE, file_of(data.draw(damaged(header)), content))
+    works_or_says_why(lambda: read_all(directory))
+
+
+@fuzz(60)
+@given(data=st.data())
+def test_safetensors_offsets_and_shapes(directory, whole, data):
+    """Overlapping, negative, beyond the end, huge; shapes that do not fit."""
+    header, content = json.loads(json.dumps(whole[0])), whole[1]
+    numbers = st.one_of(st.integers(-2, 60), st.sampled_from([2**31, 2**63 - 1, 2**63, 2**64, 2**70]))
+    entry = header[data.draw(st.sampled_from(sorted(TENSORS)))]
+    entry["data_offsets"] = data.draw(st.lists(numbers, min_size=1, max_size=3))
+    entry["shape"] = data.draw(st.one_of(st.just(entry["shape"]), st.lists(numbers, max_size=3)))
+    written(directory / WEIGHTS_FILE, file_of(header, content))
+    works_or_says_why(lambda: read_all(directory))
+
+
+@fuzz(60)
+@given(size=SIZES, rest=st.binary(max_size=60))
+def test_safetensors_sizes(directory, whole, size, rest):
+    written(directory / WEIGHTS_FILE, file_of(whole[0], whole[1] + rest, size))
+    works_or_says_why(lambda: read_all(directory))
+    written(directory / WEIGHTS_FILE, size.to_bytes(8, "little") + rest)
+    works_or_says_why(lambda: read_all(directory))
+
+
+@fuzz(100)
+@given(data=st.data())
+def test_safetensors_bytes(directory, whole, data):
+    written(directory / WEIGHTS_FILE, data.draw(damaged_bytes(file_of(*whole))))
+    works_or_says_why(lambda: read_all(directory))
+
+
+@fuzz(80)
+@given(data=st.data())
+def test_index_files(tmp_path_factory, data):
+    directory = tmp_path_factory.mktemp("index")
+    write_file(directory / "one.safetensors", {"a": TENSORS["a"]})
+    write_file(directory / "two.safetensors", {"b": TENSORS["a"]})
+    index = {"metadata": {"total_size": 48}, "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    content = data.draw(st.one_of(damaged(index), damaged_bytes(json.dumps(index).encode()), names.map(
+        lambda name: index | {"weight_map": {"a": name}})))
+    written(directory / INDEX_FILE, content)
+    found = works_or_says_why(lambda: read_all(directory))
+    if isinstance(found, dict):
+        assert set(found) <= {"a", "b"}
+
+
+@fuzz(250)
+@given(data=st.data())
+def test_configs(directory, data):
+    name = data.draw(st.sampled_from(sorted(CONFIGS)))
+    source = json.dumps(CONFIGS[name]).encode()
+    content = data.draw(st.one_of(damaged(CONFIGS[name]), damaged(CONFIGS[name]), damaged_bytes(source)))
+    written(directory / "config.json", content)
+    weights = (GOLDEN / name / WEIGHTS_FILE).read_bytes()
+    (directory / WEIGHTS_FILE).write_bytes(weights)
+    works_or_says_why(lambda: hf.describe(directory))
+    works_or_says_why(lambda: hf.read_config(directory / "config.json"))
+    works_or_says_why(lambda: hf.is_published(directory))
+
+
+@fuzz(80)
+@given(data=st.data())
+def test_objectives_and_layouts(directory, data):
+    """All the way to parameters, where the config still wants the tensors that are there."""
+    name = data.draw(st.sampled_from(sorted(CONFIGS)))
+    ours = {"diffusion": OURS} if data.draw(st.booleans()) else {}
+    written(directory / "config.json", data.draw(damaged(CONFIGS[name] | ours)))
+    (directory / WEIGHTS_FILE).write_bytes((GOLDEN / name / WEIGHTS_FILE).read_bytes())
+    works_or_says_why(lambda: hf.read_model(directory))
+
+
+def test_nested_too_deep(directory):
+    for name, read in (("config.json", hf.is_published), ("config.json", lambda path: hf.read_config(
+            path / "config.json")), (INDEX_FILE, read_all)):
+        (directory / WEIGHTS_FILE).unlink(missing_ok=True)
+        written(directory / name, b"[" * 100_000)
+        assert isinstance(works_or_says_why(lambda: read(directory)), UserError)
