@@ -87,6 +87,11 @@ def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:
     return Config.from_dict(_brought_up_to_date(stored)), load_tokenizer(path / TOKENIZER)
 
 
+def planned_steps(workdir: str | os.PathLike) -> int:
+    """`train.steps` of a run directory as it is now: a run that goes on may be told to do more."""
+    return _stored(Path(workdir))["train"]["steps"]
+
+
 def _stored(path: Path) -> dict:
     try:
         return json.loads((path / CONFIG).read_text(encoding="utf-8"))

@@ -43,7 +43,7 @@ Result: see docs/tasks.md.
 
 from absl import flags
 
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.errors import Preempted, UserError
 from launch.arguments import define_processes, define_step, join_processes, step_of
 
 TAKES_CONFIG = False
@@ -183,9 +183,7 @@ def _likelihood(args: flags.FlagValues) -> dict:
     common = _values(args, LIKELIHOOD)
     if args.watch:
         _allow(args, "--watch", ("workdir", "watch", *WATCH))
-        from bd3lm_jax.watch import watch
-
-        return watch(workdir, **_values(args, WATCH) | {"block_size": args["block_size"].value or 0})
+        return _watch(args, workdir)
     if args["watch_for"].present:
         raise UserError("--watch_for goes with --watch: add it")
     if args.curve:
@@ -208,6 +206,21 @@ def _likelihood(args: flags.FlagValues) -> dict:
     if args["step"].present:
         at["step"] = step_of(args)
     return evaluate_run(workdir, data=args.data, against=args.against, target_ci=target_ci, **at, **common)
+
+
+def _watch(args: flags.FlagValues, workdir: str) -> dict:
+    """The result; where a signal ended it, it is said before the exit code tells of the signal."""
+    from bd3lm_jax import log
+    from bd3lm_jax.watch import FILE, watch
+
+    result = watch(workdir, **_values(args, WATCH) | {"block_size": args["block_size"].value or 0})
+    if result["ended"].startswith("SIG"):
+        log.result(result)
+        if result["ended"] == "SIGINT":
+            raise KeyboardInterrupt
+        raise Preempted(f"stopped by {result['ended']}; what was evaluated is in {workdir}/{FILE}: run the same command "
+                        "again to go on")
+    return result
 
 
 def _values(args: flags.FlagValues, names: tuple[str, ...]) -> dict:
