@@ -55,7 +55,7 @@ def _lock(descriptor: int, path: Path) -> bool:
         except OSError as error:
             if error.errno not in WITHOUT_LOCKS:
                 raise
-            note(f"{path} cannot be locked here ({error.strerror}): see to it that no other run writes to {path.parent}")
+            note(f"{path} cannot be locked here ({error.strerror}): see that no other run writes to {path.parent}")
             return True
 
 

@@ -79,7 +79,7 @@ class _Watched:
     def __init__(self, workdir: Path, asked: dict[str, Any], batch: int, signals: Signals):
         self._workdir, self._asked, self._batch, self._signals = workdir, asked, batch, signals
         self._run = self._text = None  # from the first checkpoint on
-        self._started, self._seen, self.lines = False, set(), []
+        self._started, self._sha256, self._seen, self.lines = False, "", set(), []
         if not (workdir / rundir.CONFIG).exists():
             log.note(f"waiting for a run in {workdir}")
 
@@ -111,7 +111,7 @@ class _Watched:
             draws=asked["draws"], seed=asked["seed"], target=None)
         result = measured.summary(self._text.rows)
         del result["nll_by_count"]
-        line = {"step": step, **self._text.describe(result), "config_sha256": self._run.config_sha256, "asked": asked}
+        line = {"step": step, **self._text.describe(result), "config_sha256": self._sha256, "asked": asked}
         log.append(self._workdir / FILE, line)
         self._seen.add(step)
         self.lines.append(line)
@@ -122,9 +122,9 @@ class _Watched:
     def _begin(self) -> bool:
         """Whether there is a run; learns what was evaluated before when it is first there."""
         if not self._started and (self._workdir / rundir.CONFIG).exists():
-            sha256 = rundir.read(self._workdir)[0].sha256()
+            self._sha256 = rundir.read(self._workdir)[0].sha256()
             self.lines = [line for line in log.read_lines(self._workdir / FILE)
-                          if line["asked"] == self._asked and line["config_sha256"] == sha256]
+                          if line["asked"] == self._asked and line["config_sha256"] == self._sha256]
             self._seen = {line["step"] for line in self.lines}
             self._started = True
         return self._started

@@ -218,8 +218,8 @@ def _watch(args: flags.FlagValues, workdir: str) -> dict:
         log.result(result)
         if result["ended"] == "SIGINT":
             raise KeyboardInterrupt
-        raise Preempted(f"stopped by {result['ended']}; what was evaluated is in {workdir}/{FILE}: run the same command "
-                        "again to go on")
+        raise Preempted(f"stopped by {result['ended']}; what was evaluated is in {workdir}/{FILE}: run the same "
+                        "command again to go on")
     return result
 
 
