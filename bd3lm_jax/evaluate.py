@@ -124,8 +124,8 @@ def evaluate_run(workdir: str, *, split: str, data: str, estimator: str, draws: 
     data, split, data_dir: which text (`domains.open_text`). chunks, stride, first_token, end_token: what of it counts
     (`domains.convention_for`). estimator: "" for the best one. target_ci: as `Target`, 0 for none; then `draws`
     is the size of a round. block_size, length, step: as for `open_run`. against: another run whose newest checkpoint to
-    compare with on the same documents, or "" (see `compare.py`). Published checkpoints have no corpus of their own: they
-    need `data`.
+    compare with on the same documents, or "" (see `compare.py`). Published checkpoints have no corpus of their own:
+    they need `data`.
     """
     from bd3lm_jax import compare
     from bd3lm_jax.hf import is_published

@@ -21,14 +21,14 @@ from bd3lm_jax.program import Program
 from bd3lm_jax.step import SpecialIds
 
 KINDS = ("disk full during a save", "SIGKILL", "SIGSTOP of one of two processes", "SIGKILL of one of two processes")
-STEPS = {1: 400, 2: 120}  # of a run, by processes
+STEPS = {1: 120, 2: 60}  # of a run, by processes
 SAVED_EVERY, KEPT = 2, 3
 SMALL = {"model.layers": 1, "model.width": 32, "model.heads": 2, "model.cond_dim": 16, "data.tokenizer": "bytes",
          "data.length": 32, "optim.warmup_steps": 0, "train.batch": 8, "log.every": 1, "eval.rows": 16,
-         "eval.batch": 16, "eval.every": 50, "eval.samples": 0}
+         "eval.batch": 16, "eval.every": 20, "eval.samples": 0}
 HEARTBEAT_S, STUCK_S = 10, 20
 LEAVE_S = 60  # within which the other of two processes must be gone
-SPAN_S = 2.0  # of training in which a kill falls
+SPAN_S = 3.0  # of training in which a kill falls
 EARLY = 0.2  # part of the kills that fall into the start
 FILE_BYTES = 20_000  # of a "full" disk: more than the log, less than the arrays
 POLL_S = 0.05
@@ -142,29 +142,24 @@ class Runs:
         missing = [] if self.steps in steps_of(workdir) else ["the last step is missing"]
         return self.faults_of(workdir, set()) + missing + ([f"other losses at {differing[:5]}"] if differing else [])
 
-    def finished(self, workdir: Path) -> list[str]:
-        """Train to the end; what is wrong then."""
-        codes = [process.wait(TOO_LONG_S) for process in self.start(workdir)]
+    def faults_of_ended(self, workdir: Path, started: list[subprocess.Popen]) -> list[str]:
+        """Wait for the end of a run; what is wrong then."""
+        codes = [process.wait(TOO_LONG_S) for process in started]
         return self.faults_at_end(workdir) if not any(codes) else [f"exit codes {codes}: {self.said(workdir)}"]
 
 
 def kill(runs: Runs, times: int, seed: int) -> dict:
     """SIGKILL to one process of a run at random moments; it is started again until it ends, then another one begins."""
     began, draw = time.monotonic(), np.random.default_rng((seed, 2, runs.processes))
-    outcomes, faults, ends, killed = collections.Counter(), [], [], 0
-    while killed < times or workdir.exists():
-        workdir = runs.home / f"killed-{runs.processes}-{outcomes['runs ended as undisturbed']}"
+    outcomes, faults, ends = collections.Counter(), [], []
+    workdir, killed, ended = runs.home / f"killed-{runs.processes}", 0, False
+    while killed < times or not ended:
         started, before = runs.start(workdir), max(_losses(workdir), default=0)
-        alive = killed < times
-        if alive and draw.random() < EARLY:
-            alive = _sleep(draw.uniform(0, runs.start_s), started)
-        elif alive:
-            alive = runs.wait_for_step(workdir, before, started) and _sleep(draw.uniform(0, SPAN_S), started)
-        if not alive:
-            codes = [process.wait(TOO_LONG_S) for process in started]
-            found = [f"exit codes {codes}: {runs.said(workdir)}"] if any(codes) else runs.faults_at_end(workdir)
+        ended = not _spared(runs, workdir, started, before, draw, for_ever=killed == times)
+        if ended:
+            found = runs.faults_of_ended(workdir, started)
             faults += found
-            outcomes["runs ended as undisturbed" if not found else "runs ended otherwise"] += 1
+            outcomes["runs that ended as undisturbed" if not found else "runs that ended otherwise"] += 1
             shutil.rmtree(workdir, ignore_errors=True)
             continue
         acknowledged = set(steps_of(workdir))
@@ -172,8 +167,18 @@ def kill(runs: Runs, times: int, seed: int) -> dict:
         started[victim].send_signal(signal.SIGKILL)
         killed += 1
         faults += _left(started, victim, ends, outcomes) + runs.faults_of(workdir, acknowledged)
-        outcomes["steps checked"] += len(steps_of(workdir))
+        outcomes["checkpoints checked"] += len(steps_of(workdir))
     return _result(KINDS[1 if runs.processes == 1 else 3], times, faults, outcomes, began, ends)
+
+
+def _spared(runs: Runs, workdir: Path, started: list[subprocess.Popen], before: int, draw: np.random.Generator,
+            for_ever: bool) -> bool:
+    """Wait for a random moment of the start or of training; whether all processes are still there."""
+    if for_ever:
+        return False
+    if draw.random() < EARLY:
+        return _sleep(draw.uniform(0, runs.start_s), started)
+    return runs.wait_for_step(workdir, before, started) and _sleep(draw.uniform(0, SPAN_S), started)
 
 
 def stop_one(runs: Runs, seed: int) -> dict:
@@ -185,7 +190,7 @@ def stop_one(runs: Runs, seed: int) -> dict:
     runs.wait_for_step(workdir, 5, started)
     started[1].send_signal(signal.SIGSTOP)
     faults += _left(started, 1, ends, outcomes, expected=(75,))
-    faults += runs.finished(workdir)
+    faults += runs.faults_of_ended(workdir, runs.start(workdir))
     return _result(KINDS[2], 1, faults, outcomes, began, ends)
 
 
@@ -202,7 +207,8 @@ def full_disk(runs: Runs, seed: int) -> dict:
     outcomes[f"exit code {code}"] += 1
     if code != 1 or "error: could not save a checkpoint to" not in said:
         faults.append(f"exit code {code}: {said}")
-    faults += runs.faults_of(workdir, set(steps_of(workdir))) + runs.finished(workdir)
+    faults += runs.faults_of(workdir, set(steps_of(workdir)))
+    faults += runs.faults_of_ended(workdir, runs.start(workdir))
     return _result(KINDS[0], 1, faults, outcomes, began, [])
 
 
