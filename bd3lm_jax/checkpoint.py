@@ -32,6 +32,7 @@ FORMAT = 1  # of the meta item
 TRASH = ".trash"  # where orbax moves a step before deleting it
 DAMAGED = ".damaged"  # where steps that could not be read are put when a run goes on without them
 SHOWN = 5  # differing leaves named in an error
+LOOKS = 10  # at a directory that another process changes
 LATEST, BEST = "latest", "best"  # names of steps
 
 T = TypeVar("T")
@@ -84,8 +85,7 @@ class Checkpoints:
             "cleanup_tmp_directories": True, "todelete_subdir": TRASH,
             "preservation_policy": checkpoint_managers.AnyPreservationPolicy(
                 [checkpoint_managers.LatestN(keep), _Lowest(self._bounds, keep_best)])}
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=ocp.CheckpointManagerOptions(read_only=read_only, **options))
+        self._manager = _opened(self.directory, ocp.CheckpointManagerOptions(read_only=read_only, **options))
         if keep_best:
             self._read_bounds()
 
@@ -304,6 +304,16 @@ class Checkpoints:
         last = f"the last complete checkpoint is step {max(complete)}" if complete else "no checkpoint is complete"
         raise RunError(f"could not save a checkpoint to {self.directory}: {_reason(error)}; {last}. "
                        f"Free some disk space and run the same command again") from error
+
+
+def _opened(directory: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+    """The manager of a directory. Another process may delete a step while a read-only one looks at it: look again."""
+    for _ in range(LOOKS if options.read_only else 1):
+        try:
+            return ocp.CheckpointManager(directory, options=options)
+        except FileNotFoundError as error:
+            gone = error
+    raise gone
 
 
 def fingerprints(tree: Any) -> dict[str, int]:

@@ -149,7 +149,7 @@ def test_it_waits_for_a_run_but_not_for_ever(tmp_path, whole, run, script, capsy
     with pytest.raises(RunError, match="no checkpoint came in .*absent within 0.01 s"):
         watch.watch(str(tmp_path / "absent"), watch_for=0.01, **ASKED)
     assert "waiting for a run in" in capsys.readouterr().err and not (tmp_path / "absent").exists()
-    script(arrives(whole, run, 2))
+    arrives(whole, run, 2)(None)
     result = watch.watch(str(run), watch_for=0.01, **ASKED)
     assert (result["ended"], result["step"]) == ("nothing new", 2)
 

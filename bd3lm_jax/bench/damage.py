@@ -3,7 +3,7 @@
 import collections
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,12 @@ KINDS = ("one flipped bit", "one truncated file", "half-deleted checkpoint", "an
 ITEMS = ("params", "ema", "opt", "meta")
 
 
-def campaign(runs: Runs, rounds: int, seed: int) -> list[dict]:
+def campaign(runs: Runs, rounds: int, seed: int) -> Iterator[dict]:
     """Results of all kinds of damage: `2 * rounds` flipped bits, `rounds` of each other kind."""
     draw = np.random.default_rng((seed, 1))
     kinds = zip(KINDS, ((flip, 2 * rounds), (truncate, rounds), (delete_some, rounds), (delete_item, len(ITEMS))))
-    return [_injected(runs, name, times, lambda step, i, fault=fault: fault(step, draw, i))
-            for name, (fault, times) in kinds]
+    for name, (fault, times) in kinds:
+        yield _injected(runs, name, times, lambda step, i, fault=fault: fault(step, draw, i))
 
 
 def flip(step: Path, draw: np.random.Generator, i: int) -> str:

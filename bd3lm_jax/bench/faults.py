@@ -7,6 +7,7 @@ flipped bit whose values were used, other losses at the end, another exit code.
 """
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from bd3lm_jax import log
@@ -24,19 +25,25 @@ LIMITS = tuple(Limit("faults", name, "undisturbed", "wrong", 0) for name in (*da
 def run(rounds: int, against: str) -> list[dict]:
     """A row a fault: `times`, `wrong` and `outcomes` (how often what happened)."""
     del against
+    rows = []
     with tempfile.TemporaryDirectory() as directory:
-        home, found = Path(directory), []
-        alone = kills.Runs(home, processes=1)
-        found += damage.campaign(alone, rounds, SEED)
-        found.append(kills.full_disk(alone, SEED))
-        found.append(kills.kill(alone, rounds, SEED))
-        pair = kills.Runs(home, processes=2)
-        found.append(kills.stop_one(pair, SEED))
-        found.append(kills.kill(pair, max(1, rounds // EVERY), SEED))
-    for fault in found:
-        outcomes = ", ".join(f"{count} {name}" for name, count in fault["outcomes"].items())
-        log.note(f"{fault['variant']}: {fault['times']} times; {outcomes}; wrong: {fault['wrong']}")
-    return [row_of("faults", baseline="undisturbed", **fault) for fault in found]
+        for fault in _faults(Path(directory), rounds):
+            rows.append(row_of("faults", baseline="undisturbed", **fault))
+            outcomes = ", ".join(f"{count} {name}" for name, count in fault["outcomes"].items())
+            log.note(f"{fault['variant']}: {fault['times']} times in {fault['seconds']:.0f} s: {outcomes}")
+            for detail in fault["details"]:
+                log.note(f"  wrong: {detail}")
+    return rows
+
+
+def _faults(home: Path, rounds: int) -> Iterator[dict]:
+    alone = kills.Runs(home, processes=1)
+    yield from damage.campaign(alone, rounds, SEED)
+    yield kills.full_disk(alone)
+    yield kills.kill(alone, rounds, SEED)
+    pair = kills.Runs(home, processes=2)
+    yield kills.stop_one(pair)
+    yield kills.kill(pair, max(1, rounds // EVERY), SEED)
 
 
 def draw(path: Path, rows: list[dict]) -> None:

@@ -16,22 +16,23 @@ import numpy as np
 from bd3lm_jax import passes, rundir, sharding
 from bd3lm_jax.checkpoint import Checkpoints, fingerprints
 from bd3lm_jax.errors import RunError
-from bd3lm_jax.log import read_metrics
+from bd3lm_jax.log import note, read_metrics
 from bd3lm_jax.program import Program
 from bd3lm_jax.step import SpecialIds
 
 KINDS = ("disk full during a save", "SIGKILL", "SIGSTOP of one of two processes", "SIGKILL of one of two processes")
-STEPS = {1: 120, 2: 60}  # of a run, by processes
+STEPS = {1: 60, 2: 30}  # of a run, by processes
 SAVED_EVERY, KEPT = 2, 3
 SMALL = {"model.layers": 1, "model.width": 32, "model.heads": 2, "model.cond_dim": 16, "data.tokenizer": "bytes",
          "data.length": 32, "optim.warmup_steps": 0, "train.batch": 8, "log.every": 1, "eval.rows": 16,
          "eval.batch": 16, "eval.every": 20, "eval.samples": 0}
 HEARTBEAT_S, STUCK_S = 10, 20
 LEAVE_S = 60  # within which the other of two processes must be gone
-SPAN_S = 3.0  # of training in which a kill falls
+SPAN_S = 5.0  # of training in which a kill falls
 EARLY = 0.2  # part of the kills that fall into the start
 FILE_BYTES = 20_000  # of a "full" disk: more than the log, less than the arrays
 POLL_S = 0.05
+NOTED_EVERY = 5  # kills
 TOO_LONG_S = 600
 
 
@@ -46,7 +47,7 @@ class Runs:
         started = self.start(self.whole, "--config.checkpoint.keep=10000")
         self.wait_for_step(self.whole, 1, started)
         self.start_s = time.monotonic() - began
-        codes = [process.wait(TOO_LONG_S) for process in started]
+        codes = [_code(process, TOO_LONG_S) for process in started]
         if any(codes):
             raise RunError(f"the undisturbed run failed with {codes}: {self.said(self.whole)}")
         self.losses = _losses(self.whole)
@@ -144,7 +145,7 @@ class Runs:
 
     def faults_of_ended(self, workdir: Path, started: list[subprocess.Popen]) -> list[str]:
         """Wait for the end of a run; what is wrong then."""
-        codes = [process.wait(TOO_LONG_S) for process in started]
+        codes = [_code(process, TOO_LONG_S) for process in started]
         return self.faults_at_end(workdir) if not any(codes) else [f"exit codes {codes}: {self.said(workdir)}"]
 
 
@@ -168,6 +169,8 @@ def kill(runs: Runs, times: int, seed: int) -> dict:
         killed += 1
         faults += _left(started, victim, ends, outcomes) + runs.faults_of(workdir, acknowledged)
         outcomes["checkpoints checked"] += len(steps_of(workdir))
+        if killed % NOTED_EVERY == 0:
+            note(f"{killed} of {times} killed, {len(faults)} faults")
     return _result(KINDS[1 if runs.processes == 1 else 3], times, faults, outcomes, began, ends)
 
 
@@ -181,9 +184,8 @@ def _spared(runs: Runs, workdir: Path, started: list[subprocess.Popen], before: 
     return runs.wait_for_step(workdir, before, started) and _sleep(draw.uniform(0, SPAN_S), started)
 
 
-def stop_one(runs: Runs, seed: int) -> dict:
+def stop_one(runs: Runs) -> dict:
     """SIGSTOP to one of two processes: the watchdog of the other ends it, and the same command goes on."""
-    del seed
     began, outcomes, faults, ends = time.monotonic(), collections.Counter(), [], []
     workdir = runs.home / "stopped"
     started = runs.start(workdir, f"--stuck_after={STUCK_S}", "--heartbeat=100")
@@ -194,16 +196,15 @@ def stop_one(runs: Runs, seed: int) -> dict:
     return _result(KINDS[2], 1, faults, outcomes, began, ends)
 
 
-def full_disk(runs: Runs, seed: int) -> dict:
+def full_disk(runs: Runs) -> dict:
     """Files may not grow beyond FILE_BYTES from some step on (EFBIG, what a disk quota gives): the save fails, the run
     ends with 1 and says so, its last checkpoint is whole, and with room the same command goes on."""
-    del seed
     began, outcomes, faults = time.monotonic(), collections.Counter(), []
     workdir = runs.home / "full"
     started, = runs.start(workdir)
     runs.wait_for_step(workdir, 10, [started])
     resource.prlimit(started.pid, resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
-    code, said = started.wait(TOO_LONG_S), runs.said(workdir)
+    code, said = _code(started, TOO_LONG_S), runs.said(workdir)
     outcomes[f"exit code {code}"] += 1
     if code != 1 or "error: could not save a checkpoint to" not in said:
         faults.append(f"exit code {code}: {said}")
@@ -214,24 +215,29 @@ def full_disk(runs: Runs, seed: int) -> dict:
 
 def _left(started: list[subprocess.Popen], victim: int, ends: list[float], outcomes: collections.Counter,
           expected: tuple[int, ...] = (75, 134)) -> list[str]:
-    """Wait until the other processes have left; faults if they do not, or with another exit code."""
+    """Wait until the other processes have left; faults if they do not (137), or with another exit code."""
     began, faults = time.monotonic(), []
     for i, process in enumerate(started):
         if i == victim:
             continue
-        try:
-            code = process.wait(LEAVE_S)
-            code = 128 - code if code < 0 else code
-            ends.append(time.monotonic() - began)
-            outcomes[f"exit code {code} of the other"] += 1
-            faults += [] if code in expected else [f"the other process left with {code}"]
-        except subprocess.TimeoutExpired:
-            faults.append(f"the other process was still there after {LEAVE_S} s")
-            process.kill()
+        code = _code(process, LEAVE_S)
+        ends.append(time.monotonic() - began)
+        outcomes[f"exit code {code} of the other"] += 1
+        faults += [] if code in expected else [f"the other process left with {code} after {ends[-1]:.0f} s"]
     started[victim].kill()
     for process in started:
         process.wait()
     return faults
+
+
+def _code(process: subprocess.Popen, within: float) -> int:
+    """The exit code as a shell says it; a process that takes longer is killed: 137."""
+    try:
+        code = process.wait(within)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        code = process.wait()
+    return 128 - code if code < 0 else code
 
 
 def _result(name: str, times: int, faults: list[str], outcomes: collections.Counter, began: float,
