@@ -17,7 +17,7 @@ FIELDS = {"name", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"
 def lm(monkeypatch):
     """The model that every directory holds."""
     found = make_lm(masked(4), tokenizer=LETTERS)
-    monkeypatch.setattr("bd3lm_jax.load", lambda path, weights: found)
+    monkeypatch.setattr("bd3lm_jax.load", lambda path, weights, step: found)
     return found
 
 
