@@ -27,6 +27,14 @@ def sample(capsys, *words):
     return code, json.loads(captured.out) if code == 0 else None, captured.err
 
 
+@pytest.mark.parametrize("words, step", [((), "latest"), (("--step=best",), "best"), (("--step=70",), 70)])
+def test_the_checkpoint_that_is_loaded(capsys, lm, monkeypatch, words, step):
+    asked = []
+    monkeypatch.setattr("bd3lm_jax.load", lambda path, weights, step: asked.append(step) or lm)
+    assert sample(capsys, "--num=1", "--length=8", *words)[0] == 0
+    assert asked == [step]
+
+
 def test_the_result(capsys, lm):
     code, result, err = sample(capsys, "--prompt=ab", "--prompt=c", "--num=1", "--top_k=9", "--seed=3", "--length=16")
     expected = lm.generate(["ab", "c"], num=1, length=16, top_k=9, seed=3)

@@ -3,11 +3,12 @@
 import json
 import shutil
 import signal
+import subprocess
 import sys
 import types
 
 import pytest
-from toy_runs import toy_config, write_text
+from toy_runs import environment, toy_config, toy_dict, write_text
 
 from bd3lm_jax import evaluate, watch
 from bd3lm_jax.checkpoint import Checkpoints
@@ -186,6 +187,37 @@ def test_a_published_checkpoint_is_refused(monkeypatch):
     monkeypatch.setattr(watch.hf, "is_published", lambda path: True)
     with pytest.raises(UserError, match="model is a published checkpoint: --watch follows a run that trains"):
         watch.watch("model", watch_for=0, **ASKED)
+
+
+RUN = """
+import json, sys
+from bd3lm_jax.config import Config
+from bd3lm_jax.train import train
+train(Config.from_dict(json.loads(sys.argv[1])), sys.argv[2])
+"""
+
+
+def left_by(run):
+    """What training leaves: log lines without their speed, sealed records and file names of the checkpoints."""
+    lines = [{key: value for key, value in line.items() if key != "train/tokens_per_s"} for line in read_metrics(run)]
+    records = {path.parts[-3]: json.loads(path.read_text()) for path in run.glob("checkpoints/*/meta/metadata")}
+    return lines, records, sorted(path.name for path in run.iterdir() if path.name != watch.FILE)
+
+
+@pytest.mark.ci_slow
+def test_a_run_does_not_notice_that_it_is_watched(tmp_path):
+    """Two runs in processes of their own, one of them watched from here while it saves after every second step: the
+    records (fingerprints of all arrays), the losses and the files are the same."""
+    write_text(tmp_path / "text.txt", 80)
+    config = json.dumps(toy_dict(tmp_path, {"train.steps": 60, "checkpoint.every": 2, "checkpoint.keep": 1,
+                                            "eval.every": 10}))
+    for name in ("alone", "watched"):
+        process = subprocess.Popen([sys.executable, "-c", RUN, config, str(tmp_path / name)], env=environment())
+        if name == "watched":
+            result = watch.watch(str(tmp_path / name), watch_for=240, **ASKED)
+            assert result["ended"] == "last step" and result["step"] == 60
+        assert process.wait(300) == 0
+    assert left_by(tmp_path / "watched") == left_by(tmp_path / "alone")
 
 
 # ---- the command
