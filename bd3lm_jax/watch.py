@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bd3lm_jax import domains, hf, log, rundir
+from bd3lm_jax import domains, estimators, hf, log, rundir
 from bd3lm_jax.checkpoint import Absent, Checkpoints
 from bd3lm_jax.errors import RunError, UserError
 from bd3lm_jax.estimators import default_estimator
@@ -78,7 +78,7 @@ class _Watched:
 
     def __init__(self, workdir: Path, asked: dict[str, Any], batch: int, signals: Signals):
         self._workdir, self._asked, self._batch, self._signals = workdir, asked, batch, signals
-        self._run = self._text = None  # from the first checkpoint on
+        self._text = self._run = None  # from when the run is there, and from the first checkpoint on
         self._started, self._sha256, self._seen, self.lines = False, "", set(), []
         if not (workdir / rundir.CONFIG).exists():
             log.note(f"waiting for a run in {workdir}")
@@ -120,9 +120,16 @@ class _Watched:
                  f"{result['bits_per_byte']:.4f} bits per byte")
 
     def _begin(self) -> bool:
-        """Whether there is a run; learns what was evaluated before when it is first there."""
+        """Whether there is a run. When it is first there: refuse what does not fit, learn what was done before."""
         if not self._started and (self._workdir / rundir.CONFIG).exists():
-            self._sha256 = rundir.read(self._workdir)[0].sha256()
+            asked, (config, tokenizer) = self._asked, rundir.read(self._workdir)
+            self._sha256 = config.sha256()
+            config = config.at_trained_size(asked["block_size"]) if asked["block_size"] else config
+            estimators.make(asked["estimator"] or default_estimator(config), config)
+            convention = domains.convention_for([config], **{name: asked[name] for name in (
+                "chunks", "stride", "first_token", "end_token")})
+            self._text = domains.open_text(config, tokenizer, convention=convention,
+                                           **{name: asked[name] for name in ("data", "split", "data_dir")})
             self.lines = [line for line in log.read_lines(self._workdir / FILE)
                           if line["asked"] == self._asked and line["config_sha256"] == self._sha256]
             self._seen = {line["step"] for line in self.lines}
@@ -130,15 +137,11 @@ class _Watched:
         return self._started
 
     def _read(self, step: int) -> Any:
-        """The weights of a step. The network, its programs and the text are made once."""
+        """The weights of a step. The network and its programs are made once."""
         asked = self._asked
         if self._run is not None:
             return restore(self._workdir, asked["weights"], None, self._run.evaluator.mesh, step).params
         run = open_run(str(self._workdir), asked["weights"], self._batch, asked["block_size"], step=step)
-        convention = domains.convention_for([run.config], **{name: asked[name] for name in (
-            "chunks", "stride", "first_token", "end_token")})
-        self._text = domains.open_text(run.config, run.tokenizer, convention=convention,
-                                       **{name: asked[name] for name in ("data", "split", "data_dir")})
         run.evaluator.alive = self._stop_if_told
         self._run = run._replace(params=None)  # one checkpoint's at a time
         return run.params

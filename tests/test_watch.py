@@ -183,6 +183,15 @@ def test_a_line_after_one_that_was_cut_off_is_whole(tmp_path):
         append(tmp_path, {})
 
 
+@pytest.mark.parametrize("wrong, said", [
+    ({"estimator": "exakt"}, "exact"), ({"block_size": 3}, "block_size is 3, expected 4"),
+    ({"data": "nowhere.txt"}, "--data=nowhere.txt is no file")])
+def test_what_cannot_be_is_refused_before_the_first_checkpoint(run, script, wrong, said):
+    script()
+    with pytest.raises(UserError, match=said):
+        watch.watch(str(run), watch_for=0, **ASKED | wrong)
+
+
 def test_a_published_checkpoint_is_refused(monkeypatch):
     monkeypatch.setattr(watch.hf, "is_published", lambda path: True)
     with pytest.raises(UserError, match="model is a published checkpoint: --watch follows a run that trains"):
