@@ -236,7 +236,7 @@ class Checkpoints:
 
     def _read_bounds(self) -> None:
         """Learn the bounds of the steps that are there; one whose meta cannot be read has none."""
-        for step in set(self.steps()) - self._bounds.keys():
+        for step in sorted(set(self.steps()) - self._bounds.keys()):
             try:
                 bound = self._record(step).get("bound")
             except Exception:  # what is damaged is told when it is restored
