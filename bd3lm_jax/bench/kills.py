@@ -23,15 +23,17 @@ from bd3lm_jax.step import SpecialIds
 KINDS = ("disk full during a save", "SIGKILL", "SIGSTOP of one of two processes", "SIGKILL of one of two processes")
 STEPS = {1: 60, 2: 30}  # of a run, by processes
 SAVED_EVERY, KEPT = 2, 3
-SMALL = {"model.layers": 1, "model.width": 32, "model.heads": 2, "model.cond_dim": 16, "data.tokenizer": "bytes",
-         "data.length": 32, "optim.warmup_steps": 0, "train.batch": 8, "log.every": 1, "eval.rows": 16,
-         "eval.batch": 16, "eval.every": 20, "eval.samples": 0}
+SMALL = {"model.layers": 1, "model.width": 32, "model.heads": 2, "model.cond_dim": 16, "data.source": "text",
+         "data.tokenizer": "bytes", "data.length": 32, "data.valid_fraction": 0.1, "optim.warmup_steps": 0,
+         "train.batch": 8, "log.every": 1, "eval.rows": 16, "eval.batch": 16, "eval.every": 20, "eval.samples": 0}
+DOCUMENTS = 200  # of the text: a line of random letters each
 HEARTBEAT_S, STUCK_S = 10, 20
 LEAVE_S = 60  # within which the other of two processes must be gone
 SPAN_S = 5.0  # of training in which a kill falls
 EARLY = 0.2  # part of the kills that fall into the start
 FILE_BYTES = 20_000  # of a "full" disk: more than the log, less than the arrays
 POLL_S = 0.05
+TEXT = "text.txt"
 NOTED_EVERY = 5  # kills
 TOO_LONG_S = 600
 
@@ -42,6 +44,8 @@ class Runs:
     def __init__(self, home: Path, processes: int):
         self.home, self.processes, self.steps = home, processes, STEPS[processes]
         self._truth = {}
+        letters = np.random.default_rng(0).integers(ord("a"), ord("z") + 1, (DOCUMENTS, 50), np.uint8)
+        (home / TEXT).write_text("".join(bytes(line).decode() + "\n" for line in letters))
         self.whole = home / f"undisturbed-{processes}"
         began = time.monotonic()
         started = self.start(self.whole, "--config.checkpoint.keep=10000")
@@ -59,7 +63,7 @@ class Runs:
     def start(self, workdir: Path, *flags: str) -> list[subprocess.Popen]:
         """Train in `workdir`; goes on where it was."""
         changes = SMALL | {"train.steps": self.steps, "checkpoint.every": SAVED_EVERY, "checkpoint.keep": KEPT,
-                           "data.cache_dir": self.home / "cache"}
+                           "data.path": self.home / TEXT, "data.cache_dir": self.home / "cache"}
         words = [sys.executable, "-m", "launch", "train", f"--workdir={workdir}",
                  *(f"--config.{key}={value}" for key, value in changes.items()), *flags]
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "",
