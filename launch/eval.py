@@ -151,6 +151,11 @@ def main(args: flags.FlagValues) -> dict:
     _allow(args, "a likelihood (neither --samples nor --task)",
            ("workdir", "data", "against", "target_ci", "block_size", "length", "curve", "within", "step",
             "watch", "watch_for", *LIKELIHOOD, *PROCESSES))
+    if args.watch:
+        _allow(args, "--watch", ("workdir", "watch", *WATCH))
+        return _watch(args)
+    if args["watch_for"].present:
+        raise UserError("--watch_for goes with --watch: add it")
     join_processes(args)
     return _likelihood(args)
 
@@ -181,11 +186,6 @@ def _likelihood(args: flags.FlagValues) -> dict:
 
     workdir, target_ci = required(args, "workdir"), _fraction(args.target_ci)
     common = _values(args, LIKELIHOOD)
-    if args.watch:
-        _allow(args, "--watch", ("workdir", "watch", *WATCH))
-        return _watch(args, workdir)
-    if args["watch_for"].present:
-        raise UserError("--watch_for goes with --watch: add it")
     if args.curve:
         _allow(args, "--curve", ("workdir", "curve", "within", *CURVE, *PROCESSES))
         from bd3lm_jax.block_sizes import curve
@@ -208,11 +208,13 @@ def _likelihood(args: flags.FlagValues) -> dict:
     return evaluate_run(workdir, data=args.data, against=args.against, target_ci=target_ci, **at, **common)
 
 
-def _watch(args: flags.FlagValues, workdir: str) -> dict:
+def _watch(args: flags.FlagValues) -> dict:
     """The result; where a signal ended it, it is said before the exit code tells of the signal."""
     from bd3lm_jax import log
     from bd3lm_jax.watch import FILE, watch
+    from launch.arguments import required
 
+    workdir = required(args, "workdir")
     result = watch(workdir, **_values(args, WATCH) | {"block_size": args["block_size"].value or 0})
     if result["ended"].startswith("SIG"):
         log.result(result)
