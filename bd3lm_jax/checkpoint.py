@@ -5,9 +5,11 @@ state), `noise` (absent if the noise is fixed) and `meta` (JSON). `meta` records
 array: orbax does not notice a flipped bit in array data, and its shape errors do not name the array.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -30,6 +32,8 @@ FORMAT = 1  # of the meta item
 TRASH = ".trash"  # where orbax moves a step before deleting it
 DAMAGED = ".damaged"  # where steps that could not be read are put when a run goes on without them
 SHOWN = 5  # differing leaves named in an error
+LOOKS = 10  # at a directory that another process changes
+LATEST, BEST = "latest", "best"  # names of steps
 
 T = TypeVar("T")
 
@@ -41,19 +45,37 @@ class _Damaged(Exception):
     """A step whose files are there but do not hold what was saved."""
 
 
-class Checkpoints:
-    """The checkpoints of a run directory: the `keep` latest ones stay.
+class Absent(UserError):
+    """A step that was asked for and is not there."""
 
-    `read_only` is for evaluation beside a run that may be writing: nothing is created, moved or deleted. `warn` gets
-    one line for every step that had to be skipped.
+
+@dataclasses.dataclass
+class _Lowest:
+    """Preserves the `count` steps of the lowest `bounds` (nats by step; a step without one is never among them)."""
+
+    bounds: dict[int, float]
+    count: int
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        del context
+        chosen = _lowest(self.bounds, [info.step for info in checkpoints])[:self.count]
+        return [info.step in chosen for info in checkpoints]
+
+
+class Checkpoints:
+    """The checkpoints of a run directory: the `keep` latest ones stay, and the `keep_best` ones of the lowest bound.
+
+    Only a step that was validated before it was saved has a bound. `read_only` is for evaluation beside a run that may
+    be writing: nothing is created, moved or deleted. `warn` gets one line for every step that had to be skipped.
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int, read_only: bool = False,
-                 warn: Callable[[str], None] = note):
+                 warn: Callable[[str], None] = note, keep_best: int = 0):
         self.directory = Path(workdir).absolute() / "checkpoints"
         self._read_only = read_only
         self._warn = warn
         self._manager = None
+        self._bounds = {}  # nats a token by step, of the steps that were validated
         if read_only and not self.directory.is_dir():
             return
         if not read_only:
@@ -61,9 +83,11 @@ class Checkpoints:
             self._empty_trash()
         options = {} if read_only else {
             "cleanup_tmp_directories": True, "todelete_subdir": TRASH,
-            "preservation_policy": checkpoint_managers.LatestN(keep)}
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=ocp.CheckpointManagerOptions(read_only=read_only, **options))
+            "preservation_policy": checkpoint_managers.AnyPreservationPolicy(
+                [checkpoint_managers.LatestN(keep), _Lowest(self._bounds, keep_best)])}
+        self._manager = _opened(self.directory, ocp.CheckpointManagerOptions(read_only=read_only, **options))
+        if keep_best:
+            self._read_bounds()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -78,18 +102,28 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return max(self.steps(), default=None)
 
-    def save(self, step: int, state: TrainState, meta: dict, wait: bool = False) -> None:
+    def best_step(self) -> int | None:
+        """The step of the lowest bound, the later of two that are alike; None if no step there was validated."""
+        self._read_bounds()
+        return next(iter(_lowest(self._bounds, self.steps())), None)
+
+    def save(self, step: int, state: TrainState, meta: dict, wait: bool = False, bound: float | None = None) -> None:
         """Save `state` and `meta` (JSON values) as `step`; writing goes on in the background unless `wait`.
 
-        The arrays may be donated as soon as this returns. Raises RunError if this or the previous save failed, or if
-        `step` exists.
+        bound: nats a token of a validation of this very step, the same text and noise as at other steps, if there was
+        one. The arrays may be donated as soon as this returns. Raises RunError if this or the previous save failed, or
+        if `step` exists.
         """
         self.wait()
         if step in self.steps():
             raise RunError(f"step {step} is already saved in {self.directory}: a checkpoint is never overwritten")
         items = _items(state)
         leaves = {name: _describe(tree) for name, tree in items.items()}
-        record = _seal({"format": FORMAT, "step": step, "meta": meta, "leaves": leaves})
+        bound = bound if bound is not None and math.isfinite(bound) else None
+        self._bounds.pop(step, None)  # of a step that was damaged and is saved anew
+        record = _seal({"format": FORMAT, "step": step, "meta": meta, "leaves": leaves, "bound": bound})
+        if bound is not None:
+            self._bounds[step] = bound
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         try:
             saved = self._manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(record), **arguments))
@@ -100,12 +134,13 @@ class Checkpoints:
         if wait:
             self.wait()
 
-    def restore(self, abstract_state: TrainState) -> tuple[TrainState, dict]:
+    def restore(self, abstract_state: TrainState, which_step: int | str = LATEST) -> tuple[TrainState, dict]:
         """The newest checkpoint that can be read, and its `meta`.
 
         `abstract_state`: TrainState of ShapeDtypeStruct with shardings, of any mesh. Steps that are half-written or
-        corrupt are skipped with a warning and moved to `checkpoints/.damaged` (unless read-only). Raises UserError if
-        there is no checkpoint or if it is one of another model (differing arrays named), RunError if none can be read.
+        corrupt are skipped with a warning and moved to `checkpoints/.damaged` (unless read-only). `which_step`: a
+        number or "best" for that step and no other. Raises UserError if there is no such checkpoint or if it is one of
+        another model (differing arrays named), RunError if none can be read.
         """
         def read(step: int) -> tuple[TrainState, dict]:
             record = self._record(step)
@@ -116,14 +151,14 @@ class Checkpoints:
                                opt_state=trees["opt"]["state"], noise=trees.get("noise", {}))
             return state, record["meta"]
 
-        result, _ = self._newest(read)
+        result, _ = self._found(which_step, read)
         return result
 
-    def restore_params(self, which: str, abstract: Any) -> tuple[Any, dict, int]:
+    def restore_params(self, which: str, abstract: Any, which_step: int | str = LATEST) -> tuple[Any, dict, int]:
         """Only the weights `which` ("ema" or "params"): (tree, meta, step); "ema" means "params" if no EMA was kept.
 
-        `abstract`: the parameter tree of ShapeDtypeStruct; a leaf without sharding goes to the first device. Errors
-        as in `restore`.
+        `abstract`: the parameter tree of ShapeDtypeStruct; a leaf without sharding goes to the first device.
+        `which_step` and errors as in `restore`.
         """
         if which not in ("ema", "params"):
             raise UserError(f"weights are {which!r}, expected 'ema' or 'params'")
@@ -133,7 +168,7 @@ class Checkpoints:
             item = which if which in record["leaves"] else "params"
             return self._read(step, record, {item: abstract})[item], record["meta"]
 
-        (tree, meta), step = self._newest(read)
+        (tree, meta), step = self._found(which_step, read)
         return tree, meta, step
 
     def wait(self) -> None:
@@ -154,12 +189,35 @@ class Checkpoints:
             if self._manager is not None:
                 self._manager.close()
 
-    def _newest(self, read: Callable[[int], T]) -> tuple[T, int]:
-        """`read(step)` of the newest step that can be read, and that step."""
-        steps, damaged = self.steps(), []
+    def _found(self, which: int | str, read: Callable[[int], T]) -> tuple[T, int]:
+        """`read(step)` of the step that was asked for, and that step."""
+        steps = self.steps()
         if not steps:
-            raise UserError(f"no checkpoint in {self.directory}: train first (python -m launch train --workdir="
-                            f"{self.directory.parent}) or pass another --workdir")
+            raise Absent(f"no checkpoint in {self.directory}: train first (python -m launch train --workdir="
+                         f"{self.directory.parent}) or pass another --workdir")
+        if which == LATEST:
+            return self._newest(steps, read)
+        there = f"there are {', '.join(map(str, steps))}"
+        step = self.best_step() if which == BEST else which
+        if step is None:
+            raise Absent(f"no checkpoint in {self.directory} was validated, so that none is the best: {there}; give "
+                         "one of these as --step, or latest")
+        if step not in steps:
+            raise Absent(f"no step {step} in {self.directory}: {there}; give one of these as --step, or {LATEST} or "
+                         f"{BEST}")
+        try:
+            return read(step), step
+        except UserError:
+            raise
+        except Exception as error:
+            if not (self.directory / str(step)).exists():
+                raise Absent(f"step {step} in {self.directory} was deleted while it was read: {there}") from None
+            raise RunError(f"checkpoint {self.directory / str(step)} is damaged ({_reason(error)}): {there}; give "
+                           f"another --step, or {LATEST} for the newest that can be read") from error
+
+    def _newest(self, steps: list[int], read: Callable[[int], T]) -> tuple[T, int]:
+        """`read(step)` of the newest step that can be read, and that step."""
+        damaged = []
         for step in reversed(steps):
             try:
                 found = read(step)
@@ -175,6 +233,16 @@ class Checkpoints:
             return found, step
         raise RunError(f"none of the checkpoints {steps} in {self.directory} can be read (the oldest: {reason}): "
                        f"restore the directory from a copy, or train again in another --workdir")
+
+    def _read_bounds(self) -> None:
+        """Learn the bounds of the steps that are there; one whose meta cannot be read has none."""
+        for step in sorted(set(self.steps()) - self._bounds.keys()):
+            try:
+                bound = self._record(step).get("bound")
+            except Exception:  # what is damaged is told when it is restored
+                continue
+            if bound is not None:
+                self._bounds[step] = bound
 
     def _record(self, step: int) -> dict:
         """The verified contents of the meta item."""
@@ -238,6 +306,16 @@ class Checkpoints:
                        f"Free some disk space and run the same command again") from error
 
 
+def _opened(directory: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+    """The manager of a directory. Another process may delete a step while a read-only one looks at it: look again."""
+    for _ in range(LOOKS if options.read_only else 1):
+        try:
+            return ocp.CheckpointManager(directory, options=options)
+        except FileNotFoundError as error:
+            gone = error
+    raise gone
+
+
 def fingerprints(tree: Any) -> dict[str, int]:
     """Path of every leaf -> a 32-bit sum over its bits that depends on values and positions, not on sharding.
 
@@ -284,6 +362,11 @@ def _placed(abstract: Any) -> Any:
     """Abstract arrays without a sharding get the first device: else orbax asks for the devices that saved them."""
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or first), abstract)
+
+
+def _lowest(bounds: dict[int, float], steps: list[int]) -> list[int]:
+    """The steps that have a bound, from the lowest on; of two that are alike the later one first."""
+    return sorted((step for step in steps if step in bounds), key=lambda step: (bounds[step], -step))
 
 
 def _seal(record: Any) -> dict:

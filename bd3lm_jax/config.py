@@ -195,9 +195,11 @@ class LogConfig:
 class CheckpointConfig:
     every: int  # steps between saves; the last step is always saved
     keep: int  # latest checkpoints kept
+    keep_best: int  # checkpoints kept beside them: those of the lowest bound, of the steps that were validated
 
     def __post_init__(self):
         check(self.every >= 1, f"checkpoint.every is {self.every}, expected at least 1")
+        check(self.keep_best >= 0, f"checkpoint.keep_best is {self.keep_best}, expected at least 0")
         check(self.keep >= 1, f"checkpoint.keep is {self.keep}, expected at least 1")
 
 

@@ -94,18 +94,21 @@ class Opened(NamedTuple):
     config_sha256: str
 
 
-def open_run(workdir: str, weights: str, batch: int, block_size: int = 0, length: int = 0) -> Opened:
-    """The newest checkpoint of a run, or a published one, over all devices. weights: "ema" or "params"; batch: rows a
-    pass, 0 for the run's own; block_size: one that it was trained with, 0 for its usual one; length: tokens a row of a
-    published checkpoint (`restore.restore_published`)."""
+def open_run(workdir: str, weights: str, batch: int, block_size: int = 0, length: int = 0,
+             step: int | str = "latest") -> Opened:
+    """A checkpoint of a run (`step`: as for `restore.restore`), or a published one, over all devices.
+
+    weights: "ema" or "params"; batch: rows a pass, 0 for the run's own; block_size: one that it was trained with, 0 for
+    its usual one; length: tokens a row of a published checkpoint (`restore.restore_published`)."""
     from bd3lm_jax.hf import is_published
-    from bd3lm_jax.restore import restore, restore_published
+    from bd3lm_jax.restore import refuse_step, restore, restore_published
 
     mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
     if is_published(workdir):
+        refuse_step(workdir, step)
         run = restore_published(workdir, weights, mesh, length)
     else:
-        run = restore(workdir, weights, None, mesh)
+        run = restore(workdir, weights, None, mesh, step)
     config = run.config.at_trained_size(block_size) if block_size else run.config
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch=batch or config.eval.batch))
     evaluator = Evaluator(config, run.model, SpecialIds(run.tokenizer.mask_id, run.tokenizer.end_id), mesh)
@@ -114,13 +117,15 @@ def open_run(workdir: str, weights: str, batch: int, block_size: int = 0, length
 
 def evaluate_run(workdir: str, *, split: str, data: str, estimator: str, draws: int, seed: int, weights: str,
                  batch: int, target_ci: float, max_draws: int, against: str, data_dir: str, chunks: str, stride: int,
-                 first_token: str, end_token: str, block_size: int = 0, length: int = 0) -> dict[str, Any]:
-    """The `eval` command: likelihood of a split under the newest checkpoint of a run.
+                 first_token: str, end_token: str, block_size: int = 0, length: int = 0,
+                 step: int | str = "latest") -> dict[str, Any]:
+    """The `eval` command: likelihood of a split under a checkpoint of a run, by default the newest.
 
     data, split, data_dir: which text (`domains.open_text`). chunks, stride, first_token, end_token: what of it counts
     (`domains.convention_for`). estimator: "" for the best one. target_ci: as `Target`, 0 for none; then `draws`
-    is the size of a round. block_size, length: as for `open_run`. against: another run to compare with on the same
-    documents, or "" (see `compare.py`). Published checkpoints have no corpus of their own: they need `data`.
+    is the size of a round. block_size, length, step: as for `open_run`. against: another run whose newest checkpoint to
+    compare with on the same documents, or "" (see `compare.py`). Published checkpoints have no corpus of their own:
+    they need `data`.
     """
     from bd3lm_jax import compare
     from bd3lm_jax.hf import is_published
@@ -131,7 +136,7 @@ def evaluate_run(workdir: str, *, split: str, data: str, estimator: str, draws: 
                         "text")
     if length and not from_elsewhere:
         raise UserError(f"--length={length} is for published checkpoints: {workdir} has the length it was trained with")
-    run = open_run(workdir, weights, batch, block_size, length)
+    run = open_run(workdir, weights, batch, block_size, length, step)
     estimators.make(estimator or default_estimator(run.config), run.config)  # refuse before any text is read
     other = open_run(against, weights, batch, length=length) if against else None
     convention = domains.convention_for([side.config for side in (run, other) if side is not None], chunks=chunks,

@@ -38,24 +38,25 @@ class Trained(NamedTuple):
     config_sha256: str
 
 
-def load(path: str | Path, weights: str = "ema", dtype: str = "float32", allow_pickle: bool = False) -> "LM":
+def load(path: str | Path, weights: str = "ema", dtype: str = "float32", allow_pickle: bool = False,
+         step: int | str = "latest") -> "LM":
     """The model in `path`: a run directory; a published checkpoint (a directory with config.json and safetensors, or a
     GGUF file); or, where no such path is, "organisation/name" on the Hugging Face Hub.
 
     weights: "ema" or "params" ("ema" falls back to the parameters where no average was kept). dtype: of the
     computation, and of the parameters of a published checkpoint: "float32" or "bfloat16". allow_pickle: of a published
-    checkpoint, read pickled weights too (tensors alone; needs torch).
+    checkpoint, read pickled weights too (tensors alone; needs torch). step: of a run, "latest", "best" (the lowest
+    bound of those that were validated) or a number.
     Raises UserError if there is nothing to load or it does not fit.
     """
-    from bd3lm_jax import hf
+    from bd3lm_jax import hf, restore
 
     path = hf.local(path)
     if hf.is_published(path):
+        restore.refuse_step(path, step)
         found, params = hf.read_model(path, dtype=dtype, weights=weights, allow_pickle=allow_pickle)
         return published(found, params, hf.read_tokenizer(path, found), dtype)
-    from bd3lm_jax.restore import restore
-
-    run = restore(path, weights, dtype, None)
+    run = restore.restore(path, weights, dtype, None, step)
     return LM(run.config, run.params, run.tokenizer, run.model, run.config.data.length,
               Trained(run.step, run.meta["config_sha256"]))
 

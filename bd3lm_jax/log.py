@@ -56,9 +56,30 @@ def save(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
     os.replace(temporary, path)
 
 
+def append(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
+    """Add a line to a JSON-lines file, in one piece; after a line that a kill cut off it begins a new one.
+
+    Numbers that are not finite become null. RunError if it cannot be written.
+    """
+    try:
+        with open(path, "a+b", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            cut_off = file.read(1) not in (b"", b"\n")
+            file.write(b"\n" * cut_off + _to_json(values).encode() + b"\n")
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}; free some disk space and run the same command "
+                       "again") from None
+
+
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:
     """The logged lines of a run in order ([] if there are none); a line cut off by a kill is left out."""
-    path = Path(workdir) / METRICS_FILE
+    return read_lines(Path(workdir) / METRICS_FILE)
+
+
+def read_lines(path: str | os.PathLike) -> list[dict]:
+    """The lines of a JSON-lines file, [] if it is not there; without those that a kill cut off."""
+    path = Path(path)
     if not path.exists():
         return []
     lines = []

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from bd3lm_jax import hf, lora, models, passes, rundir, sharding
-from bd3lm_jax.checkpoint import Checkpoints
+from bd3lm_jax.checkpoint import LATEST, Checkpoints
 from bd3lm_jax.config import SECTIONS, ComputeConfig, Config, DataConfig, EvalConfig
 from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.errors import UserError
@@ -27,12 +27,14 @@ class Restored(NamedTuple):
     step: int
 
 
-def restore(workdir: str | os.PathLike, weights: str, dtype: str | None, mesh: Mesh | None) -> Restored:
-    """The newest checkpoint of a run.
+def restore(workdir: str | os.PathLike, weights: str, dtype: str | None, mesh: Mesh | None,
+            step: int | str = LATEST) -> Restored:
+    """A checkpoint of a run, by default the newest that can be read.
 
     weights: "ema" or "params" ("ema" means "params" if no average was kept). dtype: of the computation, None for the
-    run's own. mesh: where the parameters lie, None for the first device. Raises UserError if there is nothing to
-    restore or the tokenizer is not the checkpoint's.
+    run's own. mesh: where the parameters lie, None for the first device. step: "latest", "best" (the lowest bound of
+    those that were validated) or a number. Raises UserError if there is nothing to restore (naming the steps that are
+    there) or the tokenizer is not the checkpoint's.
     """
     config, tokenizer = rundir.read(workdir)
     model = models.build(config.model, passes.compute_dtype(dtype or config.compute.dtype))
@@ -40,9 +42,15 @@ def restore(workdir: str | os.PathLike, weights: str, dtype: str | None, mesh: M
     if mesh is not None:
         abstract = sharding.with_shardings(abstract, sharding.param_shardings(abstract, mesh))
     with Checkpoints(workdir, 1, read_only=True) as checkpoints:
-        params, meta, step = checkpoints.restore_params(weights, abstract)
+        params, meta, found = checkpoints.restore_params(weights, abstract, step)
     rundir.check_tokenizer(tokenizer, meta["tokenizer"], f"the checkpoint in {workdir}")
-    return Restored(config, tokenizer, model, lora.merge(params, config.train), meta, step)
+    return Restored(config, tokenizer, model, lora.merge(params, config.train), meta, found)
+
+
+def refuse_step(path: str | os.PathLike, step: int | str) -> None:
+    """UserError if a step is asked for of a published checkpoint."""
+    if step != LATEST:
+        raise UserError(f"{path} is a published checkpoint, which has no steps: leave --step={step} out")
 
 
 def restore_published(path: str | os.PathLike, weights: str, mesh: Mesh, length: int) -> Restored:

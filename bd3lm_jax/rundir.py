@@ -1,15 +1,17 @@
 """The run directory: config.json (resolved), tokenizer.json, metrics.jsonl, checkpoints/, samples/, plots/."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
 
+from bd3lm_jax import lock
 from bd3lm_jax.config import Config
 from bd3lm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.typed import as_mapping, from_json
 
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+CONFIG, TOKENIZER, LOCK = "config.json", "tokenizer.json", "train.lock"
 PART = ".tmp"  # a file being written
 ADDED = {  # keys that the run directories of earlier versions lack, with values that mean what these runs did
     "noise": {"adapt": "none", "clip_widths": [0.5, 0.6, 0.7, 0.8, 0.9], "clip_stride": 0.05, "clip_batches": 1,
@@ -17,6 +19,7 @@ ADDED = {  # keys that the run directories of earlier versions lack, with values
     "train": {"views": 1, "block_sizes": [], "anneal_steps": 0, "lora_rank": 0, "lora_alpha": 16.0},
     "data": {"density": "", "density_fraction": 1.0, "mixture": []},
     "compute": {"loss_chunk": 0},
+    "checkpoint": {"keep_best": 0},
 }
 ADDED_BY_KIND = {  # the same for objectives and networks
     "masked": {"complement": False}, "dit": {"decoder_layers": 0, "shifted": ""},
@@ -36,27 +39,37 @@ def resolve(config: Config, tokenizer: Tokenizer) -> Config:
     return config.with_vocab(given)
 
 
-def claim(workdir: str | os.PathLike, config: Config, tokenizer: Tokenizer) -> None:
-    """Make `workdir` the directory of this run, or check that it is; UserError naming the keys that differ."""
+def claim(workdir: str | os.PathLike, config: Config, tokenizer: Tokenizer,
+          held: contextlib.ExitStack | None = None) -> None:
+    """Make `workdir` the directory of this run, or check that it is, and lock it until `held` (if there is one) is
+    closed. UserError naming the keys that differ, or the process that trains there already.
+    """
     path = Path(workdir)
-    if (path / CONFIG).exists():
-        there, there_tokenizer = read(workdir)
-        differing = config.differing_keys(there)
-        if differing:
-            raise UserError(f"{path} holds a run of another config ({'; '.join(differing)}; here != there): choose "
-                            "another --workdir, or repeat the config it was started with")
-        check_tokenizer(tokenizer, there_tokenizer.identity, f"the run in {path}")
+    _check(path, config, tokenizer)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        others = [file for file in path.iterdir() if file.name != TOKENIZER and file.suffix != PART]
-        if others and not (path / CONFIG).exists():
-            raise UserError(f"{path} is not empty and holds no {CONFIG}: choose another --workdir")
+        if held is not None:
+            held.enter_context(lock.held(path / LOCK))
+            _check(path, config, tokenizer)  # whoever had the lock may have made it another run
         _write(path / TOKENIZER, tokenizer.to_bytes())
         resolved = config.to_dict() | {"config_sha256": config.sha256()}
         _write(path / CONFIG, json.dumps(resolved, indent=2).encode() + b"\n")
     except OSError as error:
         raise UserError(f"cannot write in {path}: {error.strerror or error}; choose another --workdir, or free some "
                         "disk space") from None
+
+
+def _check(path: Path, config: Config, tokenizer: Tokenizer) -> None:
+    """UserError unless the directory holds this run, or nothing, or is not there yet."""
+    if (path / CONFIG).exists():
+        there, there_tokenizer = read(path)
+        differing = config.differing_keys(there)
+        if differing:
+            raise UserError(f"{path} holds a run of another config ({'; '.join(differing)}; here != there): choose "
+                            "another --workdir, or repeat the config it was started with")
+        check_tokenizer(tokenizer, there_tokenizer.identity, f"the run in {path}")
+    elif path.is_dir() and any(file.name not in (TOKENIZER, LOCK) and file.suffix != PART for file in path.iterdir()):
+        raise UserError(f"{path} is not empty and holds no {CONFIG}: choose another --workdir")
 
 
 def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:
@@ -73,6 +86,11 @@ def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:
                         f"--from={path} --to=DIR --format=native makes one")
     stored.pop("config_sha256", None)
     return Config.from_dict(_brought_up_to_date(stored)), load_tokenizer(path / TOKENIZER)
+
+
+def planned_steps(workdir: str | os.PathLike) -> int:
+    """`train.steps` of a run directory as it is now: a run that goes on may be told to do more."""
+    return _stored(Path(workdir))["train"]["steps"]
 
 
 def _stored(path: Path) -> dict:

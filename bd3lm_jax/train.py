@@ -48,24 +48,27 @@ def train(config: Config, workdir: str, profile: bool = False, stuck_after: floa
 
     profile: write a trace of a few steps into WORKDIR/profile. stuck_after: seconds without a finished step after which
     the process ends with exit code 75 (watchdog.py), 0 for never. Returns the result object of the `train` command.
-    Raises UserError for wrong input, RunError when the loss is not finite (with step and rows), memory runs out (with
-    what would fit) or a save fails, Preempted after SIGTERM once the state is saved.
+    Raises UserError for wrong input (also if another process trains in `workdir`), RunError when the loss is not finite
+    (with step and rows), memory runs out (with what would fit) or a save fails, Preempted after SIGTERM once the state
+    is saved.
     """
     began = time.perf_counter()
-    run = set_up(config, workdir)
-    program = run.program
-    with jax.set_mesh(program.mesh), Checkpoints(run.workdir, run.config.checkpoint.keep) as checkpoints:
-        state, losses = _first_state(run, checkpoints)
-        start = int(state.step)
-        evaluator = Evaluator(run.config, program.model, program.special, program.mesh)
-        with (RunLog(run.workdir, run.config.train.steps, start_step=start) as log,
-              distributed.termination() as stop, Watchdog(stuck_after, "no step finished") as watchdog,
-              Profiler(run.workdir, start + profiling.FIRST, profiling.STEPS if profile else 0) as profiler):
-            evaluator.alive = watchdog.done
-            state, step_ms, valid = _loop(run, state, losses, checkpoints, evaluator, log, stop, profiler, watchdog)
-        weights = _weights(run, state)
-        valid = valid or _validate(run, evaluator, weights, whole=True)
-    report.closing(run, weights, valid, evaluator)
+    with contextlib.ExitStack() as held:
+        run = set_up(config, workdir, held)
+        program, kept = run.program, run.config.checkpoint
+        with (jax.set_mesh(program.mesh),
+              Checkpoints(run.workdir, kept.keep, keep_best=kept.keep_best) as checkpoints):
+            state, losses = _first_state(run, checkpoints)
+            start = int(state.step)
+            evaluator = Evaluator(run.config, program.model, program.special, program.mesh)
+            with (RunLog(run.workdir, run.config.train.steps, start_step=start) as log,
+                  distributed.termination() as stop, Watchdog(stuck_after, "no step finished") as watchdog,
+                  Profiler(run.workdir, start + profiling.FIRST, profiling.STEPS if profile else 0) as profiler):
+                evaluator.alive = watchdog.done
+                state, step_ms, valid = _loop(run, state, losses, checkpoints, evaluator, log, stop, profiler, watchdog)
+            weights = _weights(run, state)
+            valid = valid or _validate(run, evaluator, weights, whole=True)
+        report.closing(run, weights, valid, evaluator)
     lines = read_metrics(run.workdir)
     return {"workdir": str(run.workdir), "step": run.config.train.steps, "train_nll": _last(lines, "train/nll"),
             "valid_nll": valid.get("nll"), "valid_ppl": valid.get("ppl"),
@@ -73,8 +76,9 @@ def train(config: Config, workdir: str, profile: bool = False, stuck_after: floa
             "wall_s": time.perf_counter() - began}
 
 
-def set_up(config: Config, workdir: str) -> Run:
-    """Read the data, check everything that can be wrong and claim the run directory; nothing is computed yet."""
+def set_up(config: Config, workdir: str, held: contextlib.ExitStack) -> Run:
+    """Read the data, check everything that can be wrong and claim the run directory, which stays locked until `held` is
+    closed; nothing is computed yet."""
     distributed.check_same(flatten(config.to_dict()), "configuration")
     mesh = sharding.make_mesh(config.mesh)
     tokenizer = adapt.masking(config, distributed.first_then_others(lambda: prepare_tokenizer(config.data)))
@@ -87,7 +91,7 @@ def set_up(config: Config, workdir: str) -> Run:
         split: prepare(config.data, split, config.block_size, tokenizer, _say) for split in ("train", "valid")})
     hashes = {name: split.meta["hash"] for name, split in rows.items()}
     distributed.check_same(hashes | {"tokenizer": tokenizer.identity}, "text")
-    distributed.first_alone(lambda: rundir.claim(workdir, config, tokenizer))
+    distributed.first_alone(lambda: rundir.claim(workdir, config, tokenizer, held))
     if rows["train"].has_density:
         _say_density(rows["train"].meta["density_mean"])
     return Run(config, Path(workdir), tokenizer, rows, program)
@@ -165,7 +169,8 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
             if saving:
                 checkpoints.save(done, state, {"tokenizer": run.tokenizer.identity, "config_sha256": config.sha256(),
                                                "losses": window.losses,
-                                               "noise": choose_noise.shown(state)}, wait=last or stopping)
+                                               "noise": choose_noise.shown(state)}, wait=last or stopping,
+                                 bound=_comparable(run, evaluator, state, valid, last))
                 watchdog.done()
             if stopping and not last:
                 raise Preempted(f"stopped by SIGTERM after step {done}, which is saved in {run.workdir}: run the same "
@@ -187,6 +192,18 @@ def _validate(run: Run, evaluator: Evaluator, weights, whole: bool) -> dict:
     return evaluator.run(weights, run.rows["valid"], estimator=default_estimator(run.config),
                          draws=settings.draws if whole else 1, seed=run.config.seed,
                          num_rows=0 if whole else settings.rows)
+
+
+def _comparable(run: Run, evaluator: Evaluator, state: TrainState, valid: dict, whole: bool) -> float | None:
+    """The bound that tells the best checkpoint: of the same rows with the same noise at every step.
+
+    valid: the validation of this step, {} if there was none. whole: it was the last one, of all rows and draws."""
+    if not valid or not run.config.checkpoint.keep_best:
+        return None
+    settings, rows = run.config.eval, len(run.rows["valid"])
+    if whole and (settings.draws > 1 or 0 < settings.rows < rows):
+        valid = _validate(run, evaluator, _weights(run, state), whole=False)
+    return valid["nll"]
 
 
 def _read(run: Run, pending, clock: "_Clock") -> tuple[int, dict]:

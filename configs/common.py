@@ -99,7 +99,7 @@ def base() -> ConfigDict:
         },
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
         "log": {"every": 100},
-        "checkpoint": {"every": 10_000, "keep": 2},
+        "checkpoint": {"every": 10_000, "keep": 2, "keep_best": 1},
         "eval": {"every": 10_000, "rows": 4096, "batch": 32, "draws": 1, "samples": 4, "sample_length": 256},
         "noise": {
             "adapt": "none", "clip_widths": (0.5, 0.6, 0.7, 0.8, 0.9), "clip_stride": 0.05, "clip_batches": 1,

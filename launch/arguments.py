@@ -50,6 +50,21 @@ def required(values: flags.FlagValues, name: str) -> str:
     return values[name].value
 
 
+def define_step(values: flags.FlagValues) -> None:
+    """The flag of commands that use a trained run."""
+    flags.DEFINE_string("step", "latest", "checkpoint of a run: latest, best (the lowest validation bound when it was "
+                        "saved) or its number", flag_values=values)
+
+
+def step_of(args: flags.FlagValues) -> int | str:
+    """What --step says. UserError for another word."""
+    if args.step.isdecimal():
+        return int(args.step)
+    if args.step not in ("latest", "best"):
+        raise UserError(f"--step={args.step}: expected latest, best or the number of a step")
+    return args.step
+
+
 def define_processes(values: flags.FlagValues) -> None:
     """Flags of commands that several processes can run together."""
     flags.DEFINE_boolean("distributed", False, "one of many processes: found on TPUs, Slurm and OpenMPI, else told by "

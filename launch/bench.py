@@ -5,6 +5,7 @@
   python -m launch bench attention --against=torch --out=docs/plots
   python -m launch bench variance --workdir=runs/tiny --rounds=28    # of the loss, by noise schedule
   python -m launch bench family --workdir=runs/tiny-ar,runs/tiny --rounds=1    # objectives under one bound
+  python -m launch bench faults --rounds=50          # kills, flipped bits, a full disk: docs/faults.md
   python -m launch bench density --workdir=RUN,RUN --rounds=16       # of priority masks, by kind of token
   python -m launch bench sampling --workdir=runs/tiny --scorer=runs/tiny-ar    # which settings to sample with
 

@@ -12,11 +12,15 @@ Likelihood, with a 95 % interval over documents and draws:
   python -m launch eval --workdir=SmolLM2-135M --data=austen --length=512 # a published checkpoint
   python -m launch eval --workdir=runs/mixed --block_size=4               # of a model trained with several
   python -m launch eval --workdir=runs/mixed --curve                      # at each of them, with calls and tokens/s
+  python -m launch eval --workdir=runs/tiny --step=best                   # or a number; docs/faults.md
+  python -m launch eval --workdir=runs/tiny --watch --split=valid         # every new checkpoint of a run that trains
 
 Result: nll (nats a token), nll_ci95, nll_mc_se (draws alone), nll_document_se (documents alone), ppl, ppl_ci95,
 bits_per_byte, tokens, documents, ..., against (unit, difference, difference_ci95, p_value, same_masks, ...).
 Of --curve: rows (block_size, nll, nll_ci95, ppl, bits_per_byte, nfe_per_token, tokens_per_s), recommended (a block
 size), rule (why that one), and how the texts were written that calls and tokens were counted on.
+Of --watch: that of the last evaluation, ended (why it ended) and watched (a row an evaluation, as in watch.jsonl of the
+run directory); docs/faults.md.
 
 Quality of texts that `sample` wrote (python -m launch sample ... > bd4.json), beside real text of the same lengths:
   python -m launch eval --samples=bd4.json --scorer=runs/tiny-ar
@@ -39,13 +43,15 @@ Result: see docs/tasks.md.
 
 from absl import flags
 
-from bd3lm_jax.errors import UserError
-from launch.arguments import define_processes, join_processes
+from bd3lm_jax.errors import Preempted, UserError
+from launch.arguments import define_processes, define_step, join_processes, step_of
 
 TAKES_CONFIG = False
 LIKELIHOOD = ("split", "data_dir", "chunks", "stride", "first_token", "end_token", "estimator", "draws", "seed",
               "weights", "batch", "max_draws")  # handed over as they are; data, against and target_ci as well
 PROCESSES = ("distributed", "coordinator", "processes", "process_id", "join_within", "heartbeat")
+WATCH = ("split", "data", "data_dir", "chunks", "stride", "first_token", "end_token", "estimator", "draws", "seed",
+         "weights", "batch", "block_size", "watch_for")
 CURVE = ("split", "estimator", "draws", "seed", "weights", "batch")
 QUALITY = ("scorer", "weights", "split", "reference", "stride", "max_tokens", "mauve", "plot")
 TASK = ("file", "against", "allow_code_execution", "num_problems", "draws_per_problem", "shots", "seed",
@@ -86,6 +92,11 @@ def _define_likelihood(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("seed", 0, "of the noise", lower_bound=0, flag_values=values)
     flags.DEFINE_enum("weights", "ema", ["ema", "params"], "averaged weights, or the last ones", flag_values=values)
     flags.DEFINE_integer("batch", 0, "rows a pass; 0: the run's own", lower_bound=0, flag_values=values)
+    define_step(values)
+    flags.DEFINE_boolean("watch", False, "follow a run that trains: evaluate each new checkpoint, until the last one",
+                         flag_values=values)
+    flags.DEFINE_float("watch_for", 3600.0, "of --watch: end after so many seconds without a new checkpoint; 0: never",
+                       lower_bound=0.0, flag_values=values)
     flags.DEFINE_boolean("curve", False, "likelihood, calls and speed at every block size the model was trained with",
                          flag_values=values)
     flags.DEFINE_float("within", 0.01, "of --curve: the largest block size is recommended whose nll is at most this "
@@ -138,8 +149,13 @@ def main(args: flags.FlagValues) -> dict:
         _allow(args, "--task", ("workdir", "task", *TASK, *SAMPLER))
         return _task(args)
     _allow(args, "a likelihood (neither --samples nor --task)",
-           ("workdir", "data", "against", "target_ci", "block_size", "length", "curve", "within", *LIKELIHOOD,
-            *PROCESSES))
+           ("workdir", "data", "against", "target_ci", "block_size", "length", "curve", "within", "step",
+            "watch", "watch_for", *LIKELIHOOD, *PROCESSES))
+    if args.watch:
+        _allow(args, "--watch", ("workdir", "watch", *WATCH))
+        return _watch(args)
+    if args["watch_for"].present:
+        raise UserError("--watch_for goes with --watch: add it")
     join_processes(args)
     return _likelihood(args)
 
@@ -178,8 +194,8 @@ def _likelihood(args: flags.FlagValues) -> dict:
     if args.data == "all":
         if args.against:
             raise UserError("--against does not go with --data=all: give --workdir=A,B instead")
-        for name in ("block_size", "length"):
-            if args[name].value:
+        for name in ("block_size", "length", "step"):
+            if args[name].present:
                 raise UserError(f"--{name} does not go with --data=all: give one --data at a time")
         from bd3lm_jax.suite import evaluate_suite
 
@@ -187,7 +203,26 @@ def _likelihood(args: flags.FlagValues) -> dict:
     from bd3lm_jax.evaluate import evaluate_run
 
     at = {name: args[name].value for name in ("block_size", "length") if args[name].value}
+    if args["step"].present:
+        at["step"] = step_of(args)
     return evaluate_run(workdir, data=args.data, against=args.against, target_ci=target_ci, **at, **common)
+
+
+def _watch(args: flags.FlagValues) -> dict:
+    """The result; where a signal ended it, it is said before the exit code tells of the signal."""
+    from bd3lm_jax import log
+    from bd3lm_jax.watch import FILE, watch
+    from launch.arguments import required
+
+    workdir = required(args, "workdir")
+    result = watch(workdir, **_values(args, WATCH) | {"block_size": args["block_size"].value or 0})
+    if result["ended"].startswith("SIG"):
+        log.result(result)
+        if result["ended"] == "SIGINT":
+            raise KeyboardInterrupt
+        raise Preempted(f"stopped by {result['ended']}; what was evaluated is in {workdir}/{FILE}: run the same "
+                        "command again to go on")
+    return result
 
 
 def _values(args: flags.FlagValues, names: tuple[str, ...]) -> dict:

@@ -8,7 +8,7 @@
   python -m launch sample --workdir=runs/tiny --constraint='[A-Z][a-z]+ (smiled|sighed)\\.'
 
 Flags by purpose:
-  what          --workdir --weights --num --length --prompt --seed
+  what          --workdir --step --weights --num --length --prompt --seed
   speed         --prefer --settings or by hand --sampler --steps --threshold --block_size --block_confidence
   choice        --temperature --top_k --top_p --min_p --repetition_penalty --guidance --constraint --json_schema
                 --forced
@@ -28,6 +28,8 @@ from pathlib import Path
 
 from absl import flags
 
+from launch.arguments import define_step
+
 TAKES_CONFIG = False
 OPTIONS = ("sampler", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "steps", "threshold",
            "block_size", "block_confidence", "stop", "min_length", "min_entropy", "window", "cache_dtype",
@@ -44,6 +46,7 @@ def define(values: flags.FlagValues) -> None:
 def _define_what(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "run directory, or one in Hugging Face layout", flag_values=values)
     flags.DEFINE_enum("weights", "ema", ["ema", "params"], "averaged weights, or the last ones", flag_values=values)
+    define_step(values)
     flags.DEFINE_integer("num", 4, "texts, for each prompt if there are any", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("length", None, "tokens of prompt and text; by default 256, or the model's context if less",
                          lower_bound=1, flag_values=values)
@@ -110,15 +113,15 @@ def _define_rest(values: flags.FlagValues) -> None:
 
 
 def main(args: flags.FlagValues) -> dict:
-    from launch.arguments import required
+    from launch.arguments import required, step_of
 
-    workdir = required(args, "workdir")
+    workdir, step = required(args, "workdir"), step_of(args)
     _check_outputs(args)
     others = _others(args)
     import bd3lm_jax
     from bd3lm_jax.options import make_options
 
-    lm = bd3lm_jax.load(workdir, weights=args.weights)
+    lm = bd3lm_jax.load(workdir, weights=args.weights, step=step)
     chosen, source = _choose(args, lm)
     lm, chosen = lm.fitted(chosen)
     length, options = args.length or min(256, lm.context), make_options(**chosen)

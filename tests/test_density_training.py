@@ -1,5 +1,6 @@
 """Priority masks in configs and in the training loop: what goes together, what is logged."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -47,7 +48,9 @@ def test_what_does_not_go_together(tmp_path, changes, words):
 ])
 def test_a_density_that_tells_nothing_is_said_once(tmp_path, capsys, source, words):
     write_text(tmp_path / "text.txt", 20)
-    train_module.set_up(toy_config(tmp_path, {"diffusion": PRIORITY, "data.density": source}), str(tmp_path / "run"))
+    config = toy_config(tmp_path, {"diffusion": PRIORITY, "data.density": source})
+    with contextlib.ExitStack() as held:
+        train_module.set_up(config, str(tmp_path / "run"), held)
     assert capsys.readouterr().err.count(words) == 1
 
 

@@ -17,7 +17,7 @@ FIELDS = {"name", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"
 def lm(monkeypatch):
     """The model that every directory holds."""
     found = make_lm(masked(4), tokenizer=LETTERS)
-    monkeypatch.setattr("bd3lm_jax.load", lambda path, weights: found)
+    monkeypatch.setattr("bd3lm_jax.load", lambda path, weights, step: found)
     return found
 
 
@@ -25,6 +25,14 @@ def sample(capsys, *words):
     code = main(["sample", "--workdir=w", *words])
     captured = capsys.readouterr()
     return code, json.loads(captured.out) if code == 0 else None, captured.err
+
+
+@pytest.mark.parametrize("words, step", [((), "latest"), (("--step=best",), "best"), (("--step=70",), 70)])
+def test_the_checkpoint_that_is_loaded(capsys, lm, monkeypatch, words, step):
+    asked = []
+    monkeypatch.setattr("bd3lm_jax.load", lambda path, weights, step: asked.append(step) or lm)
+    assert sample(capsys, "--num=1", "--length=8", *words)[0] == 0
+    assert asked == [step]
 
 
 def test_the_result(capsys, lm):

@@ -80,7 +80,8 @@ def test_result_and_run_directory(whole):
     assert result["valid_ppl"] == pytest.approx(np.exp(result["valid_nll"]))
     assert all(result[key] > 0 for key in ("train_nll", "valid_nll", "tokens_per_s", "step_ms", "params", "wall_s"))
     names = {path.name for path in workdir.iterdir()}
-    assert names == {"config.json", "tokenizer.json", "metrics.jsonl", "report.json", "checkpoints", "plots"}
+    assert names == {"config.json", "tokenizer.json", "metrics.jsonl", "report.json", "checkpoints", "plots",
+                     "train.lock"}
     assert steps_saved(workdir) == [3, 6]
     assert traces == 1
 

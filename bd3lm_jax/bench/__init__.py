@@ -16,17 +16,17 @@ from typing import Any
 import jax
 
 from bd3lm_jax import log, plots
-from bd3lm_jax.bench import attention, data, density, evaluate, family, loss, sampling, step, variance
+from bd3lm_jax.bench import attention, data, density, evaluate, family, faults, loss, sampling, step, variance
 from bd3lm_jax.bench.runner import Limit, judged
 from bd3lm_jax.errors import UserError, lookup
 
 BENCHES = {"attention": attention, "step": step, "loss": loss, "data": data, "eval": evaluate,
-           "sampling": sampling, "variance": variance, "density": density, "family": family}
+           "sampling": sampling, "variance": variance, "density": density, "family": family, "faults": faults}
 COLUMNS = {  # field of a row -> heading and format of its column
     "time_ratio": ("time", "{:.3f}"), "cpu_ratio": ("CPU", "{:.3f}"), "memory_ratio": ("memory", "{:.3f}"),
     "flops_ratio": ("FLOPs", "{:.3f}"), "median_ms": ("ms", "{:,.1f}"), "temp_mib": ("MiB", "{:,.0f}"),
     "mfu": ("MFU", "{:.0%}"), "compile_s": ("compile s", "{:.1f}"), "rows_per_s": ("rows/s", "{:,.0f}"),
-    "tokens_per_s": ("tokens/s", "{:,.0f}"),
+    "tokens_per_s": ("tokens/s", "{:,.0f}"), "times": ("times", "{:,}"), "wrong": ("wrong", "{:,}"),
 }
 PANELS = {"cpu_ratio": "CPU time", "time_ratio": "time", "memory_ratio": "temporary memory", "flops_ratio": "FLOPs"}
 
