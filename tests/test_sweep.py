@@ -21,6 +21,7 @@ from bd3lm_jax.errors import Preempted, RunError, UserError
 from bd3lm_jax.pool import is_running
 from bd3lm_jax.sweep import Point, run_name, sweep
 
+USUAL = {"parallel": 1, "index": None, "dry_run": False, "retries": 0, "give_up": None, "baseline": 0}
 TRAINER = """
     import json, os, pathlib, signal, sys, time
     stage, nll, workdir = pathlib.Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3].removeprefix("--workdir=")
@@ -66,7 +67,7 @@ class Stage:
     def sweep(self, **settings):
         (self.directory / "orders.json").write_text(json.dumps(self.orders))
         (self.directory / "calls.txt").write_text("")
-        return sweep(self.points, str(self.workdir), **{"parallel": 1, "index": None, "dry_run": False} | settings)
+        return sweep(self.points, str(self.workdir), **USUAL | settings)
 
     def calls(self):
         return sorted(map(float, (self.directory / "calls.txt").read_text().split()))
@@ -93,7 +94,7 @@ def test_all_runs_are_trained_and_their_table_written(stage):
     assert stage.calls() == [1.0, 2.0, 3.0]
     assert (result["sweep"], result["ok"], list(result["runs"][0])) == ("toy", True, [
         "name", "status", "overrides", "step", "valid_nll", "nll_ci95", "valid_ppl", "bits_per_byte", "workdir", "log",
-        "error"])
+        "error", "retries", "difference", "difference_ci95"])
     second = result["runs"][1]
     assert [second[key] for key in ("name", "overrides", "valid_nll", "nll_ci95", "step")] == [
         "optim.lr=0.01", {"optim.lr": 0.01}, 2.0, [1.9, 2.2], 6]
@@ -102,7 +103,7 @@ def test_all_runs_are_trained_and_their_table_written(stage):
         rows = list(csv.DictReader(file))
     assert rows[2] == {"run": "2", "name": "optim.lr=0.1", "optim.lr": "0.1", "valid_nll": "3.0",
                        "valid_ppl": "6.0", "bits_per_byte": "1.5", "step": "6", "status": "finished", "low": "2.9",
-                       "high": "3.2"}
+                       "high": "3.2", "difference": "", "difference_low": "", "difference_high": ""}
     lines = (stage.workdir / "table.md").read_text().splitlines()
     assert lines[0] == "| run | lr | nats/token | 95 % interval | perplexity | bits/byte | status |"
     assert lines[1] == "|" + " --- |" * 7
@@ -169,7 +170,7 @@ def test_index_trains_one_and_keeps_what_others_did(stage):
 
 def test_array_jobs_at_the_same_time_lose_nothing(stage):
     threads = [threading.Thread(target=sweep, args=(stage.points, str(stage.workdir)),
-                                kwargs={"parallel": 1, "index": i, "dry_run": False}) for i in range(3)]
+                                kwargs=USUAL | {"index": i}) for i in range(3)]
     (stage.directory / "orders.json").write_text("{}")
     for thread in threads:
         thread.start()
