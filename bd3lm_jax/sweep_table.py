@@ -79,7 +79,7 @@ class Table:
         """For people: a heading and a row a run."""
         leaves = [key.rpartition(".")[2] for key in self.keys]
         headings = leaves if len(set(leaves)) == len(leaves) else self.keys
-        less = [f"less run {self.baseline} (95 %)"] if self.differences else []
+        less = [f"less run {self.baseline}"] if self.differences else []
         lines = [["run", *headings, "nats/token", "95 % interval", *less, "perplexity", "bits/byte", "status"]]
         for i, run in enumerate(self.runs):
             values, nll, interval, ppl, bits, difference = run.values(), "", "", "", "", ""
@@ -88,8 +88,8 @@ class Table:
                 nll, ppl, bits = f"{nll:.4f}", f"{ppl:.2f}", f"{bits:.4f}"
                 interval = "" if low is None else f"{low:.4f} .. {high:.4f}"
             if run.name in self.differences:
-                value, low, high = self.differences[run.name]
-                difference = f"{value:+.4f} ({low:+.4f} .. {high:+.4f})"
+                value, low, _ = self.differences[run.name]
+                difference = f"{value:+.4f} ± {value - low:.4f}"
             measured = [nll, interval, *([difference] if less else []), ppl, bits]
             lines.append([str(i), *(str(values.get(key, "")) for key in self.keys), *measured, run.status])
         return lines

@@ -28,6 +28,16 @@ TRAINER = """
     order = json.loads((stage / "orders.json").read_text()).get(str(nll), "")
     with open(stage / "calls.txt", "a") as calls:
         print(nll, file=calls)
+    words = order.split()
+    if words[:1] == ["once"] and (stage / "calls.txt").read_text().split().count(str(nll)) == 1:
+        print("error: once")
+        sys.stdout.flush()
+        signal.raise_signal(signal.SIGKILL) if words[1] == "killed" else sys.exit(int(words[1]))
+    path = pathlib.Path(workdir)
+    path.mkdir(parents=True, exist_ok=True)
+    steps = 3 if order == "lag" else 6
+    (path / "metrics.jsonl").write_text("".join(
+        json.dumps({"step": step, "valid/bits_per_byte": nll / 2}) + "\\n" for step in range(1, steps + 1)))
     if order == "fail":
         print("error: the loss of step 3 is not finite\\nbye")
         sys.exit(1)
@@ -38,12 +48,10 @@ TRAINER = """
         sys.exit(42)
     if order == "silent":
         sys.exit(0)
-    if order == "hang":
+    if order in ("hang", "lag"):
         signal.signal(signal.SIGTERM, lambda *_: (print("error: saved at step 1"), sys.exit(42)))
         (stage / "pid.txt").write_text(str(os.getpid()))
         time.sleep(60)
-    path = pathlib.Path(workdir)
-    path.mkdir(parents=True, exist_ok=True)
     valid = {"nll": nll, "nll_ci95": [nll - 0.1, nll + 0.2], "ppl": 2 * nll, "bits_per_byte": nll / 2}
     (path / "report.json").write_text(json.dumps({"step": 6, "valid": valid}))
 """
@@ -193,9 +201,9 @@ def test_signals_let_runs_save_and_the_next_call_goes_on(stage, number, error, m
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(error, match=message):
-        stage.sweep()
+        stage.sweep(retries=3)
     thread.join()
-    assert stage.status() == ["finished", "stopped", "waiting"]
+    assert stage.status() == ["finished", "stopped", "waiting"] and stage.calls() == [1.0, 2.0]
     stage.orders = {}
     assert stage.sweep()["ok"] and stage.calls() == [2.0, 3.0]
 
