@@ -109,21 +109,24 @@ class Signals:
         self._came.set()
 
 
-def run_all(jobs: Iterator[Job], parallel: int, signals: Signals, changed: Callable[[Job], None]) -> None:
+def run_all(next_job: Callable[[], Job | None], parallel: int, signals: Signals, changed: Callable[[Job], None],
+            watch: Callable[[Sequence[Job]], None]) -> None:
     """Run jobs, `parallel` at a time, until all have ended or a signal came, which stops those that run.
 
-    jobs: asked for the next one when there is room. changed: told when a job starts, is busy, ends or was stopped.
+    next_job: asked when there is room, None for nothing to do now; one that has ended may come again. changed: told
+    when a job starts, is busy, ends or was stopped. watch: shown those that run, at every look at them.
     """
     active: list[Job] = []
     try:
         while not signals.received:
-            while len(active) < parallel and (job := next(jobs, None)):
+            while len(active) < parallel and (job := next_job()):
                 if job.start():
                     active.append(job)
                 changed(job)
             if not active:
                 return
             signals.wait(POLL_S)
+            watch(active)
             for job in [job for job in active if job.code is not None]:
                 active.remove(job)
                 job.state = "ended"

@@ -1,5 +1,6 @@
 """Error bars: intervals over documents, standard errors over draws."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -93,6 +94,7 @@ def monte_carlo_se(views_NxM: np.ndarray) -> float:
     return math.sqrt(float(np.sum(np.var(views_NxM, axis=1, ddof=1))) / draws)
 
 
+@functools.lru_cache(maxsize=1024)  # the same few are asked for again and again
 def t_quantile(probability: float, freedom: int) -> float:
     """Quantile of Student's t, for probability in [0.5, 1).
 

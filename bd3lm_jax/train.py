@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import adapt, distributed, lora, memory, optim, passes, profiling, report, rundir, sharding
+from bd3lm_jax import adapt, distributed, lora, memory, optim, paired, passes, profiling, report, rundir, sharding
 from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.config import Config, flatten
 from bd3lm_jax.data.loader import Loader, prefetch
@@ -184,14 +184,17 @@ def _weights(run: Run, state: TrainState) -> dict:
 
 
 def _validate(run: Run, evaluator: Evaluator, weights, whole: bool) -> dict:
-    """The bound on the validation split: on `eval.rows` rows from one draw, or with all rows and draws; {} for a model
-    that has none."""
+    """The bound on the validation split: on `eval.rows` rows from one draw, or with all rows and draws, which then stay
+    in the run directory by document; {} for a model that has none."""
     if not has_bound(run.config):
         return {}
-    settings = run.config.eval
-    return evaluator.run(weights, run.rows["valid"], estimator=default_estimator(run.config),
-                         draws=settings.draws if whole else 1, seed=run.config.seed,
-                         num_rows=0 if whole else settings.rows)
+    settings, rows = run.config.eval, run.rows["valid"]
+    measured = evaluator.measure(weights, rows, estimator=default_estimator(run.config), target=None,
+                                 draws=settings.draws if whole else 1, seed=run.config.seed,
+                                 num_rows=0 if whole else settings.rows)
+    if whole and jax.process_index() == 0:
+        paired.save(run.workdir, measured, rows)
+    return measured.summary(rows)
 
 
 def _comparable(run: Run, evaluator: Evaluator, state: TrainState, valid: dict, whole: bool) -> float | None:

@@ -4,6 +4,7 @@
   python -m launch sweep --dry_run                              # which runs, how far, and their commands
   python -m launch sweep --config=configs/tiny.py --config.train.steps=300 --workdir=runs/sweeps/short --parallel=2
   python -m launch sweep --index=2                              # run number 2 only: a task of an array job
+  python -m launch sweep --give_up=0.1                          # stop runs that fall 0.1 bits per byte behind
 
 A config file with a sweep (each dict: what changes; "arg" is what get_config is called with):
 
@@ -11,8 +12,10 @@ A config file with a sweep (each dict: what changes; "arg" is what get_config is
       for lr in (1e-3, 3e-3):
           yield {"optim.lr": lr}
 
-Run it again to go on: finished runs are skipped. Ctrl-C and SIGTERM let the runs save and stop.
-Result: sweep, runs (name, status, overrides, step, valid_nll, nll_ci95, valid_ppl, bits_per_byte, workdir, log, error).
+Run it again to go on: finished runs are skipped, given up ones go on without --give_up. Ctrl-C and SIGTERM let the
+runs save and stop. More: docs/sweeps.md.
+Result: sweep, runs (name, status, overrides, step, valid_nll, nll_ci95, valid_ppl, bits_per_byte, workdir, log, error,
+retries, difference and difference_ci95 to the baseline in nats a token, paired by document).
 The table is also WORKDIR/table.csv and table.md, the plot WORKDIR/sweep.png. Exit code 1 if a run has failed.
 """
 
@@ -34,14 +37,27 @@ def define(values: flags.FlagValues) -> None:
                          flag_values=values)
     flags.DEFINE_integer("index", None, "train only this run, counted from 0", lower_bound=0, flag_values=values)
     flags.DEFINE_boolean("dry_run", False, "list the runs, train nothing", flag_values=values)
+    flags.DEFINE_integer("retries", 2, "how often a run is started again that was preempted (exit code 42), stuck (75) "
+                         "or killed (134, 137)", lower_bound=0, flag_values=values)
+    flags.DEFINE_float("give_up", None, "stop a run when its validation bound is so many bits per byte behind the best "
+                       "one at the same step; empty: never", flag_values=values)
+    flags.DEFINE_float("give_up_after", 0.5, "never before this part of its steps", flag_values=values)
+    flags.DEFINE_string("baseline", "0", "the run that the table compares the others with, counted from 0, or best",
+                        flag_values=values)
 
 
 def main(args: flags.FlagValues, spec: str, overrides: list[str]) -> dict:
+    from bd3lm_jax.giving_up import Rule
     from bd3lm_jax.sweep import sweep
 
+    if args.give_up is None and args["give_up_after"].present:
+        raise UserError("--give_up_after goes with --give_up: add it")
+    rule = None if args.give_up is None else Rule(args.give_up, args.give_up_after)
+    baseline = int(args.baseline) if args.baseline.isdecimal() else args.baseline
     points = load_points(spec, overrides)
     workdir = args.workdir or f"runs/sweeps/{arguments.config_name(spec)}"
-    return sweep(points, workdir, parallel=args.parallel, index=args.index, dry_run=args.dry_run)
+    return sweep(points, workdir, parallel=args.parallel, index=args.index, dry_run=args.dry_run, retries=args.retries,
+                 give_up=rule, baseline=baseline)
 
 
 def load_points(spec: str, overrides: list[str]) -> list:

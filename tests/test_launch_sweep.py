@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.giving_up import Rule
 from launch.__main__ import main
 from launch.sweep import load_points
 
@@ -83,6 +84,13 @@ def test_args_of_the_command_line_apply_to_all(config_file):
     ("def sweep():\n    yield {}\n", ("--index=1",), "index is 1, the sweep has runs 0 to 0"),
     ("def sweep():\n    yield {}\n", ("--index=-1",), "--index=-1"),
     ("def sweep():\n    yield {}\n", ("--parallel=0",), "--parallel=0"),
+    ("def sweep():\n    yield {}\n", ("--retries=-1",), "--retries=-1"),
+    ("def sweep():\n    yield {}\n", ("--give_up=0",), "give_up is 0.0, expected bits per byte above 0"),
+    ("def sweep():\n    yield {}\n", ("--give_up=nan",), "give_up is nan, expected bits per byte above 0"),
+    ("def sweep():\n    yield {}\n", ("--give_up=1", "--give_up_after=1"), "give_up_after is 1.0, expected a part of"),
+    ("def sweep():\n    yield {}\n", ("--give_up_after=0.2",), "--give_up_after goes with --give_up: add it"),
+    ("def sweep():\n    yield {}\n", ("--baseline=1",), "baseline is 1, the sweep has runs 0 to 0"),
+    ("def sweep():\n    yield {}\n", ("--baseline=worst",), "baseline is 'worst', expected the number of a run or"),
 ])
 def test_bad_sweeps_start_nothing(config_file, tmp_path, capsys, body, argv, message):
     path = config_file(body)
@@ -111,8 +119,11 @@ def test_the_library_is_told_what_was_asked(monkeypatch, capsys):
         (len(points), workdir, settings)) or {"sweep": "x", "runs": [], "ok": False})
     assert main(["sweep", "--parallel=2", "--index=1"]) == 1
     assert main(["sweep", "--workdir=here"]) == 1
-    assert calls == [(3, "runs/sweeps/tiny", {"parallel": 2, "index": 1, "dry_run": False}),
-                     (3, "here", {"parallel": 1, "index": None, "dry_run": False})]
+    assert main(["sweep", "--workdir=here", "--retries=0", "--give_up=0.1", "--give_up_after=0.25",
+                 "--baseline=best"]) == 1
+    usual = {"parallel": 1, "index": None, "dry_run": False, "retries": 2, "give_up": None, "baseline": 0}
+    assert calls == [(3, "runs/sweeps/tiny", usual | {"parallel": 2, "index": 1}), (3, "here", usual),
+                     (3, "here", usual | {"retries": 0, "give_up": Rule(0.1, 0.25), "baseline": "best"})]
 
 
 def test_missing_config_file():

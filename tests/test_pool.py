@@ -27,9 +27,9 @@ def wait_for(condition, seconds: float = 30) -> None:
 
 
 def run(jobs, parallel: int = 1):
-    told = []
+    told, coming = [], iter(jobs)
     with Signals() as signals:
-        run_all(iter(jobs), parallel, signals, lambda job: told.append((job.name, job.state)))
+        run_all(lambda: next(coming, None), parallel, signals, lambda job: told.append((job.name, job.state)), id)
     return told, signals.received
 
 
@@ -50,6 +50,17 @@ def test_the_log_keeps_earlier_output_but_last_words_are_the_latest(tmp_path):
     second = python(tmp_path, "job", "print('second')")
     run([second])
     assert second.last_words() == "second" and second.log.read_text() == "error: first\nsecond\n"
+
+
+def test_a_job_that_ended_may_come_again_and_is_watched_while_it_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "POLL_S", 0.05)
+    job = python(tmp_path, "job", "import time; print('once'); time.sleep(0.5)")
+    coming, told, seen = [job, job], [], []
+    with Signals() as signals:
+        run_all(lambda: coming.pop() if coming else None, 1, signals, lambda job: told.append(job.state),
+                lambda active: seen.append([job.state for job in active]))
+    assert told == ["running", "ended"] * 2 and job.log.read_text() == "once\nonce\n"
+    assert len(seen) > 4 and all(states == ["running"] for states in seen)
 
 
 @pytest.mark.parametrize("parallel", [1, 3])
@@ -81,7 +92,8 @@ def test_the_lock_outlives_a_killed_pool(tmp_path):
         from bd3lm_jax.pool import Job, Signals, run_all
         child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
         with Signals() as signals:
-            run_all(iter([Job("job", [sys.executable, "-c", child], pathlib.Path(sys.argv[1]))]), 1, signals, id)
+            jobs = [Job("job", [sys.executable, "-c", child], pathlib.Path(sys.argv[1]))]
+            run_all(jobs.pop, 1, signals, id, id)
     """
     log = tmp_path / "job.log"
     owner = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), str(log)], env=environment())
@@ -149,5 +161,5 @@ def test_what_does_not_leave_is_killed(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with Signals() as signals, pytest.raises(OSError, match="disk full"):
-        run_all(iter([deaf]), 1, signals, lambda job: fail(job) if job.state == "running" else None)
+        run_all([deaf].pop, 1, signals, lambda job: fail(job) if job.state == "running" else None, id)
     assert deaf.code == -signal.SIGKILL

@@ -30,7 +30,6 @@ def test_two_documents_by_hand():
     assert ratio - low == pytest.approx(high - ratio)
 
 
-@pytest.mark.ci_slow
 @pytest.mark.parametrize("level", [0.8, 0.95])
 def test_interval_covers_the_truth_at_its_stated_rate(level):
     rng = np.random.default_rng(0)
@@ -86,7 +85,6 @@ def noisy_documents(rng, documents, draws, noise):
     return tokens, truth, rows.sum(-1), rows.reshape(draws, -1)
 
 
-@pytest.mark.ci_slow
 def test_both_intervals_cover_their_truth_at_the_stated_rate():
     """Documents and draws: the population's ratio, 3 nats a token. Draws alone: the ratio of these documents."""
     rng = np.random.default_rng(1)

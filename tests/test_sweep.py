@@ -21,12 +21,23 @@ from bd3lm_jax.errors import Preempted, RunError, UserError
 from bd3lm_jax.pool import is_running
 from bd3lm_jax.sweep import Point, run_name, sweep
 
+USUAL = {"parallel": 1, "index": None, "dry_run": False, "retries": 0, "give_up": None, "baseline": 0}
 TRAINER = """
     import json, os, pathlib, signal, sys, time
     stage, nll, workdir = pathlib.Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3].removeprefix("--workdir=")
     order = json.loads((stage / "orders.json").read_text()).get(str(nll), "")
     with open(stage / "calls.txt", "a") as calls:
         print(nll, file=calls)
+    words = order.split()
+    if words[:1] == ["once"] and (stage / "calls.txt").read_text().split().count(str(nll)) == 1:
+        print("error: once")
+        sys.stdout.flush()
+        signal.raise_signal(signal.SIGKILL) if words[1] == "killed" else sys.exit(int(words[1]))
+    path = pathlib.Path(workdir)
+    path.mkdir(parents=True, exist_ok=True)
+    steps = 3 if order == "lag" else 6
+    (path / "metrics.jsonl").write_text("".join(
+        json.dumps({"step": step, "valid/bits_per_byte": nll / 2}) + "\\n" for step in range(1, steps + 1)))
     if order == "fail":
         print("error: the loss of step 3 is not finite\\nbye")
         sys.exit(1)
@@ -37,12 +48,10 @@ TRAINER = """
         sys.exit(42)
     if order == "silent":
         sys.exit(0)
-    if order == "hang":
+    if order in ("hang", "lag"):
         signal.signal(signal.SIGTERM, lambda *_: (print("error: saved at step 1"), sys.exit(42)))
         (stage / "pid.txt").write_text(str(os.getpid()))
         time.sleep(60)
-    path = pathlib.Path(workdir)
-    path.mkdir(parents=True, exist_ok=True)
     valid = {"nll": nll, "nll_ci95": [nll - 0.1, nll + 0.2], "ppl": 2 * nll, "bits_per_byte": nll / 2}
     (path / "report.json").write_text(json.dumps({"step": 6, "valid": valid}))
 """
@@ -66,7 +75,7 @@ class Stage:
     def sweep(self, **settings):
         (self.directory / "orders.json").write_text(json.dumps(self.orders))
         (self.directory / "calls.txt").write_text("")
-        return sweep(self.points, str(self.workdir), **{"parallel": 1, "index": None, "dry_run": False} | settings)
+        return sweep(self.points, str(self.workdir), **USUAL | settings)
 
     def calls(self):
         return sorted(map(float, (self.directory / "calls.txt").read_text().split()))
@@ -93,7 +102,7 @@ def test_all_runs_are_trained_and_their_table_written(stage):
     assert stage.calls() == [1.0, 2.0, 3.0]
     assert (result["sweep"], result["ok"], list(result["runs"][0])) == ("toy", True, [
         "name", "status", "overrides", "step", "valid_nll", "nll_ci95", "valid_ppl", "bits_per_byte", "workdir", "log",
-        "error"])
+        "error", "retries", "difference", "difference_ci95"])
     second = result["runs"][1]
     assert [second[key] for key in ("name", "overrides", "valid_nll", "nll_ci95", "step")] == [
         "optim.lr=0.01", {"optim.lr": 0.01}, 2.0, [1.9, 2.2], 6]
@@ -102,7 +111,7 @@ def test_all_runs_are_trained_and_their_table_written(stage):
         rows = list(csv.DictReader(file))
     assert rows[2] == {"run": "2", "name": "optim.lr=0.1", "optim.lr": "0.1", "valid_nll": "3.0",
                        "valid_ppl": "6.0", "bits_per_byte": "1.5", "step": "6", "status": "finished", "low": "2.9",
-                       "high": "3.2"}
+                       "high": "3.2", "difference": "", "difference_low": "", "difference_high": ""}
     lines = (stage.workdir / "table.md").read_text().splitlines()
     assert lines[0] == "| run | lr | nats/token | 95 % interval | perplexity | bits/byte | status |"
     assert lines[1] == "|" + " --- |" * 7
@@ -169,7 +178,7 @@ def test_index_trains_one_and_keeps_what_others_did(stage):
 
 def test_array_jobs_at_the_same_time_lose_nothing(stage):
     threads = [threading.Thread(target=sweep, args=(stage.points, str(stage.workdir)),
-                                kwargs={"parallel": 1, "index": i, "dry_run": False}) for i in range(3)]
+                                kwargs=USUAL | {"index": i}) for i in range(3)]
     (stage.directory / "orders.json").write_text("{}")
     for thread in threads:
         thread.start()
@@ -192,9 +201,9 @@ def test_signals_let_runs_save_and_the_next_call_goes_on(stage, number, error, m
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(error, match=message):
-        stage.sweep()
+        stage.sweep(retries=3)
     thread.join()
-    assert stage.status() == ["finished", "stopped", "waiting"]
+    assert stage.status() == ["finished", "stopped", "waiting"] and stage.calls() == [1.0, 2.0]
     stage.orders = {}
     assert stage.sweep()["ok"] and stage.calls() == [2.0, 3.0]
 

@@ -76,5 +76,6 @@ def run_python(code: str, *arguments: object, devices: int = 1, timeout: float =
 
 
 def environment(devices: int = 1) -> dict[str, str]:
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-                         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+                         "XLA_FLAGS": flags}

@@ -1,0 +1,56 @@
+"""What the last validation of a run found in each document, kept so that runs can be compared without scoring again."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bd3lm_jax import stats
+from bd3lm_jax.errors import RunError
+
+DOCUMENTS = "documents.npz"
+
+
+class Documents(NamedTuple):
+    """Nats (mean over draws) and tokens of the documents of a text; text: a hash of its tokens."""
+
+    nats_N: np.ndarray
+    tokens_N: np.ndarray
+    text: str
+
+
+def save(workdir: str | os.PathLike, measured: Any, rows: Any) -> None:
+    """Keep what `evaluate.Measured` holds of `data.prepare.Rows`; all of it or nothing. RunError for a full disk."""
+    path = Path(workdir) / DOCUMENTS
+    temporary = path.with_suffix(".tmp")
+    text = hashlib.sha256(rows.stream().tobytes()).hexdigest()
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, nats=measured.documents_UxN.mean(0), tokens=measured.tokens_N, text=np.array(text))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}; free some disk space and run the same command "
+                       "again") from None
+
+
+def read(workdir: str | os.PathLike) -> Documents | None:
+    """None if the run has not kept any."""
+    path = Path(workdir) / DOCUMENTS
+    if not path.exists():
+        return None
+    with np.load(path) as stored:
+        return Documents(stored["nats"], stored["tokens"], str(stored["text"]))
+
+
+def difference(ours: Documents, theirs: Documents) -> tuple[float, float, float] | None:
+    """Nats per token of one run less those of another, paired by document, with its 95 % interval: (value, low, high).
+
+    Negative where the first is better. The spread of the documents' differences holds the noise of the draws. None
+    where the runs score different tokens: other texts or tokenizers, or autoregression without diffusion.bos.
+    """
+    if ours.text != theirs.text or not np.array_equal(ours.tokens_N, theirs.tokens_N):
+        return None
+    kept = ours.tokens_N > 0
+    return stats.ratio_interval((ours.nats_N - theirs.nats_N)[kept], ours.tokens_N[kept])
