@@ -34,13 +34,13 @@ def plan(config: Config, *, target: str, utilisation: float) -> dict[str, Any]:
     Raises UserError for a config that `train` would refuse, or a target that cannot be compiled for here. It sets jax
     up for CPU: call it before jax has used a device.
     """
-    sizes = {axis: max(getattr(config.mesh, axis), 1) for axis in sharding.AXES}
+    sizes = {axis: max(size, 1) for axis, size in dataclasses.asdict(config.mesh).items()}
     config, special = resolved(dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes)))
     number = math.prod(sizes.values())
     if target in SLICES:
-        compilers.check_tpu(target, number)
+        compilers.check_tpu(target, number // config.mesh.slices)
     program = compilers.simulated_program(config, special)
-    found = _figures(program, target, _tpu_to_ask(target, number))
+    found = _figures(program, target, _tpu_to_ask(target, number // config.mesh.slices))
     needed = flops.train_step(config.model, config.diffusion, batch=config.train.batch, length=config.data.length,
                               views=config.train.views, schedule=config.schedule)
     chosen = [ACCELERATORS[target]] if target else list(ACCELERATORS.values())

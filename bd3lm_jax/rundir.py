@@ -16,6 +16,7 @@ ADDED = {  # keys that the run directories of earlier versions lack, with values
     "train": {"views": 1, "block_sizes": [], "anneal_steps": 0, "lora_rank": 0, "lora_alpha": 16.0},
     "data": {"density": "", "density_fraction": 1.0},
     "compute": {"loss_chunk": 0},
+    "mesh": {"expert": 1, "slices": 1},
 }
 ADDED_BY_KIND = {  # the same for objectives and networks
     "masked": {"complement": False}, "dit": {"decoder_layers": 0, "shifted": ""},

@@ -43,7 +43,7 @@ def four():
 
 
 def test_sizes(four):
-    assert (four["devices"], four["mesh"]) == (4, {"data": 4, "fsdp": 1, "tensor": 1})
+    assert (four["devices"], four["mesh"]) == (4, {"data": 4, "fsdp": 1, "tensor": 1, "expert": 1, "slices": 1})
     assert (four["params"], four["compiler"]) == (PARAMS, "cpu")
     held = four["bytes_per_device"]
     assert four["estimate"]["bytes_per_device"] == held
@@ -85,7 +85,7 @@ def test_split_weights():
 
 
 @pytest.mark.parametrize(("flag", "message"), [
-    ("--mesh=data=4,fsdp", "--mesh: 'fsdp' is not one of data=N, fsdp=N, tensor=N"),
+    ("--mesh=data=4,fsdp", "--mesh: 'fsdp' is not one of data=N, fsdp=N, tensor=N, expert=N, slices=N"),
     ("--mesh=rows=4", "--mesh: 'rows=4' is not one of"),
     ("--mesh=data=-1,fsdp=-1", "at most one -1"),
     ("--for=v7", "value should be one of <v4|v5e|v5p|v6e|H100|H200>"),

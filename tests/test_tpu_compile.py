@@ -23,8 +23,8 @@ from bd3lm_jax.passes import Execution
 
 def mesh_of(topology, data, fsdp):
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    devices = np.array(devices[:data * fsdp]).reshape(data, fsdp, 1)
-    return jax.sharding.Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    devices = np.array(devices[:data * fsdp]).reshape(data, fsdp, 1, 1)
+    return jax.sharding.Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 4)
 
 def compiled(function, mesh, *arguments):
     with jax.set_mesh(mesh):

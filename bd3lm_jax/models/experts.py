@@ -1,7 +1,9 @@
 """A mixture of experts: who goes to which expert, and the experts' products.
 
 No token is dropped and none waits for another: the assignments are sorted into tiles of one expert each, and every tile
-is a product of its own. Under a mesh each device takes its own rows, and its own experts of the axis "tensor".
+is a product of its own. Under a mesh each device takes its own experts of the axes "expert" and "tensor". Devices along
+"tensor" hold the same rows; those along "expert" hold rows of their own, which all of them see for this while: where a
+token goes to as many experts as there are such devices, or more, sending it where it goes would be no less.
 """
 
 import math
@@ -11,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from bd3lm_jax.sharding import BATCH_AXES, dividing
+from bd3lm_jax.sharding import BATCH_AXES, EXPERT_AXES, dividing
 
 
 class Routing(NamedTuple):
@@ -74,14 +76,20 @@ def mix(x, routing: Routing, gate, up, down) -> jax.Array:
     if not mesh.auto_axes:
         return _mix(x, routing.choice, routing.weight, gate, up, down)
     rows = dividing(mesh, BATCH_AXES, x.shape[0])
-    split = dividing(mesh, ("tensor",), gate.shape[0])
+    split = dividing(mesh, EXPERT_AXES, gate.shape[0]) or ()
+    meet = "expert" in split and "expert" in (rows or ()) and mesh.shape["expert"] > 1
 
     def local(x, choice, weight, gate, up, down):
-        first = jax.lax.axis_index("tensor") * gate.shape[0] if split else 0
+        if meet:
+            x, choice, weight = (jax.lax.all_gather(a, "expert", tiled=True) for a in (x, choice, weight))
+        first = jax.lax.axis_index(split) * gate.shape[0] if split else 0
         out = _mix(x, choice - first, weight, gate, up, down)
-        return jax.lax.psum(out, "tensor") if split else out
+        if meet:
+            out = jax.lax.psum_scatter(out, "expert", tiled=True)
+        apart = tuple(axis for axis in split if not (meet and axis == "expert"))
+        return jax.lax.psum(out, apart) if apart else out
 
-    tokens, kernels = P(rows), P(split)
+    tokens, kernels = P(rows), P(split or None)
     return jax.shard_map(local, in_specs=(tokens,) * 3 + (kernels,) * 3, out_specs=tokens,
                          axis_names=set(mesh.auto_axes), check_vma=False)(x, routing.choice, routing.weight, gate, up,
                                                                           down)
