@@ -8,7 +8,6 @@ import collections
 import dataclasses
 import itertools
 import math
-import math
 import time
 from typing import Any, NamedTuple
 

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from typing import Any
 
-from bd3lm_jax import compilers, flops, log, memory, rundir, sharding
+from bd3lm_jax import compilers, flops, log, memory, rundir
 from bd3lm_jax.compilers import SLICES, Compiled
 from bd3lm_jax.config import Config
 from bd3lm_jax.data.tokenizers import NUM_BYTES, Tokenizer, get_tokenizer

@@ -111,7 +111,7 @@ def by_slice(mesh: "MeshConfig", devices: Sequence[jax.Device]) -> list[list[jax
 
 
 def sizes_for(mesh: "MeshConfig", count: int, slices: int) -> tuple[int, ...]:
-    """Sizes by axis for `count` devices in so many slices, -1 resolved. UserError if they do not multiply to `count`."""
+    """Sizes by axis for `count` devices in so many slices, -1 resolved. UserError if their product is not `count`."""
     sizes = [getattr(mesh, axis) for axis in AXES]
     fixed = slices * math.prod(size for size in sizes if size != -1)
     data, *others = (count // fixed if size == -1 else size for size in sizes)
@@ -134,7 +134,8 @@ def check_mesh(mesh: Mesh, model_config: Any, batch: int) -> None:
     if expert > 1:
         experts = getattr(model_config, "experts", 0)
         if not experts:
-            raise UserError(f"mesh.expert={expert} splits experts, and model.kind='{model_config.kind}' has none: use 1")
+            raise UserError(f"mesh.expert={expert} splits experts, and model.kind='{model_config.kind}' has none: "
+                            "use 1")
         if experts % (expert * tensor):
             raise UserError(f"mesh.expert x mesh.tensor = {expert * tensor} does not divide model.experts={experts}: "
                             f"use divisors of {experts}")

@@ -26,7 +26,8 @@ def launch(capsys, tmp_path, *argv):
 
 
 def test_shows_and_writes_everything(capsys, tmp_path):
-    code, out, err = launch(capsys, tmp_path, *GCLOUD, "--name=mine", "--spot", "--slices=2", "--", *TRAIN[:2], "--mesh=data=-1,fsdp=4,slices=2", TRAIN[3])
+    code, out, err = launch(capsys, tmp_path, *GCLOUD, "--name=mine", "--spot", "--slices=2", "--", *TRAIN,
+                            "--mesh=data=-1,fsdp=4,slices=2")
     assert code == 0
     (line,) = out.splitlines()
     result = json.loads(line)
