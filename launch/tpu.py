@@ -102,7 +102,7 @@ def _check_sweep(command, spec: str, overrides: list[str], args, chips: int, hos
 
 
 def _check_mesh(config, chips: int, slices: int) -> None:
-    """UserError unless the mesh of a config fits so many devices and slices, and its heads and batch the mesh."""
+    """UserError unless the mesh of a config fits these devices and slices, and heads and batch fit the mesh."""
     from jax.sharding import AbstractMesh
 
     from bd3lm_jax import sharding
