@@ -55,9 +55,14 @@ def simulated_program(config: Config, special: SpecialIds) -> Program:
     Raises UserError if the mesh does not divide heads or rows. It sets jax up for CPU: call it before jax has used a
     device.
     """
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", math.prod(dataclasses.astuple(config.mesh)))
+    simulate(math.prod(dataclasses.astuple(config.mesh)))
     return _program(config, special, jax.devices(), on_tpu=False)
+
+
+def simulate(number: int) -> None:
+    """So many devices, simulated on the CPU, from now on; before jax has used a device."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", number)
 
 
 def estimated(program: Program) -> Compiled:

@@ -109,7 +109,7 @@ def _check_mesh(config, chips: int, slices: int) -> None:
 
     sizes = sharding.sizes_for(config.mesh, chips, slices)
     if config.mesh.slices not in (-1, slices):
-        raise UserError(f"--slices={slices}, but mesh.slices={config.mesh.slices}: add slices={slices} to --mesh of the "
-                        "command, or slices=-1 for as many as there are")
+        raise UserError(f"--slices={slices}, but mesh.slices={config.mesh.slices}: add slices={slices} to --mesh "
+                        "of the command, or slices=-1 for as many as there are")
     sharding.check_mesh(AbstractMesh(sizes, sharding.AXES), config.model, config.compute.microbatch
                         or config.train.batch)
