@@ -96,7 +96,8 @@ def tpu_padding(program: Program) -> int:
     objective, compute, length = config.diffusion, config.compute, config.data.length
     if compute.attention not in ("auto", "splash") or length <= attention.SMALL:
         return 0
-    views, clean = (0, length) if objective.causal else (config.train.views, length - objective.block_size)
+    smallest = config.trained_sizes[0]
+    views, clean = (0, length) if objective.causal else (config.train.views, length - smallest)
     tile = choose_tile(length if views else 0, clean, views, objective.block_size)
     real = views * length + clean
     padded = (views * -(-length // tile) + -(-clean // tile)) * tile

@@ -1,5 +1,6 @@
 """`--plan` as a person starts it: figures against closed forms and against what is really allocated and counted."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -65,6 +66,22 @@ def test_speed_is_flops_over_peak(four):
     assert four["flops_per_step"] == needed
     assert [row["device"] for row in four["expected"]] == ["H100"]
     check_speeds(four, 0.5)
+
+
+def test_a_curriculum_is_planned_by_its_parts():
+    """Of 10 steps 2 with blocks of 4 tokens, 5 of 16 and 3 of 4 again."""
+    flags = ("--config.train.steps=10", "--config.train.block_sizes=((0,4),(2,16),(7,4))",
+             "--config.diffusion.block_size=4")
+    config = plan.resolved(load_config("configs/tiny.py", (*SMALL, *flags)))[0]
+    found = plan.phases(config)
+    assert {size: part for size, (part, _) in found.items()} == {4: pytest.approx(0.5), 16: pytest.approx(0.5)}
+    for size, (_, work) in found.items():
+        objective = dataclasses.replace(config.diffusion, block_size=size)
+        assert work == flops.train_step(config.model, objective, batch=16, length=64, views=1)
+    plain = plan.resolved(load_config("configs/tiny.py", SMALL))[0]
+    assert plan.phases(plain)[plain.block_size][0] == 1
+    short = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2))
+    assert set(plan.phases(short)) == {4}
 
 
 def check_speeds(found, utilisation):
