@@ -163,4 +163,6 @@ def _compile(program: Program, options: dict | None) -> Compiled:
             raise
         return Compiled(total, None, time.perf_counter() - began)
     seconds = time.perf_counter() - began
-    return Compiled(bytes_needed(compiled), hlo.communication(compiled.as_text()), seconds)
+    slices = program.config.mesh.slices
+    slice_size = program.mesh.size // slices if slices > 1 else None
+    return Compiled(bytes_needed(compiled), hlo.communication(compiled.as_text(), slice_size), seconds)
