@@ -93,21 +93,23 @@ def by_slice(mesh: "MeshConfig", devices: Sequence[jax.Device]) -> list[list[jax
     """The devices of every slice of the mesh. -1: as many as there are.
 
     Simulated devices are in no slices, so they are dealt out in order. GPUs, whose hosts count as slices, may be one.
-    UserError if the devices lie in another number of slices.
+    UserError if the devices lie in another number of slices, or in slices of several sizes.
     """
     found: dict[int, list[jax.Device]] = {}
     for device in devices:
         found.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
     slices, platform = len(found) if mesh.slices == -1 else mesh.slices, devices[0].platform
-    if slices == len(found):
+    sizes = sorted({len(slice_) for slice_ in found.values()})
+    if slices == len(found) and len(sizes) == 1:
         return [found[index] for index in sorted(found)]
     if slices == 1 and platform != "tpu":
         return [list(devices)]
     if platform == "cpu" and len(devices) % slices == 0:
         part = len(devices) // slices
         return [list(devices[first:first + part]) for first in range(0, len(devices), part)]
-    raise UserError(f"mesh.slices={slices}, but the {len(devices)} devices are in {len(found)}: use "
-                    f"mesh.slices={len(found)}, or -1 for as many as there are")
+    unlike = f", of {' and '.join(map(str, sizes))} devices: slices must be alike" if len(sizes) > 1 else (
+        f": use mesh.slices={len(found)}, or -1 for as many as there are")
+    raise UserError(f"mesh.slices={slices}, but the {len(devices)} devices are in {len(found)}{unlike}")
 
 
 def sizes_for(mesh: "MeshConfig", count: int, slices: int) -> tuple[int, ...]:

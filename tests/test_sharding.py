@@ -144,6 +144,11 @@ def test_slices_that_are_not_there(platform, slices, message):
         sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1, slices=slices), devices(platform, *[0] * 3, *[1] * 3))
 
 
+def test_slices_of_several_sizes():
+    with pytest.raises(UserError, match="mesh.slices=2, but the 5 devices are in 2, of 2 and 3 devices: slices must be"):
+        sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1, slices=2), devices("tpu", 0, 0, 0, 1, 1))
+
+
 def test_a_mesh_that_does_not_fit_slices_names_them():
     message = "mesh.data=2, mesh.fsdp=2, mesh.tensor=1, mesh.slices=2 does not fit 6 devices: the product must be 6"
     with pytest.raises(UserError, match=message):

@@ -1,4 +1,4 @@
-"""The TPU compiler on described slices, without a TPU: attention, the training step, the sampler. `pytest -m libtpu`."""
+"""The TPU compiler on described slices, without a TPU: attention, the step, the sampler. `pytest -m libtpu`."""
 
 import json
 import math
