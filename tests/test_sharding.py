@@ -145,7 +145,7 @@ def test_slices_that_are_not_there(platform, slices, message):
 
 
 def test_slices_of_several_sizes():
-    with pytest.raises(UserError, match="mesh.slices=2, but the 5 devices are in 2, of 2 and 3 devices: slices must be"):
+    with pytest.raises(UserError, match="mesh.slices=2, but the 5 devices are in 2, of 2 and 3 devices: slices must"):
         sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1, slices=2), devices("tpu", 0, 0, 0, 1, 1))
 
 
