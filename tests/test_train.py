@@ -292,7 +292,7 @@ MESHES = {"one": (1, {}), "data": (8, {"mesh.data": 8}), "fsdp": (8, {"mesh.data
 
 @pytest.mark.ci_slow
 def test_devices_and_meshes_give_the_same_losses(home, tmp_path):
-    """Five steps on one device and on eight in three meshes, on the same rows; samples are drawn at the end of the last.
+    """Five steps on one device and on eight in three meshes, on the same rows; the last one also writes samples.
 
     Then two more steps on each, all from the checkpoint that the one device wrote.
     """
