@@ -81,9 +81,13 @@ STEP = RUN + """
 program = compilers.described_program(config, special, "v5e")
 state, batch = program.arguments()
 found = figures(program.step(), program.mesh, state, batch)
-layers, others = state.params.pop("blocks"), state.params
-weights = [x.shape[1:] for x in jax.tree.leaves(layers)] + [x.shape for x in jax.tree.leaves((layers, others))]
-print(json.dumps(found | {"weights": sorted({int(np.prod(shape)) for shape in weights})}))
+split = lambda x: "fsdp" in x.sharding.spec
+layers, leaves = jax.tree.leaves(state.params["blocks"]), jax.tree.leaves(state.params)
+weights = {int(np.prod(x.shape[1:])) for x in layers} | {x.size for x in layers if not split(x)}
+weights |= {x.size for name in state.params if name != "blocks" for x in jax.tree.leaves(state.params[name])}
+weights |= {2 * 128 * 128}  # keys and values alone, of the last layer's clean tokens
+print(json.dumps(found | {"weights": sorted(weights),
+                          "split": sum(x.size for x in leaves if split(x))}))
 """
 
 SAMPLER = RUN + """
@@ -151,9 +155,14 @@ def test_the_step_gathers_weights_and_never_activations(name):
     sent = found["communication"]
     assert found["kernels"] == 6  # the scanned layers and the last one; attention is not run forwards twice
     assert sent["all-gather"][0] > 0 and ("all-reduce between slices" in sent) == (name == "slices")
-    for line in found["sends"]:
-        if "all-gather" in line:
-            assert elements(line) in found["weights"], line
+    if name == "split":
+        assert set(sent) == {"all-gather", "reduce-scatter", "all-reduce"}
+        # Matrices in 16 bits, once for the forward and once for the backward pass.
+        assert sent["all-gather"][1] == pytest.approx(2 * 3 / 4 * 2 * found["split"], rel=0.15)
+        assert sent["reduce-scatter"][1] <= 3 / 4 * 4 * found["split"]
+    gathered = [elements(line) for line in found["sends"] if "all-gather" in line]
+    assert set(gathered) <= set(found["weights"])  # activations of a device's rows alone are more than any of them
+    assert max(found["weights"]) < 32 // 16 * 512 * 128
 
 
 def test_the_sampler_is_one_loop_without_communication_of_tokens():
