@@ -74,7 +74,7 @@ from bd3lm_jax.step import SpecialIds
 special, length = SpecialIds(mask=511, end=0), 512
 config = toy_config(Path("unused"), {"model.layers": 3, "model.width": 128, "model.heads": 2, "model.vocab_size": 512,
                                      "data.length": length, "diffusion.block_size": 16, "train.batch": 32,
-                                     "compute.remat": "attention", "mesh.data": 1} | json.loads(sys.argv[1]))
+                                     "mesh.data": 1} | json.loads(sys.argv[1]))
 """
 
 STEP = RUN + """
