@@ -70,7 +70,7 @@ def _multiplicities(computations: dict[str, list[str]]) -> dict[str, int]:
         times[name] += factor
         for line in computations[name]:
             loops = _trip_count(line, computations) if " while(" in line else 1
-            for callee in re.findall(r"(?:body|calls|to_apply|\w+_computation)=%([^\s,)]+)", line):
+            for callee in re.findall(r"(?:body|condition|calls|to_apply|\w+_computation)=%([^\s,)]+)", line):
                 visit(callee, factor * loops)
             for branches in re.findall(r"branch_computations=\{([^}]*)\}", line):
                 for callee in re.findall(r"%([^\s,]+)", branches):
