@@ -169,7 +169,5 @@ def test_the_sampler_is_one_loop_without_communication_of_tokens():
     """On many devices every one writes rows of its own; they only agree on when all are done."""
     one, many = (compile_on_tpu(SAMPLER, json.dumps({"mesh.data": count})) for count in (1, 16))
     assert one["communication"] == {} and many["communication"].keys() == {"all-reduce"}
-    assert many["communication"]["all-reduce"] == [2, 2 * 2 * 15 / 16 * 4]  # in the conditions of its two loops
-    for line in many["sends"]:
-        assert elements(line) == 1, line
+    assert [elements(line) for line in many["sends"]] == [1, 1]  # in the conditions of its two loops
     assert many["temporary"] < one["temporary"]
