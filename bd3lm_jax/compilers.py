@@ -55,10 +55,14 @@ def simulated_program(config: Config, special: SpecialIds) -> Program:
     Raises UserError if the mesh does not divide heads or rows. It sets jax up for CPU: call it before jax has used a
     device.
     """
-    number = math.prod(dataclasses.astuple(config.mesh))
+    simulate(math.prod(dataclasses.astuple(config.mesh)))
+    return _program(config, special, jax.devices(), on_tpu=False)
+
+
+def simulate(number: int) -> None:
+    """So many devices, simulated on the CPU, from now on; before jax has used a device."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", number)
-    return _program(config, special, jax.devices(), on_tpu=False)
 
 
 def estimated(program: Program) -> Compiled:
@@ -67,7 +71,7 @@ def estimated(program: Program) -> Compiled:
 
 
 def tpu_for(number: int) -> str | None:
-    """The first TPU that has a slice of so many devices; None if there is none."""
+    """The first TPU that has a slice of so many devices (1: a part of one); None if there is none."""
     return next((target for target in SLICES if number == 1 or number in _slices(target)), None)
 
 
@@ -97,8 +101,13 @@ def answer() -> None:
     """The other side of `ask_tpu`: question on stdin, answer as the last line of stdout."""
     question = json.load(sys.stdin)
     config, special = Config.from_dict(question["config"]), SpecialIds(*question["special"])
-    devices = _described(question["target"], math.prod(dataclasses.astuple(config.mesh)))
-    print(json.dumps(_compile(_program(config, special, devices, on_tpu=True), None)))
+    print(json.dumps(_compile(described_program(config, special, question["target"]), None)))
+
+
+def described_program(config: Config, special: SpecialIds, target: str) -> Program:
+    """The program of a config on slices of a TPU that are only described, in a process with libtpu and DESCRIBED."""
+    number, slices = math.prod(dataclasses.astuple(config.mesh)), config.mesh.slices
+    return _program(config, special, described(target, number // slices, slices), on_tpu=True)
 
 
 def _ask(command: Sequence[str], question: str) -> Compiled:
@@ -120,14 +129,16 @@ def _slices(target: str) -> dict[int, str]:
     return {math.prod(map(int, shape.split("x"))): shape for shape in lookup(SLICES, target, "TPU --for")}
 
 
-def _described(target: str, number: int) -> list[Any]:
-    """Devices of the TPU slice of that number, which are not there."""
+def described(target: str, number: int, slices: int) -> list[Any]:
+    """Devices of so many TPU slices of `number` each, which are not there."""
     from jax.experimental import topologies
 
     shapes = _slices(target)
     options = {"chip_config_name": "megacore"} if target == "v4" else {}
-    shape = shapes[max(number, min(shapes))]
-    return topologies.get_topology_desc(platform="tpu", topology_name=f"{target}:{shape}", **options).devices[:number]
+    options |= {"num_slices": slices} if slices > 1 else {}
+    topology = f"{target}:{shapes[max(number, min(shapes))]}"
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+    return devices if slices > 1 else devices[:number]
 
 
 def _program(config: Config, special: SpecialIds, devices: list, on_tpu: bool) -> Program:
@@ -152,4 +163,6 @@ def _compile(program: Program, options: dict | None) -> Compiled:
             raise
         return Compiled(total, None, time.perf_counter() - began)
     seconds = time.perf_counter() - began
-    return Compiled(bytes_needed(compiled), hlo.communication(compiled.as_text()), seconds)
+    slices = program.config.mesh.slices
+    slice_size = program.mesh.size // slices if slices > 1 else None
+    return Compiled(bytes_needed(compiled), hlo.communication(compiled.as_text(), slice_size), seconds)

@@ -171,16 +171,18 @@ class ComputeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices an axis; one may be -1 (what is left)."""
+    """Devices an axis of one slice; one may be -1 (what is left)."""
 
     data: int
     fsdp: int
     tensor: int
+    expert: int = 1  # most networks have no experts
+    slices: int = 1  # that the run spans, each with such axes; -1: as many as there are
 
     def __post_init__(self):
-        sizes = dataclasses.astuple(self)
-        check(all(n == -1 or n >= 1 for n in sizes) and sizes.count(-1) <= 1,
-              f"mesh is {dataclasses.asdict(self)}, expected positive sizes with at most one -1")
+        *sizes, slices = dataclasses.astuple(self)
+        check(all(n == -1 or n >= 1 for n in (*sizes, slices)) and sizes.count(-1) <= 1,
+              f"mesh is {dataclasses.asdict(self)}, expected positive sizes with at most one -1 (slices may be -1 too)")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,7 +69,7 @@ def _devices() -> str:
     from bd3lm_jax.config import MeshConfig
     from bd3lm_jax.sharding import make_mesh
 
-    devices, mesh = jax.devices(), make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
+    devices, mesh = jax.devices(), make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1, slices=-1))
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     return (f"{len(devices)} {jax.default_backend()} ({devices[0].device_kind}), {jax.process_count()} process(es), "
             f"{os.cpu_count()} CPU cores, mesh {sizes}")

@@ -103,7 +103,7 @@ def open_run(workdir: str, weights: str, batch: int, block_size: int = 0, length
     from bd3lm_jax.hf import is_published
     from bd3lm_jax.restore import refuse_step, restore, restore_published
 
-    mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
+    mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1, slices=-1))
     if is_published(workdir):
         refuse_step(workdir, step)
         run = restore_published(workdir, weights, mesh, length)
@@ -175,7 +175,7 @@ class Evaluator:
     def __init__(self, config: Config, model: Backbone, special: SpecialIds, mesh):
         self.config, self.model, self.special, self.mesh = config, model, special, mesh
         self.execution = dataclasses.replace(execution_of(config), remat="none")
-        devices = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
+        devices = sharding.rows_over(mesh)
         self.batch = -(-config.eval.batch // devices) * devices
         self.sharding = batch_sharding(mesh)
         self._programs = {}

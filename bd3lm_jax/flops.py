@@ -44,6 +44,8 @@ def forward(model_config: Any, objective: Any, *, batch: int, length: int, views
 def parts(model_config: Any, objective: Any, *, batch: int, length: int, views: int, schedule: Any = None) -> Parts:
     """FLOPs of a forward pass by part. Rows hold one document each (packed rows need less attention).
 
+    Rows whose blocks are of several sizes (`mixed`) count as the mean over these sizes.
+
     Args:
         model_config: of any registered backbone, with its vocabulary size.
         objective: of any registered kind; one that is `causal` reads a single stream.
@@ -51,6 +53,15 @@ def parts(model_config: Any, objective: Any, *, batch: int, length: int, views: 
     """
     model = models.build(model_config, jnp.float32)
     params = jax.eval_shape(lambda: trunk.init(model, jax.random.key(0)))
+    each = [objective.at(size) for size in objective.sizes] if hasattr(objective, "sizes") else [objective]
+    layers, attention = np.mean([_body(model, params, one, batch, length, views) for one in each], axis=0)
+    scored = scored_positions(objective, batch, length, views, schedule)
+    return Parts(float(layers), float(attention), _head(model, params, (batch, views, scored)))
+
+
+def _body(model, params, objective, batch: int, length: int, views: int) -> tuple[float, float]:
+    """FLOPs of the layers and of attention, of blocks of one size."""
+    model_config = model.config
     level = (batch, views, length // objective.block_size) if trunk.takes_level(model_config) else (1, 1)
     clean, noised_views = (length, 0) if objective.causal else (length - objective.block_size, views)
     layers = attention = first = 0
@@ -69,8 +80,7 @@ def parts(model_config: Any, objective: Any, *, batch: int, length: int, views: 
         mixtures = jax.ShapeDtypeStruct((batch, views, length, model_config.vocab_size), jnp.float32)
         places = jax.ShapeDtypeStruct(mixtures.shape[:-1], jnp.int32)
         layers += count(lambda p, *x: model.embed.apply({"params": p}, *x), params["embed"], mixtures, places)
-    scored = scored_positions(objective, batch, length, views, schedule)
-    return Parts(layers, attention, _head(model, params, (batch, views, scored)))
+    return layers, attention
 
 
 def scored_positions(objective: Any, batch: int, length: int, views: int, schedule: Any = None) -> int:

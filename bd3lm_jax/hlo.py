@@ -4,9 +4,12 @@ import math
 import re
 from typing import NamedTuple
 
+import numpy as np
+
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8,
          "s64": 8, "u64": 8}
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+BETWEEN = " between slices"
 CALL = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
 # What one device sends in a ring of n, as a part of the array that all of them hold together (of a device's own array
 # for the last three): a gather or a scatter passes n - 1 of n pieces on, a reduction does both.
@@ -21,10 +24,12 @@ class Traffic(NamedTuple):
     bytes: float
 
 
-def communication(text: str) -> dict[str, Traffic]:
+def communication(text: str, slice_size: int | None = None) -> dict[str, Traffic]:
     """Traffic of one run of a compiled program (`compiled.as_text()`), by kind of collective; {} on one device.
 
-    A loop whose length the text does not state counts once. Collectives among one device only are left out.
+    A loop whose length the text does not state counts once. Collectives among one device only are left out. With
+    slice_size, the devices of a slice (numbered slice by slice), those that join devices of several slices are of kinds
+    of their own, BETWEEN behind their names.
     """
     found: dict[tuple[str, str], Traffic] = {}  # by kind and channel: an asynchronous one appears in several places
     computations = _computations(text)
@@ -37,11 +42,12 @@ def communication(text: str) -> dict[str, Traffic]:
             devices = _group_size(line)
             if devices > 1:
                 channel = re.search(r"channel_id=(\d+)", line)
-                key = kind, channel[1] if channel else line
+                between = slice_size is not None and _crosses(line, slice_size)
+                key = kind + BETWEEN * between, channel[1] if channel else line
                 traffic = Traffic(times, times * size * SENT[kind](devices))
                 found[key] = max(found.get(key, traffic), traffic)
     return {kind: Traffic(*(sum(values) for values in zip(*(t for (k, _), t in found.items() if k == kind))))
-            for kind in KINDS if any(k == kind for k, _ in found)}
+            for kind in (*KINDS, *(kind + BETWEEN for kind in KINDS)) if any(k == kind for k, _ in found)}
 
 
 def _computations(text: str) -> dict[str, list[str]]:
@@ -64,7 +70,7 @@ def _multiplicities(computations: dict[str, list[str]]) -> dict[str, int]:
         times[name] += factor
         for line in computations[name]:
             loops = _trip_count(line, computations) if " while(" in line else 1
-            for callee in re.findall(r"(?:body|calls|to_apply|\w+_computation)=%([^\s,)]+)", line):
+            for callee in re.findall(r"(?:body|condition|calls|to_apply|\w+_computation)=%([^\s,)]+)", line):
                 visit(callee, factor * loops)
             for branches in re.findall(r"branch_computations=\{([^}]*)\}", line):
                 for callee in re.findall(r"%([^\s,]+)", branches):
@@ -104,14 +110,39 @@ def _kind_and_bytes(computation: str, call: re.Match, line: str) -> tuple[str, f
 
 def _group_size(line: str) -> int:
     """Devices that one collective runs among; 2 for a permutation (its pairs)."""
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
+    groups = _groups(line)
+    return 2 if groups is None else len(groups[0])
+
+
+def _crosses(line: str, slice_size: int) -> bool:
+    """Whether a collective joins devices of several slices; one that names no devices joins all."""
+    groups = _groups(line)
+    return groups is None or any(len({device // slice_size for device in group}) > 1 for group in groups)
+
+
+def _groups(line: str) -> list[list[int]] | None:
+    """The devices that a collective runs among, each group by itself (of a permutation its pairs); None if it does not
+    say."""
+    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", line)
     if listed:
-        return len(listed[1].split(","))
-    counted = re.search(r"replica_groups=\[\d+,(\d+)\]<=", line)
+        return [[int(device) for device in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+    counted = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
     if counted:
-        return int(counted[1])
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\].*? \{([^}]*)\}", line)
-    if named:
-        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        return math.prod(sizes[axis] for axis in re.findall(r"'(\w+)'", named[2]))
-    return 2
+        return _numbered(counted[3], counted[4]).reshape(int(counted[1]), int(counted[2])).tolist()
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? "
+                      r"\{([^}]*)\}", line)
+    if named is None:
+        return None
+    sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+    shape = ",".join(map(str, sizes.values()))
+    devices = _numbered(named[2] or shape, named[3]).reshape(tuple(sizes.values()))
+    along = [list(sizes).index(axis) for axis in re.findall(r"'(\w+)'", named[4])]
+    count = math.prod(devices.shape[axis] for axis in along)
+    return np.moveaxis(devices, along, range(-len(along), 0)).reshape(-1, count).tolist()
+
+
+def _numbered(shape: str, order: str | None) -> np.ndarray:
+    """0, 1, 2, ... in that shape, its axes then in that order."""
+    sizes = tuple(map(int, shape.split(",")))
+    numbers = np.arange(math.prod(sizes)).reshape(sizes)
+    return numbers.transpose(tuple(map(int, order.split(",")))) if order else numbers

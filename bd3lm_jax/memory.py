@@ -96,7 +96,8 @@ def tpu_padding(program: Program) -> int:
     objective, compute, length = config.diffusion, config.compute, config.data.length
     if compute.attention not in ("auto", "splash") or length <= attention.SMALL:
         return 0
-    views, clean = (0, length) if objective.causal else (config.train.views, length - objective.block_size)
+    smallest = config.trained_sizes[0]
+    views, clean = (0, length) if objective.causal else (config.train.views, length - smallest)
     tile = choose_tile(length if views else 0, clean, views, objective.block_size)
     real = views * length + clean
     padded = (views * -(-length // tile) + -(-clean // tile)) * tile
@@ -105,7 +106,7 @@ def tpu_padding(program: Program) -> int:
     lanes = -(-head // LANES) * LANES
     arrays = 4 if compute.remat == "none" else 1
     extra = arrays * size * (padded * lanes - real * head) + 4 * (padded * SUBLANES - real)
-    rows = (compute.microbatch or config.train.batch) // (mesh.shape["data"] * mesh.shape["fsdp"])
+    rows = (compute.microbatch or config.train.batch) // sharding.rows_over(mesh)
     layers = 1 if compute.remat == "full" else config.model.layers
     return rows * config.model.heads // mesh.shape["tensor"] * layers * extra
 
@@ -122,13 +123,15 @@ def _needed(program: Program) -> float:
 
 def _cheaper(config: Config, mesh: jax.sharding.Mesh) -> Iterator[Config]:
     """Configs that need less memory, the cheapest first."""
-    split = dataclasses.replace(config.mesh, data=1, fsdp=mesh.shape["data"] * mesh.shape["fsdp"])
+    slices = len(sharding.by_slice(config.mesh, list(mesh.devices.flat)))
+    data = mesh.shape["data"] // slices
+    split = dataclasses.replace(config.mesh, data=1, fsdp=data * mesh.shape["fsdp"])
     policies = list(REMAT)[list(REMAT).index(config.compute.remat):]
     first = config.compute.microbatch or config.train.batch
     computed = [(policy, first) for policy in policies]
-    computed += [(policies[-1], rows) for rows in _halves(first, split.fsdp)[1:]]
+    computed += [(policies[-1], rows) for rows in _halves(first, sharding.rows_over(mesh))[1:]]
     for views in _halves(config.train.views, config.diffusion.view_group):
-        for axes in [config.mesh, split] if mesh.shape["data"] > 1 else [config.mesh]:
+        for axes in [config.mesh, split] if data > 1 else [config.mesh]:
             for policy, rows in computed:
                 compute = dataclasses.replace(config.compute, remat=policy,
                                               microbatch=0 if rows == config.train.batch else rows)

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from typing import Any
 
-from bd3lm_jax import compilers, flops, log, memory, rundir, sharding
+from bd3lm_jax import compilers, flops, log, memory, rundir
 from bd3lm_jax.compilers import SLICES, Compiled
 from bd3lm_jax.config import Config
 from bd3lm_jax.data.tokenizers import NUM_BYTES, Tokenizer, get_tokenizer
@@ -31,18 +31,23 @@ def plan(config: Config, *, target: str, utilisation: float) -> dict[str, Any]:
     figures of the first TPU with a slice of that size.
     utilisation: the part of the peak that the needed FLOPs will reach.
 
+    With a curriculum of block sizes FLOPs and speeds are means over the run, and what is compiled is the step of the
+    size with the most FLOPs: most memory too, since both grow with the tokens of a step.
+
     Raises UserError for a config that `train` would refuse, or a target that cannot be compiled for here. It sets jax
     up for CPU: call it before jax has used a device.
     """
-    sizes = {axis: max(getattr(config.mesh, axis), 1) for axis in sharding.AXES}
+    sizes = {axis: max(size, 1) for axis, size in dataclasses.asdict(config.mesh).items()}
     config, special = resolved(dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes)))
     number = math.prod(sizes.values())
     if target in SLICES:
-        compilers.check_tpu(target, number)
+        compilers.check_tpu(target, number // config.mesh.slices)
+    work = phases(config)
+    needed = sum(part * flops_ for part, flops_ in work.values())
+    config = config.in_phase(max(work, key=lambda size: work[size][1]), False)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, block_sizes=()))
     program = compilers.simulated_program(config, special)
-    found = _figures(program, target, _tpu_to_ask(target, number))
-    needed = flops.train_step(config.model, config.diffusion, batch=config.train.batch, length=config.data.length,
-                              views=config.train.views, schedule=config.schedule)
+    found = _figures(program, target, _tpu_to_ask(target, number // config.mesh.slices))
     chosen = [ACCELERATORS[target]] if target else list(ACCELERATORS.values())
     figures = {name: _by_kind(program, compiled) for name, compiled in found.items()}
     best = next(iter(figures))
@@ -53,6 +58,17 @@ def plan(config: Config, *, target: str, utilisation: float) -> dict[str, Any]:
     }
     _show(config, result, figures, utilisation)
     return result
+
+
+def phases(config: Config) -> dict[int, tuple[float, float]]:
+    """By block size of the curriculum the part of the run's steps, and the FLOPs of one; else all with the one size."""
+    pairs, steps, found = config.train.block_sizes or ((0, config.block_size),), config.train.steps, {}
+    for (first, size), end in zip(pairs, [*(start for start, _ in pairs[1:]), steps]):
+        part = found.get(size, (0.0, 0.0))[0] + max(min(end, steps) - first, 0) / steps
+        at = config.in_phase(size, False)
+        found[size] = part, flops.train_step(at.model, at.diffusion, batch=at.train.batch, length=at.data.length,
+                                             views=at.train.views, schedule=at.schedule)
+    return {size: both for size, both in found.items() if both[0]}
 
 
 def resolved(config: Config) -> tuple[Config, SpecialIds]:

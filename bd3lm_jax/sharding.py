@@ -1,7 +1,10 @@
 """Where arrays live: the device mesh, one path rule for every parameter, and activation constraints.
 
-Mesh axes: "data" replicates the parameters, "fsdp" shards them (both split the batch), "tensor" splits heads, the
-hidden layer of the MLP, the vocabulary, and experts.
+Mesh axes: "data" replicates the parameters, "fsdp" shards them, "expert" splits the experts of a mixture (all three
+split the batch), "tensor" splits heads, the hidden layer of the MLP, the vocabulary, and experts once more.
+
+Slices are groups of devices with fast links of their own, joined by the network of the data centre. They lie along
+"data", outermost, so that only what "data" sends crosses that network: the sum of the gradients, once a step.
 """
 
 import math
@@ -10,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 import optax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -21,8 +25,9 @@ from bd3lm_jax.state import TrainState, trained
 if TYPE_CHECKING:
     from bd3lm_jax.config import MeshConfig
 
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")
+EXPERT_AXES = ("expert", "tensor")
 
 # (pattern of the whole path, spec). Layers are stacked: parameters under "blocks" (or "blocks0", "blocks1", ... where
 # layers differ) have a leading layer axis.
@@ -44,8 +49,8 @@ RULES = (
     (r"blocks\d*/((mlp|shared)/)?(gate|up)/kernel", P(None, "fsdp", "tensor")),
     (r"blocks\d*/((mlp|shared)/)?down/kernel", P(None, "tensor", "fsdp")),
     (r"blocks\d*/router/(kernel|bias)", P()),
-    (r"blocks\d*/experts/(gate|up)/kernel", P(None, "tensor", "fsdp", None)),
-    (r"blocks\d*/experts/down/kernel", P(None, "tensor", None, "fsdp")),
+    (r"blocks\d*/experts/(gate|up)/kernel", P(None, EXPERT_AXES, "fsdp", None)),
+    (r"blocks\d*/experts/down/kernel", P(None, EXPERT_AXES, None, "fsdp")),
     (r"blocks\d*/mlp_in/kernel", P(None, "fsdp", "tensor")),
     (r"blocks\d*/mlp_in/bias", P(None, "tensor")),
     (r"blocks\d*/mlp_out/kernel", P(None, "tensor", "fsdp")),
@@ -66,38 +71,85 @@ RULES = (
 def make_mesh(mesh: "MeshConfig", devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh of all `devices` (None: every device of the run); a size of -1 takes the devices that are left.
 
-    Raises UserError, with the numbers, if the sizes do not multiply to the number of devices.
+    Sizes are those of one slice; the mesh has `slices` times as many along "data". Raises UserError, with the numbers,
+    if the sizes do not multiply to the number of devices, or if these lie in another number of slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes, types = sizes_for(mesh, len(devices)), (AxisType.Auto,) * len(AXES)
+    slices = by_slice(mesh, devices)
+    data, *others = sizes_for(mesh, len(devices), len(slices))
+    placed = [_placed((data // len(slices), *others), slice_) for slice_ in slices]
+    return Mesh(np.concatenate(placed), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _placed(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices of one slice, `[*sizes]`, neighbours along the axes being neighbours in the machine if they can."""
     try:
-        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+        return mesh_utils.create_device_mesh(sizes, devices)
     except NotImplementedError:  # sizes that are no products of the slice's own axes
-        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-        return Mesh(placed, AXES, axis_types=types)
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
-def sizes_for(mesh: "MeshConfig", count: int) -> tuple[int, ...]:
-    """Sizes by axis for `count` devices, -1 resolved. Raises UserError if they do not multiply to `count`."""
+def by_slice(mesh: "MeshConfig", devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+    """The devices of every slice of the mesh. -1: as many as there are.
+
+    Simulated devices are in no slices, so they are dealt out in order. GPUs, whose hosts count as slices, may be one.
+    UserError if the devices lie in another number of slices, or in slices of several sizes.
+    """
+    found: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        found.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    slices, platform = len(found) if mesh.slices == -1 else mesh.slices, devices[0].platform
+    sizes = sorted({len(slice_) for slice_ in found.values()})
+    if slices == len(found) and len(sizes) == 1:
+        return [found[index] for index in sorted(found)]
+    if slices == 1 and platform != "tpu":
+        return [list(devices)]
+    if platform == "cpu" and len(devices) % slices == 0:
+        part = len(devices) // slices
+        return [list(devices[first:first + part]) for first in range(0, len(devices), part)]
+    unlike = f", of {' and '.join(map(str, sizes))} devices: slices must be alike" if len(sizes) > 1 else (
+        f": use mesh.slices={len(found)}, or -1 for as many as there are")
+    raise UserError(f"mesh.slices={slices}, but the {len(devices)} devices are in {len(found)}{unlike}")
+
+
+def sizes_for(mesh: "MeshConfig", count: int, slices: int) -> tuple[int, ...]:
+    """Sizes by axis for `count` devices in so many slices, -1 resolved. UserError if their product is not `count`."""
     sizes = [getattr(mesh, axis) for axis in AXES]
-    fixed = math.prod(size for size in sizes if size != -1)
-    resolved = tuple(count // fixed if size == -1 else size for size in sizes)
-    if math.prod(resolved) != count:
-        wanted = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes))
+    fixed = slices * math.prod(size for size in sizes if size != -1)
+    data, *others = (count // fixed if size == -1 else size for size in sizes)
+    if slices * data * math.prod(others) != count:
+        shown = {axis: size for axis, size in zip(AXES, sizes) if axis != "expert" or size != 1}
+        shown |= {"slices": slices} if slices > 1 else {}
+        wanted = ", ".join(f"mesh.{axis}={size}" for axis, size in shown.items())
         raise UserError(f"{wanted} does not fit {count} devices: the product must be {count} (one size may be -1: "
                         "whatever is left)")
-    return resolved
+    return slices * data, *others
 
 
 def check_mesh(mesh: Mesh, model_config: Any, batch: int) -> None:
-    """UserError unless "tensor" divides the heads and "data" x "fsdp" divides `batch` (rows over all devices)."""
-    tensor, rows = mesh.shape["tensor"], math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    """UserError unless "tensor" divides the heads, the axes that split rows divide `batch` (rows over all devices), and
+    "expert", where it is not 1, splits experts that are there."""
+    expert, tensor, rows = mesh.shape["expert"], mesh.shape["tensor"], rows_over(mesh)
     if model_config.heads % tensor:
         raise UserError(f"mesh.tensor={tensor} does not divide model.heads={model_config.heads}: "
                         f"use a divisor of {model_config.heads}")
+    if expert > 1:
+        experts = getattr(model_config, "experts", 0)
+        if not experts:
+            raise UserError(f"mesh.expert={expert} splits experts, and model.kind='{model_config.kind}' has none: "
+                            "use 1")
+        if experts % (expert * tensor):
+            raise UserError(f"mesh.expert x mesh.tensor = {expert * tensor} does not divide model.experts={experts}: "
+                            f"use divisors of {experts}")
     if batch % rows:
-        raise UserError(f"mesh.data x mesh.fsdp = {rows} does not divide a batch of {batch} rows: "
+        axes = " x ".join(f"mesh.{axis}" for axis in BATCH_AXES if axis != "expert" or expert > 1)
+        raise UserError(f"{axes} = {rows} does not divide a batch of {batch} rows: "
                         f"use a multiple of {rows}, e.g. {-(-batch // rows) * rows}")
+
+
+def rows_over(mesh: Any) -> int:
+    """Devices that the rows of a batch are split over."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def param_specs(params: Any) -> Any:
@@ -118,8 +170,10 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
 
 
 def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
-    axes = [axis if axis is not None and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape)]
-    return P(*axes)
+    def parts(axes):
+        return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+
+    return P(*(axes if axes is not None and size % parts(axes) == 0 else None for axes, size in zip(spec, shape)))
 
 
 def state_shardings(tx: optax.GradientTransformation, abstract_state: TrainState, mesh: Mesh) -> TrainState:
@@ -139,14 +193,14 @@ def with_shardings(abstract: Any, shardings: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows (the leading axis) split over "data" and "fsdp"."""
+    """Rows (the leading axis) split over BATCH_AXES."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def batch_devices() -> int:
     """Devices that the rows of a batch are split over under `jax.set_mesh`; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return 1 if mesh.empty else rows_over(mesh)
 
 
 def dividing(mesh: Any, axes: tuple[str, ...], size: int) -> tuple[str, ...] | None:

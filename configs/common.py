@@ -97,7 +97,7 @@ def base() -> ConfigDict:
         "compute": {
             "dtype": "auto", "attention": "auto", "layers": "scan", "remat": "none", "microbatch": 0, "loss_chunk": 0,
         },
-        "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+        "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "expert": 1, "slices": 1},
         "log": {"every": 100},
         "checkpoint": {"every": 10_000, "keep": 2, "keep_best": 1},
         "eval": {"every": 10_000, "rows": 4096, "batch": 32, "draws": 1, "samples": 4, "sample_length": 256},

@@ -108,9 +108,14 @@ def _help(command) -> str:
     return f"{command.__doc__.strip()}\n\nFlags:{config}\n{arguments.flags_help(command.define)}".rstrip()
 
 
-if __name__ == "__main__":
-    code = main(sys.argv[1:])
+def launch(argv: list[str]) -> None:
+    """`main`, then the end of the process if it failed."""
+    code = main(argv)
     if code:  # at once: exit handlers of a failed process would wait for its peers and threads
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+if __name__ == "__main__":
+    launch(sys.argv[1:])

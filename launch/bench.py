@@ -7,6 +7,7 @@
   python -m launch bench family --workdir=runs/tiny-ar,runs/tiny --rounds=1    # objectives under one bound
   python -m launch bench faults --rounds=50          # kills, flipped bits, a full disk: docs/faults.md
   python -m launch bench density --workdir=RUN,RUN --rounds=16       # of priority masks, by kind of token
+  python -m launch bench scaling --out=docs/plots                    # work and traffic on 1 to 8 simulated devices
   python -m launch bench sampling --workdir=runs/tiny --scorer=runs/tiny-ar    # which settings to sample with
 
 Result: bench, device, versions, rows (case, variant, baseline, and ratios to the baseline; null where not known).

@@ -3,7 +3,7 @@
   python -m launch tpu --engine=gcloud --accelerator=v5litepod-16 --name=owt --project=P --zone=us-central1-a \\
       --shared=/mnt/nfs/runs --spot -- train --config=configs/owt.py --mesh=data=-1,fsdp=4
   python -m launch tpu --engine=xpk --accelerator=v6e-256 --slices=2 --name=owt --project=P --zone=us-east5-b \\
-      --shared=/mnt/runs -- train --config=configs/owt.py --mesh=fsdp=-1
+      --shared=/mnt/runs -- train --config=configs/owt.py --mesh=fsdp=-1,slices=2
   python -m launch tpu --engine=skypilot --accelerator=H100:8 --name=owt --shared=gs://bucket/runs -- train
   python -m launch tpu --engine=slurm --accelerator=H100:8 --name=sizes -- sweep --config=configs/tiny.py
   python -m launch tpu --engine=gcloud ... --action=logs --run -- train       # does one action instead of showing it
@@ -55,7 +55,7 @@ def main(args: flags.FlagValues, words: list[str]) -> dict:
 
     part = slices.find(arguments.required(args, "accelerator"))
     chips, hosts = part.chips * args.slices, part.hosts * args.slices
-    words, points = check_command(words, chips, hosts, args.engine == "slurm")
+    words, points = check_command(words, chips, hosts, args.engine == "slurm", args.slices)
     job = clusters.Job(name=args.name, slice=part, slices=args.slices, project=args.project, zone=args.zone,
                        cluster=args.cluster, shared=args.shared, spot=args.spot, restarts=args.restarts,
                        out=os.path.abspath(args.out or f"runs/clusters/{args.name}"), command=tuple(words),
@@ -63,7 +63,7 @@ def main(args: flags.FlagValues, words: list[str]) -> dict:
     return clusters.launch(args.engine, job, args.action, args.run)
 
 
-def check_command(words: list[str], chips: int, hosts: int, array: bool) -> tuple[list[str], int]:
+def check_command(words: list[str], chips: int, hosts: int, array: bool, slices: int) -> tuple[list[str], int]:
     """The command as the hosts run it, and the number of runs of a sweep (0: no sweep), which `array` makes tasks.
 
     UserError for a command that is none of ours or cannot run there, and for what the command itself would refuse.
@@ -84,7 +84,7 @@ def check_command(words: list[str], chips: int, hosts: int, array: bool) -> tupl
             raise UserError("train --plan needs no cluster: run it here")
         if args.mesh:
             config = dataclasses.replace(config, mesh=command.parse_mesh(args.mesh))
-        _check_mesh(config, chips)
+        _check_mesh(config, chips, slices)
     if hosts > 1 and not args.distributed:
         words = [*words, "--distributed"]
     return words, 0
@@ -97,16 +97,19 @@ def _check_sweep(command, spec: str, overrides: list[str], args, chips: int, hos
     if array and args.index is not None:
         raise UserError("sweep --index does not go with engine 'slurm': the array gives every run its number")
     for point in points:
-        _check_mesh(point.config, chips)
+        _check_mesh(point.config, chips, 1)
     return len(points) if array else 0
 
 
-def _check_mesh(config, chips: int) -> None:
-    """UserError unless the mesh of a config fits so many devices, its heads and its batch fit the mesh."""
+def _check_mesh(config, chips: int, slices: int) -> None:
+    """UserError unless the mesh of a config fits these devices and slices, and heads and batch fit the mesh."""
     from jax.sharding import AbstractMesh
 
     from bd3lm_jax import sharding
 
-    sizes = sharding.sizes_for(config.mesh, chips)
+    sizes = sharding.sizes_for(config.mesh, chips, slices)
+    if config.mesh.slices not in (-1, slices):
+        raise UserError(f"--slices={slices}, but mesh.slices={config.mesh.slices}: add slices={slices} to --mesh "
+                        "of the command, or slices=-1 for as many as there are")
     sharding.check_mesh(AbstractMesh(sizes, sharding.AXES), config.model, config.compute.microbatch
                         or config.train.batch)

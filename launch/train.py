@@ -27,9 +27,8 @@ TAKES_CONFIG = True
 
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", "", "where the run is kept; empty: runs/<config file name>", flag_values=values)
-    flags.DEFINE_list("mesh", [], "devices by axis, e.g. data=8,fsdp=4; -1: what is left (planned as 1); "
-                      "empty: the config's",
-                      flag_values=values)
+    flags.DEFINE_list("mesh", [], "devices by axis (data, fsdp, expert, tensor), e.g. data=8,fsdp=4; -1: what is left "
+                      "(planned as 1); slices=N: of N slices that are alike; empty: the config's", flag_values=values)
     flags.DEFINE_boolean("profile", False, "trace a few steps into WORKDIR/profile", flag_values=values)
     flags.DEFINE_boolean("plan", False, "do not train: say what training needs, no accelerator needed",
                          flag_values=values)

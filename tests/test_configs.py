@@ -13,11 +13,14 @@ from bd3lm_jax import models, sharding
 from bd3lm_jax.config import Config, flatten
 from bd3lm_jax.models import trunk
 from bd3lm_jax.optim import make_schedule
-from configs import adapt, austen, common, llama_8b, lm1b, owt, roberta_wikitext, sapiens, sft, tiny
+from configs import (
+    adapt, austen, common, llada2_flash, llama_8b, lm1b, owt, roberta_wikitext, sapiens, sft, tiny,
+)
 from launch.arguments import load_config
 from launch.sweep import load_points
 
-CONFIGS = {"tiny": tiny, "austen": austen, "lm1b": lm1b, "owt": owt, "llama_8b": llama_8b}
+CONFIGS = {"tiny": tiny, "austen": austen, "lm1b": lm1b, "owt": owt, "llama_8b": llama_8b,
+           "llada2_flash": llada2_flash}
 # They begin with a directory.
 ADAPTING = {"adapt": adapt, "sft": sft, "roberta_wikitext": roberta_wikitext, "sapiens": sapiens}
 OTHERS = [name for name in common.OBJECTIVES if name != "ar"]
@@ -30,6 +33,7 @@ ARGS = {
     "lm1b": SIZES_AND_ALGORITHMS,
     "owt": SIZES_AND_ALGORITHMS,
     "llama_8b": ALGORITHMS,
+    "llada2_flash": ALGORITHMS,
 }
 
 
@@ -43,7 +47,7 @@ def test_builds_and_validates(name, arg):
     config = Config.from_dict(CONFIGS[name].get_config(arg))
     length = config.data.length
     algo = dict(word.split("=") for word in arg.split(",") if "=" in word).get("algo", "bd3lm")
-    expected = {"ar": 1, "bd3lm": 4, "mixed": 16}.get(algo, length)
+    expected = {"ar": 1, "bd3lm": 32 if name == "llada2_flash" else 4, "mixed": 16}.get(algo, length)
     for word in arg.split(","):
         if word.startswith("block_size="):
             expected = int(word.removeprefix("block_size="))
@@ -114,6 +118,16 @@ def test_the_8b_has_the_published_number_of_parameters():
     config = Config.from_dict(llama_8b.get_config())
     params = jax.eval_shape(lambda: trunk.init(models.build(config.model, jnp.float32), jax.random.key(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 8_030_261_248
+
+
+def test_the_mixture_has_the_parameters_of_its_shape():
+    """LLaDA2.0-flash is published as 103B."""
+    config = Config.from_dict(llada2_flash.get_config())
+    params = jax.eval_shape(lambda: trunk.init(models.build(config.model, jnp.float32), jax.random.key(0)))
+    attention = 4096 * (32 + 4 + 4) * 128 + 4096 * 4096 + 2 * 4096 + 2 * 128
+    sparse = (256 + 1) * 3 * 4096 * 1024 + 4096 * 256 + 256
+    expected = 2 * 157_184 * 4096 + 32 * attention + 3 * 4096 * 9216 + 31 * sparse + 4096
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected == 102_889_705_216
 
 
 @pytest.mark.parametrize("name", common.MODELS)

@@ -9,6 +9,7 @@ import time
 
 import jax
 import pytest
+from toy_fed import fed
 from toy_runs import ROOT, environment, write_text
 
 from bd3lm_jax import distributed
@@ -33,10 +34,11 @@ def runs(tmp_path):
     started = []
 
     def start(workdir, count, devices, *flags, ranks=None, command=()):
+        command = command or ("train", f"--config={tmp_path / 'toy.py'}")
         port = 20000 + (os.getpid() * 7 + len(started)) % 20000
         joined = ("--distributed", f"--coordinator=127.0.0.1:{port}", f"--processes={count}", "--heartbeat=20")
         for i in ranks or range(count):
-            words = [sys.executable, "-m", "launch", *(command or ("train", f"--config={tmp_path / 'toy.py'}")),
+            words = [sys.executable, ROOT / "tests" / "toy_fed.py", tmp_path / f"{workdir}.{i}.fed", *command,
                      f"--workdir={tmp_path / workdir}", *flags, *((*joined, f"--process_id={i}") if count > 1 else ())]
             out, err = (open(tmp_path / f"{workdir}.{i}.{kind}", "w") for kind in ("out", "err"))
             started.append(subprocess.Popen(words, cwd=ROOT, stdout=out, stderr=err, env=environment(devices)))
@@ -59,18 +61,21 @@ def logged(tmp_path, workdir):
 
 @pytest.mark.ci_slow
 def test_two_processes_train_as_one(tmp_path, runs):
-    """2 x 2 devices and 1 x 4: the same three losses and the same bound; one process writes and speaks."""
-    for workdir, count, devices in (("two", 2, 2), ("one", 1, 4)):
-        processes = runs(workdir, count, devices, "--config.train.steps=3")
+    """2 x 4 devices and a single one: five steps on the same rows, the same bound; one process writes and speaks."""
+    for workdir, count, devices, fsdp in (("two", 2, 4, 4), ("one", 1, 1, 1)):
+        processes = runs(workdir, count, devices, "--config.train.steps=5", f"--mesh=data={count},fsdp={fsdp}")
         assert [process.wait(SECONDS) for process in processes] == [0] * count, said(tmp_path, workdir, 0, "err")
+    rows = fed(tmp_path / "one.0.fed")
+    assert fed(tmp_path / "two.0.fed", tmp_path / "two.1.fed") == rows and sorted(rows) == list(range(5))
+    assert fed(tmp_path / "two.0.fed") != rows  # each process holds its own
     two, one = (logged(tmp_path, workdir) for workdir in ("two", "one"))
-    assert [line["step"] for line in two] == [1, 2, 3] == [line["step"] for line in one]
+    assert [line["step"] for line in two] == [1, 2, 3, 4, 5] == [line["step"] for line in one]
     for ours, theirs in zip(two, one):
         assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-5)
         assert ours["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=1e-5)
     assert two[-1]["valid/nll"] == pytest.approx(one[-1]["valid/nll"], abs=1e-5)
-    assert json.loads(said(tmp_path, "two", 0, "out").splitlines()[-1])["step"] == 3
-    assert "{" not in said(tmp_path, "two", 1, "out") and "step 3/3" not in said(tmp_path, "two", 1, "err")
+    assert json.loads(said(tmp_path, "two", 0, "out").splitlines()[-1])["step"] == 5
+    assert "{" not in said(tmp_path, "two", 1, "out") and "step 5/5" not in said(tmp_path, "two", 1, "err")
     measure = runs("two", 2, 2, "--split=valid", command=("eval",))
     assert [process.wait(SECONDS) for process in measure] == [0, 0], said(tmp_path, "two", 0, "err")
     found = json.loads(said(tmp_path, "two", 0, "out").splitlines()[-1])

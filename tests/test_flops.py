@@ -13,6 +13,7 @@ from bd3lm_jax import flops, models, passes
 from bd3lm_jax.diffusion.ar import AR
 from bd3lm_jax.diffusion.clip import ClipSearch, CountSchedule
 from bd3lm_jax.diffusion.masked import Masked
+from bd3lm_jax.diffusion.mixed import Mixed
 from bd3lm_jax.models import trunk
 from bd3lm_jax.models.dit import DiTConfig
 
@@ -43,6 +44,19 @@ def test_two_streams_by_hand(size, views):
     scored = views * flops.scored_positions(Masked.uniform_counts(size), 1, LENGTH, views)
     expected = by_hand(clean, views * LENGTH, 11, 12 * noised_pairs + 11 * clean_pairs, scored)
     assert paper_step(Masked.uniform_counts(size), views) == pytest.approx(expected, rel=1e-3)
+
+
+def test_blocks_of_several_sizes_by_hand():
+    """A third of the rows each; what is scored is the most that any of them masks."""
+    mixed = Mixed(block_size=16, sizes=(4, 16, 64), schedule="loglinear", corruption="exact_count", complement=False,
+                  eps=1e-3)
+    scored, each = flops.scored_positions(mixed, 1, LENGTH, 1), []
+    for size in mixed.sizes:
+        noised_pairs = sum(size * (block * size + size) for block in range(LENGTH // size))
+        clean_pairs = noised_pairs - size * LENGTH
+        each.append(by_hand(LENGTH - size, LENGTH, 11, 12 * noised_pairs + 11 * clean_pairs, scored))
+    assert paper_step(mixed, 1) == pytest.approx(sum(each) / 3, rel=1e-3)
+    assert max(each) > 1.01 * min(each)
 
 
 def test_autoregressive_by_hand():

@@ -86,5 +86,29 @@ def test_as_tpu_programs_are_written():
                      "reduce-scatter": (1, pytest.approx(3 / 4 * 512 * 128 * 2))}
 
 
+@pytest.mark.parametrize(("slice_size", "between"), [(4, ["all-gather"]), (2, ["all-gather", "reduce-scatter"])])
+def test_what_joins_slices_is_told_apart(slice_size, between):
+    """Of the calls above, on eight devices, one gathers from all of them and the others within four."""
+    whole, found = hlo.communication(TPU), hlo.communication(TPU, slice_size)
+    assert [kind for kind in found if kind.endswith(hlo.BETWEEN)] == [kind + hlo.BETWEEN for kind in between]
+    for kind in whole:
+        parts = [found[name] for name in (kind, kind + hlo.BETWEEN) if name in found]
+        assert [sum(values) for values in zip(*parts)] == pytest.approx(list(whole[kind]))
+    if slice_size == 4:
+        assert found["all-gather between slices"] == (1, pytest.approx(7 / 8 * 320))
+
+
+@pytest.mark.parametrize(("said", "groups"), [
+    ("replica_groups={{0,3},{1,2}}, to_apply=%add", [[0, 3], [1, 2]]),
+    ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+    ("replica_groups=[2,4]<=[8], use", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ("replica_groups=[4,2]<=[2,4]T(1,0), use", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+    ("replica_groups=mesh['a'=2,'b'=4] {'a'}, x", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+    ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}, x", [[0, 2], [1, 3]]),
+    ("replica_groups={}, to_apply=%add", None)])
+def test_groups_as_they_are_written(said, groups):
+    assert hlo._groups(f"  %x = f32[2]{{0}} all-reduce(%y), channel_id=1, {said}") == groups
+
+
 def test_a_program_of_one_device_sends_nothing():
     assert hlo.communication("ENTRY %main (p: f32[2]) -> f32[2] {\n  ROOT %p = f32[2]{0} parameter(0)\n}\n") == {}

@@ -26,7 +26,8 @@ def launch(capsys, tmp_path, *argv):
 
 
 def test_shows_and_writes_everything(capsys, tmp_path):
-    code, out, err = launch(capsys, tmp_path, *GCLOUD, "--name=mine", "--spot", "--slices=2", "--", *TRAIN)
+    code, out, err = launch(capsys, tmp_path, *GCLOUD, "--name=mine", "--spot", "--slices=2", "--", *TRAIN,
+                            "--mesh=data=-1,fsdp=4,slices=2")
     assert code == 0
     (line,) = out.splitlines()
     result = json.loads(line)
@@ -93,7 +94,9 @@ BAD = [
     ((*GCLOUD, "--", "train", "--config.optim.lrr=1"), "did you mean 'optim.lr'?"),
     ((*GCLOUD, "--", "train", "--plan"), "needs no cluster"),
     ((*GCLOUD, "--", "train", "--mesh=data=3"), "mesh.data=3, mesh.fsdp=1, mesh.tensor=1 does not fit 16 devices"),
-    ((*GCLOUD, "--slices=2", "--", "train", "--mesh=data=16"), "does not fit 32 devices"),
+    ((*GCLOUD, "--slices=2", "--", "train", "--mesh=data=32"), "does not fit 32 devices"),
+    ((*GCLOUD, "--slices=2", "--", "train", "--mesh=data=16,slices=3"), "--slices=2, but mesh.slices=3: add slices=2"),
+    ((*GCLOUD, "--", "train", "--mesh=data=8,expert=2"), "model.kind='dit' has none"),
     ((*GCLOUD, "--", "train", "--mesh=tensor=16"), "mesh.tensor=16 does not divide model.heads"),
     ((*GCLOUD, "--", "train", "--mesh=data=16", "--config.train.batch=24"), "does not divide a batch of 24 rows"),
     ((*GCLOUD, "--accelerator=v5litepod-17", "--", *TRAIN), "v5litepod comes in 1, 4, 8, 16"),

@@ -1,5 +1,6 @@
 """`--plan` as a person starts it: figures against closed forms and against what is really allocated and counted."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -43,7 +44,7 @@ def four():
 
 
 def test_sizes(four):
-    assert (four["devices"], four["mesh"]) == (4, {"data": 4, "fsdp": 1, "tensor": 1})
+    assert (four["devices"], four["mesh"]) == (4, {"data": 4, "fsdp": 1, "tensor": 1, "expert": 1, "slices": 1})
     assert (four["params"], four["compiler"]) == (PARAMS, "cpu")
     held = four["bytes_per_device"]
     assert four["estimate"]["bytes_per_device"] == held
@@ -67,6 +68,22 @@ def test_speed_is_flops_over_peak(four):
     check_speeds(four, 0.5)
 
 
+def test_a_curriculum_is_planned_by_its_parts():
+    """Of 10 steps 2 with blocks of 4 tokens, 5 of 16 and 3 of 4 again."""
+    flags = ("--config.train.steps=10", "--config.train.block_sizes=((0,4),(2,16),(7,4))",
+             "--config.diffusion.block_size=4")
+    config = plan.resolved(load_config("configs/tiny.py", (*SMALL, *flags)))[0]
+    found = plan.phases(config)
+    assert {size: part for size, (part, _) in found.items()} == {4: pytest.approx(0.5), 16: pytest.approx(0.5)}
+    for size, (_, work) in found.items():
+        objective = dataclasses.replace(config.diffusion, block_size=size)
+        assert work == flops.train_step(config.model, objective, batch=16, length=64, views=1)
+    plain = plan.resolved(load_config("configs/tiny.py", SMALL))[0]
+    assert plan.phases(plain)[plain.block_size][0] == 1
+    short = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2))
+    assert set(plan.phases(short)) == {4}
+
+
 def check_speeds(found, utilisation):
     sent = sum(traffic["bytes"] for traffic in found["communication"].values())
     for row in found["expected"]:
@@ -85,7 +102,7 @@ def test_split_weights():
 
 
 @pytest.mark.parametrize(("flag", "message"), [
-    ("--mesh=data=4,fsdp", "--mesh: 'fsdp' is not one of data=N, fsdp=N, tensor=N"),
+    ("--mesh=data=4,fsdp", "--mesh: 'fsdp' is not one of data=N, fsdp=N, tensor=N, expert=N, slices=N"),
     ("--mesh=rows=4", "--mesh: 'rows=4' is not one of"),
     ("--mesh=data=-1,fsdp=-1", "at most one -1"),
     ("--for=v7", "value should be one of <v4|v5e|v5p|v6e|H100|H200>"),

@@ -11,7 +11,7 @@ from bd3lm_jax.config import MeshConfig
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.plan import resolved
 from bd3lm_jax.program import Program, bytes_needed, bytes_per_device
-from bd3lm_jax.sharding import make_mesh
+from bd3lm_jax.sharding import AXES, make_mesh
 from bd3lm_jax.step import SpecialIds
 
 SPECIAL = SpecialIds(MASK, END)
@@ -67,5 +67,5 @@ def test_bytes_on_four_devices():
 def test_a_mesh_that_does_not_divide_is_refused():
     with pytest.raises(UserError, match="does not divide a batch of 7 rows"):
         run = toy_config(Path("unused"), {"train.batch": 7})
-        mesh = jax.sharding.AbstractMesh((2, 1, 1), ("data", "fsdp", "tensor"))
+        mesh = jax.sharding.AbstractMesh((2, 1, 1, 1), AXES)
         Program.of(resolved(run)[0], SPECIAL, mesh, jnp.float32)

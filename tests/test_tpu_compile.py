@@ -1,6 +1,7 @@
-"""The TPU compiler on described slices, without a TPU: attention and a sharded step with it. `pytest -m libtpu`."""
+"""The TPU compiler on described slices, without a TPU: attention, the step, the sampler. `pytest -m libtpu`."""
 
 import json
+import math
 import re
 
 import pytest
@@ -16,23 +17,25 @@ import jax, jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from bd3lm_jax import attention, hlo, passes, sharding
+from bd3lm_jax import attention, hlo, sharding
 from bd3lm_jax.attention import MaskSpec, Tokens
-from bd3lm_jax.models import dit, trunk
-from bd3lm_jax.passes import Execution
+from bd3lm_jax.models import trunk
+
+SLICE = 16  # devices
 
 def mesh_of(topology, data, fsdp):
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    devices = np.array(devices[:data * fsdp]).reshape(data, fsdp, 1)
-    return jax.sharding.Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    devices = np.array(devices[:data * fsdp]).reshape(data, fsdp, 1, 1)
+    return jax.sharding.Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 4)
 
-def compiled(function, mesh, *arguments):
+def figures(function, mesh, *arguments):
     with jax.set_mesh(mesh):
-        program = jax.jit(function).lower(*arguments).compile()
+        program = function.lower(*arguments).compile()
     text = program.as_text()
     return {"temporary": program.memory_analysis().temp_size_in_bytes,
-            "kernels": text.count('custom_call_target="tpu_custom_call"'), "communication": hlo.communication(text),
-            "sends": [line for line in text.splitlines() if hlo.CALL.search(line)]}
+            "kernels": text.count('custom_call_target="tpu_custom_call"'),
+            "communication": hlo.communication(text, SLICE),
+            "sends": [line.strip() for line in text.splitlines() if hlo.CALL.search(line)]}
 """
 
 ATTENTION = DESCRIBED + """
@@ -54,25 +57,63 @@ def gradients(backend):
         outputs = attention.attend(backend, spec, *streams, None)
         return sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in outputs)
     return jax.grad(total)
-print(json.dumps({name: compiled(gradients(name), mesh, streams, spec) for name in backends}))
+print(json.dumps({name: figures(jax.jit(gradients(name)), mesh, streams, spec) for name in backends}))
 """
 
-STEP = DESCRIBED + """
-batch, length, block_size, vocabulary = 16, 512, 16, 512
-mesh = mesh_of("v5e:4x4", 4, 4)
-config = dit.DiTConfig(vocab_size=vocabulary, layers=3, width=128, heads=2, mlp_ratio=4, dropout=0.0, adaln=True,
-                       cond_dim=32, time_conditioning=False, rope_base=1e4)
-model = dit.build(config, jnp.bfloat16)
-abstract = jax.eval_shape(lambda: trunk.init(model, jax.random.key(0)))
-params = sharding.with_shardings(abstract, sharding.param_shardings(abstract, mesh))
-rows = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=sharding.batch_sharding(mesh))
+# Programs of a small run, as training and sampling make them; sys.argv[1]: keys of its config.
+RUN = DESCRIBED + """
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from toy_runs import toy_config
+from bd3lm_jax import compilers, generation, models
+from bd3lm_jax.options import Options
+from bd3lm_jax.sampling import Request
+from bd3lm_jax.step import SpecialIds
 
-def loss(params, xt_BxL, x0_BxL, position_BxL, segment_BxL):
-    execution = Execution(backend="auto", layers="scan", remat="attention", one_document=True)
-    h = passes.two_stream(model, params, xt_BxL[:, None], x0_BxL, position_BxL, segment_BxL, block_size=block_size,
-                          execution=execution)
-    return jnp.mean(jnp.square(h.astype(jnp.float32)))
-print(json.dumps(compiled(jax.grad(loss), mesh, params, rows, rows, rows, rows)))
+special, length = SpecialIds(mask=511, end=0), 512
+config = toy_config(Path("unused"), {"model.layers": 3, "model.width": 128, "model.heads": 2, "model.vocab_size": 512,
+                                     "data.length": length, "diffusion.block_size": 16, "train.batch": 32,
+                                     "mesh.data": 1} | json.loads(sys.argv[1]))
+"""
+
+STEP = RUN + """
+program = compilers.described_program(config, special, "v5e")
+state, batch = program.arguments()
+found = figures(program.step(), program.mesh, state, batch)
+split = lambda x: "fsdp" in x.sharding.spec
+layers, leaves = jax.tree.leaves(state.params["blocks"]), jax.tree.leaves(state.params)
+weights = {int(np.prod(x.shape[1:])) for x in layers} | {x.size for x in layers if not split(x)}
+weights |= {x.size for name in state.params if name != "blocks" for x in jax.tree.leaves(state.params[name])}
+weights |= {2 * 128 * 128}  # keys and values alone, of the last layer's clean tokens
+print(json.dumps(found | {"weights": sorted(weights),
+                          "split": sum(x.size for x in leaves if split(x))}))
+"""
+
+SAMPLER = RUN + """
+model, rows = models.build(config.model, jnp.bfloat16), 48
+lm = SimpleNamespace(config=config, model=model, special=special, context=length, tokenizer=None)
+mesh = sharding.make_mesh(config.mesh, compilers.described("v5e", config.mesh.data, 1))
+
+def placed(tree):  # rows over devices, all else on each
+    def place(x):
+        split = P(sharding.BATCH_AXES) if x.shape[:1] == (rows,) else P()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, split))
+    return jax.tree.map(place, tree)
+
+def asked():
+    ints = jnp.zeros(rows, jnp.int32)
+    return Request(jax.random.split(jax.random.key(0), rows), jnp.zeros((rows, length), bool), ints + length, ints,
+                   jnp.zeros(512, bool), jnp.float32(0.5))
+
+params = placed(jax.eval_shape(lambda: trunk.init(model, jax.random.key(0))))
+request, tokens = placed(jax.eval_shape(asked)), placed(jax.ShapeDtypeStruct((rows, length), jnp.int32))
+integer, real = (placed(jax.ShapeDtypeStruct((), dtype)) for dtype in (jnp.int32, jnp.float32))
+plan = generation.make_plan(lm, Options(), length)
+progress = placed(jax.eval_shape(lambda *asked: generation._start(lm, plan, 0, *asked), params, request, tokens,
+                                 *[integer] * 3, real))
+run = jax.jit(lambda *arguments: generation._run(lm, plan, *arguments), donate_argnums=3)
+print(json.dumps(figures(run, mesh, params, request, real, progress, integer)))
 """
 
 
@@ -98,9 +139,35 @@ def test_attention_on_a_mesh_does_not_communicate():
     assert found["kernels"] == 3 and found["communication"] == {}
 
 
-def test_a_sharded_step_gathers_weights_and_nothing_for_attention():
-    found = compile_on_tpu(STEP)
+MESHES = {"split": {"mesh.data": 4, "mesh.fsdp": 4}, "heads": {"mesh.data": 2, "mesh.fsdp": 4, "mesh.tensor": 2},
+          "slices": {"mesh.fsdp": 16, "mesh.slices": 2}}
+
+
+def elements(line):
+    """Numbers in the largest array that a collective gives."""
+    arrays = re.findall(r"\w+\[([\d,]*)\]", line.split(" = ")[1].split("(%")[0])
+    return max(math.prod(map(int, filter(None, dims.split(",")))) for dims in arrays)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_the_step_gathers_weights_and_never_activations(name):
+    found = compile_on_tpu(STEP, json.dumps(MESHES[name]))
+    sent = found["communication"]
     assert found["kernels"] == 6  # the scanned layers and the last one; attention is not run forwards twice
-    assert found["communication"]["all-gather"][0] > 0
-    for line in found["sends"]:  # named after modules, of which attention is none
-        assert re.search(r'op_name="[^"]*(Block|Embed)', line), line
+    assert sent["all-gather"][0] > 0 and ("all-reduce between slices" in sent) == (name == "slices")
+    if name == "split":
+        assert set(sent) == {"all-gather", "reduce-scatter", "all-reduce"}
+        # Matrices in 16 bits, once for the forward and once for the backward pass.
+        assert sent["all-gather"][1] == pytest.approx(2 * 3 / 4 * 2 * found["split"], rel=0.15)
+        assert sent["reduce-scatter"][1] <= 3 / 4 * 4 * found["split"]
+    gathered = [elements(line) for line in found["sends"] if "all-gather" in line]
+    assert set(gathered) <= set(found["weights"])  # activations of a device's rows alone are more than any of them
+    assert max(found["weights"]) < 32 // 16 * 512 * 128
+
+
+def test_the_sampler_is_one_loop_without_communication_of_tokens():
+    """On many devices every one writes rows of its own; they only agree on when all are done."""
+    one, many = (compile_on_tpu(SAMPLER, json.dumps({"mesh.data": count})) for count in (1, 16))
+    assert one["communication"] == {} and many["communication"].keys() == {"all-reduce"}
+    assert [elements(line) for line in many["sends"]] == [1, 1]  # in the conditions of its two loops
+    assert many["temporary"] < one["temporary"]

@@ -9,6 +9,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from toy_fed import fed
 from toy_runs import AR, environment, network, run_python, toy_config, toy_dict, write_text
 
 from bd3lm_jax import program
@@ -276,20 +277,43 @@ def test_sigterm_saves_and_exits_42(home, tmp_path):
     assert sorted(losses(tmp_path)) == list(range(1, saved + 4))
 
 
+# Runs of one process, one after the other: configs and work directories, and where it is recorded what they were fed.
+RUNS = """
+import json, sys
+from toy_fed import record
+from bd3lm_jax.config import Config
+from bd3lm_jax.train import train
+record(sys.argv[2])
+print(json.dumps([train(Config.from_dict(config), workdir)["valid_nll"]
+                  for config, workdir in json.loads(sys.argv[1])]))
+"""
+MESHES = {"one": (1, {}), "data": (8, {"mesh.data": 8}), "fsdp": (8, {"mesh.data": 1, "mesh.fsdp": 8}),
+          "all": (8, {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2, "mesh.slices": 2})}
+
+
 @pytest.mark.ci_slow
 def test_devices_and_meshes_give_the_same_losses(home, tmp_path):
-    """Three steps on one device, and on eight in two meshes; samples are drawn at the end of each."""
-    changes = {"train.steps": 3, "model.layers": 3, "eval.samples": 1}
-    meshes = {"one": (1, {}), "data": (8, {"mesh.data": 8}),
-              "all": (8, {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})}
-    found = {}
-    for name, (devices, mesh) in meshes.items():
-        done = run_python(RUN, json.dumps(toy_dict(home, changes | mesh)), tmp_path / name, devices=devices)
+    """Five steps on one device and on eight in three meshes, on the same rows; the last one also writes samples.
+
+    Then two more steps on each, all from the checkpoint that the one device wrote.
+    """
+    found, rows = {}, {}
+    for name, (devices, mesh) in MESHES.items():
+        workdir, more, changes = tmp_path / name, tmp_path / f"{name}-more", {"model.layers": 3} | mesh
+        runs = [(toy_dict(home, changes | {"train.steps": 5, "eval.samples": int(name == "all")}), str(workdir)),
+                (toy_dict(home, changes | {"train.steps": 7}), str(more))]
+        if name != "one":  # which has nothing to go on from: seven steps at once
+            shutil.copytree(tmp_path / "one", more)
+        done = run_python(RUNS, json.dumps(runs), tmp_path / f"{name}.fed", devices=devices, timeout=600)
         assert done.returncode == 0, done.stderr
-        found[name] = [*losses(tmp_path / name).values(), json.loads(done.stdout.splitlines()[-1])["valid_nll"]]
-    assert len(found["one"]) == 4
-    for name in ("data", "all"):
+        assert ("continuing from step 5" in done.stderr) == (name != "one")
+        found[name] = [*losses(workdir).values(), *losses(more).values(), *json.loads(done.stdout.splitlines()[-1])]
+        rows[name] = fed(tmp_path / f"{name}.fed")
+    assert len(found["one"]) == 5 + 7 + 2 and sorted(rows["one"]) == list(range(7))
+    assert {len(step) for step in rows["one"].values()} == {3 * 8}  # tokens, segments and positions of every row
+    for name in MESHES:
         np.testing.assert_allclose(found[name], found["one"], rtol=1e-5)
+        assert rows[name] == rows["one"]
 
 
 @pytest.mark.ci_slow

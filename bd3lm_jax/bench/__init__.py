@@ -2,7 +2,8 @@
 
 A benchmark is a module with `run(rounds, against) -> rows` (see `runner.row_of`), LIMITS (what this library promises),
 NOTE (how to read it), AGAINST (what it can be compared with) and a line in BENCHES. One with WORKDIR = True measures
-trained runs, `run(rounds, against, workdir)`; one with `draw(path, rows)` has a picture of its own.
+trained runs, `run(rounds, against, workdir)`; one with `draw(path, rows)` has a picture of its own; SIMULATED: it is
+compiled for so many simulated devices.
 """
 
 import importlib.metadata
@@ -15,13 +16,15 @@ from typing import Any
 
 import jax
 
-from bd3lm_jax import log, plots
-from bd3lm_jax.bench import attention, data, density, evaluate, family, faults, loss, sampling, step, variance
+from bd3lm_jax import compilers, log, plots
+from bd3lm_jax.bench import (attention, data, density, evaluate, family, faults, loss, sampling, scaling, step,
+                             variance)
 from bd3lm_jax.bench.runner import Limit, judged
 from bd3lm_jax.errors import UserError, lookup
 
 BENCHES = {"attention": attention, "step": step, "loss": loss, "data": data, "eval": evaluate,
-           "sampling": sampling, "variance": variance, "density": density, "family": family, "faults": faults}
+           "sampling": sampling, "variance": variance, "density": density, "family": family, "scaling": scaling,
+           "faults": faults}
 COLUMNS = {  # field of a row -> heading and format of its column
     "time_ratio": ("time", "{:.3f}"), "cpu_ratio": ("CPU", "{:.3f}"), "memory_ratio": ("memory", "{:.3f}"),
     "flops_ratio": ("FLOPs", "{:.3f}"), "median_ms": ("ms", "{:,.1f}"), "temp_mib": ("MiB", "{:,.0f}"),
@@ -53,6 +56,8 @@ def bench(name: str, rounds: int, against: str, out: str | os.PathLike,
         raise UserError(f"benchmark '{name}' measures a trained run: give --workdir=DIR" if needs_runs else
                         f"benchmark '{name}' needs no trained run: leave --workdir={workdir} out")
     out = _directory(out)
+    if hasattr(module, "SIMULATED"):
+        compilers.simulate(module.SIMULATED)
     device = jax.devices()[0].device_kind
     rows = module.run(rounds, against, *([workdir] if needs_runs else []))
     _show(f"{name}, {rounds} rounds in turns, on {device}", module.NOTE, rows, module.LIMITS)

@@ -1,9 +1,12 @@
 """A mixture of experts: who goes to which expert, and the experts' products.
 
 No token is dropped and none waits for another: the assignments are sorted into tiles of one expert each, and every tile
-is a product of its own. Under a mesh each device takes its own rows, and its own experts of the axis "tensor".
+is a product of its own. Under a mesh each device takes its own experts of the axes "expert" and "tensor". Devices along
+"tensor" hold the same rows; those along "expert" hold rows of their own, which all of them see for this while: where a
+token goes to as many experts as there are such devices, or more, sending it where it goes would be no less.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -11,7 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from bd3lm_jax.sharding import BATCH_AXES, dividing
+from bd3lm_jax.sharding import BATCH_AXES, EXPERT_AXES, dividing
+
+
+TILES = 3  # of an expert that a chunk has room for: what it needs when all are chosen alike, and half as many again
 
 
 class Routing(NamedTuple):
@@ -74,21 +80,29 @@ def mix(x, routing: Routing, gate, up, down) -> jax.Array:
     if not mesh.auto_axes:
         return _mix(x, routing.choice, routing.weight, gate, up, down)
     rows = dividing(mesh, BATCH_AXES, x.shape[0])
-    split = dividing(mesh, ("tensor",), gate.shape[0])
+    split = dividing(mesh, EXPERT_AXES, gate.shape[0]) or ()
+    meet = "expert" in split and "expert" in (rows or ()) and mesh.shape["expert"] > 1
 
     def local(x, choice, weight, gate, up, down):
-        first = jax.lax.axis_index("tensor") * gate.shape[0] if split else 0
-        out = _mix(x, choice - first, weight, gate, up, down)
-        return jax.lax.psum(out, "tensor") if split else out
+        if meet:
+            x, choice, weight = (jax.lax.all_gather(a, "expert", tiled=True) for a in (x, choice, weight))
+        first = jax.lax.axis_index(split) * gate.shape[0] if split else 0
+        shares = math.prod(mesh.shape[axis] for axis in split)
+        mixed = _mix if shares == 1 else functools.partial(_mix_share, shares)
+        out = mixed(x, choice - first, weight, gate, up, down)
+        if meet:
+            out = jax.lax.psum_scatter(out, "expert", tiled=True)
+        apart = tuple(axis for axis in split if not (meet and axis == "expert"))
+        return jax.lax.psum(out, apart) if apart else out
 
-    tokens, kernels = P(rows), P(split)
+    tokens, kernels = P(rows), P(split or None)
     return jax.shard_map(local, in_specs=(tokens,) * 3 + (kernels,) * 3, out_specs=tokens,
                          axis_names=set(mesh.auto_axes), check_vma=False)(x, routing.choice, routing.weight, gate, up,
                                                                           down)
 
 
 def _mix(x, choice, weight, gate, up, down):
-    """As `mix` on one device; choices outside 0 .. E - 1 are other devices'."""
+    """As `mix` on one device, which has all experts."""
     k, experts, shape = choice.shape[-1], gate.shape[0], x.shape
     tokens = math.prod(shape[:-1])
     x_NxD, weight_NxK = x.reshape(tokens, shape[-1]), weight.reshape(tokens, k)
@@ -97,10 +111,44 @@ def _mix(x, choice, weight, gate, up, down):
     # What no assignment fills reads token N, which is not there: zeros.
     token = jnp.full(tiles * size, tokens).at[slot_A].set(jnp.arange(choice.size) // k, mode="drop")
     x_txsxD = x_NxD.at[token].get(mode="fill", fill_value=0).reshape(tiles, size, shape[-1])
-    inner = jax.nn.silu(_products(x_txsxD, gate[expert_t])) * _products(x_txsxD, up[expert_t])
-    out = _products(inner, down[expert_t]).reshape(tiles * size, shape[-1])
+    out = _swiglu(x_txsxD, expert_t, gate, up, down).reshape(tiles * size, shape[-1])
     out_NxKxD = out.at[slot_A].get(mode="fill", fill_value=0).reshape(tokens, k, shape[-1])
     return jnp.einsum("nkd,nk->nd", out_NxKxD.astype(jnp.float32), weight_NxK).astype(x.dtype).reshape(shape)
+
+
+def _mix_share(shares: int, x, choice, weight, gate, up, down):
+    """As `_mix` on one of so many devices that share the experts; choices outside 0 .. E - 1 are other devices'.
+
+    Every choice may be of these experts, one in `shares` is: tiles come in chunks, of which empty ones cost nothing.
+    A chunk is computed again for its gradient, so that memory does not grow with the devices.
+    """
+    k, experts, (*_, width), none = choice.shape[-1], gate.shape[0], x.shape, choice.size
+    x_NxD, weight_A, chunk = x.reshape(-1, width), weight.reshape(-1), TILES * experts
+    size = tile_shape(none, experts * shares)[1]
+    tiles = -(-(none // size + experts) // chunk) * chunk
+    slot_A, expert_t = _slots(choice.reshape(-1), experts, tiles, size)
+    held_txs = jnp.full(tiles * size, none).at[slot_A].set(jnp.arange(none), mode="drop").reshape(tiles, size)
+
+    @jax.checkpoint
+    def of_chunk(x_NxD, weight_A, kernels, held_txs, expert_t):
+        token_txs = held_txs // k  # where nothing is held token N, which is not there
+        out = _swiglu(x_NxD.at[token_txs].get(mode="fill", fill_value=0), expert_t, *kernels).astype(jnp.float32)
+        out = out * weight_A.at[held_txs].get(mode="fill", fill_value=0)[..., None]
+        return jnp.zeros(x_NxD.shape, jnp.float32).at[token_txs].add(out, mode="drop")
+
+    def add(total, part):
+        arguments = x_NxD, weight_A, (gate, up, down), *part
+        return jax.lax.cond((part[0] < none).any(), lambda: total + of_chunk(*arguments), lambda: total), None
+
+    chunks = held_txs.reshape(-1, chunk, size), expert_t.reshape(-1, chunk)
+    total, _ = jax.lax.scan(add, jnp.zeros(x_NxD.shape, jnp.float32), chunks)
+    return total.astype(x.dtype).reshape(x.shape)
+
+
+def _swiglu(x_txsxD, expert_t, gate, up, down):
+    """Every tile through the expert that it belongs to."""
+    inner = jax.nn.silu(_products(x_txsxD, gate[expert_t])) * _products(x_txsxD, up[expert_t])
+    return _products(inner, down[expert_t])
 
 
 def _products(x_txsxD, kernel_txDxF):

@@ -128,12 +128,13 @@ def test_imbalance_by_hand():
 
 
 def test_devices_share_out_rows_and_experts():
-    """Four simulated devices, rows over two and experts over two: values and gradients of one device."""
+    """Four simulated devices, which hold experts of their own rows or of rows of others: as on one device."""
     done = run_python("""
-        import json, types
+        import json
         import jax, jax.numpy as jnp, numpy as np
         from jax.sharding import NamedSharding, PartitionSpec as P
         from bd3lm_jax import sharding
+        from bd3lm_jax.config import MeshConfig
         from bd3lm_jax.models import experts
         draw = np.random.default_rng(0)
         x = draw.normal(size=(4, 6, 8)).astype(np.float32)
@@ -149,11 +150,11 @@ def test_devices_share_out_rows_and_experts():
             return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2, 3, 4), has_aux=True))(*args)
         expected = everything(x, weight, *kernels)
         found = []
-        for sizes in ((2, 1, 2), (1, 2, 2)):
-            mesh = sharding.make_mesh(types.SimpleNamespace(**dict(zip(sharding.AXES, sizes))))
+        for sizes in ((2, 1, 2, 1), (1, 2, 2, 1), (1, 1, 1, 4), (1, 2, 1, 2), (1, 1, 2, 2)):
+            mesh = sharding.make_mesh(MeshConfig(*sizes))
             with jax.set_mesh(mesh):
                 rows = jax.device_put(x, sharding.batch_sharding(mesh))
-                split = [jax.device_put(w, NamedSharding(mesh, P("tensor", "fsdp"))) for w in kernels]
+                split = [jax.device_put(w, NamedSharding(mesh, P(sharding.EXPERT_AXES, "fsdp"))) for w in kernels]
                 got = everything(rows, weight, *split)
             found.append(max(float(np.abs(np.asarray(a) - b).max())
                              for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected))))

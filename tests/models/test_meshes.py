@@ -1,4 +1,4 @@
-"""A whole training step of the Llama and mixture networks: on one device, in microbatches, and on four devices."""
+"""A whole training step of the Llama and mixture networks: on one device, in microbatches, and on eight devices."""
 
 import json
 
@@ -47,7 +47,8 @@ def step_of(microbatch, mesh):
 
 
 (state, metrics), worst = step_of(0, None), {}
-for name, how in (("microbatch", (2, None)), ("mesh", (0, (1, 2, 2)))):
+meshes = [(2, 2, 2)] if kind == "llama" else [(2, 2, 2), (1, 2, 2, 2), (2, 1, 1, 4)]  # data, fsdp, tensor, expert
+for name, how in (("microbatch", (2, None)), *((str(sizes), (0, sizes)) for sizes in meshes)):
     other, seen = step_of(*how)
     moved = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), state.params, other.params)
     worst[name] = [abs(float(seen["loss"]) - float(metrics["loss"])), max(jax.tree.leaves(moved))]
@@ -57,8 +58,8 @@ print(json.dumps([float(metrics["loss"]), worst]))
 
 @pytest.mark.ci_slow
 @pytest.mark.parametrize("kind", ["llama", "moe"])
-def test_same_step_in_parts_and_on_four_devices(kind):
-    done = run_python(CODE, kind, devices=4)
+def test_same_step_in_parts_and_on_eight_devices(kind):
+    done = run_python(CODE, kind, devices=8)
     assert done.returncode == 0, done.stderr[-3000:]
     loss, worst = json.loads(done.stdout.splitlines()[-1])
     assert 1 < loss < 20

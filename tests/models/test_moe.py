@@ -207,7 +207,7 @@ def test_every_leaf_has_a_sharding():
     params = jax.eval_shape(lambda: trunk.init(build(TINY, jnp.float32), jax.random.key(0)))
     specs = sharding.param_specs(params)
     jax.tree.map(lambda leaf, spec: None if len(spec) <= leaf.ndim else pytest.fail(str(spec)), params, specs)
-    assert specs["blocks1"]["experts"]["gate"]["kernel"][1] == "tensor"  # experts
+    assert specs["blocks1"]["experts"]["gate"]["kernel"][1] == ("expert", "tensor")
     assert specs["blocks1"]["grouped_qkv"]["kernel"][2] == specs["blocks1"]["out"]["kernel"][1] == "tensor"  # heads
 
 
