@@ -11,6 +11,8 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 BETWEEN = " between slices"
 CALL = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
+# How TPU programs send to other slices: by way of the host, the kind of collective being a note.
+HOSTS = re.compile(r" send\(.*_xla_megascale_target=\"\{([\d,]+)\}.*_xla_megascale_transfer_type=\"(\w+)\"")
 # What one device sends in a ring of n, as a part of the array that all of them hold together (of a device's own array
 # for the last three): a gather or a scatter passes n - 1 of n pieces on, a reduction does both.
 SENT = {"all-gather": lambda n: (n - 1) / n, "reduce-scatter": lambda n: (n - 1) / n,
@@ -29,13 +31,17 @@ def communication(text: str, slice_size: int | None = None) -> dict[str, Traffic
 
     A loop whose length the text does not state counts once. Collectives among one device only are left out. With
     slice_size, the devices of a slice (numbered slice by slice), those that join devices of several slices are of kinds
-    of their own, BETWEEN behind their names.
+    of their own, BETWEEN behind their names. In programs for TPUs these are so anyway.
     """
     found: dict[tuple[str, str], Traffic] = {}  # by kind and channel: an asynchronous one appears in several places
     computations = _computations(text)
     for name, times in _multiplicities(computations).items():
         for line in computations[name]:
-            call = CALL.search(line)
+            call, hosts = CALL.search(line), HOSTS.search(line)
+            if hosts:
+                kind = hosts[2].lower().replace("_", "-")
+                size = times * _bytes(line.partition(" = ")[2].partition(", u32[]")[0])
+                found[kind + BETWEEN, line] = Traffic(times, size * SENT[kind](len(hosts[1].split(","))))
             if call is None:
                 continue
             kind, size = _kind_and_bytes(name, call, line)
@@ -96,8 +102,7 @@ def _kind_and_bytes(computation: str, call: re.Match, line: str) -> tuple[str, f
     """Kind of the collective, and bytes of the array that SENT refers to, from the type of its result."""
     kind, devices = call[1], _group_size(line)
     type_ = line[:call.start()].partition(" = ")[2]
-    size = sum(BYTES.get(kind_of, 1) * math.prod(map(int, filter(None, dims.split(","))))
-               for kind_of, dims in re.findall(r"(\w+)\[([\d,]*)\]", type_))
+    size = _bytes(type_)
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):  # how TPU programs write it
         return "reduce-scatter", size
     started = call[2] is not None  # its result holds the operand as well
@@ -106,6 +111,12 @@ def _kind_and_bytes(computation: str, call: re.Match, line: str) -> tuple[str, f
     if kind == "reduce-scatter":
         return kind, size * devices / (devices + 1) if started else size * devices
     return kind, size / 2 if kind == "collective-permute" and started else size
+
+
+def _bytes(type_: str) -> int:
+    """Of all arrays of a type as it is written."""
+    return sum(BYTES.get(kind, 1) * math.prod(map(int, filter(None, dims.split(","))))
+               for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", type_))
 
 
 def _group_size(line: str) -> int:

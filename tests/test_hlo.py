@@ -98,6 +98,19 @@ def test_what_joins_slices_is_told_apart(slice_size, between):
         assert found["all-gather between slices"] == (1, pytest.approx(7 / 8 * 320))
 
 
+SENDS = """ENTRY %main (p: bf16[4,8,128]) -> bf16[4,8,128] {
+  %send.1 = (bf16[4,8,128]{2,1,0:T(8,128)(2,1)}, u32[], token[]) send(%p, %after-all.1), channel_id=3, \
+is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",\
+_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2,3}x{0:15}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send.2 = (f32[4]{0}, u32[], token[]) send(%q, %after-all.2), channel_id=4, is_host_transfer=true
+}
+"""
+
+
+def test_what_tpus_send_to_other_slices_by_way_of_their_hosts():
+    assert hlo.communication(SENDS) == {"all-reduce between slices": (1, pytest.approx(2 * 2 / 3 * 4 * 8 * 128 * 2))}
+
+
 @pytest.mark.parametrize(("said", "groups"), [
     ("replica_groups={{0,3},{1,2}}, to_apply=%add", [[0, 3], [1, 2]]),
     ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
