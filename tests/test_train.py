@@ -12,8 +12,9 @@ import pytest
 from toy_fed import fed
 from toy_runs import AR, environment, network, run_python, toy_config, toy_dict, write_text
 
-from bd3lm_jax import program
+from bd3lm_jax import paired, program, rundir
 from bd3lm_jax.checkpoint import Checkpoints
+from bd3lm_jax.data.corpora import load_documents
 from bd3lm_jax.data.loader import row_ids
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
 from bd3lm_jax.errors import RunError, UserError
@@ -81,8 +82,12 @@ def test_result_and_run_directory(whole):
     assert result["valid_ppl"] == pytest.approx(np.exp(result["valid_nll"]))
     assert all(result[key] > 0 for key in ("train_nll", "valid_nll", "tokens_per_s", "step_ms", "params", "wall_s"))
     names = {path.name for path in workdir.iterdir()}
-    assert names == {"config.json", "tokenizer.json", "metrics.jsonl", "report.json", "checkpoints", "plots",
-                     "train.lock"}
+    assert names == {"config.json", "tokenizer.json", "metrics.jsonl", "report.json", paired.DOCUMENTS, "checkpoints",
+                     "plots", "train.lock"}
+    documents = paired.read(workdir)
+    assert documents.nats_N.sum() / documents.tokens_N.sum() == pytest.approx(result["valid_nll"], rel=1e-9)
+    texts = load_documents(rundir.read(workdir)[0].data, "valid")
+    assert documents.tokens_N.tolist() == [len(text.encode()) + 1 for text in texts]  # bytes, and an end each
     assert steps_saved(workdir) == [3, 6]
     assert traces == 1
 

@@ -2,8 +2,9 @@
 
     python -m launch sweep --config=configs/sweeps/roberta.py --parallel=2
 
-The networks begin at random. 256 tokens a row, of which the first 16 are the prompt and never masked; one mask rate a batch out of ten, or always
-.15 as BERT and RoBERTa were trained; and an autoregressive network on the same rows. 1800 steps of 4 rows.
+The networks begin at random. 256 tokens a row, of which the first 16 are the prompt and never masked; one mask rate a
+batch out of ten, or always .15 as BERT and RoBERTa were trained; and an autoregressive network on the same rows. 1800
+steps of 4 rows.
 Arguments: algo=roberta_diffusion|ar (the sweep gives them).
 Hardware and time: two CPU cores, about ten minutes a run. What came out: not measured yet.
 """
