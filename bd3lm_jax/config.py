@@ -10,7 +10,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from bd3lm_jax import annealing, answers, curriculum, density, lora, shifted
+from bd3lm_jax import curriculum, density
+from bd3lm_jax.adaptation import annealing, answers, lora, shifted
 from bd3lm_jax.data import mixture
 from bd3lm_jax.diffusion import OBJECTIVES
 from bd3lm_jax.diffusion.clip import ClipSearch, CountSchedule
@@ -380,7 +381,7 @@ class Config:
 
 def _network_of(source: str, given: Mapping) -> dict:
     """The section `model` of the network in `train.init_from`, with what is given beside `kind` in its place."""
-    from bd3lm_jax import adapt  # which needs Config
+    from bd3lm_jax.adaptation import adapt  # which needs Config
 
     check(bool(source), f"model.kind='{SAME}' takes the network of train.init_from, which is ''")
     model = adapt.read_source(source).model

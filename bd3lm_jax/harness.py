@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from bd3lm_jax import conditional
 from bd3lm_jax.errors import UserError, nearest
+from bd3lm_jax.evaluation import conditional
 from bd3lm_jax.lm import load
 
 NAME = "bd3lm_jax"

@@ -9,16 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import conditional, estimators, evaluate, generation, infill, models, passes, stats, stream
+from bd3lm_jax import models, passes, stats
 from bd3lm_jax.config import SECTIONS, Config, DataConfig
 from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.generation import Sample
+from bd3lm_jax.evaluation import conditional, estimators, evaluate
 from bd3lm_jax.models import Backbone, trunk
-from bd3lm_jax.options import Options, make_options
 from bd3lm_jax.published import Described
 from bd3lm_jax.sampling.auto_size import AUTO
 from bd3lm_jax.step import SpecialIds
+from bd3lm_jax.writing import generation, infill, stream
+from bd3lm_jax.writing.generation import Sample
+from bd3lm_jax.writing.options import Options, make_options
 
 
 class NLL(NamedTuple):

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bd3lm_jax import lora, models, optim, sharding
+from bd3lm_jax import models, optim, sharding
+from bd3lm_jax.adaptation import lora
 from bd3lm_jax.config import Config
 from bd3lm_jax.models import Backbone, trunk
 from bd3lm_jax.state import LEARNT, LORA, TrainState, trained

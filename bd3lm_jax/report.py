@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from bd3lm_jax import distributed, plots, textmetrics
+from bd3lm_jax import distributed, plots
 from bd3lm_jax.data.corpora import join_documents, load_documents
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.evaluation import textmetrics
 from bd3lm_jax.log import note, save, table
 
 REPORT = "report.json"

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from bd3lm_jax import hf, lora, models, passes, rundir, sharding
+from bd3lm_jax import hf, models, passes, rundir, sharding
+from bd3lm_jax.adaptation import lora
 from bd3lm_jax.checkpoint import LATEST, Checkpoints
 from bd3lm_jax.config import SECTIONS, ComputeConfig, Config, DataConfig, EvalConfig
 from bd3lm_jax.data.tokenizers import Tokenizer

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bd3lm_jax import annealing, answers, lora, optim, passes, shifted
+from bd3lm_jax import optim, passes
+from bd3lm_jax.adaptation import annealing, answers, lora, shifted
 from bd3lm_jax.config import Config
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.diffusion.running import RunningLoss

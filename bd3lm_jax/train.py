@@ -10,21 +10,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import adapt, distributed, lora, memory, optim, paired, passes, profiling, report, rundir, sharding
+from bd3lm_jax import distributed, optim, passes, report, rundir, sharding
+from bd3lm_jax.adaptation import adapt, lora
 from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.config import Config, flatten
+from bd3lm_jax.cost import memory, profiling
+from bd3lm_jax.cost.profiling import Profiler
 from bd3lm_jax.data.loader import Loader, prefetch
 from bd3lm_jax.data.prepare import Rows, prepare, prepare_tokenizer
 from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.errors import Preempted, RunError, UserError
-from bd3lm_jax.estimators import has_bound
-from bd3lm_jax.evaluate import Evaluator, default_estimator
+from bd3lm_jax.evaluation.estimators import has_bound
+from bd3lm_jax.evaluation.evaluate import Evaluator, default_estimator
 from bd3lm_jax.log import RunLog, note, read_metrics
 from bd3lm_jax.noise import Chooser
-from bd3lm_jax.profiling import Profiler
 from bd3lm_jax.program import Program
 from bd3lm_jax.state import LEARNT, LORA, TrainState
 from bd3lm_jax.step import SpecialIds
+from bd3lm_jax.sweeps import paired
 from bd3lm_jax.watchdog import Watchdog
 
 PREFETCH = 2  # batches placed ahead of the step, at least

@@ -48,7 +48,7 @@ def main(args: flags.FlagValues) -> dict:
         if args.against or args["out"].present:
             raise UserError("sampling with --workdir writes to the run directory and runs against nothing: leave --out "
                             "and --against out")
-        from bd3lm_jax.autopilot import autopilot
+        from bd3lm_jax.evaluation.autopilot import autopilot
 
         return autopilot(args.workdir, scorer=args.scorer, rounds=args.rounds, texts=args.texts)
     if args.scorer or args["texts"].present:

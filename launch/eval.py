@@ -168,7 +168,7 @@ def _allow(args: flags.FlagValues, what: str, names: tuple[str, ...]) -> None:
 
 
 def _quality(args: flags.FlagValues) -> dict:
-    from bd3lm_jax.quality import evaluate_samples
+    from bd3lm_jax.evaluation.quality import evaluate_samples
 
     return evaluate_samples(args.samples, **_values(args, QUALITY))
 
@@ -188,7 +188,7 @@ def _likelihood(args: flags.FlagValues) -> dict:
     common = _values(args, LIKELIHOOD)
     if args.curve:
         _allow(args, "--curve", ("workdir", "curve", "within", *CURVE, *PROCESSES))
-        from bd3lm_jax.block_sizes import curve
+        from bd3lm_jax.evaluation.block_sizes import curve
 
         return curve(workdir, within=args.within, **_values(args, CURVE))
     if args.data == "all":
@@ -197,10 +197,10 @@ def _likelihood(args: flags.FlagValues) -> dict:
         for name in ("block_size", "length", "step"):
             if args[name].present:
                 raise UserError(f"--{name} does not go with --data=all: give one --data at a time")
-        from bd3lm_jax.suite import evaluate_suite
+        from bd3lm_jax.evaluation.suite import evaluate_suite
 
         return evaluate_suite(workdir.split(","), target_ci=target_ci, **common)
-    from bd3lm_jax.evaluate import evaluate_run
+    from bd3lm_jax.evaluation.evaluate import evaluate_run
 
     at = {name: args[name].value for name in ("block_size", "length") if args[name].value}
     if args["step"].present:
@@ -211,7 +211,7 @@ def _likelihood(args: flags.FlagValues) -> dict:
 def _watch(args: flags.FlagValues) -> dict:
     """The result; where a signal ended it, it is said before the exit code tells of the signal."""
     from bd3lm_jax import log
-    from bd3lm_jax.watch import FILE, watch
+    from bd3lm_jax.evaluation.watch import FILE, watch
     from launch.arguments import required
 
     workdir = required(args, "workdir")

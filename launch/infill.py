@@ -39,9 +39,10 @@ def main(args: flags.FlagValues) -> dict:
     workdir = required(args, "workdir")
     texts = (args.text or []) + (read_texts(args.file) if args.file else [])
     import bd3lm_jax
-    from bd3lm_jax import infill, log
+    from bd3lm_jax import log
+    from bd3lm_jax.writing import infill
     from bd3lm_jax.errors import UserError
-    from bd3lm_jax.options import make_options
+    from bd3lm_jax.writing.options import make_options
 
     if not texts:
         raise UserError(f"nothing to fill: give --text or --file, with holes: {infill.MARKERS}")

@@ -119,7 +119,7 @@ def main(args: flags.FlagValues) -> dict:
     _check_outputs(args)
     others = _others(args)
     import bd3lm_jax
-    from bd3lm_jax.options import make_options
+    from bd3lm_jax.writing.options import make_options
 
     lm = bd3lm_jax.load(workdir, weights=args.weights, step=step)
     chosen, source = _choose(args, lm)
@@ -157,7 +157,7 @@ def _check_outputs(args: flags.FlagValues) -> None:
 
 def _others(args: flags.FlagValues) -> list[dict]:
     """Records of the pages of --beside."""
-    from bd3lm_jax import trace
+    from bd3lm_jax.writing import trace
     from bd3lm_jax.errors import UserError
 
     if args.beside and not args.trace:
@@ -210,7 +210,7 @@ def _watch(args: flags.FlagValues, lm, length: int, options, others: list[dict])
     """The samples, shown as they are written, and their trace."""
     from rich.console import Console
 
-    from bd3lm_jax import animate, stream, trace
+    from bd3lm_jax.writing import animate, stream, trace
 
     events = stream.stream(lm, args.prompt, args.num, length, options)
     if args.animate:
@@ -227,7 +227,8 @@ def _used(lm, options) -> dict:
     """Every setting with the values that the sampler saw."""
     import jax.numpy as jnp
 
-    from bd3lm_jax import cache_price, generation
+    from bd3lm_jax.evaluation import cache_price
+    from bd3lm_jax.writing import generation
     plan, values = generation.make_plan(lm, options, lm.context), dataclasses.asdict(options)
     threshold = generation.WRITERS[options.sampler].threshold if options.threshold is None else options.threshold
     dtype = jnp.dtype(lm.model.dtype).name if options.cache_dtype == "compute" else options.cache_dtype

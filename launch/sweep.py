@@ -47,8 +47,8 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(args: flags.FlagValues, spec: str, overrides: list[str]) -> dict:
-    from bd3lm_jax.giving_up import Rule
-    from bd3lm_jax.sweep import sweep
+    from bd3lm_jax.sweeps.giving_up import Rule
+    from bd3lm_jax.sweeps.sweep import sweep
 
     if args.give_up is None and args["give_up_after"].present:
         raise UserError("--give_up_after goes with --give_up: add it")
@@ -61,11 +61,11 @@ def main(args: flags.FlagValues, spec: str, overrides: list[str]) -> dict:
 
 
 def load_points(spec: str, overrides: list[str]) -> list:
-    """A bd3lm_jax.sweep.Point for everything that sweep() of the config file yields; `overrides` apply to all.
+    """A bd3lm_jax.sweeps.sweep.Point for everything that sweep() of the config file yields; `overrides` apply to all.
 
     UserError, naming the run, for a key or a value that is wrong in one of them.
     """
-    from bd3lm_jax.sweep import ARG, Point
+    from bd3lm_jax.sweeps.sweep import ARG, Point
 
     path, colon, _ = spec.partition(":")
     fixed = {arguments.override_key(word) for word in overrides} | ({ARG} if colon else set())

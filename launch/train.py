@@ -46,7 +46,7 @@ def main(args: flags.FlagValues, config, name: str) -> dict:
     if args.mesh:
         config = dataclasses.replace(config, mesh=parse_mesh(args.mesh))
     if args.plan:
-        from bd3lm_jax.plan import plan
+        from bd3lm_jax.cost.plan import plan
 
         return plan(config, target=args["for"].value or "", utilisation=args.utilisation)
     if args["for"].present:

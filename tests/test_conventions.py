@@ -11,7 +11,7 @@ from toy_runs import toy_config
 from bd3lm_jax import sharding
 from bd3lm_jax.data.windows import Given, Windows
 from bd3lm_jax.diffusion import AR
-from bd3lm_jax.evaluate import Evaluator
+from bd3lm_jax.evaluation.evaluate import Evaluator
 from bd3lm_jax.step import SpecialIds
 
 LENGTH = 24

@@ -16,7 +16,7 @@ from bd3lm_jax.config import DataConfig
 from bd3lm_jax.data.prepare import prepare
 from bd3lm_jax.data.tokenizers import ByteTokenizer, Tokenizer, get_tokenizer, load_tokenizer
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.prompts import encode_prompts
+from bd3lm_jax.writing.prompts import encode_prompts
 
 TOKENIZERS = {name: get_tokenizer(name, tuple) for name in ("bytes", "gpt2", "bert-base-uncased")}
 LINES = st.one_of(st.binary(max_size=30), st.text(max_size=20).map(lambda text: text.encode("utf-8", "surrogatepass")),

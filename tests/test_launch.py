@@ -216,7 +216,7 @@ def test_train_takes_a_mesh_and_a_profile(capsys, monkeypatch):
 def test_plan_trains_nothing(capsys, monkeypatch):
     calls, trained = [], []
     stand_in(monkeypatch, "bd3lm_jax.train", train=recorder(trained, {}))
-    stand_in(monkeypatch, "bd3lm_jax.plan", plan=recorder(calls, {"params": 1}))
+    stand_in(monkeypatch, "bd3lm_jax.cost.plan", plan=recorder(calls, {"params": 1}))
     assert run(capsys, "train", "--plan")[:2] == (0, '{"params": 1}\n')
     assert run(capsys, "train", "--plan", "--for=v5p", "--utilisation=0.6", "--mesh=data=8")[0] == 0
     (_, first), ((config,), second) = calls
@@ -226,7 +226,7 @@ def test_plan_trains_nothing(capsys, monkeypatch):
 
 def test_eval_hands_every_flag_over(capsys, monkeypatch):
     calls = []
-    stand_in(monkeypatch, "bd3lm_jax.evaluate", evaluate_run=recorder(calls, {"nll": 1.0}))
+    stand_in(monkeypatch, "bd3lm_jax.evaluation.evaluate", evaluate_run=recorder(calls, {"nll": 1.0}))
     code, out, _ = run(capsys, "eval", "--workdir=w", "--split=valid", "--data=d.txt", "--estimator=nll", "--draws=3",
                        "--seed=4", "--weights=params", "--batch=5", "--target_ci=0.5%", "--max_draws=9", "--against=v",
                        "--chunks=sliding", "--stride=7", "--data_dir=d", "--first_token=skip", "--end_token=skip")

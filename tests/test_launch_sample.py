@@ -5,7 +5,8 @@ import json
 import pytest
 from toy_lm import LETTERS, make_lm, masked
 
-from bd3lm_jax import cache_price, sample_files
+from bd3lm_jax.evaluation import cache_price
+from bd3lm_jax.writing import sample_files
 from launch.__main__ import main
 
 FIELDS = {"name", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "forbidden", "steps", "threshold",
@@ -144,7 +145,8 @@ def test_bad_flags(capsys, lm, flag, message):
 
 def test_bench_sampling_of_a_run(capsys, monkeypatch):
     calls = []
-    monkeypatch.setattr("bd3lm_jax.autopilot.autopilot", lambda *a, **k: calls.append((a, k)) or {"bench": "sampling"})
+    monkeypatch.setattr("bd3lm_jax.evaluation.autopilot.autopilot",
+                        lambda *a, **k: calls.append((a, k)) or {"bench": "sampling"})
     assert main(["bench", "sampling", "--workdir=w", "--scorer=s", "--rounds=2", "--texts=5"]) == 0
     assert calls == [(("w",), {"scorer": "s", "rounds": 2, "texts": 5})]
     assert capsys.readouterr().out == '{"bench": "sampling"}\n'

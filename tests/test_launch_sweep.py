@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.giving_up import Rule
+from bd3lm_jax.sweeps.giving_up import Rule
 from launch.__main__ import main
 from launch.sweep import load_points
 
@@ -115,7 +115,7 @@ def test_dry_run_of_the_shipped_sweep(tmp_path, capsys):
 
 def test_the_library_is_told_what_was_asked(monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr("bd3lm_jax.sweep.sweep", lambda points, workdir, **settings: calls.append(
+    monkeypatch.setattr("bd3lm_jax.sweeps.sweep.sweep", lambda points, workdir, **settings: calls.append(
         (len(points), workdir, settings)) or {"sweep": "x", "runs": [], "ok": False})
     assert main(["sweep", "--parallel=2", "--index=1"]) == 1
     assert main(["sweep", "--workdir=here"]) == 1

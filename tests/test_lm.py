@@ -11,10 +11,10 @@ import pytest
 from scipy.special import log_softmax
 
 import bd3lm_jax
-from bd3lm_jax.denoise import BlockDenoiser
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.sampling.generate import Finished
+from bd3lm_jax.writing.denoise import BlockDenoiser
 from toy_lm import END, LETTERS, MASK, VOCAB, make_ids, make_lm, masked
 
 GOLDEN = Path(__file__).parent / "data" / "golden"

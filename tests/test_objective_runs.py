@@ -7,8 +7,9 @@ import pytest
 from toy_runs import LENGTH, toy_config, write_text
 
 import bd3lm_jax
-from bd3lm_jax import evaluate, report
+from bd3lm_jax import report
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.evaluation import evaluate
 from bd3lm_jax.step import LEARNT
 from bd3lm_jax.train import train
 from configs import common

@@ -8,8 +8,8 @@ from toy_runs import END, LENGTH, MASK, run_python, toy_config
 
 from bd3lm_jax import passes
 from bd3lm_jax.config import MeshConfig
+from bd3lm_jax.cost.plan import resolved
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.plan import resolved
 from bd3lm_jax.program import Program, bytes_needed, bytes_per_device
 from bd3lm_jax.sharding import AXES, make_mesh
 from bd3lm_jax.step import SpecialIds

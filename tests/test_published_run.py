@@ -11,9 +11,10 @@ import pytest
 from scipy.special import log_softmax
 
 import bd3lm_jax
-from bd3lm_jax import density_study, hf, variance
+from bd3lm_jax import hf
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.scorer import Scorer
+from bd3lm_jax.evaluation import density_study, variance
+from bd3lm_jax.evaluation.scorer import Scorer
 from launch.__main__ import main
 from word_tokenizer import write_tokenizer
 

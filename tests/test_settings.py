@@ -8,8 +8,8 @@ from toy_lm import make_lm, masked
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.lm import LM, Trained
-from bd3lm_jax.options import check_options, make_options
 from bd3lm_jax.settings import FILE, PREFERENCES, PRESETS, merged, settings_for
+from bd3lm_jax.writing.options import check_options, make_options
 
 MEASURED = {"quality": {"sampler": "first_hitting"}, "balanced": {"sampler": "factor", "threshold": 1.0},
             "speed": {"sampler": "confidence", "steps": 2}, "measured": []}

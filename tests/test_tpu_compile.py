@@ -17,7 +17,8 @@ import jax, jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from bd3lm_jax import attention, hlo, sharding
+from bd3lm_jax import attention, sharding
+from bd3lm_jax.cost import hlo
 from bd3lm_jax.attention import MaskSpec, Tokens
 from bd3lm_jax.models import trunk
 
@@ -66,8 +67,10 @@ import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from toy_runs import toy_config
-from bd3lm_jax import compilers, generation, models
-from bd3lm_jax.options import Options
+from bd3lm_jax import models
+from bd3lm_jax.cost import compilers
+from bd3lm_jax.writing import generation
+from bd3lm_jax.writing.options import Options
 from bd3lm_jax.sampling import Request
 from bd3lm_jax.step import SpecialIds
 

@@ -12,13 +12,14 @@ import pytest
 from toy_fed import fed
 from toy_runs import AR, environment, network, run_python, toy_config, toy_dict, write_text
 
-from bd3lm_jax import paired, program, rundir
+from bd3lm_jax import program, rundir
 from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.data.corpora import load_documents
 from bd3lm_jax.data.loader import row_ids
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
 from bd3lm_jax.errors import RunError, UserError
 from bd3lm_jax.log import read_metrics
+from bd3lm_jax.sweeps import paired
 from bd3lm_jax.train import train
 
 RESULT = {"workdir", "step", "train_nll", "valid_nll", "valid_ppl", "tokens_per_s", "step_ms", "params", "wall_s"}

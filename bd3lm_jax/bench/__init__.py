@@ -16,10 +16,11 @@ from typing import Any
 
 import jax
 
-from bd3lm_jax import compilers, log, plots
+from bd3lm_jax import log, plots
 from bd3lm_jax.bench import (attention, data, density, evaluate, family, faults, loss, sampling, scaling, step,
                              variance)
 from bd3lm_jax.bench.runner import Limit, judged
+from bd3lm_jax.cost import compilers
 from bd3lm_jax.errors import UserError, lookup
 
 BENCHES = {"attention": attention, "step": step, "loss": loss, "data": data, "eval": evaluate,

@@ -10,7 +10,7 @@ from pathlib import Path
 from bd3lm_jax import plots
 from bd3lm_jax.bench.family import runs_of
 from bd3lm_jax.bench.runner import row_of
-from bd3lm_jax.density_study import PARTS, study
+from bd3lm_jax.evaluation.density_study import PARTS, study
 
 BATCH = 16  # rows of a round
 NOTE = ("Bounds are those of uniform masks, whatever a run was trained with. Gradient variances are relative to the "

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import estimators, models, sharding
+from bd3lm_jax import models, sharding
 from bd3lm_jax.bench import step
 from bd3lm_jax.bench.runner import Limit, Variant, compare
 from bd3lm_jax.config import DataConfig, EvalConfig, MeshConfig
 from bd3lm_jax.data.prepare import prepare
 from bd3lm_jax.data.tokenizers import get_tokenizer
-from bd3lm_jax.evaluate import Evaluator, score_views
+from bd3lm_jax.evaluation import estimators
+from bd3lm_jax.evaluation.evaluate import Evaluator, score_views
 from bd3lm_jax.models import trunk
 from bd3lm_jax.passes import compute_dtype
 from bd3lm_jax.step import SpecialIds

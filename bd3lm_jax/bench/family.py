@@ -8,9 +8,10 @@ import json
 import os
 from pathlib import Path
 
-from bd3lm_jax import family, rundir
+from bd3lm_jax import rundir
 from bd3lm_jax.bench.runner import row_of
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.evaluation import family
 
 TEXTS = 32  # of each run
 NOTE = "Bits per byte; intervals over documents and draws, not over trainings."

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bd3lm_jax import flops, hardware, log
+from bd3lm_jax import log
+from bd3lm_jax.cost import flops, hardware
 
 FIELDS = ("time_ratio", "cpu_ratio", "memory_ratio", "median_ms", "flops_ratio", "mfu", "cpu_ms", "temp_mib",
           "compile_s")

@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import generation, models
+from bd3lm_jax import models
 from bd3lm_jax.bench.runner import Limit, Variant, compare
 from bd3lm_jax.config import SECTIONS, Config
-from bd3lm_jax.denoise import UncachedDenoiser
 from bd3lm_jax.diffusion import AR, Masked
 from bd3lm_jax.lm import LM
 from bd3lm_jax.models import trunk
@@ -24,6 +23,8 @@ from bd3lm_jax.models.dit import DiTConfig
 from bd3lm_jax.passes import compute_dtype
 from bd3lm_jax.sampling import SAMPLERS, Asked, run_blocks, start
 from bd3lm_jax.sampling.generate import Finished
+from bd3lm_jax.writing import generation
+from bd3lm_jax.writing.denoise import UncachedDenoiser
 
 SMALL = {"layers": 6, "width": 256, "heads": 4, "vocab_size": 8192}
 PAPER = {"layers": 12, "width": 768, "heads": 12, "vocab_size": 50258}

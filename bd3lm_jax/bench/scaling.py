@@ -11,11 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bd3lm_jax import flops, hlo, log, sharding
+from bd3lm_jax import log, sharding
 from bd3lm_jax.bench.runner import Limit, row_of
 from bd3lm_jax.bench.step import Case, config_of
-from bd3lm_jax.compilers import QUICK
 from bd3lm_jax.config import Config, MeshConfig
+from bd3lm_jax.cost import flops, hlo
+from bd3lm_jax.cost.compilers import QUICK
 from bd3lm_jax.program import Program
 from bd3lm_jax.step import SpecialIds
 

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bd3lm_jax import flops, models, optim
+from bd3lm_jax import models, optim
 from bd3lm_jax.bench.runner import Limit, Variant, compare, compiled, products
 from bd3lm_jax.bench.structures import published_loss, two_pass_loss
 from bd3lm_jax.config import ComputeConfig, Config, DataConfig, OptimConfig, TrainConfig
+from bd3lm_jax.cost import flops
 from bd3lm_jax.diffusion.ar import AR
 from bd3lm_jax.diffusion.masked import Masked
 from bd3lm_jax.diffusion.noised import Noised

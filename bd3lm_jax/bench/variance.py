@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bd3lm_jax import plots
 from bd3lm_jax.bench.runner import row_of
-from bd3lm_jax.variance import LINEAR, study
+from bd3lm_jax.evaluation.variance import LINEAR, study
 
 BATCH = 16  # rows of a round
 NOTE = "Ratios to the linear schedule. Clipped schedules have other means: compare their variance over mean^2."

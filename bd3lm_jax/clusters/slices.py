@@ -6,8 +6,8 @@ Sizes and hosts: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, "configuration
 
 import dataclasses
 
+from bd3lm_jax.cost.hardware import ACCELERATORS
 from bd3lm_jax.errors import UserError, nearest
-from bd3lm_jax.hardware import ACCELERATORS
 
 GPUS_A_HOST = 8
 POWERS = tuple(2**n for n in range(14))

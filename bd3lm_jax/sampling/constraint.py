@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bd3lm_jax.automaton import Automaton
-from bd3lm_jax.dfa import START
+from bd3lm_jax.constraints.automaton import Automaton
+from bd3lm_jax.constraints.dfa import START
 from bd3lm_jax.sampling.filters import draw
 
 

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bd3lm_jax import log, sandbox
+from bd3lm_jax import log
 from bd3lm_jax.errors import RunError, UserError, lookup
+from bd3lm_jax.tasks import sandbox
 from bd3lm_jax.tasks import score
 from bd3lm_jax.tasks.registry import TASKS
 from bd3lm_jax.tasks.task import Problem, Task, Verdict, cut, read_problems
@@ -179,7 +180,7 @@ def _check_execution(task: Task, allowed: bool) -> list[str]:
 
 def _sampler_settings(sampler: dict[str, Any]) -> dict[str, Any]:
     """All settings of the sampler, also those that were not given. UserError for unknown ones."""
-    from bd3lm_jax.options import make_options
+    from bd3lm_jax.writing.options import make_options
 
     if taken := OURS & sampler.keys():
         raise UserError(f"sampler holds {', '.join(sorted(taken))}, which the task decides: leave it out")

@@ -152,7 +152,7 @@ import json, sys
 sys.path.insert(0, "tests/attention")
 import jax, numpy as np
 from oracle import run, streams_for, two_stream_spec
-from bd3lm_jax import hlo
+from bd3lm_jax.cost import hlo
 from bd3lm_jax.attention.reference import dense_attention
 from bd3lm_jax.attention.splash import splash_attention
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P

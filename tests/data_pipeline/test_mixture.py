@@ -15,8 +15,8 @@ from bd3lm_jax.data.loader import Loader
 from bd3lm_jax.data.mixture import MixedRows, Shares
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
 from bd3lm_jax.data.tokenizers import ByteTokenizer
-from bd3lm_jax.domains import open_text
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.evaluation.domains import open_text
 from launch.arguments import load_config
 
 BLOCK = 8

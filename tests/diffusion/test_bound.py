@@ -10,7 +10,7 @@ import pytest
 from toy_law import LENGTH, ToyLaw, blocks, subsets
 
 from bd3lm_jax.diffusion.schedule import get_schedule
-from bd3lm_jax.estimators import Enumerated
+from bd3lm_jax.evaluation.estimators import Enumerated
 from bd3lm_jax.step import SpecialIds
 
 LAW, MASK = ToyLaw(), 9

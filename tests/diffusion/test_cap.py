@@ -10,9 +10,10 @@ import optax
 import pytest
 from toy_runs import END, LENGTH, MASK, network, quick_jit, toy_config
 
-from bd3lm_jax import estimators, passes
+from bd3lm_jax import passes
 from bd3lm_jax.diffusion.cap import Cap
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.evaluation import estimators
 from bd3lm_jax.models import trunk
 from bd3lm_jax.passes import PLAIN
 from bd3lm_jax.state import TrainState

@@ -12,10 +12,12 @@ import optax
 import pytest
 from toy_runs import END, LENGTH, MASK, network, quick_jit, toy_config
 
-from bd3lm_jax import estimators, flops, models, passes
+from bd3lm_jax import models, passes
+from bd3lm_jax.cost import flops
 from bd3lm_jax.diffusion.masked import Masked
 from bd3lm_jax.diffusion.ssd_lm import ALPHA_BAR_MIN, OFFSET, SSDLM, alpha_bar, noisy_logits
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.evaluation import estimators
 from bd3lm_jax.models import trunk
 from bd3lm_jax.passes import PLAIN
 from bd3lm_jax.state import TrainState

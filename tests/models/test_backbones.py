@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bd3lm_jax import flops, sharding
+from bd3lm_jax import sharding
+from bd3lm_jax.cost import flops
 from bd3lm_jax.diffusion import AR, Masked
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import build, trunk

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from llama_oracle import network
 
-from bd3lm_jax import flops, passes, sharding
+from bd3lm_jax import passes, sharding
 from bd3lm_jax.attention import blocked
+from bd3lm_jax.cost import flops
 from bd3lm_jax.diffusion import AR, Masked
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import build, trunk

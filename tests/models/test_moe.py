@@ -14,7 +14,8 @@ from llama_oracle import attention, network, rms, swiglu, turned
 from toy_runs import END, MASK, quick_jit, toy_config
 from toy_runs import network as toy_network
 
-from bd3lm_jax import flops, passes, sharding, step
+from bd3lm_jax import passes, sharding, step
+from bd3lm_jax.cost import flops
 from bd3lm_jax.diffusion import Masked
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import build, trunk

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bd3lm_jax import flops
 from bd3lm_jax.attention import blocked
+from bd3lm_jax.cost import flops
 from bd3lm_jax.models import build, trunk
 from bd3lm_jax.models.cache import DTYPES
 from bd3lm_jax.models.dit import DiTConfig

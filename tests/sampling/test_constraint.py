@@ -10,10 +10,10 @@ import pytest
 from scipy import special, stats
 from toy_text import END, MASK, PIECES, VOCAB, completable
 
-from bd3lm_jax.automaton import Automaton, build, lift
+from bd3lm_jax.constraints.automaton import Automaton, build, lift
+from bd3lm_jax.constraints.dfa import START, compile_node
+from bd3lm_jax.constraints.regex import parse
 from bd3lm_jax.data.tokenizers import ByteTokenizer
-from bd3lm_jax.dfa import START, compile_node
-from bd3lm_jax.regex import parse
 from bd3lm_jax.sampling.constraint import (Constraint, Known, advance, best_block, constrained_marginals,
                                            draw_constrained, sample_block)
 from bd3lm_jax.sampling.filters import draw

@@ -1,0 +1,66 @@
+"""One network at each of the block sizes that it was trained with: likelihood, calls and speed, and which to take."""
+
+import time
+from typing import Any
+
+from bd3lm_jax import log
+from bd3lm_jax.data.prepare import Rows, prepare
+from bd3lm_jax.errors import UserError
+from bd3lm_jax.evaluation.estimators import default_estimator
+from bd3lm_jax.evaluation.evaluate import Opened, open_run
+
+TEXTS, SAMPLER, THRESHOLD = 8, "threshold", 0.9  # how the texts are written on which calls and tokens are counted
+
+
+def curve(workdir: str, *, split: str, estimator: str, draws: int, seed: int, weights: str, batch: int,
+          within: float) -> dict[str, Any]:
+    """Rows by block size: the bound with its interval, network calls a token and tokens a second of texts.
+
+    split, estimator ("" for the best one at each size), draws, seed, weights, batch: as for `evaluate.evaluate_run`, on
+    the run's own text; the same rows and the same seed at every size. within: as for `recommended`. The first texts of
+    a size are compiled for and not timed. Raises UserError for a model of one block size.
+    """
+    import bd3lm_jax
+
+    began, lm = time.perf_counter(), bd3lm_jax.load(workdir, weights=weights)
+    sizes = lm.config.trained_sizes
+    if len(sizes) < 2:
+        raise UserError(f"{workdir} was trained with blocks of {sizes[0]} tokens only: a curve needs a model of "
+                        "diffusion.kind='mixed'")
+    text, rows = prepare(lm.corpus(workdir), split, lm.config.block_size, lm.tokenizer), []
+    for size in sizes:
+        found = _likelihood(open_run(workdir, weights, batch, size), text, estimator, draws, seed)
+        rows.append({"block_size": size, **found, **_speed(lm.at_block_size(size), seed)})
+    best = recommended(rows, within)
+    rule = f"the largest block size whose nll is at most {within:.2%} above the best"
+    log.table(f"{workdir}, {split}: by block size (texts: sampler {SAMPLER} {THRESHOLD})",
+              ("block size", "nats/token", "95 % interval", "calls/token", "tokens/s"),
+              [(str(row["block_size"]), f"{row['nll']:.4f}", "{:.4f} .. {:.4f}".format(*row["nll_ci95"]),
+                f"{row['nfe_per_token']:.3f}", f"{row['tokens_per_s']:.1f}") for row in rows])
+    log.note(f"recommended block size: {best}, {rule}")
+    return {"workdir": workdir, "split": split, "rows": rows, "recommended": best, "rule": rule, "sampler": SAMPLER,
+            "threshold": THRESHOLD, "texts": TEXTS, "draws": draws, "seed": seed,
+            "wall_s": time.perf_counter() - began}
+
+
+def recommended(rows: list[dict[str, Any]], within: float) -> int:
+    """The largest block size whose `nll` is at most (1 + within) times the smallest of all: larger blocks are more
+    tokens that can be written in one call."""
+    limit = min(row["nll"] for row in rows) * (1 + within)
+    return max(row["block_size"] for row in rows if row["nll"] <= limit)
+
+
+def _likelihood(run: Opened, text: Rows, estimator: str, draws: int, seed: int) -> dict[str, Any]:
+    found = run.evaluator.run(run.params, text, estimator=estimator or default_estimator(run.config), draws=draws,
+                              seed=seed)
+    return {name: found[name] for name in ("estimator", "nll", "nll_ci95", "nll_mc_se", "ppl", "ppl_ci95",
+                                           "bits_per_byte", "tokens", "documents")}
+
+
+def _speed(lm, seed: int) -> dict[str, float]:
+    for number in range(2):  # the first time compiles
+        began = time.perf_counter()
+        texts = lm.generate(num=TEXTS, length=lm.context, sampler=SAMPLER, threshold=THRESHOLD, seed=seed + number)
+        seconds = time.perf_counter() - began
+    tokens = max(1, sum(len(text.tokens) for text in texts))
+    return {"nfe_per_token": sum(text.nfe for text in texts) / tokens, "tokens_per_s": tokens / seconds}

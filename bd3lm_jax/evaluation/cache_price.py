@@ -1,0 +1,132 @@
+"""What a cache in less memory costs: bytes a token, and likelihood, against a float32 cache on the same masks.
+
+The bound is that of `evaluate.py`, but computed as the sampler computes: block by block, each one asked with the stored
+keys and values of the blocks before it. (The sampler's first call of a block still sees the block just before in full
+precision; here every call sees what is stored, as the sampler's later calls do.)
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bd3lm_jax import stats
+from bd3lm_jax.diffusion.masked import cross_entropy_subs
+from bd3lm_jax.evaluation import estimators
+from bd3lm_jax.models import trunk
+from bd3lm_jax.models.cache import Cache
+from bd3lm_jax.models.trunk import Stream
+from bd3lm_jax.writing.denoise import UNROLLED
+
+DTYPES = ("float32", "bfloat16", "int8")  # the first is what the others are compared with
+BATCH = 16  # rows a pass
+
+
+def bytes_per_token(lm, cache_dtype: str) -> int:
+    """Bytes of the keys and values of one token in all layers, with the scales of int8."""
+    cache = jax.eval_shape(lambda params: trunk.new_cache(lm.model, params, 1, 1, cache_dtype), lm.params)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((cache.keys, cache.values)))
+
+
+def price(lm, rows, num_rows: int, seed: int) -> list[dict[str, Any]]:
+    """A row for each of DTYPES: cache_dtype, bytes_per_token, nll (nats a token) of the first `num_rows` rows of a
+    prepared text, and nll_change from float32 with nll_change_ci95 (paired by row and mask, over rows and masks).
+
+    Empty for a model of one block (MDLM), which never reads a cache.
+    """
+    if not lm.config.diffusion.causal and lm.config.block_size >= rows.length:
+        return []
+    ids = np.arange(min(num_rows, len(rows)))
+    tokens_R = _weights(lm, rows.segments(ids)).sum(1)
+    nats = {dtype: _row_nats(lm, rows, ids, dtype, seed) for dtype in DTYPES}
+    found = []
+    for dtype, nats_R in nats.items():
+        change, *interval = stats.ratio_interval(nats_R - nats[DTYPES[0]], tokens_R)
+        found.append({"cache_dtype": dtype, "bytes_per_token": bytes_per_token(lm, dtype),
+                      "nll": float(nats_R.sum() / tokens_R.sum()), "nll_change": change, "nll_change_ci95": interval})
+    return found
+
+
+def cached_nats(lm, cache_dtype: str):
+    """`f(params, key, row_ids, tokens, positions, segments)` -> nats of every token through a cache, float32 `[B, L]`:
+    one draw of the model's best estimator (`estimators.default_estimator`), on the masks of `evaluate.make_scores`.
+
+    All arrays `[B, L]` as in a batch, L a multiple of the block size.
+    """
+    estimator = estimators.make(estimators.default_estimator(lm.config), lm.config)
+    score_block = _score_token if lm.config.diffusion.causal else _score_block
+
+    def nats(params, key, row_ids, tokens, positions, segments):
+        def noise(row, tokens, segments):
+            return estimator.noised(jax.random.fold_in(key, row), 0, 1, tokens, segments, lm.special)
+
+        noised = jax.vmap(noise)(row_ids, tokens, segments)
+        batch, views, length = noised.weight_BxMxL.shape
+        cache = trunk.new_cache(lm.model, params, batch, length, cache_dtype).replace(empty=False)
+
+        def body(cache: Cache, block):
+            logits_BxMxSxV, cache = score_block(lm, params, noised, tokens, positions, segments, cache, block)
+            targets = jnp.broadcast_to(_cut(lm, tokens, block)[:, None], logits_BxMxSxV.shape[:-1])
+            losses = cross_entropy_subs(logits_BxMxSxV.reshape(targets.size, -1), targets.reshape(-1), lm.special.mask)
+            return cache, losses.reshape(targets.shape)
+
+        losses_KxBxMxS = jax.lax.scan(body, cache, jnp.arange(length // lm.config.block_size))[1]
+        losses_BxMxL = jnp.moveaxis(losses_KxBxMxS, 0, 2).reshape(batch, views, length)
+        return (jnp.where(noised.weight_BxMxL > 0, losses_BxMxL, 0) * noised.weight_BxMxL).mean(1)
+
+    return nats
+
+
+def _row_nats(lm, rows, ids: Sequence[int], cache_dtype: str, seed: int) -> np.ndarray:
+    """Nats of each row, float64 `[R]`. A short batch is filled up with its last row."""
+    program, key, found = jax.jit(cached_nats(lm, cache_dtype)), jax.random.fold_in(jax.random.key(seed), 0), []
+    for start in range(0, len(ids), BATCH):
+        batch = ids[start:start + BATCH]
+        padded = np.concatenate([batch, np.full(BATCH - len(batch), batch[-1])])
+        nats_BxL = program(lm.params, key, padded, rows.tokens(padded), rows.positions(padded), rows.segments(padded))
+        found.append(np.asarray(nats_BxL, np.float64).sum(1)[:len(batch)])
+    return np.concatenate(found)
+
+
+def _weights(lm, segments_BxL) -> np.ndarray:
+    """Which tokens are scored, 1 or 0."""
+    objective = lm.config.diffusion
+    return np.asarray(objective.weight(segments_BxL) if objective.causal else segments_BxL > 0, np.float64)
+
+
+def _score_block(lm, params, noised, tokens, positions, segments, cache: Cache, block):
+    """Logits of the views of a block, `[B, M, S, V]`, and the cache with the clean block stored."""
+    position, segment = _cut(lm, positions, block), _cut(lm, segments, block)
+    where = position, position // lm.config.block_size, segment
+    sigma = None
+    if trunk.takes_level(lm.config.model):
+        sigma = jax.lax.dynamic_slice_in_dim(noised.sigma_BxMxK, block, 1, axis=2)
+    h = _hidden(lm, params, Stream(_cut(lm, noised.xt_BxMxL, block), *where, sigma), None, cache, block).noised
+    cache = _hidden(lm, params, None, Stream(_cut(lm, tokens, block), *where), cache, block).cache
+    return trunk.logits(lm.model, params, h, sigma), cache
+
+
+def _score_token(lm, params, noised, tokens, positions, segments, cache: Cache, block):
+    """As `_score_block` for an autoregressive model, whose clean stream is the token before."""
+    if not lm.config.diffusion.bos:  # nobody reads the end token, and the token before has the place before
+        segments = jnp.where(noised.weight_BxMxL[:, 0] > 0, segments, 0)
+        positions = jnp.maximum(positions - 1, 0)
+    position = _cut(lm, positions, block)
+    clean = Stream(_cut(lm, noised.xt_BxMxL[:, 0], block), position, position, _cut(lm, segments, block))
+    out = _hidden(lm, params, None, clean, cache, block)
+    return trunk.logits(lm.model, params, out.clean)[:, None], out.cache
+
+
+def _hidden(lm, params, noised: Stream | None, clean: Stream | None, cache: Cache, block):
+    size = lm.config.block_size
+    return trunk.hidden(lm.model, params, noised=noised, clean=clean, cache=cache, write_at=block * size,
+                        rule="causal" if lm.config.diffusion.causal else "block_causal", block_size=size,
+                        execution=UNROLLED, dropout_keys=None)
+
+
+def _cut(lm, x, block):
+    """The tokens of a block."""
+    size = lm.config.block_size
+    return jax.lax.dynamic_slice_in_dim(x, block * size, size, axis=-1)

@@ -1,0 +1,358 @@
+"""Likelihood of a split with its error bars, by any estimator of `estimators.py`.
+
+A round of D draws gives every row `replicates` independent estimates; their spread tells the Monte-Carlo error. The
+noise is a function of (seed, round, row, replicate, draw) alone.
+"""
+
+import collections
+import dataclasses
+import itertools
+import math
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bd3lm_jax import log, sharding, stats
+from bd3lm_jax.config import Config, MeshConfig
+from bd3lm_jax.data.loader import place_rows
+from bd3lm_jax.data.prepare import Rows
+from bd3lm_jax.errors import RunError, UserError
+from bd3lm_jax.evaluation import domains, estimators
+from bd3lm_jax.evaluation.estimators import default_estimator
+from bd3lm_jax.models import Backbone
+from bd3lm_jax.passes import Execution
+from bd3lm_jax.sharding import batch_sharding
+from bd3lm_jax.step import SpecialIds, execution_of, overflows, row_losses, score
+
+QUEUE = 2  # batches in flight: the device goes on while the host reads rows and adds up
+PILOT_ROWS, PILOT_ROUND = 32, 2**32 - 1  # what "importance" learns from; a round that is never scored
+HOPELESS = 2  # a target that seems to need so many times --max_draws is given up at once
+
+
+class Target(NamedTuple):
+    """Draw until the 95 % half width of the Monte-Carlo part is `ci` of the nll, at most `max_draws` draws a row."""
+
+    ci: float
+    max_draws: int
+
+
+def check_draws(draws: int) -> None:
+    if draws < 1:
+        raise UserError(f"draws is {draws}, expected at least 1")
+
+
+def make_scores(model: Backbone, objective: Any, estimator: Any, special: SpecialIds, execution: Execution, draws: int):
+    """`f(params, key, index, row_ids, tokens, positions, segments, scored)` -> pass `index` of `draws` draws of rows.
+
+    Tokens that are not `scored` (bool [B, L]) are given: never masked, never counted. Returns contributions in nats,
+    float32 `[B, R, L]` (summed over L and averaged over passes: an estimate of the row by each of R replicates), and of
+    every block of the M views the masked tokens, int32 `[B, M, K]`, and their mean cross-entropy, float32 `[B, M, K]`.
+    """
+    def noise(key, index, tokens, segments):
+        return estimator.noised(key, index, draws, tokens, segments, special)
+
+    def scores(params, key, index, row_ids, tokens, positions, segments, scored):
+        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_ids)
+        maskable = segments if objective.causal else jnp.where(scored, segments, 0)
+        noised = jax.vmap(noise, in_axes=(0, None, 0, 0))(keys, index, tokens, maskable)
+        return score_views(model, params, objective, noised, tokens, positions, segments, scored, special, execution,
+                           estimator.replicates, estimator.token_loss)
+
+    return scores
+
+
+def score_views(model: Backbone, params: dict, objective: Any, noised: Any, tokens_BxL, position_BxL, segment_BxL,
+                scored_BxL, special: SpecialIds, execution: Execution,
+                replicates: int, token_loss: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What `make_scores` returns, of given views."""
+    scored = score(model, params, objective, noised, tokens_BxL, position_BxL, segment_BxL, execution,
+                   end_id=special.end)
+    losses = jnp.where(scored.weight_BxMxC == 0, 0, row_losses(model, params, scored, special.mask, 0, token_loss))
+    place = jax.vmap(jax.vmap(lambda losses, index: jnp.zeros(tokens_BxL.shape[1]).at[index].add(losses)))
+    losses_BxMxL = jnp.where(scored_BxL[:, None], place(losses, scored.index_BxMxC), 0)
+    nats_BxMxL = losses_BxMxL * noised.weight_BxMxL + jnp.where(overflows(noised), jnp.nan, 0)[..., None]
+    batch, views, length = nats_BxMxL.shape
+    nats_BxRxL = nats_BxMxL.reshape(batch, replicates, views // replicates, length).mean(2)
+    blocks = (batch, views, -1, objective.block_size)
+    counts_BxMxK = ((noised.weight_BxMxL > 0) & scored_BxL[:, None]).reshape(blocks).sum(-1)
+    return nats_BxRxL, counts_BxMxK, losses_BxMxL.reshape(blocks).sum(-1) / jnp.maximum(counts_BxMxK, 1)
+
+
+class Opened(NamedTuple):
+    """A run that is ready to be measured."""
+
+    workdir: str
+    config: Config
+    tokenizer: Any
+    params: Any
+    evaluator: "Evaluator"
+    step: int
+    config_sha256: str
+
+
+def open_run(workdir: str, weights: str, batch: int, block_size: int = 0, length: int = 0,
+             step: int | str = "latest") -> Opened:
+    """A checkpoint of a run (`step`: as for `restore.restore`), or a published one, over all devices.
+
+    weights: "ema" or "params"; batch: rows a pass, 0 for the run's own; block_size: one that it was trained with, 0 for
+    its usual one; length: tokens a row of a published checkpoint (`restore.restore_published`)."""
+    from bd3lm_jax.hf import is_published
+    from bd3lm_jax.restore import refuse_step, restore, restore_published
+
+    mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1, slices=-1))
+    if is_published(workdir):
+        refuse_step(workdir, step)
+        run = restore_published(workdir, weights, mesh, length)
+    else:
+        run = restore(workdir, weights, None, mesh, step)
+    config = run.config.at_trained_size(block_size) if block_size else run.config
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch=batch or config.eval.batch))
+    evaluator = Evaluator(config, run.model, SpecialIds(run.tokenizer.mask_id, run.tokenizer.end_id), mesh)
+    return Opened(workdir, config, run.tokenizer, run.params, evaluator, run.step, run.meta["config_sha256"])
+
+
+def evaluate_run(workdir: str, *, split: str, data: str, estimator: str, draws: int, seed: int, weights: str,
+                 batch: int, target_ci: float, max_draws: int, against: str, data_dir: str, chunks: str, stride: int,
+                 first_token: str, end_token: str, block_size: int = 0, length: int = 0,
+                 step: int | str = "latest") -> dict[str, Any]:
+    """The `eval` command: likelihood of a split under a checkpoint of a run, by default the newest.
+
+    data, split, data_dir: which text (`domains.open_text`). chunks, stride, first_token, end_token: what of it counts
+    (`domains.convention_for`). estimator: "" for the best one. target_ci: as `Target`, 0 for none; then `draws`
+    is the size of a round. block_size, length, step: as for `open_run`. against: another run whose newest checkpoint to
+    compare with on the same documents, or "" (see `compare.py`). Published checkpoints have no corpus of their own:
+    they need `data`.
+    """
+    from bd3lm_jax.evaluation import compare
+    from bd3lm_jax.hf import is_published
+
+    from_elsewhere = [path for path in (workdir, against) if path and is_published(path)]
+    if is_published(workdir) and not data:
+        raise UserError(f"{workdir} is a published checkpoint, which brings no corpus: give --data=austen or another "
+                        "text")
+    if length and not from_elsewhere:
+        raise UserError(f"--length={length} is for published checkpoints: {workdir} has the length it was trained with")
+    run = open_run(workdir, weights, batch, block_size, length, step)
+    estimators.make(estimator or default_estimator(run.config), run.config)  # refuse before any text is read
+    other = open_run(against, weights, batch, length=length) if against else None
+    convention = domains.convention_for([side.config for side in (run, other) if side is not None], chunks=chunks,
+                                        stride=stride, first_token=first_token, end_token=end_token)
+    which = {"data": data, "split": split, "data_dir": data_dir, "convention": convention}
+    text = domains.open_text(run.config, run.tokenizer, **which)
+    target = Target(target_ci, max_draws) if target_ci else None
+    measured = run.evaluator.measure(run.params, text.rows, estimator=estimator or default_estimator(run.config),
+                                     draws=draws, seed=seed, target=target)
+    result = measured.summary(text.rows)
+    by_count = result.pop("nll_by_count")
+    show(workdir, f"{text.name}, {text.split}", result, by_count)
+    result = {**text.describe(result), "step": run.step, "config_sha256": run.config_sha256}
+    if other is not None:
+        result["against"] = compare.against(run, text, measured, other, which, draws)
+        result["wall_s"] += result["against"].pop("wall_s")
+    return result
+
+
+def show(workdir: str, text: str, result: dict, by_count: dict) -> None:
+    """Tables for people: the likelihood with both parts of its error, and by masked tokens of a block."""
+    low, high = result["ppl_ci95"]
+    log.table(f"{workdir}, {text}: {result['documents']} documents, {result['tokens']} tokens, "
+              f"{result['estimator']}, {result['draws']} draws",
+              ("nats/token", "perplexity", "95 % interval", "bits/byte", "se: documents", "se: draws"),
+              [(f"{result['nll']:.4f}", f"{result['ppl']:.2f}", f"{low:.2f} .. {high:.2f}",
+                f"{result['bits_per_byte']:.4f}", f"{result['nll_document_se']:.5f}", f"{result['nll_mc_se']:.5f}")])
+    if 1 < len(by_count) <= 32:
+        log.table("nats per masked token, by masked tokens in the block", [str(k) for k in by_count],
+                  [[f"{nll:.3f}" for nll in by_count.values()]])
+
+
+class Evaluator:
+    """Likelihood of prepared rows under one model; compiles once for each estimator and number of draws."""
+
+    def __init__(self, config: Config, model: Backbone, special: SpecialIds, mesh):
+        self.config, self.model, self.special, self.mesh = config, model, special, mesh
+        self.execution = dataclasses.replace(execution_of(config), remat="none")
+        devices = sharding.rows_over(mesh)
+        self.batch = -(-config.eval.batch // devices) * devices
+        self.sharding = batch_sharding(mesh)
+        self._programs = {}
+        self.alive = lambda: None  # called after every batch
+
+    def run(self, params, rows: Rows, *, estimator: str, draws: int, seed: int, num_rows: int = 0) -> dict:
+        """NLL of the first `num_rows` rows (0: all) in nats per token, with intervals.
+
+        Returns the numbers of the `eval` command, and `nll_by_count`: mean cross-entropy of the masked tokens of
+        blocks with k of them, by k. Deterministic in (params, rows, seed, draws), whatever the devices.
+        """
+        return self.measure(params, rows, estimator=estimator, draws=draws, seed=seed, target=None,
+                            num_rows=num_rows).summary(rows)
+
+    def measure(self, params, rows: Rows, *, estimator: Any, draws: int, seed: int, target: Target | None,
+                num_rows: int = 0, rounds: int = 1) -> "Measured":
+        """As `run`, as sums by row and document. estimator: a name, or an estimator (say, one that has learnt).
+
+        `rounds` rounds of `draws` draws, or with a target until it is met. Raises RunError if `max_draws` do not meet
+        it.
+        """
+        check_draws(draws)
+        began = time.perf_counter()
+        ids = np.arange(len(rows) if num_rows == 0 else min(num_rows, len(rows)))
+        with jax.set_mesh(self.mesh):
+            if isinstance(estimator, str):
+                estimator = estimators.make(estimator, self.config)
+            if estimator.learns:
+                estimator = self._learn(estimator, params, rows, ids[:PILOT_ROWS], seed)
+            draws = draws if estimator.replicates > 1 else 1
+            total = Measured(estimator, draws, seed, self.config.block_size)
+            for round_ in itertools.count():
+                for batch, passes in self._batches(estimator, params, rows, ids, draws, seed, round_):
+                    total.add(round_, passes, self._documents(rows, batch))
+                    self.alive()
+                total.wall_s = time.perf_counter() - began
+                if target is None and round_ + 1 == rounds or target is not None and _met(total, target):
+                    return total
+
+    def _learn(self, estimator, params, rows, ids, seed):
+        """The estimator with the count law of a pilot, whose noise and rows depend on nothing but seed and split."""
+        parts = [part for _, passes in self._batches(estimator, params, rows, ids, 1, seed, PILOT_ROUND)
+                 for part in passes]
+        counts, means = (np.concatenate([part[i].swapaxes(1, 2).reshape(-1, estimator.views) for part in parts])
+                         for i in (1, 2))
+        return estimator.learn(counts, means)
+
+    def _batches(self, estimator, params, rows, ids, draws: int, seed: int, round_: int):
+        """Yields row ids and the passes of their scores (NumPy, see `make_scores`) batch by batch, a few in flight."""
+        pending = collections.deque()
+        for start in range(0, len(ids), self.batch):
+            batch = ids[start:start + self.batch]
+            pending.append((batch, self._start(estimator, params, rows, batch, draws, seed, round_)))
+            if len(pending) > QUEUE:
+                yield _fetch(*pending.popleft())
+        while pending:
+            yield _fetch(*pending.popleft())
+
+    def _start(self, estimator, params, rows, ids, draws, seed, round_):
+        """All passes of a batch, on their way. A short batch is filled up with its last row, which then counts nothing.
+        """
+        padded = np.concatenate([ids, np.full(self.batch - len(ids), ids[-1])])
+        arrays = place_rows(rows, padded, self.sharding)
+        row_ids = jax.make_array_from_callback(padded.shape, self.sharding,
+                                               lambda index: padded[index].astype(np.int32))
+        scored = jax.make_array_from_callback((len(padded), rows.length), self.sharding,
+                                              lambda index: rows.scored(padded[index[0]])[:, index[1]])
+        key = jax.random.fold_in(jax.random.key(seed), round_)
+        program = self._program(estimator, draws)
+        batch = arrays["tokens"], arrays["positions"], arrays["segments"], scored
+        return [sharding.settled(program(params, key, index, row_ids, *batch))
+                for index in range(estimator.passes(draws))]
+
+    def _program(self, estimator, draws: int):
+        if (estimator, draws) not in self._programs:
+            scores = make_scores(self.model, self.config.diffusion, estimator, self.special, self.execution, draws)
+            everywhere = NamedSharding(self.mesh, P())
+            self._programs[estimator, draws] = jax.jit(scores, out_shardings=(everywhere,) * 3)
+        return self._programs[estimator, draws]
+
+    def _documents(self, rows: Rows, ids) -> np.ndarray:
+        """The document of every token that is scored `[n, L]`; -1 elsewhere."""
+        documents_BxL, objective = np.where(rows.scored(ids), rows.documents(ids), -1), self.config.diffusion
+        if objective.causal:
+            documents_BxL = np.where(objective.weight(rows.segments(ids)) > 0, documents_BxL, -1)
+        return documents_BxL
+
+
+def _fetch(ids, passes):
+    return ids, [tuple(np.asarray(x)[:len(ids)] for x in part) for part in passes]
+
+
+def _met(total: "Measured", target: Target) -> bool:
+    """Whether the Monte-Carlo part is as tight as it should be. Raises RunError where it will not be."""
+    half = stats.mc_margin(total.rows_UxR) / total.rows_UxR.mean(0).sum()
+    reached = f"the Monte-Carlo part of the 95 % interval is +- {half:.3%} of the nll after {total.draws} draws"
+    log.note(f"{reached}, wanted: {target.ci:.3%}; more draws cannot shrink the part that comes from the choice of "
+             "documents")
+    if half <= target.ci:
+        return True
+    needed = total.draws * (half / target.ci) ** 2
+    if total.draws + total.round_draws > target.max_draws or needed > HOPELESS * target.max_draws:
+        nll = total.rows_UxR.mean(0).sum() / total.tokens_N.sum()
+        raise RunError(f"{reached} (nll {nll:.4f}), wanted: {target.ci:.3%}, which takes about {math.ceil(needed)} "
+                       f"draws and --max_draws is {target.max_draws}: raise --max_draws or --target_ci")
+    return False
+
+
+class Measured:
+    """Sums over rows on the host, in float64: U independent estimates (rounds x replicates) of every row and document.
+    """
+
+    def __init__(self, estimator: Any, draws: int, seed: int, block_size: int):
+        self.estimator, self.round_draws, self.seed, self.block_size = estimator, draws, seed, block_size
+        self.rounds, self.wall_s = 0, 0.0
+        self._documents, self._rows, self.tokens_N = [], [], np.zeros(0)
+        self.count_nats, self.count_blocks = np.zeros(block_size + 1), np.zeros(block_size + 1)
+
+    @property
+    def draws(self) -> int:
+        return self.rounds * self.round_draws
+
+    @property
+    def documents_UxN(self) -> np.ndarray:
+        """Nats of the documents in every estimate."""
+        return np.stack(self._documents)
+
+    @property
+    def rows_UxR(self) -> np.ndarray:
+        """Nats of the rows in every estimate."""
+        return np.array(self._rows)
+
+    def add(self, round_: int, passes: list, documents_BxL: np.ndarray) -> None:
+        """Scores of a batch of rows, all passes of a round."""
+        replicates = self.estimator.replicates
+        if round_ == self.rounds:
+            self.rounds += 1
+            self._documents += [np.zeros(0) for _ in range(replicates)]
+            self._rows += [[] for _ in range(replicates)]
+        nats_BxRxL = np.mean([nats for nats, _, _ in passes], axis=0, dtype=np.float64)
+        real = documents_BxL >= 0
+        documents = documents_BxL[real]
+        if round_ == 0:
+            self.tokens_N = _grow(self.tokens_N, np.bincount(documents))
+        for replicate in range(replicates):
+            nats, unit = nats_BxRxL[:, replicate], round_ * replicates + replicate
+            self._documents[unit] = _grow(self._documents[unit], np.bincount(documents, nats[real]))
+            self._rows[unit].extend(nats.sum(-1))
+        for _, counts, means in passes:
+            self.count_nats += np.bincount(counts.ravel(), means.ravel(), self.block_size + 1)
+            self.count_blocks += np.bincount(counts.ravel(), minlength=self.block_size + 1)
+
+    def summary(self, rows: Rows) -> dict:
+        """The numbers of the `eval` command, and nll_by_count."""
+        kept = self.tokens_N > 0
+        nll = stats.two_part_interval(self.documents_UxN[:, kept], self.rows_UxR, self.tokens_N[kept])
+        tokens = self.tokens_N.sum()
+        # Without all tokens scored (some rows, or AR without bos) bytes are those of as many average tokens.
+        size = rows.meta["bytes"] * tokens / rows.meta["tokens"]
+        by_count = {k: self.count_nats[k] / self.count_blocks[k] for k in range(1, self.block_size + 1)
+                    if self.count_blocks[k]}
+        law = {"count_probs": self.estimator.measure.count_probs} if self.estimator.name == "importance" else {}
+        return {"nll": nll.value, "nll_ci95": [nll.low, nll.high], "nll_mc_se": nll.mc_se,
+                "nll_document_se": nll.document_se, "ppl": _exp(nll.value), "ppl_ci95": [_exp(nll.low), _exp(nll.high)],
+                "bits_per_byte": nll.value * tokens / math.log(2) / size, "tokens": int(tokens),
+                "documents": int(kept.sum()), "nll_by_count": by_count, "estimator": self.estimator.name, **law,
+                "draws": self.draws, "seed": self.seed, "wall_s": self.wall_s}
+
+
+def _exp(x: float) -> float:
+    return math.exp(min(x, 700.0))
+
+
+def _grow(total: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """Sum of two lists by index, as long as the longer one."""
+    if len(part) > len(total):
+        total = np.pad(total, (0, len(part) - len(total)))
+    total[:len(part)] += part
+    return total

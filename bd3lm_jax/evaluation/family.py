@@ -1,0 +1,162 @@
+"""Runs of different objectives side by side: one bound for all where they have it, their own losses, speed and texts.
+
+    from bd3lm_jax.evaluation.family import compare
+    compare(["runs/ar", "runs/tiny", "runs/sedd"], split="test", scorer="runs/ar", texts=32, draws=1, seed=0)
+
+Losses of different objectives are no likelihoods that could be compared. What can be is the bound that every network
+gives which predicts masked tokens, however it was trained, under uniform counts ("exact_count"; for autoregression the
+likelihood itself), and for the others the bound of their own objective, if it is one.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bd3lm_jax import log, plots
+from bd3lm_jax.errors import UserError
+from bd3lm_jax.evaluation import estimators, suite
+from bd3lm_jax.evaluation.autopilot import judged, write
+from bd3lm_jax.evaluation.domains import OWN, Text, convention_for, open_text
+from bd3lm_jax.evaluation.evaluate import open_run
+from bd3lm_jax.evaluation.scorer import Scorer
+from bd3lm_jax.evaluation.suite import Scored
+from bd3lm_jax.lm import LM
+
+
+def compare(workdirs: Sequence[str], *, split: str, scorer: str, texts: int, draws: int,
+            seed: int) -> list[dict[str, Any]]:
+    """A row for each run, measured on a split of its corpus.
+
+    scorer: directory of a model with exact likelihood that judges `texts` texts of each run; "" for no texts.
+
+    Returns rows of {"name", "workdir", "kind", "block_size", "params", "step"; "estimator" and, in bits per byte,
+    "bound" with "bound_ci95" (None without a bound), "difference" and "difference_ci95" to the first run, paired by
+    document; "native" and "native_ci95" (the bound of its own objective, where that is another); "train_loss" (the
+    objective as optimised, mean of the last tenth of training), "train_tokens_per_s" (median while training);
+    "gen_ppl", "gen_ppl_ci95", "entropy", "entropy_ci95" and "tokens_per_call" of its texts (None without), "no_texts"
+    (why)}. The intervals are over documents and draws (texts), not over trainings. Raises UserError for runs of
+    different corpora and for a scorer that does not fit.
+    """
+    judge = Scorer(_model(scorer), scorer, 0) if scorer else None
+    rows, first = [], None
+    for workdir in workdirs:
+        began = time.perf_counter()
+        run = open_run(workdir, "ema", 0)
+        convention = convention_for([run.config], chunks="independent", stride=0, first_token="", end_token="count")
+        text = open_text(run.config, run.tokenizer, data=OWN, split=split, data_dir="", convention=convention)
+        row = {"name": Path(workdir).name, "workdir": str(workdir), "kind": run.config.diffusion.kind,
+               "block_size": run.config.block_size, "step": run.step, "params": _size(run.params)}
+        row |= _bounds(run, text, draws, seed)
+        scored = row.pop("scored")
+        if scored is not None:
+            if first is None:
+                first = scored
+            elif text.corpus.fingerprint() != first.text.corpus.fingerprint():
+                raise UserError(f"{workdir} is measured on {text.name}, {workdirs[0]} on {first.text.name}: compare "
+                                "runs of one corpus")
+            found = suite.difference(scored, first)
+            row |= {"difference": found["difference"], "difference_ci95": found["difference_ci95"]}
+        row |= _training(workdir) | _texts(run, judge, texts, seed)
+        log.note(f"{row['name']}: measured in {time.perf_counter() - began:.0f} s")
+        rows.append(row)
+    return rows
+
+
+def _model(workdir: str) -> LM:
+    from bd3lm_jax.lm import load
+
+    return load(workdir)
+
+
+def _size(params) -> int:
+    import jax
+
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def _bounds(run, text: Text, draws: int, seed: int) -> dict[str, Any]:
+    """The common bound, and that of the run's own objective where it is another."""
+    common, objective = estimators.default_estimator(run.config), run.config.diffusion
+    row = dict.fromkeys(("estimator", "bound", "bound_ci95", "difference", "difference_ci95", "native", "native_ci95",
+                         "scored"))
+    names = [name for name in (common, "native") if name != "native" or _has_native(objective)]
+    for name in dict.fromkeys(names):
+        measured = run.evaluator.measure(run.params, text.rows, estimator=name, draws=draws, seed=seed, target=None)
+        result = text.describe(measured.summary(text.rows))
+        if name == common:
+            row |= {"estimator": name, "bound": result["bits_per_byte"], "bound_ci95": result["bits_per_byte_ci95"],
+                    "scored": Scored(run.workdir, text, measured, result)}
+        else:
+            row |= {"native": result["bits_per_byte"], "native_ci95": result["bits_per_byte_ci95"]}
+    return row
+
+
+def _has_native(objective: Any) -> bool:
+    return objective.is_bound and not objective.causal and not objective.needs and (
+        not objective.masks or objective.token_loss is not None)
+
+
+def _training(workdir: str) -> dict[str, float | None]:
+    lines = log.read_metrics(workdir)
+    losses, rates = ([line[key] for line in lines if key in line] for key in ("train/loss", "train/tokens_per_s"))
+    last = max(len(losses) // 10, 1)
+    return {"train_loss": float(np.mean(losses[-last:])) if losses else None,
+            "train_tokens_per_s": float(np.median(rates)) if rates else None}
+
+
+def _texts(run, judge: Scorer | None, texts: int, seed: int) -> dict[str, Any]:
+    row = dict.fromkeys(("gen_ppl", "gen_ppl_ci95", "entropy", "entropy_ci95", "tokens_per_call", "no_texts"))
+    if judge is None:
+        return row
+    lm = LM(run.config, run.params, run.tokenizer, run.evaluator.model, run.config.data.length)
+    try:
+        samples = write(lm, {}, texts, lm.context, lm.context, seed)
+    except UserError as error:
+        return row | {"no_texts": str(error)}
+    found = judged(lm, samples, judge)
+    calls = sum(sample.nfe for sample in samples)
+    return row | {key: found[key] for key in ("gen_ppl", "gen_ppl_ci95", "entropy", "entropy_ci95")} | {
+        "tokens_per_call": sum(len(sample.tokens) for sample in samples) / calls}
+
+
+def show(rows: Sequence[dict[str, Any]], scorer: str) -> None:
+    """The table for people."""
+    log.table("bits per byte, 95 % intervals over documents and draws",
+              ("run", "objective", "bound", "less the first's", "own bound"), [_likelihood(row) for row in rows])
+    log.table(f"training, and texts scored by {scorer or 'nobody'}",
+              ("run", "train loss", "tok/s", "gen. PPL", "entropy", "tokens a call"), [_texts_of(row) for row in rows])
+    log.note("bound: under uniform counts, the likelihood itself for autoregression and block size 1. Intervals do not "
+             "cover what another training with another seed would give. tok/s: while training; runs that were trained "
+             "beside others do not compare.")
+
+
+def _likelihood(row: dict[str, Any]) -> tuple[str, ...]:
+    return (row["name"], row["kind"], _estimate(row, "bound", ".3f"), _estimate(row, "difference", "+.3f"),
+            _estimate(row, "native", ".3f"))
+
+
+def _texts_of(row: dict[str, Any]) -> tuple[str, ...]:
+    return (row["name"], _number(row["train_loss"], ".3f"), _number(row["train_tokens_per_s"], ",.0f"),
+            _estimate(row, "gen_ppl", ".0f"), _estimate(row, "entropy", ".2f"), _number(row["tokens_per_call"], ".2f"))
+
+
+def _estimate(row: dict[str, Any], key: str, shape: str) -> str:
+    if row[key] is None:
+        return ""
+    low, high = (format(x, shape) for x in row[f"{key}_ci95"])
+    return f"{row[key]:{shape}} ({low} .. {high})"
+
+
+def _number(value: float | None, shape: str) -> str:
+    return "" if value is None else format(value, shape)
+
+
+def draw(path: str | Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Bounds with their intervals, a line a run: common ones, and those of the objectives themselves."""
+    series = {"bound under uniform counts": "bound", "bound of its own objective": "native"}
+    points = {label: {row["name"]: (row[key], *row[f"{key}_ci95"]) for row in rows if row[key] is not None}
+              for label, key in series.items()}
+    return plots.intervals(path, {label: found for label, found in points.items() if found}, "bits per byte")

@@ -1,0 +1,155 @@
+"""Zero-shot suite: runs measured on every named text that is there; one table, one plot, paired differences."""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bd3lm_jax import log, plots, rundir, stats
+from bd3lm_jax.errors import UserError
+from bd3lm_jax.evaluation.domains import DOMAINS, OWN, Missing, Text, convention_for, open_text
+from bd3lm_jax.evaluation.estimators import default_estimator
+from bd3lm_jax.evaluation.evaluate import Measured, Opened, Target, open_run
+
+BETTER, WORSE, UNCLEAR = "better", "worse", "not told apart"
+
+
+class Scored(NamedTuple):
+    """A run on one text. result: the object of the `eval` command."""
+
+    workdir: str
+    text: Text
+    measured: Measured
+    result: dict[str, Any]
+
+
+def evaluate_suite(workdirs: Sequence[str], *, split: str, data_dir: str, chunks: str, stride: int, first_token: str,
+                   end_token: str, estimator: str, draws: int, seed: int, weights: str, batch: int, target_ci: float,
+                   max_draws: int) -> dict[str, Any]:
+    """The `eval --data=all` command: every run on the packaged texts and on those that `data_dir` or TFDS hold.
+
+    One run is measured on its own corpus too. Of several, each is compared with the first, document by document, in
+    bits per byte: tokenizers may differ. The other arguments are those of `evaluate_run` and `domains.open_text`.
+
+    Returns {"domains": results of `eval` with "workdir" and, from the second run on, "against"; "skipped": {name: why};
+    "plot": path, in the first run directory; "wall_s"}. Raises UserError before anything is measured.
+    """
+    began = time.perf_counter()
+    if len(set(workdirs)) < len(workdirs):
+        raise UserError(f"--workdir={','.join(workdirs)} names a run twice")
+    runs = [rundir.read(workdir) for workdir in workdirs]
+    convention = convention_for([config for config, _ in runs], chunks=chunks, stride=stride, first_token=first_token,
+                                end_token=end_token)
+    skipped, texts = {}, {}
+    for workdir, (config, tokenizer) in zip(workdirs, runs):
+        for name in _names(runs):
+            try:
+                text = open_text(config, tokenizer, data=name, split=split, data_dir=data_dir, convention=convention)
+                texts.setdefault(workdir, []).append(text)
+            except UserError as error:
+                if name != OWN and not isinstance(error, Missing):
+                    raise
+                skipped[name or config.data.source] = str(error)
+    for name, reason in skipped.items():
+        log.note(f"skipped {name}: {reason}")
+    if not texts:
+        raise UserError("none of the texts is here: see the lines above")
+    target = Target(target_ci, max_draws) if target_ci else None
+    scored = [_score(open_run(workdir, weights, batch), texts[workdir], estimator, draws, seed, target)
+              for workdir in workdirs]
+    for others in scored[1:]:
+        for first, other in zip(scored[0], others):
+            other.result["against"] = difference(other, first)
+    results = [part.result for parts in scored for part in parts]
+    show(results)
+    plot = plots.intervals(Path(workdirs[0]) / "plots" / "domains.png", points(results), "bits per byte")
+    return {"domains": results, "skipped": skipped, "plot": str(plot), "wall_s": time.perf_counter() - began}
+
+
+def _names(runs) -> list[str]:
+    """The run's own corpus, unless there are several runs or it is one of the domains; then the domains."""
+    own = [] if len(runs) > 1 or runs[0][0].data.source in DOMAINS else [OWN]
+    return [*own, *DOMAINS]
+
+
+def _score(run: Opened, texts: Sequence[Text], estimator: str, draws: int, seed: int, target) -> list[Scored]:
+    scored = []
+    for text in texts:
+        log.note(f"{run.workdir}: {text.name}, {len(text.rows)} rows")
+        measured = run.evaluator.measure(run.params, text.rows, estimator=estimator or default_estimator(run.config),
+                                         draws=draws, seed=seed, target=target)
+        result = measured.summary(text.rows)
+        del result["nll_by_count"]
+        result = {**text.describe(result), "workdir": run.workdir, "step": run.step,
+                  "config_sha256": run.config_sha256}
+        scored.append(Scored(run.workdir, text, measured, result))
+    return scored
+
+
+def difference(ours: Scored, theirs: Scored) -> dict[str, Any]:
+    """Bits per byte of one run less those of another on the same documents, paired by document.
+
+    Negative where the first is better. The error of the draws is that of two separate runs.
+    """
+    sides = ours.measured, theirs.measured
+    documents = min(len(side.tokens_N) for side in sides)
+    both = np.all([side.tokens_N[:documents] > 0 for side in sides], axis=0)
+    estimates = min((len(side.rows_UxR) for side in sides if len(side.rows_UxR) > 1), default=1)  # an exact run has 1
+    nats_a, nats_b = (side.documents_UxN[:estimates, :documents][:, both] for side in sides)
+    rows_a, rows_b = (np.broadcast_to(side.rows_UxR[:estimates], (estimates, side.rows_UxR.shape[1])) for side in sides)
+    bits = ours.text.document_bytes()[:documents][both] * math.log(2)
+    found = stats.two_part_interval(nats_a - nats_b, np.concatenate([rows_a, -rows_b], axis=1), bits)
+    return {"workdir": theirs.workdir, "unit": "bits per byte", "difference": found.value,
+            "difference_ci95": [found.low, found.high], "p_value": found.p_value}
+
+
+def points(results: Sequence[dict]) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """{run: {title of the text: (bits per byte, low, high)}}."""
+    found = {}
+    for result in results:
+        run = found.setdefault(Path(result["workdir"]).name, {})
+        run[title(result["data"])] = (result["bits_per_byte"], *result["bits_per_byte_ci95"])
+    return found
+
+
+def title(data: str) -> str:
+    """What a text is called in tables."""
+    return DOMAINS[data].title if data in DOMAINS else data
+
+
+def show(results: Sequence[dict]) -> None:
+    """The table for people: a line a text and run, the runs of a text under each other."""
+    columns = ("text", "run", "documents", "tokens", "nats/token", "perplexity", "bits/byte", "95 % interval",
+               "PPL a word", "bits/byte less the first run's")
+    order = list(dict.fromkeys(result["data"] for result in results))
+    lines = [_line(result) for data in order for result in results if result["data"] == data]
+    compared = any("against" in result for result in results)
+    log.table(f"{_how(results[0])}", columns if compared else columns[:-1],
+              [line if compared else line[:-1] for line in lines])
+
+
+def _how(result: dict) -> str:
+    cut = "independent rows" if result["chunks"] == "independent" else f"windows every {result['stride']} tokens"
+    words = {"predict": "predicted", "count": "counted", "skip": "given"}
+    return (f"Zero-shot: {cut} of {result['length']} tokens, first tokens {words[result['first_token']]}, ends of "
+            f"documents {words[result['end_token']]}")
+
+
+def _line(result: dict) -> list[str]:
+    low, high = result["bits_per_byte_ci95"]
+    word_ppl = f"{result['word_ppl']:.1f}" if "word_ppl" in result else ""
+    return [title(result["data"]), Path(result["workdir"]).name, str(result["documents"]), str(result["tokens"]),
+            f"{result['nll']:.4f}", f"{result['ppl']:.2f}", f"{result['bits_per_byte']:.4f}",
+            f"{low:.4f} .. {high:.4f}", word_ppl, _verdict(result.get("against"))]
+
+
+def _verdict(against: dict | None) -> str:
+    """A difference counts where its interval leaves out 0."""
+    if against is None:
+        return ""
+    low, high = against["difference_ci95"]
+    verdict = BETTER if high < 0 else WORSE if low > 0 else UNCLEAR
+    return f"{against['difference']:+.4f} ({low:+.4f} .. {high:+.4f}) {verdict}"

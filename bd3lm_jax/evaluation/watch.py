@@ -1,0 +1,152 @@
+"""`eval --watch`: the likelihood of each new checkpoint of a run that trains, from a process the run does not notice.
+
+Everything in the run directory is only read, but for the file `watch.jsonl`, which training does not know.
+"""
+
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from bd3lm_jax import hf, log, rundir
+from bd3lm_jax.checkpoint import Absent, Checkpoints
+from bd3lm_jax.errors import RunError, UserError
+from bd3lm_jax.evaluation import domains, estimators
+from bd3lm_jax.evaluation.estimators import default_estimator
+from bd3lm_jax.evaluation.evaluate import open_run
+from bd3lm_jax.restore import restore
+from bd3lm_jax.sweeps.pool import Signals
+
+FILE = "watch.jsonl"  # of the run directory: a line an evaluation
+POLL_S = 2.0  # between looks at the directory
+LAST, NOTHING_NEW = "last step", "nothing new"  # why a watch ended, beside the names of signals
+
+
+class _Stopped(Exception):
+    """A signal came while a checkpoint was evaluated."""
+
+
+def watch(workdir: str, *, watch_for: float, data: str, split: str, data_dir: str, chunks: str, stride: int,
+          first_token: str, end_token: str, estimator: str, draws: int, seed: int, weights: str, batch: int,
+          block_size: int) -> dict[str, Any]:
+    """Evaluate each newest checkpoint of a run once, until that of its last step (`train.steps`) is done.
+
+    watch_for: seconds without a new checkpoint after which the watch ends, 0 for never. The other arguments as for
+    `evaluate.evaluate_run`. A line of `watch.jsonl` holds the step, the figures of `eval` and `asked`, these arguments:
+    what stands there for the same arguments and config is not evaluated again. A checkpoint that is deleted while it is
+    read is passed over, a damaged one with a warning.
+
+    Returns the last line, `ended` ("last step", "nothing new", or the name of the signal that came) and `watched`: all
+    lines of these arguments. Raises UserError for a published checkpoint and wrong arguments, RunError if no checkpoint
+    came in time.
+    """
+    if hf.is_published(workdir):
+        raise UserError(f"{workdir} is a published checkpoint: --watch follows a run that trains")
+    asked = {"data": data, "split": split, "data_dir": data_dir, "chunks": chunks, "stride": stride,
+             "first_token": first_token, "end_token": end_token, "estimator": estimator, "draws": draws, "seed": seed,
+             "weights": weights, "block_size": block_size}
+    with Signals() as signals:
+        watched = _Watched(Path(workdir), asked, batch, signals)
+        ended = _follow(watched, watch_for, signals)
+    if not watched.lines and ended == NOTHING_NEW:
+        raise RunError(f"no checkpoint came in {workdir} within {watch_for:g} s: is anything training there?")
+    return {**(watched.lines[-1] if watched.lines else {}), "workdir": workdir, "ended": ended,
+            "watched": watched.lines}
+
+
+def _follow(watched: "_Watched", watch_for: float, signals: Signals) -> str:
+    """Evaluate what comes; returns why it ended."""
+    last_news = time.monotonic()
+    while not signals.received:
+        step = watched.newest()
+        if step is not None:
+            try:
+                watched.evaluate(step)
+            except _Stopped:
+                break
+            last_news = time.monotonic()
+        elif watched.finished():
+            return LAST
+        elif watch_for and time.monotonic() - last_news > watch_for:
+            return NOTHING_NEW
+        else:
+            signals.wait(POLL_S)
+    return signal.Signals(signals.received[0]).name
+
+
+class _Watched:
+    """A run directory, which need not be there yet, and what is known of its checkpoints."""
+
+    def __init__(self, workdir: Path, asked: dict[str, Any], batch: int, signals: Signals):
+        self._workdir, self._asked, self._batch, self._signals = workdir, asked, batch, signals
+        self._text = self._run = None  # from when the run is there, and from the first checkpoint on
+        self._started, self._sha256, self._seen, self.lines = False, "", set(), []
+        if not (workdir / rundir.CONFIG).exists():
+            log.note(f"waiting for a run in {workdir}")
+
+    def newest(self) -> int | None:
+        """The newest checkpoint, if it was not seen yet and is later than all that were."""
+        if not self._begin():
+            return None
+        with Checkpoints(self._workdir, 1, read_only=True) as checkpoints:
+            step = checkpoints.latest_step()
+        return None if step is None or step <= max(self._seen, default=-1) else step
+
+    def finished(self) -> bool:
+        """Whether the last step that the run was told to do was seen."""
+        return self._started and max(self._seen, default=-1) >= rundir.planned_steps(self._workdir)
+
+    def evaluate(self, step: int) -> None:
+        """Add a line for a checkpoint, unless it is gone or damaged."""
+        try:
+            params = self._read(step)
+        except Absent:
+            return
+        except RunError as error:
+            log.note(f"warning: {error}")
+            self._seen.add(step)
+            return
+        asked = self._asked
+        measured = self._run.evaluator.measure(
+            params, self._text.rows, estimator=asked["estimator"] or default_estimator(self._run.config),
+            draws=asked["draws"], seed=asked["seed"], target=None)
+        result = measured.summary(self._text.rows)
+        del result["nll_by_count"]
+        line = {"step": step, **self._text.describe(result), "config_sha256": self._sha256, "asked": asked}
+        log.append(self._workdir / FILE, line)
+        self._seen.add(step)
+        self.lines.append(line)
+        low, high = result["nll_ci95"]
+        log.note(f"step {step}: nll {result['nll']:.4f} ({low:.4f} .. {high:.4f}), "
+                 f"{result['bits_per_byte']:.4f} bits per byte")
+
+    def _begin(self) -> bool:
+        """Whether there is a run. When it is first there: refuse what does not fit, learn what was done before."""
+        if not self._started and (self._workdir / rundir.CONFIG).exists():
+            asked, (config, tokenizer) = self._asked, rundir.read(self._workdir)
+            self._sha256 = config.sha256()
+            config = config.at_trained_size(asked["block_size"]) if asked["block_size"] else config
+            estimators.make(asked["estimator"] or default_estimator(config), config)
+            convention = domains.convention_for([config], **{name: asked[name] for name in (
+                "chunks", "stride", "first_token", "end_token")})
+            self._text = domains.open_text(config, tokenizer, convention=convention,
+                                           **{name: asked[name] for name in ("data", "split", "data_dir")})
+            self.lines = [line for line in log.read_lines(self._workdir / FILE)
+                          if line["asked"] == self._asked and line["config_sha256"] == self._sha256]
+            self._seen = {line["step"] for line in self.lines}
+            self._started = True
+        return self._started
+
+    def _read(self, step: int) -> Any:
+        """The weights of a step. The network and its programs are made once."""
+        asked = self._asked
+        if self._run is not None:
+            return restore(self._workdir, asked["weights"], None, self._run.evaluator.mesh, step).params
+        run = open_run(str(self._workdir), asked["weights"], self._batch, asked["block_size"], step=step)
+        run.evaluator.alive = self._stop_if_told
+        self._run = run._replace(params=None)  # one checkpoint's at a time
+        return run.params
+
+    def _stop_if_told(self) -> None:
+        if self._signals.received:
+            raise _Stopped

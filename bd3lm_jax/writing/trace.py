@@ -1,0 +1,67 @@
+"""How texts were written, as one self-contained web page: a slider over the steps, no network needed."""
+
+import html
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from bd3lm_jax.errors import UserError
+from bd3lm_jax.writing.stream import Event, piece
+from bd3lm_jax.writing.trace_page import BESIDE, PAGE
+
+RECORD = '<script type="application/json" id="record">', "</script>"  # what stands around a page's record
+
+
+def make_record(events: Iterable[Event], lm, title: str) -> dict:
+    """What the page shows, as JSON: the events of any number of texts, as changes.
+
+    title: what wrote them. mask, end: ids. pieces: text of every id that occurs, by id. samples: number, canvas (ids of
+    the whole row before anything is written), steps (block, step, nfe, revealed [[place, id, confidence], ...],
+    remasked [place, ...]), and stop and nfe of the result (None if the events end before).
+    """
+    samples: dict[int, dict] = {}
+    for event in events:
+        if event.step == 0:
+            samples[event.number] = {"number": event.number, "canvas": event.canvas, "steps": [], "stop": None,
+                                     "nfe": None}
+        sample = samples[event.number]
+        if event.revealed or event.remasked:
+            revealed = [[place, event.canvas[place - event.start], round(confidence, 4)]
+                        for place, confidence in zip(event.revealed, event.confidence)]
+            sample["steps"].append({"block": event.block, "step": event.step, "nfe": event.nfe, "revealed": revealed,
+                                    "remasked": event.remasked})
+        if event.sample is not None:
+            sample |= {"stop": event.sample.stop, "nfe": event.sample.nfe}
+    ids = {token for sample in samples.values() for token in sample["canvas"]}
+    ids |= {token for sample in samples.values() for step in sample["steps"] for _, token, _ in step["revealed"]}
+    return {"title": title, "mask": lm.special.mask, "end": lm.special.end,
+            "pieces": {str(token): piece(lm, token) for token in sorted(ids)}, "samples": list(samples.values())}
+
+
+def write_html(path: str | os.PathLike, records: Sequence[dict]) -> None:
+    """The page of a record, or a page that plays several side by side; written whole or not at all."""
+    pages = [_page(record) for record in records]
+    if len(pages) > 1:
+        frames = [f'<iframe title="{html.escape(record["title"])}" srcdoc="{html.escape(page)}"></iframe>'
+                  for record, page in zip(records, pages)]
+        pages = [BESIDE.replace("FRAMES", "\n".join(frames), 1)]
+    temporary = Path(path).with_suffix(".tmp")
+    temporary.write_text(pages[0], encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_html(path: str | os.PathLike) -> dict:
+    """The record of a page that holds one. UserError if it is not such a page."""
+    try:
+        _, _, rest = Path(path).read_text(encoding="utf-8").partition(RECORD[0])
+        return json.loads(rest.partition(RECORD[1])[0])
+    except (OSError, ValueError):
+        raise UserError(f"{path} is no page that sample --trace wrote of one model: write it first") from None
+
+
+def _page(record: dict) -> str:
+    data = json.dumps(record, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&":  # nothing in the data can end the script element
+        data = data.replace(sign, f"\\u{ord(sign):04x}")
+    return PAGE.replace("RECORD", data, 1)

@@ -1,0 +1,209 @@
+"""Starting from foreign weights: which are taken, what is added, what is refused."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy_runs import AR, END, MASK, toy_config, toy_dict, write_text
+
+import bd3lm_jax
+from bd3lm_jax import hf, models, rundir
+from bd3lm_jax.adaptation import adapt
+from bd3lm_jax.checkpoint import Checkpoints
+from bd3lm_jax.config import Config
+from bd3lm_jax.data.loader import Loader
+from bd3lm_jax.data.prepare import prepare
+from bd3lm_jax.data.tokenizers import ByteTokenizer
+from bd3lm_jax.errors import UserError
+from bd3lm_jax.log import read_metrics
+from bd3lm_jax.models import trunk
+from bd3lm_jax.models.dit import DiTConfig
+from bd3lm_jax.restore import restore
+from bd3lm_jax.train import train
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+SAME = {"kind": "init_from"}
+STILL = {"optim.lr": 1e-12, "train.steps": 1, "optim.ema": 0.0}  # a step that leaves the weights where they were
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("adapt")
+    write_text(directory / "text.txt", 80)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def ar_run(home):
+    train(toy_config(home, {"diffusion": AR, "model.adaln": False, "train.steps": 4}), str(home / "ar"))
+    return home / "ar"
+
+
+def weights(workdir):
+    return restore(workdir, "params", None, None).params
+
+
+def published(directory: Path, name: str, vocab_size: int) -> Path:
+    """A golden checkpoint cut to so many tokens, with the byte tokenizer beside it."""
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(GOLDEN / name, directory)
+    config = json.loads((directory / "config.json").read_text())
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        config.pop(key, None)
+    tensors = load_file(directory / "model.safetensors")
+    grown = {}
+    for key, x in tensors.items():
+        at = [i for i, n in enumerate(x.shape) if n == config["vocab_size"]]
+        if at:
+            x = np.resize(x, [vocab_size if i in at else n for i, n in enumerate(x.shape)])
+        grown[key] = x
+    save_file(grown, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(config | {"vocab_size": vocab_size}))
+    ByteTokenizer().save(directory / "tokenizer.json")
+    return directory
+
+
+def start(home, source, **changes):
+    return toy_dict(home, {"train.init_from": str(source), **STILL, **changes}) | {"model": SAME}
+
+
+def test_an_autoregressive_run_becomes_a_block_model(home, ar_run, tmp_path, capsys):
+    """Its network, found from `train.init_from`; every weight but the row of the mask token stays as it was."""
+    config = Config.from_dict(start(home, ar_run))
+    assert config.model == rundir.read(ar_run)[0].model and not config.model.adaln
+    train(config, str(tmp_path / "run"))
+    old, new = restore(ar_run, "ema", None, None).params, weights(tmp_path / "run")
+    table, there = np.asarray(new["embed"]["embedding"]), np.asarray(old["embed"]["embedding"])
+    assert f"mask token {MASK}: a row that was never read, now the mean of 257" in capsys.readouterr().err
+    others = np.arange(len(table)) != MASK
+    np.testing.assert_allclose(table[others], there[others], atol=1e-9)
+    np.testing.assert_allclose(new["blocks"]["qkv"]["kernel"], old["blocks"]["qkv"]["kernel"], atol=1e-9)
+    mean, spread = there[:MASK].mean(0), there[:MASK].std(0)
+    z = (table[MASK] - mean) / (adapt.NOISE * spread)
+    assert 0.6 < z.std() < 1.5 and abs(z.mean()) < 0.6 and np.abs(z).max() < 5  # 32 normal numbers
+
+
+def test_the_row_of_the_mask_token_by_its_law():
+    """Mean and spread of many features against the sample moments of the table; nothing else moves."""
+    draw = np.random.default_rng(0)
+    table = jnp.asarray(draw.normal(3, 2, size=(8, 4000)), jnp.float32)
+    params = {"kernel": table.T, "other": table, "table": table}
+    found = adapt.with_mask_row(params, {"kernel": 1, "other": -1, "table": 0}, 5, 7, seed=0)
+    assert np.array_equal(found["other"], table)
+    rows = np.asarray(table)[[0, 1, 2, 3, 4, 6]]  # row 7 is padding
+    for x in (found["table"], found["kernel"].T):
+        assert np.array_equal(np.delete(x, 5, 0), np.delete(table, 5, 0))
+        z = (np.asarray(x)[5] - rows.mean(0)) / (adapt.NOISE * rows.std(0))
+        assert abs(z.mean()) < 4 / np.sqrt(4000) and abs(z.std() - 1) < 4 / np.sqrt(8000)
+    again = adapt.with_mask_row(params, {"kernel": 1, "other": -1, "table": 0}, 5, 7, seed=1)
+    assert not np.array_equal(again["table"], found["table"])
+
+
+def test_the_mask_token_is_that_of_the_source(home):
+    """Golden LLaDA names id 58, which need not be the last one; what masks nothing is left as it is."""
+    start_from = {"train.init_from": str(GOLDEN / "hf" / "llada")}
+    bytes_alone = ByteTokenizer().with_mask(-1)
+    assert adapt.masking(toy_config(home, start_from), ByteTokenizer()).mask_id == 58
+    assert adapt.masking(toy_config(home), ByteTokenizer()).mask_id == MASK
+    assert adapt.masking(toy_config(home), bytes_alone).mask_id == MASK == bytes_alone.size
+    assert adapt.masking(toy_config(home, {"diffusion": AR, "model.adaln": False}), bytes_alone).mask_id == -1
+
+
+def test_axes_of_the_vocabulary():
+    model = models.build(DiTConfig(300, 1, 128, 1, 4, 0.0, False, 16, False, 1e4), jnp.float32)
+    axes = adapt.vocabulary_axes(model)
+    assert axes["embed"] == {"embedding": 0} and axes["head"]["linear"] == {"kernel": 1, "bias": 0}
+    rest = {**axes["blocks"], "norm": axes["head"]["norm"]}
+    assert set(jax.tree.leaves(rest)) == {-1}
+
+
+def test_a_published_checkpoint_without_a_mask_token_gets_one(home, tmp_path, capsys):
+    source = published(tmp_path / "ar", "ar", 257)
+    train(Config.from_dict(start(home, source)), str(tmp_path / "run"))
+    assert "mask token 257: a new row, now the mean of 257 embeddings plus noise" in capsys.readouterr().err
+    config, new = rundir.read(tmp_path / "run")[0], weights(tmp_path / "run")
+    assert config.model.vocab_size == 258 and not config.model.adaln
+    _, old = hf.read_model(source)
+    shapes = jax.eval_shape(lambda: trunk.init(models.build(config.model, jnp.float32), jax.random.key(0)))
+    assert jax.tree.map(jnp.shape, new) == jax.tree.map(lambda x: x.shape, shapes)
+    np.testing.assert_allclose(new["embed"]["embedding"][:257], old["embed"]["embedding"][:257], atol=1e-9)
+    np.testing.assert_allclose(new["head"]["linear"]["kernel"][:, :257], old["head"]["linear"]["kernel"][:, :257],
+                               atol=1e-9)
+    np.testing.assert_allclose(new["embed"]["embedding"][257], old["embed"]["embedding"][:257].mean(0), atol=0.05)
+
+
+@pytest.mark.ci_slow
+def test_a_published_masked_model_keeps_its_mask_token(home, tmp_path):
+    """MDLM -> BD3-LM: the bound of one block a row becomes that of blocks of four, with all weights as published."""
+    source = published(tmp_path / "mdlm", "bd3lm_block32_is_mdlm", 258)
+    train(Config.from_dict(start(home, source)), str(tmp_path / "run"))
+    _, old = hf.read_model(source)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), weights(tmp_path / "run"), old)
+    train(Config.from_dict(start(home, source)), str(tmp_path / "run"))  # the same command again
+
+
+@pytest.mark.ci_slow
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_causal_model_starts_at_its_own_likelihood(home, tmp_path, name):
+    """Blocks of one token with outputs one ahead: the loss of the first update is the mean NLL by the raw logits of the
+    published network on the rows of that batch, behind an end token; then blocks of two are trained, whole and by
+    updates of rank 2."""
+    source, length = published(tmp_path / name, f"hf/{name}", 257), 24
+    changes = {"data.length": length, "train.batch": 4, "train.steps": 2, "eval.rows": 4}
+    sizes = {"diffusion.block_size": 2, "train.block_sizes": ((0, 1), (1, 2)), "train.anneal_steps": 2}
+    model = {"model": {**SAME, "shifted": "block", "dropout": 0.0}}
+    config = Config.from_dict(start(home, source, **changes, **sizes) | model)
+    train(config, str(tmp_path / "run"))
+    rows = prepare(config.data, "train", 2, ByteTokenizer())
+    tokens = Loader(rows, 4, config.seed, None).get(0)[1]["tokens"]
+    inputs = np.concatenate([np.full((4, 1), END), tokens[:, :-1]], axis=1)
+    logits = np.asarray(bd3lm_jax.load(str(source)).logits(inputs), np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nll = -np.take_along_axis(log_p, tokens[..., None], -1).mean()
+    losses = [line["train/loss"] for line in read_metrics(tmp_path / "run")]
+    assert losses[0] == pytest.approx(nll, rel=1e-5) and len(losses) == 2
+    lora = {"train.lora_rank": 2, "optim.lr": 1e-2}
+    result = train(Config.from_dict(start(home, source, **changes | lora) | model), str(tmp_path / "lora"))
+    assert np.isfinite(result["valid_nll"]) and rundir.read(tmp_path / "lora")[0].model.kind == name
+
+
+@pytest.mark.ci_slow
+def test_continuing_does_not_start_again(home, ar_run, tmp_path):
+    config = start(home, ar_run, **{"optim.lr": 1e-2})
+    train(Config.from_dict(config), str(tmp_path / "run"))
+    before = weights(tmp_path / "run")
+    train(Config.from_dict(config), str(tmp_path / "run"))
+    jax.tree.map(np.testing.assert_array_equal, before, weights(tmp_path / "run"))
+
+
+def test_what_does_not_fit_is_refused(home, ar_run, tmp_path):
+    with pytest.raises(UserError, match="another network .model.adaln: True != False; here != there.: use model.kind"):
+        train(toy_config(home, {"train.init_from": str(ar_run)}), str(tmp_path / "run"))
+    with pytest.raises(UserError, match="model.kind='init_from' takes the network of train.init_from, which is ''"):
+        Config.from_dict(toy_dict(home, {}) | {"model": SAME})
+    with pytest.raises(UserError, match="unknown config key 'model.depth'"):
+        Config.from_dict(start(home, ar_run) | {"model": {**SAME, "depth": 2}})
+    source = published(tmp_path / "ar", "ar", 257)
+    with pytest.raises(UserError, match="data.length=64, but train.init_from=.* at most 32 tokens: shorten the rows"):
+        train(Config.from_dict(start(home, source, **{"data.length": 64})), str(tmp_path / "run"))
+    small = published(tmp_path / "small", "ar", 200)
+    with pytest.raises(UserError, match="model.vocab_size=200 is smaller than the 258 ids of tokenizer 'bytes'"):
+        train(Config.from_dict(start(home, small)), str(tmp_path / "run"))
+    config = rundir.resolve(toy_config(home), ByteTokenizer())
+    rundir.claim(tmp_path / "empty", config, ByteTokenizer())
+    with pytest.raises(UserError, match="holds no checkpoint: train it first"):
+        train(Config.from_dict(start(home, tmp_path / "empty")), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_changed_network_may_drop_otherwise(home, ar_run):
+    model = {**SAME, "dropout": 0.2}
+    found = Config.from_dict(start(home, ar_run) | {"model": model}).model
+    assert found == dataclasses.replace(rundir.read(ar_run)[0].model, dropout=0.2)
+    assert Checkpoints(ar_run, 1, read_only=True).latest_step() == 4
