@@ -1,6 +1,7 @@
 """Training runs in processes of their own that are killed, stopped and starved of disk space."""
 
 import collections
+import dataclasses
 import os
 import resource
 import shutil
@@ -57,7 +58,7 @@ class Runs:
         self.losses = _losses(self.whole)
         config, tokenizer = rundir.read(self.whole)
         special = SpecialIds(tokenizer.mask_id, tokenizer.end_id)
-        mesh = sharding.make_mesh(config.mesh)
+        mesh = sharding.make_mesh(dataclasses.replace(config.mesh, data=-1))  # the devices that are here
         self._abstract = Program.of(config, special, mesh, passes.compute_dtype("float32")).arguments()[0]
 
     def start(self, workdir: Path, *flags: str) -> list[subprocess.Popen]:
