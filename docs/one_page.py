@@ -108,7 +108,7 @@ if __name__ == "__main__":
     text, unseen = read("austen_train"), read("austen_persuasion")  # five novels to learn, a sixth to be measured on
     train_key, test_key, write_key = jax.random.split(jax.random.key(int(sys.argv[1]) if sys.argv[1:] else 0), 3)
     predict = Partial(network, train(train_key, text))
-    pieces = unseen[:len(unseen) // (BATCH * L) * BATCH * L].reshape(-1, BATCH, L)  # -> bd3lm_jax/evaluation/evaluate.py
+    pieces = unseen[:len(unseen) // (BATCH * L) * BATCH * L].reshape(-1, BATCH, L)  # bd3lm_jax/evaluation/evaluate.py
     nats = np.concatenate([bound(predict, jax.random.fold_in(test_key, i), x) for i, x in enumerate(pieces)])
     bits, error = np.array([nats.mean(), nats.std() / len(nats) ** 0.5]) / np.log(2)
     share_V = (np.bincount(text, minlength=VOCAB) + 1) / (len(text) + VOCAB)
