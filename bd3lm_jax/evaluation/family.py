@@ -82,8 +82,7 @@ def _bounds(run, text: Text, draws: int, seed: int) -> dict[str, Any]:
     common, objective = estimators.default_estimator(run.config), run.config.diffusion
     row = dict.fromkeys(("estimator", "bound", "bound_ci95", "difference", "difference_ci95", "native", "native_ci95",
                          "scored"))
-    names = [name for name in (common, "native") if name != "native" or _has_native(objective)]
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys([common, *["native"] * _has_native(objective)]):
         measured = run.evaluator.measure(run.params, text.rows, estimator=name, draws=draws, seed=seed, target=None)
         result = text.describe(measured.summary(text.rows))
         if name == common:
@@ -95,8 +94,8 @@ def _bounds(run, text: Text, draws: int, seed: int) -> dict[str, Any]:
 
 
 def _has_native(objective: Any) -> bool:
-    return objective.is_bound and not objective.causal and not objective.needs and (
-        not objective.masks or objective.token_loss is not None)
+    """Whether its own bound is another than the common one and can be measured on any text."""
+    return objective.bound is not None and not (objective.causal or objective.needs or objective.kind == "masked")
 
 
 def _training(workdir: str) -> dict[str, float | None]:

@@ -10,6 +10,7 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import family
 from bd3lm_jax.evaluation.evaluate import evaluate_run
 from bd3lm_jax.train import train
+from configs import common
 from toy_runs import AR, toy_config, write_text
 
 EVAL = dict(split="valid", data="", estimator="", draws=1, seed=0, weights="ema", batch=0, target_ci=0.0, max_draws=1,
@@ -20,7 +21,8 @@ EVAL = dict(split="valid", data="", estimator="", draws=1, seed=0, weights="ema"
 def runs(tmp_path_factory):
     directory = tmp_path_factory.mktemp("family")
     write_text(directory / "text.txt", 60)
-    changes = {"ar": {"diffusion": AR, "model.adaln": False}, "blocks": {"diffusion.block_size": 4}}
+    changes = {"ar": {"diffusion": AR, "model.adaln": False}, "blocks": {"diffusion.block_size": 4},
+               **{algo: {"diffusion": common.OBJECTIVES[algo][0] | {"block_size": 4}} for algo in ("d3pm", "uniform")}}
     return {name: train(toy_config(directory, change), str(directory / name))["workdir"]
             for name, change in changes.items()}
 
@@ -35,10 +37,14 @@ def test_rows_say_what_eval_and_the_metrics_say(runs):
         lines = [json.loads(line) for line in open(f"{workdir}/metrics.jsonl")]
         assert row["train_loss"] == [line["train/loss"] for line in lines if "train/loss" in line][-1]
         assert row["gen_ppl"] > 1 and row["entropy"] > 0 and row["no_texts"] is None
-    ar, blocks = rows
+    ar, blocks, d3pm, uniform = rows
     assert (ar["kind"], blocks["kind"], blocks["block_size"]) == ("ar", "masked", 4)
     np.testing.assert_allclose(blocks["difference"], blocks["bound"] - ar["bound"], rtol=1e-6)
     assert ar["tokens_per_call"] == pytest.approx(1, abs=0.05) and ar["native"] is None
+    assert blocks["native"] is None  # the common bound is its own
+    told = evaluate_run(runs["d3pm"], **EVAL | {"estimator": "native"})
+    assert d3pm["estimator"] == "exact_count" and d3pm["native"] == pytest.approx(told["bits_per_byte"], rel=1e-6)
+    assert uniform["estimator"] == "native" and uniform["native"] is None
     family.show(rows, runs["ar"])
 
 
