@@ -7,7 +7,8 @@ Each run is `configs/tiny.py` with another objective: 900 steps of 8 rows of 128
 blocks of 4 and MDLM say how far two trainings differ, which the intervals of an evaluation do not. Blocks of 4 are
 also reached by a curriculum, one block a row for 85 % of the steps, and trained for the 683 steps that cost as many
 FLOPs as that curriculum.
-Hardware and time: two CPU cores, about an hour. What came out: not measured yet.
+Hardware and time: two CPU cores, about an hour. What came out: AR 1.938 bits per byte, blocks of 4, 8 and 16 2.178,
+2.342 and 2.397, objectives of one block a row 2.52 to 2.66 (docs/family.md).
 """
 
 from ml_collections import ConfigDict
