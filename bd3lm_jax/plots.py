@@ -1,11 +1,13 @@
 """Pictures of a run: PNG files for people."""
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bd3lm_jax.log import read_metrics
 
+LABEL = 40  # characters of a line of a label
 CURVES = {
     "train/loss": ("training loss", "#9ecae1"),
     "train/nll": ("training NLL", "#3182bd"),
@@ -117,16 +119,16 @@ def intervals(path: str | os.PathLike, series: Mapping[str, Mapping[str, tuple[f
     """Draw estimates with their intervals, a line a case: {series: {case: (value, low, high)}}; returns the path."""
     cases = list(dict.fromkeys(case for points in series.values() for case in points))
     figure, axes = _figure(xlabel, "")
-    figure.set_figheight(0.25 * len(cases) * (len(series) + 1) + 1)
+    figure.set_figheight(0.14 * len(cases) * (len(series) + 1) + 1.5)
     for i, (label, points) in enumerate(series.items()):
         offset = 0.6 * ((i + 0.5) / len(series) - 0.5)
         ys = [cases.index(case) + offset for case in points]
         values = [value for value, _, _ in points.values()]
         errors = [(value - low, high - value) for value, low, high in points.values()]
         axes.errorbar(values, ys, xerr=list(zip(*errors)), label=label, fmt="o", markersize=4, capsize=3, linewidth=1.5)
-    axes.set_yticks(range(len(cases)), cases)
-    axes.invert_yaxis()
-    axes.legend(frameon=False)
+    axes.set_yticks(range(len(cases)), [textwrap.fill(case, LABEL) for case in cases], fontsize="small")
+    axes.set_ylim(len(cases) - 0.5, -0.5)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))  # above, where no point can be
     return _save(figure, Path(path))
 
 

@@ -154,7 +154,9 @@ def _number(value: float | None, shape: str) -> str:
 
 
 def draw(path: str | Path, rows: Sequence[dict[str, Any]]) -> Path:
-    """Bounds with their intervals, a line a run: common ones, and those of the objectives themselves."""
+    """Bounds with their intervals, a line a run, the best first: common ones, and those of the objectives themselves.
+    """
+    rows = sorted((row for row in rows if row["bound"] is not None), key=lambda row: row["bound"])
     series = {"bound under uniform counts": "bound", "bound of its own objective": "native"}
     points = {label: {row["name"]: (row[key], *row[f"{key}_ci95"]) for row in rows if row[key] is not None}
               for label, key in series.items()}
