@@ -84,7 +84,7 @@ def test_pairs_of_views_stay_pairs():
 def test_weights_are_split_when_they_do_not_fit():
     done = run_python("""
         import sys
-        sys.path.insert(0, "tests")
+        sys.path.insert(0, "tests/cost")
         from test_memory import *
         toy = program({"compute.remat": "full"}, devices=4)
         state, _ = toy.arguments()

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from toy_runs import environment, toy_config, toy_dict, write_text
@@ -83,8 +84,9 @@ class Stage:
 
     def hanging(self):
         """Waits until a run hangs; its process id."""
-        path = self.directory / "pid.txt"
+        path, deadline = self.directory / "pid.txt", time.monotonic() + 120
         while not (path.exists() and path.read_text()):
+            assert time.monotonic() < deadline, "no run began"
             time.sleep(0.02)
         return int(path.read_text())
 
@@ -213,9 +215,10 @@ def test_after_the_sweep_was_killed_its_runs_are_not_trained_twice(stage):
     """SIGKILL leaves the run that was training; the next call passes it by, the one after its end goes on with it."""
     stage.orders = {"1.0": "hang"}
     (stage.directory / "orders.json").write_text(json.dumps(stage.orders))
-    code = ("import pathlib, sys; from test_sweep import Stage; "
+    code = ("import pathlib, sys; sys.path.insert(0, sys.argv[2]); from test_sweep import Stage; "
             "s = Stage(pathlib.Path(sys.argv[1])); s.orders = {'1.0': 'hang'}; s.sweep()")
-    owner = subprocess.Popen([sys.executable, "-c", code, str(stage.directory)], env=environment())
+    owner = subprocess.Popen([sys.executable, "-c", code, str(stage.directory), str(Path(__file__).parent)],
+                             env=environment())
     orphan = stage.hanging()
     owner.kill()
     owner.wait()
