@@ -12,8 +12,8 @@ A config file with a sweep (each dict: what changes; "arg" is what get_config is
       for lr in (1e-3, 3e-3):
           yield {"optim.lr": lr}
 
-Run it again to go on: finished runs are skipped, given up ones go on without --give_up. Ctrl-C and SIGTERM let the
-runs save and stop. More: docs/sweeps.md.
+Run it again to go on: finished runs are skipped, without --give_up also those that were given up. Ctrl-C and
+SIGTERM let the runs save and stop. More: docs/sweeps.md.
 Result: sweep, runs (name, status, overrides, step, valid_nll, nll_ci95, valid_ppl, bits_per_byte, workdir, log, error,
 retries, difference and difference_ci95 to the baseline in nats a token, paired by document).
 The table is also WORKDIR/table.csv and table.md, the plot WORKDIR/sweep.png. Exit code 1 if a run has failed.

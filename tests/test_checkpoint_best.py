@@ -116,11 +116,11 @@ def test_steps_of_earlier_versions_have_no_bound(tmp_path):
 
 
 def test_training_keeps_its_best(tmp_path, monkeypatch):
-    """Validated every second step, with a learning rate that spoils the weights after some steps. What is logged as
+    """Validated every second step, with a learning rate that grows until it spoils the weights. What is logged as
     valid/nll tells which step is to stay; the last one is compared by the same rows and noise as the others."""
     write_text(tmp_path / "text.txt", 80)
     changes = {"train.steps": 8, "eval.every": 2, "checkpoint.every": 1, "checkpoint.keep": 1, "eval.rows": 4,
-               "optim.ema": 0.0, "optim.lr": 0.3}
+               "optim.ema": 0.0, "optim.lr": 1.0, "optim.warmup_steps": 8}
     bounds, original = {}, Checkpoints.save
 
     def save(self, step, *arguments, bound, **options):

@@ -13,8 +13,8 @@ from launch.__main__ import main
 def calls(monkeypatch):
     """Calls of the library: (name, arguments, keywords)."""
     found = []
-    for module, name in (("quality", "evaluate_samples"), ("tasks", "evaluate_task"), ("evaluate", "evaluate_run"),
-                         ("block_sizes", "curve")):
+    for module, name in (("evaluation.quality", "evaluate_samples"), ("tasks", "evaluate_task"),
+                         ("evaluation.evaluate", "evaluate_run"), ("evaluation.block_sizes", "curve")):
         def call(*args, name=name, **kwargs):
             found.append((name, args, kwargs))
             return {"done": 1}

@@ -53,10 +53,8 @@ class Compiled(NamedTuple):
 def simulated_program(config: Config, special: SpecialIds) -> Program:
     """The program of a config as accelerators run it, on as many simulated devices as its mesh has.
 
-    Raises UserError if the mesh does not divide heads or rows. It sets jax up for CPU: call it before jax has used a
-    device.
+    `simulate` them first. Raises UserError if the mesh does not divide heads or rows.
     """
-    simulate(math.prod(dataclasses.astuple(config.mesh)))
     return _program(config, special, jax.devices(), on_tpu=False)
 
 

@@ -43,6 +43,7 @@ def plan(config: Config, *, target: str, utilisation: float) -> dict[str, Any]:
     number = math.prod(sizes.values())
     if target in SLICES:
         compilers.check_tpu(target, number // config.mesh.slices)
+    compilers.simulate(number)
     work = phases(config)
     needed = sum(part * flops_ for part, flops_ in work.values())
     config = config.in_phase(max(work, key=lambda size: work[size][1]), False)

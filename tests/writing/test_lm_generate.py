@@ -129,7 +129,7 @@ def test_samples():
     ({"prompts": [[1, 99]]}, "a prompt holds token ids from 1 to 99, expected integers 0 to 12"),
     ({"prompts": [[1, -1]]}, "a prompt holds token ids from -1 to 1"),
     ({"prompts": [[2**40]]}, f"token ids from {2**40} to {2**40}"),
-    ({"prompts": [[1.5]]}, "from 1.5 to 1.5, expected integers"),
+    ({"prompts": [[1.5]]}, r"a prompt is \[1.5\], expected a text or a list of token ids"),
     ({"prompts": ["abc"]}, "this checkpoint has no tokenizer: give prompts as lists of token ids"),
     ({"prompts": "abc"}, "prompts are 'abc', expected a list of one or more texts"),
     ({"prompts": []}, r"prompts are \[\], expected a list of one or more"),
