@@ -43,7 +43,7 @@ def test_devices_send_what_rings_send(rows):
         sent = sum(traffic["bytes"] for traffic in row["sent"].values())
         ring = 2 * (count - 1) / count * 4 * row["params"]
         if kind == "data":
-            assert row["formula"] == pytest.approx(ring) and sent == pytest.approx(ring, rel=0.01)
+            assert row["formula"] == pytest.approx(ring) and ring <= sent <= 1.15 * ring
         elif count > 1:
             assert row["sent"]["all-gather"]["bytes"] > 0.9 * (count - 1) / count * 4 * 2 * 12 * 128**2
             assert 0.5 * row["formula"] < sent < 1.2 * row["formula"], (sent, row["formula"])
