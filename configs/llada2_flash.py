@@ -9,7 +9,7 @@ What it needs can be seen before any hardware is there:
     python -m launch train --config=configs/llada2_flash.py:algo=mdlm --workdir=runs/flash-mdlm
 
 Arguments: block_size=N, algo=bd3lm|mdlm|ar|.... The vocabulary has LLaDA2's 157184 ids, of which the tokenizer uses the
-first 50258. The published weights go on from train.init_from with --config.model.kind=init_from and their own tokenizer.
+first 50258. The published weights go on from train.init_from with --config.model.kind=init_from and their tokenizer.
 
 Hardware: made for 256 accelerators; weights, moments and gradients of experts are split over all, those of the rest
 over fsdp. Time: to be measured; a step has 2^20 tokens. Expected: not trained yet; its state and FLOPs are counted
