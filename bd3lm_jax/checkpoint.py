@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -85,7 +86,8 @@ class Checkpoints:
             "cleanup_tmp_directories": True, "todelete_subdir": TRASH,
             "preservation_policy": checkpoint_managers.AnyPreservationPolicy(
                 [checkpoint_managers.LatestN(keep), _Lowest(self._bounds, keep_best)])}
-        self._manager = _opened(self.directory, ocp.CheckpointManagerOptions(read_only=read_only, **options))
+        self._manager = self._look(lambda: ocp.CheckpointManager(
+            self.directory, options=ocp.CheckpointManagerOptions(read_only=read_only, **options)))
         if keep_best:
             self._read_bounds()
 
@@ -97,7 +99,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that were saved completely, ascending (their contents are verified by a restore)."""
-        return sorted(self._manager.all_steps(read=self._read_only)) if self._manager else []
+        return sorted(self._look(lambda: self._manager.all_steps(read=self._read_only))) if self._manager else []
 
     def latest_step(self) -> int | None:
         return max(self.steps(), default=None)
@@ -293,6 +295,16 @@ class Checkpoints:
         multihost_utils.sync_global_devices("damaged checkpoints set aside")
         self._manager.reload()
 
+    def _look(self, look: Callable[[], T]) -> T:
+        """`look()` at the directory. Orbax fails if another process deletes a step meanwhile: look again."""
+        for _ in range(LOOKS if self._read_only else 1):
+            try:
+                return look()
+            except (FileNotFoundError, NotADirectoryError) as error:
+                gone = error
+                time.sleep(0.01)
+        raise gone
+
     def _empty_trash(self) -> None:
         if jax.process_index() == 0:
             shutil.rmtree(self.directory / TRASH, ignore_errors=True)
@@ -304,16 +316,6 @@ class Checkpoints:
         last = f"the last complete checkpoint is step {max(complete)}" if complete else "no checkpoint is complete"
         raise RunError(f"could not save a checkpoint to {self.directory}: {_reason(error)}; {last}. "
                        f"Free some disk space and run the same command again") from error
-
-
-def _opened(directory: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
-    """The manager of a directory. Another process may delete a step while a read-only one looks at it: look again."""
-    for _ in range(LOOKS if options.read_only else 1):
-        try:
-            return ocp.CheckpointManager(directory, options=options)
-        except FileNotFoundError as error:
-            gone = error
-    raise gone
 
 
 def fingerprints(tree: Any) -> dict[str, int]:

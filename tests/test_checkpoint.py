@@ -1,9 +1,11 @@
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +71,31 @@ def test_deleted_steps_leave_no_files(tmp_path):
     directory = saved(tmp_path, [1, 2, 3], keep=1)
     names = {path.name for path in directory.rglob("*") if path.name.isdecimal()}
     assert names == {"3"} and not (directory / ".trash").exists()
+
+
+def test_a_reader_bears_that_steps_go_away_while_it_looks(tmp_path):
+    """Steps come and go all the time, each by one rename: orbax lists them first and then asks for their times."""
+    directory, away, done = tmp_path / "checkpoints", tmp_path / "away", threading.Event()
+    for step in range(8):
+        (directory / str(step)).mkdir(parents=True)
+
+    def come_and_go():
+        for step in itertools.cycle(range(8)):
+            (directory / str(step)).rename(away)
+            done.wait(0.001)
+            away.rename(directory / str(step))
+            if done.wait(0.005):
+                return
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for _ in range(50):
+            with Checkpoints(tmp_path, 1, read_only=True) as checkpoints:
+                assert len(checkpoints.steps()) >= 6
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_saved_arrays_may_be_donated_at_once(tmp_path):
