@@ -16,7 +16,7 @@ CURVES = {
 
 
 def loss_curve(workdir: str | os.PathLike) -> Path:
-    """Draw what `metrics.jsonl` holds of the CURVES into `plots/loss.png`; returns its path."""
+    """Draw what `metrics.jsonl` holds of the CURVES, with 95 % intervals, into `plots/loss.png`; returns its path."""
     lines = read_metrics(workdir)
     figure, axes = _figure("step", "nats per token")
     for key, (label, color) in CURVES.items():
@@ -24,6 +24,10 @@ def loss_curve(workdir: str | os.PathLike) -> Path:
         if points:
             marker = "o" if key.startswith("valid") else None
             axes.plot(*zip(*points), label=label, color=color, marker=marker, markersize=4, linewidth=1.5)
+    intervals = [(line["step"], line["valid/nll_low"], line["valid/nll_high"])
+                 for line in lines if line.get("valid/nll_low") is not None]
+    if intervals:
+        axes.fill_between(*zip(*intervals), color=CURVES["valid/nll"][1], alpha=0.2, linewidth=0)
     if axes.lines:
         axes.legend(frameon=False)
     return _save(figure, Path(workdir) / "plots" / "loss.png")

