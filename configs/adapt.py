@@ -12,8 +12,8 @@ DIR is a published checkpoint (config.json, safetensors, tokenizer.json; or a GG
     recipe=mdlm  a diffusion model of whole rows (MDLM, LLaDA): blocks at once, as BD3-LM does (arXiv 2503.09573)
 
 Arguments: from=DIR, recipe=ar|mlm|mdlm, block_size=N or algo=mdlm (one block a row), lora=RANK (low-rank updates of
-frozen weights), steps=N (3000), e.g. --config=configs/adapt.py:from=runs/tiny-ar,block_size=16,lora=8. The text is the embedded corpus;
-another one: --config.data.source=text --config.data.path=FILE.
+frozen weights), steps=N (3000), e.g. --config=configs/adapt.py:from=runs/tiny-ar,block_size=16,lora=8. The text is the
+embedded corpus; another one: --config.data.source=text --config.data.path=FILE.
 Hardware: one accelerator for models of some 100M parameters; two CPU cores for toy ones. Time: to be measured.
 Expected: to be measured.
 """
@@ -26,7 +26,7 @@ RECIPES = ("ar", "mlm", "mdlm")
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    options = common.parse(arg, **{"from": "", "recipe": "ar", "block_size": 4, "algo": "bd3lm", "lora": 0, "steps": 3000})
+    options = common.parse(arg, recipe="ar", block_size=4, algo="bd3lm", lora=0, steps=3000, **{"from": ""})
     source = getattr(options, "from")
     if not source or options.recipe not in RECIPES or options.algo not in ("bd3lm", "mdlm"):
         raise ValueError("expected from=DIR, a published checkpoint or a run directory, recipe=ar, mlm or mdlm and "

