@@ -16,6 +16,7 @@ from bd3lm_jax.optim import make_schedule
 from configs import (
     adapt, austen, common, llada2_flash, llama_8b, lm1b, owt, roberta_wikitext, sapiens, sft, smollm2, tiny,
 )
+from configs.sweeps import roberta
 from launch.arguments import load_config
 from launch.sweep import load_points
 
@@ -81,6 +82,12 @@ def test_an_experiment_says_what_it_needs_and_validates(path):
     note = importlib.import_module(f"configs.sweeps.{path.stem}").__doc__.lower()
     for part in ("python -m launch sweep", f"configs/sweeps/{path.name}", "hardware and time", "what came out"):
         assert part in note, f"the docstring of {path.name} does not say {part!r}"
+
+
+def test_the_small_roberta_sees_whole_rows():
+    networks = [flatten(Config.from_dict(roberta.get_config(point["arg"])).to_dict()) for point in roberta.sweep()]
+    assert [flat.get("diffusion.block_size") for flat in networks] == [256, 256, None]
+    assert {flat["data.length"] for flat in networks} == {256}
 
 
 def test_default_arguments_are_the_block_diffusion_model_of_size_4():

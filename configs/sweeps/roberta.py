@@ -18,6 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
     options = common.parse(arg, algo="roberta_diffusion")
     config = tiny.get_config(f"algo={options.algo}")
     config.data.length = 256
+    common.set_algo(config, options.algo, 0)
     config.train.update(steps=1800, batch=4)
     config.optim.warmup_steps = 90
     config.eval.sample_length = 256
