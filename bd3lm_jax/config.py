@@ -212,6 +212,7 @@ class EvalConfig:
     rows: int  # rows of the validation split used while training; 0 = all
     batch: int  # rows a forward pass, over all devices
     draws: int
+    report_rows: int  # rows of each split in the closing report; 0 = all
     samples: int  # texts in the closing report
     sample_length: int  # tokens of each; never more than data.length
 
@@ -219,7 +220,7 @@ class EvalConfig:
         for name in ("every", "batch", "draws"):
             value = getattr(self, name)
             check(value >= 1, f"eval.{name} is {value}, expected at least 1")
-        for name in ("rows", "samples", "sample_length"):
+        for name in ("rows", "report_rows", "samples", "sample_length"):
             value = getattr(self, name)
             check(value >= 0, f"eval.{name} is {value}, expected at least 0")
 

@@ -32,7 +32,8 @@ def closing(run: Any, weights: Any, valid: dict, evaluator: Any) -> None:
         note(f"an objective of kind '{config.diffusion.kind}' has no bound on the likelihood: none is reported")
     if valid and config.data.source == "austen":
         rows = distributed.first_then_others(lambda: _test_rows(run))
-        estimate = evaluator.run(weights, rows, estimator=valid["estimator"], draws=config.eval.draws, seed=config.seed)
+        estimate = evaluator.run(weights, rows, estimator=valid["estimator"], draws=config.eval.draws, seed=config.seed,
+                                 num_rows=config.eval.report_rows)
         splits["test"] = (rows, estimate)
     if jax.process_index() > 0:
         return
@@ -87,6 +88,9 @@ def _count_models(run, split: str, rows) -> dict[str, float]:
     """Bits per byte of models that only count, trained on the training split."""
     if run.config.data.source == "sft":
         raise UserError("the model is measured on answers alone")
+    if run.config.eval.report_rows:
+        raise UserError("the model is measured on the first rows alone, eval.report_rows="
+                        f"{run.config.eval.report_rows}")
     if run.rows["train"].meta["tokens"] > COUNTED_TOKENS:
         raise UserError(f"the training split has more than {COUNTED_TOKENS // 10**6} million tokens")
     train, test, vocab, size = run.rows["train"].stream(), rows.stream(), run.tokenizer.size, rows.meta["bytes"]

@@ -73,7 +73,8 @@ def restore_published(path: str | os.PathLike, weights: str, mesh: Mesh, length:
                            valid_fraction=0.01, cache_dir="", workers=1, density="", density_fraction=1.0, mixture=()),
         "compute": ComputeConfig(dtype="auto", attention="auto", layers="scan", remat="none", microbatch=0,
                                  loss_chunk=0),
-        "eval": EvalConfig(every=1, rows=0, batch=PUBLISHED_BATCH, draws=1, samples=0, sample_length=0)})
+        "eval": EvalConfig(every=1, rows=0, batch=PUBLISHED_BATCH, draws=1, report_rows=0, samples=0,
+                           sample_length=0)})
     if config.block_size >= found.length:  # one block a row
         config = config.at_block_size(length)
     if length % config.block_size:

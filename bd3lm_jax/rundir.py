@@ -21,6 +21,7 @@ ADDED = {  # keys that the run directories of earlier versions lack, with values
     "compute": {"loss_chunk": 0},
     "checkpoint": {"keep_best": 0},
     "mesh": {"expert": 1, "slices": 1},
+    "eval": {"report_rows": 0},
 }
 ADDED_BY_KIND = {  # the same for objectives and networks
     "masked": {"complement": False}, "dit": {"decoder_layers": 0, "shifted": ""},

@@ -190,14 +190,14 @@ def _weights(run: Run, state: TrainState) -> dict:
 
 
 def _validate(run: Run, evaluator: Evaluator, weights, whole: bool) -> dict:
-    """The bound on the validation split: on `eval.rows` rows from one draw, or with all rows and draws, which then stay
-    in the run directory by document; {} for a model that has none."""
+    """The bound on the validation split; {} for a model that has none. whole: as in the report, `eval.report_rows` rows
+    with all draws, which then stay in the run directory by document; else `eval.rows` rows from one draw."""
     if not has_bound(run.config):
         return {}
     settings, rows = run.config.eval, run.rows["valid"]
     measured = evaluator.measure(weights, rows, estimator=default_estimator(run.config), target=None,
                                  draws=settings.draws if whole else 1, seed=run.config.seed,
-                                 num_rows=0 if whole else settings.rows)
+                                 num_rows=settings.report_rows if whole else settings.rows)
     if whole and jax.process_index() == 0:
         paired.save(run.workdir, measured, rows)
     return measured.summary(rows)
@@ -206,11 +206,12 @@ def _validate(run: Run, evaluator: Evaluator, weights, whole: bool) -> dict:
 def _comparable(run: Run, evaluator: Evaluator, state: TrainState, valid: dict, whole: bool) -> float | None:
     """The bound that tells the best checkpoint: of the same rows with the same noise at every step.
 
-    valid: the validation of this step, {} if there was none. whole: it was the last one, of all rows and draws."""
+    valid: the validation of this step, {} if there was none. whole: it was the last one, that of the report."""
     if not valid or not run.config.checkpoint.keep_best:
         return None
     settings, rows = run.config.eval, len(run.rows["valid"])
-    if whole and (settings.draws > 1 or 0 < settings.rows < rows):
+    measured, usual = (min(count or rows, rows) for count in (settings.report_rows, settings.rows))
+    if whole and (settings.draws > 1 or measured != usual):
         valid = _validate(run, evaluator, _weights(run, state), whole=False)
     return valid["nll"]
 

@@ -100,7 +100,8 @@ def base() -> ConfigDict:
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "expert": 1, "slices": 1},
         "log": {"every": 100},
         "checkpoint": {"every": 10_000, "keep": 2, "keep_best": 1},
-        "eval": {"every": 10_000, "rows": 4096, "batch": 32, "draws": 1, "samples": 4, "sample_length": 256},
+        "eval": {"every": 10_000, "rows": 4096, "batch": 32, "draws": 1, "report_rows": 0, "samples": 4,
+                 "sample_length": 256},
         "noise": {
             "adapt": "none", "clip_widths": (0.5, 0.6, 0.7, 0.8, 0.9), "clip_stride": 0.05, "clip_batches": 1,
             "count_floor": 0.1, "count_decay": 0.99,

@@ -35,7 +35,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.batch = 2
     config.log.every = 5
     config.checkpoint.every = options.steps // 2
-    config.eval.update(every=options.steps // 3, rows=16, batch=4, draws=1, samples=2, sample_length=128)
+    config.eval.update(every=options.steps // 3, rows=16, batch=4, draws=1, report_rows=32, samples=2,
+                       sample_length=128)
     return config
 
 

@@ -25,7 +25,7 @@ JUDGE = Path(__file__).parents[1] / "tests" / "data" / "sapiens_vh"
 BEGIN, END, MASK = 0, 2, 24
 REAL, PARTS = 64, 10  # chains that set the limit; parts of a chain that are masked in turn
 LONGEST, LETTERS = 142, set("ACDEFGHIKLMNPQRSTVWY")
-MOTIF = re.compile(r"C.{10,17}W.*C.{4,32}W[GAS].[GP]T.VT")  # two cysteines, two tryptophans and the end of the J segment
+MOTIF = re.compile(r"C.{10,17}W.*C.{4,32}W[GAS].[GP]T.VT")  # two cysteines, two tryptophans, the end of the J segment
 
 
 def pseudo_nats(judge: bd3lm_jax.LM, chains: Sequence[str]) -> np.ndarray:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_runs import toy_config, write_text
+from toy_runs import LENGTH, toy_config, write_text
 
-from bd3lm_jax import checkpoint
+from bd3lm_jax import checkpoint, report
 from bd3lm_jax.checkpoint import Absent, Checkpoints
 from bd3lm_jax.errors import RunError, UserError
 from bd3lm_jax.log import read_metrics
@@ -120,7 +120,7 @@ def test_training_keeps_its_best(tmp_path, monkeypatch):
     valid/nll tells which step is to stay; the last one is compared by the same rows and noise as the others."""
     write_text(tmp_path / "text.txt", 80)
     changes = {"train.steps": 8, "eval.every": 2, "checkpoint.every": 1, "checkpoint.keep": 1, "eval.rows": 4,
-               "optim.ema": 0.0, "optim.lr": 1.0, "optim.warmup_steps": 8}
+               "eval.report_rows": 3, "optim.ema": 0.0, "optim.lr": 1.0, "optim.warmup_steps": 8}
     bounds, original = {}, Checkpoints.save
 
     def save(self, step, *arguments, bound, **options):
@@ -132,7 +132,8 @@ def test_training_keeps_its_best(tmp_path, monkeypatch):
     logged = {line["step"]: line["valid/nll"] for line in read_metrics(tmp_path / "run") if "valid/nll" in line}
     assert {step: bound for step, bound in bounds.items() if bound is not None and step < 8} == {
         step: nll for step, nll in logged.items() if step < 8}
-    assert bounds[8] != logged[8], "the last validation is of all rows"
+    assert bounds[8] != logged[8], "the last validation is of three rows"
+    assert report.read(tmp_path / "run")["valid"]["tokens"] == 3 * LENGTH
     best = min((step for step in bounds if bounds[step] is not None), key=bounds.get)
     assert best < 8, "the learning rate is meant to spoil the weights"
     with Checkpoints(tmp_path / "run", 1, read_only=True) as checkpoints:

@@ -74,6 +74,14 @@ def test_large_corpora_are_not_counted(run, capsys, monkeypatch):
     assert "no count models: the training split has more than" in shown and "this model" in shown
 
 
+def test_a_report_of_some_rows_has_no_count_models_of_all_rows(run, capsys):
+    few = toy_config(run[0].workdir, {"eval.report_rows": 3})
+    other = types.SimpleNamespace(**vars(run[0]) | {"config": few})
+    report._likelihood_table(other, "valid", other.rows["valid"], ESTIMATE)
+    shown = capsys.readouterr().err
+    assert "no count models: the model is measured on the first rows alone, eval.report_rows=3" in shown
+
+
 def test_the_embedded_corpus_is_tested_too(run, capsys, monkeypatch):
     run, params = run
     calls = []
@@ -87,7 +95,7 @@ def test_the_embedded_corpus_is_tested_too(run, capsys, monkeypatch):
     monkeypatch.setattr(report, "_count_models", lambda run, split, rows: {f"counts of {split}": 3.0})
     other = types.SimpleNamespace(**vars(run) | {"config": austen})
     report.closing(other, params, ESTIMATE, types.SimpleNamespace(run=evaluate))
-    assert calls == [{"estimator": "exact_count", "draws": austen.eval.draws, "seed": austen.seed}]
+    assert calls == [{"estimator": "exact_count", "draws": austen.eval.draws, "seed": austen.seed, "num_rows": 0}]
     shown = capsys.readouterr().err
     assert "test: bound on the NLL, 33 documents" in shown and "counts of test" in shown and "counts of valid" in shown
     assert "samples:" not in shown

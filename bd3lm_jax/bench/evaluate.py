@@ -50,7 +50,7 @@ def run_case(case: step.Case, rounds: int) -> list[dict]:
         rows = prepare(data, "all", case.block_size, tokenizer)
         config = step.config_of(case, "two_stream", "none")
         config = dataclasses.replace(config, data=data, eval=EvalConfig(
-            every=1, rows=0, batch=case.batch, draws=1, samples=0, sample_length=1))
+            every=1, rows=0, batch=case.batch, draws=1, report_rows=0, samples=0, sample_length=1))
         mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
         model = models.build(config.model, compute_dtype("auto"))
         special = SpecialIds(tokenizer.mask_id, tokenizer.end_id)
