@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from bd3lm_jax import distributed
 from bd3lm_jax.errors import RunError, UserError
+from bd3lm_jax.fingerprint import fingerprints, named_leaves
 from bd3lm_jax.log import note
-from bd3lm_jax.sharding import settled
 from bd3lm_jax.state import TrainState
 
 FORMAT = 1  # of the meta item
@@ -77,6 +77,7 @@ class Checkpoints:
         self._warn = warn
         self._manager = None
         self._bounds = {}  # nats a token by step, of the steps that were validated
+        self._writing = False  # a save in the background of which `check` has not heard
         if read_only and not self.directory.is_dir():
             return
         if not read_only:
@@ -94,8 +95,12 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self.close()
+        except Exception:
+            if kind is None:  # else what is in flight came first, and tells why
+                raise
 
     def steps(self) -> list[int]:
         """Steps that were saved completely, ascending (their contents are verified by a restore)."""
@@ -133,6 +138,7 @@ class Checkpoints:
             self._raise_save_failed(error)
         if not saved:
             raise RunError(f"step {step} was not saved in {self.directory}: it has a later step, {self.latest_step()}")
+        self._writing = True
         if wait:
             self.wait()
 
@@ -173,10 +179,16 @@ class Checkpoints:
         (tree, meta), step = self._found(which_step, read)
         return tree, meta, step
 
+    def check(self) -> None:
+        """For every step, at no cost: raises RunError as soon as a save in the background has failed."""
+        if self._writing and not self._manager.is_saving_in_progress():
+            self.wait()
+
     def wait(self) -> None:
         """Wait until everything handed to `save` is on disk. Raises RunError if it is not."""
         if self._manager is None or self._read_only:
             return
+        self._writing = False
         try:
             self._manager.wait_until_finished()
         except Exception as error:
@@ -212,6 +224,7 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as error:
+            distributed.raise_if_lost_peer(error)
             if not (self.directory / str(step)).exists():
                 raise Absent(f"step {step} in {self.directory} was deleted while it was read: {there}") from None
             raise RunError(f"checkpoint {self.directory / str(step)} is damaged ({_reason(error)}): {there}; give "
@@ -226,6 +239,7 @@ class Checkpoints:
             except UserError:
                 raise
             except Exception as error:  # orbax and its storage raise many kinds; all of them mean: not readable
+                distributed.raise_if_lost_peer(error)
                 damaged.append(step)
                 reason = _reason(error)
                 self._warn(f"warning: checkpoint {self.directory / str(step)} is damaged ({reason}); "
@@ -272,7 +286,7 @@ class Checkpoints:
     def _check_fits(self, step: int, recorded: dict[str, dict], abstract: dict[str, Any]) -> None:
         """UserError that names the arrays whose shape or dtype is not the recorded one."""
         here = {f"{name}/{path}": f"{leaf.dtype}{list(leaf.shape)}"
-                for name, tree in abstract.items() for path, leaf in _leaves(tree)}
+                for name, tree in abstract.items() for path, leaf in named_leaves(tree)}
         there = {f"{name}/{path}": f"{leaf['dtype']}{leaf['shape']}"
                  for name, leaves in recorded.items() for path, leaf in leaves.items()}
         wrong = [f"{name} is {there.get(name, 'absent')} in the checkpoint, {here.get(name, 'absent')} in this model"
@@ -310,36 +324,13 @@ class Checkpoints:
             shutil.rmtree(self.directory / TRASH, ignore_errors=True)
 
     def _raise_save_failed(self, error: Exception) -> NoReturn:
+        distributed.raise_if_lost_peer(error)  # which no disk space would bring back
         # The tasks of the failed save would report it once more, with tracebacks, when they are collected.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         complete = [int(path.name) for path in self.directory.iterdir() if path.name.isdecimal()]
         last = f"the last complete checkpoint is step {max(complete)}" if complete else "no checkpoint is complete"
         raise RunError(f"could not save a checkpoint to {self.directory}: {_reason(error)}; {last}. "
                        f"Free some disk space and run the same command again") from error
-
-
-def fingerprints(tree: Any) -> dict[str, int]:
-    """Path of every leaf -> a 32-bit sum over its bits that depends on values and positions, not on sharding.
-
-    Any single wrong element changes it for certain, other damage is missed with probability 2^-32.
-    """
-    sums = {path: settled(_fingerprint(leaf)) for path, leaf in _leaves(tree)}
-    return {path: int(value) for path, value in jax.device_get(sums).items()}
-
-
-@jax.jit
-def _fingerprint(x: jax.Array) -> jax.Array:
-    """Sum of (bits of the element) times (odd hash of its position), modulo 2^32."""
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    position = jnp.zeros(bits.shape, jnp.uint32)
-    for axis, size in enumerate(bits.shape):
-        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    position = (position ^ (position >> 16)) * jnp.uint32(0x7FEB352D)
-    position = (position ^ (position >> 15)) * jnp.uint32(0x846CA68B)
-    return jnp.sum(bits * ((position ^ (position >> 16)) | 1), dtype=jnp.uint32)
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -349,15 +340,10 @@ def _items(state: TrainState) -> dict[str, Any]:
     return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
 
 
-def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]
-
-
 def _describe(tree: Any) -> dict[str, dict]:
     sums = fingerprints(tree)
     return {path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "fingerprint": sums[path]}
-            for path, leaf in _leaves(tree)}
+            for path, leaf in named_leaves(tree)}
 
 
 def _placed(abstract: Any) -> Any:

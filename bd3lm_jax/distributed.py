@@ -16,10 +16,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from bd3lm_jax import log
-from bd3lm_jax.errors import RunError, UserError
+from bd3lm_jax.errors import RunError, Stuck, UserError
 from bd3lm_jax.watchdog import Watchdog
 
 LEAVE_S = 3600  # that processes which are done wait for those that are not
+LOST = r"gloo|connection (closed|reset|refused)|unavailable|heartbeat|another task died|barrier timed out"
 SHOWN = 5  # differing keys named in an error
 
 T = TypeVar("T")
@@ -50,7 +51,8 @@ def join(coordinator: str, processes: int | None, process_id: int | None, within
         raise UserError(f"--distributed found no cluster ({error}): give --coordinator=HOST:PORT --processes=N "
                         "--process_id=I") from None
     except RuntimeError as error:
-        raise RunError(f"cannot join the other processes: {' '.join(str(error).split())[:300]}") from None
+        kind = Stuck if re.search(LOST, str(error), re.I) else RunError
+        raise kind(f"cannot join the other processes: {' '.join(str(error).split())[:300]}") from None
     if jax.process_index() > 0:
         log.silence()
 
@@ -61,10 +63,24 @@ def leave() -> None:
         jax.distributed.shutdown()
 
 
-def lost_peer(error: Exception) -> bool:
-    """Whether an error says no more than that another process is gone: run all of them again."""
-    return jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError) and bool(
-        re.search(r"gloo|connection (closed|reset|refused)|unavailable|heartbeat|another task died", str(error), re.I))
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error, or one that caused it, says no more than that another process is gone: run all of them again.
+    """
+    return jax.process_count() > 1 and any(
+        isinstance(one, jax.errors.JaxRuntimeError) and re.search(LOST, str(one), re.I) for one in _causes(error))
+
+
+def raise_if_lost_peer(error: Exception) -> None:
+    """Raise `error` itself where it would be taken for one of files: the barriers of a save and a restore are
+    collectives."""
+    if lost_peer(error):
+        raise error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def texts(text: str) -> list[str]:

@@ -157,6 +157,7 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
                 state, metrics = step_fns[config.phase_at(step)](state, batch)
                 values = _read(run, pending, clock) if pending is not None else None
             watchdog.done()
+            checkpoints.check()
             if values is not None:
                 window.add(*values, {}, {}, clock, log)
             pending, done = (step, ids, metrics), step + 1

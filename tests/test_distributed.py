@@ -13,7 +13,7 @@ from toy_fed import fed
 from toy_runs import ROOT, environment, write_text
 
 from bd3lm_jax import distributed
-from bd3lm_jax.errors import RunError, UserError
+from bd3lm_jax.errors import RunError, Stuck, UserError
 
 CONFIG = """
 from pathlib import Path
@@ -147,6 +147,15 @@ def test_addresses_that_cannot_be(arguments, message):
         distributed.join(*arguments, within=1, heartbeat=10)
 
 
+@pytest.mark.parametrize(("said", "kind"), [("UNAVAILABLE: failed to connect to all addresses", Stuck),
+                                            ("INVALID_ARGUMENT: unexpected task", RunError)])
+def test_a_process_that_is_gone_while_joining_is_a_reason_to_run_again(monkeypatch, said, kind):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: fail(RuntimeError(said)))
+    with pytest.raises(UserError, match=f"cannot join the other processes: {said}") as caught:
+        distributed.join("host:80", 2, 1, within=100, heartbeat=10)
+    assert type(caught.value) is kind
+
+
 # ---- a single process
 
 
@@ -194,6 +203,9 @@ def test_a_lost_peer_is_told_from_an_error_of_ours(monkeypatch):
     assert distributed.lost_peer(gone)
     assert not distributed.lost_peer(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
     assert not distributed.lost_peer(ValueError("Connection closed by peer"))
+    around = ValueError("a save failed")
+    around.__cause__ = gone
+    assert distributed.lost_peer(around)
 
 
 def test_sigterm_stops_a_single_process_and_the_old_handler_comes_back():

@@ -200,6 +200,18 @@ def test_a_save_that_fails_is_an_error_of_the_run(home, whole, tmp_path, monkeyp
     assert steps_saved(workdir) == [3]
 
 
+def test_a_save_that_fails_in_the_background_ends_the_run_before_the_next_one(home, tmp_path, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "_wait_for_checkpointers", full)  # what the background waits for
+    with pytest.raises(RunError, match="could not save a checkpoint .*No space left on device"):
+        train(toy_config(home, {"train.steps": 200, "checkpoint.every": 20, "eval.every": 200}), str(tmp_path / "run"))
+    assert 20 <= max(losses(tmp_path / "run")) < 40
+
+
 def test_a_work_directory_that_cannot_be_made(home, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write in .*file/run: Not a directory"):
