@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from bd3lm_jax import log
-from bd3lm_jax.errors import RunError, Stuck, UserError
+from bd3lm_jax.errors import Preempted, RunError, Stuck, UserError
 from bd3lm_jax.watchdog import Watchdog
 
 LEAVE_S = 3600  # that processes which are done wait for those that are not
@@ -129,11 +129,16 @@ def first_then_others(work: Callable[[], T]) -> T:
     return work() if jax.process_index() > 0 else result
 
 
+class _Terminated(BaseException):
+    """SIGTERM at a moment at which nothing is left to save; no error handler is to take it for something else."""
+
+
 class Stop:
     """Whether the run is to stop; of many processes all are told at the same step, whichever got the signal."""
 
     def __init__(self):
         self.signalled = threading.Event()
+        self._at_once, self._skipping = True, False
 
     def reached(self, step: int) -> bool:
         """Call it once for every step, in order, on all processes."""
@@ -141,16 +146,52 @@ class Stop:
             return multihost_utils.reached_preemption_sync_point(step)
         return self.signalled.is_set()
 
+    @contextlib.contextmanager
+    def at_steps(self) -> Iterator[None]:
+        """While this is open SIGTERM waits for `reached`; before and after it ends the run at once."""
+        self._at_once = False
+        try:
+            yield
+        finally:
+            self._at_once = True
+        if self.signalled.is_set():
+            raise _Terminated
+
+    def unless_told(self, work: Callable[[], T], otherwise: T) -> T:
+        """`work()`, or `otherwise` if SIGTERM comes before it is done; `work` calls `alive` now and then."""
+        self._skipping = True
+        try:
+            return work()
+        except _Terminated:
+            return otherwise
+        finally:
+            self._skipping = False
+
+    def alive(self) -> None:
+        """Ends the work that `unless_told` is doing if SIGTERM came."""
+        if self._skipping and self.signalled.is_set():
+            raise _Terminated
+
+    def hear(self, *_: object) -> None:
+        """What SIGTERM does in a single process; only the first one counts, so that none disturbs the end."""
+        first = not self.signalled.is_set()
+        self.signalled.set()
+        if first and self._at_once:
+            raise _Terminated
+
 
 @contextlib.contextmanager
 def termination() -> Iterator[Stop]:
-    """A Stop that SIGTERM sets. jax listens to the signal in one of many processes, a handler in a single one."""
+    """A Stop that SIGTERM sets; outside of `Stop.at_steps` the signal raises Preempted from here. jax listens to the
+    signal in one of many processes, a handler in a single one."""
     stop = Stop()
     if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    previous = signal.signal(signal.SIGTERM, lambda *_: stop.signalled.set())
+    previous = signal.signal(signal.SIGTERM, stop.hear)
     try:
         yield stop
+    except _Terminated:
+        raise Preempted("stopped by SIGTERM with nothing left to save: run the same command again to go on") from None
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -13,7 +13,7 @@ from toy_fed import fed
 from toy_runs import ROOT, environment, write_text
 
 from bd3lm_jax import distributed
-from bd3lm_jax.errors import RunError, Stuck, UserError
+from bd3lm_jax.errors import Preempted, RunError, Stuck, UserError
 
 CONFIG = """
 from pathlib import Path
@@ -210,8 +210,41 @@ def test_a_lost_peer_is_told_from_an_error_of_ours(monkeypatch):
 
 def test_sigterm_stops_a_single_process_and_the_old_handler_comes_back():
     before = signal.getsignal(signal.SIGTERM)
-    with distributed.termination() as stop:
-        assert not stop.reached(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.reached(2)
+    with pytest.raises(Preempted, match="nothing left to save"):
+        with distributed.termination() as stop:
+            with stop.at_steps():
+                assert not stop.reached(1)
+                for _ in range(2):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    assert stop.reached(2)
+            raise AssertionError("the run goes on after its steps")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_where_nothing_is_to_be_saved_passes_every_error_handler():
+    before, went_on = signal.getsignal(signal.SIGTERM), []
+    with pytest.raises(Preempted) as caught:
+        with distributed.termination():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                went_on.append(True)
+            except Exception:
+                went_on.append(True)
+    assert not went_on and caught.value.exit_code == 42
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_work_that_can_be_left_out_ends_with_sigterm_and_other_work_does_not():
+    def work():
+        stop.alive()
+        if tells:
+            os.kill(os.getpid(), signal.SIGTERM)
+        stop.alive()
+        return "done"
+
+    with pytest.raises(Preempted):
+        with distributed.termination() as stop, stop.at_steps():
+            for tells, expected in ((False, "done"), (True, "left out"), (False, "left out")):
+                assert stop.unless_told(work, "left out") == expected
+            tells = False
+            assert work() == "done"

@@ -10,14 +10,15 @@ import jax
 import numpy as np
 import pytest
 from toy_fed import fed
-from toy_runs import AR, environment, network, run_python, toy_config, toy_dict, write_text
+from toy_runs import AR, ROOT, environment, network, run_python, toy_config, toy_dict, write_text
 
+import bd3lm_jax.train as training
 from bd3lm_jax import program, rundir
 from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.data.corpora import load_documents
 from bd3lm_jax.data.loader import row_ids
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
-from bd3lm_jax.errors import RunError, UserError
+from bd3lm_jax.errors import Preempted, RunError, UserError
 from bd3lm_jax.log import read_metrics
 from bd3lm_jax.sweeps import paired
 from bd3lm_jax.train import train
@@ -243,6 +244,54 @@ def test_autoregressive_run(home, tmp_path):
     assert result["step"] == 2 and result["valid_nll"] < np.log(257)
 
 
+# ---- SIGTERM, sent by this process to itself
+
+
+def tells(monkeypatch, owner, name, when=lambda *_, **__: True):
+    """From now on a call of `owner.name` sends SIGTERM first."""
+    original = getattr(owner, name)
+
+    def telling(*arguments, **options):
+        if when(*arguments, **options):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, telling)
+
+
+@pytest.mark.parametrize(("moment", "saved"), [
+    ((training, "prepare"), []), ((program.Program, "initial_state"), []), ((training.report, "closing"), [3, 6])])
+def test_sigterm_with_nothing_to_save_ends_the_run_at_once(home, whole, tmp_path, monkeypatch, moment, saved):
+    workdir = tmp_path / "run"
+    if saved:
+        shutil.copytree(whole[0], workdir)
+    with monkeypatch.context() as patched, pytest.raises(Preempted, match="run the same command again"):
+        tells(patched, *moment)
+        train(toy_config(home), str(workdir))
+    assert (steps_saved(workdir) if workdir.exists() else []) == saved
+    assert train(toy_config(home), str(workdir))["step"] == 6
+    assert losses(workdir) == losses(whole[0])
+
+
+@pytest.mark.parametrize("during", [True, False])
+def test_sigterm_is_not_kept_waiting_by_a_validation(home, whole, tmp_path, monkeypatch, during):
+    """Told during the validation of step 3, or before it: step 3 is saved without, and the run goes on bit for bit."""
+    config, measured = toy_config(home, {"eval.every": 3, "eval.batch": 1}), []
+    with monkeypatch.context() as patched, pytest.raises(Preempted, match="after step 3, which is saved"):
+        if during:
+            tells(patched, training.Evaluator, "_documents")  # after the first batch
+            patched.setattr(training, "_validate", lambda *a, original=training._validate, **b: (
+                measured.append(0), original(*a, **b), measured.append(1))[1])
+        else:
+            tells(patched, training, "_read", lambda run, pending, clock: pending[0] == 1)
+            patched.setattr(training, "_validate", lambda *_, **__: measured.append(0))
+        train(config, str(tmp_path))
+    assert measured == [0] * during, "begun, and not done"
+    assert steps_saved(tmp_path) == [3] == [max(losses(tmp_path))]
+    train(config, str(tmp_path))
+    assert losses(tmp_path) == losses(whole[0])
+
+
 # ---- processes
 
 
@@ -252,8 +301,12 @@ def started(config, workdir):
 
 
 def wait_for_step(process, workdir, step):
+    wait_until(process, lambda: max(losses(workdir), default=0) >= step)
+
+
+def wait_until(process, there):
     deadline = time.monotonic() + 240
-    while not losses(workdir) or max(losses(workdir)) < step:
+    while not there():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
         time.sleep(0.01)
 
@@ -294,6 +347,33 @@ def test_sigterm_saves_and_exits_42(home, tmp_path):
     assert f"continuing from step {saved} " in errors
     assert json.loads(output.splitlines()[-1])["step"] == saved + 3
     assert sorted(losses(tmp_path)) == list(range(1, saved + 4))
+
+
+@pytest.mark.ci_slow
+def test_sigterm_in_the_start_of_a_command_exits_42(home, tmp_path):
+    """While the libraries load, then while the first state is made; the third start is left alone."""
+    config, workdir = toy_dict(home, {}), tmp_path / "run"
+    (tmp_path / "toy.py").write_text(f"from ml_collections import ConfigDict\n"
+                                     f"def get_config():\n    return ConfigDict({config!r})\n")
+    words = [sys.executable, "-m", "launch", "train", f"--config={tmp_path / 'toy.py'}", f"--workdir={workdir}"]
+    signs = {"loading": lambda: listens(process.pid), "first state": (workdir / "config.json").exists, "none": None}
+    for sign in signs.values():
+        process = subprocess.Popen(words, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   text=True)
+        if sign:
+            wait_until(process, sign)
+            process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == (42 if sign else 0), errors
+        assert ("run the same command again" in errors.splitlines()[-1]) == bool(sign)
+    assert sorted(losses(workdir)) == list(range(1, 7))
+
+
+def listens(pid):
+    """Whether a process has a handler of SIGTERM."""
+    with open(f"/proc/{pid}/status") as file:
+        caught = next(line.split()[1] for line in file if line.startswith("SigCgt"))
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 # Runs of one process, one after the other: configs and work directories, and where it is recorded what they were fed.
