@@ -75,7 +75,7 @@ class Checkpoints:
         self.directory = Path(workdir).absolute() / "checkpoints"
         self._read_only = read_only
         self._warn = warn
-        self._manager = None
+        self._manager = self._reader = None
         self._bounds = {}  # nats a token by step, of the steps that were validated
         self._writing = False  # a save in the background of which `check` has not heard
         if read_only and not self.directory.is_dir():
@@ -87,8 +87,9 @@ class Checkpoints:
             "cleanup_tmp_directories": True, "todelete_subdir": TRASH,
             "preservation_policy": checkpoint_managers.AnyPreservationPolicy(
                 [checkpoint_managers.LatestN(keep), _Lowest(self._bounds, keep_best)])}
-        self._manager = self._look(lambda: ocp.CheckpointManager(
-            self.directory, options=ocp.CheckpointManagerOptions(read_only=read_only, **options)))
+        self._manager = self._look(lambda: _open(self.directory, read_only, options))
+        if not read_only and jax.process_count() > 1:
+            self._reader = _open(self.directory, True, {})
         if keep_best:
             self._read_bounds()
 
@@ -150,11 +151,10 @@ class Checkpoints:
         number or "best" for that step and no other. Raises UserError if there is no such checkpoint or if it is one of
         another model (differing arrays named), RunError if none can be read.
         """
+        expected = _items(abstract_state)
+
         def read(step: int) -> tuple[TrainState, dict]:
-            record = self._record(step)
-            expected = _items(abstract_state)
-            unexpected = {name: {} for name in record["leaves"] if name not in expected}
-            trees = self._read(step, record, expected | unexpected)
+            trees, record = self._read(step, lambda there: expected | dict.fromkeys(set(there) - set(expected), {}))
             state = TrainState(step=trees["opt"]["step"], params=trees["params"], ema=trees.get("ema", {}),
                                opt_state=trees["opt"]["state"], noise=trees.get("noise", {}))
             return state, record["meta"]
@@ -172,9 +172,9 @@ class Checkpoints:
             raise UserError(f"weights are {which!r}, expected 'ema' or 'params'")
 
         def read(step: int) -> tuple[Any, dict]:
-            record = self._record(step)
-            item = which if which in record["leaves"] else "params"
-            return self._read(step, record, {item: abstract})[item], record["meta"]
+            trees, record = self._read(step, lambda there: {which if which in there else "params": abstract})
+            (tree,) = trees.values()
+            return tree, record["meta"]
 
         (tree, meta), step = self._found(which_step, read)
         return tree, meta, step
@@ -200,19 +200,20 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            if self._manager is not None:
-                self._manager.close()
+            for manager in (self._manager, self._reader):
+                if manager is not None:
+                    manager.close()
 
     def _found(self, which: int | str, read: Callable[[int], T]) -> tuple[T, int]:
         """`read(step)` of the step that was asked for, and that step."""
-        steps = self.steps()
+        steps = distributed.of_first(self.steps())
         if not steps:
             raise Absent(f"no checkpoint in {self.directory}: train first (python -m launch train --workdir="
                          f"{self.directory.parent}) or pass another --workdir")
         if which == LATEST:
             return self._newest(steps, read)
         there = f"there are {', '.join(map(str, steps))}"
-        step = self.best_step() if which == BEST else which
+        step = distributed.of_first(self.best_step()) if which == BEST else which
         if step is None:
             raise Absent(f"no checkpoint in {self.directory} was validated, so that none is the best: {there}; give "
                          "one of these as --step, or latest")
@@ -262,7 +263,7 @@ class Checkpoints:
 
     def _record(self, step: int) -> dict:
         """The verified contents of the meta item."""
-        sealed = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        sealed = self._restored(step, meta=ocp.args.JsonRestore())["meta"]
         if not isinstance(sealed, dict) or _seal(sealed.get("record")) != sealed:
             raise _Damaged("meta does not match its hash")
         record = sealed["record"]
@@ -271,17 +272,35 @@ class Checkpoints:
                             f"reads {FORMAT}: install the version that wrote it")
         return record
 
-    def _read(self, step: int, record: dict, abstract: dict[str, Any]) -> dict[str, Any]:
-        """The items named in `abstract`, checked against the record before and after reading."""
-        recorded = {name: record["leaves"].get(name, {}) for name in abstract}
-        self._check_fits(step, recorded, abstract)
-        arguments = {name: ocp.args.StandardRestore(_placed(tree)) for name, tree in abstract.items()}
-        trees = self._manager.restore(step, args=ocp.args.Composite(**arguments))
-        for name in abstract:
-            for path, value in fingerprints(trees[name]).items():
-                if value != recorded[name][path]["fingerprint"]:
+    def _restored(self, step: int, **arguments: Any) -> Any:
+        """Items of a step. No process waits for another: a barrier would wait for ever for one that cannot read."""
+        return (self._reader or self._manager).restore(step, args=ocp.args.Composite(**arguments))
+
+    def _read(self, step: int, wanted: Callable[[list[str]], dict[str, Any]]) -> tuple[dict[str, Any], dict]:
+        """Abstract trees by item, as `wanted` says of the items that are there -> these, and the record, against which
+        they are checked before and after reading. What one of many processes cannot read, none of them can."""
+        record = trees = error = None
+        try:
+            record = self._record(step)
+            abstract = wanted(list(record["leaves"]))
+            self._check_fits(step, {name: record["leaves"].get(name, {}) for name in abstract}, abstract)
+            trees = self._restored(step, **{name: ocp.args.StandardRestore(_placed(tree))
+                                            for name, tree in abstract.items()})
+        except Exception as caught:
+            error = caught
+        unreadable = error is not None and not isinstance(error, UserError)
+        told = distributed.texts(_reason(error) if unreadable else "")
+        if error is not None:
+            raise error
+        for i, reason in enumerate(told):
+            if reason:
+                raise _Damaged(f"process {i} cannot read it: {reason}")
+        trees = {name: trees[name] for name in abstract}
+        for name, tree in trees.items():
+            for path, value in fingerprints(tree).items():
+                if value != record["leaves"][name][path]["fingerprint"]:
                     raise _Damaged(f"{name}/{path} differs from its fingerprint")
-        return {name: trees[name] for name in abstract}
+        return trees, record
 
     def _check_fits(self, step: int, recorded: dict[str, dict], abstract: dict[str, Any]) -> None:
         """UserError that names the arrays whose shape or dtype is not the recorded one."""
@@ -331,6 +350,15 @@ class Checkpoints:
         last = f"the last complete checkpoint is step {max(complete)}" if complete else "no checkpoint is complete"
         raise RunError(f"could not save a checkpoint to {self.directory}: {_reason(error)}; {last}. "
                        f"Free some disk space and run the same command again") from error
+
+
+def _open(directory: Path, read_only: bool, options: dict) -> ocp.CheckpointManager:
+    """Orbax's manager: of all processes together one that writes, of each alone one that reads."""
+    if read_only and jax.process_count() > 1:
+        me = jax.process_index()
+        options = options | {"multiprocessing_options": ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process-{me}")}
+    return ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=read_only, **options))
 
 
 def _items(state: TrainState) -> dict[str, Any]:

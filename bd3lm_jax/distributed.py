@@ -7,8 +7,11 @@ import contextlib
 import json
 import re
 import signal
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -21,6 +24,7 @@ from bd3lm_jax.watchdog import Watchdog
 
 LEAVE_S = 3600  # that processes which are done wait for those that are not
 LOST = r"gloo|connection (closed|reset|refused)|unavailable|heartbeat|another task died|barrier timed out"
+SEEN_S = 30.0  # within which other hosts see what process 0 has written
 SHOWN = 5  # differing keys named in an error
 
 T = TypeVar("T")
@@ -91,6 +95,28 @@ def texts(text: str) -> list[str]:
     sizes = multihost_utils.process_allgather(np.int32(len(data)))
     rows = multihost_utils.process_allgather(np.pad(data, (0, int(sizes.max()) - len(data))))
     return [row[:size].tobytes().decode() for row, size in zip(rows, sizes)]
+
+
+def of_first(value: T) -> T:
+    """The value (JSON) of process 0, on all of them. All must call it."""
+    return json.loads(texts(json.dumps(value))[0])
+
+
+def check_shared(path: Path, look: Callable[[], dict[str, Any]]) -> None:
+    """UserError on all processes unless they all see what process 0 sees in a directory. look: what there is to be seen
+    (JSON); some file systems show it to other hosts after seconds only."""
+    if jax.process_count() == 1:
+        return
+    wanted, deadline = of_first(look()), time.monotonic() + SEEN_S
+    while look() != wanted and time.monotonic() < deadline:
+        time.sleep(0.2)
+    found = [json.loads(text) for text in texts(json.dumps([socket.gethostname(), str(path.absolute()), look()]))]
+    for i, (host, where, seen) in enumerate(found):
+        differing = [f"{key}: {seen[key]!r} != {wanted[key]!r}" for key in wanted if seen[key] != wanted[key]]
+        if differing:
+            raise UserError(f"process {i} on {host} does not find in {where} what process 0 on {found[0][0]} has in "
+                            f"{found[0][1]} ({'; '.join(differing)}): is it a shared file system? Give all processes "
+                            "the same --workdir on one", agreed=True)
 
 
 def check_same(values: dict[str, Any], what: str) -> None:

@@ -96,6 +96,7 @@ def set_up(config: Config, workdir: str, held: contextlib.ExitStack) -> Run:
     hashes = {name: split.meta["hash"] for name, split in rows.items()}
     distributed.check_same(hashes | {"tokenizer": tokenizer.identity}, "text")
     distributed.first_alone(lambda: rundir.claim(workdir, config, tokenizer, held))
+    distributed.check_shared(Path(workdir), lambda: rundir.visible(workdir))
     if rows["train"].has_density:
         _say_density(rows["train"].meta["density_mean"])
     return Run(config, Path(workdir), tokenizer, rows, program)

@@ -360,6 +360,26 @@ def test_full_disk_names_the_last_complete_checkpoint(tmp_path, waits):
     assert_equal(restore(tmp_path)[0], make_state(3))
 
 
+def test_what_another_process_cannot_read_is_not_used_here_either(tmp_path, monkeypatch):
+    """Step 2 is whole, but process 1 says otherwise: step 1; and what is said here is that step 1 can be read."""
+    directory, said = saved(tmp_path, [1, 2]), []
+
+    def texts(text):
+        if text.startswith("["):
+            return [text, text]  # the steps that are there
+        said.append(text)
+        return [text, "OSError: input/output error" if len(said) == 1 else ""]
+
+    monkeypatch.setattr(distributed, "texts", texts)
+    state, _, (warning,) = restore(tmp_path)
+    assert_equal(state, make_state(1))
+    assert "checkpoints/2 is damaged (process 1 cannot read it: OSError: input/output error)" in warning
+    shutil.rmtree(directory / "1" / "params")
+    with pytest.raises(RunError, match="none of the checkpoints"):
+        restore(tmp_path)
+    assert said[:2] == ["", ""] and len(said) == 3 and said[2].startswith("KeyError: ")
+
+
 class Manager:
     """In place of orbax's: one step, and every call that reaches other processes fails with `error`."""
 
@@ -396,6 +416,7 @@ def test_a_lost_process_is_no_fault_of_the_files(tmp_path, monkeypatch, call, me
     with pytest.raises(RunError, match="could not save|is damaged|can be read"):
         call()
     monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "texts", lambda text: [text] if text.startswith("[") else Manager(error).fail())
     with pytest.raises(ValueError) as caught:
         call()
     assert caught.value.__cause__ is error and distributed.lost_peer(caught.value)

@@ -130,6 +130,39 @@ def test_different_configurations_are_found_before_anything_is_done(tmp_path, ru
         assert not (tmp_path / f"run{i}").exists()
 
 
+@pytest.mark.ci_slow
+def test_a_work_directory_that_is_not_shared_is_found_before_anything_is_done(tmp_path, runs):
+    port = 20000 + (os.getpid() * 7 + 9998) % 20000
+    joined = ("--distributed", f"--coordinator=127.0.0.1:{port}", "--processes=2")
+    processes = [runs(f"run{i}", 1, 2, *joined, f"--process_id={i}")[0] for i in range(2)]
+    assert [process.wait(SECONDS) for process in processes] == [2, 2], said(tmp_path, "run0", 0, "err")
+    for i in range(2):
+        last = said(tmp_path, f"run{i}", 0, "err").splitlines()[-1]
+        host = os.uname().nodename
+        assert f"does not find in {tmp_path}/run1 what process 0 on {host} has in {tmp_path}/run0" in last
+        assert "config.json: None != '" in last and "is it a shared file system?" in last
+    assert not (tmp_path / "run1").exists() and not (tmp_path / "run0" / "checkpoints").exists()
+
+
+@pytest.mark.ci_slow
+def test_what_one_process_cannot_read_none_of_them_uses(tmp_path, runs):
+    """The shard of process 1 in the newest checkpoint is truncated: both go on from the one before, as undisturbed."""
+    flags = ("--mesh=data=1,fsdp=2", "--config.checkpoint.every=2", "--config.checkpoint.keep=5")
+    for workdir, steps in (("whole", 6), ("run", 4)):
+        processes = runs(workdir, 2, 1, f"--config.train.steps={steps}", *flags)
+        assert [process.wait(SECONDS) for process in processes] == [0, 0], said(tmp_path, workdir, 0, "err")
+    files = (tmp_path / "run" / "checkpoints" / "4" / "params" / "ocdbt.process_1").rglob("d/*")
+    largest = max(files, key=lambda file: file.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    processes = runs("run", 2, 1, "--config.train.steps=6", "--stuck_after=100", *flags)
+    assert [process.wait(SECONDS) for process in processes] == [0, 0], said(tmp_path, "run", 0, "err")
+    text = said(tmp_path, "run", 0, "err")
+    assert "checkpoints/4 is damaged (process 1 cannot read it: " in text and "continuing from step 2" in text
+    assert [path.name for path in (tmp_path / "run" / "checkpoints" / ".damaged").iterdir()] == ["4"]
+    run, whole = ({line["step"]: line["train/loss"] for line in logged(tmp_path, name)} for name in ("run", "whole"))
+    assert run == whole and sorted(run) == list(range(1, 7))
+
+
 @pytest.mark.parametrize(("rank", "missing"), [(1, "the coordinator"), (0, "the other process")])
 def test_processes_that_do_not_find_each_other_say_for_how_long_they_tried(tmp_path, runs, rank, missing):
     (process,) = runs("run", 2, 1, "--join_within=1.5", ranks=[rank])
@@ -180,6 +213,23 @@ def test_two_processes_compare_by_key(monkeypatch):
     with pytest.raises(UserError, match=r"another text than .* \(b: \[1\] != \[1, 2\]; d: 2 != None\)") as caught:
         distributed.check_same({"a": 1, "b": [1], "c": "x", "d": 2}, "text")
     assert caught.value.agreed
+
+
+def test_a_directory_that_another_process_does_not_see(monkeypatch, tmp_path):
+    """Process 1 sees nothing there; then the same, but late."""
+    here, nothing = {"config.json": "af", "newest checkpoint": 3}, {"config.json": None, "newest checkpoint": 3}
+    distributed.check_shared(tmp_path, lambda: fail(AssertionError("a single process looks")))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "SEEN_S", 1.0)
+    monkeypatch.setattr(distributed, "texts", lambda text: [text, json.dumps(["far", "/there", nothing])])
+    message = r"process 1 on far does not find in /there what process 0 on .* \(config.json: None != 'af'\): is it"
+    with pytest.raises(UserError, match=message) as caught:
+        distributed.check_shared(tmp_path, lambda: here)
+    assert caught.value.agreed
+    seen = iter([nothing, nothing])
+    monkeypatch.setattr(distributed, "texts", lambda text: [
+        json.dumps(here if text.startswith("{") else ["near", "/here", here]), text])
+    distributed.check_shared(tmp_path, lambda: next(seen, here))
 
 
 def test_the_first_process_tells_the_others_what_is_wrong(monkeypatch):
