@@ -154,7 +154,7 @@ class Checkpoints:
         expected = _items(abstract_state)
 
         def read(step: int) -> tuple[TrainState, dict]:
-            trees, record = self._read(step, lambda there: expected | dict.fromkeys(set(there) - set(expected), {}))
+            trees, record = self._read(step, lambda there: expected | {x: {} for x in there if x not in expected})
             state = TrainState(step=trees["opt"]["step"], params=trees["params"], ema=trees.get("ema", {}),
                                opt_state=trees["opt"]["state"], noise=trees.get("noise", {}))
             return state, record["meta"]
@@ -284,8 +284,8 @@ class Checkpoints:
             record = self._record(step)
             abstract = wanted(list(record["leaves"]))
             self._check_fits(step, {name: record["leaves"].get(name, {}) for name in abstract}, abstract)
-            trees = self._restored(step, **{name: ocp.args.StandardRestore(_placed(tree))
-                                            for name, tree in abstract.items()})
+            trees = dict(self._restored(step, **{name: ocp.args.StandardRestore(_placed(tree))
+                                                 for name, tree in abstract.items()}).items())
         except Exception as caught:
             error = caught
         unreadable = error is not None and not isinstance(error, UserError)
@@ -295,7 +295,6 @@ class Checkpoints:
         for i, reason in enumerate(told):
             if reason:
                 raise _Damaged(f"process {i} cannot read it: {reason}")
-        trees = {name: trees[name] for name in abstract}
         for name, tree in trees.items():
             for path, value in fingerprints(tree).items():
                 if value != record["leaves"][name][path]["fingerprint"]:
