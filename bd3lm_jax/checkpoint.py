@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from bd3lm_jax import distributed
 from bd3lm_jax.errors import RunError, UserError
+from bd3lm_jax.fingerprint import fingerprints, named_leaves
 from bd3lm_jax.log import note
-from bd3lm_jax.sharding import settled
 from bd3lm_jax.state import TrainState
 
 FORMAT = 1  # of the meta item
@@ -75,8 +75,9 @@ class Checkpoints:
         self.directory = Path(workdir).absolute() / "checkpoints"
         self._read_only = read_only
         self._warn = warn
-        self._manager = None
+        self._manager = self._reader = None
         self._bounds = {}  # nats a token by step, of the steps that were validated
+        self._writing = False  # a save in the background of which `check` has not heard
         if read_only and not self.directory.is_dir():
             return
         if not read_only:
@@ -86,16 +87,21 @@ class Checkpoints:
             "cleanup_tmp_directories": True, "todelete_subdir": TRASH,
             "preservation_policy": checkpoint_managers.AnyPreservationPolicy(
                 [checkpoint_managers.LatestN(keep), _Lowest(self._bounds, keep_best)])}
-        self._manager = self._look(lambda: ocp.CheckpointManager(
-            self.directory, options=ocp.CheckpointManagerOptions(read_only=read_only, **options)))
+        self._manager = self._look(lambda: _open(self.directory, read_only, options))
+        if not read_only and jax.process_count() > 1:
+            self._reader = _open(self.directory, True, {})
         if keep_best:
             self._read_bounds()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self.close()
+        except Exception:
+            if kind is None:  # else what is in flight came first, and tells why
+                raise
 
     def steps(self) -> list[int]:
         """Steps that were saved completely, ascending (their contents are verified by a restore)."""
@@ -133,6 +139,7 @@ class Checkpoints:
             self._raise_save_failed(error)
         if not saved:
             raise RunError(f"step {step} was not saved in {self.directory}: it has a later step, {self.latest_step()}")
+        self._writing = True
         if wait:
             self.wait()
 
@@ -144,11 +151,10 @@ class Checkpoints:
         number or "best" for that step and no other. Raises UserError if there is no such checkpoint or if it is one of
         another model (differing arrays named), RunError if none can be read.
         """
+        expected = _items(abstract_state)
+
         def read(step: int) -> tuple[TrainState, dict]:
-            record = self._record(step)
-            expected = _items(abstract_state)
-            unexpected = {name: {} for name in record["leaves"] if name not in expected}
-            trees = self._read(step, record, expected | unexpected)
+            trees, record = self._read(step, lambda there: expected | {x: {} for x in there if x not in expected})
             state = TrainState(step=trees["opt"]["step"], params=trees["params"], ema=trees.get("ema", {}),
                                opt_state=trees["opt"]["state"], noise=trees.get("noise", {}))
             return state, record["meta"]
@@ -166,17 +172,23 @@ class Checkpoints:
             raise UserError(f"weights are {which!r}, expected 'ema' or 'params'")
 
         def read(step: int) -> tuple[Any, dict]:
-            record = self._record(step)
-            item = which if which in record["leaves"] else "params"
-            return self._read(step, record, {item: abstract})[item], record["meta"]
+            trees, record = self._read(step, lambda there: {which if which in there else "params": abstract})
+            (tree,) = trees.values()
+            return tree, record["meta"]
 
         (tree, meta), step = self._found(which_step, read)
         return tree, meta, step
+
+    def check(self) -> None:
+        """For every step, at no cost: raises RunError as soon as a save in the background has failed."""
+        if self._writing and not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Wait until everything handed to `save` is on disk. Raises RunError if it is not."""
         if self._manager is None or self._read_only:
             return
+        self._writing = False
         try:
             self._manager.wait_until_finished()
         except Exception as error:
@@ -188,19 +200,20 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            if self._manager is not None:
-                self._manager.close()
+            for manager in (self._manager, self._reader):
+                if manager is not None:
+                    manager.close()
 
     def _found(self, which: int | str, read: Callable[[int], T]) -> tuple[T, int]:
         """`read(step)` of the step that was asked for, and that step."""
-        steps = self.steps()
+        steps = distributed.of_first(self.steps())
         if not steps:
             raise Absent(f"no checkpoint in {self.directory}: train first (python -m launch train --workdir="
                          f"{self.directory.parent}) or pass another --workdir")
         if which == LATEST:
             return self._newest(steps, read)
         there = f"there are {', '.join(map(str, steps))}"
-        step = self.best_step() if which == BEST else which
+        step = distributed.of_first(self.best_step()) if which == BEST else which
         if step is None:
             raise Absent(f"no checkpoint in {self.directory} was validated, so that none is the best: {there}; give "
                          "one of these as --step, or latest")
@@ -212,6 +225,7 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as error:
+            distributed.raise_if_lost_peer(error)
             if not (self.directory / str(step)).exists():
                 raise Absent(f"step {step} in {self.directory} was deleted while it was read: {there}") from None
             raise RunError(f"checkpoint {self.directory / str(step)} is damaged ({_reason(error)}): {there}; give "
@@ -226,6 +240,7 @@ class Checkpoints:
             except UserError:
                 raise
             except Exception as error:  # orbax and its storage raise many kinds; all of them mean: not readable
+                distributed.raise_if_lost_peer(error)
                 damaged.append(step)
                 reason = _reason(error)
                 self._warn(f"warning: checkpoint {self.directory / str(step)} is damaged ({reason}); "
@@ -248,7 +263,7 @@ class Checkpoints:
 
     def _record(self, step: int) -> dict:
         """The verified contents of the meta item."""
-        sealed = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        sealed = self._restored(step, meta=ocp.args.JsonRestore())["meta"]
         if not isinstance(sealed, dict) or _seal(sealed.get("record")) != sealed:
             raise _Damaged("meta does not match its hash")
         record = sealed["record"]
@@ -257,22 +272,39 @@ class Checkpoints:
                             f"reads {FORMAT}: install the version that wrote it")
         return record
 
-    def _read(self, step: int, record: dict, abstract: dict[str, Any]) -> dict[str, Any]:
-        """The items named in `abstract`, checked against the record before and after reading."""
-        recorded = {name: record["leaves"].get(name, {}) for name in abstract}
-        self._check_fits(step, recorded, abstract)
-        arguments = {name: ocp.args.StandardRestore(_placed(tree)) for name, tree in abstract.items()}
-        trees = self._manager.restore(step, args=ocp.args.Composite(**arguments))
-        for name in abstract:
-            for path, value in fingerprints(trees[name]).items():
-                if value != recorded[name][path]["fingerprint"]:
+    def _restored(self, step: int, **arguments: Any) -> Any:
+        """Items of a step. No process waits for another: a barrier would wait for ever for one that cannot read."""
+        return (self._reader or self._manager).restore(step, args=ocp.args.Composite(**arguments))
+
+    def _read(self, step: int, wanted: Callable[[list[str]], dict[str, Any]]) -> tuple[dict[str, Any], dict]:
+        """Abstract trees by item, as `wanted` says of the items that are there -> these, and the record, against which
+        they are checked before and after reading. What one of many processes cannot read, none of them can."""
+        record = trees = error = None
+        try:
+            record = self._record(step)
+            abstract = wanted(list(record["leaves"]))
+            self._check_fits(step, {name: record["leaves"].get(name, {}) for name in abstract}, abstract)
+            trees = dict(self._restored(step, **{name: ocp.args.StandardRestore(_placed(tree))
+                                                 for name, tree in abstract.items()}).items())
+        except Exception as caught:
+            error = caught
+        unreadable = error is not None and not isinstance(error, UserError)
+        told = distributed.texts(_reason(error) if unreadable else "")
+        if error is not None:
+            raise error
+        for i, reason in enumerate(told):
+            if reason:
+                raise _Damaged(f"process {i} cannot read it: {reason}")
+        for name, tree in trees.items():
+            for path, value in fingerprints(tree).items():
+                if value != record["leaves"][name][path]["fingerprint"]:
                     raise _Damaged(f"{name}/{path} differs from its fingerprint")
-        return {name: trees[name] for name in abstract}
+        return trees, record
 
     def _check_fits(self, step: int, recorded: dict[str, dict], abstract: dict[str, Any]) -> None:
         """UserError that names the arrays whose shape or dtype is not the recorded one."""
         here = {f"{name}/{path}": f"{leaf.dtype}{list(leaf.shape)}"
-                for name, tree in abstract.items() for path, leaf in _leaves(tree)}
+                for name, tree in abstract.items() for path, leaf in named_leaves(tree)}
         there = {f"{name}/{path}": f"{leaf['dtype']}{leaf['shape']}"
                  for name, leaves in recorded.items() for path, leaf in leaves.items()}
         wrong = [f"{name} is {there.get(name, 'absent')} in the checkpoint, {here.get(name, 'absent')} in this model"
@@ -310,6 +342,7 @@ class Checkpoints:
             shutil.rmtree(self.directory / TRASH, ignore_errors=True)
 
     def _raise_save_failed(self, error: Exception) -> NoReturn:
+        distributed.raise_if_lost_peer(error)  # which no disk space would bring back
         # The tasks of the failed save would report it once more, with tracebacks, when they are collected.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         complete = [int(path.name) for path in self.directory.iterdir() if path.name.isdecimal()]
@@ -318,28 +351,13 @@ class Checkpoints:
                        f"Free some disk space and run the same command again") from error
 
 
-def fingerprints(tree: Any) -> dict[str, int]:
-    """Path of every leaf -> a 32-bit sum over its bits that depends on values and positions, not on sharding.
-
-    Any single wrong element changes it for certain, other damage is missed with probability 2^-32.
-    """
-    sums = {path: settled(_fingerprint(leaf)) for path, leaf in _leaves(tree)}
-    return {path: int(value) for path, value in jax.device_get(sums).items()}
-
-
-@jax.jit
-def _fingerprint(x: jax.Array) -> jax.Array:
-    """Sum of (bits of the element) times (odd hash of its position), modulo 2^32."""
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    position = jnp.zeros(bits.shape, jnp.uint32)
-    for axis, size in enumerate(bits.shape):
-        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    position = (position ^ (position >> 16)) * jnp.uint32(0x7FEB352D)
-    position = (position ^ (position >> 15)) * jnp.uint32(0x846CA68B)
-    return jnp.sum(bits * ((position ^ (position >> 16)) | 1), dtype=jnp.uint32)
+def _open(directory: Path, read_only: bool, options: dict) -> ocp.CheckpointManager:
+    """Orbax's manager: of all processes together one that writes, of each alone one that reads."""
+    if read_only and jax.process_count() > 1:
+        me = jax.process_index()
+        options = options | {"multiprocessing_options": ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process-{me}")}
+    return ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=read_only, **options))
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -349,15 +367,10 @@ def _items(state: TrainState) -> dict[str, Any]:
     return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
 
 
-def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]
-
-
 def _describe(tree: Any) -> dict[str, dict]:
     sums = fingerprints(tree)
     return {path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "fingerprint": sums[path]}
-            for path, leaf in _leaves(tree)}
+            for path, leaf in named_leaves(tree)}
 
 
 def _placed(abstract: Any) -> Any:

@@ -1,6 +1,7 @@
 """The run directory: config.json (resolved), tokenizer.json, metrics.jsonl, checkpoints/, samples/, plots/."""
 
 import contextlib
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -88,6 +89,14 @@ def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:
                         f"--from={path} --to=DIR --format=native makes one")
     stored.pop("config_sha256", None)
     return Config.from_dict(_brought_up_to_date(stored)), load_tokenizer(path / TOKENIZER)
+
+
+def visible(workdir: str | os.PathLike) -> dict:
+    """What the processes of one run must all see there: hash of its config, newest checkpoint (None: there is none)."""
+    path = Path(workdir)
+    config = hashlib.sha256((path / CONFIG).read_bytes()).hexdigest()[:12] if (path / CONFIG).exists() else None
+    names = [file.name for file in (path / "checkpoints").iterdir()] if (path / "checkpoints").is_dir() else []
+    return {CONFIG: config, "newest checkpoint": max((int(name) for name in names if name.isdecimal()), default=None)}
 
 
 def planned_steps(workdir: str | os.PathLike) -> int:

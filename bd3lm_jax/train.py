@@ -53,21 +53,22 @@ def train(config: Config, workdir: str, profile: bool = False, stuck_after: floa
     the process ends with exit code 75 (watchdog.py), 0 for never. Returns the result object of the `train` command.
     Raises UserError for wrong input (also if another process trains in `workdir`), RunError when the loss is not finite
     (with step and rows), memory runs out (with what would fit) or a save fails, Preempted after SIGTERM once the state
-    is saved.
+    is saved (at once where nothing is: before the first step and in the closing report).
     """
     began = time.perf_counter()
     with contextlib.ExitStack() as held:
+        stop = held.enter_context(distributed.termination())
         run = set_up(config, workdir, held)
         program, kept = run.program, run.config.checkpoint
-        with (jax.set_mesh(program.mesh),
+        with (jax.set_mesh(program.mesh), Watchdog(stuck_after, "no step finished") as watchdog,
               Checkpoints(run.workdir, kept.keep, keep_best=kept.keep_best) as checkpoints):
             state, losses = _first_state(run, checkpoints)
+            watchdog.done()
             start = int(state.step)
             evaluator = Evaluator(run.config, program.model, program.special, program.mesh)
+            evaluator.alive = lambda: (watchdog.done(), stop.alive())
             with (RunLog(run.workdir, run.config.train.steps, start_step=start) as log,
-                  distributed.termination() as stop, Watchdog(stuck_after, "no step finished") as watchdog,
                   Profiler(run.workdir, start + profiling.FIRST, profiling.STEPS if profile else 0) as profiler):
-                evaluator.alive = watchdog.done
                 state, step_ms, valid = _loop(run, state, losses, checkpoints, evaluator, log, stop, profiler, watchdog)
             weights = _weights(run, state)
             valid = valid or _validate(run, evaluator, weights, whole=True)
@@ -95,6 +96,7 @@ def set_up(config: Config, workdir: str, held: contextlib.ExitStack) -> Run:
     hashes = {name: split.meta["hash"] for name, split in rows.items()}
     distributed.check_same(hashes | {"tokenizer": tokenizer.identity}, "text")
     distributed.first_alone(lambda: rundir.claim(workdir, config, tokenizer, held))
+    distributed.check_shared(Path(workdir), lambda: rundir.visible(workdir))
     if rows["train"].has_density:
         _say_density(rows["train"].meta["density_mean"])
     return Run(config, Path(workdir), tokenizer, rows, program)
@@ -150,13 +152,14 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
         window.begin(_validate(run, evaluator, _weights(run, state), whole=False), log)
         watchdog.done()
     batches = prefetch(loader.get, start, config.train.steps, workers, max(PREFETCH, workers))
-    with contextlib.closing(batches):
+    with contextlib.closing(batches), stop.at_steps():
         for step, (ids, batch) in zip(range(start, config.train.steps), batches):
             profiler.step(step, state)
             with memory.explained(program):
                 state, metrics = step_fns[config.phase_at(step)](state, batch)
                 values = _read(run, pending, clock) if pending is not None else None
             watchdog.done()
+            checkpoints.check()
             if values is not None:
                 window.add(*values, {}, {}, clock, log)
             pending, done = (step, ids, metrics), step + 1
@@ -167,7 +170,10 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
                 values = _read(run, pending, clock)
                 valid, noise = {}, {}
                 if validating:
-                    valid = _validate(run, evaluator, _weights(run, state), whole=last)
+                    valid = {} if stopping else stop.unless_told(
+                        lambda: _validate(run, evaluator, _weights(run, state), whole=last), {})
+                    stopping = stopping or stop.signalled.is_set()
+                    saving = saving or stopping
                     state, noise = choose_noise(state, lambda at: loader.get(at)[1], done)
                 window.add(*values, valid, noise, clock, log)
                 pending = None
@@ -178,7 +184,7 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
                                                "noise": choose_noise.shown(state)}, wait=last or stopping,
                                  bound=_comparable(run, evaluator, state, valid, last))
                 watchdog.done()
-            if stopping and not last:
+            if stopping:
                 raise Preempted(f"stopped by SIGTERM after step {done}, which is saved in {run.workdir}: run the same "
                                 "command again to go on", agreed=True)
     return state, clock.median_ms(), valid

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+from bd3lm_jax import distributed
 from bd3lm_jax.checkpoint import Checkpoints, fingerprints
 from bd3lm_jax.errors import RunError, UserError
 from bd3lm_jax.state import TrainState
@@ -357,3 +358,74 @@ def test_full_disk_names_the_last_complete_checkpoint(tmp_path, waits):
     assert "File too large" in message
     assert "the last complete checkpoint is step 3. Free some disk space" in message
     assert_equal(restore(tmp_path)[0], make_state(3))
+
+
+def test_what_another_process_cannot_read_is_not_used_here_either(tmp_path, monkeypatch):
+    """Step 2 is whole, but process 1 says otherwise: step 1; and what is said here is that step 1 can be read."""
+    directory, said = saved(tmp_path, [1, 2]), []
+
+    def texts(text):
+        if text.startswith("["):
+            return [text, text]  # the steps that are there
+        said.append(text)
+        return [text, "OSError: input/output error" if len(said) == 1 else ""]
+
+    monkeypatch.setattr(distributed, "texts", texts)
+    state, _, (warning,) = restore(tmp_path)
+    assert_equal(state, make_state(1))
+    assert "checkpoints/2 is damaged (process 1 cannot read it: OSError: input/output error)" in warning
+    shutil.rmtree(directory / "1" / "params")
+    with pytest.raises(RunError, match="none of the checkpoints"):
+        restore(tmp_path)
+    assert said[:2] == ["", ""] and len(said) == 3 and said[2].startswith("KeyError: ")
+
+
+class Manager:
+    """In place of orbax's: one step, and every call that reaches other processes fails with `error`."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def all_steps(self, read):
+        return [1]
+
+    def fail(self, *_, **__):
+        raise ValueError("a barrier failed") from self.error
+
+    save = restore = wait_until_finished = fail
+
+    def close(self):
+        pass
+
+
+GONE = "UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:53388"
+LATE = "DEADLINE_EXCEEDED: Barrier timed out. Id: async_write_complete"
+
+
+@pytest.mark.parametrize("call", ["save", "wait", "restore", "restore of a step", "close"])
+@pytest.mark.parametrize("message", [GONE, LATE])
+def test_a_lost_process_is_no_fault_of_the_files(tmp_path, monkeypatch, call, message):
+    """Of many processes the error stays what it is, which is told apart by `lost_peer`; of one it is one of files."""
+    error = jax.errors.JaxRuntimeError(message)
+    checkpoints = Checkpoints(tmp_path, 1)
+    (checkpoints.directory / "1").mkdir()
+    checkpoints._manager = Manager(error)
+    call = {"save": lambda: checkpoints.save(2, make_state(2), {}), "wait": checkpoints.wait,
+            "restore": lambda: checkpoints.restore(abstract(make_state(0))), "close": checkpoints.close,
+            "restore of a step": lambda: checkpoints.restore(abstract(make_state(0)), 1)}[call]
+    with pytest.raises(RunError, match="could not save|is damaged|can be read"):
+        call()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "texts", lambda text: [text] if text.startswith("[") else Manager(error).fail())
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert caught.value.__cause__ is error and distributed.lost_peer(caught.value)
+
+
+def test_what_is_in_flight_is_told_and_not_that_closing_failed_as_well(tmp_path):
+    for body, expected in ((KeyError, KeyError), (None, RunError)):
+        with pytest.raises(expected):
+            with Checkpoints(tmp_path, 1) as checkpoints:
+                checkpoints._manager = Manager(OSError(28, "No space left on device"))
+                if body is not None:
+                    raise body

@@ -13,7 +13,7 @@ from toy_fed import fed
 from toy_runs import ROOT, environment, write_text
 
 from bd3lm_jax import distributed
-from bd3lm_jax.errors import RunError, UserError
+from bd3lm_jax.errors import Preempted, RunError, Stuck, UserError
 
 CONFIG = """
 from pathlib import Path
@@ -130,6 +130,43 @@ def test_different_configurations_are_found_before_anything_is_done(tmp_path, ru
         assert not (tmp_path / f"run{i}").exists()
 
 
+@pytest.mark.ci_slow
+def test_a_work_directory_that_is_not_shared_is_found_before_anything_is_done(tmp_path, runs):
+    port = 20000 + (os.getpid() * 7 + 9998) % 20000
+    joined = ("--distributed", f"--coordinator=127.0.0.1:{port}", "--processes=2")
+    processes = [runs(f"run{i}", 1, 2, *joined, f"--process_id={i}")[0] for i in range(2)]
+    assert [process.wait(SECONDS) for process in processes] == [2, 2], said(tmp_path, "run0", 0, "err")
+    for i in range(2):
+        last = said(tmp_path, f"run{i}", 0, "err").splitlines()[-1]
+        host = os.uname().nodename
+        assert f"does not find in {tmp_path}/run1 what process 0 on {host} has in {tmp_path}/run0" in last
+        assert "config.json: None != '" in last and "is it a shared file system?" in last
+    assert not (tmp_path / "run1").exists() and not (tmp_path / "run0" / "checkpoints").exists()
+
+
+@pytest.mark.ci_slow
+def test_what_one_process_cannot_read_none_of_them_uses(tmp_path, runs, monkeypatch):
+    """Step 6 of a run that is done, unreadable for process 1 alone: both go on from step 4, to the same losses."""
+    found = []
+    for attempt in range(2):
+        port = 20000 + (os.getpid() * 7 + 9990 + attempt) % 20000
+        processes = []
+        for i in range(2):
+            if attempt and i:
+                monkeypatch.setenv("TOY_UNREADABLE", "6")
+            processes += runs("run", 1, 1, "--mesh=data=1,fsdp=2", "--config.checkpoint.every=2", "--stuck_after=200",
+                              "--distributed", f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--process_id={i}",
+                              ranks=[i])
+        assert [process.wait(SECONDS) for process in processes] == [0, 0], said(tmp_path, "run", 0, "err")
+        found.append({line["step"]: line["train/loss"] for line in logged(tmp_path, "run") if "train/loss" in line})
+    text = said(tmp_path, "run", 0, "err")
+    assert "checkpoints/6 is damaged (process 1 cannot read it: OSError: input/output error)" in text
+    assert "continuing from step 4" in text
+    assert [path.name for path in (tmp_path / "run" / "checkpoints" / ".damaged").iterdir()] == ["6"]
+    assert (tmp_path / "run" / "checkpoints" / "6").is_dir()
+    assert found[0] == found[1] and sorted(found[0]) == list(range(1, 7))
+
+
 @pytest.mark.parametrize(("rank", "missing"), [(1, "the coordinator"), (0, "the other process")])
 def test_processes_that_do_not_find_each_other_say_for_how_long_they_tried(tmp_path, runs, rank, missing):
     (process,) = runs("run", 2, 1, "--join_within=1.5", ranks=[rank])
@@ -145,6 +182,15 @@ def test_processes_that_do_not_find_each_other_say_for_how_long_they_tried(tmp_p
 def test_addresses_that_cannot_be(arguments, message):
     with pytest.raises(UserError, match=message):
         distributed.join(*arguments, within=1, heartbeat=10)
+
+
+@pytest.mark.parametrize(("said", "kind"), [("UNAVAILABLE: failed to connect to all addresses", Stuck),
+                                            ("INVALID_ARGUMENT: unexpected task", RunError)])
+def test_a_process_that_is_gone_while_joining_is_a_reason_to_run_again(monkeypatch, said, kind):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: fail(RuntimeError(said)))
+    with pytest.raises(UserError, match=f"cannot join the other processes: {said}") as caught:
+        distributed.join("host:80", 2, 1, within=100, heartbeat=10)
+    assert type(caught.value) is kind
 
 
 # ---- a single process
@@ -173,6 +219,23 @@ def test_two_processes_compare_by_key(monkeypatch):
     assert caught.value.agreed
 
 
+def test_a_directory_that_another_process_does_not_see(monkeypatch, tmp_path):
+    """Process 1 sees nothing there; then the same, but late."""
+    here, nothing = {"config.json": "af", "newest checkpoint": 3}, {"config.json": None, "newest checkpoint": 3}
+    distributed.check_shared(tmp_path, lambda: fail(AssertionError("a single process looks")))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "SEEN_S", 1.0)
+    monkeypatch.setattr(distributed, "texts", lambda text: [text, json.dumps(["far", "/there", nothing])])
+    message = r"process 1 on far does not find in /there what process 0 on .* \(config.json: None != 'af'\): is it"
+    with pytest.raises(UserError, match=message) as caught:
+        distributed.check_shared(tmp_path, lambda: here)
+    assert caught.value.agreed
+    seen = iter([nothing, nothing])
+    monkeypatch.setattr(distributed, "texts", lambda text: [
+        json.dumps(here if text.startswith("{") else ["near", "/here", here]), text])
+    distributed.check_shared(tmp_path, lambda: next(seen, here))
+
+
 def test_the_first_process_tells_the_others_what_is_wrong(monkeypatch):
     """Process 1 of two hears of an error of process 0, with its kind, and does not do the work."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
@@ -194,12 +257,48 @@ def test_a_lost_peer_is_told_from_an_error_of_ours(monkeypatch):
     assert distributed.lost_peer(gone)
     assert not distributed.lost_peer(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
     assert not distributed.lost_peer(ValueError("Connection closed by peer"))
+    around = ValueError("a save failed")
+    around.__cause__ = gone
+    assert distributed.lost_peer(around)
 
 
 def test_sigterm_stops_a_single_process_and_the_old_handler_comes_back():
     before = signal.getsignal(signal.SIGTERM)
-    with distributed.termination() as stop:
-        assert not stop.reached(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.reached(2)
+    with pytest.raises(Preempted, match="nothing left to save"):
+        with distributed.termination() as stop:
+            with stop.at_steps():
+                assert not stop.reached(1)
+                for _ in range(2):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    assert stop.reached(2)
+            raise AssertionError("the run goes on after its steps")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_where_nothing_is_to_be_saved_passes_every_error_handler():
+    before, went_on = signal.getsignal(signal.SIGTERM), []
+    with pytest.raises(Preempted) as caught:
+        with distributed.termination():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                went_on.append(True)
+            except Exception:
+                went_on.append(True)
+    assert not went_on and caught.value.exit_code == 42
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_work_that_can_be_left_out_ends_with_sigterm_and_other_work_does_not():
+    def work():
+        stop.alive()
+        if tells:
+            os.kill(os.getpid(), signal.SIGTERM)
+        stop.alive()
+        return "done"
+
+    with pytest.raises(Preempted):
+        with distributed.termination() as stop, stop.at_steps():
+            for tells, expected in ((False, "done"), (True, "left out"), (False, "left out")):
+                assert stop.unless_told(work, "left out") == expected
+            tells = False
+            assert work() == "done"

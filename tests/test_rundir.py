@@ -35,6 +35,17 @@ def test_what_is_claimed_is_read_back(tmp_path, config):
     assert {path.name for path in (tmp_path / "deep" / "run").iterdir()} == {"config.json", "tokenizer.json"}
 
 
+def test_what_all_processes_must_see_there(tmp_path, config):
+    assert rundir.visible(tmp_path / "run") == {"config.json": None, "newest checkpoint": None}
+    rundir.claim(tmp_path / "run", config, BYTES)
+    for name in ("9", "10", ".trash", "11.orbax-checkpoint-tmp"):
+        (tmp_path / "run" / "checkpoints" / name).mkdir(parents=True)
+    first = rundir.visible(tmp_path / "run")
+    assert first["newest checkpoint"] == 10 and len(first["config.json"]) == 12
+    (tmp_path / "run" / "config.json").write_text("{}")
+    assert rundir.visible(tmp_path / "run")["config.json"] != first["config.json"]
+
+
 def test_a_claim_may_be_repeated_with_what_does_not_change_the_run(tmp_path, config):
     workdir = tmp_path / "run"
     rundir.claim(workdir, config, BYTES)

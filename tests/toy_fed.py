@@ -1,15 +1,19 @@
 """What training was fed: hashes of the rows of every step, wherever they lay. Also a command of ours, so recorded.
 
     python tests/toy_fed.py FILE train --config=...
+
+With TOY_UNREADABLE=STEP in its environment the process cannot read that checkpoint, which others can.
 """
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 
+from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.data.loader import Loader
 from launch.__main__ import launch
 
@@ -39,6 +43,18 @@ def _hashes(batch: dict) -> dict[str, str]:
     return found
 
 
+def hide(hidden: int) -> None:
+    """From now on this process cannot read step `hidden` of any run."""
+    restored = Checkpoints._restored
+
+    def reading(self, step, **arguments):
+        if step == hidden:
+            raise OSError("input/output error")
+        return restored(self, step, **arguments)
+
+    Checkpoints._restored = reading
+
+
 def fed(*paths) -> dict[int, dict[str, str]]:
     """By step the hashes that the processes of one run recorded; where two hold the same row they must agree."""
     steps: dict[int, dict[str, str]] = {}
@@ -52,4 +68,6 @@ def fed(*paths) -> dict[int, dict[str, str]]:
 
 if __name__ == "__main__":
     record(sys.argv[1])
+    if "TOY_UNREADABLE" in os.environ:
+        hide(int(os.environ["TOY_UNREADABLE"]))
     launch(sys.argv[2:])

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bd3lm_jax import models
+from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.config import Config
+from bd3lm_jax.log import read_metrics
 from bd3lm_jax.models import trunk
 from configs import tiny
 
@@ -73,6 +75,15 @@ def run_python(code: str, *arguments: object, devices: int = 1, timeout: float =
     """Run `code` in a new process with so many simulated devices; the arguments are sys.argv[1:]."""
     return subprocess.run([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], cwd=ROOT, text=True,
                           capture_output=True, timeout=timeout, env=environment(devices))
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    """Logged losses by step."""
+    return {line["step"]: line["train/loss"] for line in read_metrics(workdir) if "train/loss" in line}
+
+
+def steps_saved(workdir: Path) -> list[int]:
+    return Checkpoints(workdir, 1, read_only=True).steps()
 
 
 def environment(devices: int = 1) -> dict[str, str]:

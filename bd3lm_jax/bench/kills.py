@@ -28,8 +28,8 @@ SMALL = {"model.layers": 1, "model.width": 32, "model.heads": 2, "model.cond_dim
          "data.tokenizer": "bytes", "data.length": 32, "data.valid_fraction": 0.1, "optim.warmup_steps": 0,
          "train.batch": 8, "log.every": 1, "eval.rows": 16, "eval.batch": 16, "eval.every": 20, "eval.samples": 0}
 DOCUMENTS = 200  # of the text: a line of random letters each
-HEARTBEAT_S, STUCK_S = 10, 20
-LEAVE_S = 60  # within which the other of two processes must be gone
+HEARTBEAT_S, JOIN_S, STUCK_S = 10, 30, 20
+LEAVE_S = 60  # within which the other of two processes must be gone: more than HEARTBEAT_S, JOIN_S with their start
 SPAN_S = 5.0  # of training in which a kill falls
 EARLY = 0.2  # part of the kills that fall into the start
 FILE_BYTES = 20_000  # of a "full" disk: more than the log, less than the arrays
@@ -62,11 +62,11 @@ class Runs:
         self._abstract = Program.of(config, special, mesh, passes.compute_dtype("float32")).arguments()[0]
 
     def start(self, workdir: Path, *flags: str) -> list[subprocess.Popen]:
-        """Train in `workdir`; goes on where it was."""
+        """Train in `workdir`; goes on where it was. flags: they have the last word."""
         changes = SMALL | {"train.steps": self.steps, "checkpoint.every": SAVED_EVERY, "checkpoint.keep": KEPT,
                            "data.path": self.home / TEXT, "data.cache_dir": self.home / "cache"}
         words = [sys.executable, "-m", "launch", "train", f"--workdir={workdir}",
-                 *(f"--config.{key}={value}" for key, value in changes.items()), *flags]
+                 *(f"--config.{key}={value}" for key, value in changes.items())]
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "",
                                     "JAX_COMPILATION_CACHE_DIR": str(self.home / "programs"),
                                     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -75,10 +75,11 @@ class Runs:
         for i in range(self.processes):
             if self.processes > 1:
                 joined = ("--distributed", f"--coordinator=127.0.0.1:{port}", f"--processes={self.processes}",
-                          f"--process_id={i}", "--mesh=data=2")
+                          f"--process_id={i}", "--mesh=data=2", f"--heartbeat={HEARTBEAT_S}",
+                          f"--join_within={JOIN_S}")
             with open(self._log(workdir, i), "wb") as file:
-                found.append(subprocess.Popen([*words, *joined], stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-                                              env=environment))
+                found.append(subprocess.Popen([*words, *joined, *flags], stdin=subprocess.DEVNULL, stdout=file,
+                                              stderr=file, env=environment))
         return found
 
     def wait_for_step(self, workdir: Path, step: int, started: list[subprocess.Popen]) -> bool:

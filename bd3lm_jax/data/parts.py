@@ -114,7 +114,8 @@ def _encode_with(workers: int, parts: Iterator[list[str]], tokenizer: Tokenizer,
 def _start(tokenizer: str, form: Form) -> None:
     """In a worker: it has one core, and ends with its parent, even when that is killed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the workers
+    for number in (signal.SIGINT, signal.SIGTERM):  # are for the parent, which ends the workers
+        signal.signal(number, signal.SIG_IGN)
     global _WORKER
     _WORKER = load_tokenizer(tokenizer), form
     parent = multiprocessing.parent_process().sentinel

@@ -14,6 +14,7 @@ from bd3lm_jax import checkpoint
 from bd3lm_jax.bench import BENCHES, damage, faults, kills
 from bd3lm_jax.checkpoint import Checkpoints, fingerprints
 from bd3lm_jax.state import TrainState
+from launch import arguments, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -86,6 +87,21 @@ def test_another_exit_code_is_found(runs, tmp_path):
     assert runs.faults_of_ended(tmp_path / "run", [ends_with(3)]) == ["exit codes [3]: error: words\n"]
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     assert kills._code(sleeper, 0.1) == 137
+
+
+def test_one_of_two_processes_leaves_in_the_time_it_is_given(runs, tmp_path, monkeypatch):
+    """Both join and miss each other sooner than they are killed for it; what a fault asks for has the last word."""
+    started = []
+    monkeypatch.setattr(kills.subprocess, "Popen", lambda words, **_: started.append(words))
+    runs.processes = 2
+    for flags, heartbeat in (((), 10), (("--heartbeat=100",), 100)):
+        runs.start(tmp_path / "run", *flags)
+        for words in started[-2:]:
+            args = arguments.parse_flags(train.define, [word for word in words[4:] if "--config." not in word])
+            assert (args.heartbeat, args.distributed, args.processes) == (heartbeat, True, 2)
+            assert args.join_within < kills.LEAVE_S
+    assert [word for words in started for word in words if word.startswith("--process_id")] == [
+        "--process_id=0", "--process_id=1"] * 2
 
 
 def test_flipped_bits_are_detected_or_harmless(runs):
