@@ -55,9 +55,10 @@ def sweep(points: Sequence[Point], workdir: str, *, parallel: int, index: int | 
     before their end, None for none. baseline: the run that the table compares the others with, a number or "best".
 
     Returns the result of the `sweep` command; `ok` says whether all that was asked for is finished (or given up, if
-    that was asked for). A run that fails does not stop the others. Raises UserError for equal points, for names that are
-    equal or not free, an index or a baseline that does not exist, and a run directory of another config; RunError if `workdir` cannot be written; after
-    SIGTERM or Ctrl-C, once the runs have saved and left, Preempted or KeyboardInterrupt.
+    that was asked for). A run that fails does not stop the others. Raises UserError for equal points, names that are
+    equal or not free, an index or a baseline that does not exist, and a run directory of another config; RunError if
+    `workdir` cannot be written; after SIGTERM or Ctrl-C, once the runs have saved and left, Preempted or
+    KeyboardInterrupt.
     """
     _check_distinct(points)
     for name, number in (("index", index), ("baseline", baseline)):
