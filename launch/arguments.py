@@ -80,15 +80,21 @@ def define_processes(values: flags.FlagValues) -> None:
                        lower_bound=2.0, flag_values=values)
 
 
-def join_processes(args: flags.FlagValues) -> None:
-    """Join the other processes if --distributed says so. UserError for flags that do not fit together."""
+def check_processes(args: flags.FlagValues) -> None:
+    """UserError for flags of many processes that do not fit together."""
     told = [name for name in ("coordinator", "processes", "process_id") if args[name].present]
     if not args.distributed:
         if told:
             raise UserError(f"--{told[0]} goes with --distributed: add it")
-        return
-    if told and len(told) < 3:
+    elif told and len(told) < 3:
         raise UserError(f"--{told[0]} needs its companions: --coordinator=HOST:PORT --processes=N --process_id=I")
+
+
+def join_processes(args: flags.FlagValues) -> None:
+    """Join the other processes if --distributed says so. UserError as `check_processes`."""
+    check_processes(args)
+    if not args.distributed:
+        return
     from bd3lm_jax import distributed
 
     distributed.join(args.coordinator, args.processes, args.process_id, args.join_within,

@@ -141,6 +141,8 @@ def test_processes_that_do_not_find_each_other_say_for_how_long_they_tried(tmp_p
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (("host", 2, 0), "expected HOST:PORT"), ((":80", 2, 0), "expected HOST:PORT"), (("host:x", 2, 0), "HOST:PORT"),
+    (("host:0", 2, 0), "port 0 does not exist, expected 1 to 65535"), (("host:65536", 2, 0), "port 65536 does not"),
+    (("host:99999999", 2, 0), "port 99999999 does not exist"), (("host:" + "9" * 5000, 2, 0), "does not exist"),
     (("host:80", 2, 2), "--process_id=2: expected 0 to 1 of 2 processes")])
 def test_addresses_that_cannot_be(arguments, message):
     with pytest.raises(UserError, match=message):
