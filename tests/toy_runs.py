@@ -2,9 +2,11 @@
 
 import dataclasses
 import os
+import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import jax
@@ -13,6 +15,7 @@ import numpy as np
 
 from bd3lm_jax import models
 from bd3lm_jax.config import Config
+from bd3lm_jax.log import RunLog
 from bd3lm_jax.models import trunk
 from configs import tiny
 
@@ -73,6 +76,24 @@ def run_python(code: str, *arguments: object, devices: int = 1, timeout: float =
     """Run `code` in a new process with so many simulated devices; the arguments are sys.argv[1:]."""
     return subprocess.run([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], cwd=ROOT, text=True,
                           capture_output=True, timeout=timeout, env=environment(devices))
+
+
+def slow_down(seconds: float) -> None:
+    """Every step of this process that is logged takes so much longer from now on: time to stop a run within them."""
+    metrics = RunLog.metrics
+
+    def slowly(*arguments):
+        time.sleep(seconds)
+        return metrics(*arguments)
+
+    RunLog.metrics = slowly
+
+
+def free_port() -> int:
+    """Of this machine, chosen by it."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def environment(devices: int = 1) -> dict[str, str]:
