@@ -31,7 +31,7 @@ ARG = "arg"  # the key of a point that is no config key, but the argument of get
 GIVEN_UP = "given up"
 NAME_LENGTH = 120
 LOGS, STATUS, PLOT = "logs", "status.json", "sweep.png"
-RESERVED = (LOGS, STATUS, "status.tmp", PLOT, *FILES, ".", "..")  # no names of runs: what else the directory of a sweep holds
+RESERVED = (LOGS, STATUS, "status.tmp", PLOT, *FILES, ".", "..")  # by others than runs, in the directory of a sweep
 WATCH_S = 5.0  # between looks at how far behind the runs are
 
 

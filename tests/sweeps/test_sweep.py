@@ -261,7 +261,7 @@ def test_equal_points_are_refused(stage):
      "runs 0 and 2 of the sweep have the same name 'seed=1', and would share a directory .*name one more key"),
     ([{"arg": "base"}, {}], "runs 0 and 1 of the sweep have the same name 'base'"),
     *(([{}, {"arg": name}], f"run 1 of the sweep has the name '{name}', which is not free")
-      for name in ("logs", "status.json", "table.csv", "table.md", "sweep.png", ".", "..")),
+      for name in ("logs", "status.json", "status.tmp", "table.csv", "table.md", "sweep.png", ".", "..")),
 ])
 def test_names_that_runs_or_files_share_are_refused(stage, overrides, message):
     """Their configs differ, as get_config of the word that "arg" gives may do."""
