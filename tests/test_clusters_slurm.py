@@ -63,10 +63,16 @@ sys.exit(int(code))
 
     def start(script, **environment):
         told = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "4"} | environment
-        return subprocess.Popen(["bash", script], env=os.environ | told | {
-            "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}"})
+        started.append(subprocess.Popen(["bash", script], env=os.environ | told | {
+            "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}"}))
+        return started[-1]
 
-    return start
+    started = []
+    yield start
+    (tmp_path / "code").write_text("0")  # a task that still waits leaves
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize(("code", "restarts", "requeued"), [
