@@ -22,6 +22,7 @@ from bd3lm_jax import log
 from bd3lm_jax.errors import Preempted, RunError, Stuck, UserError
 from bd3lm_jax.watchdog import Watchdog
 
+LAST_PORT = 65535
 LEAVE_S = 3600  # that processes which are done wait for those that are not
 LOST = r"gloo|connection (closed|reset|refused)|unavailable|heartbeat|another task died|barrier timed out"
 SEEN_S = 30.0  # within which other hosts see what process 0 has written
@@ -43,6 +44,8 @@ def join(coordinator: str, processes: int | None, process_id: int | None, within
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdecimal():
             raise UserError(f"--coordinator={coordinator}: expected HOST:PORT of the machine of process 0")
+        if len(port) > len(str(LAST_PORT)) or not 1 <= int(port) <= LAST_PORT:
+            raise UserError(f"--coordinator={coordinator}: port {port} does not exist, expected 1 to {LAST_PORT}")
         if not process_id < processes:
             raise UserError(f"--process_id={process_id}: expected 0 to {processes - 1} of {processes} processes")
         told = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process_id}

@@ -1,5 +1,6 @@
 """What a run tells: `metrics.jsonl`, progress and tables on stderr, the result on stdout."""
 
+import functools
 import json
 import math
 import os
@@ -30,6 +31,12 @@ def silence() -> None:
 def note(text: str) -> None:
     """One line for people, on stderr."""
     _console.print(text, markup=False, soft_wrap=True)
+
+
+@functools.cache
+def note_once(text: str) -> None:
+    """As `note`, but nothing when this process has said the same before."""
+    note(text)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

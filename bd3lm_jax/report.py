@@ -15,7 +15,7 @@ from bd3lm_jax import distributed, plots
 from bd3lm_jax.data.corpora import join_documents, load_documents
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import textmetrics
-from bd3lm_jax.log import note, save, table
+from bd3lm_jax.log import note, note_once, save, table
 
 REPORT = "report.json"
 BYTE_ORDERS = (3, 4, 5)
@@ -56,9 +56,21 @@ def closing(run: Any, weights: Any, valid: dict, evaluator: Any) -> None:
 
 
 def read(workdir: str | os.PathLike) -> dict | None:
-    """`{"step", "valid": {"nll", "nll_ci95", ...}, "test": ...}` of a run that was trained to its end, else None."""
+    """`{"step", "valid": {"nll", "nll_ci95", ...}, "test": ...}` of a run that was trained to its end, else None.
+
+    A damaged one is told of and counts as none: training, which has no step left to do, writes it anew.
+    """
     path = Path(workdir) / REPORT
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        whole = type(found["step"]) is int and all(type(found[name]) is dict for name in found if name != "step")
+    except (ValueError, KeyError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        note_once(f"warning: {path} is damaged and passed over: the command that trained the run writes it again")
+    return found if whole else None
 
 
 def _test_rows(run):

@@ -45,7 +45,6 @@ RULES = (
     (r"blocks\d*/out/kernel", P(None, "tensor", None, "fsdp")),
     (r"blocks\d*/out/bias", P()),
     (r"blocks\d*/gated_in/kernel", P(None, "fsdp", None, "tensor")),
-    (r"blocks\d*/grouped_qkv/kernel", P(None, "fsdp", "tensor", None, None)),
     (r"blocks\d*/((mlp|shared)/)?(gate|up)/kernel", P(None, "fsdp", "tensor")),
     (r"blocks\d*/((mlp|shared)/)?down/kernel", P(None, "tensor", "fsdp")),
     (r"blocks\d*/router/(kernel|bias)", P()),

@@ -1,10 +1,12 @@
 """Command-line flags and `--config=FILE.py[:args] --config.key=value` to plain values; no device is touched."""
 
+import contextlib
 import importlib.util
 import inspect
 import os
 import re
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -78,15 +80,21 @@ def define_processes(values: flags.FlagValues) -> None:
                        lower_bound=2.0, flag_values=values)
 
 
-def join_processes(args: flags.FlagValues) -> None:
-    """Join the other processes if --distributed says so. UserError for flags that do not fit together."""
+def check_processes(args: flags.FlagValues) -> None:
+    """UserError for flags of many processes that do not fit together."""
     told = [name for name in ("coordinator", "processes", "process_id") if args[name].present]
     if not args.distributed:
         if told:
             raise UserError(f"--{told[0]} goes with --distributed: add it")
-        return
-    if told and len(told) < 3:
+    elif told and len(told) < 3:
         raise UserError(f"--{told[0]} needs its companions: --coordinator=HOST:PORT --processes=N --process_id=I")
+
+
+def join_processes(args: flags.FlagValues) -> None:
+    """Join the other processes if --distributed says so. UserError as `check_processes`."""
+    check_processes(args)
+    if not args.distributed:
+        return
     from bd3lm_jax import distributed
 
     distributed.join(args.coordinator, args.processes, args.process_id, args.join_within,
@@ -163,15 +171,16 @@ def load_sweep(path: str) -> list[dict]:
     UserError for a missing file, no sweep(), or one that yields nothing or something else.
     """
     module = _load_module(path)
-    if not hasattr(module, "sweep"):
+    if not callable(getattr(module, "sweep", None)):
         raise UserError(f"config file '{path}' has no function sweep(): write one that yields the changed keys of each "
                         "run, e.g. def sweep(): yield from ({'optim.lr': lr} for lr in (1e-3, 3e-3))")
-    if inspect.signature(module.sweep).parameters:
-        raise UserError(f"sweep() in config file '{path}' takes arguments, expected none")
-    try:
-        points = list(module.sweep())
-    except (TypeError, ValueError) as error:
-        raise UserError(f"sweep() in config file '{path}': {error}") from None
+    with _errors_of(path):
+        if inspect.signature(module.sweep).parameters:
+            raise UserError(f"sweep() in config file '{path}' takes arguments, expected none")
+        try:
+            points = list(module.sweep())
+        except ValueError as error:  # what a config says of its own values
+            raise UserError(f"sweep() in config file '{path}': {error}") from None
     if not points:
         raise UserError(f"sweep() in config file '{path}' yields nothing, expected a dict of changed keys for each run")
     for point in points:
@@ -191,30 +200,59 @@ def _load_module(path: str):
     if module_spec is None:
         raise UserError(f"config file '{path}' is not a Python file: expected a name that ends in .py")
     module = importlib.util.module_from_spec(module_spec)
-    try:
+    with _errors_of(path):
         module_spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def _errors_of(path: str) -> Iterator[None]:
+    """Whatever the code of a config file raises as a UserError with its line; a package that is missing stays that."""
+    try:
+        yield
+    except (UserError, ModuleNotFoundError):
+        raise
     except SyntaxError as error:
         raise UserError(f"config file '{error.filename}' line {error.lineno}: {error.msg}") from None
-    return module
+    except (Exception, SystemExit) as error:
+        here = os.path.abspath(path)
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                 if os.path.abspath(frame.filename) == here]
+        where = f" line {lines[-1]}" if lines else ""
+        raise UserError(f"config file '{path}'{where}: {type(error).__name__}: {error}") from None
 
 
 def _get_config(spec: str) -> ConfigDict:
     path, colon, arg = spec.partition(":")
     module = _load_module(path)
-    if not hasattr(module, "get_config"):
+    if not callable(getattr(module, "get_config", None)):
         raise UserError(f"config file '{path}' has no function get_config(arg)")
     args = [arg] if colon else []
-    try:
-        inspect.signature(module.get_config).bind(*args)
-    except TypeError:
-        raise UserError(f"config file '{path}' takes " + ("no args after ':'" if args else "args: give FILE.py:args"))
-    try:
-        config = module.get_config(*args)
-    except ValueError as error:
-        raise UserError(f"{spec}: {error}") from None
-    if not isinstance(config, (ConfigDict, dict)):
-        raise UserError(f"get_config() in config file '{path}' returns {config!r}, expected a ConfigDict or a dict")
-    return ConfigDict(config)
+    with _errors_of(path):
+        signature = inspect.signature(module.get_config)
+        try:
+            signature.bind(*args)
+        except TypeError:
+            raise UserError(f"config file '{path}' takes "
+                            + ("no args after ':'" if args else "args: give FILE.py:args")) from None
+        try:
+            config = module.get_config(*args)
+        except ValueError as error:  # what a config says of its own values
+            raise UserError(f"{spec}: {error}") from None
+        if not isinstance(config, (ConfigDict, dict)):
+            raise UserError(f"get_config() in config file '{path}' returns {config!r}, expected a ConfigDict or a dict")
+        config = ConfigDict(config)
+        _check_keys(path, config)
+    return config
+
+
+def _check_keys(path: str, config: ConfigDict) -> None:
+    """UserError for keys that --config.KEY=VALUE could not name."""
+    for key, value in config.items():
+        if not isinstance(key, str):
+            raise UserError(f"get_config() in config file '{path}' has the key {key!r}, expected a text")
+        if isinstance(value, ConfigDict):
+            _check_keys(path, value)
 
 
 def _leaves(config: ConfigDict, prefix: str = ""):

@@ -43,8 +43,8 @@ Result: see docs/tasks.md.
 
 from absl import flags
 
-from bd3lm_jax.errors import Preempted, UserError
-from launch.arguments import define_processes, define_step, join_processes, step_of
+from bd3lm_jax.errors import Preempted, UserError, lookup, nearest
+from launch.arguments import check_processes, define_processes, define_step, join_processes, required, step_of
 
 TAKES_CONFIG = False
 LIKELIHOOD = ("split", "data_dir", "chunks", "stride", "first_token", "end_token", "estimator", "draws", "seed",
@@ -140,24 +140,63 @@ def _define_task(values: flags.FlagValues) -> None:
 
 
 def main(args: flags.FlagValues) -> dict:
-    if args.samples and args.task:
-        raise UserError("--samples and --task are two evaluations: give one of them")
+    check(args)
     if args.samples:
-        _allow(args, "--samples", ("samples", *QUALITY))
         return _quality(args)
     if args.task:
-        _allow(args, "--task", ("workdir", "task", *TASK, *SAMPLER))
         return _task(args)
+    if args.watch:
+        return _watch(args)
+    join_processes(args)
+    return _likelihood(args)
+
+
+def check(args: flags.FlagValues) -> None:
+    """UserError for what needs no run to be seen: flags that do not go together, and words that mean nothing."""
+    from bd3lm_jax.data.corpora import SPLITS, WHOLE
+
+    if args.samples and args.task:
+        raise UserError("--samples and --task are two evaluations: give one of them")
+    if args.split not in (*SPLITS, WHOLE):
+        raise UserError(f"unknown split '{args.split}': {nearest(args.split, SPLITS)}")
+    if args.samples:
+        _allow(args, "--samples", ("samples", *QUALITY))
+        return
+    if args.task:
+        from bd3lm_jax.tasks import TASKS
+
+        _allow(args, "--task", ("workdir", "task", *TASK, *SAMPLER))
+        lookup(TASKS, args.task, "task")
+    else:
+        _check_likelihood(args)
+    required(args, "workdir")
+
+
+def _check_likelihood(args: flags.FlagValues) -> None:
+    from bd3lm_jax.data.windows import Convention
+    from bd3lm_jax.evaluation.estimators import ESTIMATORS
+
     _allow(args, "a likelihood (neither --samples nor --task)",
            ("workdir", "data", "against", "target_ci", "block_size", "length", "curve", "within", "step",
             "watch", "watch_for", *LIKELIHOOD, *PROCESSES))
     if args.watch:
         _allow(args, "--watch", ("workdir", "watch", *WATCH))
-        return _watch(args)
-    if args["watch_for"].present:
+    elif args["watch_for"].present:
         raise UserError("--watch_for goes with --watch: add it")
-    join_processes(args)
-    return _likelihood(args)
+    if args.curve:
+        _allow(args, "--curve", ("workdir", "curve", "within", *CURVE, *PROCESSES))
+    if args.data == "all" and not args.watch:
+        if args.against:
+            raise UserError("--against does not go with --data=all: give --workdir=A,B instead")
+        for name in ("block_size", "length", "step"):
+            if args[name].present:
+                raise UserError(f"--{name} does not go with --data=all: give one --data at a time")
+    if args.estimator:
+        lookup(ESTIMATORS, args.estimator, "estimator")
+    Convention(args.chunks, args.stride, args.first_token or "skip", args.end_token)
+    _fraction(args.target_ci)
+    step_of(args)
+    check_processes(args)
 
 
 def _allow(args: flags.FlagValues, what: str, names: tuple[str, ...]) -> None:
@@ -175,28 +214,18 @@ def _quality(args: flags.FlagValues) -> dict:
 
 def _task(args: flags.FlagValues) -> dict:
     from bd3lm_jax.tasks import evaluate_task
-    from launch.arguments import required
-
     sampler = {name: value for name, value in _values(args, SAMPLER).items() if value is not None}
-    return evaluate_task(required(args, "workdir"), task=args.task, sampler=sampler, **_values(args, TASK))
+    return evaluate_task(args.workdir, task=args.task, sampler=sampler, **_values(args, TASK))
 
 
 def _likelihood(args: flags.FlagValues) -> dict:
-    from launch.arguments import required
-
-    workdir, target_ci = required(args, "workdir"), _fraction(args.target_ci)
+    workdir, target_ci = args.workdir, _fraction(args.target_ci)
     common = _values(args, LIKELIHOOD)
     if args.curve:
-        _allow(args, "--curve", ("workdir", "curve", "within", *CURVE, *PROCESSES))
         from bd3lm_jax.evaluation.block_sizes import curve
 
         return curve(workdir, within=args.within, **_values(args, CURVE))
     if args.data == "all":
-        if args.against:
-            raise UserError("--against does not go with --data=all: give --workdir=A,B instead")
-        for name in ("block_size", "length", "step"):
-            if args[name].present:
-                raise UserError(f"--{name} does not go with --data=all: give one --data at a time")
         from bd3lm_jax.evaluation.suite import evaluate_suite
 
         return evaluate_suite(workdir.split(","), target_ci=target_ci, **common)
@@ -212,15 +241,12 @@ def _watch(args: flags.FlagValues) -> dict:
     """The result; where a signal ended it, it is said before the exit code tells of the signal."""
     from bd3lm_jax import log
     from bd3lm_jax.evaluation.watch import FILE, watch
-    from launch.arguments import required
-
-    workdir = required(args, "workdir")
-    result = watch(workdir, **_values(args, WATCH) | {"block_size": args["block_size"].value or 0})
+    result = watch(args.workdir, **_values(args, WATCH) | {"block_size": args["block_size"].value or 0})
     if result["ended"].startswith("SIG"):
         log.result(result)
         if result["ended"] == "SIGINT":
             raise KeyboardInterrupt
-        raise Preempted(f"stopped by {result['ended']}; what was evaluated is in {workdir}/{FILE}: run the same "
+        raise Preempted(f"stopped by {result['ended']}; what was evaluated is in {args.workdir}/{FILE}: run the same "
                         "command again to go on")
     return result
 

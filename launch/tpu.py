@@ -8,7 +8,7 @@
   python -m launch tpu --engine=slurm --accelerator=H100:8 --name=sizes -- sweep --config=configs/tiny.py
   python -m launch tpu --engine=gcloud ... --action=logs --run -- train       # does one action instead of showing it
 
-After -- stands one of our own commands with its flags; its configuration and its mesh are checked here. What is run is
+After -- stands one of our own commands; its flags, its configuration and its mesh are checked here. What is run is
 the committed state of the checkout, with the versions of constraints.txt. See docs/clusters.md.
 Result: engine, accelerator, slices, chips, hosts, actions (commands by action), files (a script of all actions and what
 the engine reads).
@@ -86,7 +86,13 @@ def check_command(words: list[str], chips: int, hosts: int, array: bool, slices:
             config = dataclasses.replace(config, mesh=command.parse_mesh(args.mesh))
         _check_mesh(config, chips, slices)
     if hosts > 1 and not args.distributed:
-        words = [*words, "--distributed"]
+        words, args = [*words, "--distributed"], arguments.parse_flags(command.define, [*argv, "--distributed"])
+    if name == "eval":
+        alone = next((flag for flag in ("samples", "task", "watch") if args[flag].value), None)
+        if hosts > 1 and alone:
+            raise UserError(f"eval --{alone} has one host, and the accelerator has {hosts}: take a smaller one")
+        command.check(args)
+    arguments.check_processes(args)
     return words, 0
 
 

@@ -17,6 +17,7 @@ package libtpu is there, else cpu: an estimate), estimate (the same of the CPU c
 
 import dataclasses
 import os
+import re
 import signal
 
 from absl import flags
@@ -70,13 +71,15 @@ def _stop_at_once(*_: object) -> None:
 
 
 def parse_mesh(words: list[str]):
-    """`["data=8", "fsdp=4"]` -> a MeshConfig; axes that are not named have size 1."""
+    """`["data=8", "fsdp=4"]` -> a MeshConfig; axes that are not named have size 1. UserError for one named twice."""
     from bd3lm_jax.config import MeshConfig
 
-    sizes = dict.fromkeys((field.name for field in dataclasses.fields(MeshConfig)), 1)
+    axes, sizes = [field.name for field in dataclasses.fields(MeshConfig)], {}
     for word in words:
         axis, _, size = word.partition("=")
-        if axis not in sizes or not size.removeprefix("-").isdecimal():
-            raise UserError(f"--mesh: '{word}' is not one of {', '.join(f'{axis}=N' for axis in sizes)}")
+        if axis not in axes or not re.fullmatch("-?[0-9]{1,9}", size):
+            raise UserError(f"--mesh: '{word}' is not one of {', '.join(f'{axis}=N' for axis in axes)}")
+        if axis in sizes:
+            raise UserError(f"--mesh: '{axis}' is given twice, {sizes[axis]} and {size}: leave one out")
         sizes[axis] = int(size)
-    return MeshConfig(**sizes)
+    return MeshConfig(**dict.fromkeys(axes, 1) | sizes)

@@ -63,10 +63,16 @@ sys.exit(int(code))
 
     def start(script, **environment):
         told = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "4"} | environment
-        return subprocess.Popen(["bash", script], env=os.environ | told | {
-            "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}"})
+        started.append(subprocess.Popen(["bash", script], env=os.environ | told | {
+            "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}"}))
+        return started[-1]
 
-    return start
+    started = []
+    yield start
+    (tmp_path / "code").write_text("0")  # a task that still waits leaves
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize(("code", "restarts", "requeued"), [
@@ -74,7 +80,7 @@ sys.exit(int(code))
 def test_slurm_exit_codes(tmp_path, slurm, code, restarts, requeued):
     (tmp_path / "code").write_text(str(code))
     process = slurm(slurm_script(tmp_path, points=6, accelerator="H100:8"), SLURM_RESTART_COUNT=str(restarts))
-    assert process.wait(30) == code
+    assert process.wait(120) == code
     assert json.loads((tmp_path / "task").read_text()) == ["--kill-on-bad-exit=1", ".venv/bin/python", "-m", "launch",
                                                            *COMMAND, "--index=4"]
     told = tmp_path / "scontrol"
@@ -85,11 +91,30 @@ def test_slurm_exit_codes(tmp_path, slurm, code, restarts, requeued):
 def test_slurm_hands_sigterm_to_the_run_and_waits_for_it(tmp_path, slurm, signals):
     (tmp_path / "code").write_text("wait")
     process = slurm(slurm_script(tmp_path))
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not (tmp_path / "task").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     for _ in range(signals):
         process.send_signal(signal.SIGTERM)
         time.sleep(0.1)
-    assert process.wait(30) == 42
+    assert process.wait(120) == 42
+    assert (tmp_path / "scontrol").read_text() == "requeue 77\n"
+
+
+@pytest.mark.parametrize("command", ["child=$!", "before=$signals"])
+def test_slurm_sigterm_while_the_run_is_started_is_not_lost(tmp_path, slurm, command):
+    """The script gets it right before this command of its own, by a trap of bash."""
+    (tmp_path / "code").write_text("wait")
+    (tmp_path / "early").write_text(f"""
+early() {{
+  if [ "$BASH_COMMAND" = {shlex.quote(command)} ]; then
+    trap - DEBUG
+    while [ ! -s {shlex.quote(str(tmp_path))}/task ]; do sleep 0.02; done
+    kill -TERM $$
+  fi
+}}
+trap early DEBUG
+""")
+    process = slurm(slurm_script(tmp_path), BASH_ENV=str(tmp_path / "early"))
+    assert process.wait(120) == 42
     assert (tmp_path / "scontrol").read_text() == "requeue 77\n"

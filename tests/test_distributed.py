@@ -10,7 +10,7 @@ import time
 import jax
 import pytest
 from toy_fed import fed
-from toy_runs import ROOT, environment, write_text
+from toy_runs import ROOT, environment, free_port, write_text
 
 from bd3lm_jax import distributed
 from bd3lm_jax.errors import Preempted, RunError, Stuck, UserError
@@ -35,8 +35,7 @@ def runs(tmp_path):
 
     def start(workdir, count, devices, *flags, ranks=None, command=()):
         command = command or ("train", f"--config={tmp_path / 'toy.py'}")
-        port = 20000 + (os.getpid() * 7 + len(started)) % 20000
-        joined = ("--distributed", f"--coordinator=127.0.0.1:{port}", f"--processes={count}", "--heartbeat=20")
+        joined = ("--distributed", f"--coordinator=127.0.0.1:{free_port()}", f"--processes={count}", "--heartbeat=60")
         for i in ranks or range(count):
             words = [sys.executable, ROOT / "tests" / "toy_fed.py", tmp_path / f"{workdir}.{i}.fed", *command,
                      f"--workdir={tmp_path / workdir}", *flags, *((*joined, f"--process_id={i}") if count > 1 else ())]
@@ -104,7 +103,7 @@ def test_a_killed_process_takes_the_other_along(tmp_path, runs, victim):
     processes = runs("run", 2, 2, "--config.train.steps=100000", "--config.eval.every=100000")
     wait_for_steps(tmp_path, "run", 4, processes)
     processes[victim].kill()
-    code = processes[1 - victim].wait(60)
+    code = processes[1 - victim].wait(SECONDS)
     assert code in (75, 134, -signal.SIGABRT), said(tmp_path, "run", 1 - victim, "err")
 
 
@@ -119,8 +118,7 @@ def wait_for_steps(tmp_path, workdir, steps, processes):
 @pytest.mark.ci_slow
 def test_different_configurations_are_found_before_anything_is_done(tmp_path, runs):
     """Both processes leave with 2 and name the keys, also those that may differ between two runs of a directory."""
-    port = 20000 + (os.getpid() * 7 + 9999) % 20000
-    joined = ("--distributed", f"--coordinator=127.0.0.1:{port}", "--processes=2")
+    joined = ("--distributed", f"--coordinator=127.0.0.1:{free_port()}", "--processes=2")
     flags = ((*joined, "--process_id=0"), (*joined, "--process_id=1", "--config.optim.lr=0.5", "--config.log.every=7"))
     processes = [runs(f"run{i}", 1, 2, *words)[0] for i, words in enumerate(flags)]
     assert [process.wait(SECONDS) for process in processes] == [2, 2]
@@ -170,7 +168,7 @@ def test_what_one_process_cannot_read_none_of_them_uses(tmp_path, runs, monkeypa
 @pytest.mark.parametrize(("rank", "missing"), [(1, "the coordinator"), (0, "the other process")])
 def test_processes_that_do_not_find_each_other_say_for_how_long_they_tried(tmp_path, runs, rank, missing):
     (process,) = runs("run", 2, 1, "--join_within=1.5", ranks=[rank])
-    assert process.wait(60) == 75, missing
+    assert process.wait(SECONDS) == 75, missing
     last = said(tmp_path, "run", rank, "err").splitlines()[-1]
     assert last.startswith("error: not all processes have joined at 127.0.0.1:") and "within 1.5 s" in last
     assert not (tmp_path / "run").exists()
@@ -178,6 +176,8 @@ def test_processes_that_do_not_find_each_other_say_for_how_long_they_tried(tmp_p
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (("host", 2, 0), "expected HOST:PORT"), ((":80", 2, 0), "expected HOST:PORT"), (("host:x", 2, 0), "HOST:PORT"),
+    (("host:0", 2, 0), "port 0 does not exist, expected 1 to 65535"), (("host:65536", 2, 0), "port 65536 does not"),
+    (("host:99999999", 2, 0), "port 99999999 does not exist"), (("host:" + "9" * 5000, 2, 0), "does not exist"),
     (("host:80", 2, 2), "--process_id=2: expected 0 to 1 of 2 processes")])
 def test_addresses_that_cannot_be(arguments, message):
     with pytest.raises(UserError, match=message):
@@ -191,6 +191,61 @@ def test_a_process_that_is_gone_while_joining_is_a_reason_to_run_again(monkeypat
     with pytest.raises(UserError, match=f"cannot join the other processes: {said}") as caught:
         distributed.join("host:80", 2, 1, within=100, heartbeat=10)
     assert type(caught.value) is kind
+
+
+# As they are set for process 5 of 8, the second of four on the second host.
+SLURM = {"SLURM_JOB_ID": "5000", "SLURM_STEP_NODELIST": "node[07-08],spare3", "SLURM_NTASKS": "8", "SLURM_PROCID": "5",
+         "SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "2"}
+OPENMPI = {"OMPI_MCA_orte_hnp_uri": "1314521088.0;tcp://10.96.0.1,10.148.0.1:34911", "OMPI_COMM_WORLD_SIZE": "8",
+           "OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Join in an environment: what jax has found out where it would begin to wait for the others."""
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMIX_", "JAX_COORDINATOR"))]:
+        monkeypatch.delenv(name)
+
+    def join(environment, *told):
+        from jax._src.clusters import ClusterEnv
+
+        found = {}
+
+        def initialize(coordinator_address=None, num_processes=None, process_id=None, **limits):
+            names = ("coordinator", "processes", "process", "devices")
+            found.update(zip(names, ClusterEnv.auto_detect_unset_distributed_params(
+                coordinator_address, num_processes, process_id, None, None, 1)), **limits)
+            if found["coordinator"] is None:
+                raise ValueError("coordinator_address should be defined.")
+
+        monkeypatch.setattr(jax.distributed, "initialize", initialize)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        distributed.join(*(told or ("", None, None)), within=10, heartbeat=30)
+        return found
+
+    return join
+
+
+@pytest.mark.parametrize(("environment_there", "coordinator"), [
+    (SLURM, f"node07:{65536 - 4096 + 5000 - 4096}"), (OPENMPI, f"10.96.0.1:{65536 - 4096 + 320928 % 4096}")])
+def test_clusters_are_found(cluster, environment_there, coordinator):
+    """Ports by the job's number among the last 4096; a process has the device of its number on its host."""
+    found = cluster(environment_there)
+    assert (found["coordinator"], found["processes"], found["process"], found["devices"]) == (coordinator, 8, 5, [1])
+    assert found["heartbeat_timeout_seconds"] == 30 and found["initialization_timeout"] > 10
+
+
+def test_what_is_told_goes_before_what_is_found(cluster):
+    found = cluster(SLURM, "here:1234", 2, 1)
+    assert (found["coordinator"], found["processes"], found["process"]) == ("here:1234", 2, 1)
+
+
+@pytest.mark.parametrize("left", [(), ("SLURM_JOB_ID", "SLURM_NTASKS")])
+def test_where_no_cluster_is_found_that_is_said(cluster, left):
+    """Nor is a Slurm allocation without srun one."""
+    with pytest.raises(UserError, match="--distributed found no cluster .*: give --coordinator=HOST:PORT --processes"):
+        cluster({name: SLURM[name] for name in left})
 
 
 # ---- a single process

@@ -97,6 +97,56 @@ def test_config_files(tmp_path, capsys, source, code):
     assert error.startswith("error: ") and "\n" not in error
 
 
+RAISED = [
+    ("x = 1 / 0", "line 1: ZeroDivisionError: division by zero"),
+    ("import os\n\nos.nothing", "line 3: AttributeError: module 'os' has no attribute 'nothing'"),
+    ("from os import nothing", "line 1: ImportError: cannot import name 'nothing'"),
+    ("def f():\n    return {}['no']\nx = f()", "line 2: KeyError: 'no'"),
+    ("raise RuntimeError('two\\nlines')", "line 1: RuntimeError: two lines"),
+    ("import sys\nsys.exit('enough')", "line 2: SystemExit: enough"),
+    ("def f(): f()\nf()", "line 1: RecursionError: maximum recursion depth exceeded"),
+    ("assert False", "line 1: AssertionError"),
+    ("{body}", "line {line}: KeyError: 'no'"),
+]
+
+
+def of_function(name):
+    """`{body}` stands for a function that raises; its error line follows its head."""
+    head = f"def {name}():\n    "
+    return [(source.replace("{body}", head + "return {}['no']"), message.replace("{line}", "2"))
+            for source, message in RAISED] + [
+        (head + "raise TypeError('no')", "line 2: TypeError: no"), (head + "import os; os.nothing", "AttributeError"),
+        (f"{name} = 3", f"has no function {name}("), (f"from configs.nothing import {name}", "not installed"),
+        (head + "raise ValueError('no')", ": no")]
+
+
+@pytest.mark.parametrize("source, message", [
+    *of_function("get_config"), ("get_config = dict", "ValueError: no signature found"),
+    ("def get_config(): return {1: 2}", "the key 1, expected a text"),
+    ("def get_config(): return {'a': {(): 2}}", "the key (), expected a text"),
+    ("def get_config(): return {'a.b': 2}", "ValueError: "),
+    ("def get_config():\n    from configs import common\n    return common.nothing()", "line 3: AttributeError")])
+def test_what_a_config_file_raises_is_told_with_its_line(tmp_path, capsys, source, message):
+    assert_says(["prepare"], tmp_path, capsys, source, message)
+
+
+@pytest.mark.parametrize("source, message", [
+    *of_function("sweep"), ("def sweep():\n    yield {}\n    yield {}['no']", "line 3: KeyError: 'no'"),
+    ("def sweep(): return 3", "TypeError: 'int' object is not iterable")])
+def test_what_a_sweep_raises_is_told_with_its_line(tmp_path, capsys, source, message):
+    assert_says(["sweep", f"--workdir={tmp_path / 'runs'}"], tmp_path, capsys, source, message)
+    assert not (tmp_path / "runs").exists()
+
+
+def assert_says(command, tmp_path, capsys, source, message):
+    path = tmp_path / "some.py"
+    path.write_text(source)
+    assert main([*command, f"--config={path}"]) == (1 if message == "not installed" else 2)
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "\n" not in error and message in error, error
+    assert str(path) in error or message == "not installed"
+
+
 @pytest.mark.parametrize("words, message", [
     (["--config.data.source=mixture", "--config.data.mixture=(('austen',0),)"], "weight of 'austen' is 0.0"),
     (["--config.data.source=\x1b[2J\n\ud800"], r"data.source is '\x1b[2J\n\ud800'"),

@@ -95,8 +95,8 @@ def test_sigterm_is_not_kept_waiting_by_a_validation(home, whole, tmp_path, monk
 # ---- processes
 
 
-def started(config, workdir):
-    return subprocess.Popen([sys.executable, "-c", RUN, json.dumps(config), str(workdir)], env=environment(),
+def started(config, workdir, code=RUN):
+    return subprocess.Popen([sys.executable, "-c", code, json.dumps(config), str(workdir)], env=environment(),
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -113,21 +113,21 @@ def wait_until(process, there):
 
 @pytest.mark.ci_slow
 def test_killed_runs_go_on_bit_for_bit(home, tmp_path):
-    """SIGKILL in the middle, then the same command again."""
-    config = toy_dict(home, {"train.steps": 400, "checkpoint.every": 7})
+    """SIGKILL in the middle, of a run with slow steps that cannot end before, then the same command again."""
+    config = toy_dict(home, {"train.steps": 200, "checkpoint.every": 7})
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    first = started(config, killed)
+    first = started(config, killed, "from toy_runs import slow_down\nslow_down(0.1)\n" + RUN)
     wait_for_step(first, killed, 20)
     first.send_signal(signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
     done = max(losses(killed))
-    assert done < 400
+    assert done < 200
     for workdir in (killed, undisturbed):
         process = started(config, workdir)
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
         assert ("continuing from step" in errors) == (workdir == killed)
-    assert losses(killed) == losses(undisturbed) and len(losses(killed)) == 400
+    assert losses(killed) == losses(undisturbed) and len(losses(killed)) == 200
 
 
 @pytest.mark.ci_slow

@@ -64,6 +64,12 @@ def test_the_rules_cover_the_dit(adaln):
         assert len(spec) <= leaf.ndim
 
 
+def test_every_rule_stands_once():
+    """Of two with the same pattern the second would never be read, and could be edited in vain."""
+    patterns = [pattern for pattern, _ in sharding.RULES]
+    assert sorted(set(patterns)) == sorted(patterns)
+
+
 def test_uncovered_leaves_are_listed():
     shapes = {**SHAPES, "extra": {"kernel": (D, D)}, "other": {"a": (D,)}}
     with pytest.raises(UserError, match="no sharding rule covers extra/kernel, other/a: add a line to RULES"):

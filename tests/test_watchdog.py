@@ -7,6 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from bd3lm_jax.watchdog import Watchdog
+
 ROOT = Path(__file__).parent.parent
 STUCK = """
 import sys, threading, time
@@ -56,13 +60,48 @@ def test_zero_means_never():
     process.communicate()
 
 
-def test_time_in_which_the_process_was_stopped_does_not_count():
-    process = start(0, 1.5, "stuck")
+@pytest.mark.ci_slow
+def test_a_process_that_was_stopped_goes_on():
+    """For longer than the limit, of which most is left to a machine with other work."""
+    process = start(0, 8, "stuck")
     assert process.stdout.readline() == "steps\n"
     os.kill(process.pid, signal.SIGSTOP)
-    time.sleep(3)
+    time.sleep(9)
     os.kill(process.pid, signal.SIGCONT)
     time.sleep(0.3)
-    assert process.poll() is None, "it was stopped for twice the limit"
-    assert process.wait(60) == 75
+    assert process.poll() is None, "it was stopped for more than the limit"
+    assert process.wait(120) == 75
     process.communicate()
+
+
+class Ends(Exception):
+    """Instead of the end of the process."""
+
+
+@pytest.mark.parametrize(("late", "news", "looks"), [
+    ({}, (), 50),  # the limit is 50 looks
+    (dict.fromkeys(range(1, 100), 1.0), (), 25),  # a busy machine: every look takes twice as long, and all of it counts
+    ({1: 1000.0}, (), 46), ({30: 49.0}, (), 46), ({10: 1000.0, 20: 1000.0}, (), 42),  # stopped: as much as five looks
+    ({10: 1000.0}, (20,), 70), ({}, (50,), 100), ({60: 1000.0}, (50,), 96)])
+def test_the_looks_until_the_end(monkeypatch, late, news, looks):
+    """By a scripted clock. late: looks more that one takes, by its number; news: when a step has finished."""
+    watchdog = Watchdog(50.0, "no step finished")
+    now, number = 0.0, 0
+
+    class Closed:
+        def wait(self, interval):
+            nonlocal now, number
+            number += 1
+            now += interval * (1 + late.get(number, 0))
+            if number in news:
+                watchdog.done()
+
+    def end(self):
+        raise Ends
+
+    monkeypatch.setattr("bd3lm_jax.watchdog.time.monotonic", lambda: now)
+    monkeypatch.setattr(Watchdog, "_end", end)
+    watchdog._closed = Closed()
+    with pytest.raises(Ends):
+        watchdog._watch()
+    assert number == looks

@@ -2,9 +2,11 @@
 
 import dataclasses
 import os
+import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import jax
@@ -14,7 +16,7 @@ import numpy as np
 from bd3lm_jax import models
 from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.config import Config
-from bd3lm_jax.log import read_metrics
+from bd3lm_jax.log import RunLog, read_metrics
 from bd3lm_jax.models import trunk
 from configs import tiny
 
@@ -84,6 +86,24 @@ def losses(workdir: Path) -> dict[int, float]:
 
 def steps_saved(workdir: Path) -> list[int]:
     return Checkpoints(workdir, 1, read_only=True).steps()
+
+
+def slow_down(seconds: float) -> None:
+    """Every step of this process that is logged takes so much longer from now on: time to stop a run within them."""
+    metrics = RunLog.metrics
+
+    def slowly(*arguments):
+        time.sleep(seconds)
+        return metrics(*arguments)
+
+    RunLog.metrics = slowly
+
+
+def free_port() -> int:
+    """Of this machine, chosen by it."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def environment(devices: int = 1) -> dict[str, str]:

@@ -204,13 +204,19 @@ def stop_one(runs: Runs) -> dict:
 
 def full_disk(runs: Runs) -> dict:
     """Files may not grow beyond FILE_BYTES from some step on (EFBIG, what a disk quota gives): the save fails, the run
-    ends with 1 and says so, its last checkpoint is whole, and with room the same command goes on."""
+    ends with 1 and says so, its last checkpoint is whole, and with room the same command goes on. A run that had ended
+    by then, or all but, shows nothing: its outcome says so."""
     began, outcomes, faults = time.monotonic(), collections.Counter(), []
     workdir = runs.home / "full"
     started, = runs.start(workdir)
-    runs.wait_for_step(workdir, 10, [started])
-    resource.prlimit(started.pid, resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
+    in_time = runs.wait_for_step(workdir, 10, [started])
+    if in_time:
+        resource.prlimit(started.pid, resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
+        in_time = max(_losses(workdir)) < runs.steps - 2 * SAVED_EVERY  # there are saves to come
     code, said = _code(started, TOO_LONG_S), runs.said(workdir)
+    if not in_time and code == 0:
+        outcomes["ended before the disk was full"] += 1
+        return _result(KINDS[0], 1, faults, outcomes, began, [])
     outcomes[f"exit code {code}"] += 1
     if code != 1 or "error: could not save a checkpoint to" not in said:
         faults.append(f"exit code {code}: {said}")

@@ -54,9 +54,11 @@ def _script(job: Job) -> str:
 #SBATCH --signal=B:TERM@{GRACE_S}
 set -u
 cd "$SLURM_SUBMIT_DIR" || exit 1
+child="" signals=0 code=127
+trap 'signals=$((signals + 1)); [ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM
 srun --kill-on-bad-exit=1 {command_line(job, f"{VENV}/bin/python")}{index} &
-child=$! signals=0 code=127
-trap 'signals=$((signals + 1)); kill -TERM "$child" 2>/dev/null' TERM
+child=$!
+[ "$signals" = 0 ] || kill -TERM "$child" 2>/dev/null  # it came before there was anyone to tell
 while :; do  # a signal ends the wait, not the run
   before=$signals
   wait "$child"

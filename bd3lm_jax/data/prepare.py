@@ -9,6 +9,7 @@ packing.py) and meta.json, which is written last (see manifest.py).
 import contextlib
 import dataclasses
 import fcntl
+import json
 import os
 import shutil
 import tempfile
@@ -123,19 +124,35 @@ def cache_directory(data: DataConfig) -> Path:
 
 
 def prepare_tokenizer(data: DataConfig) -> Tokenizer:
-    """The tokenizer of `data.tokenizer`; one trained on the corpus is kept in the cache directory."""
+    """The tokenizer of `data.tokenizer`; one trained on the corpus is kept in the cache directory.
+
+    A kept file that is not what was written (or without a seal, as earlier versions wrote) is made again, with a
+    warning. RunError if it cannot be written.
+    """
     if not data.tokenizer.startswith("bpe:"):
         return get_tokenizer(data.tokenizer, tuple)
     corpus = corpora.open_corpus(data, "train")
     path = cache_directory(data) / f"tokenizer-{manifest.digest([FORMAT, data.tokenizer, corpus.fingerprint()])}.json"
     if path.exists():
-        return load_tokenizer(path)
+        if _is_sealed(path):
+            return load_tokenizer(path)
+        warnings.warn(f"the tokenizer in {path} is damaged or of an earlier version: training it again", stacklevel=2)
     tokenizer = get_tokenizer(data.tokenizer, corpus.documents)
+    content = json.loads(tokenizer.to_bytes())
     with _disk_errors(path.parent):
         part = path.with_suffix(f".{os.getpid()}.part")
-        tokenizer.save(part)
+        part.write_text(json.dumps(content | {manifest.SEAL: manifest.digest(content)}))
         part.rename(path)
     return tokenizer
+
+
+def _is_sealed(path: Path) -> bool:
+    """Whether a JSON object is what was written, by the hash in it."""
+    try:
+        content = json.loads(path.read_bytes())
+        return content.pop(manifest.SEAL) == manifest.digest(content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
 
 
 def prepare(data: DataConfig, split: str, block_size: int, tokenizer: Tokenizer,
@@ -181,12 +198,10 @@ def prepare_corpus(corpus: corpora.Corpus, source: str, split: str, data: DataCo
     if density is not None:
         identity["density"] = density.identity
     path = cache_directory(data) / f"{source}-{split}-{manifest.digest(identity)}"
-    if path.exists():
-        damage = manifest.damage(path, identity)
-        if damage is None:
+    while path.exists():
+        if manifest.damage(path, identity) is None:
             return Rows(path, manifest.read(path))
-        warnings.warn(f"prepared rows in {path} are damaged ({damage}): building them again", stacklevel=2)
-        shutil.rmtree(path)
+        _put_away(path, identity)
     kept = path.with_name(f"{path.name}.parts")
     with _disk_errors(path.parent), _work_directory(path) as work:
         try:
@@ -207,6 +222,21 @@ def _disk_errors(directory: Path) -> Iterator[None]:
     except OSError as error:
         raise RunError(f"cannot write in the cache directory {directory}: {error.strerror or error}; free some space "
                        "or set data.cache_dir to another disk") from error
+
+
+def _put_away(path: Path, identity: dict) -> None:
+    """Remove a damaged directory; not one that another process, which saw the damage too, has put in its place."""
+    with _disk_errors(path.parent), contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as stack:
+        directory = os.open(path, os.O_RDONLY)
+        stack.callback(os.close, directory)
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            fcntl.flock(directory, fcntl.LOCK_EX)
+        damage = manifest.damage(path, identity)
+        if damage is None:
+            return
+        work = stack.enter_context(_work_directory(path))
+        path.rename(work / "damaged")
+        warnings.warn(f"prepared rows in {path} are damaged ({damage}): building them again", stacklevel=3)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 Everything in the run directory is only read, but for the file `watch.jsonl`, which training does not know.
 """
 
+import contextlib
 import signal
 import time
 from pathlib import Path
@@ -34,7 +35,8 @@ def watch(workdir: str, *, watch_for: float, data: str, split: str, data_dir: st
     watch_for: seconds without a new checkpoint after which the watch ends, 0 for never. The other arguments as for
     `evaluate.evaluate_run`. A line of `watch.jsonl` holds the step, the figures of `eval` and `asked`, these arguments:
     what stands there for the same arguments and config is not evaluated again. A checkpoint that is deleted while it is
-    read is passed over, a damaged one with a warning.
+    read is passed over, a damaged one with a warning, until it is saved anew; if it is the last one, the watch waits
+    for that.
 
     Returns the last line, `ended` ("last step", "nothing new", or the name of the signal that came) and `watched`: all
     lines of these arguments. Raises UserError for a published checkpoint and wrong arguments, RunError if no checkpoint
@@ -81,30 +83,40 @@ class _Watched:
         self._workdir, self._asked, self._batch, self._signals = workdir, asked, batch, signals
         self._text = self._run = None  # from when the run is there, and from the first checkpoint on
         self._started, self._sha256, self._seen, self.lines = False, "", set(), []
+        self._damaged = set()  # as `_version`
         if not (workdir / rundir.CONFIG).exists():
             log.note(f"waiting for a run in {workdir}")
 
     def newest(self) -> int | None:
-        """The newest checkpoint, if it was not seen yet and is later than all that were."""
+        """The newest checkpoint, if it is later than all that were evaluated and not one that was found damaged."""
         if not self._begin():
             return None
         with Checkpoints(self._workdir, 1, read_only=True) as checkpoints:
             step = checkpoints.latest_step()
-        return None if step is None or step <= max(self._seen, default=-1) else step
+        if step is None or step <= max(self._seen, default=-1) or self._version(step) in self._damaged:
+            return None
+        return step
+
+    def _version(self, step: int) -> tuple[int, int | None]:
+        """The step and when its directory was written: another one when training saves it anew."""
+        with contextlib.suppress(FileNotFoundError):
+            return step, (self._workdir / "checkpoints" / str(step)).stat().st_mtime_ns
+        return step, None
 
     def finished(self) -> bool:
-        """Whether the last step that the run was told to do was seen."""
+        """Whether the last step that the run was told to do was evaluated."""
         return self._started and max(self._seen, default=-1) >= rundir.planned_steps(self._workdir)
 
     def evaluate(self, step: int) -> None:
         """Add a line for a checkpoint, unless it is gone or damaged."""
+        version = self._version(step)
         try:
             params = self._read(step)
         except Absent:
             return
         except RunError as error:
             log.note(f"warning: {error}")
-            self._seen.add(step)
+            self._damaged.add(version)
             return
         asked = self._asked
         measured = self._run.evaluator.measure(

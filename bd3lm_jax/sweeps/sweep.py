@@ -22,14 +22,16 @@ from bd3lm_jax import report, rundir
 from bd3lm_jax.clusters.job import AGAIN
 from bd3lm_jax.config import Config, flatten
 from bd3lm_jax.errors import Preempted, RunError, Stuck, UserError
-from bd3lm_jax.log import note, save
+from bd3lm_jax.log import note, note_once, save
 from bd3lm_jax.sweeps.giving_up import Curve, Rule, alike
 from bd3lm_jax.sweeps.pool import Job, Signals, exclusive, is_running, run_all
-from bd3lm_jax.sweeps.sweep_table import BEST, MEASURES, Table
+from bd3lm_jax.sweeps.sweep_table import BEST, FILES, MEASURES, Table
 
 ARG = "arg"  # the key of a point that is no config key, but the argument of get_config
 GIVEN_UP = "given up"
 NAME_LENGTH = 120
+LOGS, STATUS, PLOT = "logs", "status.json", "sweep.png"
+RESERVED = (LOGS, STATUS, "status.tmp", PLOT, *FILES, ".", "..")  # by others than runs, in the directory of a sweep
 WATCH_S = 5.0  # between looks at how far behind the runs are
 
 
@@ -53,9 +55,10 @@ def sweep(points: Sequence[Point], workdir: str, *, parallel: int, index: int | 
     before their end, None for none. baseline: the run that the table compares the others with, a number or "best".
 
     Returns the result of the `sweep` command; `ok` says whether all that was asked for is finished (or given up, if
-    that was asked for). A run that fails does not stop the others. Raises UserError for equal points, an index or a
-    baseline that does not exist, and a run directory of another config; RunError if `workdir` cannot be written; after
-    SIGTERM or Ctrl-C, once the runs have saved and left, Preempted or KeyboardInterrupt.
+    that was asked for). A run that fails does not stop the others. Raises UserError for equal points, names that are
+    equal or not free, an index or a baseline that does not exist, and a run directory of another config; RunError if
+    `workdir` cannot be written; after SIGTERM or Ctrl-C, once the runs have saved and left, Preempted or
+    KeyboardInterrupt.
     """
     _check_distinct(points)
     for name, number in (("index", index), ("baseline", baseline)):
@@ -105,12 +108,22 @@ def run_name(overrides: Mapping[str, Any]) -> str:
 
 
 def _check_distinct(points: Sequence[Point]) -> None:
-    seen = {}
+    """UserError for two runs of one config, two of one name, or a name that another file of the sweep has."""
+    seen, named = {}, {}
     for i, point in enumerate(points):
+        name = run_name(point.overrides)
         first = seen.setdefault(json.dumps(point.config.to_dict(), sort_keys=True), i)
         if first != i:
             raise UserError(f"runs {first} and {i} of the sweep are the same ({run_name(points[first].overrides)} and "
-                            f"{run_name(point.overrides)}): leave one out")
+                            f"{name}): leave one out")
+        first = named.setdefault(name, i)
+        if first != i:
+            raise UserError(f"runs {first} and {i} of the sweep have the same name '{name}', and would share a "
+                            f"directory ({dict(points[first].overrides)} and {dict(point.overrides)}): name one more "
+                            "key in one of them")
+        if name in RESERVED:
+            raise UserError(f"run {i} of the sweep has the name '{name}', which is not free in the directory of a "
+                            f"sweep: name one more key beside {dict(point.overrides)}")
 
 
 @contextlib.contextmanager
@@ -132,7 +145,7 @@ class Run:
     def __init__(self, point: Point, directory: Path):
         self.point, self.name = point, run_name(point.overrides)
         self.workdir = directory / self.name
-        log = directory / "logs" / f"{self.name}.log"
+        log = directory / LOGS / f"{self.name}.log"
         self.job = Job(self.name, (*point.command, f"--workdir={self.workdir}"), log)
         self.status, self.error, self.measured = "waiting", None, {}
         self.retries, self.hopeless, self.curve = 0, None, Curve(self.workdir)
@@ -213,6 +226,21 @@ class Run:
                             "choose another --workdir, or repeat the config it was started with")
 
 
+def _recorded(path: Path) -> dict[str, dict[str, Any]]:
+    """By name, what an earlier call has left in status.json: {} if there is none, or a damaged one."""
+    if not path.exists():
+        return {}
+    try:
+        recorded = {entry["name"]: {"status": str(entry["status"]), "error": entry["error"],
+                                    "retries": int(entry.get("retries", 0))}
+                    for entry in json.loads(path.read_text(encoding="utf-8"))["runs"]}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        note_once(f"warning: {path} is damaged ({type(error).__name__}): what runs have reached is read from their "
+                  "own directories")
+        return {}
+    return recorded
+
+
 class _Board:
     """All runs of a sweep; `chosen` are those to train here. Other processes may write in the same directory."""
 
@@ -261,14 +289,14 @@ class _Board:
 
     def save(self, plot: bool = False) -> None:
         """Write status and table, with the latest state of what others train."""
-        (self.directory / "logs").mkdir(parents=True, exist_ok=True)
-        with exclusive(self.directory / "logs" / ".lock"):
+        (self.directory / LOGS).mkdir(parents=True, exist_ok=True)
+        with exclusive(self.directory / LOGS / ".lock"):
             self._look([run for run in self.runs if run not in self.chosen])
             found = self._table()
-            save(self.directory / "status.json", self._result(found))
+            save(self.directory / STATUS, self._result(found))
             found.write(self.directory)
             if plot:
-                found.draw(self.directory / "sweep.png")
+                found.draw(self.directory / PLOT)
 
     def result(self) -> dict[str, Any]:
         return self._result(self._table())
@@ -304,8 +332,6 @@ class _Board:
         return self.rule.verdict(config.train.steps, run.curve.read(), others)
 
     def _look(self, runs: Sequence[Run]) -> None:
-        path, recorded = self.directory / "status.json", {}
-        if path.exists():
-            recorded = {entry["name"]: entry for entry in json.loads(path.read_text(encoding="utf-8"))["runs"]}
+        recorded = _recorded(self.directory / STATUS)
         for run in runs:
             run.look(recorded.get(run.name, {}))

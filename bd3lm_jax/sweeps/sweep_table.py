@@ -11,6 +11,7 @@ from bd3lm_jax.sweeps import paired
 
 MEASURES = {"nll": "valid_nll", "nll_ci95": "nll_ci95", "ppl": "valid_ppl", "bits_per_byte": "bits_per_byte"}
 BEST = "best"
+FILES = MARKDOWN, CSV = "table.md", "table.csv"
 CAPTION = ("The validation split; 95 % intervals over its documents and the noise, not over training seeds. All runs "
            "are measured on the same documents: a difference of two is known better than their intervals say.")
 
@@ -46,8 +47,8 @@ class Table:
         heading, *rows = self._lines()
         lines = [heading, ["---"] * len(heading), *([cell.replace("|", r"\|") for cell in row] for row in rows)]
         text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        (directory / "table.md").write_text(f"{text}\n\n{CAPTION}\n", encoding="utf-8")
-        with open(directory / "table.csv", "w", newline="", encoding="utf-8") as file:
+        (directory / MARKDOWN).write_text(f"{text}\n\n{CAPTION}\n", encoding="utf-8")
+        with open(directory / CSV, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             told = ("valid_nll", "valid_ppl", "bits_per_byte", "step", "status")
             writer.writerow(["run", "name", *self.keys, *told, "low", "high", "difference", "difference_low",

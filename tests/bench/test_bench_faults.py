@@ -131,9 +131,33 @@ def test_every_fault_has_its_promise():
     assert {limit.variant for limit in faults.LIMITS} == {*damage.KINDS, *kills.KINDS}
 
 
+class Ended(Offline):
+    """Every run has ended, with a certain exit code, when its first step is seen."""
+
+    code = 0
+
+    def start(self, workdir, *flags):
+        if not workdir.exists():
+            self.write(workdir, 3)
+        self._log(workdir, 0).write_text("error: words\n")
+        process = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({self.code})"])
+        process.wait()
+        return [process]
+
+
+@pytest.mark.parametrize(("code", "outcome", "wrong"), [
+    (0, "ended before the disk was full", 0), (1, "exit code 1", 1), (3, "exit code 3", 1)])
+def test_a_run_that_ends_before_the_disk_is_full_shows_nothing(tmp_path, code, outcome, wrong):
+    """But one that failed is wrong, whenever that was."""
+    runs = Ended(tmp_path)
+    runs.code = code
+    found = kills.full_disk(runs)
+    assert found["outcomes"] == {outcome: 1} and min(found["wrong"], 1) == wrong, found
+
+
 @pytest.mark.ci_slow
 def test_two_kills_of_a_run(tmp_path, monkeypatch):
-    monkeypatch.setitem(kills.STEPS, 1, 30)
+    monkeypatch.setitem(kills.STEPS, 1, 150)  # the disk is full after ten of them, however busy the machine is
     runs = kills.Runs(tmp_path, 1)
     found = kills.kill(runs, 2, seed=0)
     assert (found["variant"], found["times"], found["wrong"]) == ("SIGKILL", 2, 0), found

@@ -1,10 +1,15 @@
+import dataclasses
 import itertools
 import json
 import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
+from toy_runs import environment
 
 from bd3lm_jax.data import packing, parts, prepare as prepare_module
 from bd3lm_jax.data.corpora import join_documents, load_documents
@@ -127,6 +132,70 @@ def test_damaged_rows_are_built_again(text_config, damage):
         prepare(text_config(), "train", 4, ByteTokenizer())
 
 
+def damaged_rows(text_config):
+    rows = prepare(text_config(), "train", 4, ByteTokenizer())
+    content = bytearray((rows.path / "tokens.npy").read_bytes())
+    content[-1] ^= 1
+    (rows.path / "tokens.npy").write_bytes(content)
+    return rows.path
+
+
+@pytest.mark.parametrize("looks", [1, 2])
+def test_another_process_sees_the_same_damage_and_is_faster(text_config, monkeypatch, looks):
+    """After the first or the second look at the damage the other one has built the rows anew: they are kept."""
+    path, original, calls, built = damaged_rows(text_config), prepare_module.manifest.damage, [], []
+
+    def damage(*arguments):
+        found = original(*arguments)
+        calls.append(found)
+        if len(calls) == looks:
+            monkeypatch.setattr(prepare_module.manifest, "damage", original)
+            if looks == 1:
+                prepare(text_config(), "train", 4, ByteTokenizer())
+                built.append(path.stat().st_ino)
+            else:  # it has put them away, and builds
+                path.rename(path.with_name("elsewhere"))
+        return found
+
+    monkeypatch.setattr(prepare_module.manifest, "damage", damage)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rows = prepare(text_config(), "train", 4, ByteTokenizer())
+    assert original(rows.path, {}) is None and rows.path == path and len(rows.tokens(np.arange(len(rows)))) == len(rows)
+    assert len(caught) == looks % 2  # by the one who has put them away
+    assert built in ([], [path.stat().st_ino])
+    assert {name for name in os.listdir(path.parent) if name != "elsewhere"} == {path.name}
+
+
+def test_many_processes_that_see_the_same_damage_all_get_whole_rows(text_config):
+    path = damaged_rows(text_config)
+    code = ("import sys, warnings; warnings.simplefilter('ignore'); from bd3lm_jax.config import DataConfig; "
+            "from bd3lm_jax.data.prepare import prepare; from bd3lm_jax.data.tokenizers import ByteTokenizer; "
+            "sys.stdin.readline(); rows = prepare(DataConfig(**eval(sys.argv[1])), 'train', 4, ByteTokenizer()); "
+            "print(int(rows.tokens(range(len(rows))).sum()))")
+    processes = [subprocess.Popen([sys.executable, "-c", code, repr(dataclasses.asdict(text_config()))], text=True,
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()) for _ in range(3)]
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    said = {process.communicate(timeout=300)[0] for process in processes}
+    rows = prepare(text_config(), "train", 4, ByteTokenizer())
+    assert said == {f"{int(rows.tokens(np.arange(len(rows))).sum())}\n"}
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_damaged_rows_that_cannot_be_removed(text_config, monkeypatch):
+    path = damaged_rows(text_config)
+
+    def refuse(self, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(type(path), "rename", refuse)
+    with pytest.raises(RunError, match="cannot write in the cache directory .*: Operation not permitted; free"):
+        prepare(text_config(), "train", 4, ByteTokenizer())
+    assert os.listdir(path.parent) == [path.name]
+
+
 def test_an_interrupted_build_leaves_nothing(text_config, tmp_path):
     def stop(documents, tokens):
         raise KeyboardInterrupt
@@ -183,6 +252,29 @@ def test_trained_tokenizer_is_kept(text_config, data_config, monkeypatch):
     assert prepare_tokenizer(data_config(tokenizer="bpe:260")).identity == first.identity
     with pytest.raises(TypeError):  # another corpus: it has to be trained
         prepare_tokenizer(text_config(tokenizer="bpe:260"))
+
+
+@pytest.mark.parametrize("damage", ["another id", "another piece", "cut off", "no seal", "a list", "empty"])
+def test_a_damaged_tokenizer_is_trained_again(text_config, damage):
+    """Also where the file is still JSON, of another tokenizer; "no seal" is how earlier versions wrote it."""
+    data = text_config(tokenizer="bpe:260")
+    first = prepare_tokenizer(data)
+    path, = (path for path in Path(data.cache_dir).iterdir())
+    content = json.loads(path.read_text())
+    if damage == "another id":
+        content["end_id"] ^= 1
+    elif damage == "another piece":
+        content["model"] = content["model"].replace('"a"', '"b"', 1)
+    elif damage == "no seal":
+        del content["seal"]
+    text = {"cut off": json.dumps(content)[:-9], "a list": "[]", "empty": ""}.get(damage, json.dumps(content))
+    path.write_text(text)
+    with pytest.warns(UserWarning, match="tokenizer in .* is damaged or of an earlier version: training it again"):
+        again = prepare_tokenizer(data)
+    assert again.identity == first.identity
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert prepare_tokenizer(data).identity == first.identity
 
 
 def test_cache_directory_from_the_environment(text_config, tmp_path, monkeypatch):

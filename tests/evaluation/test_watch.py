@@ -145,6 +145,28 @@ def test_a_damaged_checkpoint_is_told_once(whole, run, script, capsys):
     assert capsys.readouterr().err.count("checkpoints/3 is damaged") == 1
 
 
+def test_a_damaged_last_checkpoint_is_waited_for_until_it_is_saved_anew(whole, run, script, capsys):
+    """Training that goes on from an earlier step replaces it; until then the watch has not seen the last step."""
+    def damaged(_):
+        shutil.copytree(whole / "checkpoints" / "6", run / "checkpoints" / "6")
+        shutil.rmtree(run / "checkpoints" / "6" / "ema")
+
+    left = script(damaged, lambda _: None, goes(run, 6), arrives(whole, run, 5), arrives(whole, run, 6))
+    result = watch.watch(str(run), watch_for=0, **ASKED)
+    assert not left and result["ended"] == "last step"
+    assert [line["step"] for line in result["watched"]] == [5, 6] and result["nll"] == pytest.approx(valid(whole)[6])
+    assert capsys.readouterr().err.count("checkpoints/6 is damaged") == 1
+
+
+def test_a_damaged_last_checkpoint_alone_is_no_end(whole, run, script):
+    arrives(whole, run, 5)(None)
+    shutil.copytree(whole / "checkpoints" / "6", run / "checkpoints" / "6")
+    shutil.rmtree(run / "checkpoints" / "6" / "ema")
+    script()
+    with pytest.raises(RunError, match="no checkpoint came in"):
+        watch.watch(str(run), watch_for=0.01, **ASKED)
+
+
 def test_it_waits_for_a_run_but_not_for_ever(tmp_path, whole, run, script, capsys):
     script()
     with pytest.raises(RunError, match="no checkpoint came in .*absent within 0.01 s"):

@@ -256,6 +256,48 @@ def test_equal_points_are_refused(stage):
         stage.sweep()
 
 
+@pytest.mark.parametrize(("overrides", "message"), [
+    ([{"arg": "seed=1"}, {"seed": 1, "optim.lr": 0.5}, {"seed": 1}],
+     "runs 0 and 2 of the sweep have the same name 'seed=1', and would share a directory .*name one more key"),
+    ([{"arg": "base"}, {}], "runs 0 and 1 of the sweep have the same name 'base'"),
+    *(([{}, {"arg": name}], f"run 1 of the sweep has the name '{name}', which is not free")
+      for name in ("logs", "status.json", "status.tmp", "table.csv", "table.md", "sweep.png", ".", "..")),
+])
+def test_names_that_runs_or_files_share_are_refused(stage, overrides, message):
+    """Their configs differ, as get_config of the word that "arg" gives may do."""
+    points = [Point(changes, toy_config(stage.directory, {"seed": 7 + i}), ("false",))
+              for i, changes in enumerate(overrides)]
+    with pytest.raises(UserError, match=message):
+        sweep(points, str(stage.workdir), **USUAL)
+    assert not stage.workdir.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"runs": [{}]}', b'{"runs": 3}', b'\xff{"runs": []}', None])
+def test_a_damaged_status_costs_only_what_it_alone_knew(stage, capsys, content):
+    """None: every entry has lost its error. Which runs are finished stands in their own directories."""
+    stage.orders = {"1.0": "fail"}
+    stage.sweep()
+    path = stage.workdir / "status.json"
+    path.write_bytes(path.read_bytes().replace(b'"error"', b'"errer"') if content is None else content)
+    listed = stage.sweep(dry_run=True)
+    assert [run["status"] for run in listed["runs"]] == ["waiting", "finished", "finished"]
+    stage.orders = {}
+    result = stage.sweep()
+    assert result["ok"] and stage.calls() == [1.0]
+    assert json.loads(path.read_text()) == json.loads(json.dumps(result))
+    assert capsys.readouterr().err.count(f"warning: {path} is damaged") == 1
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"3", b'{"step": "6"}', b'{"step": 6, "valid": 1}', b"\xff"])
+def test_a_run_with_a_damaged_report_is_run_again(stage, capsys, content):
+    expected = stage.sweep()
+    path = stage.workdir / "optim.lr=0.01" / "report.json"
+    path.write_bytes(content)
+    assert [run["status"] for run in stage.sweep(dry_run=True)["runs"]] == ["finished", "waiting", "finished"]
+    assert stage.sweep() == expected and stage.calls() == [2.0]
+    assert capsys.readouterr().err.count(f"warning: {path} is damaged and passed over") == 1
+
+
 def test_a_directory_that_cannot_be_written(stage):
     stage.workdir.parent.mkdir()
     stage.workdir.write_text("a file")

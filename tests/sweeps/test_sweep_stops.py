@@ -179,6 +179,12 @@ def test_six_real_runs_with_one_killed_half_way(tmp_path):
     """The second call goes on where the killed one had saved, completes, and shows what `eval --against` finds."""
     write_text(tmp_path / "text.txt", 100)
     (tmp_path / "toy.py").write_text(textwrap.dedent(f"""
+        import os
+        from toy_runs import slow_down
+
+        if "SLOWLY" in os.environ:
+            slow_down(0.05)
+
         def get_config():
             return {toy_dict(tmp_path, {"checkpoint.every": 20, "eval.draws": 2})!r}
 
@@ -193,17 +199,17 @@ def test_six_real_runs_with_one_killed_half_way(tmp_path):
     settings = {"text": True, "env": environment() | {"COLUMNS": "200"}, "stdout": subprocess.PIPE,
                 "stderr": subprocess.PIPE}
     victim = tmp_path / "sweep" / f"optim.lr=0.01+seed=1+train.steps={LONG}"
-    first = subprocess.Popen(command, **settings)
-    while not list((victim / "checkpoints").glob("4*")):
+    first = subprocess.Popen(command, **settings | {"env": settings["env"] | {"SLOWLY": "1"}})
+    while max((int(path.name) for path in (victim / "checkpoints").glob("*") if path.name.isdecimal()), default=0) < 40:
         assert first.poll() is None, first.stderr.read()
         time.sleep(0.02)
     os.kill(process_of(f"--workdir={victim}"), signal.SIGKILL)
-    said, told = first.communicate(timeout=300)
+    said, told = first.communicate(timeout=900)
     runs = json.loads(said)["runs"]
     assert first.returncode == 1 and [run["status"] for run in runs] == ["finished", "failed"] + ["finished"] * 4, told
     assert runs[1]["error"].startswith("killed by SIGKILL")
     steps = [line["step"] for line in read_metrics(victim)]
-    second = subprocess.run(command, timeout=300, **settings)
+    second = subprocess.run(command, timeout=900, **settings)
     assert second.returncode == 0, second.stderr
     runs = json.loads(second.stdout)["runs"]
     assert [run["status"] for run in runs] == ["finished"] * 6 and 20 <= max(steps) < LONG
