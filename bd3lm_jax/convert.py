@@ -20,6 +20,7 @@ from bd3lm_jax.lm import LM
 from bd3lm_jax.models import trunk
 from bd3lm_jax.published import Described, write
 from bd3lm_jax.published.card import Origin, card
+from bd3lm_jax.published.leaf import check_mask
 
 FORMATS = ("hf", "native")
 CARD = "README.md"
@@ -107,6 +108,7 @@ def _write_run(model: LM, source: Path, target: Path, length: int, base: Mapping
     if model.tokenizer is None:
         raise UserError(f"{source} brings no tokenizer, and a run directory needs one: give --tokenizer=gpt2 or the "
                         "path of a tokenizer.json")
+    check_mask(model.config.diffusion, model.special.mask)
     length = length or model.context
     objective = model.config.diffusion
     if length > model.context:

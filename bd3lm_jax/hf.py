@@ -85,8 +85,8 @@ def read_model(path: str | Path, *, dtype: str = "float32", weights: str = "ema"
 def read_tokenizer(path: str | Path, described: Described) -> Tokenizer | None:
     """The tokenizer that a published checkpoint brings, None if there is none.
 
-    Its mask is the one that config.json names, else its own; -1 where the network has no such token. UserError if it
-    has ids beyond the vocabulary of the network.
+    Its mask is the one that config.json names, else the one in its vocabulary, else -1. UserError if it has ids beyond
+    the vocabulary of the network.
     """
     path = Path(path)
     if path.suffix == GGUF:
@@ -102,9 +102,15 @@ def read_tokenizer(path: str | Path, described: Described) -> Tokenizer | None:
 
 
 def fitted(tokenizer: Tokenizer, described: Described) -> Tokenizer:
-    """The tokenizer with the mask of a network: what that names, else its own, -1 if the network has no such token."""
-    mask_id = described.mask_id if described.mask_id >= 0 else tokenizer.mask_id
+    """The tokenizer with the mask of a network: what that names, else one that is in the vocabulary of the tokenizer,
+    else -1. A row behind that vocabulary is padding that the network never read."""
+    mask_id = described.mask_id if described.mask_id >= 0 else own_mask(tokenizer)
     return tokenizer.with_mask(mask_id if mask_id < described.model.vocab_size else -1)
+
+
+def own_mask(tokenizer: Tokenizer) -> int:
+    """The mask token in the vocabulary of a tokenizer; -1 where it has none and would get one on top."""
+    return tokenizer.mask_id if tokenizer.mask_id < tokenizer.size else -1
 
 
 def local(path: str | Path) -> str:

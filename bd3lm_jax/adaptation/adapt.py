@@ -95,12 +95,19 @@ def first_weights(config: Config, model: Backbone, tokenizer: Tokenizer, abstrac
     note(f"starting from the weights of {source.path}{step}")
     axes, known = vocabulary_axes(model), source.model.vocab_size
     found = jax.tree.map(_grown, found, abstract, axes)
-    if config.diffusion.masks and (mask_id >= known or not source.objective.masks):
+    if config.diffusion.masks and (mask_id >= known or not _knows_mask(source, tokenizer)):
         rows = min(known, tokenizer.size)
         note(f"mask token {mask_id}: {'a new row' if mask_id >= known else 'a row that was never read'}, now the mean "
              f"of {rows - (mask_id < rows)} embeddings plus noise")
         found = with_mask_row(found, axes, mask_id, rows, config.seed)
     return jax.device_put(found, jax.tree.map(lambda x: x.sharding, abstract))
+
+
+def _knows_mask(source: Source, tokenizer: Tokenizer) -> bool:
+    """Whether the source was trained with the mask token of the tokenizer: a published network that names none was if
+    the token is in the vocabulary; a row behind it is padding."""
+    named = not source.published or source.mask_id >= 0
+    return source.objective.masks and (named or hf.own_mask(tokenizer) >= 0)
 
 
 def vocabulary_axes(model: Backbone) -> dict:

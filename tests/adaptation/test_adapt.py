@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 from toy_runs import AR, END, MASK, toy_config, toy_dict, write_text
 
 import bd3lm_jax
@@ -64,7 +65,8 @@ def published(directory: Path, name: str, vocab_size: int) -> Path:
             x = np.resize(x, [vocab_size if i in at else n for i, n in enumerate(x.shape)])
         grown[key] = x
     save_file(grown, directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps(config | {"vocab_size": vocab_size}))
+    sizes = {key: vocab_size for key in ("vocab_size", "embedding_size") if key in config}
+    (directory / "config.json").write_text(json.dumps(config | sizes))
     ByteTokenizer().save(directory / "tokenizer.json")
     return directory
 
@@ -139,6 +141,36 @@ def test_a_published_checkpoint_without_a_mask_token_gets_one(home, tmp_path, ca
     np.testing.assert_allclose(new["head"]["linear"]["kernel"][:, :257], old["head"]["linear"]["kernel"][:, :257],
                                atol=1e-9)
     np.testing.assert_allclose(new["embed"]["embedding"][257], old["embed"]["embedding"][:257].mean(0), atol=0.05)
+
+
+def test_padding_is_no_mask_token(home, tmp_path, capsys):
+    """LLaDA that names no mask, with 257 tokens and rows up to 264: row 257 was never read, so it is drawn anew."""
+    source = published(tmp_path / "llada", "hf/llada", 264)
+    config = json.loads((source / "config.json").read_text())
+    named = config.pop("mask_token_id")
+    assert hf.read_tokenizer(source, hf.describe(write_config(source, config))).mask_id == -1
+    old = np.asarray(hf.read_model(source)[1]["embed"]["embedding"])
+    found = {}
+    for mask_id in (None, named):
+        write_config(source, config | {"mask_token_id": mask_id})
+        ours = Config.from_dict(start(home, source))
+        tokenizer = adapt.masking(ours, ByteTokenizer())
+        model = models.build(ours.model, jnp.float32)
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(jax.devices()[0])),
+            jax.eval_shape(lambda: trunk.init(model, jax.random.key(0))))
+        found[tokenizer.mask_id] = adapt.first_weights(ours, model, tokenizer, abstract, None)["embed"]["embedding"]
+        said = capsys.readouterr().err
+        assert ("mask token 257: a row that was never read, now the mean of 257" in said) == (mask_id is None)
+    np.testing.assert_array_equal(found[named], old)
+    np.testing.assert_array_equal(np.delete(found[257], 257, 0), np.delete(old, 257, 0))
+    z = (np.asarray(found[257])[257] - old[:257].mean(0)) / (adapt.NOISE * old[:257].std(0))
+    assert 0.6 < z.std() < 1.5 and np.abs(z).max() < 5
+
+
+def write_config(directory, config):
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
 
 
 @pytest.mark.ci_slow
