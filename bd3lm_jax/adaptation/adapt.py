@@ -5,6 +5,7 @@ A mask token that the source never read begins as the mean of all embeddings plu
 """
 
 import dataclasses
+import json
 from typing import Any, NamedTuple
 
 import jax
@@ -54,7 +55,8 @@ def masking(config: Config, tokenizer: Tokenizer) -> Tokenizer:
 
 
 def check_source(config: Config, tokenizer: Tokenizer) -> None:
-    """UserError unless `train.init_from` holds weights for the network of a config, and a run its tokenizer."""
+    """UserError unless `train.init_from` holds weights for the network of a config, and was made with its tokenizer (a
+    published checkpoint may bring none; which token is its mask need not be the same)."""
     source = read_source(config.train.init_from)
     name = f"train.init_from={source.path}"
     ours, theirs = ({"kind": model.kind, **dataclasses.asdict(model)} for model in (config.model, source.model))
@@ -69,6 +71,10 @@ def check_source(config: Config, tokenizer: Tokenizer) -> None:
         raise UserError(f"data.length={config.data.length}, but {name} was made for rows of at most {source.length} "
                         "tokens: shorten the rows")
     if source.published:
+        theirs = hf.read_tokenizer(source.path, hf.describe(source.path))
+        if theirs is not None and _decisive(theirs) != _decisive(tokenizer):
+            raise UserError(f"data.tokenizer='{config.data.tokenizer}' is not the tokenizer of {name}: ids would mean "
+                            f"other text; use data.tokenizer={source.path}")
         return
     rundir.check_tokenizer(tokenizer, masking(config, rundir.read(source.path)[1]).identity, name)
     from bd3lm_jax.checkpoint import Checkpoints
@@ -76,6 +82,13 @@ def check_source(config: Config, tokenizer: Tokenizer) -> None:
     with Checkpoints(source.path, 1, read_only=True) as checkpoints:
         if checkpoints.latest_step() is None:
             raise UserError(f"{name} holds no checkpoint: train it first")
+
+
+def _decisive(tokenizer: Tokenizer) -> dict:
+    """What decides the ids of a text: neither the name of the tokenizer, nor its mask, nor what it never does."""
+    content = json.loads(tokenizer.to_bytes())
+    model = json.loads(content.get("model", "{}")) | dict.fromkeys(("padding", "truncation"))
+    return {"model": model, "end_id": content["end_id"]}
 
 
 def first_weights(config: Config, model: Backbone, tokenizer: Tokenizer, abstract: dict,

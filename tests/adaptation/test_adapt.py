@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 from toy_runs import AR, END, MASK, toy_config, toy_dict, write_text
+from word_tokenizer import write_tokenizer
 
 import bd3lm_jax
 from bd3lm_jax import hf, models, rundir
@@ -19,7 +20,7 @@ from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.config import Config
 from bd3lm_jax.data.loader import Loader
 from bd3lm_jax.data.prepare import prepare
-from bd3lm_jax.data.tokenizers import ByteTokenizer
+from bd3lm_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.log import read_metrics
 from bd3lm_jax.models import trunk
@@ -168,6 +169,28 @@ def test_padding_is_no_mask_token(home, tmp_path, capsys):
     assert 0.6 < z.std() < 1.5 and np.abs(z).max() < 5
 
 
+def test_a_tokenizer_is_known_by_its_ids(home, tmp_path):
+    """Its name, its layout as JSON, padding and mask say nothing of the ids; another word or end token does."""
+    source = published(tmp_path / "llama", "hf/llama", 59)
+    write_tokenizer(source, 59)
+    content = json.loads((source / "tokenizer.json").read_text())
+    other = tmp_path / "words.json"
+
+    def check(content, end):
+        other.write_text(json.dumps(content, indent=4))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+        config = Config.from_dict(start(home, source, **{"data.tokenizer": str(other)}))
+        adapt.check_source(config, adapt.masking(config, load_tokenizer(other)))
+
+    content["truncation"] = {"max_length": 8, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}
+    check(content, "<|endoftext|>")
+    vocab = content["model"]["vocab"]
+    swapped = vocab | {"w3": vocab["w4"], "w4": vocab["w3"]}
+    for changed, end in ((content, "w7"), (content | {"model": content["model"] | {"vocab": swapped}}, "<|endoftext|>")):
+        with pytest.raises(UserError, match="words.json' is not the tokenizer of train.init_from=.*llama: ids"):
+            check(changed, end)
+
+
 def write_config(directory, config):
     (directory / "config.json").write_text(json.dumps(config))
     return directory
@@ -227,6 +250,10 @@ def test_what_does_not_fit_is_refused(home, ar_run, tmp_path):
     source = published(tmp_path / "ar", "ar", 257)
     with pytest.raises(UserError, match="data.length=64, but train.init_from=.* at most 32 tokens: shorten the rows"):
         train(Config.from_dict(start(home, source, **{"data.length": 64})), str(tmp_path / "run"))
+    write_tokenizer(source, 257)
+    with pytest.raises(UserError, match="data.tokenizer='bytes' is not the tokenizer of train.init_from=.*: ids would "
+                                        "mean other text; use data.tokenizer=.*ar$"):
+        train(Config.from_dict(start(home, source)), str(tmp_path / "run"))
     small = published(tmp_path / "small", "ar", 200)
     with pytest.raises(UserError, match="model.vocab_size=200 is smaller than the 258 ids of tokenizer 'bytes'"):
         train(Config.from_dict(start(home, small)), str(tmp_path / "run"))
