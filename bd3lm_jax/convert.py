@@ -19,7 +19,7 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.lm import LM
 from bd3lm_jax.models import trunk
 from bd3lm_jax.published import Described, write
-from bd3lm_jax.published.card import Origin, card
+from bd3lm_jax.published.card import Origin, base_name, card
 from bd3lm_jax.published.leaf import check_mask
 
 FORMATS = ("hf", "native")
@@ -59,7 +59,8 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, form: str, 
     if tokenizer:
         model = _with_tokenizer(model, source, tokenizer)
     if form == "hf":
-        written = _write_published(model, Path(source), Path(target), dtype, shard, native)
+        origin = _origin(model, Path(source), weights) if native else Origin(Path(source).name, None, None, {}, "", 0)
+        written = _write_published(model, Path(source), Path(target), dtype, shard, origin)
     else:
         written = _write_run(model, Path(source), Path(target), length, base)
     log.note(f"{written['tensors']} tensors, {written['bytes']:,} bytes in {target}")
@@ -82,13 +83,19 @@ def _described(model: LM) -> Described:
     return Described(model.config.model, model.config.diffusion, model.context, model.special.mask)
 
 
-def _write_published(model: LM, source: Path, target: Path, dtype: str, max_shard: int, native: bool) -> dict:
+def _origin(model: LM, run: Path, weights: str) -> Origin:
+    """What the card says of a run. The figures of its report are those of the last step and of the average if one was
+    kept: of other weights none were measured."""
+    found, step, train = report.read(run) or {}, model.trained.step, model.config.train
+    measured = found.get("step") == step and (weights == "ema" or not model.config.optim.ema)
+    results = {split: figures for split, figures in found.items() if split != "step"} if measured else {}
+    base = base_name(train.init_from) if train.init_from else ""
+    return Origin(run.name, model.config.data, step, results, base, train.lora_rank)
+
+
+def _write_published(model: LM, source: Path, target: Path, dtype: str, max_shard: int, origin: Origin) -> dict:
     described, model_type, files = _described(model), None, {}
-    if native:
-        results = {split: found for split, found in (report.read(source) or {}).items() if split != "step"}
-        origin = Origin(source.name, model.config.data, model.trained.step, results)
-    else:
-        origin = Origin(source.name, None, None, {})
+    if origin.data is None:  # no run
         if source.is_dir():
             model_type = json.loads((source / hf.CONFIG_FILE).read_text(encoding="utf-8"))["model_type"]
             files = {name: (source / name).read_bytes() for name in TOKENIZER_FILES if (source / name).is_file()}
