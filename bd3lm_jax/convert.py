@@ -14,6 +14,7 @@ import numpy as np
 
 from bd3lm_jax import hf, lm, log, report, rundir
 from bd3lm_jax.config import Config
+from bd3lm_jax.data.dialogues import CONFIG_FILE, chat_files
 from bd3lm_jax.data.tokenizers import get_tokenizer
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.lm import LM
@@ -24,8 +25,10 @@ from bd3lm_jax.published.leaf import check_mask
 
 FORMATS = ("hf", "native")
 CARD = "README.md"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "vocab.txt",
-                   "merges.txt", "tokenizer.model", "generation_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "chat_template.jinja",
+                   "generation_config.json")
+OF_TEMPLATES = ("bos_token", "chat_template")  # keys of a tokenizer_config.json that a chat template is or reads
 SIGMA = 0.5  # noise level at which a time-conditioned network is checked
 
 
@@ -100,11 +103,19 @@ def _write_published(model: LM, source: Path, target: Path, dtype: str, max_shar
             model_type = json.loads((source / hf.CONFIG_FILE).read_text(encoding="utf-8"))["model_type"]
             files = {name: (source / name).read_bytes() for name in TOKENIZER_FILES if (source / name).is_file()}
     if model.tokenizer is not None and "tokenizer.json" not in files:
-        files |= write.tokenizer_files(model.tokenizer)
+        files |= _with_chat(write.tokenizer_files(model.tokenizer), chat_files(source))
     size = sum(x.size for x in jax.tree.leaves(model.params))
     text = card(target.name, described, size, dtype, origin, model.tokenizer is not None)
     return hf.write_model(target, described, model.params, dtype=dtype, max_shard=max_shard, model_type=model_type,
                           files=files | {CARD: text.encode()})
+
+
+def _with_chat(files: dict[str, bytes], chat: dict[str, bytes]) -> dict[str, bytes]:
+    """The files of a tokenizer with the chat template of its source."""
+    theirs, ours = (json.loads(x.get(CONFIG_FILE, b"{}")) for x in (chat, files))
+    named = {key: theirs[key] for key in OF_TEMPLATES if key in theirs}
+    config = {CONFIG_FILE: json.dumps(named | ours, indent=2).encode()} if named or ours else {}
+    return files | {name: x for name, x in chat.items() if name != CONFIG_FILE} | config
 
 
 def _write_run(model: LM, source: Path, target: Path, length: int, base: Mapping) -> dict:
@@ -130,6 +141,8 @@ def _write_run(model: LM, source: Path, target: Path, length: int, base: Mapping
     meta = {"tokenizer": model.tokenizer.identity, "config_sha256": config.sha256(), "losses": []}
     with write.whole(target) as work:
         rundir.claim(work, config, model.tokenizer)
+        for name, content in chat_files(source).items():
+            (work / name).write_bytes(content)
         with Checkpoints(work, 1) as checkpoints:
             checkpoints.save(0, state, meta, wait=True)
     leaves = jax.tree.leaves(model.params)

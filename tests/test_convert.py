@@ -204,6 +204,29 @@ def test_an_adapted_run_names_its_source(tmp_path):
     assert text.startswith("---\n") and 'base_model: "source"' in text.split("---")[1]
 
 
+TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_chat_template_is_handed_back(tmp_path, apart):
+    """In tokenizer_config.json or in a file of its own: out of a directory, into a run, and out of the run again."""
+    source = with_tokenizer(tmp_path, "bd3lm_block4", 66)
+    config = {"eos_token": "<|endoftext|>", "bos_token": "w1"} | ({} if apart else {"chat_template": TEMPLATE})
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    (source / "added_tokens.json").write_text('{"w3": 3}')
+    if apart:
+        (source / "chat_template.jinja").write_text(TEMPLATE)
+    converted(source, tmp_path / "copy")
+    for name in ("tokenizer_config.json", "added_tokens.json", *["chat_template.jinja"] * apart):
+        assert (tmp_path / "copy" / name).read_bytes() == (source / name).read_bytes()
+    converted(source, tmp_path / "run", form="native")
+    converted(tmp_path / "run", tmp_path / "back")
+    given = json.loads((tmp_path / "back" / "tokenizer_config.json").read_text())
+    assert {key: given[key] for key in config} == config
+    assert (tmp_path / "back" / "chat_template.jinja").exists() == apart
+    assert not apart or (tmp_path / "back" / "chat_template.jinja").read_text() == TEMPLATE
+
+
 def changed_config(run, **sections):
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {key: config[key] | x for key, x in sections.items()}))
