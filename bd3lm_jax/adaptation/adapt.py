@@ -6,13 +6,15 @@ A mask token that the source never read begins as the mean of all embeddings plu
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from bd3lm_jax import hf, models, rundir
-from bd3lm_jax.config import Config
+from bd3lm_jax.adaptation import shifted
+from bd3lm_jax.config import SAME, Config
 from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.log import note
@@ -41,6 +43,21 @@ def read_source(path: str) -> Source:
         return Source(path, False, config.model, config.diffusion, config.data.length, -1)
     described = hf.describe(path)
     return Source(path, True, described.model, described.objective, described.length, described.mask_id)
+
+
+def network_of(given: Mapping, path: str, objective: Any, length: int) -> dict:
+    """The section `model` of the network in `train.init_from`, with what is given beside `kind` in its place;
+    shifted="source" becomes the form that it has under an objective with rows of `length` tokens (`shifted.kept`)."""
+    if not path:
+        raise UserError(f"model.kind='{SAME}' takes the network of train.init_from, which is ''")
+    source = read_source(path)
+    own = {"kind": source.model.kind, **dataclasses.asdict(source.model)}
+    given = {key: x for key, x in given.items() if key != "kind"}
+    if given.get("shifted") == shifted.SOURCE:
+        del given["shifted"]
+        if "shifted" in own:
+            given["shifted"] = shifted.kept(source.model, source.objective.causal, objective, length)
+    return {**own, **given}
 
 
 def masking(config: Config, tokenizer: Tokenizer) -> Tokenizer:

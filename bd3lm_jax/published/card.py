@@ -84,8 +84,8 @@ def _training(origin: Origin) -> str:
     corpus = f"the {data.source} corpus" + (f" (`{which}`)" if which else "")
     rank = f" by updates of rank {origin.lora_rank} (LoRA), merged into its weights" if origin.lora_rank else ""
     adapted = f"Adapted from `{origin.base}`{rank}. " if origin.base else ""
-    return (f"{adapted}Written from the run `{origin.source}`, trained for {origin.step:,} updates on {corpus}: rows of "
-            f"{data.length} tokens of the tokenizer `{base_name(data.tokenizer)}`, layout `{data.layout}`.")
+    return (f"{adapted}Written from the run `{origin.source}`, trained for {origin.step:,} updates on {corpus}: rows "
+            f"of {data.length} tokens of the tokenizer `{base_name(data.tokenizer)}`, layout `{data.layout}`.")
 
 
 def _results(results: dict[str, dict]) -> str:

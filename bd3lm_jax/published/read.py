@@ -40,8 +40,8 @@ def check_averages(path: Path, averaged: set[str], leaves: dict[str, Leaf]) -> N
     """UserError if some parameters are averaged and others are not: together they are no network. Tensors beside
     parameters have no averages."""
     missing = sorted({name for leaf in leaves.values() for name in leaf.sources()} - averaged)
-    require(not averaged or not missing, f"{path}: averaged tensors (\"{EMA}\") are there for some parameters and missing "
-            f"for {_named(missing)}: take the others, weights='params', or a complete release")
+    require(not averaged or not missing, f"{path}: averaged tensors (\"{EMA}\") are there for some parameters and "
+            f"missing for {_named(missing)}: take the others, weights='params', or a complete release")
 
 
 def check_tensors(path: Path, tensors: dict[str, Stored], expected: dict[str, tuple[int, ...]]) -> None:

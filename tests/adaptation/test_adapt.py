@@ -21,6 +21,7 @@ from bd3lm_jax.config import Config
 from bd3lm_jax.data.loader import Loader
 from bd3lm_jax.data.prepare import prepare
 from bd3lm_jax.data.tokenizers import ByteTokenizer, load_tokenizer
+from bd3lm_jax.diffusion import AR as Autoregression
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.log import read_metrics
 from bd3lm_jax.models import trunk
@@ -186,7 +187,8 @@ def test_a_tokenizer_is_known_by_its_ids(home, tmp_path):
     check(content, "<|endoftext|>")
     vocab = content["model"]["vocab"]
     swapped = vocab | {"w3": vocab["w4"], "w4": vocab["w3"]}
-    for changed, end in ((content, "w7"), (content | {"model": content["model"] | {"vocab": swapped}}, "<|endoftext|>")):
+    other_words = content | {"model": content["model"] | {"vocab": swapped}}
+    for changed, end in ((content, "w7"), (other_words, "<|endoftext|>")):
         with pytest.raises(UserError, match="words.json' is not the tokenizer of train.init_from=.*llama: ids"):
             check(changed, end)
 
@@ -229,6 +231,29 @@ def test_a_causal_model_starts_at_its_own_likelihood(home, tmp_path, name):
     lora = {"train.lora_rank": 2, "optim.lr": 1e-2}
     result = train(Config.from_dict(start(home, source, **changes | lora) | model), str(tmp_path / "lora"))
     assert np.isfinite(result["valid_nll"]) and rundir.read(tmp_path / "lora")[0].model.kind == name
+
+
+@pytest.mark.ci_slow
+def test_dream_is_cut_into_blocks(home, tmp_path):
+    """Its outputs stay one token ahead ("row" becomes "block"): blocks of one token begin at the loss that the same
+    weights have in the published network, causal and behind an end token, as those of any causal network do."""
+    source = published(tmp_path / "dream", "hf/dream", 258)
+    changes = {"data.length": 24, "train.batch": 4, "eval.rows": 4, "diffusion.block_size": 1}
+    config = Config.from_dict(start(home, source, **changes) | {"model": {**SAME, "shifted": "source"}})
+    assert (hf.describe(source).model.shifted, config.model.shifted) == ("row", "block")
+    train(config, str(tmp_path / "run"))
+    plain = hf.describe(source)
+    model = dataclasses.replace(plain.model, shifted="")
+    ar = bd3lm_jax.lm.published(plain._replace(model=model, objective=Autoregression(bos=True)),
+                                hf.read_model(source)[1], ByteTokenizer(), "float32")
+    rows = prepare(config.data, "train", 1, ByteTokenizer())
+    tokens = Loader(rows, 4, config.seed, None).get(0)[1]["tokens"]
+    inputs = np.concatenate([np.full((4, 1), END), tokens[:, :-1]], axis=1)
+    logits = np.array(ar.logits(inputs), np.float64)
+    logits[..., adapt.masking(config, ByteTokenizer()).mask_id] = -np.inf
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nll = -np.take_along_axis(log_p, tokens[..., None], -1).mean()
+    assert read_metrics(tmp_path / "run")[-1]["train/loss"] == pytest.approx(nll, rel=1e-5)
 
 
 @pytest.mark.ci_slow
