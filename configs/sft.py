@@ -13,8 +13,8 @@ shifted=source; or say it, shifted=block|row|none (docs/adapt.md), also as --con
 
 Arguments: from=DIR, algo=bd3lm (blocks; block_size=N) | llada (arXiv 2502.09992: one dialogue a row, the rest of it end
 tokens that are learnt, each answer divided by its length) | ar, template=plain|chat|joined (data/dialogues.py; chat
-needs jinja2 and a chat template in DIR), shifted=source|block|row|none, lora=RANK. The blocks and ar pack dialogues into
-rows that do not see each other.
+needs jinja2 and a chat template in DIR), shifted=source|block|row|none, lora=RANK. The blocks and ar pack dialogues
+into rows that do not see each other.
 Hardware: one accelerator; two CPU cores for toy models. Time: to be measured. Expected: to be measured.
 """
 

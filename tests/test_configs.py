@@ -238,6 +238,15 @@ def test_adaptations_take_the_network_of_their_source(name, arg, expected):
     make_schedule(config.optim, config.train.steps)
 
 
+def test_the_form_of_outputs_can_be_set_on_the_command_line():
+    for module in (sft, adapt):
+        config = load_config(f"{module.__file__}:from={GOLDEN / 'ar'}", ["--config.model.shifted=row",
+                                                                         "--config.diffusion.block_size=32",
+                                                                         "--config.data.length=32",
+                                                                         "--config.train.block_sizes=()"])
+        assert config.model.shifted == "row"
+
+
 @pytest.mark.parametrize(("arg", "block_size"), [("", 144), ("block_size=16,algo=bd3lm", 16)])
 def test_the_antibody_network_is_that_of_its_directory(arg, block_size):
     config = Config.from_dict(sapiens.get_config(arg))
@@ -256,7 +265,7 @@ def test_without_its_package_the_command_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize(("config", "arg", "message"), [
     (adapt, "", "expected from=DIR"), (adapt, "from=x,recipe=gpt", "recipe=ar, mlm or mdlm"),
     (adapt, "from=x,algo=sedd", "algo=bd3lm or mdlm"), (sft, "from=x,template=y", "template=plain, chat, joined"),
-    (sft, "", "expected from=DIR"), (sft, "from=x,shifted=back", "shifted=source, block, row, none; got.* shifted=back"),
+    (sft, "", "expected from=DIR"), (sft, "from=x,shifted=back", "source, block, row, none; got.* shifted=back"),
     (adapt, "from=x,shifted=back", "argument shifted=back: expected one of source, block, row, none"),
     (roberta_wikitext, "text=clean", "text=detokenised or raw"),
     (roberta_wikitext, "rates=five", "rates=ten or fixed"),

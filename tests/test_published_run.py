@@ -12,6 +12,7 @@ from scipy.special import log_softmax
 
 import bd3lm_jax
 from bd3lm_jax import hf
+from bd3lm_jax.convert import TOKENIZER_FILES
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import density_study, variance
 from bd3lm_jax.evaluation.scorer import Scorer
@@ -208,6 +209,7 @@ def test_names_on_the_hub(monkeypatch):
         GOLDEN / "hf" / "llama"))
     assert bd3lm_jax.load("some-org/some.model").context == 96
     assert asked == [("some-org/some.model", hf.HUB_FILES)] and not any("bin" in one for one in hf.HUB_FILES)
+    assert all(any(map(Path(name).match, hf.HUB_FILES)) for name in TOKENIZER_FILES)  # what `convert` hands on
 
 
 @pytest.mark.parametrize("path", ["nowhere", "a/b/c", "runs/nowhere", str(GOLDEN / "nowhere")])
