@@ -86,8 +86,7 @@ def read_model(path: str | Path, *, dtype: str = "float32", weights: str = "ema"
 def read_tokenizer(path: str | Path, described: Described) -> Tokenizer | None:
     """The tokenizer that a published checkpoint brings, None if there is none.
 
-    Its mask is the one that config.json names, else the one in its vocabulary, else -1. UserError if it has ids beyond
-    the vocabulary of the network.
+    Its mask is that of `fitted`. UserError if it has ids beyond the vocabulary of the network.
     """
     path = Path(path)
     if path.suffix == GGUF:
@@ -104,8 +103,10 @@ def read_tokenizer(path: str | Path, described: Described) -> Tokenizer | None:
 
 def fitted(tokenizer: Tokenizer, described: Described) -> Tokenizer:
     """The tokenizer with the mask of a network: what that names, else one that is in the vocabulary of the tokenizer,
-    else -1. A row behind that vocabulary is padding that the network never read."""
-    mask_id = described.mask_id if described.mask_id >= 0 else own_mask(tokenizer)
+    else -1. A row behind that vocabulary is padding that the network never read: only one that masks nothing may have
+    its id, which no text has."""
+    own = own_mask(tokenizer) if described.objective.masks else tokenizer.mask_id
+    mask_id = described.mask_id if described.mask_id >= 0 else own
     return tokenizer.with_mask(mask_id if mask_id < described.model.vocab_size else -1)
 
 
