@@ -323,10 +323,13 @@ class Config:
         mapping = {key: value for key, value in mapping.items()}
         same_keys("", mapping, [field.name for field in dataclasses.fields(cls)])
         sections = {name: as_section(name, mapping[name], kind) for name, kind in SECTIONS.items()}
-        for name, registry, what in (("model", BACKBONES, "backbone"), ("diffusion", OBJECTIVES, "objective")):
+        for name, registry, what in (("diffusion", OBJECTIVES, "objective"), ("model", BACKBONES, "backbone")):
             section = dict(as_mapping(name, mapping[name]))
             if section.get("kind") == SAME and what == "backbone":
-                section = _network_of(sections["train"].init_from, section)
+                from bd3lm_jax.adaptation import adapt  # which needs Config
+
+                section = adapt.network_of(section, sections["train"].init_from, sections["diffusion"],
+                                           sections["data"].length)
             kind = lookup(registry, section.pop("kind", ""), f"{what} {name}.kind")
             sections[name] = as_section(name, section, kind.Config if what == "backbone" else kind)
         seed = as_type("seed", mapping["seed"], int)
@@ -378,15 +381,6 @@ class Config:
     def _decisive(self) -> dict:
         flat = flatten(self.to_dict())
         return {key: value for key, value in flat.items() if not {key, key.split(".")[0]} & set(RESUMABLE)}
-
-
-def _network_of(source: str, given: Mapping) -> dict:
-    """The section `model` of the network in `train.init_from`, with what is given beside `kind` in its place."""
-    from bd3lm_jax.adaptation import adapt  # which needs Config
-
-    check(bool(source), f"model.kind='{SAME}' takes the network of train.init_from, which is ''")
-    model = adapt.read_source(source).model
-    return {"kind": model.kind, **dataclasses.asdict(model), **{key: x for key, x in given.items() if key != "kind"}}
 
 
 def flatten(nested: Mapping, prefix: str = "") -> dict:

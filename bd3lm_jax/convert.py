@@ -14,17 +14,21 @@ import numpy as np
 
 from bd3lm_jax import hf, lm, log, report, rundir
 from bd3lm_jax.config import Config
+from bd3lm_jax.data.dialogues import CONFIG_FILE, chat_files
 from bd3lm_jax.data.tokenizers import get_tokenizer
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.lm import LM
 from bd3lm_jax.models import trunk
 from bd3lm_jax.published import Described, write
-from bd3lm_jax.published.card import Origin, card
+from bd3lm_jax.published.card import Origin, base_name, card
+from bd3lm_jax.published.leaf import check_mask
 
 FORMATS = ("hf", "native")
 CARD = "README.md"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "vocab.txt",
-                   "merges.txt", "tokenizer.model", "generation_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "chat_template.jinja",
+                   "generation_config.json")
+OF_TEMPLATES = ("bos_token", "chat_template")  # keys of a tokenizer_config.json that a chat template is or reads
 SIGMA = 0.5  # noise level at which a time-conditioned network is checked
 
 
@@ -58,7 +62,8 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, form: str, 
     if tokenizer:
         model = _with_tokenizer(model, source, tokenizer)
     if form == "hf":
-        written = _write_published(model, Path(source), Path(target), dtype, shard, native)
+        origin = _origin(model, Path(source), weights) if native else Origin(Path(source).name, None, None, {}, "", 0)
+        written = _write_published(model, Path(source), Path(target), dtype, shard, origin)
     else:
         written = _write_run(model, Path(source), Path(target), length, base)
     log.note(f"{written['tensors']} tensors, {written['bytes']:,} bytes in {target}")
@@ -81,22 +86,36 @@ def _described(model: LM) -> Described:
     return Described(model.config.model, model.config.diffusion, model.context, model.special.mask)
 
 
-def _write_published(model: LM, source: Path, target: Path, dtype: str, max_shard: int, native: bool) -> dict:
+def _origin(model: LM, run: Path, weights: str) -> Origin:
+    """What the card says of a run. The figures of its report are those of the last step and of the average if one was
+    kept: of other weights none were measured."""
+    found, step, train = report.read(run) or {}, model.trained.step, model.config.train
+    measured = found.get("step") == step and (weights == "ema" or not model.config.optim.ema)
+    results = {split: figures for split, figures in found.items() if split != "step"} if measured else {}
+    base = base_name(train.init_from) if train.init_from else ""
+    return Origin(run.name, model.config.data, step, results, base, train.lora_rank)
+
+
+def _write_published(model: LM, source: Path, target: Path, dtype: str, max_shard: int, origin: Origin) -> dict:
     described, model_type, files = _described(model), None, {}
-    if native:
-        results = {split: found for split, found in (report.read(source) or {}).items() if split != "step"}
-        origin = Origin(source.name, model.config.data, model.trained.step, results)
-    else:
-        origin = Origin(source.name, None, None, {})
+    if origin.data is None:  # no run
         if source.is_dir():
             model_type = json.loads((source / hf.CONFIG_FILE).read_text(encoding="utf-8"))["model_type"]
             files = {name: (source / name).read_bytes() for name in TOKENIZER_FILES if (source / name).is_file()}
     if model.tokenizer is not None and "tokenizer.json" not in files:
-        files |= write.tokenizer_files(model.tokenizer)
+        files |= _with_chat(write.tokenizer_files(model.tokenizer), chat_files(source))
     size = sum(x.size for x in jax.tree.leaves(model.params))
     text = card(target.name, described, size, dtype, origin, model.tokenizer is not None)
     return hf.write_model(target, described, model.params, dtype=dtype, max_shard=max_shard, model_type=model_type,
                           files=files | {CARD: text.encode()})
+
+
+def _with_chat(files: dict[str, bytes], chat: dict[str, bytes]) -> dict[str, bytes]:
+    """The files of a tokenizer with the chat template of its source."""
+    theirs, ours = (json.loads(x.get(CONFIG_FILE, b"{}")) for x in (chat, files))
+    named = {key: theirs[key] for key in OF_TEMPLATES if key in theirs}
+    config = {CONFIG_FILE: json.dumps(named | ours, indent=2).encode()} if named or ours else {}
+    return files | {name: x for name, x in chat.items() if name != CONFIG_FILE} | config
 
 
 def _write_run(model: LM, source: Path, target: Path, length: int, base: Mapping) -> dict:
@@ -107,6 +126,7 @@ def _write_run(model: LM, source: Path, target: Path, length: int, base: Mapping
     if model.tokenizer is None:
         raise UserError(f"{source} brings no tokenizer, and a run directory needs one: give --tokenizer=gpt2 or the "
                         "path of a tokenizer.json")
+    check_mask(model.config.diffusion, model.special.mask)
     length = length or model.context
     objective = model.config.diffusion
     if length > model.context:
@@ -121,6 +141,8 @@ def _write_run(model: LM, source: Path, target: Path, length: int, base: Mapping
     meta = {"tokenizer": model.tokenizer.identity, "config_sha256": config.sha256(), "losses": []}
     with write.whole(target) as work:
         rundir.claim(work, config, model.tokenizer)
+        for name, content in chat_files(source).items():
+            (work / name).write_bytes(content)
         with Checkpoints(work, 1) as checkpoints:
             checkpoints.save(0, state, meta, wait=True)
     leaves = jax.tree.leaves(model.params)

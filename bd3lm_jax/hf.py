@@ -21,12 +21,12 @@ from bd3lm_jax.errors import UserError, lookup
 from bd3lm_jax.models import trunk
 from bd3lm_jax.published import FORMATS, NETWORKS, Described, write
 from bd3lm_jax.published.leaf import require
-from bd3lm_jax.published.read import check_tensors, plain_names, read_params
+from bd3lm_jax.published.read import check_averages, check_tensors, plain_names, read_params
 from bd3lm_jax.published.tensors import Stored, open_directory
 from bd3lm_jax.typed import from_json
 
 CONFIG_FILE = "config.json"
-HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 GGUF = ".gguf"
 RUNS = "runs"  # where run directories usually are
 DTYPES = ("float32", "bfloat16")  # that parameters may have
@@ -68,7 +68,7 @@ def read_model(path: str | Path, *, dtype: str = "float32", weights: str = "ema"
     require(dtype in DTYPES, f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     require(weights in ("ema", "params"), f"weights are {weights!r}, expected 'ema' or 'params'")
     config_path, published, form, weights_path, stored = _open(Path(path), allow_pickle)
-    tensors = plain_names(weights_path, stored, weights, getattr(form, "rename", str))
+    tensors, averaged = plain_names(weights_path, stored, weights, getattr(form, "rename", str))
     with _makes_sense(config_path, published):
         described = form.describe(config_path, published,
                                   {name: x.read() for name, x in tensors.items() if not x.shape})
@@ -76,6 +76,7 @@ def read_model(path: str | Path, *, dtype: str = "float32", weights: str = "ema"
         held = form.held(described.model, set(tensors))
         check_tensors(weights_path, tensors, held | {name: leaf.shape for leaf in leaves.values()
                                                      for name in leaf.sources()})
+    check_averages(weights_path, averaged, leaves)
     form.check_held(weights_path, described.model, {name: tensors[name].read() for name in held})
     shardings = None if mesh is None else _shardings(described.model, mesh)
     params = read_params(weights_path, leaves, tensors, jnp.dtype(dtype), shardings)
@@ -85,8 +86,7 @@ def read_model(path: str | Path, *, dtype: str = "float32", weights: str = "ema"
 def read_tokenizer(path: str | Path, described: Described) -> Tokenizer | None:
     """The tokenizer that a published checkpoint brings, None if there is none.
 
-    Its mask is the one that config.json names, else its own; -1 where the network has no such token. UserError if it
-    has ids beyond the vocabulary of the network.
+    Its mask is that of `fitted`. UserError if it has ids beyond the vocabulary of the network.
     """
     path = Path(path)
     if path.suffix == GGUF:
@@ -102,9 +102,17 @@ def read_tokenizer(path: str | Path, described: Described) -> Tokenizer | None:
 
 
 def fitted(tokenizer: Tokenizer, described: Described) -> Tokenizer:
-    """The tokenizer with the mask of a network: what that names, else its own, -1 if the network has no such token."""
-    mask_id = described.mask_id if described.mask_id >= 0 else tokenizer.mask_id
+    """The tokenizer with the mask of a network: what that names, else one that is in the vocabulary of the tokenizer,
+    else -1. A row behind that vocabulary is padding that the network never read: only one that masks nothing may have
+    its id, which no text has."""
+    own = own_mask(tokenizer) if described.objective.masks else tokenizer.mask_id
+    mask_id = described.mask_id if described.mask_id >= 0 else own
     return tokenizer.with_mask(mask_id if mask_id < described.model.vocab_size else -1)
+
+
+def own_mask(tokenizer: Tokenizer) -> int:
+    """The mask token in the vocabulary of a tokenizer; -1 where it has none and would get one on top."""
+    return tokenizer.mask_id if tokenizer.mask_id < tokenizer.size else -1
 
 
 def local(path: str | Path) -> str:
@@ -137,7 +145,7 @@ def download(name: str) -> str:
 def describe(path: str | Path) -> Described:
     """What a published checkpoint is, without its weights. UserError as for `read_model`."""
     config_path, published, form, weights_path, stored = _open(Path(path), False)
-    tensors = plain_names(weights_path, stored, "ema", getattr(form, "rename", str))
+    tensors, _ = plain_names(weights_path, stored, "ema", getattr(form, "rename", str))
     with _makes_sense(config_path, published):
         return form.describe(config_path, published, {name: x.read() for name, x in tensors.items() if not x.shape})
 

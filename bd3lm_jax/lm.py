@@ -16,6 +16,7 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import conditional, estimators, evaluate
 from bd3lm_jax.models import Backbone, trunk
 from bd3lm_jax.published import Described
+from bd3lm_jax.published.leaf import check_mask
 from bd3lm_jax.sampling.auto_size import AUTO
 from bd3lm_jax.step import SpecialIds
 from bd3lm_jax.writing import generation, infill, stream
@@ -295,9 +296,7 @@ class LM:
         return jnp.asarray(ids, jnp.int32)
 
     def _check_mask(self) -> None:
-        if self.config.diffusion.masks and not self.config.diffusion.causal and self.special.mask < 0:
-            raise UserError("this model fills in masked tokens, and neither its config.json (mask_token_id) nor its "
-                            "tokenizer says which token is the mask: name it in config.json")
+        check_mask(self.config.diffusion, self.special.mask)
 
     def _check_sigma(self, sigma, shape) -> jax.Array | None:
         if not trunk.takes_level(self.config.model):

@@ -14,7 +14,7 @@ from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import Backbone
 from bd3lm_jax.program import init_params
-
+from bd3lm_jax.published.leaf import check_mask
 
 PUBLISHED_LENGTH, PUBLISHED_BATCH = 1024, 8  # tokens a row at most, and rows a pass, where nobody says
 
@@ -58,13 +58,15 @@ def restore_published(path: str | os.PathLike, weights: str, mesh: Mesh, length:
     """A published checkpoint as if it were a run of step 0 without a corpus of its own.
 
     length: tokens a row, 0 for its context or PUBLISHED_LENGTH, if that is less. A model with one block a row has
-    blocks of that length. Raises UserError as `hf.read_model`, without a tokenizer, and for a length that does not fit.
+    blocks of that length. Raises UserError as `hf.read_model`, without a tokenizer or the mask token that the objective
+    needs, and for a length that does not fit.
     """
     dtype = passes.compute_dtype("auto")
     found, params = hf.read_model(path, dtype="float32", weights=weights, mesh=mesh)
     tokenizer = hf.read_tokenizer(path, found)
     if tokenizer is None:
         raise UserError(f"{path} brings no tokenizer, which texts need: put its tokenizer.json there")
+    check_mask(found.objective, tokenizer.mask_id)
     length = length or min(found.length, PUBLISHED_LENGTH)
     if length > found.length:
         raise UserError(f"--length={length} is more than the {found.length} tokens that {path} was trained on")

@@ -1,4 +1,5 @@
-"""The run directory: config.json (resolved), tokenizer.json, metrics.jsonl, checkpoints/, samples/, plots/."""
+"""The run directory: config.json (resolved), tokenizer.json (with the chat template that lay beside it), metrics.jsonl,
+checkpoints/, samples/, plots/."""
 
 import contextlib
 import hashlib
@@ -8,11 +9,13 @@ from pathlib import Path
 
 from bd3lm_jax import lock
 from bd3lm_jax.config import Config
+from bd3lm_jax.data.dialogues import CHAT_FILES, chat_files
 from bd3lm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.typed import as_mapping, from_json
 
 CONFIG, TOKENIZER, LOCK = "config.json", "tokenizer.json", "train.lock"
+BEFORE_CONFIG = (TOKENIZER, LOCK, *CHAT_FILES)  # what a run that was killed while it began may have left
 PART = ".tmp"  # a file being written
 ADDED = {  # keys that the run directories of earlier versions lack, with values that mean what these runs did
     "noise": {"adapt": "none", "clip_widths": [0.5, 0.6, 0.7, 0.8, 0.9], "clip_stride": 0.05, "clip_batches": 1,
@@ -54,7 +57,8 @@ def claim(workdir: str | os.PathLike, config: Config, tokenizer: Tokenizer,
         if held is not None:
             held.enter_context(lock.held(path / LOCK))
             _check(path, config, tokenizer)  # whoever had the lock may have made it another run
-        _write(path / TOKENIZER, tokenizer.to_bytes())
+        for name, content in ({TOKENIZER: tokenizer.to_bytes()} | chat_files(config.data.tokenizer)).items():
+            _write(path / name, content)
         resolved = config.to_dict() | {"config_sha256": config.sha256()}
         _write(path / CONFIG, json.dumps(resolved, indent=2).encode() + b"\n")
     except OSError as error:
@@ -71,7 +75,7 @@ def _check(path: Path, config: Config, tokenizer: Tokenizer) -> None:
             raise UserError(f"{path} holds a run of another config ({'; '.join(differing)}; here != there): choose "
                             "another --workdir, or repeat the config it was started with")
         check_tokenizer(tokenizer, there_tokenizer.identity, f"the run in {path}")
-    elif path.is_dir() and any(file.name not in (TOKENIZER, LOCK) and file.suffix != PART for file in path.iterdir()):
+    elif path.is_dir() and any(file.name not in BEFORE_CONFIG and file.suffix != PART for file in path.iterdir()):
         raise UserError(f"{path} is not empty and holds no {CONFIG}: choose another --workdir")
 
 

@@ -12,8 +12,9 @@ DIR is a published checkpoint (config.json, safetensors, tokenizer.json; or a GG
     recipe=mdlm  a diffusion model of whole rows (MDLM, LLaDA): blocks at once, as BD3-LM does (arXiv 2503.09573)
 
 Arguments: from=DIR, recipe=ar|mlm|mdlm, block_size=N or algo=mdlm (one block a row), lora=RANK (low-rank updates of
-frozen weights), steps=N (3000), e.g. --config=configs/adapt.py:from=runs/tiny-ar,block_size=16,lora=8. The text is the
-embedded corpus; another one: --config.data.source=text --config.data.path=FILE.
+frozen weights), shifted=source|block|row|none (docs/adapt.md; recipe=ar has block, the others stay as the source is),
+steps=N (3000), e.g. --config=configs/adapt.py:from=runs/tiny-ar,block_size=16,lora=8. The text is the embedded corpus;
+another one: --config.data.source=text --config.data.path=FILE.
 Hardware: one accelerator for models of some 100M parameters; two CPU cores for toy ones. Time: to be measured.
 Expected: to be measured.
 """
@@ -22,17 +23,21 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-RECIPES = ("ar", "mlm", "mdlm")
+RECIPES = {"ar": "block", "mlm": "source", "mdlm": "source"}  # and how far ahead their outputs are
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    options = common.parse(arg, recipe="ar", block_size=4, algo="bd3lm", lora=0, steps=3000, **{"from": ""})
+    options = common.parse(arg, recipe="ar", block_size=4, algo="bd3lm", lora=0, steps=3000, shifted="",
+                           **{"from": ""})
     source = getattr(options, "from")
     if not source or options.recipe not in RECIPES or options.algo not in ("bd3lm", "mdlm"):
         raise ValueError("expected from=DIR, a published checkpoint or a run directory, recipe=ar, mlm or mdlm and "
                          f"algo=bd3lm or mdlm; got from={source}, recipe={options.recipe}, algo={options.algo}")
+    form = options.shifted or RECIPES[options.recipe]
+    if form not in common.SHIFTED:
+        raise ValueError(f"config argument shifted={form}: expected one of {', '.join(common.SHIFTED)}")
     config = common.base()
-    config.model = ConfigDict({"kind": "init_from"})
+    config.model = ConfigDict({"kind": "init_from", "shifted": common.SHIFTED[form]})
     config.data.update(tokenizer=source, length=256)
     config.diffusion.corruption = "exact_count"
     config.optim.update(lr=1e-3 if options.lora else 1e-4, beta2=0.99, warmup_steps=100, schedule="wsd",
@@ -49,7 +54,6 @@ def get_config(arg: str = "") -> ConfigDict:
 def _set_recipe(config: ConfigDict, recipe: str) -> None:
     size, length, third = config.diffusion.block_size, config.data.length, config.train.steps // 3
     if recipe == "ar":
-        config.model.shifted = "block"
         sizes = [2**n for n in range(size.bit_length()) if size % 2**n == 0 and 2**n < size]
         starts = [index * third // max(len(sizes), 1) for index in range(len(sizes))]
         config.train.block_sizes = (*zip(starts, sizes), (third if sizes else 0, size))

@@ -64,6 +64,7 @@ MODELS = {  # beside the paper's transformer: name -> its `model` section, at th
             "groups": 4, "top_groups": 2, "routed_scale": 2.5, "balance": 0.01, "dropout": 0.0, "rope_base": 10_000.0,
             "norm_eps": 1e-6, "qk_norm": True, "tied": False},
 }
+SHIFTED = {"source": "source", "block": "block", "row": "row", "none": ""}  # argument of adaptations -> model.shifted
 CLIPS = {4: (0.45, 0.95), 16: (0.3, 0.8)}  # the paper's mask probabilities by block size; other sizes: unclipped
 
 

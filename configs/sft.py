@@ -8,12 +8,13 @@
     "
 
 A line of the file is {"prompt": ..., "response": ...} or {"messages": [{"role": ..., "content": ...}, ...]}. DIR is a
-published checkpoint or a run directory; what it predicts from (one token ahead or in place) stays as it is.
+published checkpoint or a run directory. A network whose outputs are one token ahead (a causal one, Dream) stays so:
+shifted=source; or say it, shifted=block|row|none (docs/adapt.md), also as --config.model.shifted=block.
 
 Arguments: from=DIR, algo=bd3lm (blocks; block_size=N) | llada (arXiv 2502.09992: one dialogue a row, the rest of it end
 tokens that are learnt, each answer divided by its length) | ar, template=plain|chat|joined (data/dialogues.py; chat
-needs jinja2 and a chat template in DIR), lora=RANK. The blocks and ar pack dialogues into rows that do not see each
-other.
+needs jinja2 and a chat template in DIR), shifted=source|block|row|none, lora=RANK. The blocks and ar pack dialogues
+into rows that do not see each other.
 Hardware: one accelerator; two CPU cores for toy models. Time: to be measured. Expected: to be measured.
 """
 
@@ -25,12 +26,14 @@ TEMPLATES = {"plain": "plain", "chat": "chat", "joined": ""}
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    options = common.parse(arg, **{"from": "", "block_size": 4, "algo": "bd3lm", "template": "plain", "lora": 0})
+    options = common.parse(arg, **{"from": "", "block_size": 4, "algo": "bd3lm", "template": "plain", "lora": 0,
+                                     "shifted": "source"})
     source = getattr(options, "from")
-    if not source or options.algo not in ("bd3lm", "llada", "ar") or options.template not in TEMPLATES:
-        raise ValueError("expected from=DIR, a published checkpoint or a run directory, algo=bd3lm, llada or ar, and "
-                         f"template={', '.join(TEMPLATES)}; got from={source}, algo={options.algo}, "
-                         f"template={options.template}")
+    known = options.template in TEMPLATES and options.shifted in common.SHIFTED
+    if not source or options.algo not in ("bd3lm", "llada", "ar") or not known:
+        raise ValueError("expected from=DIR, a published checkpoint or a run directory, algo=bd3lm, llada or ar, "
+                         f"template={', '.join(TEMPLATES)}, and shifted={', '.join(common.SHIFTED)}; got "
+                         f"from={source}, algo={options.algo}, template={options.template}, shifted={options.shifted}")
     config = common.base()
     config.data.update(source="sft", path="dialogues.jsonl", name=TEMPLATES[options.template], tokenizer=source,
                        length=512, layout="pad" if options.algo == "llada" else "pack")
@@ -42,7 +45,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.checkpoint.every = 500
     config.eval.update(every=500, rows=64, batch=16, draws=4)
     common.set_algo(config, options.algo, options.block_size)
-    config.model = ConfigDict({"kind": "init_from"})
+    config.model = ConfigDict({"kind": "init_from", "shifted": common.SHIFTED[options.shifted]})
     if options.algo == "llada":
         config.diffusion.update(sft=True, random_length=0.0, normalise="answer")
     return config

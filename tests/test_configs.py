@@ -208,20 +208,43 @@ WHOLE_ROW = GOLDEN / "bd3lm_block32_is_mdlm"
     ("sft", "from={mdlm},algo=llada,lora=4", {"diffusion.sft": True, "data.layout": "pad",
                                               "diffusion.normalise": "answer", "diffusion.block_size": 512}),
     ("sft", "from={ar},algo=ar,template=chat", {"data.name": "chat", "diffusion.kind": "ar", "model.adaln": False}),
+    ("sft", "from={ar}", {"model.shifted": "block"}), ("sft", "from={ar},shifted=none", {"model.shifted": ""}),
+    ("sft", "from={ar},algo=llada", {"model.shifted": "block"}), ("sft", "from={ar},algo=ar", {"model.shifted": ""}),
+    ("sft", "from={mdlm},lora=4", {"model.shifted": ""}), ("sft", "from={dream}", {"model.shifted": "block"}),
+    ("sft", "from={dream},algo=llada", {"model.shifted": "row"}), ("sft", "from={bert}", {"data.length": 24}),
+    ("adapt", "from={dream},recipe=mdlm", {"model.shifted": "block", "diffusion.block_size": 4}),
+    ("adapt", "from={dream},recipe=mdlm,shifted=block", {"model.shifted": "block", "diffusion.block_size": 4}),
+    ("adapt", "from={dream},recipe=mdlm,algo=mdlm", {"model.shifted": "row", "diffusion.block_size": 256}),
+    ("adapt", "from={dream},recipe=mdlm,algo=mdlm,shifted=none", {"model.shifted": ""}),
+    ("adapt", "from={ar},shifted=none", {"model.shifted": "", "train.anneal_steps": 1000}),
+    ("adapt", "from={ar},shifted=row,algo=mdlm", {"model.shifted": "row"}),
+    ("adapt", "from={bert},recipe=mlm", {"data.length": 24, "train.block_sizes": ((0, 24), (1000, 4))}),
     ("roberta_wikitext", "from={mdlm},text=raw", {"data.name": "", "diffusion.protected": 16, "data.length": 256}),
     ("roberta_wikitext", "from={mdlm},rates=fixed", {"diffusion.rates": (0.15,), "data.name": "wikitext"}),
 ])
 def test_adaptations_take_the_network_of_their_source(name, arg, expected):
     if "block_size=12" in arg:
         expected = expected | {"data.length": 252}
-    given = ADAPTING[name].get_config(arg.format(ar=GOLDEN / "ar", mdlm=WHOLE_ROW))
+    given = ADAPTING[name].get_config(arg.format(
+        ar=GOLDEN / "ar", mdlm=WHOLE_ROW, dream=GOLDEN / "hf/dream", bert=GOLDEN / "hf/bert"))
     given.data.length = expected.get("data.length", given.data.length)
+    if "{bert}" in arg and given.train.block_sizes:
+        given.train.block_sizes = expected["train.block_sizes"]
     config = Config.from_dict(given)
     flat = flatten(config.to_dict())
     assert {key: flat[key] for key in expected} == expected
     assert config.train.init_from == config.data.tokenizer and config.model.layers == 2
     assert Config.from_dict(config.to_dict()) == config
     make_schedule(config.optim, config.train.steps)
+
+
+def test_the_form_of_outputs_can_be_set_on_the_command_line():
+    for module in (sft, adapt):
+        config = load_config(f"{module.__file__}:from={GOLDEN / 'ar'}", ["--config.model.shifted=row",
+                                                                         "--config.diffusion.block_size=32",
+                                                                         "--config.data.length=32",
+                                                                         "--config.train.block_sizes=()"])
+        assert config.model.shifted == "row"
 
 
 @pytest.mark.parametrize(("arg", "block_size"), [("", 144), ("block_size=16,algo=bd3lm", 16)])
@@ -242,7 +265,9 @@ def test_without_its_package_the_command_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize(("config", "arg", "message"), [
     (adapt, "", "expected from=DIR"), (adapt, "from=x,recipe=gpt", "recipe=ar, mlm or mdlm"),
     (adapt, "from=x,algo=sedd", "algo=bd3lm or mdlm"), (sft, "from=x,template=y", "template=plain, chat, joined"),
-    (sft, "", "expected from=DIR"), (roberta_wikitext, "text=clean", "text=detokenised or raw"),
+    (sft, "", "expected from=DIR"), (sft, "from=x,shifted=back", "source, block, row, none; got.* shifted=back"),
+    (adapt, "from=x,shifted=back", "argument shifted=back: expected one of source, block, row, none"),
+    (roberta_wikitext, "text=clean", "text=detokenised or raw"),
     (roberta_wikitext, "rates=five", "rates=ten or fixed"),
 ])
 def test_bad_arguments_of_adaptations(config, arg, message):

@@ -12,9 +12,11 @@ from safetensors.numpy import load_file, save_file
 
 import bd3lm_jax
 from bd3lm_jax import hf
+from bd3lm_jax.config import DataConfig
 from bd3lm_jax.convert import convert
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.published.bd3lm import CONFIG_KEYS, INV_FREQ
+from bd3lm_jax.published.card import Origin, base_name, card
 from configs.common import base
 from word_tokenizer import write_tokenizer
 
@@ -162,8 +164,76 @@ def test_the_card(tmp_path):
     assert "None were recorded" in _card_of(source, tmp_path / "plain")
 
 
-def _card_of(source, target):
-    converted(source, target)
+@pytest.mark.parametrize("step, ema, weights, known", [
+    (0, 0.5, "ema", True), (0, 0.5, "params", False), (0, 0.0, "params", True), (7, 0.5, "ema", False),
+])
+def test_figures_are_those_of_the_weights(tmp_path, step, ema, weights, known):
+    """A run whose checkpoint is of step 0 and whose report speaks of the average, where one is kept, of some step."""
+    converted(with_tokenizer(tmp_path, "bd3lm_block4", 66), tmp_path / "run", form="native")
+    changed_config(tmp_path / "run", optim={"ema": ema})
+    numbers = {"nll": 4.25, "nll_ci95": [4.0, 4.5], "ppl": 70.1, "ppl_ci95": [54.6, 90.0], "bits_per_byte": 1.5,
+               "estimator": "exact_count", "documents": 7}
+    (tmp_path / "run" / "report.json").write_text(json.dumps({"step": step, "valid": numbers}))
+    text = _card_of(tmp_path / "run", tmp_path / "out", weights=weights)
+    assert ("| valid | 4.2500 |" in text, "None were recorded with these weights" in text) == (known, not known)
+
+
+@pytest.mark.parametrize("source, rank, name, said", [
+    ("", 0, "", "\nWritten from the run `run`, trained for 3 updates on the austen corpus: rows of 256 tokens of the "
+     "tokenizer `bpe:2048`"),
+    ("/home/someone/models/gpt2/", 0, "gpt2", "\nAdapted from `gpt2`. Written"),
+    ("weights/small.gguf", 4, "small.gguf", "\nAdapted from `small.gguf` by updates of rank 4 (LoRA), merged into its "
+     "weights. Written"),
+    ("/cache/hub/models--org--my--model/snapshots/0a1b", 0, "org/my--model", "`org/my--model`. Written"),
+])
+def test_the_card_names_what_was_adapted(source, rank, name, said):
+    values = base().to_dict()["data"]
+    data = DataConfig(**values | {"tokenizer": source, "source": "text", "path": "/home/someone/a.txt"} if name
+                      else values)
+    origin = Origin("run", data, 3, {}, base_name(source) if source else "", rank)
+    text = card("named", hf.describe(GOLDEN / "bd3lm_block4"), 10, "float32", origin, True)
+    assert said in text and "/home" not in text and "/cache" not in text
+    assert f'\nbase_model: "{name}"\n---' in text if name else "base_model" not in text
+
+
+def test_an_adapted_run_names_its_source(tmp_path):
+    converted(with_tokenizer(tmp_path, "bd3lm_block4", 66), tmp_path / "run", form="native")
+    changed_config(tmp_path / "run", train={"init_from": str(tmp_path / "source")})
+    text = _card_of(tmp_path / "run", tmp_path / "out")
+    assert "Adapted from `source`. Written from the run `run`" in text and str(tmp_path) not in text
+    assert text.startswith("---\n") and 'base_model: "source"' in text.split("---")[1]
+
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_chat_template_is_handed_back(tmp_path, apart):
+    """In tokenizer_config.json or in a file of its own: out of a directory, into a run, and out of the run again."""
+    source = with_tokenizer(tmp_path, "bd3lm_block4", 66)
+    config = {"eos_token": "<|endoftext|>", "bos_token": "w1"} | ({} if apart else {"chat_template": TEMPLATE})
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    (source / "added_tokens.json").write_text('{"w3": 3}')
+    if apart:
+        (source / "chat_template.jinja").write_text(TEMPLATE)
+    converted(source, tmp_path / "copy")
+    for name in ("tokenizer_config.json", "added_tokens.json", *["chat_template.jinja"] * apart):
+        assert (tmp_path / "copy" / name).read_bytes() == (source / name).read_bytes()
+    converted(source, tmp_path / "run", form="native")
+    converted(tmp_path / "run", tmp_path / "back")
+    given = json.loads((tmp_path / "back" / "tokenizer_config.json").read_text())
+    assert {key: given[key] for key in config} == config
+    assert (tmp_path / "back" / "chat_template.jinja").exists() == apart
+    assert not apart or (tmp_path / "back" / "chat_template.jinja").read_text() == TEMPLATE
+
+
+def changed_config(run, **sections):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {key: config[key] | x for key, x in sections.items()}))
+
+
+def _card_of(source, target, **changes):
+    converted(source, target, **changes)
     return (target / "README.md").read_text()
 
 

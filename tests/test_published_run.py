@@ -12,6 +12,7 @@ from scipy.special import log_softmax
 
 import bd3lm_jax
 from bd3lm_jax import hf
+from bd3lm_jax.convert import TOKENIZER_FILES
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import density_study, variance
 from bd3lm_jax.evaluation.scorer import Scorer
@@ -68,6 +69,25 @@ def test_likelihood_of_a_text(tmp_path, capsys):
     found = result_of(capsys, "eval", f"--workdir={directory}", f"--data={tmp_path / 'text.txt'}", f"--length={LENGTH}")
     assert (found["tokens"], found["length"], found["estimator"], found["step"]) == (count, LENGTH, "nll", 0)
     assert found["nll"] == pytest.approx(nats / count, rel=1e-5)
+
+
+def test_a_mask_token_is_never_invented(tmp_path, capsys):
+    """LLaDA without mask_token_id: rows 57 and 58 lie behind the 57 tokens of its tokenizer and are nobody's mask."""
+    directory = published(tmp_path, "hf/llada", 57)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"mask_token_id": None}))
+    write_words(tmp_path / "text.txt", 4)
+    lm = bd3lm_jax.load(directory)
+    assert (lm.special.mask, lm.special.end) == (-1, 56) and lm.logits([[1, 2]]).shape == (1, 2, 59)
+    with pytest.raises(UserError, match="this model fills in masked tokens, and neither its config.json"):
+        lm.nll([[1, 2]])
+    for argv in (["eval", f"--workdir={directory}", f"--data={tmp_path / 'text.txt'}"],
+                 ["convert", f"--from={directory}", f"--to={tmp_path / 'run'}", "--format=native"]):
+        code, _, err = run(capsys, *argv)
+        assert code != 0 and "says which token is the mask: name it in config.json" in err
+    assert not (tmp_path / "run").exists()
+    shutil.rmtree(directory)
+    assert bd3lm_jax.load(published(tmp_path, "hf/roberta", 59, "<mask>")).special.mask == 57
 
 
 def test_bound_of_a_block_model(tmp_path, capsys):
@@ -189,6 +209,7 @@ def test_names_on_the_hub(monkeypatch):
         GOLDEN / "hf" / "llama"))
     assert bd3lm_jax.load("some-org/some.model").context == 96
     assert asked == [("some-org/some.model", hf.HUB_FILES)] and not any("bin" in one for one in hf.HUB_FILES)
+    assert all(any(map(Path(name).match, hf.HUB_FILES)) for name in TOKENIZER_FILES)  # what `convert` hands on
 
 
 @pytest.mark.parametrize("path", ["nowhere", "a/b/c", "runs/nowhere", str(GOLDEN / "nowhere")])

@@ -46,6 +46,25 @@ def test_what_all_processes_must_see_there(tmp_path, config):
     assert rundir.visible(tmp_path / "run")["config.json"] != first["config.json"]
 
 
+def test_a_chat_template_beside_the_tokenizer_is_kept(tmp_path, config):
+    """With the names of the tokens that it writes; what lies beside a tokenizer without one is not."""
+    source, kept = tmp_path / "source", {"chat_template.jinja", "tokenizer_config.json"}
+    source.mkdir()
+    BYTES.save(source / "tokenizer.json")
+    (source / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    for index, spec in enumerate((source, source / "tokenizer.json")):
+        ours = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(spec)))
+        rundir.claim(tmp_path / f"without{index}", ours, BYTES)
+        assert not kept & {path.name for path in (tmp_path / f"without{index}").iterdir()}
+        (source / "chat_template.jinja").write_text("{{ bos_token }}")
+        rundir.claim(tmp_path / f"with{index}", ours, BYTES)
+        for name in kept:
+            assert (tmp_path / f"with{index}" / name).read_bytes() == (source / name).read_bytes()
+        (tmp_path / f"with{index}" / "config.json").unlink()
+        rundir.claim(tmp_path / f"with{index}", ours, BYTES)  # killed before the config was written
+        (source / "chat_template.jinja").unlink()
+
+
 def test_a_claim_may_be_repeated_with_what_does_not_change_the_run(tmp_path, config):
     workdir = tmp_path / "run"
     rundir.claim(workdir, config, BYTES)

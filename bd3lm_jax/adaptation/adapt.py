@@ -5,13 +5,16 @@ A mask token that the source never read begins as the mean of all embeddings plu
 """
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from bd3lm_jax import hf, models, rundir
-from bd3lm_jax.config import Config
+from bd3lm_jax.adaptation import shifted
+from bd3lm_jax.config import SAME, Config
 from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.log import note
@@ -42,6 +45,21 @@ def read_source(path: str) -> Source:
     return Source(path, True, described.model, described.objective, described.length, described.mask_id)
 
 
+def network_of(given: Mapping, path: str, objective: Any, length: int) -> dict:
+    """The section `model` of the network in `train.init_from`, with what is given beside `kind` in its place;
+    shifted="source" becomes the form that it has under an objective with rows of `length` tokens (`shifted.kept`)."""
+    if not path:
+        raise UserError(f"model.kind='{SAME}' takes the network of train.init_from, which is ''")
+    source = read_source(path)
+    own = {"kind": source.model.kind, **dataclasses.asdict(source.model)}
+    given = {key: x for key, x in given.items() if key != "kind"}
+    if given.get("shifted") == shifted.SOURCE:
+        del given["shifted"]
+        if "shifted" in own:
+            given["shifted"] = shifted.kept(source.model, source.objective.causal, objective, length)
+    return {**own, **given}
+
+
 def masking(config: Config, tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer with the mask token that `train.init_from` was trained with, where that names one; with one behind
     its vocabulary if it has none and the objective of the config needs it."""
@@ -54,7 +72,8 @@ def masking(config: Config, tokenizer: Tokenizer) -> Tokenizer:
 
 
 def check_source(config: Config, tokenizer: Tokenizer) -> None:
-    """UserError unless `train.init_from` holds weights for the network of a config, and a run its tokenizer."""
+    """UserError unless `train.init_from` holds weights for the network of a config, and was made with its tokenizer (a
+    published checkpoint may bring none; which token is its mask need not be the same)."""
     source = read_source(config.train.init_from)
     name = f"train.init_from={source.path}"
     ours, theirs = ({"kind": model.kind, **dataclasses.asdict(model)} for model in (config.model, source.model))
@@ -69,6 +88,10 @@ def check_source(config: Config, tokenizer: Tokenizer) -> None:
         raise UserError(f"data.length={config.data.length}, but {name} was made for rows of at most {source.length} "
                         "tokens: shorten the rows")
     if source.published:
+        theirs = hf.read_tokenizer(source.path, hf.describe(source.path))
+        if theirs is not None and _decisive(theirs) != _decisive(tokenizer):
+            raise UserError(f"data.tokenizer='{config.data.tokenizer}' is not the tokenizer of {name}: ids would mean "
+                            f"other text; use data.tokenizer={source.path}")
         return
     rundir.check_tokenizer(tokenizer, masking(config, rundir.read(source.path)[1]).identity, name)
     from bd3lm_jax.checkpoint import Checkpoints
@@ -76,6 +99,13 @@ def check_source(config: Config, tokenizer: Tokenizer) -> None:
     with Checkpoints(source.path, 1, read_only=True) as checkpoints:
         if checkpoints.latest_step() is None:
             raise UserError(f"{name} holds no checkpoint: train it first")
+
+
+def _decisive(tokenizer: Tokenizer) -> dict:
+    """What decides the ids of a text: neither the name of the tokenizer, nor its mask, nor what it never does."""
+    content = json.loads(tokenizer.to_bytes())
+    model = json.loads(content.get("model", "{}")) | dict.fromkeys(("padding", "truncation"))
+    return {"model": model, "end_id": content["end_id"]}
 
 
 def first_weights(config: Config, model: Backbone, tokenizer: Tokenizer, abstract: dict,
@@ -95,12 +125,19 @@ def first_weights(config: Config, model: Backbone, tokenizer: Tokenizer, abstrac
     note(f"starting from the weights of {source.path}{step}")
     axes, known = vocabulary_axes(model), source.model.vocab_size
     found = jax.tree.map(_grown, found, abstract, axes)
-    if config.diffusion.masks and (mask_id >= known or not source.objective.masks):
+    if config.diffusion.masks and (mask_id >= known or not _knows_mask(source, tokenizer)):
         rows = min(known, tokenizer.size)
         note(f"mask token {mask_id}: {'a new row' if mask_id >= known else 'a row that was never read'}, now the mean "
              f"of {rows - (mask_id < rows)} embeddings plus noise")
         found = with_mask_row(found, axes, mask_id, rows, config.seed)
     return jax.device_put(found, jax.tree.map(lambda x: x.sharding, abstract))
+
+
+def _knows_mask(source: Source, tokenizer: Tokenizer) -> bool:
+    """Whether the source was trained with the mask token of the tokenizer: a published network that names none was if
+    the token is in the vocabulary; a row behind it is padding."""
+    named = not source.published or source.mask_id >= 0
+    return source.objective.masks and (named or hf.own_mask(tokenizer) >= 0)
 
 
 def vocabulary_axes(model: Backbone) -> dict:

@@ -16,6 +16,7 @@ from bd3lm_jax.errors import UserError, lookup
 from bd3lm_jax.typed import check_characters, from_json
 
 ANSWERS = "assistant"  # the role whose messages are answers
+TEMPLATE_FILE, CONFIG_FILE = CHAT_FILES = "chat_template.jinja", "tokenizer_config.json"
 ROLES = ("system", "user", ANSWERS)
 
 Messages = list[dict[str, str]]
@@ -119,10 +120,8 @@ def chat_template(directory: Path) -> tuple[Callable[[Messages, bool], str], str
     """The chat template of a tokenizer's directory: `f(messages, whether an answer is to follow) -> text`, and its
     source. UserError if there is none, or no jinja2 to run it."""
     directory = directory if directory.is_dir() else directory.parent
-    config = _config(directory / "tokenizer_config.json")
-    file = directory / "chat_template.jinja"
-    source = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
-    if not isinstance(source, str):
+    config, source = _template_in(directory)
+    if source is None:
         raise UserError(f"{directory} holds no chat template (chat_template in tokenizer_config.json): use data.name="
                         "'plain'")
     try:
@@ -150,6 +149,23 @@ def chat_template(directory: Path) -> tuple[Callable[[Messages, bool], str], str
             raise UserError(f"the chat template of {directory} refuses a dialogue: {error}") from None
 
     return render, source
+
+
+def chat_files(tokenizer: str | Path) -> dict[str, bytes]:
+    """Name -> content of the files that say how a dialogue is written, in or beside `data.tokenizer`; {} if it is no
+    path, or none of its files holds a chat template. UserError for JSON that cannot be read."""
+    path = Path(tokenizer)
+    directory = path if path.is_dir() else path.parent
+    if not path.exists() or _template_in(directory)[1] is None:
+        return {}
+    return {name: (directory / name).read_bytes() for name in CHAT_FILES if (directory / name).exists()}
+
+
+def _template_in(directory: Path) -> tuple[dict, str | None]:
+    """tokenizer_config.json of a directory, {} without one; and the source of its chat template, if there is one."""
+    file, config = directory / TEMPLATE_FILE, _config(directory / CONFIG_FILE)
+    source = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
+    return config, source if isinstance(source, str) else None
 
 
 def _config(path: Path) -> dict:

@@ -1,5 +1,7 @@
 """The model card of a written checkpoint: what it is, on what it was trained, what it measured, how to load it."""
 
+import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from bd3lm_jax.published.leaf import Described
@@ -9,12 +11,13 @@ library_name: bd3lm_jax
 pipeline_tag: text-generation
 tags:
 - {tag}
----
+{base}---
 
 # {name}
 
 {what}
 """
+HUB_CACHE = "models--"  # begins the names of its directories
 LOAD = """
 ## How to load
 
@@ -31,12 +34,23 @@ On the command line: `{command}`.
 
 class Origin(NamedTuple):
     """Where a model comes from. data: the data section of its run, None if it is no run's; step: updates it was trained
-    for; results: split -> figures of its report (`nll`, `nll_ci95`, ...), {} for none."""
+    for; results: split -> figures of its report (`nll`, `nll_ci95`, ...), {} for none; base: the model whose weights
+    it began with, "" if they were random; lora_rank: of the updates of these, 0 if all were trained."""
 
     source: str
     data: Any
     step: int | None
     results: dict[str, dict]
+    base: str
+    lora_rank: int
+
+
+def base_name(source: str) -> str:
+    """What a card calls the weights in a directory or file: "organisation/name" in the cache of the Hugging Face Hub,
+    else the last part of the path, as the others say nothing elsewhere."""
+    path = Path(source).absolute()
+    cached = [part.removeprefix(HUB_CACHE) for part in path.parts if part.startswith(HUB_CACHE)]
+    return cached[-1].replace("--", "/", 1) if cached else path.name
 
 
 def card(name: str, described: Described, num_params: int, dtype: str, origin: Origin, has_tokenizer: bool) -> str:
@@ -54,7 +68,8 @@ def card(name: str, described: Described, num_params: int, dtype: str, origin: O
             + (f", mask token {described.mask_id}." if described.mask_id >= 0 else "."))
     if objective.causal and objective.bos:
         what += " It was trained with the end token before every text: give it first."
-    text = HEAD.format(name=name, tag=tag, what=what) + f"\n## Training\n\n{_training(origin)}\n"
+    base = f"base_model: {json.dumps(origin.base)}\n" if origin.base else ""
+    text = HEAD.format(name=name, tag=tag, what=what, base=base) + f"\n## Training\n\n{_training(origin)}\n"
     text += "\n## Results\n\n" + _results(origin.results)
     use = 'print(lm.generate(["Once"], length=64)[0].text)' if has_tokenizer else "print(lm.logits([[0, 1, 2]]).shape)"
     return text + LOAD.format(name=name, use=use, command=f"python -m launch sample --workdir={name}" if has_tokenizer
@@ -65,10 +80,12 @@ def _training(origin: Origin) -> str:
     if origin.data is None:
         return f"Converted from `{origin.source}`, with the weights it had; see there for its data."
     data = origin.data
-    which = data.name or data.path
+    which = data.name or data.path and base_name(data.path)
     corpus = f"the {data.source} corpus" + (f" (`{which}`)" if which else "")
-    return (f"Written from the run `{origin.source}`, trained for {origin.step:,} updates on {corpus}: rows of "
-            f"{data.length} tokens of the tokenizer `{data.tokenizer}`, layout `{data.layout}`.")
+    rank = f" by updates of rank {origin.lora_rank} (LoRA), merged into its weights" if origin.lora_rank else ""
+    adapted = f"Adapted from `{origin.base}`{rank}. " if origin.base else ""
+    return (f"{adapted}Written from the run `{origin.source}`, trained for {origin.step:,} updates on {corpus}: rows "
+            f"of {data.length} tokens of the tokenizer `{base_name(data.tokenizer)}`, layout `{data.layout}`.")
 
 
 def _results(results: dict[str, dict]) -> str:

@@ -95,6 +95,13 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def check_mask(objective: Any, mask_id: int) -> None:
+    """UserError for an objective that masks tokens without a mask token (id below 0)."""
+    require(not objective.masks or objective.causal or mask_id >= 0,
+            "this model fills in masked tokens, and neither its config.json (mask_token_id) nor its tokenizer says "
+            "which token is the mask: name it in config.json")
+
+
 def check_keys(path, published: dict, wanted: dict[str, type]) -> None:
     """UserError unless every key is there with its type; a whole number may stand for a float."""
     for key, kind in wanted.items():

@@ -18,9 +18,9 @@ FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
 
 
 def plain_names(path: Path, stored: dict[str, Stored], weights: str, rename: Callable[[str], str]
-                ) -> dict[str, Stored]:
+                ) -> tuple[dict[str, Stored], set[str]]:
     """The tensors under their published names of today (`rename` knows older ones), with weights="ema" averaged ones in
-    place of the others if there are any.
+    place of the others if there are any; and the names of those that were put in place.
 
     Raises UserError if a name is there twice or an averaged tensor belongs to none of the others.
     """
@@ -33,7 +33,15 @@ def plain_names(path: Path, stored: dict[str, Stored], weights: str, rename: Cal
     averaged = {name.removeprefix(EMA): tensors.pop(name) for name in list(tensors) if name.startswith(EMA)}
     alone = sorted(averaged.keys() - tensors.keys())
     require(not alone, f"{path}: averaged tensors without the plain ones: {_named([EMA + name for name in alone])}")
-    return tensors | averaged if weights == "ema" else tensors
+    return (tensors | averaged, set(averaged)) if weights == "ema" else (tensors, set())
+
+
+def check_averages(path: Path, averaged: set[str], leaves: dict[str, Leaf]) -> None:
+    """UserError if some parameters are averaged and others are not: together they are no network. Tensors beside
+    parameters have no averages."""
+    missing = sorted({name for leaf in leaves.values() for name in leaf.sources()} - averaged)
+    require(not averaged or not missing, f"{path}: averaged tensors (\"{EMA}\") are there for some parameters and "
+            f"missing for {_named(missing)}: take the others, weights='params', or a complete release")
 
 
 def check_tensors(path: Path, tensors: dict[str, Stored], expected: dict[str, tuple[int, ...]]) -> None:

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 from toy_runs import AR, END, MASK, toy_config, toy_dict, write_text
+from word_tokenizer import write_tokenizer
 
 import bd3lm_jax
 from bd3lm_jax import hf, models, rundir
@@ -18,7 +20,8 @@ from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.config import Config
 from bd3lm_jax.data.loader import Loader
 from bd3lm_jax.data.prepare import prepare
-from bd3lm_jax.data.tokenizers import ByteTokenizer
+from bd3lm_jax.data.tokenizers import ByteTokenizer, load_tokenizer
+from bd3lm_jax.diffusion import AR as Autoregression
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.log import read_metrics
 from bd3lm_jax.models import trunk
@@ -64,7 +67,8 @@ def published(directory: Path, name: str, vocab_size: int) -> Path:
             x = np.resize(x, [vocab_size if i in at else n for i, n in enumerate(x.shape)])
         grown[key] = x
     save_file(grown, directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps(config | {"vocab_size": vocab_size}))
+    sizes = {key: vocab_size for key in ("vocab_size", "embedding_size") if key in config}
+    (directory / "config.json").write_text(json.dumps(config | sizes))
     ByteTokenizer().save(directory / "tokenizer.json")
     return directory
 
@@ -141,6 +145,59 @@ def test_a_published_checkpoint_without_a_mask_token_gets_one(home, tmp_path, ca
     np.testing.assert_allclose(new["embed"]["embedding"][257], old["embed"]["embedding"][:257].mean(0), atol=0.05)
 
 
+def test_padding_is_no_mask_token(home, tmp_path, capsys):
+    """LLaDA that names no mask, with 257 tokens and rows up to 264: row 257 was never read, so it is drawn anew."""
+    source = published(tmp_path / "llada", "hf/llada", 264)
+    config = json.loads((source / "config.json").read_text())
+    named = config.pop("mask_token_id")
+    assert hf.read_tokenizer(source, hf.describe(write_config(source, config))).mask_id == -1
+    old = np.asarray(hf.read_model(source)[1]["embed"]["embedding"])
+    found = {}
+    for mask_id in (None, named):
+        write_config(source, config | {"mask_token_id": mask_id})
+        ours = Config.from_dict(start(home, source))
+        tokenizer = adapt.masking(ours, ByteTokenizer())
+        model = models.build(ours.model, jnp.float32)
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(jax.devices()[0])),
+            jax.eval_shape(lambda: trunk.init(model, jax.random.key(0))))
+        found[tokenizer.mask_id] = adapt.first_weights(ours, model, tokenizer, abstract, None)["embed"]["embedding"]
+        said = capsys.readouterr().err
+        assert ("mask token 257: a row that was never read, now the mean of 257" in said) == (mask_id is None)
+    np.testing.assert_array_equal(found[named], old)
+    np.testing.assert_array_equal(np.delete(found[257], 257, 0), np.delete(old, 257, 0))
+    z = (np.asarray(found[257])[257] - old[:257].mean(0)) / (adapt.NOISE * old[:257].std(0))
+    assert 0.6 < z.std() < 1.5 and np.abs(z).max() < 5
+
+
+def test_a_tokenizer_is_known_by_its_ids(home, tmp_path):
+    """Its name, its layout as JSON, padding and mask say nothing of the ids; another word or end token does."""
+    source = published(tmp_path / "llama", "hf/llama", 59)
+    write_tokenizer(source, 59)
+    content = json.loads((source / "tokenizer.json").read_text())
+    other = tmp_path / "words.json"
+
+    def check(content, end):
+        other.write_text(json.dumps(content, indent=4))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+        config = Config.from_dict(start(home, source, **{"data.tokenizer": str(other)}))
+        adapt.check_source(config, adapt.masking(config, load_tokenizer(other)))
+
+    content["truncation"] = {"max_length": 8, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}
+    check(content, "<|endoftext|>")
+    vocab = content["model"]["vocab"]
+    swapped = vocab | {"w3": vocab["w4"], "w4": vocab["w3"]}
+    other_words = content | {"model": content["model"] | {"vocab": swapped}}
+    for changed, end in ((content, "w7"), (other_words, "<|endoftext|>")):
+        with pytest.raises(UserError, match="words.json' is not the tokenizer of train.init_from=.*llama: ids"):
+            check(changed, end)
+
+
+def write_config(directory, config):
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
 @pytest.mark.ci_slow
 def test_a_published_masked_model_keeps_its_mask_token(home, tmp_path):
     """MDLM -> BD3-LM: the bound of one block a row becomes that of blocks of four, with all weights as published."""
@@ -177,6 +234,29 @@ def test_a_causal_model_starts_at_its_own_likelihood(home, tmp_path, name):
 
 
 @pytest.mark.ci_slow
+def test_dream_is_cut_into_blocks(home, tmp_path):
+    """Its outputs stay one token ahead ("row" becomes "block"): blocks of one token begin at the loss that the same
+    weights have in the published network, causal and behind an end token, as those of any causal network do."""
+    source = published(tmp_path / "dream", "hf/dream", 258)
+    changes = {"data.length": 24, "train.batch": 4, "eval.rows": 4, "diffusion.block_size": 1}
+    config = Config.from_dict(start(home, source, **changes) | {"model": {**SAME, "shifted": "source"}})
+    assert (hf.describe(source).model.shifted, config.model.shifted) == ("row", "block")
+    train(config, str(tmp_path / "run"))
+    plain = hf.describe(source)
+    model = dataclasses.replace(plain.model, shifted="")
+    ar = bd3lm_jax.lm.published(plain._replace(model=model, objective=Autoregression(bos=True)),
+                                hf.read_model(source)[1], ByteTokenizer(), "float32")
+    rows = prepare(config.data, "train", 1, ByteTokenizer())
+    tokens = Loader(rows, 4, config.seed, None).get(0)[1]["tokens"]
+    inputs = np.concatenate([np.full((4, 1), END), tokens[:, :-1]], axis=1)
+    logits = np.array(ar.logits(inputs), np.float64)
+    logits[..., adapt.masking(config, ByteTokenizer()).mask_id] = -np.inf
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nll = -np.take_along_axis(log_p, tokens[..., None], -1).mean()
+    assert read_metrics(tmp_path / "run")[-1]["train/loss"] == pytest.approx(nll, rel=1e-5)
+
+
+@pytest.mark.ci_slow
 def test_continuing_does_not_start_again(home, ar_run, tmp_path):
     config = start(home, ar_run, **{"optim.lr": 1e-2})
     train(Config.from_dict(config), str(tmp_path / "run"))
@@ -195,6 +275,10 @@ def test_what_does_not_fit_is_refused(home, ar_run, tmp_path):
     source = published(tmp_path / "ar", "ar", 257)
     with pytest.raises(UserError, match="data.length=64, but train.init_from=.* at most 32 tokens: shorten the rows"):
         train(Config.from_dict(start(home, source, **{"data.length": 64})), str(tmp_path / "run"))
+    write_tokenizer(source, 257)
+    with pytest.raises(UserError, match="data.tokenizer='bytes' is not the tokenizer of train.init_from=.*: ids would "
+                                        "mean other text; use data.tokenizer=.*ar$"):
+        train(Config.from_dict(start(home, source)), str(tmp_path / "run"))
     small = published(tmp_path / "small", "ar", 200)
     with pytest.raises(UserError, match="model.vocab_size=200 is smaller than the 258 ids of tokenizer 'bytes'"):
         train(Config.from_dict(start(home, small)), str(tmp_path / "run"))

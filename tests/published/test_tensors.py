@@ -1,6 +1,7 @@
 """What is read from files: several with an index, pickles, averages, dtypes, meshes; a clear error for each damage."""
 
 import json
+import re
 import shutil
 import sys
 import types
@@ -15,11 +16,12 @@ from safetensors.numpy import load_file, save_file
 import bd3lm_jax
 from bd3lm_jax import hf
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.published.pickles import BUFFERS
 from toy_runs import run_python
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 SOURCE = GOLDEN / "bd3lm_block4"
-NORM, BIAS = "backbone.output_layer.norm_final.weight", "backbone.output_layer.linear.bias"
+NORM = "backbone.output_layer.norm_final.weight"
 
 
 def tensors_of(path=SOURCE):
@@ -130,17 +132,34 @@ def test_other_dtypes_are_refused(tmp_path, dtype, width, message):
 
 
 def test_averages_are_taken_unless_asked_otherwise(tmp_path):
+    """Every parameter has one; the frequencies of RoPE and the limits of the clip are no parameters."""
     tensors = tensors_of()
-    averaged = {"ema." + name: x + 1 for name, x in tensors.items() if name in (NORM, BIAS)}
+    averaged = {"ema." + name: x + 1 for name, x in tensors.items() if not name.endswith(BUFFERS)}
     save_file(tensors | averaged, config_in(tmp_path) / "model.safetensors")
     plain = hf.read_model(SOURCE)[1]
     ema = hf.read_model(tmp_path)[1]
     np.testing.assert_array_equal(ema["head"]["norm"]["scale"], plain["head"]["norm"]["scale"] + 1)
-    np.testing.assert_array_equal(ema["embed"]["embedding"], plain["embed"]["embedding"])
+    ids = slice(hf.describe(SOURCE).model.vocab_size)  # padding stays 0
+    np.testing.assert_array_equal(ema["embed"]["embedding"][ids], plain["embed"]["embedding"][ids] + 1)
     assert_same(hf.read_model(tmp_path, weights="params")[1], plain)
     save_file(tensors | {"ema.other": np.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="averaged tensors without the plain ones: ema.other"):
         hf.read_model(tmp_path)
+
+
+def test_averages_of_a_part_of_the_network_are_refused(tmp_path):
+    tensors = tensors_of()
+    averaged = {"ema." + name: x + 1 for name, x in tensors.items() if not name.endswith(BUFFERS)}
+    save_file(tensors | {"ema." + NORM: averaged["ema." + NORM]}, config_in(tmp_path) / "model.safetensors")
+    names = sorted(name for name in tensors if name != NORM and not name.endswith(BUFFERS))
+    said = f"missing for {', '.join(names[:6])} and {len(names) - 6} more: take the others, weights='params'"
+    with pytest.raises(UserError, match=re.escape(said)):
+        hf.read_model(tmp_path)
+    del averaged["ema." + NORM]
+    save_file(tensors | averaged, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=f"missing for {re.escape(NORM)}: take"):
+        hf.read_model(tmp_path)
+    assert_same(hf.read_model(tmp_path, weights="params")[1], hf.read_model(SOURCE)[1])
 
 
 class FakeTensor:
