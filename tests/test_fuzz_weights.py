@@ -166,7 +166,8 @@ def gguf_value(x):
     if isinstance(x, int):
         return 4, struct.pack("<I", x % 2**32)
     if isinstance(x, float):
-        return 6, np.array(x, "<f4").tobytes()
+        with np.errstate(over="ignore"):
+            return 6, np.array(x, "<f4").tobytes()
     if isinstance(x, list):
         items = [gguf_value(item) for item in x]
         return 9, struct.pack("<IQ", items[0][0] if items else 4, len(x)) + b"".join(item for _, item in items)
