@@ -86,7 +86,7 @@ def test_perplexities(lm, persuasion):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_words_in_random_order(lm, persuasion, seed):
-    """770 to 790 elsewhere, in orders that were not kept. Ours are above 15 % of that, 886 and 903: hence 20 %."""
+    """770 to 790 elsewhere, in orders that were not kept. Ours give 886, 838 and 903: hence 20 %."""
     found = perplexity(lm, lm.tokenizer.encode(shuffled(seed)))
     print(found)
     assert found == pytest.approx(780, rel=0.2) and found > 10 * persuasion
