@@ -94,13 +94,13 @@ def test_words_in_random_order(lm, persuasion, seed):
 
 def test_as_scorer(lm):
     """One text, token by token from the logits, which another test compares with transformers'."""
-    scorer, text = Scorer(lm, "SmolLM2", 0), text_of("austen_persuasion.txt.xz")[:1000]
+    scorer, text = Scorer(lm, "SmolLM2", 0), text_of("austen_persuasion.txt.xz")[:250]
     ids = scorer.encode(text)
     assert (scorer.unit, scorer.first, lm.tokenizer.decode(ids)) == ("tokens", 1, text)
     nats, = scorer.nats([ids])
     log_p = log_softmax(np.asarray(lm.logits(ids[None]), np.float64)[0, :-1], axis=-1)
     np.testing.assert_allclose(nats[1:], -log_p[np.arange(len(ids) - 1), ids[1:]], atol=1e-3)
-    assert nats[0] == 0 and 10 < np.exp(nats[1:].mean()) < 100
+    assert nats[0] == 0 and 5 < np.exp(nats[1:].mean()) < 200
 
 
 def test_it_knows_things(lm):
