@@ -14,6 +14,7 @@ from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import Backbone
 from bd3lm_jax.program import init_params
+from bd3lm_jax.published import Described
 from bd3lm_jax.published.leaf import check_mask
 
 PUBLISHED_LENGTH, PUBLISHED_BATCH = 1024, 8  # tokens a row at most, and rows a pass, where nobody says
@@ -63,6 +64,12 @@ def restore_published(path: str | os.PathLike, weights: str, mesh: Mesh, length:
     """
     dtype = passes.compute_dtype("auto")
     found, params = hf.read_model(path, dtype="float32", weights=weights, mesh=mesh)
+    config, tokenizer = published_config(path, found, length)
+    return Restored(config, tokenizer, models.build(found.model, dtype), params, {"config_sha256": config.sha256()}, 0)
+
+
+def published_config(path: str | os.PathLike, found: Described, length: int) -> tuple[Config, Tokenizer]:
+    """Config and tokenizer of `restore_published`, of what `hf.describe` found in a published checkpoint."""
     tokenizer = hf.read_tokenizer(path, found)
     if tokenizer is None:
         raise UserError(f"{path} brings no tokenizer, which texts need: put its tokenizer.json there")
@@ -81,4 +88,4 @@ def restore_published(path: str | os.PathLike, weights: str, mesh: Mesh, length:
         config = config.at_block_size(length)
     if length % config.block_size:
         raise UserError(f"--length={length} is no multiple of the block size of {path}, {config.block_size}")
-    return Restored(config, tokenizer, models.build(found.model, dtype), params, {"config_sha256": config.sha256()}, 0)
+    return config, tokenizer

@@ -2,6 +2,7 @@
 checkpoints/, samples/, plots/."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -91,6 +92,11 @@ def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:
     if "model_type" in stored:
         raise UserError(f"{path} is a published checkpoint, expected a run directory: python -m launch convert "
                         f"--from={path} --to=DIR --format=native makes one")
+    if not stored.keys() & {field.name for field in dataclasses.fields(Config)}:
+        from bd3lm_jax.published import FORMATS
+
+        raise UserError(f"{path / CONFIG} is that of no run, and has no model_type, which tells the architecture of a "
+                        f"published checkpoint: add it, supported: {', '.join(FORMATS)}")
     stored.pop("config_sha256", None)
     return Config.from_dict(_brought_up_to_date(stored)), load_tokenizer(path / TOKENIZER)
 

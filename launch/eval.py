@@ -68,7 +68,8 @@ def define(values: flags.FlagValues) -> None:
 
 
 def _define_likelihood(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", "", "run directory, or one in Hugging Face layout (then give --data)",
+    flags.DEFINE_string("workdir", "", "run directory, or one in Hugging Face layout or its name on the Hub (then give "
+                        "--data)",
                         flag_values=values)
     flags.DEFINE_string("split", "test", "train, valid or test", flag_values=values)
     flags.DEFINE_string("data", "", "a .txt or .jsonl file (all of it); a named text: austen, moby_dick, sotu, "
@@ -188,7 +189,7 @@ def _check_likelihood(args: flags.FlagValues) -> None:
     if args.data == "all" and not args.watch:
         if args.against:
             raise UserError("--against does not go with --data=all: give --workdir=A,B instead")
-        for name in ("block_size", "length", "step"):
+        for name in ("block_size", "step"):
             if args[name].present:
                 raise UserError(f"--{name} does not go with --data=all: give one --data at a time")
     if args.estimator:
@@ -228,7 +229,7 @@ def _likelihood(args: flags.FlagValues) -> dict:
     if args.data == "all":
         from bd3lm_jax.evaluation.suite import evaluate_suite
 
-        return evaluate_suite(workdir.split(","), target_ci=target_ci, **common)
+        return evaluate_suite(workdir.split(","), target_ci=target_ci, length=args["length"].value or 0, **common)
     from bd3lm_jax.evaluation.evaluate import evaluate_run
 
     at = {name: args[name].value for name in ("block_size", "length") if args[name].value}

@@ -111,8 +111,14 @@ def test_overflow_names_the_tensor_and_leaves_nothing(tmp_path):
     save_file(tensors, source / "model.safetensors")
     with pytest.raises(UserError, match="tensor model.norm.weight: 32 values overflow in float16, the largest is 1"):
         converted(source, tmp_path / "out", dtype="float16")
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-    converted(source, tmp_path / "out", dtype="bfloat16")
+    (tmp_path / "kept").mkdir()
+    for place in ("new/newer/out", "kept/new/out"):  # directories made for the target go as well
+        with pytest.raises(UserError, match="overflow in float16"):
+            converted(source, tmp_path / place, dtype="float16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "source"] and not any(
+        (tmp_path / "kept").iterdir())
+    converted(source, tmp_path / "new" / "newer" / "out", dtype="bfloat16")
+    assert (tmp_path / "new" / "newer" / "out" / "config.json").exists()
 
 
 @pytest.mark.parametrize("name, size", [("bd3lm_block4", 66), ("ar", 66), ("hf/llama", 59)])

@@ -1,6 +1,8 @@
 """Published checkpoints with random damage: every tensor is read as it was, or one line says what is wrong."""
 
+import importlib.util
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,23 @@ CONFIGS = {name: json.loads((GOLDEN / name / "config.json").read_text())
 TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b.c": np.ones(4, np.float16),
            "n": np.zeros((), np.int64)}
 SIZES = st.one_of(st.integers(0, 300), st.sampled_from([2**31, 2**40, 2**63, 2**64 - 1]))
+
+
+GGUF = {  # keys and values; tensors as (name, dimensions from the last one, type, offset)
+    "keys": {"general.architecture": "llama", "general.alignment": 32, "llama.embedding_length": 4,
+             "llama.feed_forward_length": 4, "llama.block_count": 1, "llama.attention.head_count": 2,
+             "llama.attention.head_count_kv": 1, "llama.context_length": 16, "llama.rope.freq_base": 1e4,
+             "llama.attention.layer_norm_rms_epsilon": 1e-5, "tokenizer.ggml.model": "gpt2",
+             "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": ["<e>", "a", "b", "ab"],
+             "tokenizer.ggml.token_type": [3, 1, 1, 1], "tokenizer.ggml.merges": ["a b"],
+             "tokenizer.ggml.eos_token_id": 0},
+    "tensors": [["token_embd.weight", [4, 4], 0, 0], ["output_norm.weight", [4], 0, 64],
+                ["rope_freqs.weight", [1], 0, 96],
+                *([f"blk.0.{name}.weight", size, 0, 128] for name, size in (
+                    ("attn_norm", [4]), ("ffn_norm", [4]), ("attn_q", [4, 4]), ("attn_k", [4, 2]), ("attn_v", [4, 2]),
+                    ("attn_output", [4, 4]), ("ffn_gate", [4, 4]), ("ffn_up", [4, 4]), ("ffn_down", [4, 4])))],
+}
+needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs gguf")
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +152,72 @@ def test_nested_too_deep(directory):
         (directory / WEIGHTS_FILE).unlink(missing_ok=True)
         written(directory / name, b"[" * 100_000)
         assert isinstance(works_or_says_why(lambda: read(directory)), UserError)
+
+
+def gguf_text(x):
+    content = str(x).encode("utf-8", "surrogatepass")
+    return struct.pack("<Q", len(content)) + content
+
+
+def gguf_value(x):
+    """Type and value as GGUF has them: uint32, float32, bool, string, array."""
+    if isinstance(x, bool):
+        return 7, struct.pack("<?", x)
+    if isinstance(x, int):
+        return 4, struct.pack("<I", x % 2**32)
+    if isinstance(x, float):
+        with np.errstate(over="ignore"):
+            return 6, np.array(x, "<f4").tobytes()
+    if isinstance(x, list):
+        items = [gguf_value(item) for item in x]
+        return 9, struct.pack("<IQ", items[0][0] if items else 4, len(x)) + b"".join(item for _, item in items)
+    return 8, gguf_text(x)
+
+
+def gguf_of(content):
+    """The bytes of a GGUF file, of whatever has the form of GGUF; numbers are cut to what their places hold."""
+    keys, tensors = ([*part] for part in (content.get("keys") or (), content.get("tensors") or ()))
+    header = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(keys))]
+    for key in keys:
+        kind, value = gguf_value(content["keys"][key])
+        header.append(gguf_text(key) + struct.pack("<I", kind) + value)
+    for tensor in tensors:
+        name, sizes, kind, offset = (*tensor, "", [], 0, 0)[:4] if isinstance(tensor, list) else (tensor, [], 0, 0)
+        sizes = [size for size in sizes if isinstance(size, int)] if isinstance(sizes, list) else []
+        kind, offset = (x if isinstance(x, int) else 0 for x in (kind, offset))
+        header.append(gguf_text(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *(size % 2**64 for size in sizes),
+                                                    kind % 2**32, offset % 2**64))
+    header = b"".join(header)
+    return header + bytes(-len(header) % 32) + np.ones(64, "<f4").tobytes()
+
+
+def read_gguf(path):
+    described, params = hf.read_model(path)
+    return params, hf.read_tokenizer(path, described)
+
+
+@needs_gguf
+def test_the_undamaged_gguf_file(directory):
+    written(directory / "model.gguf", gguf_of(GGUF))
+    params, tokenizer = read_gguf(directory / "model.gguf")
+    assert params["blocks"]["q"]["kernel"].shape == (1, 4, 2, 2) and tokenizer.encode("ab").tolist() == [3]
+
+
+@needs_gguf
+@fuzz(100)
+@given(data=st.data())
+def test_gguf_headers(directory, data):
+    content = data.draw(damaged(GGUF).filter(lambda x: isinstance(x.get("keys") or {}, dict)
+                                             and isinstance(x.get("tensors") or [], list)))
+    written(directory / "model.gguf", gguf_of(content))
+    works_or_says_why(lambda: read_gguf(directory / "model.gguf"))
+
+
+@needs_gguf
+@fuzz(200)
+@given(data=st.data())
+def test_gguf_bytes(directory, data):
+    whole = gguf_of(GGUF)
+    content = data.draw(st.one_of(damaged_bytes(whole), st.integers(0, len(whole)).map(lambda size: whole[:size])))
+    written(directory / "model.gguf", content)
+    works_or_says_why(lambda: read_gguf(directory / "model.gguf"))

@@ -12,6 +12,7 @@ from scipy.special import log_softmax
 
 import bd3lm_jax
 from bd3lm_jax import hf
+from bd3lm_jax.adaptation import adapt
 from bd3lm_jax.convert import TOKENIZER_FILES
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import density_study, variance
@@ -163,7 +164,7 @@ def test_generative_perplexity(tmp_path, capsys):
 @pytest.mark.parametrize("argv, message", [
     ((), "brings no corpus: give --data=austen or another text"),
     (("--data=TEXT", "--length=97"), "--length=97 is more than the 96 tokens that"),
-    (("--data=all",), "expected a run directory: python -m launch convert"),
+    (("--data=TEXT", "--step=best"), "is a published checkpoint, which has no steps"),
 ])
 def test_bad_evaluations(tmp_path, capsys, argv, message):
     directory = published(tmp_path, "hf/llama", 59)
@@ -210,6 +211,22 @@ def test_names_on_the_hub(monkeypatch):
     assert bd3lm_jax.load("some-org/some.model").context == 96
     assert asked == [("some-org/some.model", hf.HUB_FILES)] and not any("bin" in one for one in hf.HUB_FILES)
     assert all(any(map(Path(name).match, hf.HUB_FILES)) for name in TOKENIZER_FILES)  # what `convert` hands on
+
+
+def test_names_on_the_hub_are_evaluated(tmp_path, capsys, monkeypatch):
+    """As their directories are; the name is what people see."""
+    directory, asked = published(tmp_path, "hf/llama", 59), []
+    write_words(tmp_path / "text.txt", 12)
+    hub(monkeypatch, lambda name, **_: asked.append(name) or str(directory))
+    monkeypatch.chdir(tmp_path)
+    flags = f"--data={tmp_path / 'text.txt'}", f"--length={LENGTH}"
+    code, out, err = run(capsys, "eval", "--workdir=org/one", "--against=org/two", *flags)
+    found, expected = json.loads(out), result_of(capsys, "eval", f"--workdir={directory}", *flags)
+    assert code == 0 and set(asked) == {"org/one", "org/two"} and "org/one less org/two" in err
+    assert found["nll"] == expected["nll"] and found["against"]["workdir"] == "org/two"
+    assert found["against"]["difference"] == 0
+    source = adapt.read_source("org/three")
+    assert (source.path, source.published, source.length) == (str(directory), True, 96) and "org/three" in asked
 
 
 @pytest.mark.parametrize("path", ["nowhere", "a/b/c", "runs/nowhere", str(GOLDEN / "nowhere")])

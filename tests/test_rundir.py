@@ -113,6 +113,9 @@ def test_reading_what_is_not_there(tmp_path, config):
     path.write_text('{"seed": 0, "modle": {}}')
     with pytest.raises(UserError, match="unknown config key 'modle': did you mean 'model'"):
         rundir.read(tmp_path / "run")
+    path.write_text('{"hidden_size": 64, "architectures": ["GPTNeoXForCausalLM"]}')
+    with pytest.raises(UserError, match="has no model_type, .*supported: bd3lm, .*llama, .*modernbert"):
+        rundir.read(tmp_path / "run")
 
 
 def test_claim_goes_on_after_a_kill_between_its_two_files(tmp_path, config):

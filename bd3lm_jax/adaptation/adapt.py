@@ -38,7 +38,7 @@ class Source(NamedTuple):
 
 def read_source(path: str) -> Source:
     """The network of a run or of a published checkpoint, without its weights. UserError if there is none."""
-    if not hf.is_published(path):
+    if not hf.is_published(path := hf.local(path)):
         config, _ = rundir.read(path)
         return Source(path, False, config.model, config.diffusion, config.data.length, -1)
     described = hf.describe(path)

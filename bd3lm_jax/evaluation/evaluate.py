@@ -97,19 +97,19 @@ class Opened(NamedTuple):
 
 def open_run(workdir: str, weights: str, batch: int, block_size: int = 0, length: int = 0,
              step: int | str = "latest") -> Opened:
-    """A checkpoint of a run (`step`: as for `restore.restore`), or a published one, over all devices.
+    """A checkpoint of a run (`step`: as for `restore.restore`), or a published one (`hf.local`), over all devices.
 
     weights: "ema" or "params"; batch: rows a pass, 0 for the run's own; block_size: one that it was trained with, 0 for
     its usual one; length: tokens a row of a published checkpoint (`restore.restore_published`)."""
-    from bd3lm_jax.hf import is_published
+    from bd3lm_jax.hf import is_published, local
     from bd3lm_jax.restore import refuse_step, restore, restore_published
 
-    mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1, slices=-1))
-    if is_published(workdir):
+    mesh, path = sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1, slices=-1)), local(workdir)
+    if is_published(path):
         refuse_step(workdir, step)
-        run = restore_published(workdir, weights, mesh, length)
+        run = restore_published(path, weights, mesh, length)
     else:
-        run = restore(workdir, weights, None, mesh, step)
+        run = restore(path, weights, None, mesh, step)
     config = run.config.at_trained_size(block_size) if block_size else run.config
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch=batch or config.eval.batch))
     evaluator = Evaluator(config, run.model, SpecialIds(run.tokenizer.mask_id, run.tokenizer.end_id), mesh)
@@ -129,17 +129,18 @@ def evaluate_run(workdir: str, *, split: str, data: str, estimator: str, draws: 
     they need `data`.
     """
     from bd3lm_jax.evaluation import compare
-    from bd3lm_jax.hf import is_published
+    from bd3lm_jax.hf import is_published, local
 
-    from_elsewhere = [path for path in (workdir, against) if path and is_published(path)]
-    if is_published(workdir) and not data:
+    paths = {name: local(name) for name in (workdir, against) if name}
+    from_elsewhere = [name for name, path in paths.items() if is_published(path)]
+    if workdir in from_elsewhere and not data:
         raise UserError(f"{workdir} is a published checkpoint, which brings no corpus: give --data=austen or another "
                         "text")
     if length and not from_elsewhere:
         raise UserError(f"--length={length} is for published checkpoints: {workdir} has the length it was trained with")
-    run = open_run(workdir, weights, batch, block_size, length, step)
+    run = open_run(paths[workdir], weights, batch, block_size, length, step)._replace(workdir=workdir)
     estimators.make(estimator or default_estimator(run.config), run.config)  # refuse before any text is read
-    other = open_run(against, weights, batch, length=length) if against else None
+    other = open_run(paths[against], weights, batch, length=length)._replace(workdir=against) if against else None
     convention = domains.convention_for([side.config for side in (run, other) if side is not None], chunks=chunks,
                                         stride=stride, first_token=first_token, end_token=end_token)
     which = {"data": data, "split": split, "data_dir": data_dir, "convention": convention}

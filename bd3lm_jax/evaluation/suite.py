@@ -1,4 +1,4 @@
-"""Zero-shot suite: runs measured on every named text that is there; one table, one plot, paired differences."""
+"""Zero-shot suite: models measured on every named text that is there; one table, one plot, paired differences."""
 
 import math
 import time
@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bd3lm_jax import log, plots, rundir, stats
+from bd3lm_jax import hf, log, plots, rundir, stats
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation.domains import DOMAINS, OWN, Missing, Text, convention_for, open_text
 from bd3lm_jax.evaluation.estimators import default_estimator
 from bd3lm_jax.evaluation.evaluate import Measured, Opened, Target, open_run
+from bd3lm_jax.restore import published_config
 
+PLOT = "domains.png"
 BETTER, WORSE, UNCLEAR = "better", "worse", "not told apart"
 
 
@@ -28,24 +30,30 @@ class Scored(NamedTuple):
 
 def evaluate_suite(workdirs: Sequence[str], *, split: str, data_dir: str, chunks: str, stride: int, first_token: str,
                    end_token: str, estimator: str, draws: int, seed: int, weights: str, batch: int, target_ci: float,
-                   max_draws: int) -> dict[str, Any]:
-    """The `eval --data=all` command: every run on the packaged texts and on those that `data_dir` or TFDS hold.
+                   max_draws: int, length: int = 0) -> dict[str, Any]:
+    """The `eval --data=all` command: every model on the packaged texts and on those that `data_dir` or TFDS hold.
 
-    One run is measured on its own corpus too. Of several, each is compared with the first, document by document, in
+    workdirs: runs, and published checkpoints, which get rows of `length` tokens (`restore.restore_published`). One run
+    is measured on its own corpus too. Of several, each is compared with the first, document by document, in
     bits per byte: tokenizers may differ. The other arguments are those of `evaluate_run` and `domains.open_text`.
 
     Returns {"domains": results of `eval` with "workdir" and, from the second run on, "against"; "skipped": {name: why};
-    "plot": path, in the first run directory; "wall_s"}. Raises UserError before anything is measured.
+    "plot": path, in the first run directory, or in the working directory if there is none; "wall_s"}. Raises UserError
+    before anything is measured.
     """
     began = time.perf_counter()
     if len(set(workdirs)) < len(workdirs):
         raise UserError(f"--workdir={','.join(workdirs)} names a run twice")
-    runs = [rundir.read(workdir) for workdir in workdirs]
+    paths = [hf.local(workdir) for workdir in workdirs]
+    own = [path for path in paths if not hf.is_published(path)]
+    if length and len(own) == len(paths):
+        raise UserError(f"--length={length} is for published checkpoints: runs have the length they were trained with")
+    runs = [rundir.read(path) if path in own else published_config(path, hf.describe(path), length) for path in paths]
     convention = convention_for([config for config, _ in runs], chunks=chunks, stride=stride, first_token=first_token,
                                 end_token=end_token)
     skipped, texts = {}, {}
     for workdir, (config, tokenizer) in zip(workdirs, runs):
-        for name in _names(runs):
+        for name in _names(runs, len(own)):
             try:
                 text = open_text(config, tokenizer, data=name, split=split, data_dir=data_dir, convention=convention)
                 texts.setdefault(workdir, []).append(text)
@@ -58,20 +66,21 @@ def evaluate_suite(workdirs: Sequence[str], *, split: str, data_dir: str, chunks
     if not texts:
         raise UserError("none of the texts is here: see the lines above")
     target = Target(target_ci, max_draws) if target_ci else None
-    scored = [_score(open_run(workdir, weights, batch), texts[workdir], estimator, draws, seed, target)
-              for workdir in workdirs]
+    scored = [_score(open_run(path, weights, batch, length=0 if path in own else length)._replace(workdir=workdir),
+                     texts[workdir], estimator, draws, seed, target) for workdir, path in zip(workdirs, paths)]
     for others in scored[1:]:
         for first, other in zip(scored[0], others):
             other.result["against"] = difference(other, first)
     results = [part.result for parts in scored for part in parts]
     show(results)
-    plot = plots.intervals(Path(workdirs[0]) / "plots" / "domains.png", points(results), "bits per byte")
+    plot = plots.intervals(Path(own[0], "plots", PLOT) if own else Path(PLOT), points(results), "bits per byte")
+    log.note(f"drawn in {plot}")
     return {"domains": results, "skipped": skipped, "plot": str(plot), "wall_s": time.perf_counter() - began}
 
 
-def _names(runs) -> list[str]:
-    """The run's own corpus, unless there are several runs or it is one of the domains; then the domains."""
-    own = [] if len(runs) > 1 or runs[0][0].data.source in DOMAINS else [OWN]
+def _names(runs, own_corpora: int) -> list[str]:
+    """The run's own corpus, unless there are several models, or it has none or one of the domains; then the domains."""
+    own = [] if len(runs) > 1 or not own_corpora or runs[0][0].data.source in DOMAINS else [OWN]
     return [*own, *DOMAINS]
 
 

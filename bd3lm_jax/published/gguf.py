@@ -5,6 +5,7 @@ Queries and keys of a Llama are stored with the two halves of every head interle
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import numpy as np
 from bd3lm_jax import log
 from bd3lm_jax.data.tokenizers import SubwordTokenizer, Tokenizer
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.models.llama import llama3_frequencies, rope_frequencies
 from bd3lm_jax.published.leaf import require
-from bd3lm_jax.published.tensors import Stored
+from bd3lm_jax.published.llama import EMBED, HEAD, LLAMA3_KEYS, THETA
+from bd3lm_jax.published.tensors import AGAIN, Stored
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 NAMES = {  # of GGUF -> published
@@ -25,6 +28,9 @@ NAMES = {  # of GGUF -> published
     "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }
+TENSOR = re.compile(r"(?:blk\.([0-9]+)\.)?(\w+)\.(weight|bias)")
+ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3.1 and later divide the frequencies of RoPE by
+LLAMA3_VALUES = (1.0, 4.0, 8192)  # of LLAMA3_KEYS but the first, in all releases; a GGUF file does not say them
 SIZES = {  # keys of config.json and of GGUF, behind the architecture
     "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
     "num_attention_heads": "attention.head_count", "max_position_embeddings": "context_length",
@@ -44,47 +50,72 @@ SINGLE_DIGITS = ("smollm",)
 def open_gguf(path: Path) -> tuple[dict, dict[str, Stored]]:
     """What a config.json would say, and the tensors by their published names, dequantised to float32 when read.
 
-    Raises UserError for unreadable files, other architectures and tensors of unknown meaning.
+    Raises UserError for unreadable files, other architectures, missing keys and tensors of unknown meaning.
     """
-    reader, values = _read(path)
-    kind = values("general.architecture", "")
+    reader, value = _read(path)
+    kind = value("general.architecture", str, "")
     require(kind in ARCHITECTURES, f"{path}: general.architecture is {kind!r}, supported: {', '.join(ARCHITECTURES)}")
-    published = {key: values(f"{kind}.{name}") for key, name in SIZES.items()}
-    missing = [SIZES[key] for key, value in published.items() if value is None]
-    require(not missing, f"{path}: the key {kind}.{missing[0] if missing else ''} is missing")
+    published = {key: value(f"{kind}.{name}", float if key.endswith("eps") else int) for key, name in SIZES.items()}
     heads = published["num_attention_heads"]
-    kv_heads = values(f"{kind}.attention.head_count_kv", heads)
-    scaling = values(f"{kind}.rope.scaling.type", "none")
-    require(scaling in ("none", "linear"), f"{path}: rope scaling {scaling!r}, supported: none, linear")
+    kv_heads = value(f"{kind}.attention.head_count_kv", int, heads)
+    require(heads > 0 and kv_heads > 0, f"{path}: {kind}.attention.head_count is {heads}, head_count_kv {kv_heads}, "
+            "expected at least 1")
+    tensors = {tensor.name: (tuple(int(n) for n in reversed(tensor.shape)), tensor) for tensor in reader.tensors}
+    factors = tensors.pop(ROPE_FACTORS, None)
     stored = {}
-    for tensor in reader.tensors:
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        turn = {"attn_q": heads, "attn_k": kv_heads}.get(tensor.name.split(".")[-2]) if kind == "llama" else None
-        stored[_published_name(path, tensor.name)] = Stored(
-            shape, np.dtype(np.float32), functools.partial(_dequantised, tensor, shape, turn))
+    for name, (shape, tensor) in tensors.items():
+        published_name, part = _published_name(path, name)
+        turn = {"attn_q": heads, "attn_k": kv_heads}.get(part) if kind == "llama" else None
+        stored[published_name] = Stored(shape, np.dtype(np.float32),
+                                        functools.partial(_dequantised, path, tensor, shape, turn))
+    require(EMBED in stored and len(stored[EMBED].shape) == 2, f"{path}: tensor token_embd.weight "
+            f"{'is no matrix' if EMBED in stored else 'is missing'}: {AGAIN}; expected the embeddings of its tokens")
     published |= {
-        "model_type": kind, "vocab_size": stored["model.embed_tokens.weight"].shape[0], "num_key_value_heads": kv_heads,
-        "head_dim": values(f"{kind}.attention.key_length", published["hidden_size"] // heads),
-        "rope_theta": values(f"{kind}.rope.freq_base", 1e4), "tie_word_embeddings": "lm_head.weight" not in stored,
-        "rope_scaling": {"rope_type": "linear", "factor": values(f"{kind}.rope.scaling.factor")}
-        if scaling == "linear" else None,
+        "model_type": kind, "vocab_size": stored[EMBED].shape[0], "num_key_value_heads": kv_heads,
+        "head_dim": value(f"{kind}.attention.key_length", int, published["hidden_size"] // heads),
+        "rope_theta": value(f"{kind}.rope.freq_base", float, THETA), "tie_word_embeddings": HEAD not in stored,
     }
+    published["rope_scaling"] = _rope_scaling(path, kind, value, published, factors and _dequantised(
+        path, factors[1], factors[0], None))
     return published, stored
+
+
+def _rope_scaling(path: Path, kind: str, value: Callable, published: dict, factors: np.ndarray | None) -> dict | None:
+    """`rope_scaling` of config.json. factors: of ROPE_FACTORS, None if the file has none."""
+    scaling = value(f"{kind}.rope.scaling.type", str, "none")
+    require(scaling in ("none", "linear"), f"{path}: rope scaling {scaling!r}, supported: none, linear")
+    if scaling == "linear":
+        require(factors is None, f"{path} has both a linear rope scaling and {ROPE_FACTORS}, expected one of them")
+        return {"rope_type": "linear", "factor": value(f"{kind}.rope.scaling.factor", float)}
+    if factors is None:
+        return None
+    head_dim, theta = published["head_dim"], published["rope_theta"]
+    known = head_dim % 2 == 0 and factors.shape == (head_dim // 2,) and np.all(factors >= 1) and theta > 1
+    scaled = {"rope_type": "llama3", **dict(zip(LLAMA3_KEYS, (float(factors.max()), *LLAMA3_VALUES)))} if known else {}
+    if known:
+        plain = rope_frequencies(head_dim, theta)
+        expected = plain / llama3_frequencies(plain, *(scaled[key] for key in LLAMA3_KEYS))
+        known = np.allclose(factors, expected, rtol=1e-4)
+    require(known, f"{path}: {ROPE_FACTORS} is not the frequency scaling of Llama 3.1 to 3.3: take the safetensors of "
+            "this model, whose config.json says what its scaling is")
+    return scaled
 
 
 def read_tokenizer(path: Path) -> Tokenizer | None:
     """The byte-level BPE in the file; None, with a note why, for a tokenizer of another kind."""
-    _, values = _read(path)
-    model, pre = values("tokenizer.ggml.model", ""), values("tokenizer.ggml.pre", "default")
+    _, value = _read(path)
+    model, pre = value("tokenizer.ggml.model", str, ""), value("tokenizer.ggml.pre", str, "default")
     if model != "gpt2" or pre not in SPLITS:
         log.note(f"{path}: a tokenizer of kind {model!r}, {pre!r} is not read (supported: gpt2 with "
                  f"{', '.join(SPLITS)}): texts need a tokenizer.json")
         return None
-    tokens, kinds = values("tokenizer.ggml.tokens"), values("tokenizer.ggml.token_type", [])
-    content = _tokenizer_json(tokens, kinds, values("tokenizer.ggml.merges"), pre)
-    end = values("tokenizer.ggml.eos_token_id", values("tokenizer.ggml.bos_token_id"))
+    tokens, kinds = value("tokenizer.ggml.tokens", [str]), value("tokenizer.ggml.token_type", [int], [])
+    content = _tokenizer_json(tokens, kinds, value("tokenizer.ggml.merges", [str]), pre)
+    end = value("tokenizer.ggml.eos_token_id", int, value("tokenizer.ggml.bos_token_id", int, None))
     require(end is not None, f"{path} names no end token (tokenizer.ggml.eos_token_id)")
-    return SubwordTokenizer(path.name, json.dumps(content), int(end), None)
+    require(0 <= end < len(tokens), f"{path}: the end token is {end} (tokenizer.ggml.eos_token_id), expected one of "
+            f"the {len(tokens)} ids of tokenizer.ggml.tokens")
+    return SubwordTokenizer(path.name, json.dumps(content), end, None)
 
 
 def _tokenizer_json(tokens: list[str], kinds: list[int], merges: list[str], pre: str) -> dict:
@@ -108,33 +139,63 @@ def _tokenizer_json(tokens: list[str], kinds: list[int], merges: list[str], pre:
 
 
 def _read(path: Path) -> tuple[Any, Callable]:
-    """The reader of the package gguf, and `values(key, default)`."""
+    """The reader of the package gguf, and `value(key, kind, default)`: of that type ([type]: a list of them), an error
+    if it is another, or missing and no default is given."""
     try:
         import gguf
     except ImportError:
         raise UserError(f"{path} is a GGUF file, which needs the package gguf: pip install gguf") from None
+
+    class Reader(gguf.GGUFReader):
+        def _get(self, offset, dtype, count=1, *args, **kwargs):  # theirs goes on with less than it asked for
+            if int(offset) + np.dtype(dtype).itemsize * int(count) > self.data.size:
+                raise ValueError(f"it ends after {self.data.size} bytes, before its content does")
+            return super()._get(offset, dtype, count, *args, **kwargs)
+
     try:
-        reader = gguf.GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise UserError(f"cannot read {path} ({error}): download it again; expected a GGUF file") from None
+        with np.errstate(over="raise"):
+            reader = Reader(path)
+    except (ArithmeticError, LookupError, MemoryError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({type(error).__name__}: {error}): {AGAIN}; expected a GGUF file"
+                        ) from None
 
-    def values(key: str, default: Any = None) -> Any:
+    def value(key: str, kind: Any, *default: Any) -> Any:
         field = reader.get_field(key)
-        return default if field is None else field.contents()
-    return reader, values
+        require(field is not None or default, f"{path}: the key {key} is missing")
+        try:
+            found = default[0] if field is None else field.contents()
+        except (LookupError, ValueError) as error:
+            raise UserError(f"{path}: the key {key} cannot be read ({error}): {AGAIN}") from None
+        if field is not None and not _is(found, kind):
+            named = f"a list of {kind[0].__name__}" if isinstance(kind, list) else kind.__name__
+            raise UserError(f"{path}: the key {key} is {found!r:.60}, expected {named}")
+        return found
+    return reader, value
 
 
-def _published_name(path: Path, name: str) -> str:
-    *front, plain, part = name.split(".")
-    known = plain in NAMES and part in ("weight", "bias") and (not front or front[0] == "blk" and len(front) == 2)
-    require(known, f"{path}: tensor {name} is not known")
-    return f"model.layers.{front[1]}.{NAMES[plain]}.{part}" if front else f"{NAMES[plain]}.{part}"
+def _is(x: Any, kind: Any) -> bool:
+    if isinstance(kind, list):
+        return isinstance(x, list) and all(type(item) is kind[0] for item in x)
+    return type(x) is kind or kind is float and type(x) is int
 
 
-def _dequantised(tensor: Any, shape: tuple[int, ...], heads: int | None) -> np.ndarray:
+def _published_name(path: Path, name: str) -> tuple[str, str]:
+    """The published name of a tensor, and what it is."""
+    found = TENSOR.fullmatch(name)
+    require(found is not None and found[2] in NAMES, f"{path}: tensor {name!r:.100} is not known: take the "
+            "safetensors of this model")
+    layer, part, kind = found.groups()
+    return f"{'' if layer is None else f'model.layers.{layer}.'}{NAMES[part]}.{kind}", part
+
+
+def _dequantised(path: Path, tensor: Any, shape: tuple[int, ...], heads: int | None) -> np.ndarray:
     from gguf.quants import dequantize
 
-    x = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(shape)
+    try:
+        x = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(shape)
+    except NotImplementedError:
+        raise UserError(f"{path}: tensor {tensor.name} is of type {tensor.tensor_type.name}, which the package gguf "
+                        "cannot read: take another file of this model") from None
     if heads is None:
         return x
     return x.reshape(heads, shape[0] // heads // 2, 2, *shape[1:]).swapaxes(1, 2).reshape(shape)

@@ -14,7 +14,7 @@ CONFIG_KEYS = {
 COMPUTED = {
     "activation_type": "silu", "block_type": "llama", "layer_norm_type": "rms", "rope": True, "alibi": False,
     "attention_layer_norm": False, "bias_for_layer_norm": False, "block_group_size": 1, "include_bias": False,
-    "input_emb_norm": False, "layer_norm_with_affine": True, "scale_logits": False,
+    "input_emb_norm": False, "layer_norm_with_affine": True, "scale_logits": False, "clip_qkv": None,
 }
 EMBED, HEAD = "model.transformer.wte.weight", "model.transformer.ff_out.weight"
 

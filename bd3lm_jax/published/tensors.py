@@ -4,6 +4,7 @@ The one user of the package safetensors.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from bd3lm_jax.typed import from_json
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+WEIGHTS_PICKLE = re.compile(r"pytorch_model(-[0-9]+-of-[0-9]+)?\.bin")
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64,
           "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
 AGAIN = "download it again"
@@ -43,7 +45,7 @@ def open_directory(directory: Path, allow_pickle: bool) -> tuple[Path, dict[str,
     single, index = directory / WEIGHTS_FILE, directory / INDEX_FILE
     if not single.exists() and index.exists():
         return index, _open_index(index)
-    pickled = sorted(path for path in directory.glob("*") if path.suffix in PICKLES) if directory.is_dir() else []
+    pickled = _pickled(sorted(directory.glob("*"))) if directory.is_dir() else []
     if single.exists() or not pickled:
         return single, open_file(single)
     require(allow_pickle, f"{pickled[0]} is pickled, and reading a pickle can run any program that it holds: convert "
@@ -51,6 +53,13 @@ def open_directory(directory: Path, allow_pickle: bool) -> tuple[Path, dict[str,
     from bd3lm_jax.published.pickles import open_pickles
 
     return open_pickles(pickled)
+
+
+def _pickled(paths: list[Path]) -> list[Path]:
+    """The pickles that hold weights: what trainers leave beside them (training_args.bin, optimizer.pt) holds none."""
+    named = [path for path in paths if WEIGHTS_PICKLE.fullmatch(path.name)]
+    training = [path for path in paths if path.suffix == ".ckpt"]
+    return named or (training if len(training) == 1 else [path for path in paths if path.suffix in PICKLES])
 
 
 def open_file(path: Path) -> dict[str, Stored]:

@@ -42,11 +42,12 @@ def parse_size(text: str) -> int:
 
 @contextlib.contextmanager
 def whole(target: Path) -> Iterator[Path]:
-    """A directory to fill, which becomes `target` if nothing fails and is gone otherwise.
+    """A directory to fill, which becomes `target` if nothing fails and is gone otherwise, with the parents made for it.
 
     Raises UserError if `target` exists, RunError if the disk is full or cannot be written.
     """
     require(not target.exists(), f"{target} exists and is never overwritten: choose another directory")
+    made = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f"{target.name}.part-", dir=target.parent))
@@ -61,6 +62,10 @@ def whole(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise RunError(f"cannot write {target}: {error.strerror or error}; free some disk space, or choose another "
                        "directory") from None
+    finally:
+        for parent in made:
+            with contextlib.suppress(OSError):  # not empty, as after a success
+                parent.rmdir()
 
 
 def tensors_of(leaves: dict[str, Leaf], params: Mapping[str, jax.Array], dtype: np.dtype) -> list[Tensor]:

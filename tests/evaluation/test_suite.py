@@ -1,5 +1,7 @@
 import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +12,14 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import domains, suite
 from bd3lm_jax.evaluation.domains import Domain
 from bd3lm_jax.evaluation.estimators import default_estimator
-from bd3lm_jax.evaluation.evaluate import open_run
+from bd3lm_jax.evaluation.evaluate import evaluate_run, open_run
 from bd3lm_jax.evaluation.suite import evaluate_suite
 from bd3lm_jax.train import train
+from word_tokenizer import write_tokenizer
 
 OPTIONS = {"split": "valid", "chunks": "independent", "stride": 0, "first_token": "", "end_token": "count",
            "estimator": "", "draws": 1, "seed": 0, "weights": "ema", "batch": 0, "target_ci": 0.0, "max_draws": 64}
+LLAMA = Path(__file__).parents[1] / "data" / "golden" / "hf" / "llama"
 FEW = {"near": Domain("Near text", file="a file", word_ppl=True), "far": Domain("Far text"), "gone": Domain("Gone")}
 
 
@@ -112,6 +116,38 @@ def test_one_run_is_measured_on_its_own_corpus_too(home):
     assert [entry["split"] for entry in result["domains"]] == ["valid"]
     again = evaluate_suite([str(home / "blocks")], data_dir="", **OPTIONS)
     assert [{**entry, "wall_s": 0} for entry in again["domains"]] == [{**e, "wall_s": 0} for e in result["domains"]]
+
+
+def words_of(path, documents):
+    """Texts that the published network, which knows 59 words, and a run of bytes both can read."""
+    random = np.random.default_rng(0)
+    lines = [" ".join(f"w{i}" for i in random.integers(1, 50, size=12)) for _ in range(documents)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def test_published_models_take_part(home, tmp_path, monkeypatch):
+    """Each entry is what `eval` says of that text alone; the plot is a run's, or here."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(LLAMA, tmp_path / "model")
+    write_tokenizer(tmp_path / "model", 59)
+    for name in ("near", "far"):
+        words_of(tmp_path / f"{name}.txt", 9)
+    options = OPTIONS | {"data_dir": str(tmp_path), "length": 32}
+    result = evaluate_suite(["model", str(home / "ar")], **options)
+    assert [(entry["data"], Path(entry["workdir"]).name) for entry in result["domains"]] == [
+        (data, run) for run in ("model", "ar") for data in ("near", "far")]
+    assert result["plot"] == str(home / "ar" / "plots" / "domains.png")
+    assert {(entry["length"], entry["first_token"]) for entry in result["domains"]} == {(32, "skip")}
+    alone = evaluate_run("model", data="near", against="", length=32, **OPTIONS | {"data_dir": str(tmp_path)})
+    assert result["domains"][0]["nll"] == alone["nll"] and alone["tokens"] == result["domains"][0]["tokens"] > 100
+    assert result["domains"][2]["against"]["workdir"] == "model"
+    only = evaluate_suite(["model"], **options)
+    assert only["plot"] == "domains.png" and (tmp_path / "domains.png").exists() and list(only["skipped"]) == ["gone"]
+
+
+def test_a_length_is_for_published_models(home):
+    with pytest.raises(UserError, match="--length=16 is for published checkpoints: runs have the length"):
+        evaluate_suite([str(home / "ar")], data_dir="", **OPTIONS | {"length": 16})
 
 
 def test_a_run_without_the_split_is_measured_on_the_rest(home):

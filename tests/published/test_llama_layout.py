@@ -139,6 +139,7 @@ def test_wrong_config(tmp_path, config, message):
 
 @pytest.mark.parametrize("config, message", [
     ({"alibi": True}, "'alibi' is True, supported: False"),
+    ({"clip_qkv": 8.0}, "'clip_qkv' is 8.0, supported: None"),
     ({"block_type": "sequential"}, "'block_type' is 'sequential', supported: 'llama'"),
     ({"n_heads": 5}, "d_model=32 is no multiple of n_heads=5"),
 ])

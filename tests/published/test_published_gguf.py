@@ -25,8 +25,8 @@ def permuted(w, heads):
     return w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
 
-def written(path, name, change=lambda writer: None, quantised=False):
-    """The golden checkpoint `name` as a GGUF file."""
+def written(path, name, change=lambda writer: None, quantised=False, theta=None, left_out=()):
+    """The golden checkpoint `name` as a GGUF file, without the tensors `left_out`."""
     config = json.loads((GOLDEN / name / "config.json").read_text())
     writer = gguf.GGUFWriter(path, name)
     writer.add_context_length(config["max_position_embeddings"])
@@ -36,10 +36,12 @@ def written(path, name, change=lambda writer: None, quantised=False):
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_rope_freq_base(theta or config["rope_parameters"]["rope_theta"])
     change(writer)
     for name_, x in load_file(GOLDEN / name / "model.safetensors").items():
         outer, kind = name_.rsplit(".", 1)
+        if outer in left_out:
+            continue
         if outer in OUTER:
             to = OUTER[outer]
         else:
@@ -59,13 +61,13 @@ def written(path, name, change=lambda writer: None, quantised=False):
     return path
 
 
-def add_tokenizer(writer, model="gpt2", pre="smollm"):
-    writer.add_tokenizer_model(model)
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(WORDS)
-    writer.add_token_types([3] + [1] * (len(WORDS) - 1))
-    writer.add_token_merges(MERGES)
-    writer.add_eos_token_id(0)
+def add_tokenizer(writer, model="gpt2", pre="smollm", end=0, left_out=()):
+    parts = {"model": model, "pre": pre, "token_list": WORDS, "token_types": [3] + [1] * (len(WORDS) - 1),
+             "token_merges": MERGES}
+    for part in parts.keys() - set(left_out):
+        getattr(writer, f"add_{part}" if part.startswith("token_") else f"add_tokenizer_{part}")(parts[part])
+    if "end" not in left_out:
+        writer.add_eos_token_id(end)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
@@ -109,6 +111,76 @@ def test_bad_files(tmp_path):
     writer.close()
     with pytest.raises(UserError, match="general.architecture is 'mamba', supported: llama, qwen2, qwen3"):
         bd3lm_jax.load(path)
-    extra = written(path, "llama", lambda w: w.add_tensor("rope_freqs.weight", np.ones(4, np.float32)))
-    with pytest.raises(UserError, match="tensor rope_freqs.weight is not known"):
-        bd3lm_jax.load(extra)
+
+
+@pytest.mark.parametrize("how, message", [
+    ({"left_out": ["model.embed_tokens"]}, "tensor token_embd.weight is missing"),
+    ({"left_out": ["model.norm"]}, "Tensors missing: model.norm.weight"),
+    ({"change": lambda w: w.add_tensor("nodot", np.ones(4, np.float32))}, "tensor 'nodot' is not known: take the s"),
+    ({"change": lambda w: w.add_tensor("blk.0.a.b.weight", np.ones(4, np.float32))}, "tensor 'blk.0.a.b.weight' is"),
+    ({"change": lambda w: w.add_tensor("output.bias", np.ones(4, np.float32))}, "unexpected: lm_head.bias"),
+    ({"change": lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN)}, "rope scaling 'yarn', supported: none"),
+    ({"change": lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)}, "llama.rope.scaling.factor is miss"),
+    ({"change": lambda w: w.add_string("llama.attention.key_length", "8")}, "key_length is '8', expected int"),
+    ({"change": lambda w: w.add_key_length(7)}, "head_dim is 7, expected an even number"),
+    ({"change": lambda w: add_tokenizer(w, left_out=["token_list"])}, "key tokenizer.ggml.tokens is missing"),
+    ({"change": lambda w: add_tokenizer(w, left_out=["token_merges"])}, "key tokenizer.ggml.merges is missing"),
+    ({"change": lambda w: add_tokenizer(w, left_out=["end"])}, r"names no end token \(tokenizer.ggml.eos_token_id"),
+    ({"change": lambda w: add_tokenizer(w, end=11)}, "the end token is 11 .* expected one of the 11 ids of"),
+])
+def test_what_is_wrong_in_a_file(tmp_path, how, message):
+    with pytest.raises(UserError, match=message) as error:
+        bd3lm_jax.load(written(tmp_path / "model.gguf", "llama", **how))
+    assert str(tmp_path / "model.gguf") in str(error.value) or "expected an even" in message
+
+
+def test_zero_heads(tmp_path):
+    path = written(tmp_path / "model.gguf", "llama")
+    key, content = b"llama.attention.head_count", bytearray(path.read_bytes())
+    at = content.index(key) + len(key) + 4  # behind the type of the value
+    content[at:at + 4] = bytes(4)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="head_count is 0, .* expected at least 1"):
+        bd3lm_jax.load(path)
+
+
+def test_truncated_files(tmp_path):
+    """In the values of the last tensor, among the names of tensors, in the keys, in the magic; nothing at all."""
+    path = written(tmp_path / "model.gguf", "llama", add_tokenizer)
+    content = path.read_bytes()
+    for size in (len(content) - 40, content.index(b"blk.1.attn_q") + 20, content.index(b"tokens") + 40, 100, 3, 0):
+        path.write_bytes(content[:size])
+        with pytest.raises(UserError, match="cannot read .*model.gguf .*: download it again; expected a GGUF file"):
+            bd3lm_jax.load(path)
+
+
+def llama3_factors(head_dim, theta, factor):
+    """What Llama 3.1 divides the frequencies by: 1 for wavelengths under 2048, `factor` above 8192."""
+    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    smooth = (8192 / wavelength - 1) / 3
+    return np.select([wavelength < 2048, wavelength > 8192], [1, factor], 1 / ((1 - smooth) / factor + smooth))
+
+
+def test_factors_of_llama_3(tmp_path):
+    """The network is that of the config.json that says the same."""
+    theta, factor, form = 3e5, 32.0, json.loads((GOLDEN / "llama" / "config.json").read_text())
+    factors = llama3_factors(8, theta, factor).astype(np.float32)
+    assert factors[0] == 1 and 1 < factors[2] < factor == factors[3]
+    found = bd3lm_jax.load(written(tmp_path / "model.gguf", "llama", theta=theta,
+                                   change=lambda w: w.add_tensor("rope_freqs.weight", factors)))
+    form["rope_parameters"] = {"rope_type": "llama3", "rope_theta": theta, "factor": factor, "low_freq_factor": 1.0,
+                               "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    (tmp_path / "config.json").write_text(json.dumps(form))
+    (tmp_path / "model.safetensors").write_bytes((GOLDEN / "llama" / "model.safetensors").read_bytes())
+    same = bd3lm_jax.load(tmp_path)
+    assert found.config.model.rope_scaling == same.config.model.rope_scaling == (32, 1, 4, 8192)
+    ids = np.random.default_rng(0).integers(0, 59, size=(1, 90))
+    np.testing.assert_array_equal(found.logits(ids), same.logits(ids))
+
+
+@pytest.mark.parametrize("factors", [[1, 1, 2, 8], [0, 0, 0, 0], [np.nan] * 4, [1, 1, 8]])
+def test_other_factors(tmp_path, factors):
+    path = written(tmp_path / "model.gguf", "llama", change=lambda w: w.add_tensor(
+        "rope_freqs.weight", np.array(factors, np.float32)))
+    with pytest.raises(UserError, match="rope_freqs.weight is not the frequency scaling of Llama 3.1 to 3.3: take"):
+        bd3lm_jax.load(path)

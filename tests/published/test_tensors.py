@@ -225,6 +225,40 @@ def test_training_checkpoints_bring_averages_in_the_order_of_the_parameters(tmp_
         hf.read_model(directory, allow_pickle=True)
 
 
+@pytest.mark.parametrize("weights, beside", [
+    (("pytorch_model.bin",), ("training_args.bin", "optimizer.pt", "rng_state.pth", "pytorch_model.fp16.bin")),
+    (("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"), ("training_args.bin", "last.ckpt")),
+    (("last.ckpt",), ("optimizer.pt", "training_args.bin")),
+    (("consolidated.00.pth", "consolidated.01.pth"), ()),
+])
+def test_pickles_beside_the_weights_are_not_opened(tmp_path, monkeypatch, weights, beside):
+    parts = list(tensors_of().items())
+    content = {name: {key: FakeTensor(x) for key, x in parts[i::len(weights)]} for i, name in enumerate(weights)}
+    for name in (*weights, *beside):
+        (config_in(tmp_path) / name).write_bytes(b"pickle")
+    load = types.SimpleNamespace(load=lambda path, map_location, weights_only: content[path.name])
+    monkeypatch.setitem(sys.modules, "torch", load)
+    assert_same(hf.read_model(tmp_path, allow_pickle=True)[1], hf.read_model(SOURCE)[1])
+
+
+class Arguments:
+    """What a trainer pickles beside the weights."""
+
+
+def test_pickles_of_torch(tmp_path):
+    torch = pytest.importorskip("torch")
+    tensors = {name: torch.from_numpy(x.copy()) for name, x in tensors_of().items()}
+    torch.save(tensors, config_in(tmp_path) / "pytorch_model.bin")
+    torch.save(Arguments(), tmp_path / "training_args.bin")
+    assert_same(hf.read_model(tmp_path, allow_pickle=True)[1], hf.read_model(SOURCE)[1])
+    torch.save(tensors | {NORM: tensors[NORM].bfloat16()}, tmp_path / "pytorch_model.bin")
+    rounded = hf.read_model(tmp_path, allow_pickle=True)[1]["head"]["norm"]["scale"]
+    np.testing.assert_array_equal(rounded, tensors_of()[NORM].astype(ml_dtypes.bfloat16).astype(np.float32))
+    torch.save(tensors | {"arguments": Arguments()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"cannot read .*pytorch_model.bin \(UnpicklingError: Weights only load failed"):
+        hf.read_model(tmp_path, allow_pickle=True)
+
+
 @pytest.mark.parametrize("content, message", [
     ([], "holds a list, expected a dict of tensors by name"),
     (RuntimeError("Weights only load failed\nlong story"), r"\(RuntimeError: Weights only load failed\): damaged, or"),
