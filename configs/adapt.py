@@ -47,16 +47,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.checkpoint.every = 500
     config.eval.update(every=500, rows=64, batch=16, draws=4)
     common.set_algo(config, options.algo, options.block_size)
-    _set_recipe(config, options.recipe)
+    if options.recipe == "ar":
+        common.grow_blocks(config)
+    elif options.recipe == "mlm" and config.diffusion.block_size < config.data.length:
+        config.train.block_sizes = ((0, config.data.length), (options.steps // 3, config.diffusion.block_size))
     return config
-
-
-def _set_recipe(config: ConfigDict, recipe: str) -> None:
-    size, length, third = config.diffusion.block_size, config.data.length, config.train.steps // 3
-    if recipe == "ar":
-        sizes = [2**n for n in range(size.bit_length()) if size % 2**n == 0 and 2**n < size]
-        starts = [index * third // max(len(sizes), 1) for index in range(len(sizes))]
-        config.train.block_sizes = (*zip(starts, sizes), (third if sizes else 0, size))
-        config.train.anneal_steps = third
-    elif recipe == "mlm" and size < length:
-        config.train.block_sizes = ((0, length), (third, size))

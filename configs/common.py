@@ -149,6 +149,15 @@ def set_algo(config: ConfigDict, algo: str, block_size: int) -> None:
             config[section][name] = value
 
 
+def grow_blocks(config: ConfigDict) -> None:
+    """From a causal model: attention opens and blocks grow from one token to their size within a third of the steps."""
+    size, third = config.diffusion.block_size, config.train.steps // 3
+    sizes = [2**n for n in range(size.bit_length()) if size % 2**n == 0 and 2**n < size]
+    starts = [index * third // max(len(sizes), 1) for index in range(len(sizes))]
+    config.train.block_sizes = (*zip(starts, sizes), (third if sizes else 0, size))
+    config.train.anneal_steps = third
+
+
 def set_paper_recipe(config: ConfigDict, algo: str, block_size: int) -> None:
     """`set_algo`; for block diffusion the last 150K of the 1M steps, with the paper's clipped noise."""
     set_algo(config, algo, block_size)

