@@ -12,8 +12,8 @@ The published network sees a whole row and was trained with 15 % masked; here ev
 
 Arguments: block_size=N or algo=mdlm (the default: one block a row).
 Hardware and time: two shared CPU cores, eleven minutes for the 400 steps and the report.
-Expected (measured, 718 held-out chains, seed 0): 0.771 nats a residue, 95 % interval 0.755 .. 0.788, in blocks of 16 0.773
-(0.759 .. 0.787); the published network on such rows before: 1.332 (1.292 .. 1.373). docs/backbones.md has more.
+Expected (measured, 718 held-out chains, seed 0): 0.771 nats a residue, 95 % interval 0.755 .. 0.788, in blocks of 16
+0.773 (0.759 .. 0.787); the published network on such rows before: 1.332 (1.292 .. 1.373). docs/backbones.md has more.
 """
 
 from ml_collections import ConfigDict
