@@ -115,6 +115,7 @@ def test_steps_of_earlier_versions_have_no_bound(tmp_path):
         assert int(checkpoints.restore(ABSTRACT, 1)[0].step) == 1
 
 
+@pytest.mark.ci_slow
 def test_training_keeps_its_best(tmp_path, monkeypatch):
     """Validated every second step, with a learning rate that grows until it spoils the weights. What is logged as
     valid/nll tells which step is to stay; the last one is compared by the same rows and noise as the others."""

@@ -74,6 +74,7 @@ def test_every_step_is_that_of_a_run_of_its_block_size(home, whole):
     assert len({round(loss, 4) for loss in expected}) == 6
 
 
+@pytest.mark.ci_slow
 def test_a_run_that_was_stopped_before_and_after_the_switch_goes_on_the_same(home, whole, tmp_path):
     for steps in (2, 4, 6):
         train(toy_config(home, {"train.block_sizes": PAIRS, "train.steps": steps}), str(tmp_path / "run"))

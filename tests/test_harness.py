@@ -125,6 +125,7 @@ def test_rolling_bound_of_whole_blocks(make, monkeypatch):
     assert abs(expected - follows.nats) > 1e-3
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("name", ["ar without beginning", "block", "mdlm"])
 def test_texts_stop_where_they_should(make, name):
     model = make(name, seed=3)

@@ -273,6 +273,7 @@ def test_average_is_warmed_up():
             np.testing.assert_allclose(average, decay * old + (1 - decay) * params, atol=1e-5)
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("backend", ["dense", "blocked"])
 def test_plain_padded_and_packed_rows_have_the_same_losses(causal, backend):

@@ -130,6 +130,7 @@ def test_axes_of_the_vocabulary():
     assert set(jax.tree.leaves(rest)) == {-1}
 
 
+@pytest.mark.ci_slow
 def test_a_published_checkpoint_without_a_mask_token_gets_one(home, tmp_path, capsys):
     source = published(tmp_path / "ar", "ar", 257)
     train(Config.from_dict(start(home, source)), str(tmp_path / "run"))

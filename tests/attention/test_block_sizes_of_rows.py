@@ -39,6 +39,7 @@ def at(tokens, i):
                   tokens.view)
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize(("sizes", "documents", "length", "views", "clean_output"), [
     ((1, 2, 4, 8, 16), [48], 48, 1, True),
     ((1, 16), [41], 48, 2, True),

@@ -122,6 +122,7 @@ def not_finite(backward):
     return broken
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("broken, message", [(lost_gradient, "off, and at most 0.02 is rounding"), (not_finite, "nan"),
                                              (failing, "no algorithm for this")])
 def test_device_that_computes_wrong_fails_its_check(small, monkeypatch, broken, message):

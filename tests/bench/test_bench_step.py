@@ -29,6 +29,7 @@ def two_stream():
     return first_step("two_stream")
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_other_structures_compute_the_same_step(name, two_stream):
     (loss, change), (expected, expected_change) = first_step(name), two_stream
@@ -77,6 +78,7 @@ def test_timed_rows(monkeypatch):
     assert rows["two_stream_views2"]["flops_ratio"] < rows["two_stream"]["flops_ratio"]
 
 
+@pytest.mark.ci_slow
 def test_counted_rows_are_not_run():
     case = Case(layers=2, width=64, heads=2, batch=1, length=256, block_size=8, vocab=512)
     rows = {row["variant"]: row for row in module.counted(case)}

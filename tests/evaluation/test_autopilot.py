@@ -54,6 +54,7 @@ def test_the_model_takes_every_candidate(objective, monkeypatch):
         objective.block_size == CONTEXT)
 
 
+@pytest.mark.ci_slow
 def test_measured_settings():
     lm = fresh(masked(4))
     found = autopilot.measure(lm, SWEEP, None, rounds=2, texts=3, length=CONTEXT)

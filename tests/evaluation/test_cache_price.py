@@ -39,6 +39,7 @@ def through_cache(lm, rows, dtype):
         lm.params, key, ids, rows.tokens(ids), rows.positions(ids), rows.segments(ids)))
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("objective, time_conditioning", CASES)
 def test_a_float32_cache_gives_the_two_stream_bound(objective, time_conditioning):
     lm = make_lm(objective, time_conditioning)

@@ -14,6 +14,7 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import evaluate
 from bd3lm_jax.train import train
 
+pytestmark = pytest.mark.ci_slow  # seven runs are trained
 KEYS = {"workdir", "estimator", "step", "config_sha256", "bits_per_byte", "nll", "unit", "difference",
         "difference_ci95", "difference_mc_se", "p_value", "unpaired_se", "same_masks", "draws_saved"}
 

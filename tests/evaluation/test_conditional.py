@@ -120,6 +120,7 @@ def test_blocks_of_one_token_are_the_chain_rule():
     assert score(lm, [(prompt, continuation)])[0] == (pytest.approx(found, rel=1e-5), 0.0, 6, False)
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("objective", [masked(4), AR(bos=True)])
 def test_scores_do_not_depend_on_batch_order_or_padding(objective, monkeypatch):
     lm, lengths = make_lm(objective, tokenizer=LETTERS), [(2, 3), (3, 9), (5, 7), (14, 10)]

@@ -297,6 +297,7 @@ def evaluated(workdir, **changes):
     return evaluate.evaluate_run(str(workdir), **arguments | changes)
 
 
+@pytest.mark.ci_slow
 def test_eval_of_a_run_is_repeatable_and_complete(run):
     first, second = evaluated(run), evaluated(run)
     assert {**first, "wall_s": 0} == {**second, "wall_s": 0}

@@ -55,6 +55,7 @@ def both(home):
     return result, lines
 
 
+@pytest.mark.ci_slow
 def test_every_run_on_every_text(home, both):
     result, _ = both
     assert [(entry["data"], entry["workdir"]) for entry in result["domains"]] == [

@@ -29,6 +29,7 @@ OBJECTIVES = {name: variance.sampled(name, 4) for name in variance.BERNOULLI}
 COUNTS = {"uniform": UNIFORM, "shaped": dataclasses.replace(UNIFORM, count_probs=(1.0, 5.0, 2.0, 8.0))}
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("name, size", [*((name, 4) for name in [*OBJECTIVES, *COUNTS]), ("linear", 16),
                                         ("U[.3, .8]", 16)])
 def test_weight_moments_are_those_of_draws(name, size):

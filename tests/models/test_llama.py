@@ -97,6 +97,7 @@ def values_and_gradients(execution):
     return jax.jit(jax.value_and_grad(total))(params)
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("backend, layers, remat", [("dense", "unroll", "full"), ("blocked", "scan", "dots")])
 def test_executions_agree(small_tiles, backend, layers, remat):
     found = values_and_gradients(trunk.Execution(backend, layers, remat, True))

@@ -164,6 +164,7 @@ def asked_once(model, finished):
     return ask, shapes, cache
 
 
+@pytest.mark.ci_slow
 def test_a_reveal_call_runs_the_decoder_alone():
     """Its products are those of a plain network of so many layers, and encoder layers have no influence."""
     config = dict(time_conditioning=False)

@@ -166,6 +166,7 @@ def loop_values_and_gradients():
     return logits, gradients
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("execution", [
     {"layers": "scan"}, {"layers": "scan", "remat": "dots"}, {"layers": "unroll", "remat": "full"},
     {"layers": "scan", "remat": "full", "backend": "blocked"},

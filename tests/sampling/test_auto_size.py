@@ -88,6 +88,7 @@ def test_greedy_texts(confidence):
     assert seen == {0.0: {4}, 0.25: {1, 2, 4}, 1.0: {1}}[confidence]
 
 
+@pytest.mark.ci_slow
 def test_texts_do_not_depend_on_those_beside_them():
     options = dict(length=LENGTH, block_size="auto", block_confidence=0.25, seed=3, forced=[{9: 7}, {}, {}])
     together = lm().generate([[1], [5, 2, 8, 0, 9, 4], []], **options)

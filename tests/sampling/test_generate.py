@@ -153,6 +153,7 @@ def test_random_order_follows_its_own_law(steps, times):
     np.testing.assert_array_equal(nfe, 2 * (max(times) + 1))
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("sampler, threshold", [("ancestral", 0.0), ("remdm_rescale", 0.3)])
 def test_many_steps_follow_the_joint(sampler, threshold):
     tokens, _ = many(sampler, settings(steps=32), RUNS, threshold=threshold)
@@ -280,6 +281,7 @@ def test_remdm_that_never_masks_again_is_ancestral(sampler):
     assert (five_rows(sampler, STRONG[sampler])[0] != five_rows("ancestral", 0.0)[0]).any()
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("sampler", ["first_hitting", "ancestral"])
 def test_slices_and_steps_by_hand_are_one_go(sampler):
     asked, request = ask(sampler, settings(end_id=2)), make_request(row_keys(5), LENGTH, RAGGED)

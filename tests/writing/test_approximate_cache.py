@@ -86,6 +86,7 @@ def test_the_definition(kind, time_conditioning):
         row[inside] = final[inside]
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("kind, options", [
     ("dual", {"sampler": "remdm_cap", "steps": 12}), ("prefix", {"sampler": "threshold", "threshold": 0.2,
                                                                  "guidance": 1.5})])
@@ -96,6 +97,7 @@ def test_one_window_is_exact(kind, options):
     assert lm.generate(prompts, **options, approximate_cache=kind) == lm.generate(prompts, **options)
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_texts_do_not_depend_on_their_companions(kind):
     lm, prompts = bidirectional(), ["abcd", "a", "", "abcdabcdabcdabcdef"]

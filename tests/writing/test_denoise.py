@@ -226,6 +226,7 @@ def generation(denoise, cache, prompt, sampler, temperature, window=SIZE, seed=0
     return progress.tokens, progress.stopped, progress.nfe
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("sampler, temperature", [("first_hitting", 1.0), ("confidence", 0.0), ("remdm_cap", 1.0)])
 def test_a_cache_changes_no_token(sampler, temperature):
     model, params = network()

@@ -82,6 +82,7 @@ def test_blocks_before_a_forced_token_do_not_see_it():
     assert all(sample.tokens[9:11] == [1, 2] and sample.nfe == 10 for sample in forced)
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("objective", [masked(4), AR(bos=True), masked(CONTEXT)])
 def test_forced_tokens_do_not_depend_on_the_batch(objective):
     """One dict a request, or one for all; texts end after their last forced token."""

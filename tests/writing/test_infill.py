@@ -93,6 +93,7 @@ def test_a_text_with_its_hole_at_the_end_is_a_prompt():
         assert result.tokens == prompt + sample.tokens
 
 
+@pytest.mark.ci_slow
 def test_texts_do_not_depend_on_their_companions():
     lm = make_lm(masked(4), tokenizer=LETTERS)
     texts = ["ab[MASK:3]e", "abcefgh[MASK]ijk[MASK:2-4]a", "[MASK:5]a", "b" * 20 + "[MASK:4]"]
@@ -128,6 +129,7 @@ def test_every_length_is_filled_as_if_it_were_the_only_one():
     assert fill(lm, ["abcek[MASK:0-3]fgh"])[0].text in [one.text for one in alone] + ["abcekfgh"]
 
 
+@pytest.mark.ci_slow
 def test_the_length_that_makes_the_text_after_it_likeliest_wins():
     """Block size 1: the criterion is the likelihood of fixed tokens by the chain rule, from the raw logits."""
     lm = make_lm(masked(1), tokenizer=LETTERS)

@@ -32,6 +32,7 @@ def replayed(events, number):
     return row
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("objective, sampler", [
     (masked(4), {}), (masked(4), {"sampler": "threshold", "threshold": 0.15}),
     (masked(CONTEXT), {"sampler": "ancestral", "steps": 5}), (AR(bos=True), {})])
