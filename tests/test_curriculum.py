@@ -47,6 +47,7 @@ def losses(workdir):
     return [line["train/loss"] for line in read_metrics(workdir)]
 
 
+@pytest.mark.ci_slow
 def test_each_size_is_traced_once(whole):
     assert sorted(whole[1]) == [1, 4]
 

@@ -148,6 +148,7 @@ def test_bound_agrees_with_enumeration(time_conditioning):
     np.testing.assert_allclose(rows.total, 1000 * 5 * rows.mean, rtol=1e-6)
 
 
+@pytest.mark.ci_slow
 def test_interval_covers_at_its_rate():
     """300 single rows with their own draws: the 95 % interval holds the truth in 89 to 99 % of them."""
     lm, x0 = make_lm(masked(3)), make_ids(5)

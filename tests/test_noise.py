@@ -43,6 +43,7 @@ def token_losses(model, params, objective, noised, batch):
     return jnp.where(noised.weight_BxMxL > 0, row_losses(model, params, scored, MASK, 0), 0)
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("microbatch", [0, 2])
 def test_steps_learn_the_squared_mean_losses_of_their_own_noise(microbatch):
     config = toy_config(Path("unused"), {**COUNTS, "train.batch": BATCH, "train.views": 2, "optim.ema": 0.0,

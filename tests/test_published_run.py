@@ -91,6 +91,7 @@ def test_a_mask_token_is_never_invented(tmp_path, capsys):
     assert bd3lm_jax.load(published(tmp_path, "hf/roberta", 59, "<mask>")).special.mask == 57
 
 
+@pytest.mark.ci_slow
 def test_bound_of_a_block_model(tmp_path, capsys):
     """Against `LM.nll`, whose bound other tests enumerate, at the same block size."""
     directory = published(tmp_path, "bd3lm_block4", 66)

@@ -206,6 +206,7 @@ def test_counted_positions_come_first_and_in_order():
     np.testing.assert_array_equal(counted_positions(counted, 4), [[[1, 3, 4, 0]], [[0, 1, 2, 3]]])
 
 
+@pytest.mark.ci_slow
 def test_microbatches_change_nothing():
     """Not even dropout; and an average that is off stays off."""
     batch, results = make_batch(padding=6), {}

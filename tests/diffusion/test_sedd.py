@@ -143,6 +143,7 @@ def test_padding_is_never_masked():
         np.testing.assert_array_equal(np.asarray(noised.xt_BxMxL)[..., 7:], 0)
 
 
+@pytest.mark.ci_slow
 def test_training_loss_is_the_published_formula_on_the_networks_output():
     objective = sedd()
     lm, x0 = make_lm(objective, time_conditioning=True), jnp.asarray(make_ids(3, 8))

@@ -51,6 +51,7 @@ def test_a_token_of_each_row_depends_on_what_its_block_size_allows(backend):
         np.testing.assert_array_equal(of_size[LENGTH:], token // size == i // size)
 
 
+@pytest.mark.ci_slow
 def test_the_loss_of_a_row_is_that_of_a_batch_of_its_size():
     """Of a network that is told the levels, which come for every smallest block."""
     lm = make_lm(masked(4), time_conditioning=True)
@@ -71,6 +72,7 @@ def test_the_loss_of_a_row_is_that_of_a_batch_of_its_size():
         np.testing.assert_allclose(found[sizes == size], expected[sizes == size], rtol=1e-4)
 
 
+@pytest.mark.ci_slow
 def test_a_model_of_several_sizes_is_at_each_the_model_of_that_size():
     """Likelihood and texts are those of the same weights in a model of one size."""
     mixed, alone, tokens = make_lm(MIXED), make_lm(masked(2)), make_ids(2, 8)

@@ -242,6 +242,7 @@ def test_enumeration_has_no_error(prepared):
     assert (result["nll_mc_se"], result["draws"], result["estimator"]) == (0, 1, "exact")
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("estimator", ["importance", "bernoulli"])
 def test_other_estimators_mean_the_same(prepared, estimator):
     evaluator, model, params, rows = prepared()

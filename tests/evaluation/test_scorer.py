@@ -15,6 +15,7 @@ def scorer(objective=AR(bos=True), stride=0):
     return Scorer(make_lm(objective, tokenizer=LETTERS), "toy", stride)
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("objective", [AR(bos=True), AR(bos=False), masked(1)], ids=repr)
 def test_short_texts_have_the_likelihood_of_the_model(objective):
     """One at a time and unpadded."""

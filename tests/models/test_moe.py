@@ -178,6 +178,7 @@ def test_padding_does_not_count_in_the_balance():
     assert aux(ids, padded) < 0.8 * aux(ids, np.ones_like(ids))
 
 
+@pytest.mark.ci_slow
 def test_the_training_loss_holds_the_balance():
     """A whole step without and with it: the loss a token grows by the balance a token, and so do other gradients."""
     special, ids = step.SpecialIds(MASK, END), jnp.asarray(rows())

@@ -76,6 +76,7 @@ def written(prompt, confidence):
     return tokens[len(prompt):LENGTH], sizes, calls
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("confidence", [0.0, 0.25, 1.0])
 def test_greedy_texts(confidence):
     prompts = [[1], [5, 2, 8, 0, 9, 4], [7, 7]]  # without any, all masks are alike to the network

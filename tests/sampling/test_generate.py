@@ -250,6 +250,7 @@ def assert_equal(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_rows_do_not_depend_on_companions(sampler):
     run = functools.partial(sample, sampler=sampler, setting=settings(steps=8, end_id=2))

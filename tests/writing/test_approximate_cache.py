@@ -49,6 +49,7 @@ def by_hand(lm, ids_BxN, first, outside, level_B):
     return np.asarray(model.head.apply({"params": params["head"]}, h, cond)), own
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("kind, time_conditioning", [("prefix", False), ("dual", True)])
 def test_the_definition(kind, time_conditioning):
     """Three windows of a canvas with tokens given on both sides: the first call is a whole pass, later ones see what it

@@ -153,6 +153,7 @@ def test_short_texts_do_not_mind_the_window():
     assert lm.generate(**options, window=True) == lm.generate(**options)
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("objective, prompt", [(masked(4), 70), (AR(bos=True), 70)])
 def test_texts_longer_than_the_context(objective, prompt):
     """What is longer than the window allows is the same text further on; prompts may be longer than the window."""
