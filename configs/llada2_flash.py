@@ -12,8 +12,8 @@ Arguments: block_size=N, algo=bd3lm|mdlm|ar|.... The vocabulary has LLaDA2's 157
 first 50258. The published weights go on from train.init_from with --config.model.kind=init_from and their tokenizer.
 
 Hardware: made for 256 accelerators; weights, moments and gradients of experts are split over all, those of the rest
-over fsdp. Time: to be measured; a step has 2^20 tokens. Expected: not trained yet; its state and FLOPs are counted
-(docs/scale.md), the step has not been compiled.
+over fsdp. Time: to be measured; a step has 2^20 tokens. Expected: not trained yet; the plan of the step is
+in docs/scale.md.
 """
 
 from ml_collections import ConfigDict
