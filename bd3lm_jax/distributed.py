@@ -74,7 +74,7 @@ def lost_peer(error: BaseException) -> bool:
     """Whether an error, or one that caused it, says no more than that another process is gone: run all of them again.
     """
     return jax.process_count() > 1 and any(
-        isinstance(one, jax.errors.JaxRuntimeError) and re.search(LOST, str(one), re.I) for one in _causes(error))
+        _of_runtime(one) and re.search(LOST, str(one), re.I) for one in _causes(error))
 
 
 def raise_if_lost_peer(error: Exception) -> None:
@@ -82,6 +82,12 @@ def raise_if_lost_peer(error: Exception) -> None:
     collectives."""
     if lost_peer(error):
         raise error
+
+
+def _of_runtime(error: BaseException) -> bool:
+    """Whether XLA raised it: some calls turn its status, which begins with a code, into a ValueError."""
+    return isinstance(error, jax.errors.JaxRuntimeError) or (
+        isinstance(error, ValueError) and bool(re.match(r"[A-Z_]+: ", str(error))))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
