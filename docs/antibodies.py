@@ -64,5 +64,7 @@ def main(real_path: str, *sample_paths: str) -> list[dict]:
 
 
 if __name__ == "__main__":
+    if not sys.argv[1:] or not all(Path(path).exists() for path in sys.argv[1:]):
+        sys.exit("expected files that are there: python docs/antibodies.py heavy.txt samples.json ...")
     for line in main(*sys.argv[1:]):
         print(json.dumps(line))
