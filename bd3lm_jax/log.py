@@ -17,6 +17,7 @@ from bd3lm_jax.errors import RunError
 
 METRICS_FILE = "metrics.jsonl"
 PLAIN_SECONDS = 5.0  # between progress lines when stderr is not a terminal
+UNLIMITED = 100_000  # columns, to measure how wide a table would be
 
 _console = Console(stderr=True, highlight=False)
 _silent = False
@@ -40,13 +41,33 @@ def note_once(text: str) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table on stderr: the first column to the left, the others to the right."""
+    """A table on stderr: the first column to the left, the others to the right.
+
+    Where it is wider than the terminal each row becomes lines of its own, `column value` under the row's first cell. A
+    file or a pipe gets all of the table.
+    """
     grid = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
-        grid.add_column(column, justify="left" if i == 0 else "right")
+        grid.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         grid.add_row(*map(str, row))
-    _console.print(grid, markup=False)
+    width = _console.measure(grid, options=_console.options.update(width=UNLIMITED)).maximum
+    if width <= _console.width:
+        _console.print(grid, markup=False)
+    elif not _console.is_terminal:
+        _console.print(grid, markup=False, width=width, crop=False)
+    else:
+        _print_rows(title, columns, rows)
+
+
+def _print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    note(title)
+    wide = max(map(len, columns))
+    for first, *others in rows:
+        note(f"{columns[0]} {first}".strip())
+        for column, cell in zip(columns[1:], others):
+            if str(cell):
+                note(f"  {column:{wide}}  {cell}")
 
 
 def result(values: Mapping[str, Any]) -> None:

@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from bd3lm_jax import log
 from bd3lm_jax.errors import RunError
@@ -151,3 +153,25 @@ def test_a_full_disk_is_one_clear_error(tmp_path):
         with pytest.raises(RunError, match="metrics.jsonl: No space left on device; free some disk space"):
             run.metrics(1, {"train/loss": 1.0})
         run._file = None
+
+
+def test_a_table_wider_than_the_terminal_becomes_lines(monkeypatch):
+    columns, rows = ["name", "bits per byte", "interval"], [["first model", "1.25", "1.2 .. 1.3"], ["second", "", "x"]]
+    text = shown_on(monkeypatch, 80, True, columns, rows)
+    assert all("│" in line for line in text.splitlines() if "model" in line)
+    text = shown_on(monkeypatch, 30, True, columns, rows)
+    assert text == ("Scores\nname first model\n  bits per byte  1.25\n  interval       1.2 .. 1.3\nname second\n"
+                    "  interval       x\n")
+
+
+def test_a_file_gets_the_whole_table(monkeypatch):
+    text = shown_on(monkeypatch, 30, False, ["name", "value"], [["x" * 40, "1"], ["y", "2"]])
+    assert [line.count("│") for line in text.splitlines() if "x" in line or "y" in line] == [3, 3]
+
+
+def shown_on(monkeypatch, width, terminal, columns, rows):
+    file = io.StringIO()
+    monkeypatch.setattr(log, "_console", Console(file=file, width=width, force_terminal=terminal, color_system=None,
+                                                 highlight=False))
+    table("Scores", columns, rows)
+    return file.getvalue()

@@ -10,8 +10,8 @@ PNG = b"\x89PNG\r\n\x1a\n"
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that were saved."""
-    figures, save = [], plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure) or save(figure, path))
+    figures, save = [], plots.save
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure) or save(figure, path))
     return figures
 
 
@@ -39,21 +39,43 @@ def test_nll_by_count(tmp_path, drawn):
     assert drawn[0].axes[0].lines[0].get_xydata().tolist() == [[1, 1.0], [2, 1.5], [3, 1.75]]
 
 
+def test_a_training_loss_that_is_the_nll_is_drawn_once(tmp_path, drawn):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 10, "train/loss": 3.0, "train/nll": 3.0}) + "\n")
+    plots.loss_curve(tmp_path)
+    axes = drawn[0].axes[0]
+    assert [line.get_label() for line in axes.lines] == ["training NLL"]
+    assert axes.get_title(loc="left") == f"Training of {tmp_path.name}"
+
+
 def test_ratio_bars(tmp_path, drawn):
+    """Every ratio a point on a logarithmic axis, its number on the far side of the baseline."""
     path = plots.ratio_bars(tmp_path / "deep" / "bars.png", {
-        "time": {("small", "a"): 1.0, ("small", "b"): 0.05, ("large", "a"): 1.0}, "memory": {("small", "b"): 2.0}})
+        "time": {("small", "a_b"): 1.0, ("small", "b"): 0.05, ("large", "a_b"): 1.0}, "memory": {("small", "b"): 2.0}},
+        "Benchmark")
     assert path.read_bytes().startswith(PNG)
     time, memory = drawn[0].axes
+    assert drawn[0].get_suptitle() == "Benchmark"
     labels = [label.get_text() for label in time.get_yticklabels()]
-    assert labels == ["small", "a", "b", "large", "a"]
-    def bars(axes):
-        return [(labels[round(bar.get_y() + bar.get_height() / 2)], bar.get_width()) for bar in axes.patches]
-    assert bars(time) == [("a", 1.0), ("b", 0.05), ("a", 1.0)] and bars(memory) == [("b", 2.0)]
-    assert (time.get_xlabel(), time.get_xscale(), memory.get_xscale()) == ("time", "log", "linear")
+    assert labels == ["small", "a b", "b", "large", "a b"]
+
+    def points(axes):
+        return [(labels[round(y)], x) for x, y in axes.lines[0].get_xydata().tolist()]
+    assert points(time) == [("a b", 1.0), ("b", 0.05), ("a b", 1.0)] and points(memory) == [("b", 2.0)]
+    assert {axes.get_xscale() for axes in (time, memory)} == {"log"} and time.get_xlabel() == "time, ratio"
+    assert [(text.get_text(), text.get_ha()) for text in time.texts + memory.texts] == [
+        ("1", "left"), ("0.05", "right"), ("1", "left"), ("2", "left")]
+
+
+@pytest.mark.parametrize("values", [[1, 2, 3, 4, 100], [1, 4, 16], [7, 8, 512, 700]])
+def test_labels_of_near_ticks_do_not_overlap(tmp_path, drawn, values):
+    plots.nll_intervals(tmp_path / "x.png", "Sweep", "x", {"": [(x, 5.0, 4.5, 5.5) for x in values]})
+    axes = drawn[0].axes[0]
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
+    assert boxes and all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:]))
 
 
 def test_nll_intervals_of_numbers(tmp_path, drawn):
-    path = plots.nll_intervals(tmp_path / "deep" / "sweep.png", "block size", {
+    path = plots.nll_intervals(tmp_path / "deep" / "sweep.png", "Sweep", "block size", {
         "seed=0": [(1, 5.0, 4.5, 5.25), (16, 6.0, 5.5, 6.5)], "seed=1": [(4, 5.5, 5.0, 6.0)]})
     assert path.read_bytes().startswith(PNG)
     axes = drawn[0].axes[0]
@@ -66,7 +88,7 @@ def test_nll_intervals_of_numbers(tmp_path, drawn):
 
 
 def test_nll_intervals_of_names(tmp_path, drawn):
-    plots.nll_intervals(tmp_path / "sweep.png", "", {"": [("cosine", 5.0, 4.5, 5.25), ("wsd", 5.5, 5.0, 6.0)]})
+    plots.nll_intervals(tmp_path / "sweep.png", "Sweep", "", {"": [("cosine", 5.0, 4.5, 5.25), ("wsd", 5.5, 5.0, 6.0)]})
     axes = drawn[0].axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["cosine", "wsd"]
     assert axes.get_xlabel() == "validation NLL, nats per token" and axes.get_legend() is None
@@ -74,13 +96,13 @@ def test_nll_intervals_of_names(tmp_path, drawn):
 
 
 def test_nll_intervals_of_near_numbers_have_a_linear_axis(tmp_path, drawn):
-    plots.nll_intervals(tmp_path / "sweep.png", "dropout", {"": [(0.0, 5.0, 4.5, 5.25), (0.1, 5.5, 5.0, 6.0)]})
+    plots.nll_intervals(tmp_path / "sweep.png", "Sweep", "dropout", {"": [(0.0, 5.0, 4.5, 5.25), (0.1, 5.5, 5.0, 6.0)]})
     assert drawn[0].axes[0].get_xscale() == "linear"
 
 
 def test_intervals(tmp_path, drawn):
     series = {"a": {"one": (1.0, 0.5, 2.0), "two": (3.0, 2.5, 3.5)}, "b": {"two": (2.0, 1.0, 4.0)}}
-    path = plots.intervals(tmp_path / "deep" / "i.png", series, "bits")
+    path = plots.intervals(tmp_path / "deep" / "i.png", "Bits", series, "bits")
     assert path.read_bytes().startswith(PNG)
     axes = drawn[0].axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["one", "two"] and axes.get_xlabel() == "bits"

@@ -66,7 +66,7 @@ def bench(name: str, rounds: int, against: str, out: str | os.PathLike,
     versions = {package: importlib.metadata.version(package) for package in packages}
     result = {"bench": name, "device": device, "versions": versions, "rows": rows}
     (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    draw = getattr(module, "draw", lambda path, rows: plots.ratio_bars(path, _panels(rows)))
+    draw = getattr(module, "draw", lambda path, rows: plots.ratio_bars(path, _panels(rows), f"Benchmark {name}, on {device}"))
     draw(out / f"{name}.png", rows)
     return result
 

@@ -37,4 +37,4 @@ def draw(path: str | os.PathLike, rows: list[dict]) -> None:
                 if parts[name] is not None:
                     point = parts[name]["nll"], *parts[name]["nll_ci95"]
                     series.setdefault(f"{domain}, {name}", {})[row["masks"]] = point
-    plots.intervals(path, series, "bound, nats a token")
+    plots.intervals(path, "Bound by masks that training preferred", series, "bound, nats a token")

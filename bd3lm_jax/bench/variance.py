@@ -34,4 +34,5 @@ def draw(path: str | os.PathLike, rows: list[dict]) -> None:
     for row in rows:
         if row["published_ratio"] is not None:
             series.setdefault(f"published, S={row['block_size']}", {})[row["variant"]] = (row["published_ratio"],) * 3
-    plots.intervals(path, series, "variance of the loss, ratio to the linear schedule")
+    plots.intervals(path, "How noisy the training loss is, by schedule", series,
+                    "variance of the loss, ratio to the linear schedule")

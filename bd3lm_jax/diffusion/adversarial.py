@@ -43,6 +43,7 @@ class Adversarial(Objective):
     """
 
     kind: ClassVar[str] = "adversarial"
+    title: ClassVar[str] = "adversarial masks"
     learns: ClassVar[bool] = True
     block_size: int  # tokens a block
     rate: float  # part of a block's tokens that is masked, at least one; 0: every count 1..n equally often

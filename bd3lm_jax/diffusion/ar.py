@@ -20,6 +20,7 @@ class AR(Objective):
     """
 
     kind: ClassVar[str] = "ar"
+    title: ClassVar[str] = "AR"
     causal: ClassVar[bool] = True
     masks: ClassVar[bool] = False
     block_size: ClassVar[int] = 1

@@ -29,6 +29,7 @@ class Cap(Masked):
     """
 
     kind: ClassVar[str] = "cap"
+    title: ClassVar[str] = "CAP"
     coefficient: float  # nats of loss a nat of entropy
 
     def __post_init__(self):

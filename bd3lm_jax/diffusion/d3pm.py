@@ -24,6 +24,7 @@ class D3PM(Objective):
     """
 
     kind: ClassVar[str] = "d3pm"
+    title: ClassVar[str] = "D3PM"
     block_size: int  # tokens a block
     steps: int  # T
     hybrid: float  # weight of the plain cross-entropy; 0: the bound

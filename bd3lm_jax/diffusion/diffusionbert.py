@@ -34,6 +34,7 @@ class DiffusionBERT(Objective):
     """
 
     kind: ClassVar[str] = "diffusionbert"
+    title: ClassVar[str] = "DiffusionBERT"
     needs: ClassVar[tuple[str, ...]] = ("density",)
     block_size: int
     strength: float  # lambda; 0 is the uniform schedule

@@ -33,6 +33,7 @@ class GenMD4(Objective):
     """
 
     kind: ClassVar[str] = "genmd4"
+    title: ClassVar[str] = "GenMD4"
     view_group: ClassVar[int] = 2
     learns: ClassVar[bool] = True
     bound: ClassVar[None] = None  # for a network alone, without w

@@ -27,6 +27,7 @@ class Levels(Objective):
     """
 
     kind: ClassVar[str] = "levels"
+    title: ClassVar[str] = "levels by position"
     is_bound: ClassVar[bool] = True
     block_size: int
     ramp: float  # part of the time in which noise comes in from the right; N / (N + T) in the paper's notation

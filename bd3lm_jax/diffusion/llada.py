@@ -38,6 +38,7 @@ class LLaDA(Objective):
     """
 
     kind: ClassVar[str] = "llada"
+    title: ClassVar[str] = "LLaDA"
     block_size: int
     complement: bool
     random_length: float

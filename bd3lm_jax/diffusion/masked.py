@@ -47,6 +47,7 @@ class Masked(Objective):
     """
 
     kind: ClassVar[str] = "masked"
+    title: ClassVar[str] = "BD3-LM"
     block_size: int  # tokens a block
     schedule: str  # name for `schedule.get_schedule`; `exact_count` does not depend on it
     corruption: str  # "exact_count", "bernoulli"

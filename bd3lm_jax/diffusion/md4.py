@@ -26,6 +26,7 @@ class MD4(Objective):
     """
 
     kind: ClassVar[str] = "md4"
+    title: ClassVar[str] = "MD4"
     block_size: int  # tokens a block
     schedule: str  # "linear", "cosine", "polynomial:p"
     clip: float  # 1e-4 as published

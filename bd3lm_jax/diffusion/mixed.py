@@ -25,6 +25,7 @@ class Mixed(Objective):
     """
 
     kind: ClassVar[str] = "mixed"
+    title: ClassVar[str] = "mixed block sizes"
     block_size: int  # one of `sizes`: what evaluation and sampling use unless they are told another
     sizes: tuple[int, ...]  # tokens a block, rising: multiples of the first, divisors of the last
     schedule: str  # these four as for `Masked`

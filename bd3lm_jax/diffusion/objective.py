@@ -16,6 +16,7 @@ class Objective:
     `corrupt(key, x0_BxL, segment_BxL, views, mask_id, end_id, ...) -> Noised`. What it does not say is as for masked
     diffusion:
 
+    title: its name in tables and pictures; "" for its kind.
     causal: the network reads one stream, the tokens before; else noised blocks and the clean text before them.
     masks: the network predicts the tokens under the mask token from those that are left. So the bound of
     `estimators.py` and the masked samplers apply, however it was trained. Else it has an estimator of its own
@@ -45,6 +46,7 @@ class Objective:
     """
 
     kind: ClassVar[str]
+    title: ClassVar[str] = ""
     causal: ClassVar[bool] = False
     masks: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ()

@@ -55,6 +55,7 @@ class Priority(Objective):
     """
 
     kind: ClassVar[str] = "priority"
+    title: ClassVar[str] = "priority masks"
     needs: ClassVar[tuple[str, ...]] = ("density",)
     block_size: int  # tokens a block
     form: str  # "exact_count", "bernoulli"

@@ -25,6 +25,7 @@ class RobertaDiffusion(Objective):
     """
 
     kind: ClassVar[str] = "roberta_diffusion"
+    title: ClassVar[str] = "RoBERTa diffusion"
     block_size: int
     rates: tuple[float, ...]
     protected: int

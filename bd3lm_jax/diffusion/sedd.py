@@ -36,6 +36,7 @@ class SEDD(Objective):
     """
 
     kind: ClassVar[str] = "sedd"
+    title: ClassVar[str] = "SEDD"
     needs_level: ClassVar[bool] = True
     scores: ClassVar[bool] = True
     block_size: int  # tokens a block

@@ -50,6 +50,7 @@ class SSDLM(Objective):
     """
 
     kind: ClassVar[str] = "ssd_lm"
+    title: ClassVar[str] = "SSD-LM"
     masks: ClassVar[bool] = False
     sampler: ClassVar[str] = "simplex"
     block_size: int  # tokens a block; 25 in the paper

@@ -31,6 +31,7 @@ class Uniform(Objective):
     """
 
     kind: ClassVar[str] = "uniform"
+    title: ClassVar[str] = "uniform-state (DUO)"
     masks: ClassVar[bool] = False
     redraws: ClassVar[bool] = True
     sampler: ClassVar[str] = "uniform"
@@ -101,6 +102,7 @@ class SEDDUniform(Uniform):
     """
 
     kind: ClassVar[str] = "sedd_uniform"
+    title: ClassVar[str] = "SEDD, uniform"
     needs_level: ClassVar[bool] = True
     scores: ClassVar[bool] = True
     sampler: ClassVar[str] = "uniform_scores"

@@ -228,7 +228,7 @@ def draw(path: Path, rows: Sequence[dict]) -> Path:
     what is never recommended is grey."""
     key = "gen_ppl" if "gen_ppl" in rows[0] else "self_nll"
     label = "generative perplexity" if key == "gen_ppl" else "own bound, nats a token"
-    figure, axes = plots._figure("tokens a network call", f"{label} (H: unigram entropy, nats)")
+    figure, axes = plots.new_figure("Speed against quality", "tokens a network call", f"{label} (H: unigram entropy, nats)")
     named = 0
     for row in sorted(rows, key=lambda row: row["tokens_per_call"]):
         color = "lightgrey" if row["rejected"] else "#e6550d" if row["pareto"] else "#3182bd"
@@ -247,4 +247,4 @@ def draw(path: Path, rows: Sequence[dict]) -> Path:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
     axes.margins(x=0.25)  # room for the names
-    return plots._save(figure, path)
+    return plots.save(figure, path)

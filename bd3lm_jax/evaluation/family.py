@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bd3lm_jax import log, plots
+from bd3lm_jax import log, plots, rundir
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import estimators, suite
 from bd3lm_jax.evaluation.autopilot import judged, write
@@ -23,6 +23,7 @@ from bd3lm_jax.evaluation.domains import OWN, Text, convention_for, open_text
 from bd3lm_jax.evaluation.evaluate import open_run
 from bd3lm_jax.evaluation.scorer import Scorer
 from bd3lm_jax.evaluation.suite import Scored
+from bd3lm_jax.evaluation.titles import run_titles
 from bd3lm_jax.lm import LM
 
 
@@ -32,7 +33,7 @@ def compare(workdirs: Sequence[str], *, split: str, scorer: str, texts: int, dra
 
     scorer: directory of a model with exact likelihood that judges `texts` texts of each run; "" for no texts.
 
-    Returns rows of {"name", "workdir", "kind", "block_size", "params", "step"; "estimator" and, in bits per byte,
+    Returns rows of {"name", "title" (for people), "workdir", "kind", "block_size", "params", "step"; "estimator" and, in bits per byte,
     "bound" with "bound_ci95" (None without a bound), "difference" and "difference_ci95" to the first run, paired by
     document; "native" and "native_ci95" (the bound of its own objective, where that is another); "train_loss" (the
     objective as optimised, mean of the last tenth of training), "train_tokens_per_s" (median while training);
@@ -42,12 +43,13 @@ def compare(workdirs: Sequence[str], *, split: str, scorer: str, texts: int, dra
     """
     judge = Scorer(_model(scorer), scorer, 0) if scorer else None
     rows, first = [], None
-    for workdir in workdirs:
+    titles = run_titles([rundir.read(workdir)[0] for workdir in workdirs])
+    for workdir, title in zip(workdirs, titles):
         began = time.perf_counter()
         run = open_run(workdir, "ema", 0)
         convention = convention_for([run.config], chunks="independent", stride=0, first_token="", end_token="count")
         text = open_text(run.config, run.tokenizer, data=OWN, split=split, data_dir="", convention=convention)
-        row = {"name": Path(workdir).name, "workdir": str(workdir), "kind": run.config.diffusion.kind,
+        row = {"name": Path(workdir).name, "title": title, "workdir": str(workdir), "kind": run.config.diffusion.kind,
                "block_size": run.config.block_size, "step": run.step, "params": _size(run.params)}
         row |= _bounds(run, text, draws, seed)
         scored = row.pop("scored")
@@ -133,12 +135,12 @@ def show(rows: Sequence[dict[str, Any]], scorer: str) -> None:
 
 
 def _likelihood(row: dict[str, Any]) -> tuple[str, ...]:
-    return (row["name"], row["kind"], _estimate(row, "bound", ".3f"), _estimate(row, "difference", "+.3f"),
+    return (row["title"], row["kind"], _estimate(row, "bound", ".3f"), _estimate(row, "difference", "+.3f"),
             _estimate(row, "native", ".3f"))
 
 
 def _texts_of(row: dict[str, Any]) -> tuple[str, ...]:
-    return (row["name"], _number(row["train_loss"], ".3f"), _number(row["train_tokens_per_s"], ",.0f"),
+    return (row["title"], _number(row["train_loss"], ".3f"), _number(row["train_tokens_per_s"], ",.0f"),
             _estimate(row, "gen_ppl", ".0f"), _estimate(row, "entropy", ".2f"), _number(row["tokens_per_call"], ".2f"))
 
 
@@ -158,6 +160,7 @@ def draw(path: str | Path, rows: Sequence[dict[str, Any]]) -> Path:
     """
     rows = sorted((row for row in rows if row["bound"] is not None), key=lambda row: row["bound"])
     series = {"bound under uniform counts": "bound", "bound of its own objective": "native"}
-    points = {label: {row["name"]: (row[key], *row[f"{key}_ci95"]) for row in rows if row[key] is not None}
+    points = {label: {row["title"]: (row[key], *row[f"{key}_ci95"]) for row in rows if row[key] is not None}
               for label, key in series.items()}
-    return plots.intervals(path, {label: found for label, found in points.items() if found}, "bits per byte")
+    return plots.intervals(path, "The same text under one bound: which objective learnt most?",
+                           {label: found for label, found in points.items() if found}, "bits per byte")

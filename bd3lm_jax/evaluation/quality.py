@@ -236,7 +236,8 @@ def draw(path: str | Path, rows: Sequence[dict]) -> Path | None:
     known = [row for row in rows if row["nfe_per_token"] is not None]
     if not known:
         return None
-    figure, axes = plots._figure("network calls a token", "generative perplexity (H: unigram entropy, nats)")
+    figure, axes = plots.new_figure("Quality against network calls", "network calls a token",
+                                    "generative perplexity (H: unigram entropy, nats)")
     for size in sorted({row["block_size"] for row in known}, key=lambda size: (size is None, size)):
         points = [row for row in known if row["block_size"] == size]
         ppl = np.array([row["gen_ppl"] for row in points])
@@ -252,4 +253,4 @@ def draw(path: str | Path, rows: Sequence[dict]) -> Path | None:
     axes.set_yscale("log")
     axes.margins(x=0.25)  # room for the names
     axes.legend(frameon=False)
-    return plots._save(figure, Path(path))
+    return plots.save(figure, Path(path))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bd3lm_jax import plots
+from bd3lm_jax.evaluation.titles import key_title, phrase, run_titles
 from bd3lm_jax.log import note, table
 from bd3lm_jax.sweeps import paired
 
@@ -60,7 +61,7 @@ class Table:
 
     def draw(self, path: Path) -> None:
         if self.measured:
-            plots.nll_intervals(path, *_curves(self.measured, self.keys))
+            plots.nll_intervals(path, f"Runs of the sweep {path.parent.name}", *_curves(self.measured, self.keys))
 
     def _baseline(self, wanted: int | str) -> int | None:
         """None while that run is not finished."""
@@ -108,9 +109,9 @@ def _curves(runs: Sequence[Any], keys: Sequence[str]) -> tuple[str, dict[str, li
     x_key = max(numbers, key=distinct.get, default=None)
     others = [key for key in keys if x_key and key != x_key and distinct[key] > 1]
     result = {}
-    for run, value in zip(runs, values):
+    for run, value, title in zip(runs, values, run_titles([run.point.config for run in runs])):
         nll = run.measured["valid_nll"]
         low, high = (nll if end is None else end for end in run.measured["nll_ci95"])
-        label = ", ".join(f"{key}={value.get(key)}" for key in others)
-        result.setdefault(label, []).append((value[x_key] if x_key else run.name, nll, low, high))
-    return x_key or "", {label: sorted(points) for label, points in result.items()}
+        label = ", ".join(phrase(key, value.get(key)) for key in others)
+        result.setdefault(label, []).append((value[x_key] if x_key else title, nll, low, high))
+    return key_title(x_key or ""), {label: sorted(points) for label, points in result.items()}

@@ -9,6 +9,8 @@ PAGE = r"""<!DOCTYPE html>
 <style>
 :root { color-scheme: light dark; --line: #8886; --quiet: #888; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; line-height: 1.2; margin: 0; overflow-wrap: anywhere; }
+p.quiet { margin: .2rem 0 1rem; color: var(--quiet); }
 .bar { display: flex; gap: .6rem; align-items: center; flex-wrap: wrap; margin: .8rem 0; }
 input[type=range] { flex: 1; min-width: 10rem; }
 button, select { font: inherit; min-width: 2.4rem; }
@@ -17,18 +19,23 @@ button, select { font: inherit; min-width: 2.4rem; }
 #text span { border-radius: .2rem; }
 .drawn { color: #111; cursor: pointer; }
 .mask { color: var(--quiet); }
-.now { outline: 2px solid #d00; }
-.again { outline: 2px dashed #d00; text-decoration: line-through; color: var(--quiet); }
+.now { box-shadow: inset 0 -.2rem #1f6feb; }
+.again { text-decoration: line-through; color: var(--quiet); }
 .after { opacity: .25; }
 .scale { width: 9rem; height: .8rem; border-radius: .2rem;
-  background: linear-gradient(90deg, rgb(253,174,97), rgb(255,255,191), rgb(145,207,230)); }
+  background: linear-gradient(90deg, rgb(244,109,67), rgb(254,224,139), rgb(230,245,152), rgb(102,194,165)); }
 small, #what { color: var(--quiet); }
 #what { min-height: 3em; }
+@media (max-width: 40rem) {
+  body { margin: 1rem auto; }
+  #text { font-size: 14px; padding: .6rem; }
+  button { min-height: 2.4rem; }
+}
 </style>
 </head>
 <body>
-<h1>How a text was written</h1>
-<div id="title"></div>
+<h1 id="title"></h1>
+<p class="quiet">How a text was written, step by step</p>
 <div class="bar">
   <label>Text <select id="sample"></select></label>
   <button id="first" title="first step (Home)">|&lt;</button>
@@ -41,10 +48,10 @@ small, #what { color: var(--quiet); }
 <div id="status" aria-live="polite"></div>
 <div id="text"></div>
 <div id="what">Point at a token to see its history; click it to go to the step that revealed it.</div>
-<div class="bar"><small>confidence 0</small><div class="scale"></div><small>1</small>
-  <small><span class="now">revealed now</span></small> <small><span class="again">masked again</span></small>
+<div class="bar"><small>probability .001</small><div class="scale" title="logarithmic: .001, .01, .1, 1"></div><small>1</small>
+  <small><span class="now">changed now</span></small> <small><span class="again">masked again</span></small>
   <small class="mask">░ mask</small> <small class="after">after the end of the text</small></div>
-<small>Confidence: probability of a token when it was drawn, before temperature and filters. Arrows left and right:
+<small>Colour: probability of a token when it was drawn, before temperature and filters, on a logarithmic scale. Arrows left and right:
 steps; up and down: texts; space: play.</small>
 <script type="application/json" id="record">RECORD</script>
 <script>
@@ -55,8 +62,9 @@ let sample = record.samples[0], shown = 0, timer = null;
 at("title").textContent = record.title;
 
 function colour(confidence) {
-  const stops = [[253, 174, 97], [255, 255, 191], [145, 207, 230]];
-  const i = confidence < 0.5 ? 0 : 1, part = confidence * 2 - i;
+  const stops = [[244, 109, 67], [254, 224, 139], [230, 245, 152], [102, 194, 165]];  // .001, .01, .1, 1
+  const at = 3 + Math.log10(Math.min(1, Math.max(0.001, confidence)));
+  const i = Math.min(2, Math.floor(at)), part = at - i;
   return "rgb(" + stops[i].map((a, k) => Math.round(a + (stops[i + 1][k] - a) * part)).join(",") + ")";
 }
 
@@ -64,10 +72,12 @@ function rowAfter(count) {  // every place of the row after so many steps
   const row = sample.canvas.map(id => ({id: id, given: id !== record.mask, history: []}));
   sample.steps.slice(0, count).forEach((step, index) => {
     const now = index === count - 1;
-    for (const [place, id, confidence] of step.revealed)
-      Object.assign(row[place], {id: id, confidence: confidence, since: index + 1, block: step.block, now: now});
+    for (const [place, id, confidence] of step.revealed)  // a token that was drawn again is not a change
+      Object.assign(row[place], {id: id, confidence: confidence, since: index + 1, block: step.block,
+                                 now: now && row[place].before !== id, again: false});
     for (const [place, id, confidence] of step.revealed)
       row[place].history.push("step " + (index + 1) + " " + quoted(id) + " confidence " + confidence.toFixed(3));
+    for (const [place, id] of step.revealed) row[place].before = id;
     for (const place of step.remasked) {
       row[place].history.push("step " + (index + 1) + " masked again");
       Object.assign(row[place], {gone: row[place].id, id: record.mask, now: false, again: now});
@@ -116,7 +126,7 @@ function choose(index) {
   index = Math.max(0, Math.min(record.samples.length - 1, index));
   sample = record.samples[index];
   at("sample").selectedIndex = index;
-  show(sample.steps.length);
+  show(0);
 }
 function play(on) {
   clearInterval(timer);
@@ -139,7 +149,10 @@ const keys = {ArrowLeft: () => show(shown - 1), ArrowRight: () => show(shown + 1
 document.addEventListener("keydown", event => {
   if (keys[event.key]) { event.preventDefault(); keys[event.key](); }
 });
-if (sample) choose(0);
+if (sample) {
+  choose(0);
+  if (window.parent === window && !matchMedia("(prefers-reduced-motion: reduce)").matches) play(true);
+}
 </script>
 </body>
 </html>
@@ -155,6 +168,10 @@ BESIDE = r"""<!DOCTYPE html>
 body { font: 15px/1.5 system-ui, sans-serif; margin: 1rem; }
 #frames { display: flex; gap: 1rem; height: 90vh; }
 iframe { flex: 1; min-width: 0; border: 1px solid #8886; border-radius: .5rem; }
+@media (max-width: 50rem) {
+  #frames { flex-direction: column; height: auto; }
+  iframe { flex: none; height: 80vh; }
+}
 button { font: inherit; }
 </style>
 </head>

@@ -182,8 +182,8 @@ def test_only_the_first_tokens(lm, tmp_path, tables):
 
 
 def test_several_files_make_one_table_and_one_plot(lm, tmp_path, tables, monkeypatch):
-    figures_, save = [], quality.plots._save
-    monkeypatch.setattr(quality.plots, "_save", lambda figure, path: figures_.append(figure) or save(figure, path))
+    figures_, save = [], quality.plots.save
+    monkeypatch.setattr(quality.plots, "save", lambda figure, path: figures_.append(figure) or save(figure, path))
     paths = [write(tmp_path / f"{name}.json", letters(2, 8, seed=i), nfe, size)
              for i, (name, nfe, size) in enumerate((("a", 1, 4), ("b", 2, 8), ("c", 3, 8), ("d", None, None)))]
     result = evaluate_samples(paths, **OPTIONS | {"reference": paths[0]})

@@ -320,18 +320,19 @@ def test_names_are_readable_stable_and_distinct():
 
 
 @pytest.mark.parametrize(("overrides", "xlabel", "drawn"), [
-    ([{"optim.lr": lr, "seed": seed} for lr, seed in itertools.product((0.1, 0.01, 0.001), (0, 1))], "optim.lr",
-     {"seed=0": [0.001, 0.01, 0.1], "seed=1": [0.001, 0.01, 0.1]}),
-    ([{"optim.schedule": "cosine"}, {}], "", {"": ["base", "optim.schedule=cosine"]}),
-    ([{"optim.schedule": "cosine"}, {"optim.schedule": "wsd", "optim.lr": 0.1}], "optim.lr",
-     {"optim.schedule=cosine": [0.01], "optim.schedule=wsd": [0.1]}),
+    ([{"optim.lr": lr, "seed": seed} for lr, seed in itertools.product((0.1, 0.01, 0.001), (0, 1))], "learning rate",
+     {"seed 0": [0.001, 0.01, 0.1], "seed 1": [0.001, 0.01, 0.1]}),
+    ([{"optim.schedule": "cosine"}, {}], "", {"": ["BD3-LM, S = 4, schedule constant", "BD3-LM, S = 4, schedule cosine"]}),
+    ([{"optim.schedule": "cosine"}, {"optim.schedule": "wsd", "optim.lr": 0.1}], "learning rate",
+     {"schedule cosine": [0.01], "schedule wsd": [0.1]}),
 ])
 def test_plot_has_the_finished_runs_by_what_was_swept(stage, monkeypatch, overrides, xlabel, drawn):
     calls = []
     monkeypatch.setattr(plots, "nll_intervals", lambda path, *rest: calls.append(rest))
     stage.overrides = overrides
     stage.sweep(parallel=3)
-    label, curves = calls[0]
+    title, label, curves = calls[0]
+    assert title == f"Runs of the sweep {stage.workdir.name}"
     assert (label, {name: [x for x, *_ in points] for name, points in curves.items()}) == (xlabel, drawn)
     by_nll = sorted(point[1:] for points in curves.values() for point in points)
     assert by_nll == [(nll, nll - 0.1, nll + 0.2) for nll in map(float, range(1, len(overrides) + 1))]
