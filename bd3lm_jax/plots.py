@@ -83,13 +83,12 @@ def ratio_bars(path: str | os.PathLike, panels: Mapping[str, Mapping[tuple[str, 
         room = (high / low) ** 0.2  # for the numbers
         axes.set_xlim(low / room, high * room)
         _round_ticks(axes)
-        axes.margins(y=0.01)
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     all_axes[0].set_yticks(range(len(ticks)), [label for label, _ in ticks])
     for label, (_, key) in zip(all_axes[0].get_yticklabels(), ticks):
         label.set_fontweight("normal" if key else "bold")
-    all_axes[0].invert_yaxis()
+    all_axes[0].set_ylim(len(ticks) - 0.5, -0.5)
     return save(figure, Path(path))
 
 
