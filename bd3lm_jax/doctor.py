@@ -8,7 +8,7 @@ from collections.abc import Callable
 from importlib import metadata
 
 from bd3lm_jax import log
-from bd3lm_jax.errors import RunError
+from bd3lm_jax.errors import RunError, UserError
 
 CORE = ("jax", "jaxlib", "flax", "optax", "chex", "numpy")
 EXTRA = {  # what is lost without it, and how to get it
@@ -30,7 +30,7 @@ def diagnose() -> dict:
     versions = {name: _version(name) for name in (*CORE, *EXTRA)}
     checks = [_check("core packages", lambda: _core_packages(versions)), _check("devices", _devices),
               _check("cache directory", _cache_directory), _check("attention", _attention),
-              _check("sampler", _sampler)]
+              _check("sampler", _sampler), _check("sandbox of generated code", _sandbox)]
     log.table("Versions", ["package", "version"],
               [["python", platform.python_version()], *((name, version or "-") for name, version in versions.items())])
     log.table("Checks", ["check", "ok", "detail"],
@@ -101,6 +101,17 @@ def _attention() -> str:
                            f"expected at most {check.tolerance(dtype)}: set compute.attention='dense'")
         found.append(f"{layout}: {name} ({reason}; relative difference {difference:.1e})")
     return f"auto in {dtype}, " + ", ".join(found)
+
+
+def _sandbox() -> str:
+    """How `eval --task=humaneval` would confine programs: no failure where it cannot, for only that needs it."""
+    from bd3lm_jax.tasks import sandbox
+    from bd3lm_jax.tasks.evaluate import LIMITS
+
+    try:
+        return sandbox.choose(LIMITS)
+    except UserError as error:
+        return f"none: {error}"
 
 
 def _sampler() -> str:

@@ -54,8 +54,8 @@ WATCH = ("split", "data", "data_dir", "chunks", "stride", "first_token", "end_to
          "weights", "batch", "block_size", "watch_for")
 CURVE = ("split", "estimator", "draws", "seed", "weights", "batch")
 QUALITY = ("scorer", "weights", "split", "reference", "stride", "max_tokens", "mauve", "plot")
-TASK = ("file", "against", "allow_code_execution", "num_problems", "draws_per_problem", "shots", "seed",
-        "weights")
+TASK = ("file", "against", "allow_code_execution", "unsafe_code_execution", "num_problems", "draws_per_problem",
+        "shots", "seed", "weights")
 SAMPLER = ("sampler", "length", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "steps", "threshold",
            "block_size")  # of --task: what is given goes to LM.generate
 
@@ -123,8 +123,10 @@ def _define_task(values: flags.FlagValues) -> None:
     flags.DEFINE_string("task", "", "humaneval, mbpp, gsm8k or math500", flag_values=values)
     flags.DEFINE_string("file", "", "of --task: JSONL in the task's own format; empty: the packaged one (humaneval)",
                         flag_values=values)
-    flags.DEFINE_boolean("allow_code_execution", False, "of --task: run generated code, in a subprocess with limits",
+    flags.DEFINE_boolean("allow_code_execution", False, "of --task: run generated code, in a sandbox (docs/tasks.md)",
                          flag_values=values)
+    flags.DEFINE_boolean("unsafe_code_execution", False, "of --task: run generated code even where this machine offers "
+                         "no sandbox: it can then do whatever you can do", flag_values=values)
     flags.DEFINE_integer("num_problems", 0, "of --task: only the first so many; 0: all", lower_bound=0,
                          flag_values=values)
     flags.DEFINE_integer("draws_per_problem", 1, "of --task: texts for each problem", lower_bound=1, flag_values=values)

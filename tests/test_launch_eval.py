@@ -54,12 +54,13 @@ def test_task(capsys, calls):
     assert run(capsys, "--workdir=w", "--task=humaneval", "--allow_code_execution")[0] == 0
     assert calls == [
         ("evaluate_task", ("w",),
-         {"task": "gsm8k", "file": "f", "against": "v", "allow_code_execution": False, "num_problems": 3,
-          "draws_per_problem": 5, "shots": 2, "seed": 2, "weights": "ema",
+         {"task": "gsm8k", "file": "f", "against": "v", "allow_code_execution": False,
+          "unsafe_code_execution": False, "num_problems": 3, "draws_per_problem": 5, "shots": 2, "seed": 2,
+          "weights": "ema",
           "sampler": {"sampler": "confidence", "temperature": 0.0, "block_size": 8}}),
         ("evaluate_task", ("w",),
-         {"task": "humaneval", "file": "", "against": "", "allow_code_execution": True, "num_problems": 0,
-          "draws_per_problem": 1, "shots": 0, "seed": 0, "weights": "ema", "sampler": {}})]
+         {"task": "humaneval", "file": "", "against": "", "allow_code_execution": True,
+          "unsafe_code_execution": False, "num_problems": 0, "draws_per_problem": 1, "shots": 0, "seed": 0, "weights": "ema", "sampler": {}})]
 
 
 def test_a_likelihood_without_other_flags(capsys, calls):

@@ -35,11 +35,12 @@ class Completion(NamedTuple):
 
 def evaluate_task(workdir: str | os.PathLike, *, task: str, file: str, against: str, allow_code_execution: bool,
                   num_problems: int, draws_per_problem: int, shots: int, sampler: dict[str, Any], seed: int,
-                  weights: str) -> dict[str, Any]:
+                  weights: str, unsafe_code_execution: bool = False) -> dict[str, Any]:
     """Task accuracy of a model, as the `eval --task` command gives it.
 
     task: a name in TASKS. file: its problems, JSON lines in the task's own format ("": the packaged ones). against:
-    another model to compare with on the same problems, or "". num_problems: the first ones of the file, 0 for all.
+    another model to compare with on the same problems, or "". unsafe_code_execution: run generated code even where this
+    machine offers no sandbox. num_problems: the first ones of the file, 0 for all.
     draws_per_problem: completions of each; the score is the mean over problems of the part that is right, which is
     without bias for pass@1. shots: problems of the file, the first ones, that stand solved before each prompt and are
     not scored. sampler: keywords of `LM.generate`; its `length` counts prompt and completion (left out: the model's
@@ -56,7 +57,7 @@ def evaluate_task(workdir: str | os.PathLike, *, task: str, file: str, against: 
     chosen = lookup(TASKS, task, "task")
     _check_numbers(num_problems=(num_problems, 0), draws_per_problem=(draws_per_problem, 1), shots=(shots, 0))
     settings = _sampler_settings(sampler)
-    isolation = _check_execution(chosen, allow_code_execution)
+    mechanism = _check_execution(chosen, allow_code_execution, unsafe_code_execution)
     source = read_problems(chosen, file)
     if shots >= len(source.problems):
         raise UserError(f"{source.path} holds {len(source.problems)} problems, of which {shots} shots leave none")
@@ -69,10 +70,10 @@ def evaluate_task(workdir: str | os.PathLike, *, task: str, file: str, against: 
              "draws_per_problem": draws_per_problem, "prompt_format": chosen.prompt_format, "shots": shots,
              "stop": list(chosen.stop), "sampler": settings, "seed": seed, "weights": weights}
     prompts = [_prompt(examples, problem) for problem in problems]
-    run = _Run(chosen, problems, prompts, sampler, asked, _folder(workdir))
+    run = _Run(chosen, problems, prompts, sampler, asked, _folder(workdir), mechanism)
     ours = run.measure(workdir, "")
     result = {"workdir": str(workdir), **asked, **ours.summary(), "metric": chosen.metric,
-              "sandbox": {"limits": LIMITS._asdict(), "isolation": isolation} if chosen.runs_code else None}
+              "sandbox": {"limits": LIMITS._asdict(), "mechanism": mechanism} if chosen.runs_code else None}
     if against:
         theirs = run.measure(against, f"-against-{Path(against).name}")
         found = score.paired(ours.scores_N, theirs.scores_N)
@@ -83,18 +84,21 @@ def evaluate_task(workdir: str | os.PathLike, *, task: str, file: str, against: 
 
 
 def score_completions(task: Task, problems: Sequence[Problem], completions: Sequence[str], *,
-                      allow_code_execution: bool) -> list[Verdict]:
+                      allow_code_execution: bool, unsafe_code_execution: bool = False) -> list[Verdict]:
     """The verdict on each completion; completion i answers problem i (repeat a problem that has several).
 
     Raises UserError where programs would have to run and may not, or lengths differ; RunError if the sandbox fails.
     """
     if len(problems) != len(completions):
         raise UserError(f"{len(completions)} completions of {len(problems)} problems: expected one for each")
+    return _judged(task, problems, completions, _check_execution(task, allow_code_execution, unsafe_code_execution))
+
+
+def _judged(task: Task, problems: Sequence[Problem], completions: Sequence[str], mechanism: str) -> list[Verdict]:
     if not task.runs_code:
         return [task.judge(problem, completion) for problem, completion in zip(problems, completions)]
-    _check_execution(task, allow_code_execution)
     programs = [task.program(problem, completion) for problem, completion in zip(problems, completions)]
-    outcomes = sandbox.run_all([(program, tests) for program, *tests in programs], LIMITS)
+    outcomes = sandbox.run_all([(program, tests) for program, *tests in programs], LIMITS, mechanism)
     return [Verdict(outcome.passed, "passed" if outcome.passed else outcome.detail.split(":")[0], outcome.detail)
             for outcome in outcomes]
 
@@ -121,6 +125,7 @@ class _Run(NamedTuple):
     sampler: dict[str, Any]
     asked: dict[str, Any]
     folder: Path
+    mechanism: str  # of the sandbox, "" where no code is run
 
     def measure(self, workdir: str | os.PathLike, suffix: str) -> _Scored:
         """Load a model, let it complete all prompts, judge, and write the lines."""
@@ -131,8 +136,7 @@ class _Run(NamedTuple):
         length = self.sampler.get("length", lm.context)
         completions = self._complete(lm, workdir, length)
         problems = [problem for problem in self.problems for _ in range(draws)]
-        verdicts = score_completions(self.task, problems, [completion.text for completion in completions],
-                                     allow_code_execution=True)
+        verdicts = _judged(self.task, problems, [completion.text for completion in completions], self.mechanism)
         lines = [{"problem": problem.id, "draw": i % draws, "correct": verdict.correct, "outcome": verdict.outcome,
                   "detail": verdict.detail, "prompt": self.prompts[i // draws], "completion": completion.text,
                   "tokens": completion.tokens, "nfe": completion.nfe, "stop": completion.stop}
@@ -168,14 +172,17 @@ class _Run(NamedTuple):
         return [completion for row in found for completion in row]
 
 
-def _check_execution(task: Task, allowed: bool) -> list[str]:
-    """The isolation of programs; [] where none are run. UserError if they may not or cannot be."""
+def _check_execution(task: Task, allowed: bool, unsafe: bool) -> str:
+    """The mechanism that confines programs; "" where none are run. UserError if they may not or cannot be."""
     if not task.runs_code:
-        return []
-    if not allowed:
+        return ""
+    if not allowed and not unsafe:
         raise UserError(f"{task.name} runs programs that the model wrote: give --allow_code_execution if they may run "
-                        "here, with limits of time, memory and processes (docs/tasks.md says what these do not stop)")
-    return sandbox.check(LIMITS)
+                        "here, in a sandbox (docs/tasks.md says what it stops and what not)")
+    mechanism = sandbox.choose(LIMITS, unsafe)
+    if mechanism == sandbox.UNSAFE:
+        log.note("warning: this machine offers no sandbox: generated programs run as you, and can do whatever you can")
+    return mechanism
 
 
 def _sampler_settings(sampler: dict[str, Any]) -> dict[str, Any]:

@@ -1,92 +1,81 @@
-"""The inside of the sandbox: started by `sandbox.py` as a script for each program, imports only the standard library.
+"""The inside of the sandbox: started by `sandbox.py` as a script for each program, imports only the standard library
+(and pyseccomp where seccomp is used). Linux only.
 
-Two processes. The supervisor (this one) takes the limits and the isolation upon itself and forks; it keeps the time,
-and draws a secret after the fork. The child runs the program and its tests; only then does it read the secret from a
-pipe and send it back. Whatever else a program does, it does not have the secret in its memory before. Linux only.
-
-stdin: {"parts": source texts, "limits": {...}}; stdout: the fields of `sandbox.Outcome`.
+argv[1]: {"limits": {...}, "user": id to become or null, "filters": {"read": paths, "write": paths} or null, "shared":
+whether other processes of its user count against its limit of processes}. stdin: lines {"token", "part"}; to each the
+answer on stdout is one line, the token if the source text `part` ran, else what was wrong.
 """
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import resource
-import select
 import signal
 import struct
 import sys
 import types
 
-NOBODY = 65534
-NAMESPACES = 0x10000000 | 0x20000000 | 0x40000000 | 0x08000000  # user, pid, net, ipc (sched.h)
-PDEATHSIG, SUBREAPER, NO_NEW_PRIVS = 1, 36, 38  # prctl.h
+OPEN_FILES = 64
+NO_NEW_PRIVS = 38  # prctl.h
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # system calls
-WRITE_FILE, REMOVE_AND_MAKE, TRUNCATE = 1 << 1, 0b1111111110000, 1 << 14  # landlock.h
-ANSWER = 500  # bytes of a verdict: less than a pipe writes at once
-SECRET = 16
+LANDLOCK_VERSION = 3  # Linux 6.2, the first that keeps files from being cut
+READ, ALL_ACCESS = 0b1101, (1 << 15) - 1  # landlock.h: execute, read files and directories; all of version 3
+OF_FILES = 0b111 | 1 << 14  # execute, write, read, truncate
+CLONE_NEW = 0x7E020000  # all kinds of namespaces (sched.h)
+# What Python and ordinary programs call. The rest does not exist for them: sockets that connect, changes of modes,
+# owners, times and attributes, memory without names, messages, keys, traces, signals to others, namespaces, mounts.
+CALLS = """
+access alarm arch_prctl brk chdir clock_getres clock_gettime clock_nanosleep close close_range copy_file_range creat dup
+dup2 dup3 epoll_create epoll_create1 epoll_ctl epoll_pwait epoll_pwait2 epoll_wait eventfd eventfd2 execve execveat exit
+exit_group faccessat faccessat2 fadvise64 fallocate fchdir fdatasync flock fork fstat fstatfs fsync ftruncate futex
+futex_waitv getcpu getcwd getdents getdents64 getegid geteuid getgid getgroups getitimer getpgid getpgrp getpid getppid
+getpriority getrandom getresgid getresuid getrlimit getrusage getsid gettid gettimeofday getuid link linkat lseek lstat
+madvise membarrier mkdir mkdirat mlock mmap mprotect mremap msync munlock munmap nanosleep newfstatat open openat
+openat2 pause pipe pipe2 poll ppoll prctl pread64 preadv preadv2 pselect6 pwrite64 pwritev pwritev2 read readahead
+readlink readlinkat readv rename renameat renameat2 restart_syscall riscv_flush_icache rmdir rseq rt_sigaction
+rt_sigpending rt_sigprocmask rt_sigreturn rt_sigsuspend rt_sigtimedwait sched_get_priority_max sched_get_priority_min
+sched_getaffinity sched_getparam sched_getscheduler sched_yield select sendfile set_robust_list set_tid_address
+setitimer sigaltstack socketpair splice stat statfs statx symlink symlinkat sync_file_range sysinfo tee time
+timerfd_create timerfd_gettime timerfd_settime times truncate umask uname unlink unlinkat vfork wait4 waitid write writev
+""".split()
+FCNTL = (0, 1, 2, 3, 4, 5, 6, 7, 1030, 1031, 1032)  # copies, flags, locks, sizes of pipes; none that sends signals
+IOCTL = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # terminals: state, size; bytes waiting, blocking, on exec
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> None:
-    job = json.load(sys.stdin)
-    limits = job["limits"]
-    isolation = isolate(limits)
-    secret_out, secret_in = os.pipe()
-    verdict_out, verdict_in = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(secret_in)
-        os.close(verdict_out)
-        execute(job["parts"], secret_out, verdict_in)
-    os.close(verdict_in)
-    secret = os.urandom(SECRET)
-    os.write(secret_in, secret)
-    in_time = select.select([verdict_out], [], [], limits["wall_s"])[0]
-    answer = os.read(verdict_out, ANSWER) if in_time else b""
-    status = end(child)
-    passed = answer == secret
-    detail = "" if passed else answer.decode(errors="replace") or how_it_ended(status, bool(in_time), limits)
-    print(json.dumps({"passed": passed, "detail": detail, "isolation": isolation}))
-
-
-def isolate(limits: dict) -> list[str]:
-    """Give up what no program needs; the names of what the kernel could isolate. Exits where root cannot be left."""
+    job = json.loads(sys.argv[1])
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # the first to go when memory runs out
-    root = os.geteuid() == 0
-    if root:
-        # Files of root stay readable where Python is one of them; the real user is what the process limit counts.
-        files_as = NOBODY if readable_by(NOBODY) else 0
-        os.chown(".", files_as, files_as)
+    others = processes_of(os.getuid()) if job["shared"] else 0
+    if job["user"] is not None:
         os.setgroups([])
-        os.setresgid(NOBODY, files_as, files_as)
-        os.setresuid(NOBODY, files_as, files_as)
-    libc.prctl(SUBREAPER, 1, 0, 0, 0)
+        os.setresgid(*[job["user"]] * 3)
+        os.setresuid(*[job["user"]] * 3)
+    set_limits(job["limits"], others)
     libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0)
-    unseen = libc.unshare(NAMESPACES) == 0
-    written = confine_writes()
-    if root and files_as == 0 and not (unseen and written):
-        sys.exit(f"as root it needs namespaces and Landlock, or a Python that every user can read, not {sys.prefix}: "
-                 "run as an ordinary user, or with a system Python")
-    others = 0 if unseen else processes_of(os.getuid())
+    if job["filters"] is not None:
+        confine_files(**job["filters"])
+        confine_calls()
+    inbox, outbox, nowhere = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(nowhere, standard)
+    execute(os.fdopen(inbox, "rb"), outbox)
+
+
+def set_limits(limits: dict, others: int) -> None:
+    """others: processes of the same user that count as well."""
     for what, limit in ((resource.RLIMIT_CPU, limits["cpu_s"]), (resource.RLIMIT_AS, limits["memory_mib"] << 20),
                         (resource.RLIMIT_FSIZE, limits["file_mib"] << 20), (resource.RLIMIT_CORE, 0),
-                        (resource.RLIMIT_NPROC, others + limits["processes"] + 1)):  # 1: the supervisor
+                        (resource.RLIMIT_NOFILE, OPEN_FILES), (resource.RLIMIT_MSGQUEUE, 0),
+                        (resource.RLIMIT_NPROC, others + limits["processes"])):
         allowed = resource.getrlimit(what)[1]
-        limit = limit if allowed == resource.RLIM_INFINITY else min(limit, allowed)
-        resource.setrlimit(what, (limit, limit))
-    return ["processes", "network"] * unseen + ["files"] * written
-
-
-def readable_by(user: int) -> bool:
-    """Whether `user` can read the standard library and what is installed."""
-    os.setresuid(-1, user, -1)
-    try:
-        return all(os.access(path, os.R_OK, effective_ids=True) for path in (os.__file__, sys.prefix))
-    finally:
-        os.setresuid(-1, 0, -1)
+        hard = limit + (what == resource.RLIMIT_CPU)  # SIGXCPU says that it was the time, SIGKILL comes a second later
+        hard = hard if allowed == resource.RLIM_INFINITY else min(hard, allowed)
+        resource.setrlimit(what, (min(limit, hard), hard))
 
 
 def processes_of(user: int) -> int:
@@ -101,81 +90,60 @@ def processes_of(user: int) -> int:
     return total
 
 
-def confine_writes() -> bool:
-    """From now on files change only in the current directory (Landlock, Linux 5.13); False where there is none."""
+def confine_files(read: list[str], write: list[str]) -> None:
+    """From now on only these files, and what is below these directories, can be opened (Landlock)."""
     version = libc.syscall(LANDLOCK_CREATE, None, 0, 1)
-    if version < 1:
-        return False
-    file_access = WRITE_FILE | (TRUNCATE if version >= 3 else 0)
-    handled = ctypes.c_uint64(file_access | REMOVE_AND_MAKE)
-    rules = libc.syscall(LANDLOCK_CREATE, ctypes.byref(handled), 8, 0)
-    for path, access in ((".", handled.value), ("/dev/null", file_access)):
-        place = os.open(path, os.O_PATH)
-        libc.syscall(LANDLOCK_ADD, rules, 1, struct.pack("<Qi", access, place), 0)
-        os.close(place)
-    restricted = libc.syscall(LANDLOCK_RESTRICT, rules, 0) == 0
+    if version < LANDLOCK_VERSION:
+        sys.exit(f"the kernel's Landlock is of version {max(version, 0)}, expected {LANDLOCK_VERSION} (Linux 6.2)")
+    rules = libc.syscall(LANDLOCK_CREATE, ctypes.byref(ctypes.c_uint64(ALL_ACCESS)), 8, 0)
+    for paths, wanted in ((read, READ), (write, ALL_ACCESS)):
+        for path in paths:
+            place = os.open(path, os.O_PATH)
+            access = wanted if os.path.isdir(path) else wanted & OF_FILES
+            if libc.syscall(LANDLOCK_ADD, rules, 1, struct.pack("<Qi", access, place), 0):
+                sys.exit(f"Landlock does not take {path}: {os.strerror(ctypes.get_errno())}")
+            os.close(place)
+    if libc.syscall(LANDLOCK_RESTRICT, rules, 0):
+        sys.exit(f"Landlock does not start: {os.strerror(ctypes.get_errno())}")
     os.close(rules)
-    return restricted
 
 
-def execute(parts: list[str], secret_out: int, verdict_in: int, *, compile=compile, exec=exec, getpid=os.getpid,
-            read=os.read, write=os.write, leave=os._exit) -> None:
+def confine_calls() -> None:
+    """From now on the kernel answers only CALLS (seccomp)."""
+    try:
+        from pyseccomp import ALLOW, EQ, ERRNO, MASKED_EQ, Arg, SyscallFilter
+    except (ImportError, RuntimeError) as error:
+        sys.exit(f"seccomp is not there ({error}): pip install pyseccomp, and the system's libseccomp2")
+    rules = SyscallFilter(ERRNO(errno.ENOSYS))
+    allowed = [(name,) for name in CALLS]
+    allowed += [("fcntl", Arg(1, EQ, command)) for command in FCNTL]
+    allowed += [("ioctl", Arg(1, EQ, command)) for command in IOCTL]
+    allowed += [("clone", Arg(0, MASKED_EQ, CLONE_NEW, 0)), ("prlimit64", Arg(0, EQ, 0)),
+                ("tgkill", Arg(0, EQ, os.getpid()))]
+    for name, *conditions in allowed:
+        with contextlib.suppress(OSError):  # a call that this processor does not have
+            rules.add_rule(ALLOW, name, *conditions)
+    rules.load()
+
+
+def execute(inbox, outbox: int, *, compile=compile, exec=exec, getpid=os.getpid, loads=json.loads, write=os.write,
+            leave=os._exit, answer_bytes=400) -> None:
     """Run the source texts in one namespace and answer; a program that redefines a builtin changes none of ours."""
-    os.setsid()
-    libc.prctl(PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for standard in (0, 1, 2):
-        os.dup2(nowhere, standard)
     module = sys.modules["program"] = types.ModuleType("program")
     me = getpid()
     try:
-        for part in parts:
-            exec(compile(part, "<program>", "exec", dont_inherit=True), module.__dict__)
-        if getpid() == me:  # not a process that the program forked
-            write(verdict_in, read(secret_out, SECRET))
+        for line in iter(inbox.readline, b""):
+            message = loads(line)
+            exec(compile(message["part"], "<program>", "exec", dont_inherit=True), module.__dict__)
+            if getpid() != me:  # a process that the program forked
+                break
+            write(outbox, message["token"].encode() + b"\n")
     except BaseException as error:
         if getpid() == me:
-            write(verdict_in, f"{type(error).__name__}: {error}".encode(errors="replace")[:ANSWER])
+            said = f"{type(error).__name__}: {error}".encode(errors="replace")[:answer_bytes]
+            write(outbox, said.replace(b"\n", b" ") + b"\n")
     finally:
         leave(0)
-
-
-def end(child: int) -> int:
-    """Kill the child and all that it started; returns the status with which it ended.
-
-    In a namespace of its own the kernel ends all with the child; else orphans come to this process, their reaper.
-    """
-    os.kill(child, signal.SIGKILL)
-    status, waiting = 0, True
-    while waiting:
-        for orphan in children():
-            os.kill(orphan, signal.SIGKILL)
-        try:
-            ended, how = os.waitpid(-1, 0)
-            status = how if ended == child else status
-        except ChildProcessError:
-            waiting = False
-    return status
-
-
-def children() -> list[int]:
-    """Processes whose parent this one is."""
-    try:
-        with open(f"/proc/self/task/{os.getpid()}/children") as file:
-            return [int(number) for number in file.read().split()]
-    except OSError:
-        return []
-
-
-def how_it_ended(status: int, in_time: bool, limits: dict) -> str:
-    if not in_time:
-        return f"TimeLimit: not done after {limits['wall_s']:g} s"
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if used.ru_utime + used.ru_stime > 0.8 * limits["cpu_s"]:  # the limit counts ticks, the usage is measured
-        return f"TimeLimit: not done after {limits['cpu_s']} s of CPU time"
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) != signal.SIGKILL:
-        return f"Killed: by signal {os.WTERMSIG(status)}"
-    return "Ended: without finishing its tests"
 
 
 if __name__ == "__main__":

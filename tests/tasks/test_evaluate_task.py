@@ -131,7 +131,7 @@ def test_programs_are_run(models):
     solutions = {problem.prompt: problem.reference for problem in read_problems(TASKS["humaneval"], "").problems}
     [run] = models(run=lambda prompt, draw: solutions[prompt] + "\n# more" if draw else "    exit()")
     models.lms[run].context = 10000
-    result = evaluate_task(run, file="", **ARGUMENTS | {"task": "humaneval", "allow_code_execution": True,
+    result = evaluate_task(run, file="", **ARGUMENTS | {"task": "humaneval", "unsafe_code_execution": True,
                                                         "num_problems": 3, "draws_per_problem": 2})
     assert result["score"] == 0.5 and result["outcomes"] == {"SystemExit": 3, "passed": 3}
     assert result["metric"] == "pass@1" and result["sandbox"]["limits"]["processes"] > 0

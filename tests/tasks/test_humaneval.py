@@ -13,8 +13,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs run on
 
 
 def verdicts(problems, completions):
-    return [verdict.correct for verdict in score_completions(HUMANEVAL, problems, completions,
-                                                             allow_code_execution=True)]
+    found = score_completions(HUMANEVAL, problems, completions, allow_code_execution=True,
+                              unsafe_code_execution=True)  # these programs are our own
+    return [verdict.correct for verdict in found]
 
 
 @pytest.mark.parametrize("problems", [PROBLEMS[::8], pytest.param(PROBLEMS, marks=pytest.mark.ci_slow)],

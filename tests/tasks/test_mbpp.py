@@ -31,11 +31,14 @@ def test_only_the_test_set_counts(tmp_path):
         read_problems(MBPP, write(tmp_path / "train.jsonl", FULL | {"task_id": 600}))
 
 
+ALLOWED = {"allow_code_execution": True, "unsafe_code_execution": True}  # these programs are our own
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="programs run only on Linux")
 def test_solutions_score_one_and_empty_answers_zero(tmp_path):
     problems = read_problems(MBPP, write(tmp_path / "mbpp.jsonl", FULL, SANITISED)).problems
     completions = [CODE, "", "def area(r): return 4 * 3.141592653589793 if r else 0", "def area(r): return 0"]
-    found = [[verdict.correct for verdict in score_completions(MBPP, [problem] * 4, completions,
-                                                               allow_code_execution=True)] for problem in problems]
+    found = [[verdict.correct for verdict in score_completions(MBPP, [problem] * 4, completions, **ALLOWED)]
+             for problem in problems]
     # The sanitised version brings the imports of its tests, the full one leaves them to the program.
     assert found == [[True, False, False, False], [True, False, True, False]]

@@ -1,29 +1,127 @@
-"""Programs that a model might write: none of them passes without solving the problem, none harms the one who asks."""
+"""Programs that a model might write: none of them passes without solving the problem, none harms the one who asks.
+
+The table in docs/tasks.md is what `attempts.py` measures, for the mechanisms that this machine and user have.
+"""
 
 import os
+import re
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
 
 import pytest
 
-from bd3lm_jax.errors import UserError
+import attempts
+from bd3lm_jax.errors import RunError, UserError
 from bd3lm_jax.tasks import sandbox
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs run only on Linux")
-LIMITS = sandbox.Limits(wall_s=30.0, cpu_s=20, memory_mib=512, file_mib=1, processes=6)
+LIMITS = attempts.LIMITS
 HURRIED = LIMITS._replace(wall_s=1.0)
 RIGHT = "def f(): return 1"
+PAGE = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+MECHANISMS = (sandbox.BWRAP, sandbox.FILTERS, sandbox.UNSAFE)
 
 
-def run(program, limits=LIMITS):
-    return sandbox.run(textwrap.dedent(program), ["assert f() == 1"], limits)
+@pytest.fixture(scope="module", params=MECHANISMS)
+def mechanism(request):
+    try:
+        sandbox.run("", [], LIMITS, request.param)
+    except RunError as error:
+        pytest.skip(str(error))
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def isolation():
-    return sandbox.check(LIMITS)
+def confined(mechanism):
+    if mechanism == sandbox.UNSAFE:
+        pytest.skip("promises nothing")
+    return mechanism
+
+
+@pytest.fixture(scope="module")
+def run(mechanism):
+    return lambda program, limits=LIMITS: sandbox.run(textwrap.dedent(program), ["assert f() == 1"], limits, mechanism)
+
+
+def documented() -> dict[str, dict[str, str]]:
+    """mechanism -> row -> what docs/tasks.md says of it."""
+    lines = re.search(r"(\| a program tries to .*?)\n\n", PAGE, re.DOTALL)[1].splitlines()
+    names, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {name.strip("`"): {row[0]: row[i] for row in rows} for i, name in enumerate(names) if i}
+
+
+def test_the_table_names_every_attempt():
+    for column in documented().values():
+        assert list(column) == [*attempts.DANGERS, *attempts.OTHERS]
+
+
+@pytest.mark.parametrize("row", [*attempts.DANGERS, *attempts.OTHERS])
+def test_the_table_is_what_is_measured(confined, row):
+    programs = (attempts.DANGERS | attempts.OTHERS)[row]
+    assert attempts.measure(confined, {row: programs})[row] == documented()[confined][row]
+
+
+@pytest.mark.parametrize("row", attempts.DANGERS)
+def test_the_attempts_are_dangers(row, tmp_path):
+    """Without protection each of them succeeds."""
+    programs = attempts.DANGERS[row]
+    if "xattr" in row:
+        try:
+            os.setxattr(tmp_path, "user.x", b"1")
+        except OSError:
+            pytest.skip("this file system has no attributes")
+    assert [attempts.succeeds(program, sandbox.UNSAFE, row) for program in programs] == [True] * len(programs)
+
+
+def test_without_a_sandbox_it_is_refused_in_one_line(monkeypatch):
+    def start(program, tests, limits, mechanism):
+        if mechanism != sandbox.UNSAFE:
+            raise RunError(f"{mechanism} is not there")
+        return sandbox.Outcome(True, "")
+
+    monkeypatch.setattr(sandbox, "run", start)
+    with pytest.raises(UserError, match="bwrap is not there; filters is not there.*--unsafe_code_execution"):
+        sandbox.choose(LIMITS)
+    assert sandbox.choose(LIMITS, unsafe=True) == sandbox.UNSAFE
+
+
+def test_root_needs_bubblewrap(monkeypatch):
+    monkeypatch.setattr(sandbox.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="bwrap is not installed; filters are for ordinary users, and this is root"):
+        sandbox.choose(LIMITS)
+
+
+def test_nothing_a_program_leaves_stops_the_next_one(run):
+    """Directories deeper than recursion goes, and one that cannot be read."""
+    before = set(os.listdir(tempfile.gettempdir()))
+    deep = run("""
+        import os
+        os.mkdir('closed'); os.mkdir('closed/x'); open('closed/x/y', 'w').close()
+        for _ in range(3000):
+            os.mkdir('d'); os.chdir('d')
+        os.mkdir('unreadable', 0o300)
+        open('unreadable/file', 'w').close()
+        def f(): return 1""")
+    assert deep.passed and run(RIGHT).passed
+    assert not [name for name in set(os.listdir(tempfile.gettempdir())) - before if name.startswith("program-")]
+
+
+@pytest.mark.parametrize("program", [
+    "import os\nwhile True:\n  for n in range(3, 10):\n    try: os.write(n, b'x' * 65536)\n    except OSError: pass",
+    "import os\nfor n in range(3, 10):\n  try: os.write(n, bytes(range(256)) * 99)\n  except OSError: pass",
+    "x = '(' * 3000 + ')' * 3000", "(" * 3000 + ")" * 3000, "[" * 90 + "]" * 90 + "\n1/0", "x = " + "-" * 10**5 + "1",
+    "import sys\nsys.setrecursionlimit(10**9)\ndef f(): return f()", "\0", "\ud800",
+    "raise Exception('\x1b[2J\\n\\ud800')",
+    "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)",
+])
+def test_odd_programs_end_as_others_do(run, program):
+    outcome = run(program, HURRIED._replace(cpu_s=2))
+    assert not outcome.passed or "'(' *" in program
+    assert len(outcome.detail) <= sandbox.ANSWER and "\n" not in outcome.detail
 
 
 def processes_with(text: str) -> list[str]:
@@ -44,8 +142,8 @@ def processes_with(text: str) -> list[str]:
     "import subprocess\ndef f(): return int(subprocess.run(['echo', '1'], capture_output=True).stdout)",
     "import threading\nthreading.Thread(target=lambda: [0 for _ in iter(int, 1)]).start()\ndef f(): return 1",
 ], ids=["plain", "imports", "file", "subprocess", "thread left behind"])
-def test_right_programs_pass(program):
-    assert run(program) == sandbox.Outcome(True, "", sandbox.check(LIMITS))
+def test_right_programs_pass(run, program):
+    assert run(program) == sandbox.Outcome(True, "")
 
 
 @pytest.mark.parametrize("program, said", [
@@ -61,17 +159,17 @@ def test_right_programs_pass(program):
     ("def f(): return f()", "RecursionError"),
     ("raise Exception(input())", "EOFError"),
     ("x = [bytearray(2 ** 20) for _ in range(2 ** 20)]", "MemoryError"),
-    ("open('x', 'wb').write(bytes(2 ** 22))", "OSError"),
+    ("open('x', 'wb').write(bytes(2 ** 24))", "OSError"),
     ("import builtins\nbuiltins.exec = builtins.compile = lambda *a, **k: None", "NameError"),
     ("class E(Exception):\n    def __str__(self): return 'x' * 10 ** 6\nraise E", "E: xxx"),
 ])
-def test_wrong_programs_fail_with_a_reason(program, said):
+def test_wrong_programs_fail_with_a_reason(run, program, said):
     outcome = run(program)
     assert not outcome.passed and outcome.detail.startswith(said) and len(outcome.detail) <= 500
 
 
 @pytest.mark.parametrize("text", [b"passed", b"", b"\0" * 16, b"1"])
-def test_a_fake_success_on_every_file_it_has_open_does_not_count(text):
+def test_a_fake_success_on_every_file_it_has_open_does_not_count(run, text):
     outcome = run(f"""
         import os
         for file in range(100):
@@ -91,18 +189,18 @@ def test_a_fake_success_on_every_file_it_has_open_does_not_count(text):
     "import signal\nfor n in range(1, 32):\n  try: signal.signal(n, signal.SIG_IGN)\n  except OSError: pass\n"
     "while True: pass",
 ])
-def test_what_does_not_end_is_ended(program):
+def test_what_does_not_end_is_ended(run, program):
     began = time.monotonic()
     assert run(program, HURRIED).detail == "TimeLimit: not done after 1 s"
     assert time.monotonic() - began < 1 + sandbox.GRACE_S
 
 
-def test_cpu_time_has_a_limit_of_its_own():
+def test_cpu_time_has_a_limit_of_its_own(run):
     outcome = run("while True: pass", LIMITS._replace(cpu_s=1))
     assert outcome.detail == "TimeLimit: not done after 1 s of CPU time"
 
 
-def test_a_fork_bomb_stays_small_and_leaves_nothing():
+def test_a_fork_bomb_stays_small_and_leaves_nothing(run, confined):
     marker = f"bomb-{os.getpid()}"
     bomb = f"""
         import os, subprocess, time
@@ -119,64 +217,30 @@ def test_a_fork_bomb_stays_small_and_leaves_nothing():
     outcome = run(bomb + "raise Exception(made)")
     assert 1 <= int(outcome.detail.removeprefix("Exception: ")) <= LIMITS.processes
     assert not run(bomb + "while True:\n            try: os.fork()\n            except OSError: pass", HURRIED).passed
+    deadline = time.monotonic() + 5  # the kernel ends a namespace after its first process
+    while processes_with(marker) and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert not processes_with(marker)
 
 
-def test_a_process_that_leaves_its_group_is_killed_too():
-    marker = f"left-{os.getpid()}"
-    outcome = run(f"""
-        import os, subprocess
-        subprocess.Popen(['sh', '-c', 'sleep 1000; : {marker}'], start_new_session=True)
-        def f(): return 1""")
-    assert outcome.passed and not processes_with(marker)
-
-
-def test_killing_its_parent_or_its_group_is_no_success():
-    assert not run("import os; os.kill(os.getppid(), 9)\nos._exit(0)").passed
-    assert not run("import os; os.kill(0, 9)\nos._exit(0)").passed
-
-
-def test_nothing_is_inherited(monkeypatch):
+def test_nothing_is_inherited(run, monkeypatch):
     monkeypatch.setenv("SECRET", "x")
     assert run("import os\ndef f(): return int(not os.environ.keys() & {'SECRET', 'PYTHONPATH', 'USER'})").passed
     assert run("import sys\ndef f(): return int('bd3lm_jax' not in sys.modules and 'log' not in sys.modules)").passed
     assert run("import os\ndef f(): return int(os.listdir('.') == [])").passed
 
 
-def test_sets_have_one_order():
+def test_sets_have_one_order(run):
     outcomes = {run("raise Exception(list(map(str, {'a', 'b', 'c', 'd', 'e'})))").detail for _ in range(3)}
     assert len(outcomes) == 1
 
 
-def test_files_elsewhere_stay_as_they_are(isolation, tmp_path):
-    if "files" not in isolation:
-        pytest.skip("this kernel has no Landlock")
-    victim = tmp_path / "victim"
-    victim.write_text("whole")
-    tmp_path.chmod(0o777)
-    victim.chmod(0o666)
-    for attack in ("open({!r}, 'w')", "import os; os.remove({!r})", "import os; os.rename({!r}, 'mine')",
-                   "open({!r} + '2', 'w')"):
-        assert run(attack.format(str(victim))).detail.split(":")[0] in ("PermissionError", "OSError")
-    assert victim.read_text() == "whole" and len(list(tmp_path.iterdir())) == 1
-
-
-def test_there_is_no_network(isolation):
-    if "network" not in isolation:
-        pytest.skip("this kernel gives no namespaces")
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        assert "OSError" in run(f"import socket; socket.create_connection(('127.0.0.1', {port}), 5)").detail
-
-
-def test_many_programs_keep_their_order():
+def test_many_programs_keep_their_order(mechanism):
     programs = [(f"def f(): return {i % 2}", ["assert f() == 1"]) for i in range(6)]
-    assert [outcome.passed for outcome in sandbox.run_all(programs, LIMITS)] == [False, True] * 3
+    assert [outcome.passed for outcome in sandbox.run_all(programs, LIMITS, mechanism)] == [False, True] * 3
 
 
 def test_other_systems_are_refused(monkeypatch):
     monkeypatch.setattr(sandbox.sys, "platform", "darwin")
     with pytest.raises(UserError, match="only on Linux"):
-        sandbox.check(LIMITS)
+        sandbox.choose(LIMITS)
