@@ -17,6 +17,7 @@ from bd3lm_jax.config import Config
 from bd3lm_jax.data.dialogues import CONFIG_FILE, chat_files
 from bd3lm_jax.data.tokenizers import get_tokenizer
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.foreign import read_inside, read_text
 from bd3lm_jax.lm import LM
 from bd3lm_jax.models import trunk
 from bd3lm_jax.published import Described, write
@@ -100,14 +101,19 @@ def _write_published(model: LM, source: Path, target: Path, dtype: str, max_shar
     described, model_type, files = _described(model), None, {}
     if origin.data is None:  # no run
         if source.is_dir():
-            model_type = json.loads((source / hf.CONFIG_FILE).read_text(encoding="utf-8"))["model_type"]
-            files = {name: (source / name).read_bytes() for name in TOKENIZER_FILES if (source / name).is_file()}
+            model_type = json.loads(read_text(source / hf.CONFIG_FILE))["model_type"]
+            files = _copied(source)
     if model.tokenizer is not None and "tokenizer.json" not in files:
         files |= _with_chat(write.tokenizer_files(model.tokenizer), chat_files(source))
     size = sum(x.size for x in jax.tree.leaves(model.params))
     text = card(target.name, described, size, dtype, origin, model.tokenizer is not None)
     return hf.write_model(target, described, model.params, dtype=dtype, max_shard=max_shard, model_type=model_type,
                           files=files | {CARD: text.encode()})
+
+
+def _copied(source: Path) -> dict[str, bytes]:
+    """Name -> content of what is copied as it is from a published checkpoint."""
+    return {name: read_inside(source, name) for name in TOKENIZER_FILES if (source / name).exists()}
 
 
 def _with_chat(files: dict[str, bytes], chat: dict[str, bytes]) -> dict[str, bytes]:

@@ -1,8 +1,11 @@
 """Errors that a person reads: one line saying what was wrong, what was expected and how to fix it."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
+# Control characters but \t and \n, marks and overrides of direction, ends of lines beyond ASCII, halves of characters.
+STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 LONGEST = 1500  # characters of an error that are shown
 
 
@@ -42,6 +45,14 @@ def one_line(error: Exception) -> str:
     said = " ".join(str(error).split())
     said = "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in said)
     return said if len(said) <= LONGEST else f"{said[:LONGEST // 2]} ... {said[-LONGEST // 2:]}"
+
+
+def visible(text: str) -> str:
+    """A text as a terminal may show it: what would steer the terminal, or turn the order of what it shows, is escaped.
+
+    Ends of lines and tabs stay. This is for every text that is not our own: generated ones, names, values of configs.
+    """
+    return STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from bd3lm_jax.errors import UserError, nearest
+from bd3lm_jax.errors import UserError, nearest, one_line
 from bd3lm_jax.evaluation import conditional
 from bd3lm_jax.lm import load
 
@@ -189,7 +189,7 @@ def main() -> None:
 
         cli_evaluate()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", one_line(error), file=sys.stderr)
         sys.exit(error.exit_code)
 
 

@@ -6,6 +6,7 @@ over or misshapen is an error. What is written is whole or not there.
 
 import contextlib
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from bd3lm_jax import models, sharding
 from bd3lm_jax.data.tokenizers import Tokenizer, tokenizer_of
 from bd3lm_jax.errors import UserError, lookup
+from bd3lm_jax.foreign import read_text
 from bd3lm_jax.models import trunk
 from bd3lm_jax.published import FORMATS, NETWORKS, Described, write
-from bd3lm_jax.published.leaf import require
+from bd3lm_jax.published.leaf import Leaf, require
 from bd3lm_jax.published.read import check_averages, check_tensors, plain_names, read_params
 from bd3lm_jax.published.tensors import Stored, open_directory
 from bd3lm_jax.typed import from_json
@@ -31,6 +33,8 @@ GGUF = ".gguf"
 RUNS = "runs"  # where run directories usually are
 DTYPES = ("float32", "bfloat16")  # that parameters may have
 LAYER_KEYS, MOST_LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "n_blocks"), 10_000
+MOST_CONTEXT = 1 << 27  # tokens
+MOST_MISSING = 10_000  # tensors that a config.json may name beyond those that are there, to be named in an error
 
 
 def is_published(path: str | Path) -> bool:
@@ -45,9 +49,9 @@ def is_published(path: str | Path) -> bool:
     if not config.is_file():
         return False
     try:
-        content = from_json(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{config} is not valid JSON ({error})") from None
+        content = from_json(read_text(config))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{config} cannot be read ({error})") from None
     return isinstance(content, dict) and "model_type" in content
 
 
@@ -72,7 +76,10 @@ def read_model(path: str | Path, *, dtype: str = "float32", weights: str = "ema"
     with _makes_sense(config_path, published):
         described = form.describe(config_path, published,
                                   {name: x.read() for name, x in tensors.items() if not x.shape})
+        require(described.length <= MOST_CONTEXT, f"{config_path}: the context is {described.length:,} tokens, expected "
+                f"at most {MOST_CONTEXT:,}")
         leaves = form.layout(described.model)
+        _check_counts(config_path, leaves, len(tensors))
         held = form.held(described.model, set(tensors))
         check_tensors(weights_path, tensors, held | {name: leaf.shape for leaf in leaves.values()
                                                      for name in leaf.sources()})
@@ -150,6 +157,13 @@ def describe(path: str | Path) -> Described:
         return form.describe(config_path, published, {name: x.read() for name, x in tensors.items() if not x.shape})
 
 
+def _check_counts(path: Path, leaves: dict[str, Leaf], stored: int) -> None:
+    """UserError, before any name is made, where layers times experts are far more than the tensors that are there."""
+    count = sum(math.prod(leaf.stacked) for leaf in leaves.values())
+    require(count <= stored + MOST_MISSING, f"{path} describes a network of {count:,} tensors (layers, experts), and "
+            f"the files hold {stored:,}: it is not the config.json of these weights")
+
+
 @contextlib.contextmanager
 def _makes_sense(path: Path, published: dict) -> Iterator[None]:
     """UserError in place of what arithmetic on an absurd config.json raises; formats check only what is often wrong."""
@@ -166,7 +180,7 @@ def _makes_sense(path: Path, published: dict) -> Iterator[None]:
 def read_config(path: Path) -> tuple[dict, ModuleType]:
     """The content of a config.json and the format that it names."""
     try:
-        published = from_json(path.read_text(encoding="utf-8"))
+        published = from_json(read_text(path))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}): expected the config.json of a published checkpoint") from None
     kind = published.get("model_type") if isinstance(published, dict) else None

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bd3lm_jax.errors import RunError
+from bd3lm_jax.errors import RunError, STEERING, visible
 
 METRICS_FILE = "metrics.jsonl"
 PLAIN_SECONDS = 5.0  # between progress lines when stderr is not a terminal
@@ -31,7 +31,7 @@ def silence() -> None:
 
 def note(text: str) -> None:
     """One line for people, on stderr."""
-    _console.print(text, markup=False, soft_wrap=True)
+    _console.print(visible(text), markup=False, soft_wrap=True)
 
 
 @functools.cache
@@ -46,11 +46,11 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     Where it is wider than the terminal each row becomes lines of its own, `column value` under the row's first cell. A
     file or a pipe gets all of the table.
     """
-    grid = Table(title=title, title_justify="left")
+    grid = Table(title=visible(title), title_justify="left")
     for i, column in enumerate(columns):
-        grid.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+        grid.add_column(visible(column), justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
-        grid.add_row(*map(str, row))
+        grid.add_row(*(visible(str(cell)) for cell in row))
     width = _console.measure(grid, options=_console.options.update(width=UNLIMITED)).maximum
     if width <= _console.width:
         _console.print(grid, markup=False)
@@ -114,7 +114,7 @@ def read_lines(path: str | os.PathLike) -> list[dict]:
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             lines.append(json.loads(text))
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             continue
     return lines
 
@@ -214,7 +214,9 @@ def _duration(seconds: float) -> str:
 
 
 def _to_json(values: Any) -> str:
-    return json.dumps(_plain(values), allow_nan=False, ensure_ascii=False)
+    """On one line that a terminal can show and every reader of lines takes for one."""
+    text = json.dumps(_plain(values), allow_nan=False, ensure_ascii=False)
+    return STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _plain(value: Any) -> Any:

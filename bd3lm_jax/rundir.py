@@ -13,6 +13,7 @@ from bd3lm_jax.config import Config
 from bd3lm_jax.data.dialogues import CHAT_FILES, chat_files
 from bd3lm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.foreign import read_text
 from bd3lm_jax.typed import as_mapping, from_json
 
 CONFIG, TOKENIZER, LOCK = "config.json", "tokenizer.json", "train.lock"
@@ -116,7 +117,7 @@ def planned_steps(workdir: str | os.PathLike) -> int:
 
 def _stored(path: Path) -> dict:
     try:
-        stored = from_json((path / CONFIG).read_text(encoding="utf-8"))
+        stored = from_json(read_text(path / CONFIG))
     except ValueError as error:
         raise UserError(f"{path / CONFIG} is not valid JSON ({error}): restore it or train again") from error
     return as_mapping(str(path / CONFIG), stored)

@@ -6,6 +6,7 @@ from typing import Any
 
 from bd3lm_jax import log
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.foreign import read_text
 from bd3lm_jax.typed import from_json
 from bd3lm_jax.lm import LM
 
@@ -70,7 +71,7 @@ def merged(chosen: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 def read_object(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file. UserError if there is none."""
     try:
-        content = from_json(Path(path).read_text(encoding="utf-8"))
+        content = from_json(read_text(path))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

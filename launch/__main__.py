@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in HELP:
         print(USAGE.format(commands="\n".join(f"  {name:<9} {line}" for name, line in COMMANDS.items())))
         return 0
-    from bd3lm_jax.errors import UserError, nearest, one_line
+    from bd3lm_jax.errors import UserError, nearest, one_line, visible
 
     name, rest = argv[0], argv[1:]
     try:
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
         print(f"error: the package '{error.name}' is not installed: pip install -e .", file=sys.stderr)
         return 1
     except Exception as error:
-        traceback.print_exc()
+        print(visible(traceback.format_exc()), end="", file=sys.stderr)
         return _code_of(error)
 
 

@@ -10,8 +10,6 @@ Result: texts (text, holes (start, num_tokens, text), nfe, score), nfe, criterio
 was chosen), seed, sampler.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 TAKES_CONFIG = False
@@ -65,9 +63,10 @@ def main(args: flags.FlagValues) -> dict:
 def read_texts(path: str) -> list[str]:
     """The lines of a file that are not empty. UserError if it cannot be read."""
     from bd3lm_jax.errors import UserError
+    from bd3lm_jax.foreign import LARGE, read_text
 
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = read_text(path, LARGE).splitlines()
     except FileNotFoundError:
         raise UserError(f"--file={path} does not exist: give a text file, one text with holes a line") from None
     except (OSError, UnicodeDecodeError) as error:

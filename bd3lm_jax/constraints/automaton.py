@@ -39,7 +39,11 @@ def build(constraint: str | dict, tokenizer: Tokenizer, vocab_size: int, availab
     vocab_size: V of the network. available: how many new tokens each request has. forbidden: ids that are never drawn.
     Raises UserError if the constraint is wrong, too large, or cannot be satisfied with the available tokens.
     """
-    dfa = compile_node(constraint_node(constraint))
+    try:
+        dfa = compile_node(constraint_node(constraint))
+    except RecursionError:
+        raise UserError("the constraint is nested too deep, with groups or schemas in hundreds of others: make it "
+                        "simpler") from None
     return lift(dfa, *tokenizer.token_bytes(), tokenizer.end_id, vocab_size, available,
                 {*forbidden, tokenizer.mask_id})
 

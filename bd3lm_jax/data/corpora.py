@@ -3,6 +3,7 @@
 A new source is one function `(data, split) -> Corpus` and one line in SOURCES.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -21,6 +22,7 @@ from bd3lm_jax.config import DataConfig
 from bd3lm_jax.data import mixture
 from bd3lm_jax.data.detokenize import detokenize, rules_of
 from bd3lm_jax.errors import UserError, lookup, nearest
+from bd3lm_jax.foreign import open_regular
 from bd3lm_jax.typed import check_characters, from_json
 
 SPLITS = ("train", "valid", "test")
@@ -186,7 +188,7 @@ def _split_files(path: Path, suffix: str) -> dict[str, list[Path]]:
     """Files of each split. In a directory a name with the word train, valid (val, dev) or test says which."""
     if not path.exists():
         raise UserError(f"data.path={str(path)!r} does not exist (looked for {path.absolute()})")
-    if path.is_file():
+    if not path.is_dir():
         return {"train": [path], "valid": [], "test": []}
     endings = tuple(suffix + packed for packed in ("", ".xz", ".gz"))
     found = {split: [] for split in SPLITS}
@@ -205,10 +207,10 @@ def _split_of(file: Path) -> str:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Line numbers from 1 and lines without their end; UserError with the byte offset if the file is not UTF-8."""
-    opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
+    opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, contextlib.nullcontext)
     offset = 0
     try:
-        with opener(path, "rb") as file:
+        with open_regular(path) as raw, opener(raw) as file:
             for number, line in enumerate(file, start=1):
                 yield number, _decode(path, line, offset)
                 offset += len(line)
@@ -229,7 +231,7 @@ def _decode(path: Path, line: bytes, offset: int) -> str:
 def _sha256(path: Path) -> str:
     """Of the file; of a very large one its start, size and date, so that no run waits for it."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             facts = os.fstat(file.fileno())
             if facts.st_size <= HASHED_BYTES:
                 return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,6 +13,7 @@ from pathlib import Path
 from bd3lm_jax.config import DataConfig
 from bd3lm_jax.data.corpora import Corpus, json_lines, local_files
 from bd3lm_jax.errors import UserError, lookup
+from bd3lm_jax.foreign import read_inside, read_text
 from bd3lm_jax.typed import check_characters, from_json
 
 ANSWERS = "assistant"  # the role whose messages are answers
@@ -158,19 +159,22 @@ def chat_files(tokenizer: str | Path) -> dict[str, bytes]:
     directory = path if path.is_dir() else path.parent
     if not path.exists() or _template_in(directory)[1] is None:
         return {}
-    return {name: (directory / name).read_bytes() for name in CHAT_FILES if (directory / name).exists()}
+    return {name: read_inside(directory, name) for name in CHAT_FILES if (directory / name).exists()}
 
 
 def _template_in(directory: Path) -> tuple[dict, str | None]:
     """tokenizer_config.json of a directory, {} without one; and the source of its chat template, if there is one."""
     file, config = directory / TEMPLATE_FILE, _config(directory / CONFIG_FILE)
-    source = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
+    try:
+        source = read_text(file) if file.exists() else config.get("chat_template")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat template {file} cannot be read: {error}") from None
     return config, source if isinstance(source, str) else None
 
 
 def _config(path: Path) -> dict:
     try:
-        content = from_json(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from None
+        content = from_json(read_text(path)) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from None
     return content if isinstance(content, dict) else {}

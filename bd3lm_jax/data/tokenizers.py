@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from bd3lm_jax.errors import UserError, nearest
+from bd3lm_jax.foreign import read_text
 from bd3lm_jax.typed import check_characters, from_json
 
 PRESETS = ("gpt2", "bert-base-uncased")
@@ -238,7 +239,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     content = _read_json(path)
     if "kind" not in content:
         config = path.with_name("tokenizer_config.json")
-        return _from_model(path.name, path.read_text(encoding="utf-8"), _read_json(config) if config.exists() else {})
+        return _from_model(path.name, read_text(path), _read_json(config) if config.exists() else {})
     if content["kind"] == "bytes":
         return ByteTokenizer()
     missing = [key for key in ("model", "end_id", "mask_id") if key not in content]
@@ -269,7 +270,7 @@ def tokenizer_of(directory: str | Path) -> Tokenizer | None:
     if path.name == "tokenizer.json":
         if "kind" in _read_json(path):
             return load_tokenizer(path)
-        return _from_model(path.name, path.read_text(encoding="utf-8"), config)
+        return _from_model(path.name, read_text(path), config)
     build = _word_piece if path.name == "vocab.txt" else _byte_level
     return _from_model(path.name, build(path, config), config)
 
@@ -320,14 +321,14 @@ def _content_of(token) -> str | None:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"tokenizer file {path} cannot be read: {error}") from None
 
 
 def _read_json(path: Path) -> dict:
     try:
-        content = from_json(path.read_text(encoding="utf-8"))
+        content = from_json(read_text(path))
     except FileNotFoundError:
         raise UserError(f"tokenizer file {path} does not exist") from None
     except (OSError, ValueError) as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bd3lm_jax.density.source import Context, Span, Spans
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.foreign import LARGE, read_bytes
 from bd3lm_jax.typed import from_json
 
 ARGUMENT, CONTINUOUS = "PATH", False
@@ -33,7 +34,7 @@ class Annotations:
     def __init__(self, path: Path):
         self.path, self.lines, self.documents, self.found = path, {}, 0, 0
         try:
-            content = path.read_bytes()
+            content = read_bytes(path, LARGE)
             lines = content.decode().split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {path}: {error}") from None

@@ -15,6 +15,7 @@ import numpy as np
 from bd3lm_jax import log
 from bd3lm_jax.data.tokenizers import SubwordTokenizer, Tokenizer
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.foreign import open_regular
 from bd3lm_jax.models.llama import llama3_frequencies, rope_frequencies
 from bd3lm_jax.published.leaf import require
 from bd3lm_jax.published.llama import EMBED, HEAD, LLAMA3_KEYS, THETA
@@ -153,7 +154,7 @@ def _read(path: Path) -> tuple[Any, Callable]:
             return super()._get(offset, dtype, count, *args, **kwargs)
 
     try:
-        with np.errstate(over="raise"):
+        with open_regular(path), np.errstate(over="raise"):
             reader = Reader(path)
     except (ArithmeticError, LookupError, MemoryError, OSError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"cannot read {path} ({type(error).__name__}: {error}): {AGAIN}; expected a GGUF file"

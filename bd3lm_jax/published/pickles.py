@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.foreign import open_regular
 from bd3lm_jax.published.leaf import require
 from bd3lm_jax.published.read import EMA
 from bd3lm_jax.published.tensors import Stored, of_array
@@ -33,6 +34,7 @@ def _load(path: Path) -> dict:
         raise UserError(f"{path} is pickled, and reading it needs torch: pip install torch, or convert it to "
                         "model.safetensors") from None
     try:
+        open_regular(path).close()
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises many kinds; all of them mean: not read
         first = f"{error}\n".splitlines()[0].partition(". ")[0]  # what follows tells how to run the pickle after all

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.foreign import open_regular, read_text
 from bd3lm_jax.published.leaf import require
 from bd3lm_jax.typed import from_json
 
@@ -67,9 +68,7 @@ def open_file(path: Path) -> dict[str, Stored]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="numpy"):
-            pass
-        with open(path, "rb") as file:
+        with open_regular(path) as file, safe_open(path, framework="numpy"):
             start = 8 + int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(start - 8))
         content = np.memmap(path, np.uint8, "r")[start:]
@@ -89,7 +88,7 @@ def _mapped(content: np.ndarray, entry: dict) -> Stored:
 
 def _open_index(index: Path) -> dict[str, Stored]:
     try:
-        places = from_json(index.read_text(encoding="utf-8"))["weight_map"]
+        places = from_json(read_text(index))["weight_map"]
         files = sorted(set(places.values()))
         if not all(isinstance(file, str) and Path(file).name == file for file in files):
             raise ValueError(f"it names {files[0]!r} and others, expected files beside it")

@@ -28,16 +28,18 @@ UNIT = re.compile(r"\\(?:text|mbox)\{ .*")  # "5 \text{ cm}"
 
 def last_boxed(text: str) -> str | None:
     r"""What stands in the last \boxed{...} of `text`, None without one that is closed."""
-    found = None
+    found, closing, opened = None, {}, []  # closing: place of every { that is closed -> that of its }
+    for place, sign in enumerate(text):
+        if sign == "{":
+            opened.append(place)
+        elif sign == "}" and opened:
+            closing[opened.pop()] = place
     for start in OPEN.finditer(text):
         if start.group().endswith(" "):  # \boxed 5
             found = re.split(r"[\s$]", text[start.end():])[0]
             continue
-        depth, end = 1, start.end()
-        while end < len(text) and depth:
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            end += 1
-        found = text[start.end():end - 1] if not depth else found
+        end = closing.get(start.end() - 1)
+        found = text[start.end():end] if end is not None else found
     return found
 
 

@@ -12,7 +12,6 @@ import errno
 import json
 import os
 import resource
-import signal
 import struct
 import sys
 import types
@@ -38,7 +37,8 @@ readlink readlinkat readv rename renameat renameat2 restart_syscall riscv_flush_
 rt_sigpending rt_sigprocmask rt_sigreturn rt_sigsuspend rt_sigtimedwait sched_get_priority_max sched_get_priority_min
 sched_getaffinity sched_getparam sched_getscheduler sched_yield select sendfile set_robust_list set_tid_address
 setitimer sigaltstack socketpair splice stat statfs statx symlink symlinkat sync_file_range sysinfo tee time
-timerfd_create timerfd_gettime timerfd_settime times truncate umask uname unlink unlinkat vfork wait4 waitid write writev
+timerfd_create timerfd_gettime timerfd_settime times truncate umask uname unlink unlinkat vfork wait4 waitid write
+writev
 """.split()
 FCNTL = (0, 1, 2, 3, 4, 5, 6, 7, 1030, 1031, 1032)  # copies, flags, locks, sizes of pipes; none that sends signals
 IOCTL = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # terminals: state, size; bytes waiting, blocking, on exec

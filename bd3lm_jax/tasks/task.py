@@ -2,13 +2,17 @@
 
 import gzip
 import hashlib
+import io
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.foreign import LARGE, read_bytes
+from bd3lm_jax.typed import from_json
 
 
 class Problem(NamedTuple):
@@ -70,9 +74,9 @@ def read_problems(task: Task, file: str) -> ProblemFile:
         raise UserError(f"{task.name} is not packaged: give --file=FILE.jsonl, {task.source}")
     path = Path(file) if file else task.packaged
     try:
-        content = path.read_bytes()
-        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        content = read_bytes(path, LARGE)
+        text = (_decompressed(content) if path.suffix == ".gz" else content).decode("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"cannot read problems of {task.name} in {path} ({error}): expected {task.source}") from None
     problems = [_problem(task, path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     problems = [problem for problem in problems if problem is not None]
@@ -86,9 +90,16 @@ def cut(text: str, stop: Sequence[str]) -> str:
     return text[:min((place for place in map(text.find, stop) if place >= 0), default=len(text))]
 
 
+def _decompressed(content: bytes) -> bytes:
+    text = gzip.GzipFile(fileobj=io.BytesIO(content)).read(LARGE + 1)
+    if len(text) > LARGE:
+        raise OSError(f"it unpacks to more than {LARGE:,} bytes")
+    return text
+
+
 def _problem(task: Task, path: Path, number: int, line: str) -> Problem | None:
     try:
-        record = json.loads(line)
+        record = from_json(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{number} is not JSON ({error}): expected {task.source}") from None
     missing = [field for field in task.fields if not isinstance(record, dict) or field not in record]

@@ -10,6 +10,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from bd3lm_jax import log
+from bd3lm_jax.errors import visible
 from bd3lm_jax.writing.stream import Event, piece
 
 UNSURE, EVEN, SURE = (215, 95, 0), (175, 175, 95), (0, 175, 175)  # colours that all eyes can tell apart
@@ -44,7 +45,7 @@ class Painted:
         for token, confidence in zip(self.ids.tolist(), self.confidence.tolist()):
             drawn = not np.isnan(confidence)
             style = "rgb({},{},{})".format(*colour(confidence)) if drawn else ""
-            shown.append(piece(lm, token), "dim" if token == lm.special.mask else style)
+            shown.append(visible(piece(lm, token)), "dim" if token == lm.special.mask else style)
             if drawn and token == lm.special.end:
                 break
         return shown

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from bd3lm_jax import rundir
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.foreign import LARGE, read_text
 from bd3lm_jax.typed import from_json
 
 SEPARATOR = "\n--\n"  # between the texts of a .txt file
@@ -65,7 +66,7 @@ def _newest(workdir: Path) -> Path:
 
 def _content(file: Path) -> str:
     try:
-        content = file.read_text(encoding="utf-8")
+        content = read_text(file, LARGE)
     except FileNotFoundError:
         raise UserError(f"no file {file}: expected {FORMS}") from None
     except UnicodeDecodeError as error:

@@ -5,8 +5,11 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.foreign import LARGE, read_text
+from bd3lm_jax.typed import from_json
 from bd3lm_jax.writing.stream import Event, piece
 from bd3lm_jax.writing.trace_page import BESIDE, PAGE
 
@@ -54,10 +57,42 @@ def write_html(path: str | os.PathLike, records: Sequence[dict]) -> None:
 def read_html(path: str | os.PathLike) -> dict:
     """The record of a page that holds one. UserError if it is not such a page."""
     try:
-        _, _, rest = Path(path).read_text(encoding="utf-8").partition(RECORD[0])
-        return json.loads(rest.partition(RECORD[1])[0])
-    except (OSError, ValueError):
-        raise UserError(f"{path} is no page that sample --trace wrote of one model: write it first") from None
+        _, _, rest = read_text(path, LARGE).partition(RECORD[0])
+        record = from_json(rest.partition(RECORD[1])[0])
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no page that sample --trace wrote of one model ({error}): write it first") from None
+    wrong = _wrong(record)
+    if wrong:
+        raise UserError(f"{path} is no page that sample --trace wrote of one model ({wrong}): write it first")
+    return record
+
+
+def _wrong(record: Any) -> str:
+    """What of a record is not as `make_record` makes it, "" if all is."""
+    if not _is(record, {"title": str, "mask": int, "end": int, "pieces": dict, "samples": list}):
+        return "its record lacks title, mask, end, pieces or samples"
+    if not all(isinstance(text, str) for text in record["pieces"].values()):
+        return "a piece is no text"
+    for sample in record["samples"]:
+        if not _is(sample, {"number": int, "canvas": list, "steps": list, "stop": str | None, "nfe": int | None}):
+            return "a sample lacks number, canvas, steps, stop or nfe"
+        places = range(len(sample["canvas"]))
+        if not all(type(token) is int for token in sample["canvas"]):
+            return f"the canvas of sample {sample['number']} holds more than ids"
+        for step in sample["steps"]:
+            if not _is(step, {"block": int, "step": int, "nfe": int, "revealed": list, "remasked": list}):
+                return f"a step of sample {sample['number']} lacks block, step, nfe, revealed or remasked"
+            drawn = all(isinstance(one, list) and len(one) == 3 and type(one[0]) is type(one[1]) is int
+                        and type(one[2]) in (int, float) and one[0] in places for one in step["revealed"])
+            if not drawn or not all(type(place) is int and place in places for place in step["remasked"]):
+                return f"a step of sample {sample['number']} names a place that is not there"
+    return ""
+
+
+def _is(value: Any, kinds: dict[str, Any]) -> bool:
+    return isinstance(value, dict) and all(
+        key in value and isinstance(value[key], kind) and not isinstance(value[key], bool)
+        for key, kind in kinds.items())
 
 
 def _page(record: dict) -> str:
