@@ -13,7 +13,7 @@ from bd3lm_jax.config import Config
 from bd3lm_jax.data.dialogues import CHAT_FILES, chat_files
 from bd3lm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.foreign import read_text
+from bd3lm_jax.foreign import read_bytes, read_text
 from bd3lm_jax.typed import as_mapping, from_json
 
 CONFIG, TOKENIZER, LOCK = "config.json", "tokenizer.json", "train.lock"
@@ -105,7 +105,7 @@ def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:
 def visible(workdir: str | os.PathLike) -> dict:
     """What the processes of one run must all see there: hash of its config, newest checkpoint (None: there is none)."""
     path = Path(workdir)
-    config = hashlib.sha256((path / CONFIG).read_bytes()).hexdigest()[:12] if (path / CONFIG).exists() else None
+    config = hashlib.sha256(read_bytes(path / CONFIG)).hexdigest()[:12] if (path / CONFIG).exists() else None
     names = [file.name for file in (path / "checkpoints").iterdir()] if (path / "checkpoints").is_dir() else []
     return {CONFIG: config, "newest checkpoint": max((int(name) for name in names if name.isdecimal()), default=None)}
 
@@ -120,6 +120,8 @@ def _stored(path: Path) -> dict:
         stored = from_json(read_text(path / CONFIG))
     except ValueError as error:
         raise UserError(f"{path / CONFIG} is not valid JSON ({error}): restore it or train again") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path / CONFIG}: {error.strerror or error}") from None
     return as_mapping(str(path / CONFIG), stored)
 
 

@@ -11,16 +11,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bd3lm_jax import convert, foreign, hf, log
+from bd3lm_jax import convert, foreign, hf, log, rundir
 from bd3lm_jax.constraints import automaton
-from bd3lm_jax.data import dialogues
+from bd3lm_jax.data import corpora, dialogues
 from bd3lm_jax.data.tokenizers import ByteTokenizer, load_tokenizer
+from bd3lm_jax.density.file import Annotations
 from bd3lm_jax.errors import UserError, visible
 from bd3lm_jax.published.tensors import open_file
 from bd3lm_jax.settings import read_object
 from bd3lm_jax.tasks.math500 import MATH500, last_boxed
 from bd3lm_jax.tasks.task import read_problems
-from bd3lm_jax.writing.sample_files import read_samples
+from bd3lm_jax.writing.sample_files import read as read_samples
 from bd3lm_jax.writing.trace import read_html
 from launch.infill import read_texts
 
@@ -29,7 +30,8 @@ READERS = {
     "tokenizer": load_tokenizer, "settings": read_object, "trace": read_html, "infill": read_texts,
     "problems": lambda path: read_problems(MATH500, str(path)), "weights": lambda path: open_file(Path(path)),
     "model": lambda path: hf.read_config(Path(path)), "dialogues": lambda path: dialogues._config(Path(path)),
-    "samples": lambda path: read_samples(path),
+    "density": lambda path: Annotations(Path(path)),
+    "samples": lambda path: read_samples(str(path)),
 }
 
 
@@ -59,6 +61,21 @@ def test_only_regular_files_of_a_bounded_size_are_read(name, no_file):
     with pytest.raises(UserError) as error:
         READERS[name](no_file)
     assert time.monotonic() - began < 5 and "\n" not in str(error.value)
+
+
+def test_the_config_of_a_run_is_a_regular_file(tmp_path):
+    os.mkfifo(tmp_path / rundir.CONFIG)
+    with pytest.raises(UserError, match="config.json: it is a pipe, expected a regular file"):
+        rundir.planned_steps(tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".xz"])
+def test_corpora_are_regular_files(tmp_path, ending):
+    path = tmp_path / f"train.txt{ending}"
+    os.mkfifo(path)
+    for read in (lambda: list(corpora._lines(path)), lambda: corpora._sha256(path)):
+        with pytest.raises(UserError, match="it is a pipe, expected a regular file"):
+            read()
 
 
 def test_a_text_is_read_as_before(tmp_path):
