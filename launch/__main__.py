@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        print(f"error: the package '{error.name}' is not installed: pip install -e .", file=sys.stderr)
+        print(f"error: the package '{visible(str(error.name))}' is not installed: pip install -e .", file=sys.stderr)
         return 1
     except Exception as error:
         print(visible(traceback.format_exc()), end="", file=sys.stderr)

@@ -183,6 +183,7 @@ def test_deep_answers_are_read_in_time():
     began = time.monotonic()
     assert last_boxed("\\boxed{" * 3000 + "7" + "}" * 3000) == "7"
     assert last_boxed("\\boxed{" * 20_000) is None
+    assert last_boxed("\\boxed " * 20_000 + "5 cm") == "5"
     assert last_boxed(r"\boxed{a{b}c} and \boxed{\frac{1}{2}} }} {") == r"\frac{1}{2}"
     assert time.monotonic() - began < 5
 

@@ -9,6 +9,7 @@ import re
 from bd3lm_jax.tasks.task import Problem, Task, Verdict
 
 OPEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\boxed (?=[^\s{$])")
+WORD_END = re.compile(r"[\s$]")
 DROPPED = re.compile(r"\\!|\\left|\\right|\^\\circ|\^\{\\circ\}|\\\$|\$|\\%|%|\\ |\s+|\\[,;:]|\.$")
 REWRITES = (  # in this order, once spaces are gone
     (re.compile(r"\\[dt]frac"), r"\\frac"),
@@ -36,7 +37,8 @@ def last_boxed(text: str) -> str | None:
             closing[opened.pop()] = place
     for start in OPEN.finditer(text):
         if start.group().endswith(" "):  # \boxed 5
-            found = re.split(r"[\s$]", text[start.end():])[0]
+            end = WORD_END.search(text, start.end())
+            found = text[start.end():end.start() if end else len(text)]
             continue
         end = closing.get(start.end() - 1)
         found = text[start.end():end] if end is not None else found
