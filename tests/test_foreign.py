@@ -1,4 +1,4 @@
-"""What others made: files that never end, links that lead away, sizes that no file holds, texts that steer a terminal."""
+"""What others made: files without end, links that lead away, sizes that no file holds, texts that steer a terminal."""
 
 import io
 import json

@@ -29,7 +29,7 @@ GRACE_S = 10.0  # for the interpreter to start
 ANSWER = 500  # bytes of an answer that are read
 TEMPORARY_MIB = 64  # of all files that a program has at once, under bwrap
 USERS = range(61184, 65520)  # nobody's: systemd lends them to services for a while
-SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/alternatives")
+SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/nix/store", "/etc/ld.so.cache", "/etc/alternatives")
 DEVICES = ("/dev/null", "/dev/urandom")
 INSIDE = "/tmp/program"  # where a program works under bwrap
 

@@ -64,7 +64,7 @@ OTHERS = {
     "fill the disk with many files": (
         "for n in range(10):\n    with open(f'x{{n}}', 'wb') as f: f.write(bytes(8 * 2 ** 20))",),
     "learn that a file of yours exists": ("import os; assert os.path.exists('{place}/file')",),
-    "read the tests before its own code has run": (
+    "find the tests in its memory or open files before its own code has run": (
         "import gc, os\ntexts = [str(x) for x in gc.get_objects() if 'get_objects' not in str(type(x))]\n"
         "for file in range(64):\n    try:\n        os.set_blocking(file, False)\n"
         "        texts.append(os.read(file, 9999).decode())\n    except OSError: pass\n    except TypeError: pass\n"
@@ -74,6 +74,12 @@ OTHERS = {
         "import os\nfor file in range(64):\n    try: os.write(file, b'passed\\n')\n    except OSError: pass\n"
         "os._exit(0)",
         "import os; os.kill(os.getppid(), 9); os._exit(0)", "import os; os.closerange(0, 64)"),
+    "have the tests sent early and answer them, by what its interpreter's frames hold": (
+        "import json, os, sys\nframe, tests = sys._getframe(1).f_locals, ''\nmessage = frame['message']\n"
+        "while 'MARKOF' + str('TEST') not in tests:\n"
+        "    os.write(frame['outbox'], message['token'].encode() + b'\\n')\n"
+        "    message = json.loads(frame['inbox'].readline())\n    tests += message['part']\n"
+        "os.write(frame['outbox'], message['token'].encode() + b'\\n')\nos._exit(0)",),
     "pass by cheating its tests from within": (
         "class Anything:\n    __eq__ = lambda self, other: True\ndef f(): return Anything()",),
 }

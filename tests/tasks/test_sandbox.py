@@ -95,9 +95,9 @@ def test_root_needs_bubblewrap(monkeypatch):
         sandbox.choose(LIMITS)
 
 
-def test_nothing_a_program_leaves_stops_the_next_one(run):
+def test_nothing_a_program_leaves_stops_the_next_one(run, tmp_path, monkeypatch):
     """Directories deeper than recursion goes, and one that cannot be read."""
-    before = set(os.listdir(tempfile.gettempdir()))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     deep = run("""
         import os
         os.mkdir('closed'); os.mkdir('closed/x'); open('closed/x/y', 'w').close()
@@ -107,7 +107,7 @@ def test_nothing_a_program_leaves_stops_the_next_one(run):
         open('unreadable/file', 'w').close()
         def f(): return 1""")
     assert deep.passed and run(RIGHT).passed
-    assert not [name for name in set(os.listdir(tempfile.gettempdir())) - before if name.startswith("program-")]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("program", [
