@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from bd3lm_jax.data.texts import new_text
 from bd3lm_jax.errors import UserError, nearest
 from bd3lm_jax.evaluation import conditional
 from bd3lm_jax.lm import load
@@ -101,9 +102,9 @@ class Harness:
                 some = members[first:first + self.batch]
                 samples = self.lm.generate([prompt for _, prompt, _ in some], length=length, seed=self.seed,
                                            **dict(options))
-                for (i, _, limit), sample in zip(some, samples):
+                for (i, prompt, limit), sample in zip(some, samples):
                     whole = len(sample.tokens) <= limit
-                    texts[i] = sample.text if whole else self.lm.tokenizer.decode(sample.tokens[:limit])
+                    texts[i] = sample.text if whole else new_text(self.lm.tokenizer, prompt, sample.tokens[:limit])
         return texts
 
     def _score(self, pairs: list, greedy: bool) -> list[conditional.Score]:

@@ -1,0 +1,102 @@
+"""SentencePiece vocabularies (Llama 2, Mistral, TinyLlama and their kin) as the JSON form of the library `tokenizers`.
+
+A BPE of SentencePiece joins the two neighbours whose joint piece has the best score; as an ordered list of merges that
+is every pair of pieces whose joint is a piece, best scores first.
+"""
+
+import base64
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bd3lm_jax.errors import UserError
+
+UNIGRAM, BPE = 1, 2  # trainer_spec.model_type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # kinds of pieces, also those of GGUF
+SPACE = "▁"
+
+
+class Pieces(NamedTuple):
+    """A vocabulary. prefix: a space before the first word. legacy: also behind every special token. byte_fallback:
+    unknown characters become their bytes. charmap: SentencePiece's compiled normalisation, b"" for none. one_space:
+    runs of spaces are one, and none is at either end of a text."""
+
+    tokens: Sequence[str]
+    scores: Sequence[float]
+    kinds: Sequence[int]
+    unigram: bool
+    prefix: bool
+    legacy: bool
+    byte_fallback: bool
+    charmap: bytes = b""
+    one_space: bool = False
+
+
+def read(path: Path, legacy: bool, add_prefix_space: Any) -> dict:
+    """The JSON form of a tokenizer.model. UserError for another file, or without the package sentencepiece."""
+    try:
+        from google.protobuf.message import DecodeError
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError:
+        raise UserError(f"{path} is a SentencePiece vocabulary, which needs the packages sentencepiece and protobuf: "
+                        "pip install sentencepiece protobuf, or put a tokenizer.json beside it") from None
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except (OSError, DecodeError) as error:
+        raise UserError(f"tokenizer file {path} cannot be read: {error}") from None
+    kind, normal = proto.trainer_spec.model_type, proto.normalizer_spec
+    if kind not in (UNIGRAM, BPE) or not proto.pieces:
+        raise UserError(f"{path} is a SentencePiece vocabulary of type {kind} with {len(proto.pieces)} pieces, expected "
+                        f"pieces of type {UNIGRAM} (unigram) or {BPE} (BPE)")
+    prefix = normal.add_dummy_prefix if add_prefix_space is None else bool(add_prefix_space)
+    return as_json(Pieces([x.piece for x in proto.pieces], [x.score for x in proto.pieces],
+                          [x.type for x in proto.pieces], kind == UNIGRAM, prefix, legacy,
+                          proto.trainer_spec.byte_fallback, normal.precompiled_charsmap,
+                          normal.remove_extra_whitespaces))
+
+
+def as_json(pieces: Pieces) -> dict:
+    """What a tokenizer.json would say."""
+    unknown = next((i for i, kind in enumerate(pieces.kinds) if kind == UNKNOWN), None)
+    added = [{"id": i, "content": token, "special": kind != USER_DEFINED, "single_word": False, "lstrip": False,
+              "rstrip": False, "normalized": False}
+             for i, (token, kind) in enumerate(zip(pieces.tokens, pieces.kinds))
+             if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
+    if pieces.unigram:
+        model = {"type": "Unigram", "unk_id": unknown, "byte_fallback": pieces.byte_fallback,
+                 "vocab": [list(pair) for pair in zip(pieces.tokens, pieces.scores)]}
+    else:
+        model = {"type": "BPE", "dropout": None, "unk_token": None if unknown is None else pieces.tokens[unknown],
+                 "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True,
+                 "byte_fallback": pieces.byte_fallback, "ignore_merges": False,
+                 "vocab": {token: i for i, token in enumerate(pieces.tokens)}, "merges": merges(pieces)}
+    scheme = ("always" if pieces.legacy else "first") if pieces.prefix else "never"
+    decoders = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"},
+                {"type": "Fuse"}]
+    if pieces.prefix:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+            "normalizer": _normalizer(pieces),
+            "pre_tokenizer": {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False},
+            "post_processor": None, "decoder": {"type": "Sequence", "decoders": decoders}, "model": model}
+
+
+def merges(pieces: Pieces) -> list[tuple[str, str]]:
+    """The pairs that a BPE joins, in the order of the scores of what they become."""
+    ranks = {token: (-score, i) for i, (token, score, kind)
+             in enumerate(zip(pieces.tokens, pieces.scores, pieces.kinds)) if kind == NORMAL and not math.isnan(score)}
+    found = [(rank, len(token[:cut]), token[:cut], token[cut:]) for token, rank in ranks.items()
+             for cut in range(1, len(token)) if token[:cut] in ranks and token[cut:] in ranks]
+    return [(left, right) for *_, left, right in sorted(found)]
+
+
+def _normalizer(pieces: Pieces) -> dict | None:
+    steps = []
+    if pieces.charmap:
+        steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(pieces.charmap).decode()})
+    if pieces.one_space:
+        steps += [{"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
+                  for pattern, content in ((r"\A +| +\z", ""), (" {2,}", " "))]
+    return {"type": "Sequence", "normalizers": steps} if steps else None
