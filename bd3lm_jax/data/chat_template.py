@@ -73,10 +73,11 @@ class ChatTemplate:
             line = _line(process.stdout.fileno(), time.monotonic() + WALL_S)
         except BrokenPipeError:
             line = b""
-        answer = json.loads(line) if line.endswith(b"\n") else {"error": (
+        whole = line.endswith(b"\n")
+        answer = json.loads(line) if whole else {"error": (
             f"it was stopped after {LIMITS['cpu_s']} s of processor time, {WALL_S} s or {LIMITS['memory_mib']} MiB, the "
             "most that a dialogue may take"), "line": None}
-        if "error" in answer and not line or "error" in answer and what == "is not valid":
+        if not whole or "error" in answer and request is self._setup:
             _end(process)
             self._process = None
         if "error" in answer:

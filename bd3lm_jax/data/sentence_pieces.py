@@ -1,10 +1,9 @@
-"""SentencePiece vocabularies (Llama 2, Mistral, TinyLlama and their kin) as the JSON form of the library `tokenizers`.
+"""BPE vocabularies of SentencePiece (Llama 2, Mistral, TinyLlama) as the JSON form of the library `tokenizers`.
 
-A BPE of SentencePiece joins the two neighbours whose joint piece has the best score; as an ordered list of merges that
+SentencePiece joins the two neighbours whose joint piece has the best score; as an ordered list of merges that
 is every pair of pieces whose joint is a piece, best scores first.
 """
 
-import base64
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,34 +11,37 @@ from typing import Any, NamedTuple
 
 from bd3lm_jax.errors import UserError
 
-UNIGRAM, BPE = 1, 2  # trainer_spec.model_type
+BPE = 2  # trainer_spec.model_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # kinds of pieces, also those of GGUF
 SPACE = "▁"
 
 
+class Unsupported(UserError):
+    """A tokenizer of a kind that is not read; without texts the model can be used all the same."""
+
+
 class Pieces(NamedTuple):
-    """A vocabulary. prefix: a space before the first word. legacy: also behind every special token. byte_fallback:
-    unknown characters become their bytes. charmap: SentencePiece's compiled normalisation, b"" for none. one_space:
-    runs of spaces are one, and none is at either end of a text."""
+    """A vocabulary. prefix: a space before the first word. legacy: also behind every special token. exact: also where
+    there is a space already, as SentencePiece does it (LlamaTokenizer of transformers does not). byte_fallback: unknown
+    characters become their bytes."""
 
     tokens: Sequence[str]
     scores: Sequence[float]
     kinds: Sequence[int]
-    unigram: bool
     prefix: bool
     legacy: bool
+    exact: bool
     byte_fallback: bool
-    charmap: bytes = b""
-    one_space: bool = False
 
 
-def read(path: Path, legacy: bool, add_prefix_space: Any) -> dict:
-    """The JSON form of a tokenizer.model. UserError for another file, or without the package sentencepiece."""
+def read(path: Path, legacy: bool, exact: bool, add_prefix_space: Any) -> dict:
+    """The JSON form of a tokenizer.model; see `Pieces` for its options. UserError for another file; Unsupported for
+    other types, and without the package sentencepiece."""
     try:
         from google.protobuf.message import DecodeError
         from sentencepiece import sentencepiece_model_pb2
     except ImportError:
-        raise UserError(f"{path} is a SentencePiece vocabulary, which needs the packages sentencepiece and protobuf: "
+        raise Unsupported(f"{path} is a SentencePiece vocabulary, which needs the packages sentencepiece and protobuf: "
                         "pip install sentencepiece protobuf, or put a tokenizer.json beside it") from None
     proto = sentencepiece_model_pb2.ModelProto()
     try:
@@ -47,14 +49,12 @@ def read(path: Path, legacy: bool, add_prefix_space: Any) -> dict:
     except (OSError, DecodeError) as error:
         raise UserError(f"tokenizer file {path} cannot be read: {error}") from None
     kind, normal = proto.trainer_spec.model_type, proto.normalizer_spec
-    if kind not in (UNIGRAM, BPE) or not proto.pieces:
-        raise UserError(f"{path} is a SentencePiece vocabulary of type {kind} with {len(proto.pieces)} pieces, expected "
-                        f"pieces of type {UNIGRAM} (unigram) or {BPE} (BPE)")
+    if kind != BPE or normal.precompiled_charsmap or normal.remove_extra_whitespaces or not proto.pieces:
+        raise Unsupported(f"{path} is a SentencePiece vocabulary of type {kind} with normalisation '{normal.name}', "
+                          f"supported: type {BPE} (BPE) without any, as of Llama 2: put a tokenizer.json beside it")
     prefix = normal.add_dummy_prefix if add_prefix_space is None else bool(add_prefix_space)
-    return as_json(Pieces([x.piece for x in proto.pieces], [x.score for x in proto.pieces],
-                          [x.type for x in proto.pieces], kind == UNIGRAM, prefix, legacy,
-                          proto.trainer_spec.byte_fallback, normal.precompiled_charsmap,
-                          normal.remove_extra_whitespaces))
+    pieces = ([getattr(piece, field) for piece in proto.pieces] for field in ("piece", "score", "type"))
+    return as_json(Pieces(*pieces, prefix, legacy, exact, proto.trainer_spec.byte_fallback))
 
 
 def as_json(pieces: Pieces) -> dict:
@@ -64,21 +64,18 @@ def as_json(pieces: Pieces) -> dict:
               "rstrip": False, "normalized": False}
              for i, (token, kind) in enumerate(zip(pieces.tokens, pieces.kinds))
              if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
-    if pieces.unigram:
-        model = {"type": "Unigram", "unk_id": unknown, "byte_fallback": pieces.byte_fallback,
-                 "vocab": [list(pair) for pair in zip(pieces.tokens, pieces.scores)]}
-    else:
-        model = {"type": "BPE", "dropout": None, "unk_token": None if unknown is None else pieces.tokens[unknown],
-                 "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True,
-                 "byte_fallback": pieces.byte_fallback, "ignore_merges": False,
-                 "vocab": {token: i for i, token in enumerate(pieces.tokens)}, "merges": merges(pieces)}
+    model = {"type": "BPE", "dropout": None, "unk_token": None if unknown is None else pieces.tokens[unknown],
+             "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True,
+             "byte_fallback": pieces.byte_fallback, "ignore_merges": False,
+             "vocab": {token: i for i, token in enumerate(pieces.tokens)}, "merges": merges(pieces)}
     scheme = ("always" if pieces.legacy else "first") if pieces.prefix else "never"
     decoders = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"},
                 {"type": "Fuse"}]
     if pieces.prefix:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    one_more = {"type": "Replace", "pattern": {"Regex": r"\A "}, "content": "  "}
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-            "normalizer": _normalizer(pieces),
+            "normalizer": one_more if pieces.prefix and pieces.exact else None,
             "pre_tokenizer": {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False},
             "post_processor": None, "decoder": {"type": "Sequence", "decoders": decoders}, "model": model}
 
@@ -90,13 +87,3 @@ def merges(pieces: Pieces) -> list[tuple[str, str]]:
     found = [(rank, len(token[:cut]), token[:cut], token[cut:]) for token, rank in ranks.items()
              for cut in range(1, len(token)) if token[:cut] in ranks and token[cut:] in ranks]
     return [(left, right) for *_, left, right in sorted(found)]
-
-
-def _normalizer(pieces: Pieces) -> dict | None:
-    steps = []
-    if pieces.charmap:
-        steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(pieces.charmap).decode()})
-    if pieces.one_space:
-        steps += [{"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
-                  for pattern, content in ((r"\A +| +\z", ""), (" {2,}", " "))]
-    return {"type": "Sequence", "normalizers": steps} if steps else None

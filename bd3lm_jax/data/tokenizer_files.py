@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bd3lm_jax.data import sentence_pieces
+from bd3lm_jax.data.sentence_pieces import Unsupported
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.typed import from_json
 
@@ -40,10 +41,6 @@ SENTENCE_PIECE = ("LlamaTokenizer",)
 QWEN2_MODELS = ("qwen2", "qwen3", "dream", "sdar", "fast_dllm")  # how the model_type of such networks begins
 
 
-class Unsupported(UserError):
-    """A tokenizer of a kind that is not read; without texts the model can be used all the same."""
-
-
 def read_tokenizer_json(path: Path) -> tuple[str, dict]:
     """JSON text and config of a tokenizer.json, with what the config has on top of it."""
     config = config_of(path.parent)
@@ -65,8 +62,9 @@ def read_directory(directory: Path) -> tuple[str, str, dict] | None:
         split = BYTE_LEVEL[kind] if kind else _usual_split(directory)
         return path.name, _byte_level(path, config, split), config
     if (path := directory / "tokenizer.model").exists():
-        _class_of(path, config, SENTENCE_PIECE)
-        content = sentence_pieces.read(path, bool(config.get("legacy", False)), config.get("add_prefix_space"))
+        kind = _class_of(path, config, SENTENCE_PIECE)
+        content = sentence_pieces.read(path, bool(config.get("legacy", False)), kind is None,
+                                       config.get("add_prefix_space"))
         return path.name, _finished(path, library_form(path.name, json.dumps(content)), config), config
     return None
 

@@ -123,8 +123,8 @@ def read_tokenizer(path: Path) -> Tokenizer | None:
         require(len(tokens) == len(scores) == len(kinds), f"{path} has {len(tokens)} tokens, {len(scores)} scores and "
                 f"{len(kinds)} kinds of them (tokenizer.ggml.tokens, scores, token_type), expected as many of each")
         content = sentence_pieces.as_json(sentence_pieces.Pieces(
-            tokens, scores, kinds, unigram=False, prefix=value("tokenizer.ggml.add_space_prefix", bool, True),
-            legacy=False, byte_fallback=BYTE in kinds))
+            tokens, scores, kinds, prefix=value("tokenizer.ggml.add_space_prefix", bool, True),
+            legacy=True, exact=True, byte_fallback=BYTE in kinds))
     else:
         content = _tokenizer_json(tokens, kinds, value("tokenizer.ggml.merges", [str]), pre)
     end = value("tokenizer.ggml.eos_token_id", int, value("tokenizer.ggml.bos_token_id", int, None))
