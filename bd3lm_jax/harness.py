@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from bd3lm_jax import hf
 from bd3lm_jax.data.chat_template import ChatTemplate
 from bd3lm_jax.data.texts import new_text
 from bd3lm_jax.errors import UserError, nearest
@@ -77,7 +78,7 @@ class Harness:
         self._chat = chat_template not in (False, None)
         if not self._chat:
             return None
-        self._template = ChatTemplate(self.path, "" if chat_template is True else chat_template)
+        self._template = ChatTemplate(hf.local(self.path), "" if chat_template is True else chat_template)
         return self._template.source
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
