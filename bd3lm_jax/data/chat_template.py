@@ -75,8 +75,8 @@ class ChatTemplate:
             line = b""
         whole = line.endswith(b"\n")
         answer = json.loads(line) if whole else {"error": (
-            f"it was stopped after {LIMITS['cpu_s']} s of processor time, {WALL_S} s or {LIMITS['memory_mib']} MiB, the "
-            "most that a dialogue may take"), "line": None}
+            f"it was stopped after {LIMITS['cpu_s']} s of processor time, {WALL_S} s or {LIMITS['memory_mib']} MiB, "
+            "the most that a dialogue may take"), "line": None}
         if not whole or "error" in answer and request is self._setup:
             _end(process)
             self._process = None

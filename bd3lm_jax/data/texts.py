@@ -34,6 +34,7 @@ def encode_continuation(tokenizer, text: str, special: bool = False) -> np.ndarr
         return encode(text)
     for other in ("\n", ".", "a"):
         ids, whole = tokenizer.encode(other), encode(other + text)
-        if len(ids) and ids.tolist() == whole[:len(ids)].tolist() and new_text(tokenizer, ids, whole[len(ids):]) == text:
+        begins = len(ids) and ids.tolist() == whole[:len(ids)].tolist()
+        if begins and (special or new_text(tokenizer, ids, whole[len(ids):]) == text):  # special tokens have no text
             return whole[len(ids):]
     return encode(text)

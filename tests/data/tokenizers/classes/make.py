@@ -157,6 +157,6 @@ def chats() -> list[dict]:
 if __name__ == "__main__":
     train_vocabularies()
     made_with = {"transformers": transformers.__version__, "sentencepiece": sentencepiece.__version__}
-    (HERE / "ids.json").write_text(json.dumps({"made_with": made_with, "texts": TEXTS, "layouts": layouts()}, indent=0))
-    (HERE / "chats.json").write_text(json.dumps({"made_with": made_with, "messages": MESSAGES, "chats": chats()},
-                                                indent=0))
+    for name, content in (("ids", {"texts": TEXTS, "layouts": layouts()}),
+                          ("chats", {"messages": MESSAGES, "chats": chats()})):
+        (HERE / f"{name}.json").write_text(json.dumps({"made_with": made_with, **content}) + "\n")
