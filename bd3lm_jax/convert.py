@@ -14,7 +14,8 @@ import numpy as np
 
 from bd3lm_jax import hf, lm, log, report, rundir
 from bd3lm_jax.config import Config
-from bd3lm_jax.data.dialogues import CONFIG_FILE, chat_files
+from bd3lm_jax.data.chat_template import CONFIG_FILE
+from bd3lm_jax.data.dialogues import chat_files
 from bd3lm_jax.data.tokenizers import get_tokenizer
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.foreign import read_inside, read_text

@@ -6,10 +6,12 @@ harness's own:
     python -m bd3lm_jax.harness --model bd3lm_jax --model_args path=runs/tiny,draws=4 --tasks arc_easy --batch_size 16
 
 or call `bd3lm_jax.harness.register()` before `lm_eval.simple_evaluate(model="bd3lm_jax", model_args=..., ...)`.
-`model_args` are the arguments of `Harness`. Autoregressive models are scored exactly, masked diffusion by the bound of
+`model_args` are the arguments of `Harness`; with the harness's `--apply_chat_template` the contexts are written by the
+chat template beside the tokenizer, and its special tokens are read as such. Autoregressive models are scored exactly, masked diffusion by the bound of
 `conditional.py`; options of one question share their masks. A text without context follows an end token.
 """
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,14 +19,21 @@ from typing import Any
 
 import numpy as np
 
+from bd3lm_jax import hf
+from bd3lm_jax.data.chat_template import ChatTemplate
+from bd3lm_jax.data.texts import new_text
 from bd3lm_jax.errors import UserError, nearest, one_line
 from bd3lm_jax.evaluation import conditional
 from bd3lm_jax.lm import load
+from bd3lm_jax.writing.options import Options, make_options
 
 NAME = "bd3lm_jax"
 LENGTH_STEP = 64  # texts are written to multiples of it, so that few lengths compile
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # first one given counts
-GENERATION = ("until", "do_sample", "temperature", "top_k", "top_p", *LIMITS)
+OURS = ("stop", "seed", "forced", "sampler")  # fields of Options that are no further model argument
+SAMPLER_OPTIONS = tuple(field.name for field in dataclasses.fields(Options) if field.name not in OURS)
+GENERATION = ("until", "do_sample", *SAMPLER_OPTIONS, *LIMITS)
+CONTINUE = "\ue000continue\ue001"  # marks the end of a message that is to be continued; no text holds it
 
 
 class Harness:
@@ -33,24 +42,28 @@ class Harness:
     path: a run directory or a published checkpoint. weights: "ema" or "params". estimator, draws, seed: as in
     `conditional.score`. greedy: whether `loglikelihood` finds out if greedy decoding writes the continuation (up to S
     more passes; tasks of multiple choice do not use it; without it the answer is no). sampler: of `generate_until`,
-    "" for the usual one. batch_size: rows a pass, "auto" for 16. device, max_batch_size: given by the harness, unused.
+    "" for the usual one. Every other option of `LM.generate` (steps, threshold, block_size, guidance, min_p, ...) is
+    an argument too; what a task asks for itself comes first. batch_size: rows a pass, "auto" for 16. device, max_batch_size: given by the harness, unused.
     """
 
     def __init__(self, path: str = "", weights: str = "ema", estimator: str = "exact_count", draws: int = 4,
                  seed: int = 0, greedy: bool = True, sampler: str = "", batch_size: int | str = "auto",
-                 max_batch_size: Any = None, device: Any = None, **unknown: Any):
+                 max_batch_size: Any = None, device: Any = None, **options: Any):
         super().__init__()
         del max_batch_size, device
-        for name in unknown:
+        for name in options:
             known = ("path", "weights", "estimator", "draws", "seed", "greedy", "sampler", "batch_size")
-            raise UserError(f"unknown model argument '{name}': {nearest(name, known)}")
+            if name not in SAMPLER_OPTIONS:
+                raise UserError(f"unknown model argument '{name}': {nearest(name, (*known, *SAMPLER_OPTIONS))}")
         if not path:
             raise UserError("no model to load: give --model_args path=RUN_DIRECTORY")
         self.path, self.lm = str(path), load(str(path), weights)
         if self.lm.tokenizer is None:
             raise UserError(f"{path} has no tokenizer, and the harness asks in texts")
         self.batch = _batch_rows(batch_size)
-        self.sampler, self.seed = sampler, seed
+        self.sampler, self.seed, self.options = sampler, seed, options
+        make_options(**options)  # their types and ranges
+        self._template, self._chat = None, False
         self.scoring = {"estimator": estimator, "draws": draws, "seed": seed, "batch": self.batch}
         self.greedy, self._mc_se = greedy, []
 
@@ -59,16 +72,46 @@ class Harness:
         """Names the tokenizer in the harness's caches."""
         return f"{NAME}-{self.lm.tokenizer.identity}"
 
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The source of the chat template that is used from now on: True for the usual one, or its name; None for
+        none. The harness keeps it with the results."""
+        self._chat = chat_template not in (False, None)
+        if not self._chat:
+            return None
+        self._template = ChatTemplate(hf.local(self.path), "" if chat_template is True else chat_template)
+        return self._template.source
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a dialogue; without `add_generation_prompt` its last message is to be continued."""
+        if self._template is None:
+            self.chat_template(True)
+        self._chat = True
+        if add_generation_prompt:
+            return self._template.render(chat_history, [(len(chat_history), True)])[0]
+        *others, last = chat_history
+        marked = [*others, {**last, "content": last["content"].rstrip() + CONTINUE}]
+        text = self._template.render(marked, [(len(marked), False)])[0]
+        if CONTINUE not in text:
+            raise UserError(f"the chat template of {self._template.directory} leaves the last message out: it cannot be "
+                            "continued")
+        begun = text[:text.rindex(CONTINUE)]
+        return begun + last["content"][len(last["content"].rstrip()):]
+
+    def _encode(self, text: str) -> np.ndarray:
+        """A context; special tokens in it are meant where a template wrote it."""
+        return self.lm.tokenizer.encode_special(text) if self._chat else self.lm.tokenizer.encode(text)
+
     def get_model_info(self) -> dict[str, Any]:
         """What the harness keeps with the results; mean_mc_se: of all log-likelihoods so far, in nats."""
         mean = float(np.mean(self._mc_se)) if self._mc_se else None
-        return {"path": self.path, **self.scoring, "sampler": self.sampler, "mean_mc_se": mean}
+        return {"path": self.path, **self.scoring, "sampler": self.sampler, **self.options, "mean_mc_se": mean}
 
     def loglikelihood(self, requests: Sequence, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, is greedy) of every request's (context, continuation). A context that is too long
         loses its beginning."""
         del disable_tqdm
-        pairs = [self._shortened(*conditional.encode_pair(self.lm.tokenizer, *request.args)) for request in requests]
+        pairs = [self._shortened(*conditional.encode_pair(self.lm.tokenizer, *request.args, special=self._chat))
+                 for request in requests]
         return [(found.nats, bool(found.greedy)) for found in self._score(pairs, self.greedy)]
 
     def loglikelihood_rolling(self, requests: Sequence, disable_tqdm: bool = False) -> list[float]:
@@ -86,13 +129,13 @@ class Harness:
 
     def generate_until(self, requests: Sequence, disable_tqdm: bool = False) -> list[str]:
         """The text after every request's context, by its options: `until` (strings, not part of the answer),
-        max_gen_toks (256), do_sample (else the likeliest tokens), temperature, top_k, top_p."""
+        max_gen_toks (256), do_sample (else the likeliest tokens), and the options of `LM.generate`."""
         del disable_tqdm
         groups: dict[tuple, list[tuple[int, np.ndarray, int]]] = {}
         for i, request in enumerate(requests):
             context, arguments = request.args
             options, limit = self._options(arguments)
-            prompt, limit = self._room(self.lm.tokenizer.encode(context), limit)
+            prompt, limit = self._room(self._encode(context), limit)
             length = min(-(-(len(prompt) + limit) // LENGTH_STEP) * LENGTH_STEP, self.lm.context)
             groups.setdefault((length, tuple(options.items())), []).append((i, prompt, limit))
         texts = [""] * len(requests)
@@ -101,9 +144,9 @@ class Harness:
                 some = members[first:first + self.batch]
                 samples = self.lm.generate([prompt for _, prompt, _ in some], length=length, seed=self.seed,
                                            **dict(options))
-                for (i, _, limit), sample in zip(some, samples):
+                for (i, prompt, limit), sample in zip(some, samples):
                     whole = len(sample.tokens) <= limit
-                    texts[i] = sample.text if whole else self.lm.tokenizer.decode(sample.tokens[:limit])
+                    texts[i] = sample.text if whole else new_text(self.lm.tokenizer, prompt, sample.tokens[:limit])
         return texts
 
     def _score(self, pairs: list, greedy: bool) -> list[conditional.Score]:
@@ -138,10 +181,12 @@ class Harness:
         until = arguments.get("until") or []
         stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
         limit = int(next((arguments[name] for name in LIMITS if arguments.get(name) is not None), 256))
-        options: dict[str, Any] = {"stop": stop, "temperature": 0.0}
+        drawn = ("temperature", "top_k", "top_p", "min_p")
+        options: dict[str, Any] = {"temperature": 0.0, **self.options, "stop": stop}
+        options |= {name: arguments[name] for name in SAMPLER_OPTIONS if arguments.get(name) and name not in drawn}
         if arguments.get("do_sample"):
-            options["temperature"] = float(arguments.get("temperature", 1.0))
-            options |= {name: arguments[name] for name in ("top_k", "top_p") if arguments.get(name)}
+            options["temperature"] = float(arguments.get("temperature", self.options.get("temperature", 1.0)))
+            options |= {name: arguments[name] for name in drawn[1:] if arguments.get(name)}
         confident = options["temperature"] == 0 and not self.lm.config.diffusion.causal
         return {**options, "sampler": self.sampler or ("confidence" if confident else "first_hitting")}, limit
 

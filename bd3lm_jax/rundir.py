@@ -10,7 +10,8 @@ from pathlib import Path
 
 from bd3lm_jax import lock
 from bd3lm_jax.config import Config
-from bd3lm_jax.data.dialogues import CHAT_FILES, chat_files
+from bd3lm_jax.data.chat_template import CHAT_FILES
+from bd3lm_jax.data.dialogues import chat_files
 from bd3lm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.foreign import read_bytes, read_text

@@ -148,7 +148,61 @@ def test_greedy_texts(make):
         assert [x for _, x in make(name).loglikelihood(asked(("ab", text), ("ab", other)))] == [True, False]
 
 
+class Signs(Letters):
+    """In chats "<" is a token of its own, the twelfth letter."""
+
+    def encode_special(self, text):
+        return self.encode(text.replace("<", "l"))
+
+
+TEMPLATE = ("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+            "<{{ m.role[0] }}{{ m.content | trim }}{% if not loop.last or m.role == 'user' %}{{ '\\n' }}{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}<a{% endif %}")
+
+
+def test_chat_templates(monkeypatch, tmp_path):
+    pytest.importorskip("jinja2")
+    lm = make_lm(OBJECTIVES["ar"], tokenizer=Signs())
+    monkeypatch.setattr(harness, "load", lambda path, weights: lm)
+    model = harness.Harness(path=str(tmp_path))
+    with pytest.raises(UserError, match="holds no chat template"):
+        model.chat_template(True)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": [{"name": "other", "template": "x"}]}')
+    assert model.chat_template(False) is None and model.chat_template("other") == "x"
+    assert model.chat_template(True) == TEMPLATE and model.tokenizer_name == "bd3lm_jax-letters"
+    chat = [{"role": "user", "content": "bc "}, {"role": "assistant", "content": "efg "}]
+    assert model.apply_chat_template(chat[:1]) == "<ubc\n<a"
+    assert model.apply_chat_template(chat, add_generation_prompt=False) == "<ubc\n<aefg "
+    with pytest.raises(UserError, match=r"refuses a dialogue \(line 1\): no system"):
+        model.apply_chat_template([{"role": "system", "content": ""}])
+    written, pairs = [], []
+    monkeypatch.setattr(lm, "generate", lambda prompts, **options: written.append(prompts) or [
+        types.SimpleNamespace(tokens=[0, 1], text="ab")] * len(prompts))
+    assert model.generate_until(asked(("<ubc\n<a", {"until": []}))) == ["ab"]
+    assert written[0][0].tolist() == [11, 20, 1, 2, 3, 11, 0]
+    monkeypatch.setattr(model, "_score", lambda found, greedy: pairs.extend(found) or [])
+    model.loglikelihood(asked(("<a", "bc")))
+    assert [ids.tolist() for ids in pairs[0]] == [[11, 0], [1, 2]]
+
+
+def test_options_of_the_sampler(make, monkeypatch):
+    """Every option of `generate` is a model argument; what a task asks for comes first."""
+    model, chosen = make("block", steps=2, min_p=0.1, temperature=0.5, sampler="first_hitting"), []
+    monkeypatch.setattr(model, "lm", copy.copy(model.lm))
+    monkeypatch.setattr(model.lm, "generate", lambda prompts, **options: chosen.append(options) or [
+        types.SimpleNamespace(tokens=[0], text="a")] * len(prompts))
+    model.generate_until(asked(("ab", {"until": []}), ("abc", {"do_sample": True, "temperature": 0.7, "min_p": 0.2,
+                                                              "threshold": 0.9})))
+    plain, asked_for = ({name: x for name, x in options.items() if name not in ("length", "seed", "stop")}
+                        for options in chosen)
+    assert plain == {"steps": 2, "min_p": 0.1, "temperature": 0.5, "sampler": "first_hitting"}
+    assert asked_for == plain | {"temperature": 0.7, "min_p": 0.2, "threshold": 0.9}
+    assert model.get_model_info()["steps"] == 2
+
+
 @pytest.mark.parametrize(("options", "message"), [
+    ({"path": "toy", "min_q": 0.1}, "unknown model argument 'min_q': did you mean 'min_p'"),
     ({"path": ""}, "give --model_args path=RUN_DIRECTORY"),
     ({"path": "toy", "drws": 3}, "unknown model argument 'drws': did you mean 'draws'"),
     ({"path": "toy", "batch_size": 0}, "batch_size is 0"),

@@ -11,16 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bd3lm_jax.config import DataConfig
+from bd3lm_jax.data.chat_template import CHAT_FILES, ChatTemplate, Messages, templates_in
 from bd3lm_jax.data.corpora import Corpus, json_lines, local_files
 from bd3lm_jax.errors import UserError, lookup
-from bd3lm_jax.foreign import read_inside, read_text
-from bd3lm_jax.typed import check_characters, from_json
+from bd3lm_jax.foreign import read_inside
+from bd3lm_jax.typed import check_characters
 
 ANSWERS = "assistant"  # the role whose messages are answers
-TEMPLATE_FILE, CONFIG_FILE = CHAT_FILES = "chat_template.jinja", "tokenizer_config.json"
 ROLES = ("system", "user", ANSWERS)
-
-Messages = list[dict[str, str]]
 
 
 class Dialogue(str):
@@ -95,15 +93,14 @@ def _plain(data: DataConfig):
 
 
 def _chat(data: DataConfig):
-    render, source = chat_template(Path(data.tokenizer))
+    template = ChatTemplate(data.tokenizer)
 
     def write(messages: Messages) -> Dialogue:
         """An answer is what the template adds to the text that asks for it."""
+        answers = [index for index, message in enumerate(messages) if message["role"] == ANSWERS]
+        texts = template.render(messages, [call for i in answers for call in ((i, True), (i + 1, False))])
         parts, done = [], ""
-        for index, message in enumerate(messages):
-            if message["role"] != ANSWERS:
-                continue
-            asked, whole = render(messages[:index], True), render(messages[:index + 1], False)
+        for asked, whole in zip(texts[::2], texts[1::2]):
             if not (asked.startswith(done) and whole.startswith(asked)):
                 raise UserError(f"the chat template of {data.tokenizer} changes what it wrote when a dialogue goes on: "
                                 "answers cannot be told from prompts; use data.name='plain'")
@@ -111,45 +108,10 @@ def _chat(data: DataConfig):
             done = whole
         return Dialogue(parts, special=True)
 
-    return write, source
+    return write, template.source
 
 
 TEMPLATES: dict[str, Callable] = {"": _joined, "plain": _plain, "chat": _chat}
-
-
-def chat_template(directory: Path) -> tuple[Callable[[Messages, bool], str], str]:
-    """The chat template of a tokenizer's directory: `f(messages, whether an answer is to follow) -> text`, and its
-    source. UserError if there is none, or no jinja2 to run it."""
-    directory = directory if directory.is_dir() else directory.parent
-    config, source = _template_in(directory)
-    if source is None:
-        raise UserError(f"{directory} holds no chat template (chat_template in tokenizer_config.json): use data.name="
-                        "'plain'")
-    try:
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        raise UserError("chat templates need jinja2: pip install jinja2, or use data.name='plain'") from None
-    names = {key: config[key]["content"] if isinstance(config.get(key), dict) else config.get(key) or ""
-             for key in ("bos_token", "eos_token")}
-
-    def fail(message: str):
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = fail
-    try:
-        template = environment.from_string(source)
-    except TemplateError as error:
-        raise UserError(f"the chat template of {directory} is not valid: {error}") from None
-
-    def render(messages: Messages, more: bool) -> str:
-        try:
-            return template.render(messages=messages, add_generation_prompt=more, **names)
-        except TemplateError as error:
-            raise UserError(f"the chat template of {directory} refuses a dialogue: {error}") from None
-
-    return render, source
 
 
 def chat_files(tokenizer: str | Path) -> dict[str, bytes]:
@@ -157,24 +119,6 @@ def chat_files(tokenizer: str | Path) -> dict[str, bytes]:
     path, or none of its files holds a chat template. UserError for JSON that cannot be read."""
     path = Path(tokenizer)
     directory = path if path.is_dir() else path.parent
-    if not path.exists() or _template_in(directory)[1] is None:
+    if not path.exists() or not templates_in(directory)[1]:
         return {}
     return {name: read_inside(directory, name) for name in CHAT_FILES if (directory / name).exists()}
-
-
-def _template_in(directory: Path) -> tuple[dict, str | None]:
-    """tokenizer_config.json of a directory, {} without one; and the source of its chat template, if there is one."""
-    file, config = directory / TEMPLATE_FILE, _config(directory / CONFIG_FILE)
-    try:
-        source = read_text(file) if file.exists() else config.get("chat_template")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"chat template {file} cannot be read: {error}") from None
-    return config, source if isinstance(source, str) else None
-
-
-def _config(path: Path) -> dict:
-    try:
-        content = from_json(read_text(path)) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error})") from None
-    return content if isinstance(content, dict) else {}

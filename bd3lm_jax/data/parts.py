@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bd3lm_jax.data.texts import encode_continuation
 from bd3lm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3lm_jax.density.source import Annotation
 from bd3lm_jax.errors import RunError
@@ -177,6 +178,7 @@ def _encoded(documents: list[str], tokenizer: Tokenizer, density: Annotation | N
 
 def _of_parts(dialogue, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Ids of a Dialogue, part by part, and which of them are prompt."""
-    encode_text = tokenizer.encode_special if dialogue.special else tokenizer.encode
-    parts = [encode_text(text) for text, _ in dialogue.parts]
+    first, *others = [text for text, _ in dialogue.parts]
+    parts = [tokenizer.encode_special(first) if dialogue.special else tokenizer.encode(first)]
+    parts += [encode_continuation(tokenizer, text, dialogue.special) for text in others]
     return np.concatenate(parts), np.repeat([not answer for _, answer in dialogue.parts], [len(ids) for ids in parts])

@@ -16,24 +16,28 @@ from pathlib import Path
 
 import numpy as np
 
+from bd3lm_jax import log
+from bd3lm_jax.data import tokenizer_files
+from bd3lm_jax.data.tokenizer_files import END_TOKEN, Unsupported, library_errors, library_form, load_library
 from bd3lm_jax.errors import UserError, nearest
-from bd3lm_jax.foreign import read_text
-from bd3lm_jax.typed import check_characters, from_json
+from bd3lm_jax.typed import check_characters
 
 PRESETS = ("gpt2", "bert-base-uncased")
 SPECS = ("bytes", *PRESETS, "bpe:N", "a path to a tokenizer.json, or to the directory of a published model")
-END_TOKEN = "<|endoftext|>"
 # Names in use for the two special tokens, most telling first.
 END_TOKENS = (END_TOKEN, "</s>", "[SEP]", "<|end_of_text|>", "<eos>", "<|im_end|>")
-USUAL_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<s>", "</s>", "<pad>", "<unk>", "<mask>", END_TOKEN)
 MASK_TOKENS = ("[MASK]", "<mask>", "<|mask|>", "<|mdm_mask|>")
+MOST_IDS = 1 << 24  # no vocabulary in use has as many
 NUM_BYTES = 256
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
 
 class Tokenizer:
     """Ids 0..size-1 are the vocabulary, `vocab_size` counts the mask as well."""
 
     unknown_id = -1  # what text outside the vocabulary becomes; -1: there is none, or it is left out
+    marks_beginning = False  # whether the same words have other ids at the beginning of a text, as if after a space
+    byte_ids: frozenset[int] = frozenset()  # tokens that are single bytes among others that are whole characters
 
     def __init__(self, kind: str, size: int, end_id: int, mask_id: int):
         self.kind, self.size, self.end_id, self.mask_id = kind, size, end_id, mask_id
@@ -128,42 +132,92 @@ class ByteTokenizer(Tokenizer):
 
 
 class SubwordTokenizer(Tokenizer):
-    """A Hugging Face tokenizer, kept as the JSON text it came from. A mask_id of None puts the mask on top."""
+    """A Hugging Face tokenizer, kept as the JSON text it came from. A mask_id of None puts the mask on top.
+
+    No random merges: two encodings of a text are the same, whatever dropout the file asks for.
+    """
 
     def __init__(self, kind: str, model: str, end_id: int, mask_id: int | None):
-        self._model = model
-        self._tokenizer = _parse(kind, model)
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        self._tokenizer.encode_special_tokens = True  # "[MASK]" in a document is text, not the mask
-        size = max(self._tokenizer.get_vocab().values()) + 1
-        unknown = getattr(self._tokenizer.model, "unk_token", None)
-        if unknown is not None:
-            self.unknown_id = self._tokenizer.token_to_id(unknown)
+        self.kind, self._model, self.end_id, self.mask_id = kind, model, end_id, -1 if mask_id is None else mask_id
+        self._tokenizer = self._reader_of_text()
+        size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        if not 0 < size <= MOST_IDS:
+            raise UserError(f"tokenizer '{kind}' has ids up to {size - 1}, expected 0 to {MOST_IDS - 1}")
         super().__init__(kind, size, end_id, size if mask_id is None else mask_id)
+        self.unknown_id = _unknown_id(self._tokenizer, model)
+
+    def _reader_of_text(self):
+        """The library's form for documents: "[MASK]" in them is text, not the mask, nor is the end one.
+
+        The library leaves tokens alone that are marked as special; a file may not mark these two.
+        """
+        library_tokenizer = library_form(self.kind, self._model)
+        added = library_tokenizer.get_added_tokens_decoder()
+        if any(i in added and not added[i].special for i in (self.end_id, self.mask_id)):
+            content = json.loads(self._model)
+            for token in content["added_tokens"]:
+                token["special"] |= token["id"] in (self.end_id, self.mask_id)
+            library_tokenizer = library_form(self.kind, json.dumps(content))
+        library_tokenizer.encode_special_tokens = True
+        return library_tokenizer
+
+    def with_mask(self, mask_id: int) -> "Tokenizer":
+        other = super().with_mask(mask_id)
+        if mask_id != self.mask_id:
+            other._tokenizer = other._reader_of_text()
+        return other
 
     @cached_property
     def _reads_special(self):
-        library_tokenizer = _parse(self.kind, self._model)
-        library_tokenizer.no_padding()
-        library_tokenizer.no_truncation()
-        return library_tokenizer
+        return library_form(self.kind, self._model)
+
+    @cached_property
+    def marks_beginning(self) -> bool:
+        first, break_ = self.encode("a").tolist(), self.encode("\n").tolist()
+        return self.encode("\na").tolist() != break_ + first
+
+    @cached_property
+    def byte_ids(self) -> frozenset[int]:
+        if '"ByteFallback"' not in json.dumps(json.loads(self._model).get("decoder")):
+            return frozenset()
+        return frozenset(i for token, i in self._tokenizer.get_vocab().items() if BYTE_TOKEN.fullmatch(token))
 
     def encode_special(self, text: str) -> np.ndarray:
         check_characters(text, "the text")
-        return np.asarray(self._reads_special.encode(text, add_special_tokens=False).ids, np.int32)
+        mask = self._tokenizer.id_to_token(self.mask_id) if 0 <= self.mask_id < self.size else None
+        first, *others = text.split(mask) if mask else [text]
+        parts = [self._read_special(first)]
+        for part in others:  # the mask is never part of a text
+            parts += [self.encode(mask), self._read_special(part)]
+        return np.concatenate(parts)
+
+    def _read_special(self, text: str) -> np.ndarray:
+        with library_errors(self.kind, "cannot encode a text"):
+            return np.asarray(self._reads_special.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+        with library_errors(self.kind, "cannot encode a text"):
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [self._unmasked(encoding.ids) for encoding in encodings]
 
     def encode_offsets(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
-        return [(np.asarray(encoding.ids, np.int32), np.asarray(encoding.offsets, np.int64).reshape(-1, 2))
+        with library_errors(self.kind, "cannot encode a text"):
+            encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [(self._unmasked(encoding.ids), np.asarray(encoding.offsets, np.int64).reshape(-1, 2))
                 for encoding in encodings]
 
+    def _unmasked(self, ids: list[int]) -> np.ndarray:
+        """Without the mask, which a vocabulary may hold as a word like any other: there it is an unknown one."""
+        ids = np.asarray(ids, np.int32)
+        masked = ids == self.mask_id
+        if masked.any() and self.unknown_id < 0:
+            raise UserError(f"a text spells the mask token {self._tokenizer.id_to_token(self.mask_id)!r}, which is a "
+                            f"word of tokenizer '{self.kind}', and that has no unknown token: take it out of the text")
+        return np.where(masked, np.int32(self.unknown_id), ids) if masked.any() else ids
+
     def _decode_plain(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids)
+        with library_errors(self.kind, "cannot decode its ids"):
+            return self._tokenizer.decode(ids)
 
     def token_bytes(self) -> tuple[list[bytes], list[bytes]]:
         decoder = json.dumps(json.loads(self._model).get("decoder"))
@@ -173,11 +227,11 @@ class SubwordTokenizer(Tokenizer):
             pieces = [bytes(map(BYTE_OF.get, token)) if token and BYTE_OF.keys() >= set(token) else b""
                       for token in tokens]
             return pieces, pieces
-        first, later = _decoded_pieces(self._tokenizer, [i for i, token in enumerate(tokens) if token], self.size)
-        if '"ByteFallback"' in decoder:
-            for i, token in enumerate(tokens):
-                if token and re.fullmatch("<0x[89A-F][0-9A-F]>", token):  # a part of a character: no text alone
-                    first[i] = later[i] = bytes([int(token[3:5], 16)])
+        with library_errors(self.kind, "cannot decode its ids"):
+            first, later = _decoded_pieces(self._tokenizer, [i for i, token in enumerate(tokens) if token], self.size)
+        for i in self.byte_ids - special:
+            if (byte := int(tokens[i][3:5], 16)) > 127:  # a part of a character: no text alone
+                first[i] = later[i] = bytes([byte])
         return first, later
 
     def _content(self) -> dict:
@@ -224,9 +278,9 @@ def get_tokenizer(spec: str, train_documents: Callable[[], Iterable[str]]) -> To
             raise UserError(f"data.tokenizer='{spec}' holds no tokenizer that can be read: give a tokenizer.json")
         return found
     if Path(spec).is_dir():
-        found = tokenizer_of(spec)
+        found = _in_directory(Path(spec))
         if found is None:
-            raise UserError(f"data.tokenizer='{spec}' is a directory without tokenizer.json, vocab.txt or vocab.json")
+            raise UserError(f"data.tokenizer='{spec}' is a directory without {tokenizer_files.NAMES}")
         return found
     if spec.endswith(".json") or Path(spec).exists():
         return load_tokenizer(spec)
@@ -234,12 +288,11 @@ def get_tokenizer(spec: str, train_documents: Callable[[], Iterable[str]]) -> To
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A file written by `Tokenizer.save`, or a Hugging Face tokenizer.json (and tokenizer_config.json beside it)."""
+    """A file written by `Tokenizer.save`, or a Hugging Face tokenizer.json (with the configs beside it)."""
     path = Path(path)
-    content = _read_json(path)
+    content = tokenizer_files.read_json(path)
     if "kind" not in content:
-        config = path.with_name("tokenizer_config.json")
-        return _from_model(path.name, read_text(path), _read_json(config) if config.exists() else {})
+        return _from_model(path.name, *tokenizer_files.read_tokenizer_json(path))
     if content["kind"] == "bytes":
         return ByteTokenizer()
     missing = [key for key in ("model", "end_id", "mask_id") if key not in content]
@@ -254,101 +307,36 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def tokenizer_of(directory: str | Path) -> Tokenizer | None:
-    """The tokenizer that lies beside published weights; None if there is none.
+    """The tokenizer that lies beside published weights; None if there is none, or, with a note, none of a known kind.
 
-    It is read from tokenizer.json, else from vocab.txt (WordPiece), else from vocab.json and merges.txt (byte-level
-    BPE; without the latter every token is a character). tokenizer_config.json and special_tokens_map.json name its
-    special tokens. Raises UserError for files that cannot be read and for a vocabulary without end token.
+    Raises UserError for files that cannot be read and for a vocabulary without end token.
     """
-    directory = Path(directory)
-    found = [name for name in ("tokenizer.json", "vocab.txt", "vocab.json") if (directory / name).exists()]
-    if not found:
+    try:
+        return _in_directory(Path(directory))
+    except Unsupported as error:
+        log.note(f"{error}; until then texts cannot be read or written, only ids")
         return None
-    path = directory / found[0]
-    named = [directory / name for name in ("special_tokens_map.json", "tokenizer_config.json")]
-    config = {key: value for file in named if file.exists() for key, value in _read_json(file).items()}
-    if path.name == "tokenizer.json":
-        if "kind" in _read_json(path):
-            return load_tokenizer(path)
-        return _from_model(path.name, read_text(path), config)
-    build = _word_piece if path.name == "vocab.txt" else _byte_level
-    return _from_model(path.name, build(path, config), config)
 
 
-def _word_piece(path: Path, config: dict) -> str:
-    """The JSON form of a BERT tokenizer whose vocabulary is one token a line."""
-    library, tokens = _library(), _read_text(path).split("\n")
-    vocab = {token.rstrip("\r"): i for i, token in enumerate(tokens[:-1] if tokens[-1] == "" else tokens)}
-    tokenizer = library.Tokenizer(library.models.WordPiece(vocab, unk_token=_content_of(config.get("unk_token"))
-                                                           or "[UNK]", max_input_chars_per_word=100))
-    tokenizer.normalizer = library.normalizers.BertNormalizer(
-        lowercase=config.get("do_lower_case", True), strip_accents=config.get("strip_accents"),
-        handle_chinese_chars=config.get("tokenize_chinese_chars", True))
-    tokenizer.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = library.decoders.WordPiece()
-    return _with_special_tokens(library, tokenizer, vocab, config)
-
-
-def _byte_level(path: Path, config: dict) -> str:
-    """The JSON form of a GPT-2 or RoBERTa tokenizer."""
-    library, vocab, merges = _library(), _read_json(path), path.with_name("merges.txt")
-    lines = _read_text(merges).splitlines() if merges.exists() else []
-    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    unknown = _content_of(config.get("unk_token")) or "<unk>"
-    try:
-        model = library.models.BPE(vocab, pairs, unk_token=unknown if unknown in vocab else None)
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path} and {merges.name} are no BPE vocabulary: {error}") from None
-    tokenizer = library.Tokenizer(model)
-    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space", False))
-    tokenizer.decoder = library.decoders.ByteLevel()
-    return _with_special_tokens(library, tokenizer, vocab, config)
-
-
-def _with_special_tokens(library, tokenizer, vocab: dict[str, int], config: dict) -> str:
-    """Its JSON form, with the tokens that are never text: those that the config names, and the usual ones."""
-    named = [_content_of(value) for key, value in config.items() if key.endswith("_token")]
-    special = [name for name in dict.fromkeys((*named, *USUAL_SPECIAL)) if name in vocab]
-    tokenizer.add_special_tokens([library.AddedToken(name, normalized=False, special=True) for name in special])
-    return tokenizer.to_str()
-
-
-def _content_of(token) -> str | None:
-    """A special token as configs name it: a string, or an object with its content."""
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return read_text(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"tokenizer file {path} cannot be read: {error}") from None
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = from_json(read_text(path))
-    except FileNotFoundError:
-        raise UserError(f"tokenizer file {path} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer file {path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"tokenizer file {path} holds a JSON {type(content).__name__}, expected an object")
-    return content
+def _in_directory(directory: Path) -> Tokenizer | None:
+    path = directory / tokenizer_files.TOKENIZER_JSON
+    if path.exists():
+        return load_tokenizer(path)
+    found = tokenizer_files.read_directory(directory)
+    return found and _from_model(*found)
 
 
 def train_bpe(spec: str, documents: Iterable[str]) -> Tokenizer:
     """Byte-level BPE "bpe:N" of exactly N ids: the end token (id 0), 256 bytes and N - 257 merges. Deterministic."""
-    size = _bpe_size(spec)
-    library = _library()
+    size, library = _bpe_size(spec), load_library()
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = library.decoders.ByteLevel()
     alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
     trainer = library.trainers.BpeTrainer(vocab_size=size, special_tokens=[END_TOKEN], initial_alphabet=alphabet,
                                           show_progress=False)
-    tokenizer.train_from_iterator(documents, trainer)
+    with library_errors(spec, "cannot be trained on these documents"):
+        tokenizer.train_from_iterator(documents, trainer)
     found = tokenizer.get_vocab_size()
     if found != size:
         raise UserError(f"data.tokenizer='{spec}' found only {found} tokens in the train documents: "
@@ -365,10 +353,10 @@ def _bpe_size(spec: str) -> int:
 
 def _from_model(kind: str, model: str, config: dict) -> Tokenizer:
     """Reads the end and the mask from tokenizer_config.json where it names them, else from the usual names."""
-    vocab = _parse(kind, model).get_vocab()
+    vocab = library_form(kind, model).get_vocab()
 
     def find(keys: tuple, usual: tuple) -> int | None:
-        named = [_content_of(config.get(key)) for key in keys]
+        named = [tokenizer_files.content_of(config.get(key)) for key in keys]
         return next((vocab[name] for name in (*named, *usual) if name in vocab), None)
 
     end_id = find(("eos_token", "sep_token"), END_TOKENS)
@@ -378,17 +366,10 @@ def _from_model(kind: str, model: str, config: dict) -> Tokenizer:
     return SubwordTokenizer(kind, model, end_id, find(("mask_token",), MASK_TOKENS))
 
 
-def _parse(kind: str, model: str):
-    library = _library()
-    try:
-        return library.Tokenizer.from_str(model)
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"tokenizer '{kind}' is not a Hugging Face tokenizer.json: {error}") from None
-
-
-def _library():
-    try:
-        import tokenizers
-    except ImportError:
-        raise UserError("sub-word tokenizers need the package tokenizers: pip install tokenizers") from None
-    return tokenizers
+def _unknown_id(library_tokenizer, model: str) -> int:
+    if type(library_tokenizer.model).__name__ == "Unigram":
+        found = json.loads(model)["model"].get("unk_id")
+    else:
+        name = getattr(library_tokenizer.model, "unk_token", None)
+        found = None if name is None else library_tokenizer.token_to_id(name)
+    return -1 if found is None else found

@@ -126,16 +126,18 @@ def choose(lm: Any, prompt: Any, options: Sequence, *, normalise: str, estimator
     return Choice(int(best), [_score(*x) for x in found], float(margin_U.mean()), _mc_se(margin_U))
 
 
-def encode_pair(tokenizer: Tokenizer, prompt: str, continuation: str) -> tuple[np.ndarray, np.ndarray]:
+def encode_pair(tokenizer: Tokenizer, prompt: str, continuation: str,
+                special: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Ids of prompt and continuation, by the convention of lm-evaluation-harness.
 
     White space at the end of the prompt moves to the continuation, both are encoded as one text, and the first tokens,
     as many as the prompt has by itself, are the prompt's. A token across the border is the continuation's if it would
-    have none otherwise.
+    have none otherwise. special: names of special tokens are these tokens (chat templates write them).
     """
     stripped = prompt.rstrip()
-    whole = tokenizer.encode(prompt + continuation)
-    start = len(tokenizer.encode(stripped)) if stripped else 0
+    encode = tokenizer.encode_special if special else tokenizer.encode
+    whole = encode(prompt + continuation)
+    start = len(encode(stripped)) if stripped else 0
     if continuation:
         start = min(start, max(len(whole) - 1, 0))
     return whole[:start], whole[start:]

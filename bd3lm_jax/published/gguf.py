@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from bd3lm_jax import log
+from bd3lm_jax.data import sentence_pieces
+from bd3lm_jax.data.tokenizer_files import SPLITS
 from bd3lm_jax.data.tokenizers import SubwordTokenizer, Tokenizer
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.foreign import open_regular
@@ -37,15 +39,16 @@ SIZES = {  # keys of config.json and of GGUF, behind the architecture
     "num_attention_heads": "attention.head_count", "max_position_embeddings": "context_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
-CONTROL, USER_DEFINED = 3, 4  # kinds of tokens
-SPLITS = {  # regular expressions that cut a text into words, by the name of the tokenizer; None: those of GPT-2
-    "default": None, "gpt-2": None, "smollm": None,
-    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                 r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-             r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+CONTROL, USER_DEFINED, BYTE = 3, 4, 6  # kinds of tokens
+PRE_TOKENIZERS = {  # tokenizer.ggml.pre -> key of SPLITS, in families that llama.cpp treats alike
+    **dict.fromkeys(("default", "gpt-2", "phi-2", "gigachat", "mellum"), "gpt2"),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), "gpt2"),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), "llama3"),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), "qwen2"),
 }
-SINGLE_DIGITS = ("smollm",)
+SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+WITHOUT_PRE = {"qwen2": "qwen2", "qwen3": "qwen2"}  # architecture -> what old files, which do not name it, have
+SUPPORTED = f"llama with scores, and gpt2 with {', '.join(PRE_TOKENIZERS)}"
 
 
 def open_gguf(path: Path) -> tuple[dict, dict[str, Stored]]:
@@ -103,25 +106,42 @@ def _rope_scaling(path: Path, kind: str, value: Callable, published: dict, facto
 
 
 def read_tokenizer(path: Path) -> Tokenizer | None:
-    """The byte-level BPE in the file; None, with a note why, for a tokenizer of another kind."""
+    """The byte-level BPE or SentencePiece vocabulary in the file; None, with a note why, for one of another kind."""
     _, value = _read(path)
     model, pre = value("tokenizer.ggml.model", str, ""), value("tokenizer.ggml.pre", str, "default")
-    if model != "gpt2" or pre not in SPLITS:
-        log.note(f"{path}: a tokenizer of kind {model!r}, {pre!r} is not read (supported: gpt2 with "
-                 f"{', '.join(SPLITS)}): texts need a tokenizer.json")
+    scores = value("tokenizer.ggml.scores", [float], [])
+    if not (model == "gpt2" and pre in PRE_TOKENIZERS or model == "llama" and scores):
+        log.note(f"{path}: a tokenizer of kind {model!r}, {pre!r} is not read (supported: {SUPPORTED}): texts need a "
+                 "tokenizer.json")
         return None
+    if model == "gpt2" and pre == "default":
+        pre = WITHOUT_PRE.get(value("general.architecture", str, ""), pre)
+        if pre == "default":
+            log.note(f"{path} does not name how its tokenizer splits words (tokenizer.ggml.pre): taken to be that of "
+                     "GPT-2; where the model's differs, texts get other tokens than it was trained on")
     tokens, kinds = value("tokenizer.ggml.tokens", [str]), value("tokenizer.ggml.token_type", [int], [])
-    content = _tokenizer_json(tokens, kinds, value("tokenizer.ggml.merges", [str]), pre)
+    if model == "llama":
+        require(len(tokens) == len(scores) == len(kinds), f"{path} has {len(tokens)} tokens, {len(scores)} scores and "
+                f"{len(kinds)} kinds of them (tokenizer.ggml.tokens, scores, token_type), expected as many of each")
+        content = sentence_pieces.as_json(sentence_pieces.Pieces(
+            tokens, scores, kinds, prefix=value("tokenizer.ggml.add_space_prefix", bool, True),
+            legacy=True, exact=True, byte_fallback=BYTE in kinds))
+    else:
+        content = _tokenizer_json(tokens, kinds, value("tokenizer.ggml.merges", [str]), pre)
     end = value("tokenizer.ggml.eos_token_id", int, value("tokenizer.ggml.bos_token_id", int, None))
     require(end is not None, f"{path} names no end token (tokenizer.ggml.eos_token_id)")
-    require(0 <= end < len(tokens), f"{path}: the end token is {end} (tokenizer.ggml.eos_token_id), expected one of "
-            f"the {len(tokens)} ids of tokenizer.ggml.tokens")
-    return SubwordTokenizer(path.name, json.dumps(content), end, None)
+    mask = value("tokenizer.ggml.mask_token_id", int, None)
+    for name, i in (("end", end), ("mask", mask)):
+        require(i is None or 0 <= i < len(tokens), f"{path}: the {name} token is {i} (tokenizer.ggml."
+                f"{'eos' if name == 'end' else 'mask'}_token_id), expected one of the {len(tokens)} ids of "
+                "tokenizer.ggml.tokens")
+    return SubwordTokenizer(path.name, json.dumps(content), end, mask)
 
 
 def _tokenizer_json(tokens: list[str], kinds: list[int], merges: list[str], pre: str) -> dict:
     """What a Hugging Face tokenizer.json would say."""
-    split = SPLITS[pre]
+    family = PRE_TOKENIZERS[pre]
+    split = SPLITS[family]
     steps = [{"type": "Digits", "individual_digits": True}] if pre in SINGLE_DIGITS else []
     if split is not None:
         steps.append({"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False})
@@ -130,12 +150,14 @@ def _tokenizer_json(tokens: list[str], kinds: list[int], merges: list[str], pre:
               "rstrip": False, "normalized": False}
              for i, (token, kind) in enumerate(zip(tokens, kinds)) if kind in (CONTROL, USER_DEFINED)]
     return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+        "normalizer": {"type": "NFC"} if family == "qwen2" else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, bytes_]}, "post_processor": None,
         "decoder": {**bytes_, "use_regex": True},
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                   "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                  "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges},
+                  "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges,
+                  **({"ignore_merges": True} if family == "llama3" else {})},  # a word that is a token is that token
     }
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from bd3lm_jax.adaptation import shifted
 from bd3lm_jax.constraints import automaton
+from bd3lm_jax.data.texts import new_text
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.models.trunk import unstacked
 from bd3lm_jax.sampling import STOPS, Asked, Progress, Request, Settings, auto_size, run_blocks, simplex, start
@@ -42,7 +43,7 @@ def generate(lm, prompts: Sequence | None, num: int, length: int, options: Optio
     rows = prompt_rows(lm, prompts, length, options)
     starts = [len(prompt) for prompt in prompts]
     tokens, stopped, nfe = write(lm, options, rows)
-    return [finish(lm, options, row[begin:length], int(calls), STOPS[code])
+    return [finish(lm, options, row[begin:length], int(calls), STOPS[code], row[:begin])
             for row, begin, calls, code in zip(tokens, starts, nfe, stopped)]
 
 
@@ -91,7 +92,7 @@ def _stop_at_strings(lm, options: Options, rows: Rows, progress: Progress, size:
     for i in np.flatnonzero((stopped == 0) & (rows.length > 0)):
         first = int(np.argmin(rows.given[i]))
         new = tokens[i, first:min(rows.length[i], int(progress.block) * size)]
-        text = lm.tokenizer.decode(new[new != lm.special.mask])
+        text = new_text(lm.tokenizer, tokens[i, :first], new[new != lm.special.mask])
         if any(string in text for string in options.stop):
             stopped[i] = STOPS.index("end")
     return progress._replace(stopped=jnp.asarray(stopped))
@@ -249,18 +250,19 @@ def _run(lm, plan: Plan, params, request: Request, guidance, progress: Progress,
     return run_blocks(asked, request, progress, until)
 
 
-def finish(lm, options: Options, new, nfe: int, stop: str) -> Sample:
-    """The sample of the new tokens `[n]`: cut at an end token or stop string, and where nothing was written."""
+def finish(lm, options: Options, new, nfe: int, stop: str, before=()) -> Sample:
+    """The sample of the new tokens `[n]` behind the tokens `before`: cut at an end token or stop string, and where
+    nothing was written."""
     new = np.asarray(new)
     stop = "length" if stop == "end" else stop  # an end token behind the last wanted place ends nothing
     ends = np.flatnonzero((new == lm.special.end) | (new == lm.special.mask))
     if len(ends):
         stop = "end" if new[ends[0]] == lm.special.end else stop
         new = new[:ends[0]]
-    text = None if lm.tokenizer is None else lm.tokenizer.decode(new)
+    text = None if lm.tokenizer is None else new_text(lm.tokenizer, before, new)
     places = [text.index(string) for string in options.stop if string in text]
     if places:
         text, stop = text[:min(places)], "string"
-        while len(lm.tokenizer.decode(new)) > len(text):
+        while len(new_text(lm.tokenizer, before, new)) > len(text):
             new = new[:-1]
     return Sample(text, new.tolist(), nfe, stop)

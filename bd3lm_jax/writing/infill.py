@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bd3lm_jax.data.texts import new_text
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import conditional
 from bd3lm_jax.writing import generation
@@ -125,7 +126,7 @@ def _parse_markers(lm, text: str) -> list[np.ndarray | Hole]:
         if match and fixed.endswith(" "):
             own_space = _tokens_carry_space(lm) if own_space is None else own_space
             fixed = fixed[:-1] if own_space else fixed
-        ids = encode(lm, fixed)
+        ids = encode(lm, fixed, continues=at > 0)
         if (ids == lm.special.mask).any():
             raise UserError(f"the text {_short(fixed)} encodes to the mask token outside its markers")
         if len(ids):
@@ -146,7 +147,10 @@ def _hole(match: re.Match) -> Hole:
 
 def _tokens_carry_space(lm) -> bool:
     """Whether " word" is a token, so that the space before a hole is the hole's."""
-    return lm.tokenizer is not None and lm.tokenizer.decode(lm.tokenizer.encode("a a")[-1:]).startswith(" ")
+    if lm.tokenizer is None:
+        return False
+    ids = lm.tokenizer.encode("a a")
+    return len(ids) > 1 and new_text(lm.tokenizer, ids[:-1], ids[-1:]).startswith(" ")
 
 
 def _short(text: str) -> str:
@@ -240,7 +244,7 @@ def _scores(lm, drafts, filled, members: list[int], draws: int, seed: int) -> di
 
 
 def _result(lm, draft: Draft, ids, nfe: int, score: float | None) -> Infill:
-    def text(tokens):
-        return None if lm.tokenizer is None else lm.tokenizer.decode(tokens)
-    holes = [Filled(start, ids[start:end].tolist(), text(ids[start:end])) for start, end in draft.holes]
-    return Infill(text(ids), ids.tolist(), holes, nfe, score)
+    def text(start: int, end: int) -> str | None:
+        return None if lm.tokenizer is None else new_text(lm.tokenizer, ids[:start], ids[start:end])
+    holes = [Filled(start, ids[start:end].tolist(), text(start, end)) for start, end in draft.holes]
+    return Infill(text(0, len(ids)), ids.tolist(), holes, nfe, score)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bd3lm_jax.data.texts import encode_continuation
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.writing.options import Options, is_bidirectional
 
@@ -49,12 +50,12 @@ def encode_prompts(lm, prompts, num: int, length: int, window: bool) -> list[np.
     return encoded
 
 
-def encode(lm, text) -> np.ndarray:
-    """Ids int32 `[n]` of a text or a list of ids, within the vocabulary."""
+def encode(lm, text, continues: bool = False) -> np.ndarray:
+    """Ids int32 `[n]` of a text or a list of ids, within the vocabulary; continues: the text follows other text."""
     if isinstance(text, str):
         if lm.tokenizer is None:
             raise UserError("this checkpoint has no tokenizer: give prompts as lists of token ids")
-        text = lm.tokenizer.encode(text)
+        text = encode_continuation(lm.tokenizer, text) if continues else lm.tokenizer.encode(text)
     try:
         ids = np.asarray(text)
     except ValueError:  # lists of several lengths
@@ -100,7 +101,7 @@ def _forced_tokens(lm, forced: Mapping, prompt: int, length: int) -> dict[int, i
             first = int(place)
         except (TypeError, ValueError):
             raise UserError(f"forced place {place!r} is no number, expected {prompt} to {length - 1}") from None
-        ids = encode(lm, what).tolist() if isinstance(what, str) else [what]
+        ids = encode(lm, what, continues=first > 0).tolist() if isinstance(what, str) else [what]
         if not ids:
             raise UserError(f"the text forced at place {first} is empty, expected at least one token")
         for at, token in enumerate(ids, first):

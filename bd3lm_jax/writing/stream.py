@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bd3lm_jax.data.texts import certain_length, new_text
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.sampling import SAMPLERS, STOPS, simplex
 from bd3lm_jax.sampling.auto_size import AUTO
@@ -105,12 +106,12 @@ def pieces(events: Iterable[Event]) -> Iterator[Committed | Revision]:
 
 
 def piece(lm, token: int) -> str:
-    """How one id is shown by itself."""
+    """How one id is shown by itself, as it stands behind other text."""
     if token == lm.special.mask:
         return MASK_SIGN
     if token == lm.special.end:
         return END_SIGN
-    return f"{token} " if lm.tokenizer is None else lm.tokenizer.decode([token])
+    return f"{token} " if lm.tokenizer is None else new_text(lm.tokenizer, [token], [token])
 
 
 def steps(lm, options: Options, rows: Rows, begins: Sequence[int]) -> Iterator[Event]:
@@ -178,7 +179,7 @@ class _View:
     def first(self, block: int, tokens_BxL) -> Event:
         canvas, end = tokens_BxL[self._row, :self._length], (block + 1) * self._size
         return Event(self._number, block, 0, 0, canvas.tolist(), [], [], [], 0,
-                     *self._texts(canvas[self._begin:end], 0), None)
+                     *self._texts(canvas[:end], 0), None)
 
     def event(self, block: int, step: int, before: _Seen, after: _Seen, over: bool, wanted, tokens_BxL,
               stopped: int) -> Event:
@@ -192,25 +193,33 @@ class _View:
         remasked = np.flatnonzero(inside & after.masked[i] & ~before.masked[i])
         row, nfe = tokens_BxL[i].copy(), int(after.nfe[i]) * self._calls
         row[start:start + size] = after.canvas[i]
-        sample, texts = None, self._texts(row[self._begin:end], (end if over else start) - self._begin)
+        sample, texts = None, self._texts(row[:end], (end if over else start) - self._begin)
         if over and (stopped or end == self._length):
-            sample = generation.finish(self._lm, self._options, row[self._begin:self._length], nfe, STOPS[stopped])
+            sample = generation.finish(self._lm, self._options, row[self._begin:self._length], nfe, STOPS[stopped],
+                                       row[:self._begin])
             texts = sample.text, None if sample.text is None else ""
         return Event(self._number, block, step, start, row[start:end].tolist(),
                      (start + revealed).tolist(), after.confidence[i][revealed].tolist(), (start + remasked).tolist(),
                      nfe, *texts, sample)
 
-    def _texts(self, new, final: int) -> tuple[str | None, str | None]:
-        """Text of the first `final` new tokens as far as it cannot change, and what follows it up to an end token."""
+    def _texts(self, row, final: int) -> tuple[str | None, str | None]:
+        """Text of the first `final` new tokens of a row as far as it cannot change, and what follows it up to an end
+        token."""
         lm = self._lm
         if lm.tokenizer is None:
             return None, None
-        text = _certain(lm.tokenizer.decode(new[:max(final, 0)]), self._options.stop)
+        before, new = row[:self._begin], row[self._begin:]
+        final = certain_length(lm.tokenizer, new[:max(final, 0)])
+        text = _certain(new_text(lm.tokenizer, before, new[:final]), self._options.stop)
         ends = np.flatnonzero(new == lm.special.end)
         new = new[:ends[0]] if len(ends) else new
-        runs = np.split(new, np.flatnonzero(np.diff(new == lm.special.mask)) + 1)
-        whole = "".join(MASK_SIGN * len(run) if len(run) and run[0] == lm.special.mask else lm.tokenizer.decode(run)
-                        for run in runs)
+        whole, before = "", before[before != lm.special.mask]
+        for run in np.split(new, np.flatnonzero(np.diff(new == lm.special.mask)) + 1):
+            if len(run) and run[0] == lm.special.mask:
+                whole += MASK_SIGN * len(run)
+            else:
+                whole += new_text(lm.tokenizer, before, run)
+                before = np.concatenate([before, run])
         return text, whole[len(text):]
 
 
@@ -227,7 +236,7 @@ def _stop_at_strings(lm, options: Options, rows: Rows, begins, progress, end: in
     if not options.stop:
         return progress, stopped
     for i in np.flatnonzero((stopped == 0) & (rows.length > 0)):
-        text = lm.tokenizer.decode(tokens[i, begins[i]:max(end, begins[i])])
+        text = new_text(lm.tokenizer, tokens[i, :begins[i]], tokens[i, begins[i]:max(end, begins[i])])
         if any(string in text for string in options.stop):
             stopped[i] = STOPS.index("end")
     return progress._replace(stopped=jnp.asarray(stopped)), stopped

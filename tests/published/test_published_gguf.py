@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 
 import bd3lm_jax
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.published.gguf import read_tokenizer
 
 gguf = pytest.importorskip("gguf")
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "hf"
@@ -98,6 +99,52 @@ def test_the_tokenizer(tmp_path):
 def test_a_tokenizer_of_another_kind_is_left_out(tmp_path, capsys):
     lm = bd3lm_jax.load(written(tmp_path / "model.gguf", "llama", lambda w: add_tokenizer(w, "llama")))
     assert lm.tokenizer is None and "a tokenizer of kind 'llama', 'smollm' is not read" in capsys.readouterr().err
+
+
+CLASSES = Path(__file__).parents[1] / "data" / "tokenizers" / "classes"
+
+
+@pytest.mark.parametrize("pre, architecture, layout", [
+    ("gpt-2", "llama", "gpt2"), ("qwen2", "qwen2", "qwen2"), ("default", "qwen2", "qwen2"), ("default", "llama", "gpt2"),
+    ("llama-bpe", "llama", "llama3"), ("llama", "llama", "sentencepiece"), ("deepseek-r1-qwen", "qwen2", "qwen2")])
+def test_ids_of_the_class_in_transformers(tmp_path, capsys, pre, architecture, layout):
+    """Each pre-tokenizer splits words in its own way; `tests/data/tokenizers/classes/make.py` says where ids are from."""
+    golden = json.loads((CLASSES / "ids.json").read_text())
+    if layout == "sentencepiece":
+        tokens, scores, kinds = golden["layouts"][layout]["pieces"]
+    else:
+        tokens = list(json.loads((CLASSES / "vocab.json").read_text()))
+        tokens.append("<|endoftext|>")
+        kinds = [1] * (len(tokens) - 1) + [3]
+
+    def add(writer):
+        writer.add_tokenizer_model("llama" if layout == "sentencepiece" else "gpt2")
+        writer.add_token_list(tokens)
+        writer.add_token_types(kinds)
+        writer.add_eos_token_id(len(tokens) - 1 if layout != "sentencepiece" else 2)
+        if layout == "sentencepiece":
+            writer.add_token_scores(scores)
+        else:
+            writer.add_tokenizer_pre(pre)
+            writer.add_token_merges((CLASSES / "merges.txt").read_text().splitlines()[1:])
+
+    path = written(tmp_path / "model.gguf", architecture, add)
+    tokenizer = read_tokenizer(path)
+    for text, expected in zip(golden["texts"], golden["layouts"][layout]["ids"], strict=True):
+        if "<" not in text:  # of special tokens the file has only the end
+            assert tokenizer.encode(text).tolist() == expected, text
+    unnamed = (pre, architecture) == ("default", "llama")
+    assert ("does not name how its tokenizer splits words" in capsys.readouterr().err) == unnamed
+
+
+def test_the_mask_of_a_file(tmp_path):
+    def add(writer, mask):
+        add_tokenizer(writer)
+        writer.add_mask_token_id(mask)
+
+    assert read_tokenizer(written(tmp_path / "a.gguf", "llama", lambda writer: add(writer, 3))).mask_id == 3
+    with pytest.raises(UserError, match="the mask token is 11 .tokenizer.ggml.mask_token_id., expected one of the 11"):
+        read_tokenizer(written(tmp_path / "b.gguf", "llama", lambda writer: add(writer, 11)))
 
 
 def test_bad_files(tmp_path):

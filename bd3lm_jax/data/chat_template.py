@@ -1,0 +1,165 @@
+"""Chat templates as transformers renders them: dialogues to text by a program (jinja2) that comes with a model.
+
+The program runs in a process of its own, in jinja2's immutable sandbox, with limits of time, memory and text.
+"""
+
+import datetime
+import importlib.util
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bd3lm_jax.errors import UserError
+from bd3lm_jax.foreign import read_text
+from bd3lm_jax.typed import from_json
+
+TEMPLATE_FILE, CONFIG_FILE, SPECIAL_FILE = "chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"
+CHAT_FILES = TEMPLATE_FILE, CONFIG_FILE  # a run keeps them
+LIMITS = {"cpu_s": 10, "memory_mib": 1024, "characters": 1 << 22}  # of one dialogue
+WALL_S = 120  # more than the time of the processor, which others may use
+DATE = "SOURCE_DATE_EPOCH"  # environment variable: seconds since 1970, the date that reproducible builds use
+CHILD = Path(__file__).with_name("chat_child.py")
+
+Messages = list[dict[str, str]]
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer's directory. source: its text.
+
+    `strftime_now` gives the time at which the object was made, or that of the variable SOURCE_DATE_EPOCH.
+    """
+
+    def __init__(self, directory: str | Path, name: str = ""):
+        """name: of one of several templates, "" for the usual one. UserError if there is none, or no jinja2 to run
+        it."""
+        directory = Path(directory)
+        self.directory = directory if directory.is_dir() else directory.parent
+        config, templates = templates_in(self.directory)
+        self.source = _chosen(self.directory, templates, name)
+        if importlib.util.find_spec("jinja2") is None:
+            raise UserError("chat templates need jinja2: pip install jinja2, or use data.name='plain'")
+        self._setup = {"template": self.source, "variables": _special_tokens(config), "now": _now().isoformat(),
+                       "limits": LIMITS}
+        self._process, self._lock = None, threading.Lock()
+
+    def render(self, messages: Messages, calls: Sequence[tuple[int, bool]]) -> list[str]:
+        """The text of the first messages, for each of `calls` (how many, whether an answer is to follow).
+
+        Raises UserError, with the line of the template, for whatever it raises, and for one that goes on without end.
+        """
+        with self._lock:
+            if self._process is None:
+                self._start()
+            return self._ask({"messages": messages, "calls": list(calls)}, "refuses a dialogue")
+
+    def _start(self) -> None:
+        self._process = subprocess.Popen([sys.executable, "-P", str(CHILD)], stdin=subprocess.PIPE,
+                                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        weakref.finalize(self, _end, self._process)
+        self._ask(self._setup, "is not valid")
+
+    def _ask(self, request: dict, what: str) -> list[str]:
+        process = self._process
+        try:
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
+            line = _line(process.stdout.fileno(), time.monotonic() + WALL_S)
+        except BrokenPipeError:
+            line = b""
+        whole = line.endswith(b"\n")
+        answer = json.loads(line) if whole else {"error": (
+            f"it was stopped after {LIMITS['cpu_s']} s of processor time, {WALL_S} s or {LIMITS['memory_mib']} MiB, "
+            "the most that a dialogue may take"), "line": None}
+        if not whole or "error" in answer and request is self._setup:
+            _end(process)
+            self._process = None
+        if "error" in answer:
+            at = "" if answer["line"] is None else f" (line {answer['line']})"
+            raise UserError(f"the chat template of {self.directory} {what}{at}: {answer['error']}")
+        return answer["texts"]
+
+
+def _line(source: int, until: float) -> bytes:
+    """One line of a pipe; without its end if that does not come in time."""
+    parts = []
+    while (left := until - time.monotonic()) > 0 and select.select([source], [], [], left)[0]:
+        parts.append(os.read(source, 1 << 16))
+        if not parts[-1] or parts[-1].endswith(b"\n"):
+            break
+    return b"".join(parts)
+
+
+def _end(process: subprocess.Popen) -> None:
+    process.kill()
+    for pipe in (process.stdin, process.stdout):
+        try:
+            pipe.close()
+        except OSError:  # what was not written is for nobody
+            pass
+    process.wait()
+
+
+def _now() -> datetime.datetime:
+    seconds = os.environ.get(DATE, "")
+    if not seconds:
+        return datetime.datetime.now()
+    if not seconds.isdecimal() or len(seconds) > 11:
+        raise UserError(f"{DATE} is '{seconds}', expected seconds since 1970")
+    return datetime.datetime.fromtimestamp(int(seconds), datetime.timezone.utc).replace(tzinfo=None)
+
+
+def templates_in(directory: Path) -> tuple[dict, dict[str, str]]:
+    """Config of a tokenizer's directory, {} without one; and its chat templates by name, the usual one "default"."""
+    config = _read_config(directory / SPECIAL_FILE) | _read_config(directory / CONFIG_FILE)
+    inside = config.get("chat_template")
+    found = {"default": inside}
+    if isinstance(inside, list):  # [{"name": ..., "template": ...}, ...]
+        found = {x.get("name"): x.get("template") for x in inside if isinstance(x, dict)}
+    elif isinstance(inside, dict):
+        found = inside
+    for path in sorted((directory / "additional_chat_templates").glob("*.jinja")):
+        found[path.stem] = _read_text(path)
+    if (path := directory / TEMPLATE_FILE).exists():
+        found["default"] = _read_text(path)
+    return config, {name: text for name, text in found.items() if isinstance(name, str) and isinstance(text, str)}
+
+
+def _chosen(directory: Path, templates: dict[str, str], name: str) -> str:
+    if not templates:
+        raise UserError(f"{directory} holds no chat template (chat_template in tokenizer_config.json): use data.name="
+                        "'plain'")
+    if name and name not in templates:
+        raise UserError(f"{directory} holds no chat template called '{name}', expected one of {', '.join(templates)}")
+    if not name and len(templates) > 1 and "default" not in templates:
+        raise UserError(f"{directory} holds the chat templates {', '.join(templates)}, and none called 'default': put "
+                        f"the one to use into {TEMPLATE_FILE}")
+    return templates[name or ("default" if "default" in templates else next(iter(templates)))]
+
+
+def _special_tokens(config: dict) -> dict[str, Any]:
+    named = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()
+             if key.endswith("_token")}
+    return {"tools": None, "documents": None} | {key: x for key, x in named.items() if isinstance(x, str)}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return read_text(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat template {path} cannot be read: {error}") from None
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        content = from_json(read_text(path)) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from None
+    return content if isinstance(content, dict) else {}
