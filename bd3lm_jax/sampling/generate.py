@@ -234,15 +234,23 @@ def _draw(asked: Asked, request: Request, progress: Progress, block: Block, keys
     vocab = jnp.arange(logits_BxPxV.shape[-1])
     at = progress.block * settings.block_size + positions_BxP
     too_early = (at < request.earliest_end[:, None])[..., None] & (vocab == settings.end_id)
-    logits = jnp.where(request.forbidden | too_early, -jnp.inf, logits_BxPxV.astype(jnp.float32))
+    excluded = request.forbidden | too_early
+    here = jnp.take_along_axis(block.canvas, positions_BxP, axis=1)
+    logits = by = logits_BxPxV.astype(jnp.float32)
+    if asked.sampler.laws is not None:  # what filters go by, and what remains of it is drawn from
+        one_row = jax.vmap(asked.sampler.laws, (0, 0, None, None))
+        by, logits = jax.vmap(one_row, (0, 0, None, 0))(logits, here, ~request.forbidden, plan.level)
+    logits, by = (jnp.where(excluded, -jnp.inf, x) for x in (logits, by))
     log_total = jax.nn.logsumexp(logits, axis=-1) - jnp.log(vocab.shape[0] - 1)
     if settings.filters.repetition_penalty != 1:
-        logits = penalise(logits, _seen(asked, request, progress, block, vocab)[:, None],
-                          settings.filters.repetition_penalty)
+        seen = _seen(asked, request, progress, block, vocab)[:, None]
+        logits, by = (penalise(x, seen, settings.filters.repetition_penalty) for x in (logits, by))
     flat = logits.reshape(-1, logits.shape[-1])
-    filtered = filter_logits(flat, settings.filters).reshape(logits.shape)
+    filtered = filter_logits(by.reshape(flat.shape), settings.filters).reshape(logits.shape)
+    if asked.sampler.laws is not None:
+        left = jnp.where(filtered == -jnp.inf, -jnp.inf, logits / (settings.filters.temperature or 1.0))
+        filtered = jnp.where((left == -jnp.inf).all(-1, keepdims=True), filtered, left)
     if asked.sampler.redraw is not None:
-        here = jnp.take_along_axis(block.canvas, positions_BxP, axis=1)
         one_row = jax.vmap(asked.sampler.redraw, (0, 0, None, None, None))
         filtered = jax.vmap(one_row, (0, 0, None, 0, 0))(filtered, here, ~request.forbidden, plan.level,
                                                          plan.next_level)

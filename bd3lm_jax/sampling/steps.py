@@ -238,18 +238,17 @@ def uniform_posterior(logits_V, token, letters_V, t, s):
     return jnp.where(letters_V, jnp.log(reached_V * ((1 - s) * jax.nn.softmax(logits_V) + s / count)), -jnp.inf)
 
 
-def score_posterior(scores_V, token, letters_V, t, s):
-    """Log-law of a token at noise level s given its letter at t, from log scores of each letter over it: SEDD's
-    denoising step on the uniform graph (Tweedie, arXiv 2310.16834, theorem 4.2), exact for exact scores.
+def score_laws(scores_V, token, letters_V, t):
+    """Log-laws of a letter given the others at noise level t, and of the letter without its noise, from the log scores
+    of each letter over the one that is there (Tweedie, SEDD, arXiv 2310.16834, theorem 4.2); exact for exact scores.
 
-    The scores, own letter 0, are in proportion to the law of x_t given the other tokens; taking the noise out of that
-    gives x0's, which `uniform_posterior` takes. At t = 1 nothing would be left: the grid begins at 1 - 1e-3, as
-    published.
+    The score of a letter over itself is 1, whatever the network says there. The scores are in proportion to the law of
+    x_t given the others; taking the noise out of it gives that of x0. At t = 1 nothing would be left: the grid begins
+    at 1 - 1e-3, as published.
     """
     own_V = jnp.arange(scores_V.shape[0]) == token
     noised_V = jax.nn.softmax(jnp.where(letters_V, jnp.where(own_V, 0.0, scores_V), -jnp.inf))
-    clean_V = jnp.maximum(noised_V - letters_V * t / letters_V.sum(), 0.0)
-    return uniform_posterior(jnp.log(clean_V), token, letters_V, t, s)
+    return jnp.log(noised_V), jnp.log(jnp.maximum(noised_V - letters_V * t / letters_V.sum(), 0.0))
 
 
 def _rank(score_S, planned_S):
@@ -277,7 +276,7 @@ class Sampler(NamedTuple):
     """choose: None reveals all that is planned. most(window, steps): positions that a plan reveals at most, for which
     the network's head runs. idles: a step may reveal nothing, and then asks nothing. rewrites: written tokens may
     change until the last of `steps`. steps: what is usual, 0: one a position of the window. threshold: what is usual.
-    scores: needs a network that gives log scores.
+    scores: needs a network that gives log scores. laws: None, or what makes log-laws of them, see `score_laws`.
     redraw: None for samplers that write in the place of masks; else the canvas shows letters only, random ones at
     first, planned positions that are masked again keep theirs, and `redraw(logits [V], letter, allowed [V], level,
     next level)` gives the log-law of the next one."""
@@ -291,6 +290,7 @@ class Sampler(NamedTuple):
     threshold: float = 0.0
     scores: bool = False
     redraw: Callable | None = None
+    laws: Callable | None = None
 
 
 def _by(order) -> Sampler:
@@ -323,6 +323,6 @@ SAMPLERS = {
     "remdm_loop": _remdm(looped, 0.02, loop_grid),
     "uniform": Sampler(functools.partial(every_letter, 1.0), steps=1000, redraw=uniform_posterior),
     "uniform_scores": Sampler(functools.partial(every_letter, 1 - 1e-3), steps=1000, scores=True,
-                              redraw=score_posterior),
+                              redraw=uniform_posterior, laws=score_laws),
     "iterative": Sampler(iterative, rewrites=True, steps=10),
 }
