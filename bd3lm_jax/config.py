@@ -64,12 +64,12 @@ class OptimConfig:
     beta1: float
     beta2: float
     eps: float
-    weight_decay: float  # on matrices only: never on norms, biases and embeddings
+    weight_decay: float  # of the network's matrices (with train.lora_rank: their factors), never norms, biases, embeddings
     clip_norm: float  # 0 = off
-    warmup_steps: int
+    warmup_steps: int  # a tenth of train.steps where these leave no room for them (optim.warmup_steps)
     schedule: str  # "constant", "cosine", "wsd" (warm-up, stable, decay)
-    final_lr_fraction: float  # the last learning rate of cosine and wsd, as a fraction of lr
-    decay_fraction: float  # wsd: the part of the steps spent decaying
+    final_lr_fraction: float  # learning rate of the last update of cosine and wsd, as a fraction of lr
+    decay_fraction: float  # wsd: the part of the steps spent decaying, at least one step
     ema: float  # 0 = off; warmed up as min(ema, (1 + n) / (10 + n))
 
     def __post_init__(self):
