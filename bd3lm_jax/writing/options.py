@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from bd3lm_jax import synonyms
 from bd3lm_jax.errors import UserError, lookup, nearest
 from bd3lm_jax.models import cache
 from bd3lm_jax.sampling import Filters
@@ -63,7 +64,9 @@ def make_options(**options) -> Options:
     known = [field.name for field in dataclasses.fields(Options)]
     for name in options:
         if name not in known:
-            raise UserError(f"unknown option '{name}': {nearest(name, known)}")
+            usual = synonyms.flag(name, (*known, "length", "num"))  # with those of `LM.generate` itself
+            raise UserError(f"unknown option '{name}': "
+                            + (f"did you mean '{usual}'?" if usual else nearest(name, known)))
     for name in ("stop", "forbidden"):  # lists from callers become hashable
         if name in options:
             value = options[name]
