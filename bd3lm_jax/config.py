@@ -64,7 +64,7 @@ class OptimConfig:
     beta1: float
     beta2: float
     eps: float
-    weight_decay: float  # of the network's matrices (with train.lora_rank: their factors), never norms, biases, embeddings
+    weight_decay: float  # of matrices (with train.lora_rank: of their factors), never norms, biases and embeddings
     clip_norm: float  # 0 = off
     warmup_steps: int  # a tenth of train.steps where these leave no room for them (optim.warmup_steps)
     schedule: str  # "constant", "cosine", "wsd" (warm-up, stable, decay)

@@ -1,4 +1,4 @@
-"""What others call our config keys and flags, for the suggestions of errors: names of the field and of its libraries."""
+"""What others call config keys and flags, for the suggestions of errors: names of the field and of its libraries."""
 
 from collections.abc import Iterable
 
@@ -16,8 +16,8 @@ _CONFIG = {  # keys: other names of them
     "optim.beta2": "b2 adam_beta2 adam_b2",
     "optim.eps": "adam_eps adam_epsilon epsilon",
     "optim.ema": "ema ema_decay ema_rate ema_momentum polyak",
-    "train.steps": "steps max_steps num_steps n_steps total_steps num_train_steps train_steps training_steps iterations "
-                   "num_iterations max_iters train_iters updates max_updates epochs num_epochs max_epochs "
+    "train.steps": "steps max_steps num_steps n_steps total_steps num_train_steps train_steps training_steps updates "
+                   "iterations num_iterations max_iters train_iters max_updates epochs num_epochs max_epochs "
                    "num_train_epochs",
     "train.batch": "batch batch_size bs global_batch_size train_batch_size per_device_train_batch_size "
                    "per_device_batch_size",
@@ -30,7 +30,7 @@ _CONFIG = {  # keys: other names of them
     "compute.microbatch": "microbatch micro_batch micro_batch_size microbatch_size gradient_accumulation "
                           "gradient_accumulation_steps grad_accum grad_accum_steps accumulate_grad_batches accum_steps",
     "compute.dtype": "precision mixed_precision bf16 fp16 amp compute_dtype torch_dtype",
-    "compute.attention": "attn attn_implementation attn_impl attention_backend attention_impl flash_attention use_flash",
+    "compute.attention": "attn attn_implementation attn_impl attention_backend attention_impl flash_attention",
     "compute.remat": "remat gradient_checkpointing activation_checkpointing remat_policy grad_checkpoint checkpointing",
     "compute.layers": "scan_layers",
     "data.length": "length seq_len seq_length sequence_length max_length max_len max_seq_len max_seq_length context "

@@ -75,7 +75,8 @@ def test_options_of_generate(given, ours):
 
 
 def test_every_name_of_ours_exists():
-    known = set(flatten(common.base().to_dict())) | {f"model.{key}" for model in common.MODELS.values() for key in model}
+    known = {f"model.{key}" for model in common.MODELS.values() for key in model}
+    known |= set(flatten(common.base().to_dict()))
     assert {key for keys in synonyms.CONFIG.values() for key in keys} <= known
     values = flags.FlagValues()
     from launch import bench, convert, infill, prepare, sweep

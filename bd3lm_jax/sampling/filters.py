@@ -14,9 +14,9 @@ SLACK = 1e-6  # relative: masses that differ by rounding alone count as equal
 
 class Filters(NamedTuple):
     """temperature 0: the most probable token. top_k: only the k likeliest tokens. top_p: only the nucleus, the fewest
-    likeliest tokens that together have at least this probability (arXiv 1904.09751). min_p: only tokens at least that part as probable as the likeliest (arXiv 2407.01082).
-    repetition_penalty above 1: tokens of the row so far are less likely (CTRL, arXiv 1909.05858). None, or 1 for the
-    penalty: off."""
+    likeliest tokens that together have at least this probability (arXiv 1904.09751). min_p: only tokens at least that
+    part as probable as the likeliest (arXiv 2407.01082). repetition_penalty above 1: tokens of the row so far are less
+    likely (CTRL, arXiv 1909.05858). None, or 1 for the penalty: off."""
 
     temperature: float = 1.0
     top_k: int | None = None

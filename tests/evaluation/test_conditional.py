@@ -196,26 +196,6 @@ def test_normalisation():
     assert (again.index, again.margin) == (found.index, pytest.approx(found.margin))
 
 
-def decode(lm, prompt, length):
-    """Greedy decoding of whole blocks: the most confident position first."""
-    text = np.concatenate([prompt, np.full(CONTEXT - len(prompt), MASK)]).astype(np.int32)
-    for end in range(lm.config.block_size, length + 1, lm.config.block_size):
-        while (left := np.flatnonzero(text[:end] == MASK)).size:
-            found = log_p(lm, text, text)
-            place = left[np.argmax(found[left].max(-1))]
-            text[place] = found[place].argmax()
-    return text[len(prompt):length]
-
-
-@pytest.mark.parametrize("objective", [masked(4), masked(CONTEXT)])
-def test_greedy_is_what_decoding_writes(objective):
-    lm, prompt = make_lm(objective), make_ids(19 if objective.block_size == CONTEXT else 6, seed=5)
-    best = decode(lm, prompt, CONTEXT if objective.block_size == CONTEXT else 16)
-    wrong = [np.where(np.arange(len(best)) == i, (best + 1) % MASK, best) for i in range(len(best))]
-    found = score(lm, [(prompt, x) for x in [best, *wrong]], draws=1, greedy=True, batch=16)
-    assert [x.greedy for x in found] == [True] + [False] * len(wrong)
-
-
 # ---- texts
 
 
