@@ -156,9 +156,10 @@ class LM:
         """Bound on the negative log-likelihood of each row (exact for AR and block size 1).
 
         tokens: ids `[B, L]`, any L up to the context. weights: `[B, L]`, which tokens count and how much (None: all;
-        for AR without a beginning token position 0 counts 0). Tokens of weight 0 are given, that is, never masked: with
-        0 on a prompt the bound is that of the rest given the prompt. estimator: see `estimators.py` ("importance" learns
-        from a whole split: `python -m launch eval`). draws: independent ones.
+        for AR without a beginning token position 0 counts 0). What has weight 0 at the beginning of a row is given, that
+        is, never masked: the bound is that of the rest after this prompt. Weights of 0 behind it only count nothing.
+        estimator: see `estimators.py` ("importance" learns from a whole split: `python -m launch eval`). draws:
+        independent ones.
         """
         tokens = np.asarray(self._check_ids(tokens))
         self._check_mask()
@@ -177,7 +178,8 @@ class LM:
             raise UserError(f"weights have shape {weights.shape}, expected that of tokens, {tokens.shape}")
         if objective.causal and not objective.bos:
             weights = weights * (np.arange(length) > 0)
-        estimates_BxUxL = self._estimates(chosen, config.diffusion, tokens, weights != 0, draws, seed)
+        scored_BxL = np.cumsum(weights != 0, axis=1) > 0
+        estimates_BxUxL = self._estimates(chosen, config.diffusion, tokens, scored_BxL, draws, seed)
         estimates_BxUxL *= weights[:, None]
         per_token = estimates_BxUxL.mean(1)
         mean, low, high = stats.ratio_interval(per_token.sum(1), weights.sum(1))

@@ -58,6 +58,7 @@ def test_a_threshold_stays_within_its_window():
     assert [sample.tokens for sample in found] == [llada(published(), prompt, 18, 6, 1) for prompt in ([], [1, 2, 0])]
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("kind", ["prefix", "dual"])
 @pytest.mark.parametrize("length, window", [(18, 6), (17, 5), (24, 9)])
 def test_an_approximate_cache_that_is_exact(kind, length, window):
@@ -70,6 +71,7 @@ def test_an_approximate_cache_that_is_exact(kind, length, window):
     assert [published().generate([prompt], **options)[0] for prompt in prompts] == found
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("options", [{"guidance": 2.0}, {"repetition_penalty": 1.5}, {"time": True}])
 def test_what_goes_with_both(options):
     """With as many windows as calls the cache changes nothing, whatever else is asked for."""
