@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from bd3lm_jax import curriculum, density
+from bd3lm_jax import curriculum, density, ineffective
 from bd3lm_jax.adaptation import annealing, answers, lora, shifted
 from bd3lm_jax.data import mixture
 from bd3lm_jax.diffusion import OBJECTIVES
@@ -64,12 +64,12 @@ class OptimConfig:
     beta1: float
     beta2: float
     eps: float
-    weight_decay: float  # on matrices only: never on norms, biases and embeddings
+    weight_decay: float  # of matrices (with train.lora_rank: of their factors), never norms, biases and embeddings
     clip_norm: float  # 0 = off
-    warmup_steps: int
+    warmup_steps: int  # a tenth of train.steps where these leave no room for them (optim.warmup_steps)
     schedule: str  # "constant", "cosine", "wsd" (warm-up, stable, decay)
-    final_lr_fraction: float  # the last learning rate of cosine and wsd, as a fraction of lr
-    decay_fraction: float  # wsd: the part of the steps spent decaying
+    final_lr_fraction: float  # learning rate of the last update of cosine and wsd, as a fraction of lr
+    decay_fraction: float  # wsd: the part of the steps spent decaying, at least one step
     ema: float  # 0 = off; warmed up as min(ema, (1 + n) / (10 + n))
 
     def __post_init__(self):
@@ -318,8 +318,9 @@ class Config:
         return tuple(name for name in dict.fromkeys((*self.diffusion.needs, *brought)) if name not in learnt)
 
     @classmethod
-    def from_dict(cls, mapping: Mapping) -> "Config":
-        """Validate a nested mapping. Raises UserError naming the first unknown, missing or ill-typed key."""
+    def from_dict(cls, mapping: Mapping, stored: bool = False) -> "Config":
+        """Validate a nested mapping. Raises UserError naming the first unknown, missing or ill-typed key, and unless it
+        is that of a run which was `stored` the first that has no effect."""
         mapping = {key: value for key, value in mapping.items()}
         same_keys("", mapping, [field.name for field in dataclasses.fields(cls)])
         sections = {name: as_section(name, mapping[name], kind) for name, kind in SECTIONS.items()}
@@ -359,6 +360,8 @@ class Config:
         answers.check(config)
         rows, batch = config.compute.microbatch, config.train.batch
         check(rows == 0 or batch % rows == 0, f"compute.microbatch={rows} does not divide train.batch={batch}")
+        if not stored:
+            ineffective.check(config)
         return config
 
     def to_dict(self) -> dict:
@@ -373,10 +376,11 @@ class Config:
         return hashlib.sha256(json.dumps(self._decisive(), sort_keys=True).encode()).hexdigest()
 
     def differing_keys(self, other: "Config") -> list[str]:
-        """`key: here != there` for every decisive key whose value differs."""
+        """`key: here != there` for every decisive key whose value differs and has an effect in one of them."""
         here, there = self._decisive(), other._decisive()
+        without_effect = ineffective.keys(self) & ineffective.keys(other)
         return [f"{key}: {here.get(key)!r} != {there.get(key)!r}"
-                for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
+                for key in sorted((here.keys() | there.keys()) - without_effect) if here.get(key) != there.get(key)]
 
     def _decisive(self) -> dict:
         flat = flatten(self.to_dict())

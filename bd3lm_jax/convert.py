@@ -143,7 +143,7 @@ def _write_run(model: LM, source: Path, target: Path, length: int, base: Mapping
     sections = {name: {"kind": section.kind, **dataclasses.asdict(section)}
                 for name, section in (("model", model.config.model), ("diffusion", objective))}
     data = {**base["data"], "tokenizer": str(target / rundir.TOKENIZER), "length": length}
-    config = Config.from_dict({**base, **sections, "data": data})
+    config = Config.from_dict({**base, **sections, "data": data}, stored=True)
     state = TrainState(step=jnp.zeros((), jnp.int32), params=model.params, ema={}, opt_state={})
     meta = {"tokenizer": model.tokenizer.identity, "config_sha256": config.sha256(), "losses": []}
     with write.whole(target) as work:

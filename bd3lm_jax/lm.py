@@ -16,7 +16,7 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import conditional, estimators, evaluate
 from bd3lm_jax.models import Backbone, trunk
 from bd3lm_jax.published import Described
-from bd3lm_jax.published.leaf import check_mask
+from bd3lm_jax.published.leaf import check_beginning, check_mask
 from bd3lm_jax.sampling.auto_size import AUTO
 from bd3lm_jax.step import SpecialIds
 from bd3lm_jax.writing import generation, infill, stream
@@ -83,6 +83,7 @@ class LM:
                  trained: Trained | None = None, mask_id: int | None = None, any_length: bool = False):
         self.config, self.params, self.tokenizer, self.model, self.context = config, params, tokenizer, model, context
         self.trained, self._mask_id, self._any_length = trained, mask_id, any_length
+        self._is_canvas = False
 
     @property
     def special(self) -> SpecialIds:
@@ -124,7 +125,13 @@ class LM:
         config, known = self._for_rows(length), self.__dict__.setdefault("_canvases", {})
         if length not in known:
             known[length] = LM(config, self.params, self.tokenizer, self.model, self.context, mask_id=self._mask_id)
+            known[length]._is_canvas = True
         return known[length]
+
+    @property
+    def is_bidirectional(self) -> bool:
+        """Whether one block is all that the model ever sees (MDLM, LLaDA)."""
+        return self._is_canvas or not self.config.diffusion.causal and self.config.block_size >= self.context
 
     def logits(self, xt, x0=None, *, sigma=None) -> jax.Array:
         """Raw network output, float32 `[B, L, V]`, before SUBS.
@@ -149,11 +156,14 @@ class LM:
         """Bound on the negative log-likelihood of each row (exact for AR and block size 1).
 
         tokens: ids `[B, L]`, any L up to the context. weights: `[B, L]`, which tokens count and how much (None: all;
-        for AR without a beginning token position 0 counts 0). estimator: see `estimators.py` ("importance" learns from
-        a whole split: `python -m launch eval`). draws: independent ones.
+        for AR without a beginning token position 0 counts 0). What has weight 0 at the beginning of a row is given, that
+        is, never masked: the bound is that of the rest after this prompt. Weights of 0 behind it only count nothing.
+        estimator: see `estimators.py` ("importance" learns from a whole split: `python -m launch eval`). draws:
+        independent ones.
         """
         tokens = np.asarray(self._check_ids(tokens))
         self._check_mask()
+        check_beginning(self.config.diffusion, self.config.model, self.special.end)
         if (tokens == self.special.mask).any():
             raise UserError(f"the tokens hold the mask token {self.special.mask}, which is never part of a text")
         objective = self.config.diffusion
@@ -168,7 +178,9 @@ class LM:
             raise UserError(f"weights have shape {weights.shape}, expected that of tokens, {tokens.shape}")
         if objective.causal and not objective.bos:
             weights = weights * (np.arange(length) > 0)
-        estimates_BxUxL = self._estimates(chosen, config.diffusion, tokens, draws, seed) * weights[:, None]
+        scored_BxL = np.cumsum(weights != 0, axis=1) > 0
+        estimates_BxUxL = self._estimates(chosen, config.diffusion, tokens, scored_BxL, draws, seed)
+        estimates_BxUxL *= weights[:, None]
         per_token = estimates_BxUxL.mean(1)
         mean, low, high = stats.ratio_interval(per_token.sum(1), weights.sum(1))
         if batch == 1:
@@ -184,10 +196,10 @@ class LM:
             return self.config
         return self.config.at_block_size(length)
 
-    def _estimates(self, estimator, objective, tokens_BxL, draws: int, seed: int) -> np.ndarray:
+    def _estimates(self, estimator, objective, tokens_BxL, scored_BxL, draws: int, seed: int) -> np.ndarray:
         """Contributions of the tokens in nats, float64 `[B, U, L]`, of U independent estimates."""
         batch, length = tokens_BxL.shape
-        padded = np.pad(tokens_BxL, ((0, 0), (0, -length % objective.block_size)))
+        padded, scored = (np.pad(x, ((0, 0), (0, -length % objective.block_size))) for x in (tokens_BxL, scored_BxL))
         position, _ = passes.plain_rows(padded)
         segment = jnp.broadcast_to(jnp.arange(padded.shape[1]) < length, padded.shape).astype(jnp.int32)
         rounds = draws if estimator.replicates > 1 else 1
@@ -195,7 +207,7 @@ class LM:
         for round_ in range(rounds):
             key = jax.random.fold_in(jax.random.key(seed), round_)
             parts = [self._scores(estimator, objective)(self.params, key, index, jnp.arange(batch), padded, position,
-                                                        segment, segment > 0)[0]
+                                                        segment, scored)[0]
                      for index in range(estimator.passes(1))]
             estimates.append(np.mean(parts, axis=0, dtype=np.float64)[..., :length])
         return np.concatenate(estimates, axis=1)

@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bd3lm_jax.errors import UserError, lookup
+from bd3lm_jax.errors import lookup
+from bd3lm_jax.state import LORA
 
 if TYPE_CHECKING:
     from bd3lm_jax.config import OptimConfig
 
 
 def make_optimizer(optim: "OptimConfig", steps: int) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm (`clip_norm` 0: none); only leaves named "kernel" decay."""
+    """AdamW after clipping by the global norm (`clip_norm` 0: none); what decays is said by `decays`."""
     adamw = optax.adamw(make_schedule(optim, steps), optim.beta1, optim.beta2, optim.eps,
                         weight_decay=optim.weight_decay, mask=decays)
     clip = [optax.clip_by_global_norm(optim.clip_norm)] if optim.clip_norm > 0 else []
@@ -21,44 +22,53 @@ def make_optimizer(optim: "OptimConfig", steps: int) -> optax.GradientTransforma
 
 
 def decays(params: Any) -> Any:
-    """Tree of booleans: weight decay applies to matrices, never to norms, biases and embeddings."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+    """Tree of booleans: weight decay applies to the network's matrices, or where these are frozen to the factors of
+    their low-rank updates, never to norms, biases and embeddings."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel" or path[0].key == LORA, params)
 
 
 def make_schedule(optim: "OptimConfig", steps: int) -> optax.Schedule:
-    """Learning rate of update n = 0, 1, ...: linear warm-up from 0, then "constant", "cosine" or "wsd".
+    """Learning rate of update n = 0, ..., steps - 1: linear warm-up from 0, then "constant", "cosine" or "wsd".
 
-    Raises UserError if the warm-up leaves no room for the decay within `steps` updates.
+    That of the last update is `final_lr_fraction` times `lr` for "cosine" and "wsd". The warm-up is that of
+    `warmup_steps`.
     """
     after = lookup({"constant": _constant, "cosine": _cosine, "wsd": _wsd}, optim.schedule, "optim.schedule")
-    schedule = after(optim, steps)
-    if optim.warmup_steps == 0:
+    warmup = warmup_steps(optim, steps)
+    schedule = after(optim, max(steps - 1 - warmup, 0), steps)
+    if warmup == 0:
         return schedule
-    warmup = optax.linear_schedule(0.0, optim.lr, optim.warmup_steps)
-    return optax.join_schedules([warmup, schedule], [optim.warmup_steps])
+    return optax.join_schedules([optax.linear_schedule(0.0, optim.lr, warmup), schedule], [warmup])
 
 
-def _constant(optim: "OptimConfig", steps: int) -> optax.Schedule:
+def warmup_steps(optim: "OptimConfig", steps: int) -> int:
+    """Updates of the warm-up of a run of `steps`: `optim.warmup_steps`, or where these leave no room for what follows
+    a tenth of the steps, or what the decay leaves if that is less."""
+    after = {"constant": 1, "cosine": 2, "wsd": max(2, _decay_steps(optim, steps))}[optim.schedule]
+    left = max(steps - after, 0)  # so that an update has the full rate
+    return optim.warmup_steps if optim.warmup_steps <= left else min(steps // 10, left)
+
+
+def _constant(optim: "OptimConfig", left: int, steps: int) -> optax.Schedule:
     return optax.constant_schedule(optim.lr)
 
 
-def _cosine(optim: "OptimConfig", steps: int) -> optax.Schedule:
-    _check_room(optim, steps, decay=1)
-    return optax.cosine_decay_schedule(optim.lr, steps - optim.warmup_steps, alpha=optim.final_lr_fraction)
+def _cosine(optim: "OptimConfig", left: int, steps: int) -> optax.Schedule:
+    if left == 0:  # the only update after the warm-up is the last one
+        return optax.constant_schedule(optim.lr * optim.final_lr_fraction)
+    return optax.cosine_decay_schedule(optim.lr, left, alpha=optim.final_lr_fraction)
 
 
-def _wsd(optim: "OptimConfig", steps: int) -> optax.Schedule:
-    """Warm-up, stable, linear decay over the last `decay_fraction` of the steps."""
-    decay = max(1, round(optim.decay_fraction * steps))
-    _check_room(optim, steps, decay)
-    stable = steps - optim.warmup_steps - decay
-    return optax.linear_schedule(optim.lr, optim.final_lr_fraction * optim.lr, decay, transition_begin=stable)
+def _wsd(optim: "OptimConfig", left: int, steps: int) -> optax.Schedule:
+    """Stable, then linear decay over the last `decay_fraction` of the steps, at least one."""
+    if left == 0:
+        return optax.constant_schedule(optim.lr * optim.final_lr_fraction)
+    decay = min(_decay_steps(optim, steps), left)
+    return optax.linear_schedule(optim.lr, optim.final_lr_fraction * optim.lr, decay, transition_begin=left - decay)
 
 
-def _check_room(optim: "OptimConfig", steps: int, decay: int) -> None:
-    if optim.warmup_steps + decay > steps:
-        raise UserError(f"optim.warmup_steps={optim.warmup_steps} and {decay} decay steps do not fit into "
-                        f"train.steps={steps}: shorten the warm-up or use optim.schedule='constant'")
+def _decay_steps(optim: "OptimConfig", steps: int) -> int:
+    return max(1, round(optim.decay_fraction * steps))
 
 
 def ema_decay(ema: float, step: jax.Array) -> jax.Array:

@@ -100,7 +100,7 @@ def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:
         raise UserError(f"{path / CONFIG} is that of no run, and has no model_type, which tells the architecture of a "
                         f"published checkpoint: add it, supported: {', '.join(FORMATS)}")
     stored.pop("config_sha256", None)
-    return Config.from_dict(_brought_up_to_date(stored)), load_tokenizer(path / TOKENIZER)
+    return Config.from_dict(_brought_up_to_date(stored), stored=True), load_tokenizer(path / TOKENIZER)
 
 
 def visible(workdir: str | os.PathLike) -> dict:

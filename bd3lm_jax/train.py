@@ -142,11 +142,14 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
     loader = Loader(run.rows["train"], config.train.batch, config.seed, sharding.batch_sharding(program.mesh))
     tokens_a_step = config.train.batch * config.data.length
     pending, clock, valid = None, _Clock(), {}
-    schedule = optim.make_schedule(config.optim, config.train.steps)
+    schedule, warmup = (make(config.optim, config.train.steps) for make in (optim.make_schedule, optim.warmup_steps))
     choose_noise = Chooser(config, program.model, program.special, program.mesh)
     window = _Window(config, tokens_a_step, schedule, losses)
     log.note(f"{program.num_params:,} parameters, {len(run.rows['train'])} rows of {config.data.length} tokens, "
              f"{program.mesh.size} x {jax.devices()[0].device_kind}; compiling the step")
+    if warmup != config.optim.warmup_steps:
+        log.note(f"optim.warmup_steps={config.optim.warmup_steps} leaves no room within train.steps="
+                 f"{config.train.steps}: warming up over {warmup}")
     workers = config.data.workers
     if config.train.init_from and not start:
         window.begin(_validate(run, evaluator, _weights(run, state), whole=False), log)

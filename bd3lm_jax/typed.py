@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin
 
+from bd3lm_jax import synonyms
 from bd3lm_jax.errors import UserError, nearest
 
 
@@ -44,7 +45,10 @@ def as_mapping(name: str, value: Any) -> Mapping:
 
 def same_keys(prefix: str, mapping: Mapping, known: list[str]) -> None:
     for key in mapping:
-        check(key in known, f"unknown config key '{prefix}{key}': {nearest(key, known)}")
+        if key not in known:
+            usual = synonyms.config_key(str(key), [prefix + name for name in known]) or synonyms.config_key(str(key))
+            near = f"did you mean '{usual}'?" if usual else nearest(key, known)
+            raise UserError(f"unknown config key '{prefix}{key}': {near}")
     missing = [key for key in known if key not in mapping]
     check(not missing, f"missing config key '{prefix}{missing[0] if missing else ''}'")
 

@@ -87,7 +87,7 @@ def _run(command, argv: list[str]) -> int:
 
     if command.TAKES_CONFIG:
         spec, overrides, argv = arguments.split_config(argv)
-        args = arguments.parse_flags(command.define, argv)
+        args = arguments.parse_flags(command.define, argv, takes_config=True)
         if getattr(command, "LOADS_CONFIG", False):
             result = command.main(args, spec, overrides)
         else:

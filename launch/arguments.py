@@ -12,6 +12,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from bd3lm_jax import synonyms
 from bd3lm_jax.errors import UserError, nearest
 
 DEFAULT_CONFIG = "configs/tiny.py"
@@ -22,8 +23,10 @@ CONFIG_HELP = f"""
 
 
 def parse_flags(define: Callable[[flags.FlagValues], None], argv: Sequence[str],
-                positional: str | None = None) -> flags.FlagValues:
+                positional: str | None = None, takes_config: bool = False) -> flags.FlagValues:
     """Values of the flags that `define` declares; one word without dashes is the value of the flag `positional`.
+
+    takes_config: the command has keys of a config as well, which an unknown flag may have meant.
 
     UserError for an unknown flag, a bad value, a stray argument.
     """
@@ -33,9 +36,7 @@ def parse_flags(define: Callable[[flags.FlagValues], None], argv: Sequence[str],
     try:
         rest = values(["launch", *argv])[1:]
     except flags.UnrecognizedFlagError as error:
-        near = "Did you mean" in str(error)
-        hint = "" if near else ": see --help; keys of a config are written --config.train.steps=100"
-        raise UserError(_one_line(error) + hint) from None
+        raise UserError(_unknown_flag(error, list(values), takes_config)) from None
     except flags.Error as error:
         raise UserError(_one_line(error)) from None
     if rest and positional and not values[positional].present:
@@ -43,6 +44,15 @@ def parse_flags(define: Callable[[flags.FlagValues], None], argv: Sequence[str],
     if rest:
         raise UserError(f"unexpected argument '{rest[0]}': flags are written --name=value")
     return values
+
+
+def _unknown_flag(error: flags.UnrecognizedFlagError, known: list[str], takes_config: bool) -> str:
+    """What is said of a flag that is none: the one that others call so, else the closest, else how keys are written."""
+    usual, key = synonyms.flag(error.flagname, known), synonyms.config_key(error.flagname)
+    if usual or key and takes_config:
+        return f"Unknown command line flag '{error.flagname}'. Did you mean: {usual or f'--config.{key}'}"
+    near = "Did you mean" in str(error)
+    return _one_line(error) + ("" if near else ": see --help; keys of a config are written --config.train.steps=100")
 
 
 def required(values: flags.FlagValues, name: str) -> str:
@@ -147,6 +157,7 @@ def load_config(spec: str, overrides: Sequence[str]):
 
     UserError for a missing file, bad args, key or value.
     """
+    from bd3lm_jax import ineffective
     from bd3lm_jax.config import Config
 
     config = _get_config(spec)
@@ -162,7 +173,9 @@ def load_config(spec: str, overrides: Sequence[str]):
         values(argv)
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(_one_line(error)) from None
-    return Config.from_dict(values.config)
+    result = Config.from_dict(values.config)
+    ineffective.check(result, {override_key(word) for word in overrides})
+    return result
 
 
 def load_sweep(path: str) -> list[dict]:
@@ -264,9 +277,13 @@ def _leaves(config: ConfigDict, prefix: str = ""):
 
 
 def _nearest_key(key: str, known: list[str]) -> str:
-    """The key of that name in another section, else the closest of its section, else the closest section."""
+    """The key of that name in another section, else the one that others call so, else the closest of its section, else
+    the closest section."""
     section, leaf = key.partition(".")[0], key.rpartition(".")[2]
     same_name = [name for name in known if name.rpartition(".")[2] == leaf]
+    usual = synonyms.config_key(key, known)
+    if usual and not same_name:
+        return f"did you mean '{usual}'?"
     same_section = [name for name in known if name.startswith(f"{section}.")]
     sections = {name.partition(".")[0] for name in known}
     return nearest(key, same_name or same_section) if same_name or same_section else nearest(section, sections)

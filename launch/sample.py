@@ -68,9 +68,9 @@ def _define_speed(values: flags.FlagValues) -> None:
                          flag_values=values)
     flags.DEFINE_float("threshold", None, "the sampler's number: probability, factor, nats, eta; by default its usual "
                        "one", lower_bound=0.0, flag_values=values)
-    flags.DEFINE_string("block_size", None, "of a bidirectional model: tokens written at a time, left to right; of one "
-                        "that was trained with several sizes: one of them, or auto, each next block's by how sure the "
-                        "model is", flag_values=values)
+    flags.DEFINE_string("block_size", None, "of a bidirectional model: tokens written at a time, left to right from "
+                        "the end of the prompt; of one that was trained with several sizes: one of them, or auto, each "
+                        "next block's by how sure the model is", flag_values=values)
     flags.DEFINE_float("block_confidence", 0.5, "of --block_size=auto: mean probability of the likeliest tokens that a "
                        "larger block needs", lower_bound=0.0, upper_bound=1.0, flag_values=values)
 
@@ -232,7 +232,7 @@ def _used(lm, options) -> dict:
     plan, values = generation.make_plan(lm, options, lm.context), dataclasses.asdict(options)
     threshold = generation.WRITERS[options.sampler].threshold if options.threshold is None else options.threshold
     dtype = jnp.dtype(lm.model.dtype).name if options.cache_dtype == "compute" else options.cache_dtype
-    cached = lm.config.diffusion.causal or lm.config.block_size < lm.context or options.approximate_cache
+    cached = not lm.is_bidirectional or options.approximate_cache
     sizes = {name: cache_price.bytes_per_token(lm, name) for name in cache_price.DTYPES} if cached else None
     if not plan.sizes:
         del values["block_confidence"]

@@ -175,12 +175,12 @@ def test_a_size_is_unknown_where_none_is_documented():
 
 def test_overrides_have_the_types_of_the_keys():
     config = load_config(f"{tiny.__file__}:block_size=8", [
-        "--config.optim.lr=1", "--config.train.steps=7", "--noconfig.model.adaln", "--config.data.path=x y",
+        "--config.optim.lr=1", "--config.train.steps=7", "--noconfig.model.adaln", "--config.data.cache_dir=x y",
         "--config.diffusion.count_probs=(1, 2, 3, 4, 5, 6, 7, 8)"])
     assert (config.optim.lr, type(config.optim.lr)) == (1.0, float)
     assert config.train.steps == 7
     assert config.model.adaln is False
-    assert config.data.path == "x y"
+    assert config.data.cache_dir == "x y"
     assert config.diffusion.count_probs == (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
     assert config.block_size == 8
 

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from pathlib import Path
 
 import jax
@@ -14,7 +15,9 @@ import bd3lm_jax
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.sampling.generate import Finished
+from bd3lm_jax.writing import stream
 from bd3lm_jax.writing.denoise import BlockDenoiser
+from bd3lm_jax.writing.options import make_options
 from toy_lm import END, LETTERS, MASK, VOCAB, make_ids, make_lm, masked
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -148,6 +151,49 @@ def test_bound_agrees_with_enumeration(time_conditioning):
     np.testing.assert_allclose(rows.total, 1000 * 5 * rows.mean, rtol=1e-6)
 
 
+def given_bound(lm, x0_L, scored):
+    """The NELBO of the scored places given the others, in nats, by all masks of them: no level, blocks of any length."""
+    size, total = lm.config.block_size, 0.0
+    for start in range(0, len(x0_L), size):
+        places = [i for i in range(start, min(start + size, len(x0_L))) if scored[i]]
+        for count in range(1, len(places) + 1):
+            for chosen in map(list, itertools.combinations(places, count)):
+                xt = x0_L.copy()
+                xt[chosen] = MASK
+                found = nats(np.asarray(lm.logits(xt[None], x0_L[None]))[0][chosen], x0_L[chosen]).sum()
+                total += found / count / math.comb(len(places), count)
+    return total
+
+
+@pytest.mark.parametrize("scored", [[0, 0, 1, 1, 1], [0, 0, 0, 0, 1], [0, 0, 0, 1, 1], [1, 1, 1, 1, 1]])
+def test_a_prompt_of_weight_0_is_given(scored):
+    """5 tokens in blocks of 3, all masks: the bound of the rest after the prompt."""
+    lm, x0 = make_lm(masked(3)), make_ids(5)
+    found = lm.nll(x0[None], weights=np.array([scored], float), estimator="exact")
+    assert found.total == pytest.approx(given_bound(lm, x0, scored), rel=1e-5)
+    assert found.mean == pytest.approx(found.total / sum(scored))
+    drawn = lm.nll(np.tile(x0, (400, 1)), weights=np.tile(np.array(scored, float), (400, 1)))
+    half = (drawn.ci95[1] - drawn.ci95[0]) / 2
+    assert abs(drawn.mean - found.mean) < 2 * half + 1e-6
+
+
+def test_weights_scale_what_is_counted():
+    lm, x0 = make_lm(masked(3)), make_ids(5)
+    plain, doubled = (lm.nll(x0[None], weights=np.array([[0, w, w, w, w]]), estimator="exact") for w in (1.0, 2.0))
+    assert doubled.total == pytest.approx(2 * plain.total) and doubled.mean == pytest.approx(plain.mean)
+
+
+@pytest.mark.parametrize("call", [
+    lambda lm: lm.nll(make_ids(1, 5)), lambda lm: lm.generate([[1]], length=5), lambda lm: lm.generate(length=5),
+    lambda lm: lm.score([[1]], [[2]]), lambda lm: lm.score([()], [[2]]), lambda lm: lm.choose([1], [[2], [3]]),
+    lambda lm: lm.infill([[1, 2, MASK]]), lambda lm: next(stream.stream(lm, [[1]], 1, 5, make_options()))])
+def test_a_beginning_token_that_nothing_names(call):
+    """Without tokenizer the id would be -1: the last row of the embedding table."""
+    with pytest.raises(UserError, match="reads its end token before the first one") as error:
+        call(make_lm(AR(bos=True)))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.ci_slow
 def test_interval_covers_at_its_rate():
     """300 single rows with their own draws: the 95 % interval holds the truth in 89 to 99 % of them."""
@@ -194,6 +240,7 @@ def test_autoregressive_likelihood(bos):
 def test_weights_choose_tokens():
     lm, x0 = make_lm(), make_ids(3, 10)
     weights = np.random.default_rng(0).integers(0, 3, size=x0.shape)
+    weights[:, 0] = 1  # no prompt
     plain, weighted = lm.nll(x0, draws=2), lm.nll(x0, weights=weights, draws=2)
     np.testing.assert_allclose(weighted.per_token, plain.per_token * weights, rtol=1e-6)
     np.testing.assert_allclose(weighted.total, (plain.per_token * weights).sum(), rtol=1e-6)

@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.optim import ema_decay, make_optimizer, make_schedule, update_ema
+from bd3lm_jax.optim import ema_decay, make_optimizer, make_schedule, update_ema, warmup_steps
+from bd3lm_jax.state import LORA
 
 OPTIM = dict(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, clip_norm=1.0, warmup_steps=10,
              schedule="constant", final_lr_fraction=0.1, decay_fraction=0.2, ema=0.999)
@@ -18,8 +19,9 @@ def optim(**changes):
 
 
 def rates(steps, **changes):
+    """Of every update of a run."""
     schedule = make_schedule(optim(**changes), steps)
-    return np.array([float(schedule(n)) for n in range(steps + 1)])
+    return np.array([float(schedule(n)) for n in range(steps)])
 
 
 def test_warm_up_is_linear_from_zero_then_constant():
@@ -34,24 +36,45 @@ def test_no_warm_up_starts_at_the_full_rate(name):
 
 
 def test_cosine_follows_its_formula():
-    n = np.arange(10, 101)
-    expected = 1e-2 * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * (n - 10) / 90)))
+    n = np.arange(10, 100)
+    expected = 1e-2 * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * (n - 10) / 89)))
     np.testing.assert_allclose(rates(100, schedule="cosine")[10:], expected, rtol=1e-5)
 
 
 def test_wsd_is_stable_then_falls_linearly_over_the_last_fifth():
     values = rates(100, schedule="wsd")
-    np.testing.assert_allclose(values[10:81], 1e-2, rtol=1e-6)
-    np.testing.assert_allclose(values[80:], np.linspace(1e-2, 1e-3, 21), rtol=1e-5)
+    np.testing.assert_allclose(values[10:80], 1e-2, rtol=1e-6)
+    np.testing.assert_allclose(values[79:], np.linspace(1e-2, 1e-3, 21), rtol=1e-5)
 
 
-@pytest.mark.parametrize("changes, numbers", [
-    (dict(schedule="cosine", warmup_steps=100), "optim.warmup_steps=100 and 1 decay"),
-    (dict(schedule="wsd", warmup_steps=90), "optim.warmup_steps=90 and 20 decay"),
+@pytest.mark.parametrize("name", ["cosine", "wsd"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 20, 100, 101])
+@pytest.mark.parametrize("changes", [{}, {"warmup_steps": 0}, {"warmup_steps": 99}, {"warmup_steps": 80},
+                                     {"decay_fraction": 0.01}, {"decay_fraction": 0.0}, {"decay_fraction": 1.0},
+                                     {"decay_fraction": 1.0, "warmup_steps": 0}, {"final_lr_fraction": 0.0},
+                                     {"final_lr_fraction": 1.0}])
+def test_the_last_rate_is_the_final_one(name, steps, changes):
+    values = rates(steps, schedule=name, **changes)
+    assert values[-1] == pytest.approx(1e-2 * changes.get("final_lr_fraction", 0.1), rel=1e-6, abs=0)
+    assert steps < 3 or values.max() == pytest.approx(1e-2, rel=0.01 if name == "cosine" else 1e-6)
+
+
+@pytest.mark.parametrize("changes, steps, warmup", [
+    ({"warmup_steps": 45, "schedule": "wsd", "decay_fraction": 0.3}, 20, 2),  # configs/tiny.py with few steps
+    ({"warmup_steps": 45, "schedule": "wsd", "decay_fraction": 0.3}, 900, 45),
+    ({"warmup_steps": 45, "schedule": "wsd", "decay_fraction": 0.3}, 5, 0),
+    ({"warmup_steps": 2500, "schedule": "constant"}, 100, 10),
+    ({"warmup_steps": 99, "schedule": "constant"}, 100, 99),
+    ({"warmup_steps": 100, "schedule": "cosine"}, 100, 10),
+    ({"warmup_steps": 90, "schedule": "wsd"}, 100, 10),
+    ({"warmup_steps": 10, "schedule": "wsd", "decay_fraction": 0.95}, 100, 5),
+    ({"warmup_steps": 10, "schedule": "wsd", "decay_fraction": 1.0}, 100, 0),
 ])
-def test_warm_up_that_leaves_no_room_is_refused(changes, numbers):
-    with pytest.raises(UserError, match=f"{numbers}.*train.steps=100"):
-        make_schedule(optim(**changes), 100)
+def test_a_warm_up_without_room_is_shortened(changes, steps, warmup):
+    assert warmup_steps(optim(**changes), steps) == warmup
+    values = rates(steps, **changes)
+    np.testing.assert_allclose(values[:warmup], 1e-2 * np.arange(warmup) / max(warmup, 1), rtol=1e-5)
+    assert values[warmup] == pytest.approx(1e-2)
 
 
 def test_unknown_schedule_names_the_nearest():
@@ -71,6 +94,15 @@ def test_only_kernels_decay():
     np.testing.assert_allclose(updates["blocks"]["mlp_in"]["kernel"], -1e-2 * 0.1, rtol=1e-6)
     for leaf in (updates["embed"]["embedding"], updates["blocks"]["norm1"], updates["blocks"]["mlp_in"]["bias"]):
         assert not np.any(jax.tree.leaves(leaf))
+
+
+def test_factors_of_low_rank_updates_decay():
+    tx = make_optimizer(optim(warmup_steps=0), 100)
+    params = {LORA: {"blocks": {"qkv": {"kernel": {"a": jnp.full((1, 2, 1), -3.0), "b": jnp.full((1, 1, 2), 2.0)}}}}}
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    factors = updates[LORA]["blocks"]["qkv"]["kernel"]
+    np.testing.assert_allclose(factors["a"], 1e-2 * 0.1 * 3.0, rtol=1e-6)
+    np.testing.assert_allclose(factors["b"], -1e-2 * 0.1 * 2.0, rtol=1e-6)
 
 
 def adamw_by_hand(x, gradients, clip):

@@ -51,6 +51,18 @@ def continued(whole, directory):
     return directory
 
 
+def test_a_run_too_short_for_its_warm_up(home, tmp_path, capsys):
+    """The default config with a few steps: a shorter warm-up and a note, one full step at least, the final rate last."""
+    config = toy_config(home, {"optim.schedule": "wsd", "optim.warmup_steps": 45, "train.steps": 4})
+    result = train(config, str(tmp_path / "run"))
+    assert result["step"] == 4 and rundir.read(tmp_path / "run")[0].optim.warmup_steps == 45
+    rates = [line["train/lr"] for line in read_metrics(tmp_path / "run") if "train/lr" in line]
+    assert rates == pytest.approx([1e-2, 1e-2, 1e-2, 0.0])
+    assert "optim.warmup_steps=45 leaves no room within train.steps=4: warming up over 0" in capsys.readouterr().err
+    assert train(toy_config(home, {"optim.schedule": "wsd", "optim.warmup_steps": 45, "train.steps": 6}),
+                 str(tmp_path / "run"))["step"] == 6
+
+
 def test_result_and_run_directory(whole):
     workdir, result, traces = whole
     assert set(result) == RESULT

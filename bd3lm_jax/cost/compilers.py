@@ -99,7 +99,7 @@ def ask_tpu(config: Config, special: SpecialIds, target: str) -> Future:
 def answer() -> None:
     """The other side of `ask_tpu`: question on stdin, answer as the last line of stdout."""
     question = json.load(sys.stdin)
-    config, special = Config.from_dict(question["config"]), SpecialIds(*question["special"])
+    config, special = Config.from_dict(question["config"], stored=True), SpecialIds(*question["special"])
     print(json.dumps(_compile(described_program(config, special, question["target"]), None)))
 
 

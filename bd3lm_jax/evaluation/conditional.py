@@ -32,6 +32,8 @@ from bd3lm_jax.errors import UserError, lookup
 from bd3lm_jax.evaluation import estimators, evaluate
 from bd3lm_jax.loss import Output
 from bd3lm_jax.models import trunk
+from bd3lm_jax.published.leaf import check_beginning
+from bd3lm_jax.sampling.filters import first_best
 
 GOLDEN = 2654435769  # 2^32 times the golden ratio less 1: its multiples spread evenly, however many are taken
 LEAST_ROW, LEAST_SCORED = 32, 8  # shapes are powers of two from here on, so that few programs are compiled
@@ -44,7 +46,8 @@ NORMALISE = {  # what an option's log-likelihood is divided by, from its tokens 
 
 class Score(NamedTuple):
     """nats: log-likelihood of a continuation, or a lower bound on it, negative. mc_se: Monte-Carlo standard error of
-    nats, 0 where it is exact. greedy: whether greedy decoding writes this continuation, None if that was not asked."""
+    nats, 0 where it is exact. greedy: whether `LM.generate` at temperature 0 (sampler "confidence", but for
+    autoregression) writes this continuation, None if that was not asked."""
 
     nats: float
     mc_se: float
@@ -91,9 +94,9 @@ def score(lm: Any, prompts: Sequence, continuations: Sequence, *, estimator: str
     prompts, continuations: as many of one as of the other, texts or lists of ids; a prompt may be empty. Texts are
     split into tokens by `encode_pair`. estimator: "exact_count"; "exact" (all masks, S <= 8) has no Monte-Carlo error.
     draws: passes of four noised views, two independent estimates each. greedy: also tell whether greedy decoding (in
-    every block the most confident position first) writes the continuation, at the cost of up to S more passes (exact
-    models: none). batch: rows a pass. noise: a text or ids for each pair; those with the same one
-    share their masks. None: the prompts.
+    every block the most confident position first, be it behind the continuation) writes the continuation, at the cost
+    of up to S more passes (exact models: none). batch: rows a pass. noise: a text or ids for each pair; those with the
+    same one share their masks. None: the prompts.
 
     Raises UserError for an empty continuation, a pair longer than the context, a mask token or an id out of range, and
     an empty prompt for an autoregressive model without beginning token.
@@ -185,6 +188,7 @@ def _check(lm, request: Request) -> None:
                         f"expected at most {lm.context}, what the model was trained on: shorten the prompt")
     if (request.prompt == mask).any() or (request.continuation == mask).any():
         raise UserError(f"prompt or continuation hold the mask token {mask}, which is never part of a text")
+    check_beginning(objective, lm.config.model, lm.special.end)
     if objective.causal and not objective.bos and not len(request.prompt):
         raise UserError("this autoregressive model has no beginning token: give it a prompt of at least one token")
 
@@ -252,6 +256,8 @@ class Keyed:
 def _measure(lm, requests: list[Request], name: str, draws: int, seed: int, greedy: bool,
              batch: int) -> list[tuple[Request, np.ndarray, bool | None]]:
     """Each request with its nats in every independent estimate, float64 `[U]`, and whether it is greedy."""
+    from bd3lm_jax.evaluation import greedy as greedy_decoding  # which needs Rows
+
     evaluate.check_draws(draws)
     if batch < 1:
         raise UserError(f"batch is {batch}, expected at least 1 row a pass")
@@ -272,7 +278,7 @@ def _measure(lm, requests: list[Request], name: str, draws: int, seed: int, gree
         if estimators.is_exact(lm.config):
             greedy_B = np.asarray(parts[0][1]).tolist()
         elif greedy:
-            greedy_B = _greedy(static, capacity, lm.params, rows).tolist()
+            greedy_B = greedy_decoding.writes(lm, capacity, rows, [requests[i].length for i in members]).tolist()
         for place, member in enumerate(members):
             found[member] = requests[member], nats_UxB[:, place], greedy_B[place]
     return [found[i] for i in range(len(requests))]
@@ -307,18 +313,15 @@ def _rows(requests: list[Request], length: int, size: int, mask: int) -> Rows:
     return Rows(tokens, segment, scored, np.array([request.noise for request in requests], np.uint32))
 
 
-class _Said(NamedTuple):
+class Predictions(NamedTuple):
     """What the network says of C places of every view `[B, M, C]`: -log p of the text's token and of the likeliest one,
-    loss weight (0 where not scored), and where in the row the place is."""
+    that token, loss weight (0 where not scored), and where in the row the place is."""
 
     loss_BxMxC: jax.Array
     best_BxMxC: jax.Array
+    token_BxMxC: jax.Array
     weight_BxMxC: jax.Array
     index_BxMxC: jax.Array
-
-    @property
-    def hit_BxMxC(self):
-        return self.loss_BxMxC <= self.best_BxMxC
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -329,13 +332,15 @@ def _views(model, objective, special, estimator, capacity: int, params, key, ind
 
     segments = rows.segment_BxL if objective.causal else jnp.where(rows.scored_BxL, rows.segment_BxL, 0)
     noised = jax.vmap(noise)(rows.noise_B, rows.tokens_BxL, segments)
-    said = _say(model, objective, special, capacity, params, noised, rows)
+    said = predictions(model, objective, special, capacity, params, noised, rows)
     nats_BxM = jnp.where(said.weight_BxMxC == 0, 0, said.loss_BxMxC * said.weight_BxMxC).sum(-1)
-    hit_B = (said.hit_BxMxC | (said.weight_BxMxC == 0)).all((1, 2))
+    text_BxMxL = jnp.broadcast_to(rows.tokens_BxL[:, None], noised.xt_BxMxL.shape)
+    hit_BxMxC = said.token_BxMxC == jnp.take_along_axis(text_BxMxL, said.index_BxMxC, axis=2)
+    hit_B = (hit_BxMxC | (said.weight_BxMxC == 0)).all((1, 2))
     return nats_BxM.reshape(len(nats_BxM), estimator.replicates, -1).mean(-1).T, hit_B
 
 
-def _say(model, objective, special, capacity: int, params, noised: Noised, rows: Rows) -> _Said:
+def predictions(model, objective, special, capacity: int, params, noised: Noised, rows: Rows) -> Predictions:
     if not objective.causal or objective.bos:  # else the weights also say which inputs the network may see
         weight = jnp.where(rows.scored_BxL[:, None], noised.weight_BxMxL, 0)
         noised = noised.replace(weight_BxMxL=weight, capacity=capacity)
@@ -348,47 +353,13 @@ def _say(model, objective, special, capacity: int, params, noised: Noised, rows:
         features_CxD, target_C = xs
         logits_CxV = jnp.dot(features_CxD, output.kernel_DxV.astype(features_CxD.dtype),
                              preferred_element_type=jnp.float32) + output.bias_V
-        lse_C = jax.nn.logsumexp(logits_CxV, axis=-1)
-        return lse_C - jnp.take_along_axis(logits_CxV, target_C[:, None], 1)[:, 0], lse_C - logits_CxV.max(-1)
+        lse_C, best_C = jax.nn.logsumexp(logits_CxV, axis=-1), logits_CxV.max(-1)
+        target_C = jnp.take_along_axis(logits_CxV, target_C[:, None], 1)[:, 0]
+        return lse_C - target_C, lse_C - best_C, first_best(logits_CxV)
 
     shape = scored.target_BxMxC.shape
     views = tuple(x.reshape(-1, *x.shape[2:]) for x in (scored.features_BxMxCxD, scored.target_BxMxC))
-    loss, best = (x.reshape(shape) for x in jax.lax.map(losses, views))  # the logits of one view at a time
+    found = (x.reshape(shape) for x in jax.lax.map(losses, views))  # the logits of one view at a time
     counted = jnp.take_along_axis(jnp.broadcast_to(rows.scored_BxL[:, None], noised.xt_BxMxL.shape),
                                   scored.index_BxMxC, axis=2)
-    return _Said(loss, best, jnp.where(counted, scored.weight_BxMxC, 0), scored.index_BxMxC)
-
-
-def _greedy(static, capacity: int, params, rows: Rows) -> np.ndarray:
-    """Whether greedy decoding writes the scored tokens, bool `[B]`.
-
-    One token a step: the most confident masked position of a block. As long as all tokens so far are the text's, every
-    block sees the text before it, so that all blocks decode at once.
-    """
-    masked_BxL, greedy_B = rows.scored_BxL, np.ones(len(rows.noise_B), bool)
-    while greedy_B.any() and masked_BxL.any():
-        masked_BxL, hit_B = _reveal(*static, capacity, params, masked_BxL, rows)
-        greedy_B &= np.asarray(hit_B)
-    return greedy_B
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _reveal(model, objective, special, capacity: int, params, masked_BxL, rows: Rows):
-    """One step of greedy decoding in every block: masks left `[B, L]`, whether the new tokens are the text's `[B]`."""
-    def blocks(x_BxL):
-        return x_BxL.reshape(len(x_BxL), -1, objective.block_size)
-
-    after_BxL = (rows.tokens_BxL == special.mask) & (rows.segment_BxL > 0)
-    level_BxK = (blocks(masked_BxL | after_BxL).sum(-1)
-                 / jnp.maximum(blocks(rows.scored_BxL | after_BxL).sum(-1), 1))
-    noised = Noised(xt_BxMxL=jnp.where(masked_BxL, special.mask, rows.tokens_BxL)[:, None],
-                    weight_BxMxL=masked_BxL[:, None].astype(jnp.float32),
-                    sigma_BxMxK=-jnp.log1p(-jnp.minimum(level_BxK, MASK_PROB_MAX))[:, None], capacity=capacity)
-    said = _say(model, objective, special, capacity, params, noised, rows)
-    at = jnp.arange(len(masked_BxL))[:, None], said.index_BxMxC[:, 0]
-    confidence_BxL = jnp.full(masked_BxL.shape, -jnp.inf).at[at].set(-said.best_BxMxC[:, 0])
-    hit_BxL = jnp.zeros(masked_BxL.shape, bool).at[at].set(said.hit_BxMxC[:, 0])
-    place_BxK = jnp.argmax(blocks(jnp.where(masked_BxL, confidence_BxL, -jnp.inf)), axis=-1)
-    new_BxKxS = (jnp.arange(objective.block_size) == place_BxK[..., None]) & blocks(masked_BxL)
-    new_BxL = new_BxKxS.reshape(masked_BxL.shape)
-    return masked_BxL & ~new_BxL, (hit_BxL | ~new_BxL).all(-1)
+    return Predictions(*found, jnp.where(counted, scored.weight_BxMxC, 0), scored.index_BxMxC)

@@ -102,6 +102,13 @@ def check_mask(objective: Any, mask_id: int) -> None:
             "which token is the mask: name it in config.json")
 
 
+def check_beginning(objective: Any, model: Any, end_id: int) -> None:
+    """UserError for a network that reads an end token before the first one where none is known (id below 0)."""
+    require(end_id >= 0 or not (getattr(objective, "bos", False) or getattr(model, "shifted", "") == "block"),
+            "this model reads its end token before the first one, and without a tokenizer nothing says which that is: "
+            "give it one (a tokenizer.json beside the weights)")
+
+
 def check_keys(path, published: dict, wanted: dict[str, type]) -> None:
     """UserError unless every key is there with its type; a whole number may stand for a float."""
     for key, kind in wanted.items():

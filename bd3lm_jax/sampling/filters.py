@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from bd3lm_jax.errors import UserError
 
 EXCLUDED = -jnp.inf
+SLACK = 1e-6  # relative: masses that differ by rounding alone count as equal
 
 
 class Filters(NamedTuple):
-    """temperature 0: the most probable token. top_k: only the k likeliest tokens. top_p: only the nucleus of that mass
-    (arXiv 1904.09751). min_p: only tokens at least that part as probable as the likeliest (arXiv 2407.01082).
-    repetition_penalty above 1: tokens of the row so far are less likely (CTRL, arXiv 1909.05858). None, or 1 for the
-    penalty: off."""
+    """temperature 0: the most probable token. top_k: only the k likeliest tokens. top_p: only the nucleus, the fewest
+    likeliest tokens that together have at least this probability (arXiv 1904.09751). min_p: only tokens at least that
+    part as probable as the likeliest (arXiv 2407.01082). repetition_penalty above 1: tokens of the row so far are less
+    likely (CTRL, arXiv 1909.05858). None, or 1 for the penalty: off."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -48,7 +49,8 @@ def penalise(logits_NxV, seen_NxV, penalty: float) -> jax.Array:
 def filter_logits(logits_NxV, filters: Filters) -> jax.Array:
     """Logits of the distribution that is drawn from: float32 `[N, V]`, -inf for excluded tokens.
 
-    Temperature first, then top-k, nucleus and min-p; the token that crosses `top_p` is kept. At temperature 0 only the
+    Temperature first, then top-k, nucleus and min-p; the token that crosses `top_p` is kept. Of equal logits those with
+    the lowest ids come first, so that top-k and nucleus hold as many tokens as they should. At temperature 0 only the
     most probable token remains.
     """
     logits = logits_NxV.astype(jnp.float32)
@@ -57,16 +59,25 @@ def filter_logits(logits_NxV, filters: Filters) -> jax.Array:
     logits = logits / filters.temperature
     if filters.top_k is not None and filters.top_k < logits.shape[-1]:
         threshold = jax.lax.top_k(logits, filters.top_k)[0][:, -1:]
-        logits = jnp.where(logits < threshold, EXCLUDED, logits)
+        logits = _first(logits, threshold, filters.top_k)
     if filters.top_p is not None and filters.top_p < 1:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         mass = jax.nn.softmax(ordered, axis=-1)
-        last = jnp.sum(jnp.cumsum(mass, axis=-1) - mass < filters.top_p, axis=-1, keepdims=True) - 1
-        logits = jnp.where(logits < jnp.take_along_axis(ordered, last, axis=-1), EXCLUDED, logits)
+        before = jnp.cumsum(mass, axis=-1) - mass
+        count = jnp.maximum(jnp.sum(before < filters.top_p * (1 - SLACK), axis=-1, keepdims=True), 1)
+        logits = _first(logits, jnp.take_along_axis(ordered, count - 1, axis=-1), count)
     if filters.min_p is not None:
-        least = jnp.max(logits, axis=-1, keepdims=True) + math.log(filters.min_p)
+        least = jnp.max(logits, axis=-1, keepdims=True) + math.log(filters.min_p) - SLACK
         logits = jnp.where(logits < least, EXCLUDED, logits)
     return logits
+
+
+def _first(logits_NxV, threshold_Nx1, count) -> jax.Array:
+    """The `count` largest logits, of which `threshold` is the smallest, others excluded; of equal ones the first."""
+    equal_NxV = logits_NxV == threshold_Nx1
+    room_Nx1 = count - jnp.sum(logits_NxV > threshold_Nx1, axis=-1, keepdims=True)
+    keep_NxV = (logits_NxV > threshold_Nx1) | (equal_NxV & (jnp.cumsum(equal_NxV, axis=-1) <= room_Nx1))
+    return jnp.where(keep_NxV, logits_NxV, EXCLUDED)
 
 
 def draw(keys_N, logits_NxV) -> jax.Array:

@@ -27,7 +27,8 @@ ENTROPY_TOKENS = 256  # the entropy test looks at so many last tokens (BD3-LM se
 class Settings(NamedTuple):
     """Static settings of a compiled sampler.
 
-    window: tokens are revealed in stretches of so many positions, left to right (a divisor of the block size). steps:
+    window: tokens are revealed in stretches of so many positions, left to right from the end of what is given at the
+    beginning of the block; the last one may be shorter. steps:
     grid of a window, for samplers that have one. min_entropy: nats below which a text is given up, or None. end_id: -1
     if there is none. draw_all: what draws a whole block jointly (see `sampling/constraint.py`), or None: every token
     on its own.
@@ -192,8 +193,9 @@ def _step(asked: Asked, request: Request, progress: Progress, block: Block, fini
     settings, sampler = asked.settings, asked.sampler
     keys = _call_keys(request, progress, block.calls) if keys_Sx2xB is None else keys_Sx2xB[block.calls]
     plan_keys, draw_keys = keys
-    window = _window(settings, block.masked)
-    written = (window & ~block.masked & ~_cut(settings, request.given, progress.block)
+    given = _cut(settings, request.given, progress.block)
+    window = _window(settings, block.masked, given)
+    written = (window & ~block.masked & ~given
                & writing(sampler, settings, block)[:, None])
     rows = Row(window & block.masked, written, block.confidence, block.level, block.index)
     plan = jax.vmap(lambda key, row: sampler.plan(key, row, settings.steps, request.threshold))(plan_keys, rows)
@@ -219,7 +221,7 @@ def _step(asked: Asked, request: Request, progress: Progress, block: Block, fini
                                                                    request.threshold))(rows, plan.reveal, said)
     canvas = jnp.where(shown, block.canvas.at[places].set(drawn), block.canvas)
     masked = (block.masked & ~shown) | plan.remask
-    same = (_window(settings, masked) == window).all(-1)  # a new window starts its clock anew
+    same = (_window(settings, masked, given) == window).all(-1)  # a new window starts its clock anew
     if sampler.redraw is None:
         canvas = jnp.where(plan.remask, settings.mask_id, canvas)
     return Block(canvas, masked, block.open,
@@ -234,15 +236,23 @@ def _draw(asked: Asked, request: Request, progress: Progress, block: Block, keys
     vocab = jnp.arange(logits_BxPxV.shape[-1])
     at = progress.block * settings.block_size + positions_BxP
     too_early = (at < request.earliest_end[:, None])[..., None] & (vocab == settings.end_id)
-    logits = jnp.where(request.forbidden | too_early, -jnp.inf, logits_BxPxV.astype(jnp.float32))
+    excluded = request.forbidden | too_early
+    here = jnp.take_along_axis(block.canvas, positions_BxP, axis=1)
+    logits = by = logits_BxPxV.astype(jnp.float32)
+    if asked.sampler.laws is not None:  # what filters go by, and what remains of it is drawn from
+        one_row = jax.vmap(asked.sampler.laws, (0, 0, None, None))
+        by, logits = jax.vmap(one_row, (0, 0, None, 0))(logits, here, ~request.forbidden, plan.level)
+    logits, by = (jnp.where(excluded, -jnp.inf, x) for x in (logits, by))
     log_total = jax.nn.logsumexp(logits, axis=-1) - jnp.log(vocab.shape[0] - 1)
     if settings.filters.repetition_penalty != 1:
-        logits = penalise(logits, _seen(asked, request, progress, block, vocab)[:, None],
-                          settings.filters.repetition_penalty)
+        seen = _seen(asked, request, progress, block, vocab)[:, None]
+        logits, by = (penalise(x, seen, settings.filters.repetition_penalty) for x in (logits, by))
     flat = logits.reshape(-1, logits.shape[-1])
-    filtered = filter_logits(flat, settings.filters).reshape(logits.shape)
+    filtered = filter_logits(by.reshape(flat.shape), settings.filters).reshape(logits.shape)
+    if asked.sampler.laws is not None:
+        left = jnp.where(filtered == -jnp.inf, -jnp.inf, logits / (settings.filters.temperature or 1.0))
+        filtered = jnp.where((left == -jnp.inf).all(-1, keepdims=True), filtered, left)
     if asked.sampler.redraw is not None:
-        here = jnp.take_along_axis(block.canvas, positions_BxP, axis=1)
         one_row = jax.vmap(asked.sampler.redraw, (0, 0, None, None, None))
         filtered = jax.vmap(one_row, (0, 0, None, 0, 0))(filtered, here, ~request.forbidden, plan.level,
                                                          plan.next_level)
@@ -287,14 +297,18 @@ def _seen(asked: Asked, request: Request, progress: Progress, block: Block, voca
     """Which tokens the row holds so far, bool `[B, V]`."""
     tokens = jax.lax.dynamic_update_slice_in_dim(progress.tokens, block.canvas,
                                                  progress.block * asked.settings.block_size, axis=1)
+    tokens = jnp.where(tokens < 0, asked.settings.mask_id, tokens)  # places that are none
     rows = jnp.arange(tokens.shape[0])[:, None]
     return jnp.zeros((tokens.shape[0], vocab_V.shape[0]), bool).at[rows, tokens].set(True)
 
 
-def _window(settings: Settings, masked_BxS):
+def _window(settings: Settings, masked_BxS, given_BxS):
     """The stretch of positions, bool `[B, S]`, that holds the first mask."""
+    if settings.window == settings.block_size:
+        return jnp.ones(masked_BxS.shape, bool)
+    start = jnp.cumprod(given_BxS, axis=1).sum(axis=1, keepdims=True)
     first = jnp.argmax(masked_BxS, axis=1, keepdims=True)
-    return jnp.arange(settings.block_size) // settings.window == first // settings.window
+    return (jnp.arange(settings.block_size) - start) // settings.window == (first - start) // settings.window
 
 
 def _positions(asked: Asked, reveal_BxS, window_BxS):
@@ -308,7 +322,8 @@ def _positions(asked: Asked, reveal_BxS, window_BxS):
         return jnp.argmax(reveal_BxS, axis=1)[:, None]
     if most < settings.window:
         return jax.lax.top_k(reveal_BxS.astype(jnp.int32), most)[1]
-    return jnp.argmax(window_BxS, axis=1)[:, None] + jnp.arange(settings.window)
+    first = jnp.minimum(jnp.argmax(window_BxS, axis=1), settings.block_size - settings.window)
+    return first[:, None] + jnp.arange(settings.window)
 
 
 def _cut(settings: Settings, x_BxL, block):

@@ -13,6 +13,9 @@ import jax
 import jax.numpy as jnp
 
 
+ROUNDING = 2.0**-16  # relative to the largest: what orders positions differs by more, or counts as equal
+
+
 class Row(NamedTuple):
     """One row's block before a step.
 
@@ -137,7 +140,7 @@ def rescaled(row, t, s, most, eta):
     return eta * most
 
 
-def by_confidence(row, t, s, most, eta):
+def by_probability(row, t, s, most, eta):
     """ReMDM-conf: the rescaled sigma shared out by softmax(-probability when drawn) over the written tokens; a masked
     position has none."""
     share = jnp.where(row.written, jnp.exp(-row.confidence), 0.0)
@@ -176,21 +179,21 @@ def every_mask(key, row: Row, steps: int, threshold) -> Plan:
     return Plan(row.masked, jnp.zeros_like(row.masked), level, level)
 
 
-def quota(order, row: Row, planned, said: Said, steps: int, threshold):
-    """The best by `order`, an equal number each of `steps` steps (LLaDA, arXiv 2502.09992; Dream, 2508.15487)."""
+def quota(ranks, row: Row, planned, said: Said, steps: int, threshold):
+    """The best by `ranks`, an equal number each of `steps` steps (LLaDA, arXiv 2502.09992; Dream, 2508.15487)."""
     count = jnp.ceil(planned.sum() / jnp.maximum(steps - row.index, 1) - 1e-4)
-    return planned & (_rank(order(said), planned) < count)
+    return planned & (ranks(said, planned) < count)
 
 
 def above_threshold(row: Row, planned, said: Said, steps: int, threshold):
     """All whose probability reaches the threshold, and always the likeliest (Fast-dLLM, arXiv 2505.22618)."""
-    return planned & ((said.confidence >= threshold) | (_rank(said.confidence, planned) == 0))
+    return planned & ((said.confidence >= threshold) | (by_confidence(said, planned) == 0))
 
 
 def factor(row: Row, planned, said: Said, steps: int, threshold):
     """Ranks r = 1, 2, ... while the r-th probability is at least 1 - f / (r + 1), f = threshold; always the first
     (Fast-dLLM, arXiv 2505.22618)."""
-    rank = _rank(said.confidence, planned)
+    rank = by_confidence(said, planned)
     bad = planned & (rank > 0) & (said.confidence < 1 - threshold / (rank + 2))
     return planned & (rank < jnp.min(jnp.where(bad, rank, planned.shape[0])))
 
@@ -198,7 +201,7 @@ def factor(row: Row, planned, said: Said, steps: int, threshold):
 def entropy_bound(row: Row, planned, said: Said, steps: int, threshold):
     """The most certain ones as long as the sum of their entropies less the largest is at most the threshold, in nats:
     a bound on what is lost by drawing them independently (EB-Sampler, arXiv 2505.24857)."""
-    rank = _rank(-said.entropy, planned)
+    rank = by_entropy(said, planned)
     entropy = jnp.where(planned, said.entropy, 0.0)
     before = jnp.sum(jnp.where(rank[None] < rank[:, None], entropy[None], 0.0), axis=1)
     return planned & ((before <= threshold) | (rank == 0))
@@ -238,24 +241,52 @@ def uniform_posterior(logits_V, token, letters_V, t, s):
     return jnp.where(letters_V, jnp.log(reached_V * ((1 - s) * jax.nn.softmax(logits_V) + s / count)), -jnp.inf)
 
 
-def score_posterior(scores_V, token, letters_V, t, s):
-    """Log-law of a token at noise level s given its letter at t, from log scores of each letter over it: SEDD's
-    denoising step on the uniform graph (Tweedie, arXiv 2310.16834, theorem 4.2), exact for exact scores.
+def score_laws(scores_V, token, letters_V, t):
+    """Log-laws of a letter given the others at noise level t, and of the letter without its noise, from the log scores
+    of each letter over the one that is there (Tweedie, SEDD, arXiv 2310.16834, theorem 4.2); exact for exact scores.
 
-    The scores, own letter 0, are in proportion to the law of x_t given the other tokens; taking the noise out of that
-    gives x0's, which `uniform_posterior` takes. At t = 1 nothing would be left: the grid begins at 1 - 1e-3, as
-    published.
+    The score of a letter over itself is 1, whatever the network says there. The scores are in proportion to the law of
+    x_t given the others; taking the noise out of it gives that of x0. At t = 1 nothing would be left: the grid begins
+    at 1 - 1e-3, as published.
     """
     own_V = jnp.arange(scores_V.shape[0]) == token
     noised_V = jax.nn.softmax(jnp.where(letters_V, jnp.where(own_V, 0.0, scores_V), -jnp.inf))
-    clean_V = jnp.maximum(noised_V - letters_V * t / letters_V.sum(), 0.0)
-    return uniform_posterior(jnp.log(clean_V), token, letters_V, t, s)
+    return jnp.log(noised_V), jnp.log(jnp.maximum(noised_V - letters_V * t / letters_V.sum(), 0.0))
 
 
 def _rank(score_S, planned_S):
     """Place of each planned position by falling score, from 0; ties go to the left; the others come last."""
     order = jnp.argsort(jnp.where(planned_S, -score_S, jnp.inf), stable=True)
     return jnp.argsort(order)
+
+
+def _near_rank(score_S, planned_S, scale):
+    """As `_rank`, where scores tie whose distances from the best round to the same multiple of ROUNDING * scale.
+
+    What a network says differs in its last bits with the shape of its batch. Scores that are equal but for these bits,
+    as those of an untrained network at all masks, then still go from left to right.
+    """
+    best = jnp.max(jnp.where(planned_S, score_S, -jnp.inf))
+    return _rank(-jnp.round((best - score_S) / (ROUNDING * scale)), planned_S)
+
+
+def by_confidence(said: Said, planned_S):
+    """Ranks of the positions by the probability of what was drawn."""
+    return _near_rank(said.confidence, planned_S, _largest(said.confidence, planned_S))
+
+
+def by_margin(said: Said, planned_S):
+    """Ranks by the difference of the two largest probabilities."""
+    return _near_rank(said.margin, planned_S, _largest(said.confidence, planned_S))
+
+
+def by_entropy(said: Said, planned_S):
+    """Ranks by entropy, the smallest first."""
+    return _near_rank(-said.entropy, planned_S, jnp.maximum(_largest(said.entropy, planned_S), 1.0))
+
+
+def _largest(x_S, planned_S):
+    return jnp.maximum(jnp.max(jnp.where(planned_S, x_S, 0.0)), 1e-30)
 
 
 def one(window: int, steps: int) -> int:
@@ -277,7 +308,7 @@ class Sampler(NamedTuple):
     """choose: None reveals all that is planned. most(window, steps): positions that a plan reveals at most, for which
     the network's head runs. idles: a step may reveal nothing, and then asks nothing. rewrites: written tokens may
     change until the last of `steps`. steps: what is usual, 0: one a position of the window. threshold: what is usual.
-    scores: needs a network that gives log scores.
+    scores: needs a network that gives log scores. laws: None, or what makes log-laws of them, see `score_laws`.
     redraw: None for samplers that write in the place of masks; else the canvas shows letters only, random ones at
     first, planned positions that are masked again keep theirs, and `redraw(logits [V], letter, allowed [V], level,
     next level)` gives the log-law of the next one."""
@@ -291,10 +322,11 @@ class Sampler(NamedTuple):
     threshold: float = 0.0
     scores: bool = False
     redraw: Callable | None = None
+    laws: Callable | None = None
 
 
-def _by(order) -> Sampler:
-    return Sampler(every_mask, functools.partial(quota, order))
+def _by(ranks) -> Sampler:
+    return Sampler(every_mask, functools.partial(quota, ranks))
 
 
 def _ancestral(grid) -> Sampler:
@@ -311,18 +343,18 @@ SAMPLERS = {
     "ancestral": _ancestral(uniform_grid),
     "ancestral_cosine": _ancestral(cosine_grid),
     "analytic": Sampler(every_mask_of_grid, analytic, steps=1000, scores=True),
-    "confidence": _by(lambda said: said.confidence),
-    "margin": _by(lambda said: said.margin),
-    "entropy": _by(lambda said: -said.entropy),
+    "confidence": _by(by_confidence),
+    "margin": _by(by_margin),
+    "entropy": _by(by_entropy),
     "threshold": Sampler(every_mask, above_threshold, threshold=0.9),
     "factor": Sampler(every_mask, factor, threshold=1.0),
     "entropy_bound": Sampler(every_mask, entropy_bound, threshold=0.1),
     "remdm_cap": _remdm(capped, 0.02),
     "remdm_rescale": _remdm(rescaled, 0.05),
-    "remdm_confidence": _remdm(by_confidence, 1.0),
+    "remdm_confidence": _remdm(by_probability, 1.0),
     "remdm_loop": _remdm(looped, 0.02, loop_grid),
     "uniform": Sampler(functools.partial(every_letter, 1.0), steps=1000, redraw=uniform_posterior),
     "uniform_scores": Sampler(functools.partial(every_letter, 1 - 1e-3), steps=1000, scores=True,
-                              redraw=score_posterior),
+                              redraw=uniform_posterior, laws=score_laws),
     "iterative": Sampler(iterative, rewrites=True, steps=10),
 }

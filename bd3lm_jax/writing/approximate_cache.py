@@ -9,6 +9,9 @@ that a pass over the whole canvas gave when the window was begun:
 
 Every new window begins with a pass over the whole canvas, which also is its first call. With one window nothing is out
 of date and both are exact.
+
+Windows are counted from the end of each row's prompt. So that all rows of a batch open theirs together,
+`prompts.aligned` puts places before and behind a canvas that are none: their id is NOWHERE, and nobody sees them.
 """
 
 import functools
@@ -25,6 +28,7 @@ from bd3lm_jax.sampling.generate import Finished
 from bd3lm_jax.writing.denoise import UNROLLED, sigma_of
 
 KINDS = ("prefix", "dual")
+NOWHERE = -1
 
 
 class Stored(NamedTuple):
@@ -38,7 +42,7 @@ class Stored(NamedTuple):
 class ApproximateDenoiser(NamedTuple):
     """A bidirectional model to a loop whose blocks are windows of a canvas: opening a block refreshes what is stored.
 
-    window: tokens of a block, a divisor of `length`, the tokens of the canvas. kind: one of KINDS. dtype: of what is
+    window: tokens of a block, a divisor of `length`, the places of the canvas. kind: one of KINDS. dtype: of what is
     stored, see `trunk.new_cache`. sigma_max: as `Objective.sigma_max`. The network is told the part of the canvas that
     is masked.
     """
@@ -58,17 +62,17 @@ class ApproximateDenoiser(NamedTuple):
     def prefill(self, params, ids_BxL, real_BxL, origin) -> Stored:
         """Nothing is computed yet. What is not `real` is a mask; origin is 0."""
         cache = trunk.new_cache(self.model, params, ids_BxL.shape[0], self.length, self.dtype)
-        return Stored(jnp.where(real_BxL, ids_BxL, self.mask_id), cache.replace(empty=False))
+        return Stored(jnp.where(real_BxL | (ids_BxL < 0), ids_BxL, self.mask_id), cache.replace(empty=False))
 
     def __call__(self, params, canvas_BxW, block, finished: Finished | None, positions_BxP, level_B, stored: Stored):
         start = block * self.window
         if finished is not None:
-            before = jnp.where(finished.real, finished.ids, self.mask_id)
+            before = jnp.where(finished.real | (finished.ids < 0), finished.ids, self.mask_id)
             row = jax.lax.dynamic_update_slice_in_dim(stored.row, before, jnp.maximum(start - self.window, 0), axis=1)
             stored = stored._replace(row=row)
         row = jax.lax.dynamic_update_slice_in_dim(stored.row, canvas_BxW, start, axis=1)
         if self.window < self.length:
-            level_B = jnp.mean(row == self.mask_id, axis=1, dtype=jnp.float32)
+            level_B = (row == self.mask_id).sum(1) / (row >= 0).sum(1)
         sigma = sigma_of(self.model, level_B, self.sigma_max)
         places = start + positions_BxP
         if finished is not None:
@@ -105,8 +109,10 @@ class ApproximateDenoiser(NamedTuple):
         """A pass over `count` tokens of the canvas from `first` on, those before `real_from` seen by nobody -> hidden
         states at `places`, and the cache with all of them stored."""
         ids = jax.lax.dynamic_slice_in_dim(row, first, count, axis=1)
-        position = jnp.broadcast_to(first + jnp.arange(count), ids.shape)
-        tokens = Stream(ids, position, jnp.zeros_like(ids), (position >= real_from).astype(jnp.int32), sigma)
+        slot, lead_Bx1 = first + jnp.arange(count), jnp.argmax(row >= 0, axis=1)[:, None]
+        seen = (slot >= real_from) & (ids >= 0)
+        tokens = Stream(jnp.maximum(ids, 0), jnp.maximum(slot - lead_Bx1, 0), jnp.zeros_like(ids),
+                        seen.astype(jnp.int32), sigma)
         out = trunk.hidden(self.model, params, noised=None, clean=tokens, cache=cache, write_at=first,
                            rule="bidirectional", block_size=self.length, execution=UNROLLED, dropout_keys=None)
         return jnp.take_along_axis(out.clean, (places - first)[..., None], axis=1), out.cache

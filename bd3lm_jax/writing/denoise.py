@@ -208,7 +208,8 @@ class Guided(NamedTuple):
         size = canvas_BxS.shape[1]
         def cut(at):
             return jax.lax.dynamic_slice_in_dim(self.prompt_BxL, jnp.maximum(at, 0) * size, size, axis=1)
-        canvas = jnp.concatenate([canvas_BxS, jnp.where(cut(block), self.mask_id, canvas_BxS)])
+        hidden = cut(block) & (canvas_BxS >= 0)  # below 0: places that are none (approximate_cache.py)
+        canvas = jnp.concatenate([canvas_BxS, jnp.where(hidden, self.mask_id, canvas_BxS)])
         if finished is not None:
             real = jnp.concatenate([finished.real, finished.real & ~cut(block - 1)])
             finished = Finished(jnp.concatenate([finished.ids] * 2), real)

@@ -19,8 +19,8 @@ from bd3lm_jax.sampling.constraint import Constraint, best_block, sample_block
 from bd3lm_jax.writing.approximate_cache import ApproximateDenoiser
 from bd3lm_jax.writing.denoise import AutoSizeDenoiser, BlockDenoiser, CausalDenoiser, Guided, ShiftedDenoiser
 from bd3lm_jax.writing.fit import WRITERS
-from bd3lm_jax.writing.options import Options, check_options, is_bidirectional
-from bd3lm_jax.writing.prompts import BUCKET, Rows, encode_prompts, prompt_rows
+from bd3lm_jax.writing.options import Options, check_options
+from bd3lm_jax.writing.prompts import BUCKET, Rows, aligned, encode_prompts, prompt_rows
 
 ROWS = 64  # rows a batch at most; fewer are padded to a power of two
 CHECK_EVERY = 32  # tokens between two looks for stop strings
@@ -59,7 +59,7 @@ def _write_batch(lm, options: Options, rows: Rows):
     count = len(rows.tokens)
     spare = (1 << (count - 1).bit_length()) - count
     rows = Rows(*(np.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1)) for x in rows))  # spare rows want 0 tokens
-    if is_bidirectional(lm) and rows.tokens.shape[1] > lm.config.block_size:
+    if lm.is_bidirectional and rows.tokens.shape[1] > lm.config.block_size:
         if options.constraint is not None:
             raise UserError(f"a constraint works within {lm.config.block_size} tokens, all that this model sees")
         result = _slide(lm, options, rows)
@@ -71,6 +71,8 @@ def _write_batch(lm, options: Options, rows: Rows):
 def _write_rows(lm, options: Options, rows: Rows, turn: int):
     """One pass of the loop over the blocks of the rows; between stretches of blocks a look for stop strings (blocks of
     chosen sizes: `finish` alone looks for them)."""
+    places = rows.tokens.shape[1]
+    rows, lead_B = aligned(rows, options)
     job = begin(lm, options, rows, turn)
     size = job.plan.settings.block_size
     progress, blocks = job.progress, rows.tokens.shape[1] // size
@@ -83,7 +85,8 @@ def _write_rows(lm, options: Options, rows: Rows, turn: int):
         for until in range(job.first_block, blocks + CHECK_EVERY, max(1, CHECK_EVERY // size)):
             progress = job.run(progress, min(until, blocks))
             progress = _stop_at_strings(lm, options, rows, progress, size)
-    return tuple(np.asarray(x) for x in (progress.tokens, progress.stopped, progress.nfe))
+    tokens = np.take_along_axis(np.asarray(progress.tokens), lead_B[:, None] + np.arange(places), axis=1)
+    return tokens, np.asarray(progress.stopped), np.asarray(progress.nfe)
 
 
 def _stop_at_strings(lm, options: Options, rows: Rows, progress: Progress, size: int) -> Progress:
@@ -169,7 +172,7 @@ def make_plan(lm, options: Options, row_length: int) -> Plan:
     if options.block_size == auto_size.AUTO:
         sizes = auto_size.Sizes(lm.config.trained_sizes, options.block_confidence)
         size = sizes.sizes[-1]
-    window = size if sizes else options.block_size or size
+    window = size if sizes else min(options.block_size or size, size)
     draw_all = None
     if options.constraint is not None:
         draw_all = sample_block if options.temperature else best_block

@@ -3,8 +3,10 @@
 import dataclasses
 from typing import Any
 
+from bd3lm_jax import synonyms
 from bd3lm_jax.errors import UserError, lookup, nearest
 from bd3lm_jax.models import cache
+from bd3lm_jax.published.leaf import check_beginning
 from bd3lm_jax.sampling import Filters
 from bd3lm_jax.sampling.auto_size import AUTO
 from bd3lm_jax.sampling.filters import check_filters
@@ -18,8 +20,9 @@ class Options:
 
     sampler: one of `fit.WRITERS`. temperature, top_k, top_p, min_p, repetition_penalty: see
     `sampling/filters.py`. forbidden: ids never drawn. steps, threshold: of the sampler; None: its usual ones.
-    block_size: what the model was trained with, or for a bidirectional model (MDLM) the stretch that is written at a
-    time, left to right; None: all of it (a model trained with several sizes: any of them, None its usual one, or
+    block_size: what the model was trained with, or for a bidirectional model (MDLM, LLaDA) the stretch that is written
+    at a time, left to right from the end of the prompt, the last one shorter where the length asks for it; None: all of
+    it (a model trained with several sizes: any of them, None its usual one, or
     "auto", see `sampling/auto_size.py`). block_confidence: of "auto", how sure the model must be for a larger block.
     stop: strings that end a text. min_length: new tokens before an end token.
     min_entropy: a text whose last 256 tokens have a lower unigram entropy (nats) is given up; the paper uses 4.
@@ -63,7 +66,9 @@ def make_options(**options) -> Options:
     known = [field.name for field in dataclasses.fields(Options)]
     for name in options:
         if name not in known:
-            raise UserError(f"unknown option '{name}': {nearest(name, known)}")
+            usual = synonyms.flag(name, (*known, "length", "num"))  # with those of `LM.generate` itself
+            raise UserError(f"unknown option '{name}': "
+                            + (f"did you mean '{usual}'?" if usual else nearest(name, known)))
     for name in ("stop", "forbidden"):  # lists from callers become hashable
         if name in options:
             value = options[name]
@@ -107,15 +112,16 @@ def check_options(lm, options: Options) -> None:
         raise UserError("stop strings need a tokenizer, and this checkpoint has none")
     if any(not text for text in options.stop):
         raise UserError("a stop string is empty, expected at least one character")
+    check_beginning(lm.config.diffusion, lm.config.model, lm.special.end)
 
 
 def _check_block_size(lm, options: Options) -> None:
     asked, size = options.block_size, lm.config.block_size
     if asked == AUTO and lm.config.diffusion.kind == "mixed":
         _check_auto_size(options)
-    elif is_bidirectional(lm):
-        if asked is not None and not (isinstance(asked, int) and asked > 0 and size % asked == 0):
-            raise UserError(f"block_size is {asked}, expected a divisor of {size}")
+    elif lm.is_bidirectional:
+        if asked is not None and not (isinstance(asked, int) and 0 < asked <= lm.context):
+            raise UserError(f"block_size is {asked}, expected 1 to {lm.context}, tokens that are written at a time")
     elif asked not in (None, size):
         raise UserError(f"block_size is {asked}, expected {size}, the one it was trained with")
 
@@ -135,15 +141,10 @@ def _check_approximate_cache(lm, options: Options) -> None:
     if not options.approximate_cache:
         return
     lookup(dict.fromkeys(KINDS), options.approximate_cache, "approximate_cache")
-    if not is_bidirectional(lm):
+    if not lm.is_bidirectional:
         kind = "an autoregressive" if lm.config.diffusion.causal else "a block"
         raise UserError(f"approximate_cache is for bidirectional models (block size = length): the cache of {kind} "
                         "model is exact, leave it out")
     if options.block_size is None:
         raise UserError("approximate_cache keeps keys and values while a window is written: give its tokens as "
-                        f"block_size, a divisor of {lm.config.block_size}")
-
-
-def is_bidirectional(lm) -> bool:
-    """Whether one block is all that the model ever sees (MDLM)."""
-    return not lm.config.diffusion.causal and lm.config.block_size >= lm.context
+                        f"block_size, 1 to {lm.context}")

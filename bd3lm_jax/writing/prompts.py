@@ -7,7 +7,8 @@ import numpy as np
 
 from bd3lm_jax.data.texts import encode_continuation
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.writing.options import Options, is_bidirectional
+from bd3lm_jax.writing.approximate_cache import NOWHERE
+from bd3lm_jax.writing.options import Options
 
 BUCKET = 64  # rows of tokens and prompts are padded to multiples of this, so that few lengths compile
 
@@ -119,5 +120,20 @@ def _forced_tokens(lm, forced: Mapping, prompt: int, length: int) -> dict[int, i
 
 def padded_length(lm, length: int) -> int:
     """Tokens a row is padded to: whole blocks, few different numbers of them."""
-    unit = lm.config.block_size * (1 if is_bidirectional(lm) else max(1, BUCKET // lm.config.block_size))
+    unit = lm.config.block_size * (1 if lm.is_bidirectional else max(1, BUCKET // lm.config.block_size))
     return -(-length // unit) * unit
+
+
+def aligned(rows: Rows, options: Options) -> tuple[Rows, np.ndarray]:
+    """The rows with a window beginning where each prompt ends, and how many places `[B]` that has put before them."""
+    length, window = rows.tokens.shape[1], options.block_size
+    if not options.approximate_cache or window >= length:
+        return rows, np.zeros(len(rows.tokens), np.int32)
+    lead_B = (-np.cumprod(rows.given, axis=1).sum(1) % window).astype(np.int32)
+    size = -(-(length + lead_B.max()) // window) * window
+    place_BxL = np.arange(size) - lead_B[:, None]
+    inside_BxL, at_BxL = (place_BxL >= 0) & (place_BxL < length), np.clip(place_BxL, 0, length - 1)
+    tokens, given = (np.take_along_axis(x, at_BxL, axis=1) for x in (rows.tokens, rows.given))
+    return rows._replace(tokens=np.where(inside_BxL, tokens, NOWHERE).astype(np.int32), given=given | ~inside_BxL,
+                         length=np.where(rows.length > 0, rows.length + lead_B, 0).astype(np.int32),
+                         earliest_end=rows.earliest_end + lead_B), lead_B

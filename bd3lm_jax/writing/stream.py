@@ -20,7 +20,7 @@ from bd3lm_jax.sampling.generate import close_block, open_block, reveal, writing
 from bd3lm_jax.writing import generation
 from bd3lm_jax.writing.generation import Sample
 from bd3lm_jax.writing.options import Options, check_options
-from bd3lm_jax.writing.prompts import Rows, encode_prompts, prompt_rows
+from bd3lm_jax.writing.prompts import Rows, aligned, encode_prompts, prompt_rows
 
 MASK_SIGN, END_SIGN = "░", "∎"
 
@@ -79,7 +79,7 @@ def stream(lm, prompts: Sequence | None, num: int, length: int, options: Options
     prompts = encode_prompts(lm, prompts, num, length, options.window)
     if len(prompts) > generation.ROWS:
         raise UserError(f"{len(prompts)} texts are asked for, expected at most {generation.ROWS} to watch at a time")
-    if length > lm.context and lm.config.block_size >= lm.context:
+    if length > lm.context and lm.is_bidirectional:
         raise UserError(f"length is {length}: a bidirectional model is watched up to {lm.context} tokens, what it was "
                         "trained on; generate writes longer texts")
     rows = prompt_rows(lm, prompts, length, options)
@@ -119,13 +119,15 @@ def steps(lm, options: Options, rows: Rows, begins: Sequence[int]) -> Iterator[E
 
     A step brings an event for each row that it changed, and the last step of a block one for every row of it.
     """
+    rows, lead_B = aligned(rows, options)
+    begins = np.asarray(begins) + lead_B
     job = generation.begin(lm, options, rows, 0)
     size, progress, block = job.plan.settings.block_size, job.progress, job.first_block
     ask = _programs(lm, job, options)
     tokens, stopped = np.asarray(progress.tokens), np.zeros(len(rows.tokens), np.int32)
     views = [_View(lm, options, rows, i, begin, size) for i, begin in enumerate(begins)]
-    for view in views:
-        yield view.first(block, tokens)
+    for view, lead in zip(views, lead_B):
+        yield _moved(view.first(block, tokens), int(lead))
     while (writing := (stopped == 0) & (block * size < rows.length)).any():
         here = np.s_[:, block * size:(block + 1) * size]
         wanted = ~rows.given[here] & writing[:, None]
@@ -141,7 +143,7 @@ def steps(lm, options: Options, rows: Rows, begins: Sequence[int]) -> Iterator[E
             for i in shown:
                 event = views[i].event(block, step, before, after, over, wanted, tokens, stopped[i])
                 if event.revealed or event.remasked or over:
-                    yield event
+                    yield _moved(event, int(lead_B[i]))
             before = after
         block += 1
 
@@ -157,6 +159,14 @@ def _calls(job: generation.Job, ask: "_Asks", progress):
 
 def _writing(job: generation.Job, block) -> bool:
     return bool(writing(SAMPLERS[job.plan.sampler], job.plan.settings, block).any())
+
+
+def _moved(event: Event, lead: int) -> Event:
+    """An event with places counted from the `lead`-th on, where the text begins."""
+    start = max(event.start - lead, 0)
+    return event._replace(start=start, canvas=event.canvas[start + lead - event.start:],
+                          revealed=[place - lead for place in event.revealed],
+                          remasked=[place - lead for place in event.remasked])
 
 
 class _Seen(NamedTuple):

@@ -1,6 +1,7 @@
 """Likelihood of continuations against enumeration and the chain rule, masks that depend on nothing but their place."""
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -136,28 +137,35 @@ def test_scores_do_not_depend_on_batch_order_or_padding(objective, monkeypatch):
         assert np.abs([x.nats for x in score(lm, given, seed=1)] - expected).max() > 0.1
 
 
-@jax.jit
-def draw_masks(key, index, segments_L):
-    keyed = conditional.Keyed(dataclasses.replace(masked(4), complement=True))
+@functools.partial(jax.jit, static_argnums=3)
+def draw_masks(key, index, segments_L, size=4):
+    keyed = conditional.Keyed(dataclasses.replace(masked(size), complement=True))
     noised = keyed.noised(key, index, 1, jnp.zeros(24, int), segments_L, SpecialIds(MASK, END))
     return noised.xt_BxMxL == MASK
 
 
-def hidden(start, stop, prompt_noise=7, index=0):
+def hidden(start, stop, prompt_noise=7, index=0, size=4):
     """Which places are masked in every view, bool `[M, L]`, for a continuation at start..stop-1."""
     segments = (np.arange(24) >= start) & (np.arange(24) < stop)
-    return np.asarray(draw_masks(jax.random.key(prompt_noise), index, segments.astype(np.int32)))
+    return np.asarray(draw_masks(jax.random.key(prompt_noise), index, segments.astype(np.int32), size))
 
 
 def test_continuations_of_a_prompt_share_their_masks():
     short, long = hidden(6, 13), hidden(6, 19)
     np.testing.assert_array_equal(short[:, :12], long[:, :12])  # whole blocks of both
     np.testing.assert_array_equal(hidden(2, 9)[:, :8], long[:, 4:12])  # places count from the first block on
+    assert np.any(hidden(3, 10)[:, 3:10] != hidden(2, 9)[:, 2:9])  # other tokens in a block: other masks
     assert np.any(long != hidden(6, 19, prompt_noise=8)) and np.any(long != hidden(6, 19, index=1))
     assert not long[:, :6].any() and not long[:, 19:].any()
     pairs = np.concatenate([hidden(0, 24, index=i)[::2] for i in range(6)])
     assert len(np.unique(pairs, axis=0)) == 12  # two in each of six draws, all of them independent
     np.testing.assert_array_equal(long[::2] | long[1::2], long.any(0, keepdims=True).repeat(2, 0))  # complements
+
+
+@pytest.mark.parametrize("start", [3, 8, 15])
+def test_in_one_block_a_row_every_shift_shares_the_masks(start):
+    shifted = hidden(start, start + 7, size=24)[:, start:start + 7]
+    np.testing.assert_array_equal(shifted, hidden(2, 9, size=24)[:, 2:9])
 
 
 def test_levels_spread_over_blocks():
@@ -194,26 +202,6 @@ def test_normalisation():
     again = conditional.choose(lm, LETTERS.encode(prompt), ids, normalise="byte", estimator="exact", draws=1, seed=0,
                                batch=4)
     assert (again.index, again.margin) == (found.index, pytest.approx(found.margin))
-
-
-def decode(lm, prompt, length):
-    """Greedy decoding of whole blocks: the most confident position first."""
-    text = np.concatenate([prompt, np.full(CONTEXT - len(prompt), MASK)]).astype(np.int32)
-    for end in range(lm.config.block_size, length + 1, lm.config.block_size):
-        while (left := np.flatnonzero(text[:end] == MASK)).size:
-            found = log_p(lm, text, text)
-            place = left[np.argmax(found[left].max(-1))]
-            text[place] = found[place].argmax()
-    return text[len(prompt):length]
-
-
-@pytest.mark.parametrize("objective", [masked(4), masked(CONTEXT)])
-def test_greedy_is_what_decoding_writes(objective):
-    lm, prompt = make_lm(objective), make_ids(19 if objective.block_size == CONTEXT else 6, seed=5)
-    best = decode(lm, prompt, CONTEXT if objective.block_size == CONTEXT else 16)
-    wrong = [np.where(np.arange(len(best)) == i, (best + 1) % MASK, best) for i in range(len(best))]
-    found = score(lm, [(prompt, x) for x in [best, *wrong]], draws=1, greedy=True, batch=16)
-    assert [x.greedy for x in found] == [True] + [False] * len(wrong)
 
 
 # ---- texts

@@ -54,6 +54,28 @@ def test_nucleus_is_the_published_one_and_the_token_that_crosses(top_p):
         np.testing.assert_allclose(ours, np.where(kept, plain_V, 0) / plain_V[kept].sum(), atol=1e-6)
 
 
+def by_a_loop(logits_V, top_k=None, top_p=None, min_p=None):
+    """Which tokens stay, one after the other by falling probability and rising id, in float64."""
+    p = special.softmax(np.asarray(logits_V, np.float64))
+    order = sorted(range(len(p)), key=lambda i: (-logits_V[i], i))[:top_k]
+    total, kept = sum(p[i] for i in order), []
+    for i in order:
+        if top_p is None or not kept or sum(p[j] for j in kept) / total < top_p - 1e-9:
+            kept.append(i)
+    return {i for i in kept if min_p is None or p[i] >= min_p * p.max() * (1 - 1e-7)}
+
+
+@pytest.mark.parametrize("setting", [{"top_p": 0.5}, {"top_p": 0.9}, {"top_p": 0.25}, {"top_p": 1e-3}, {"top_k": 1},
+                                     {"top_k": 3}, {"top_k": 7}, {"min_p": 0.5}, {"min_p": 1.0}, {"min_p": 0.25},
+                                     {"top_k": 5, "top_p": 0.5}, {"top_k": 6, "top_p": 0.4, "min_p": 0.5}])
+def test_ties_go_to_the_first(setting):
+    """Flat logits and logits of few values, so that the border always runs between equals."""
+    steps = np.log(2) * np.random.default_rng(0).integers(0, 3, size=(40, 10))
+    for logits_V in [*steps.astype(np.float32), *(np.full(n, 3.7, np.float32) for n in (2, 3, 4, 10, 100, 1000, 3001))]:
+        found = np.flatnonzero(np.asarray(filter_logits(jnp.asarray(logits_V[None]), Filters(**setting)))[0] > -np.inf)
+        assert set(found.tolist()) == by_a_loop(logits_V, **setting)
+
+
 def test_nucleus_at_the_ends():
     np.testing.assert_array_equal(probabilities(LOGITS_NxV, top_p=1.0), probabilities(LOGITS_NxV))
     smallest = probabilities(LOGITS_NxV, top_p=1e-6)

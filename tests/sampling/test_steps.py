@@ -235,6 +235,23 @@ def test_candidates_are_all_masks_and_ties_go_to_the_left(sampler):
     np.testing.assert_array_equal(shown, [False, True, False, False, False])
 
 
+@pytest.mark.parametrize("sampler", CHOOSERS)
+@pytest.mark.parametrize("level", [1e-5, 0.01, 0.5, 1.0])
+def test_rounding_does_not_order_positions(sampler, level):
+    """Groups of positions of which the network says the same but for the last bits, as an untrained one does."""
+    draw, size = np.random.default_rng(0), 12
+    group = draw.integers(0, 3, (200, size))
+    planned, index = np.ones((200, size), bool), np.zeros(200, int)
+    plain = [np.array([level, 0.7 * level, 0.4 * level])[group], np.array([0.3, 0.2, 0.1])[group] * level,
+             np.array([0.1, 0.7, 7.0])[group]]
+    noisy = [x + draw.uniform(-3e-7, 3e-7, x.shape) * scale
+             for x, scale in zip(plain, (level, level, np.maximum(plain[2], 1)))]
+    threshold = np.full(200, 0.37, np.float32)  # none of the sums of entropies, which 0.3 is
+    expected, found = (np.asarray(choose(sampler, planned, Said(*(np.float32(x) for x in said)), 5, index, threshold))
+                       for said in (plain, noisy))
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_registry():
     """What is compiled differently: samplers that need few positions of the head, those with steps that do nothing,
     those that look at the output, and those that change what they wrote."""

@@ -13,8 +13,9 @@ from toy_lm import MASK as LM_MASK
 from toy_lm import make_lm
 
 from bd3lm_jax.diffusion import Uniform
-from bd3lm_jax.sampling import SAMPLERS, Asked, start
+from bd3lm_jax.sampling import SAMPLERS, Asked, Filters, start
 from bd3lm_jax.sampling.generate import open_block, reveal
+from bd3lm_jax.sampling.steps import Plan
 
 KINDS, SIZE, STEPS = 3, 2, 3  # ids 0, 1, 2 and the mask, 3
 TABLE = np.random.default_rng(2).normal(size=(SIZE, KINDS, KINDS)) * 1.5
@@ -86,6 +87,43 @@ def score_laws():
         law = np.einsum("ab,iab,jab->ij", law, joint.sum(1), joint.sum(0))
         found.append(law.ravel())
     return found
+
+
+PRIOR, OWN, HALF, QUARTER = np.array([0.7, 0.2, 0.1]), 2, 0.5, 0.25  # x_t is letter 2 at t = 1/2; next: s = 1/4
+
+
+def next_letters(junk, count=20_000, **filters):
+    """How often each letter is drawn next, from exact scores with `junk` in the place of the own one."""
+    noised = PRIOR @ jump(1 - HALF)
+    scores = np.where(np.arange(KINDS) == OWN, junk, np.log(noised / noised[OWN]))
+    logits = jnp.asarray([*scores, 9.0], jnp.float32)
+
+    def plan(key, row, steps, threshold):
+        return Plan(row.masked, row.masked, jnp.float32(HALF), jnp.float32(QUARTER))
+
+    asked = Asked(lambda canvas, block, finished, positions, level, cache: (
+        jnp.broadcast_to(logits, (count, 1, KINDS + 1)), cache),
+        SAMPLERS["uniform_scores"]._replace(plan=plan), settings(2, size=1)._replace(filters=Filters(**filters)))
+    request = make_request(row_keys(count), 1)
+    progress = start(asked, request, jnp.zeros((count, 1), int), 0, jnp.zeros(()))
+    block = open_block(asked, request, progress)[0]._replace(canvas=jnp.full((count, 1), OWN))
+    drawn = reveal(asked, request, progress, block, jnp.zeros(())).canvas
+    return np.bincount(np.asarray(drawn)[:, 0], minlength=KINDS)
+
+
+@pytest.mark.parametrize("junk", [-4.0, 0.0, 4.0])
+@pytest.mark.parametrize("filters, stay", [({}, 3), ({"top_p": 0.9}, 3), ({"top_p": 0.6}, 2), ({"top_p": 0.5}, 1),
+                                           ({"top_k": 2}, 2), ({"min_p": 0.5}, 2), ({"temperature": 0.0}, 1),
+                                           ({"temperature": 0.5}, 3)])
+def test_filters_of_scores_do_not_read_the_own_one(junk, filters, stay):
+    """Which letters x0 may be goes by the exact law of x_t given the others, (.517, .267, .217); the letter is drawn
+    from the posterior given that x0 is one of them. Without a filter, and with top_p = .9: (.312, .120, .568)."""
+    prior = np.where(np.arange(KINDS) < stay, PRIOR, 0.0) ** (1 / (filters.get("temperature") or 1.0))
+    law = one_step(OWN, prior / prior.sum(), 1 - HALF, 1 - QUARTER)
+    if stay == 3 and "temperature" not in filters:
+        np.testing.assert_allclose(law, [0.312, 0.120, 0.568], atol=5e-4)
+    found = next_letters(junk, **filters)
+    assert stats.chisquare(found, found.sum() * law).pvalue > 1e-3
 
 
 def blocks(keys_B, ask=network, sampler="uniform"):

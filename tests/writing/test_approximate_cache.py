@@ -192,9 +192,9 @@ def test_a_smaller_dtype_rounds_what_is_stored():
 @pytest.mark.parametrize("objective, options, message", [
     (masked(4), {}, "approximate_cache is for bidirectional models .*the cache of a block model is exact"),
     (AR(bos=True), {}, "the cache of an autoregressive model is exact"),
-    (masked(CONTEXT), {}, "give its tokens as block_size, a divisor of 24"),
+    (masked(CONTEXT), {}, "give its tokens as block_size, 1 to 24"),
     (masked(CONTEXT), {"approximate_cache": "suffix", "block_size": 4}, "unknown approximate_cache 'suffix'"),
-    (masked(CONTEXT), {"block_size": 5}, "block_size is 5, expected a divisor of 24"),
+    (masked(CONTEXT), {"block_size": 25}, "block_size is 25, expected 1 to 24"),
     (masked(CONTEXT), {"block_size": 4, "sampler": "remdm_cap"}, "rewrites the whole block")])
 def test_what_has_no_approximate_cache(objective, options, message):
     with pytest.raises(UserError, match=message) as error:

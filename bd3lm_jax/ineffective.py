@@ -1,0 +1,97 @@
+"""Config keys that another key switches off: which, by which, and the value that says so.
+
+RULES is the whole list. A key that is set to something else where it has no effect is an error of new configs, never of
+those that run directories of earlier versions hold (`Config.from_dict(stored=True)`).
+"""
+
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bd3lm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from bd3lm_jax.config import Config
+
+
+class Rule(NamedTuple):
+    """key: "section.name". unused: its value where it has no effect. by: the key that decides. off: whether it has no
+    effect in a config that has the key. preset: configs leave other values behind when a user changes the deciding
+    key, so that it is an error only of the command line that names the key itself."""
+
+    key: str
+    unused: Any
+    by: str
+    off: Callable[["Config"], bool]
+    preset: bool = False
+
+
+def _off(key: str, unused: Any, by: str, *used_with: Any, kinds: Collection[str] = (), preset: bool = False) -> Rule:
+    """A key that has an effect only with these values of another one (kinds: a rule of these kinds of section)."""
+    section = key.partition(".")[0]
+
+    def off(config: "Config") -> bool:
+        return (not kinds or getattr(config, section).kind in kinds) and value_of(config, by) not in used_with
+    return Rule(key, unused, by, off, preset)
+
+
+def value_of(config: "Config", key: str) -> Any:
+    """The value of "section.name"; None where there is no such key."""
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name, None)
+
+
+LOCAL = ("text", "jsonl", "sft")
+MASKED = ("masked", "cap", "mixed")
+RULES = (
+    _off("diffusion.schedule", "loglinear", "diffusion.corruption", "bernoulli", kinds=MASKED),
+    _off("diffusion.eps", 1e-3, "diffusion.corruption", "bernoulli", kinds=MASKED),
+    Rule("diffusion.eps", 1e-3, "diffusion.clip_low", lambda config: config.diffusion.kind in MASKED
+         and config.noise.adapt == "none" and (value_of(config, "diffusion.clip_low") or 0) >= config.diffusion.eps),
+    _off("diffusion.weight", 2.0, "diffusion.hard", False, kinds=("priority",)),
+    *(_off(f"noise.clip_{name}", unused, "noise.adapt", "clip")
+      for name, unused in (("widths", (0.5, 0.6, 0.7, 0.8, 0.9)), ("stride", 0.05), ("batches", 1))),
+    _off("noise.count_floor", 0.1, "noise.adapt", "counts"),
+    _off("noise.count_decay", 0.99, "noise.adapt", "counts", "running_loss"),
+    Rule("train.lora_alpha", 16.0, "train.lora_rank", lambda config: config.train.lora_rank == 0),
+    Rule("train.anneal_steps", 0, "diffusion.block_size",
+         lambda config: config.diffusion.block_size == 1 and not config.diffusion.causal, preset=True),
+    _off("optim.decay_fraction", 0.2, "optim.schedule", "wsd", preset=True),
+    _off("optim.final_lr_fraction", 0.0, "optim.schedule", "cosine", "wsd", preset=True),
+    _off("model.cond_dim", 128, "model.adaln", True, kinds=("dit",), preset=True),
+    *(Rule(key, unused, "model.local_layers", lambda config: config.model.local_layers == ())
+      for key, unused in (("model.window", 64), ("model.local_rope_base", 10_000.0))),
+    Rule("model.rope_base", 160_000.0, "model.local_layers", lambda config: config.model.kind == "modernbert"
+         and len(set(config.model.local_layers)) == config.model.layers),
+    _off("data.path", "", "data.source", *LOCAL, "tfds", "mixture"),
+    _off("data.name", "", "data.source", "text", "sft", "tfds", "mixture"),
+    _off("data.field", "text", "data.source", "jsonl", "tfds", "mixture"),
+    _off("data.valid_fraction", 0.01, "data.source", *LOCAL, "tfds", "mixture", preset=True),
+    Rule("eval.sample_length", 256, "eval.samples", lambda config: config.eval.samples == 0, preset=True),
+    Rule("eval.draws", 1, "diffusion.kind", lambda config: config.diffusion.causal, preset=True),
+    *(Rule(key, unused, "diffusion.kind", lambda config: not _has_bound(config), preset=True)
+      for key, unused in (("eval.draws", 1), ("eval.rows", 4096), ("eval.report_rows", 0),
+                          ("checkpoint.keep_best", 1))),
+)
+
+
+def _has_bound(config: "Config") -> bool:
+    objective = config.diffusion
+    return objective.causal or objective.masks or objective.bound is not None
+
+
+def keys(config: "Config") -> set[str]:
+    """The keys of a config that have no effect there."""
+    return {rule.key for rule in RULES if value_of(config, rule.key) is not None and rule.off(config)}
+
+
+def check(config: "Config", named: Collection[str] = ()) -> None:
+    """UserError for a key that is set and has no effect.
+
+    named: keys that a command line sets, for which rules about what presets leave behind hold as well.
+    """
+    for rule in RULES:
+        value = value_of(config, rule.key)
+        if value in (None, rule.unused) or rule.preset and rule.key not in named or not rule.off(config):
+            continue
+        raise UserError(f"{rule.key}={value!r} has no effect with {rule.by}={value_of(config, rule.by)!r}: use "
+                        f"{rule.unused!r}, or another {rule.by}")

@@ -1,0 +1,88 @@
+"""Names that others use lead to ours."""
+
+import copy
+
+import pytest
+from absl import flags
+
+from bd3lm_jax import synonyms
+from bd3lm_jax.config import Config, flatten
+from bd3lm_jax.errors import UserError
+from bd3lm_jax.writing.options import make_options
+from configs import common, tiny
+from launch import eval as eval_command
+from launch import sample, train
+from launch.arguments import load_config, parse_flags
+
+
+@pytest.mark.parametrize("given, ours", [
+    ("optim.learning_rate", "optim.lr"), ("train.learning_rate", "optim.lr"), ("learning_rate", "optim.lr"),
+    ("train.batch_size", "train.batch"), ("batch_size", "train.batch"), ("data.seq_len", "data.length"),
+    ("model.max_length", "data.length"), ("data.max_seq_len", "data.length"), ("model.num_layers", "model.layers"),
+    ("model.n_layer", "model.layers"), ("model.hidden_size", "model.width"), ("model.d_model", "model.width"),
+    ("model.num_heads", "model.heads"), ("model.n_heads", "model.heads"), ("optim.ema_decay", "optim.ema"),
+    ("train.ema", "optim.ema"), ("train.max_steps", "train.steps"), ("train.num_steps", "train.steps"),
+    ("train.epochs", "train.steps"), ("optim.warmup", "optim.warmup_steps"), ("train.warmup", "optim.warmup_steps"),
+    ("train.seed", "seed"), ("data.random_seed", "seed"), ("data.vocab_size", "model.vocab_size"),
+    ("train.dropout", "model.dropout"), ("model.dropout_rate", "model.dropout"), ("optim.wd", "optim.weight_decay"),
+    ("optim.grad_clip", "optim.clip_norm"), ("train.gradient_accumulation_steps", "compute.microbatch"),
+    ("optim.Learning-Rate", "optim.lr"), ("compute.gradient_checkpointing", "compute.remat"),
+    ("eval.interval", "eval.every"), ("train.save_steps", "checkpoint.every"), ("data.dataset", "data.source"),
+    ("model.intermediate_size", "model.mlp_ratio"), ("diffusion.noise_schedule", "diffusion.schedule"),
+    ("diffusion.block_length", "diffusion.block_size"), ("model.rope_theta", "model.rope_base"),
+])
+def test_config_keys(given, ours):
+    with pytest.raises(UserError) as error:
+        load_config("configs/tiny.py", [f"--config.{given}=1"])
+    assert f"did you mean '{ours}'?" in str(error.value)
+
+
+@pytest.mark.parametrize("section, name, ours", [
+    ("optim", "learning_rate", "optim.lr"), ("train", "seq_len", "data.length"), ("model", "hidden_size",
+                                                                                "model.width")])
+def test_config_keys_of_a_file(section, name, ours):
+    config = copy.deepcopy(tiny.get_config().to_dict())
+    config[section][name] = 1
+    with pytest.raises(UserError, match=f"unknown config key '{section}.{name}': did you mean '{ours}'"):
+        Config.from_dict(config)
+
+
+@pytest.mark.parametrize("command, given, ours", [
+    (train, "learning_rate", "--config.optim.lr"), (train, "lr", "--config.optim.lr"),
+    (train, "steps", "--config.train.steps"), (train, "batch_size", "--config.train.batch"),
+    (train, "seed", "--config.seed"), (train, "output_dir", "workdir"), (sample, "max_new_tokens", "length"),
+    (sample, "num_samples", "num"), (sample, "temp", "temperature"), (sample, "cfg_scale", "guidance"),
+    (sample, "output", "out"), (eval_command, "mc_samples", "draws"), (eval_command, "batch_size", "batch"),
+    (eval_command, "dataset", "data"),
+])
+def test_flags(command, given, ours):
+    with pytest.raises(UserError) as error:
+        parse_flags(command.define, [f"--{given}=1"], takes_config=command.TAKES_CONFIG)
+    assert str(error.value) == f"Unknown command line flag '{given}'. Did you mean: {ours}"
+
+
+def test_commands_without_a_config_name_no_key():
+    with pytest.raises(UserError) as error:
+        parse_flags(sample.define, ["--learning_rate=1"])
+    assert "config.optim.lr" not in str(error.value)
+
+
+@pytest.mark.parametrize("given, ours", [("max_new_tokens", "length"), ("temp", "temperature"), ("nucleus", "top_p"),
+                                         ("num_samples", "num"), ("topk", "top_k"), ("cfg_scale", "guidance")])
+def test_options_of_generate(given, ours):
+    with pytest.raises(UserError, match=f"unknown option '{given}': did you mean '{ours}'"):
+        make_options(**{given: 1})
+
+
+def test_every_name_of_ours_exists():
+    known = {f"model.{key}" for model in common.MODELS.values() for key in model}
+    known |= set(flatten(common.base().to_dict()))
+    assert {key for keys in synonyms.CONFIG.values() for key in keys} <= known
+    values = flags.FlagValues()
+    from launch import bench, convert, infill, prepare, sweep
+    names = set()
+    for command in (train, sample, eval_command, bench, convert, infill, prepare, sweep):
+        values = flags.FlagValues()
+        command.define(values)
+        names |= set(values)
+    assert {name for names in synonyms.FLAGS.values() for name in names} <= names
