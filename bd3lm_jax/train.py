@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import distributed, optim, passes, report, rundir, sharding
+from bd3lm_jax import compile_cache, distributed, optim, passes, report, rundir, sharding
 from bd3lm_jax.adaptation import adapt, lora
 from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.config import Config, flatten
@@ -28,6 +29,7 @@ from bd3lm_jax.program import Program
 from bd3lm_jax.state import LEARNT, LORA, TrainState
 from bd3lm_jax.step import SpecialIds
 from bd3lm_jax.sweeps import paired
+from bd3lm_jax.typed import Nested
 from bd3lm_jax.watchdog import Watchdog
 
 PREFETCH = 2  # batches placed ahead of the step, at least
@@ -46,16 +48,19 @@ class Run:
     program: Program
 
 
-def train(config: Config, workdir: str, profile: bool = False, stuck_after: float = 0.0) -> dict[str, Any]:
+def train(config: Config | Nested, workdir: str | os.PathLike, profile: bool = False,
+          stuck_after: float = 0.0) -> dict[str, Any]:
     """Train to `config.train.steps`, going on from the newest checkpoint in `workdir` if there is one.
 
-    profile: write a trace of a few steps into WORKDIR/profile. stuck_after: seconds without a finished step after which
+    config: a Config, or the ConfigDict or dict that `get_config()` of a config file returns. profile: write a trace of a few steps into WORKDIR/profile. stuck_after: seconds without a finished step after which
     the process ends with exit code 75 (watchdog.py), 0 for never. Returns the result object of the `train` command.
     Raises UserError for wrong input (also if another process trains in `workdir`), RunError when the loss is not finite
     (with step and rows), memory runs out (with what would fit) or a save fails, Preempted after SIGTERM once the state
     is saved (at once where nothing is: before the first step and in the closing report).
     """
     began = time.perf_counter()
+    config = Config.from_dict(config)
+    compile_cache.enable()
     with contextlib.ExitStack() as held:
         stop = held.enter_context(distributed.termination())
         run = set_up(config, workdir, held)
@@ -80,7 +85,7 @@ def train(config: Config, workdir: str, profile: bool = False, stuck_after: floa
             "wall_s": time.perf_counter() - began}
 
 
-def set_up(config: Config, workdir: str, held: contextlib.ExitStack) -> Run:
+def set_up(config: Config, workdir: str | os.PathLike, held: contextlib.ExitStack) -> Run:
     """Read the data, check everything that can be wrong and claim the run directory, which stays locked until `held` is
     closed; nothing is computed yet."""
     distributed.check_same(flatten(config.to_dict()), "configuration")
