@@ -1,5 +1,5 @@
-"""README.md and docs/*.md: every command is parsed and resolved as it stands, and runs with short settings unless
-NOT_RUN says why not; every Python snippet runs."""
+"""README.md and docs/*.md: every command is parsed and resolved as it stands; one of each form (command and names of
+its flags) runs with short settings, unless NOT_RUN says why not; every Python snippet runs."""
 
 import contextlib
 import dataclasses
@@ -26,11 +26,12 @@ from bd3lm_jax.evaluation import domains
 from launch import arguments
 from launch.__main__ import COMMANDS, main
 
+ADAPTED = "from=gpt2"
 NOT_PARSED = {  # part of a command -> why it is no command as it stands
     "launch COMMAND --help": "COMMAND stands for any",
     "tiny.py:...": "... stands for what the table says",
     "eval --against": "names a flag",
-    "from=gpt2": "reads weights that the test for pages puts there",
+    ADAPTED: "reads weights, which are there where it is run",
     "configs/smollm2.py": "reads weights of a package that is not installed here",
 }
 NOT_RUN = {  # part of a command -> why it is only parsed
@@ -50,12 +51,12 @@ EVERY_DAY = ("eval --workdir=runs/tiny --split", "sample --workdir=runs/tiny",
              "infill", "sweep --config=configs/tiny.py --dry_run")  # of the README, in the default run
 FILES = {("objectives.md", 0): "my_objective.py", ("objectives.md", 1): "my_config.py", ("sweeps.md", 0): "mine.py"}
 NOT_HERE = {"SmolLM2-135M.gguf", "llama-3.2-1b", "mdlm"}  # checkpoints that snippets load from elsewhere
-RUNS = {"ar": "algo=ar", "tiny-ar": "algo=ar", "mdlm": "algo=mdlm", "mixed": "algo=mixed",
-        "ssd": "algo=ssd_lm,block_size=16"}  # what a page uses and another one trains; else as runs/tiny
+RUNS = {"ar": "algo=ar", "tiny-ar": "algo=ar", "mdlm": "algo=mdlm", "mixed": "algo=mixed", "sedd": "algo=sedd",
+        "uniform": "algo=uniform", "ssd": "algo=ssd_lm,block_size=16"}  # trained by other commands; else as runs/tiny
 TINY = ("--config.model.layers=1", "--config.model.width=32", "--config.model.heads=2", "--config.model.cond_dim=16",
         "--config.data.tokenizer=bytes")
 SHORT = ("--config.train.steps=3", "--config.train.batch=4", "--config.optim.warmup_steps=0", "--config.log.every=1",
-         "--config.optim.schedule=constant", "--config.eval.rows=4", "--config.eval.report_rows=4",
+         "--config.optim.schedule=constant", "--config.eval.rows=4", "--config.eval.report_rows=0",
          "--config.eval.samples=1", "--config.eval.sample_length=16", "--config.eval.batch=8", "--config.eval.draws=1",
          "--stuck_after=0")
 DOCUMENTS = 24
@@ -95,6 +96,26 @@ def shortened(corpus):
     """Its first documents."""
     return dataclasses.replace(corpus, documents=lambda: itertools.islice(corpus.documents(), DOCUMENTS),
                                fingerprint=lambda: f"short {corpus.fingerprint()}")
+
+
+def form(command: Command) -> tuple:
+    """What tells commands apart that are worth running: not their values, nor which objective or network it is, all of
+    which tests/test_objective_runs.py and tests/test_model_configs.py train."""
+    names = {word.partition("=")[0] for word in command.launch[1:]}
+    ignored = ("--config.diffusion.", "--config.model.")
+    return command.launch[:1], frozenset(name for name in names - {"--config"} if not name.startswith(ignored))
+
+
+def to_run() -> list[Command]:
+    """The first command of each form; the adaptation, whose forms are those of others, as a whole."""
+    found = {}
+    for command in LAUNCHED:
+        parts = NOT_RUN | {part: why for part, why in NOT_PARSED.items() if part != ADAPTED}
+        bare = len(command.launch) < 2 and command.launch != ("doctor",)
+        if not reason(parts, command) and not bare and command.launch[0] != "tpu":  # which the test above runs
+            key = command.text if ADAPTED in command.text else form(command)
+            found.setdefault(key, command)
+    return list(found.values())
 
 
 def reason(reasons: dict[str, str], command: Command) -> str:
@@ -250,18 +271,13 @@ def test_readme_every_day(home):
 
 
 @pytest.mark.ci_slow
-def test_readme_snippets(home):
-    run_snippets(ROOT / "README.md")
+@pytest.mark.parametrize("command", to_run(), ids=lambda command: f"{command.page}: {command.text}"[:90])
+def test_command_runs(command, home):
+    """In the order of the pages: a command may need the run of one before it."""
+    run_short(command)
 
 
 @pytest.mark.ci_slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_page(page, home):
-    """All commands of a page, in its order, then its snippets."""
-    for command in commands(page):
-        if command.launch and not reason(NOT_RUN, command) and not reason(
-                {part: why for part, why in NOT_PARSED.items() if part != "from=gpt2"}, command) and (
-                len(command.launch) > 1 or command.launch[0] in ("bench", "doctor")):
-            run_short(command)
-    if page.name != "README.md":
-        run_snippets(page)
+@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)
+def test_snippets_run(page, home):
+    run_snippets(page)
