@@ -7,10 +7,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["bd3lm_jax", "bd3lm_jax.*"]),
-    package_data={"bd3lm_jax.data": ["resources/*"]},
+    package_data={"bd3lm_jax": ["py.typed"], "bd3lm_jax.data": ["resources/*"]},
     install_requires=[
         "absl-py>=2.5",
         "chex>=0.1.92",
+        "filelock>=3.20",
         "flax>=0.12.8",
         "importlib_resources>=7.1",  # tensorflow-datasets imports it without asking for it
         "jax>=0.10.2",

@@ -1,13 +1,31 @@
-"""Block diffusion language models in JAX: `lm = bd3lm_jax.load(path)`, then `lm.nll`, `lm.generate`, `lm.logits`."""
+"""Block diffusion language models in JAX: `lm = bd3lm_jax.load(path)`, then `lm.nll`, `lm.generate`, `lm.logits`.
+
+`bd3lm_jax.train.train(config, workdir)` trains one.
+"""
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bd3lm_jax import train as train
+    from bd3lm_jax.lm import LM as LM
+    from bd3lm_jax.lm import load as load
 
 __version__ = "0.1.0"
-__all__ = ["LM", "load"]
+__all__ = ["LM", "load", "train"]
 
 
-def __getattr__(name: str):
-    """`load` and `LM` are imported when asked for, so that parts of the library need only jax, flax and numpy."""
-    if name in __all__:
-        from bd3lm_jax import lm
-
-        return getattr(lm, name)
+def __getattr__(name: str) -> Any:
+    """`load`, `LM` and the modules are imported at their first use, so that parts of the library need only jax, flax
+    and numpy."""
+    if name in ("LM", "load"):
+        return getattr(importlib.import_module("bd3lm_jax.lm"), name)
+    if not name.startswith("_") and importlib.util.find_spec(f"bd3lm_jax.{name}"):
+        return importlib.import_module(f"bd3lm_jax.{name}")
     raise AttributeError(f"module 'bd3lm_jax' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    """What `help(bd3lm_jax)` and the completion of an editor show."""
+    return sorted({*globals(), *__all__})

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from bd3lm_jax import curriculum, density, ineffective
+from bd3lm_jax import curriculum, density, ineffective, plugins
 from bd3lm_jax.adaptation import annealing, answers, lora, shifted
 from bd3lm_jax.data import mixture
 from bd3lm_jax.diffusion import OBJECTIVES
@@ -19,17 +19,16 @@ from bd3lm_jax.diffusion.running import RunningLoss
 from bd3lm_jax.errors import lookup
 from bd3lm_jax.models import BACKBONES, trunk
 from bd3lm_jax.models.trunk import REMAT, takes_level
-from bd3lm_jax.typed import as_mapping, as_section, as_type, check, one_of, same_keys
+from bd3lm_jax.typed import Nested, as_mapping, as_section, as_type, check, one_of, same_keys
 
 SAME = "init_from"  # as model.kind: the network whose weights start the run
-SOURCES = ("austen", "text", "jsonl", "tfds", "python_sources", "arithmetic", "python_arithmetic", "sft", "mixture")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """What is read and how it becomes rows of `length` tokens."""
 
-    source: str  # "austen" (embedded), "text", "jsonl", "sft" (prompts and answers), "tfds", ...: SOURCES
+    source: str  # "austen" (embedded), "text", "jsonl", "sft" (prompts and answers), "tfds", ...: corpora.SOURCES
     path: str  # file or directory of local sources; "" for embedded ones
     name: str  # TFDS name, e.g. "lm1b"; of "text" how it was tokenised, of "sft" how a dialogue is written; else ""
     field: str  # JSONL or TFDS key that holds the text
@@ -44,7 +43,9 @@ class DataConfig:
     mixture: tuple[tuple[str, float], ...]  # of source "mixture": sources and their rates (data/mixture.py); else ()
 
     def __post_init__(self):
-        one_of("data.source", self.source, SOURCES)
+        from bd3lm_jax.data.corpora import SOURCES  # which needs DataConfig
+
+        one_of("data.source", self.source, tuple(SOURCES))
         one_of("data.layout", self.layout, ("wrap", "pack", "pad"))
         check(self.length > 0, f"data.length is {self.length}, expected a positive number of tokens")
         check(0 < self.valid_fraction < 1, f"data.valid_fraction is {self.valid_fraction}, expected between 0 and 1")
@@ -53,7 +54,7 @@ class DataConfig:
         check(self.workers >= 1, f"data.workers is {self.workers}, expected at least 1")
         density.check(self.density, self.density_fraction)
         mixture.check(self.source, self.mixture, {"path": self.path, "name": self.name, "density": self.density},
-                      SOURCES)
+                      tuple(SOURCES))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,10 +319,13 @@ class Config:
         return tuple(name for name in dict.fromkeys((*self.diffusion.needs, *brought)) if name not in learnt)
 
     @classmethod
-    def from_dict(cls, mapping: Mapping, stored: bool = False) -> "Config":
-        """Validate a nested mapping. Raises UserError naming the first unknown, missing or ill-typed key, and unless it
-        is that of a run which was `stored` the first that has no effect."""
-        mapping = {key: value for key, value in mapping.items()}
+    def from_dict(cls, mapping: "Nested | Config", stored: bool = False) -> "Config":
+        """Validate a nested mapping; a Config stays what it is. UserError for an unknown, missing or ill-typed key, and
+        unless it is that of a run which was `stored` for one that is set and has no effect."""
+        if isinstance(mapping, cls):
+            return mapping
+        plugins.load_installed()
+        mapping = dict(as_mapping("", mapping).items())
         same_keys("", mapping, [field.name for field in dataclasses.fields(cls)])
         sections = {name: as_section(name, mapping[name], kind) for name, kind in SECTIONS.items()}
         for name, registry, what in (("diffusion", OBJECTIVES, "objective"), ("model", BACKBONES, "backbone")):

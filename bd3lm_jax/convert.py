@@ -15,6 +15,7 @@ import numpy as np
 from bd3lm_jax import hf, lm, log, report, rundir
 from bd3lm_jax.config import Config
 from bd3lm_jax.data.chat_template import CONFIG_FILE
+from bd3lm_jax.data.corpora import SPLITS
 from bd3lm_jax.data.dialogues import chat_files
 from bd3lm_jax.data.tokenizers import get_tokenizer
 from bd3lm_jax.errors import UserError
@@ -93,7 +94,7 @@ def _origin(model: LM, run: Path, weights: str) -> Origin:
     kept: of other weights none were measured."""
     found, step, train = report.read(run) or {}, model.trained.step, model.config.train
     measured = found.get("step") == step and (weights == "ema" or not model.config.optim.ema)
-    results = {split: figures for split, figures in found.items() if split != "step"} if measured else {}
+    results = {split: figures for split, figures in found.items() if split in SPLITS} if measured else {}
     base = base_name(train.init_from) if train.init_from else ""
     return Origin(run.name, model.config.data, step, results, base, train.lora_rank)
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bd3lm_jax import models, sharding
+from bd3lm_jax import compile_cache, models, sharding
 from bd3lm_jax.data.tokenizers import Tokenizer, tokenizer_of
 from bd3lm_jax.errors import UserError, lookup
 from bd3lm_jax.foreign import read_text
@@ -69,6 +69,7 @@ def read_model(path: str | Path, *, dtype: str = "float32", weights: str = "ema"
     Raises:
         UserError: unreadable files, an unsupported architecture, or tensors that are not exactly the expected ones.
     """
+    compile_cache.enable()
     require(dtype in DTYPES, f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     require(weights in ("ema", "params"), f"weights are {weights!r}, expected 'ema' or 'params'")
     config_path, published, form, weights_path, stored = _open(Path(path), allow_pickle)

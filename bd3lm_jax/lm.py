@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import models, passes, stats
+from bd3lm_jax import models, passes, plugins, stats
 from bd3lm_jax.config import SECTIONS, Config, DataConfig
 from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.errors import UserError
@@ -54,21 +54,22 @@ def load(path: str | Path, weights: str = "ema", dtype: str = "float32", allow_p
     """
     from bd3lm_jax import hf, restore
 
-    path = hf.local(path)
+    plugins.load_installed()
+    name, path = str(path), hf.local(path)
     if hf.is_published(path):
         restore.refuse_step(path, step)
         found, params = hf.read_model(path, dtype=dtype, weights=weights, allow_pickle=allow_pickle)
-        return published(found, params, hf.read_tokenizer(path, found), dtype)
+        return published(found, params, hf.read_tokenizer(path, found), dtype, name)
     run = restore.restore(path, weights, dtype, None, step)
     return LM(run.config, run.params, run.tokenizer, run.model, run.config.data.length,
-              Trained(run.step, run.meta["config_sha256"]))
+              Trained(run.step, run.meta["config_sha256"]), name=name)
 
 
-def published(found: Described, params: dict, tokenizer: Tokenizer | None, dtype: str) -> "LM":
+def published(found: Described, params: dict, tokenizer: Tokenizer | None, dtype: str, name: str = "") -> "LM":
     """The model of a published checkpoint; its tokenizer knows the mask token (`hf.fitted`)."""
     config = Config(0, found.model, found.objective, **dict.fromkeys(SECTIONS))
     return LM(config, params, tokenizer, models.build(found.model, jnp.dtype(dtype)), found.length,
-              mask_id=found.mask_id if tokenizer is None else None, any_length=True)
+              mask_id=found.mask_id if tokenizer is None else None, any_length=True, name=name)
 
 
 class LM:
@@ -76,14 +77,24 @@ class LM:
 
     context: the most tokens a row may hold (what the model was trained on). trained: None if it is no run's.
     mask_id: -1 if there is no mask token; None for the tokenizer's, and without tokenizer the last one. any_length: it
-    was trained on rows of many lengths, as published checkpoints are; a run only knows the rows of its config.
+    was trained on rows of many lengths, as published checkpoints are; a run only knows the rows of its config. name:
+    for people, the path it was loaded from.
     """
 
-    def __init__(self, config: Config, params: dict, tokenizer: Tokenizer | None, model: Backbone, context: int,
-                 trained: Trained | None = None, mask_id: int | None = None, any_length: bool = False):
+    def __init__(self, config: Config, params: dict[str, Any], tokenizer: Tokenizer | None, model: Backbone,
+                 context: int, trained: Trained | None = None, mask_id: int | None = None, any_length: bool = False,
+                 name: str = ""):
         self.config, self.params, self.tokenizer, self.model, self.context = config, params, tokenizer, model, context
-        self.trained, self._mask_id, self._any_length = trained, mask_id, any_length
+        self.trained, self._mask_id, self._any_length, self.name = trained, mask_id, any_length, name
         self._is_canvas = False
+
+    def __repr__(self) -> str:
+        model, objective = self.config.model, self.config.diffusion
+        size = f"block_size={self.config.block_size}, " * (not objective.causal)
+        step = f", step={self.trained.step}" if self.trained else ""
+        parameters = sum(x.size for x in jax.tree.leaves(self.params))
+        return (f"LM({self.name!r}, {model.kind}, {objective.kind}, parameters={parameters:,}, {size}"
+                f"length={self.context}, vocab_size={model.vocab_size}{step})")
 
     @property
     def special(self) -> SpecialIds:
@@ -106,7 +117,8 @@ class LM:
             return self
         known = self.__dict__.setdefault("_at_sizes", {})  # each keeps its programs
         if size not in known:
-            known[size] = LM(config, self.params, self.tokenizer, self.model, self.context, mask_id=self._mask_id)
+            known[size] = LM(config, self.params, self.tokenizer, self.model, self.context, mask_id=self._mask_id,
+                             name=self.name)
         return known[size]
 
     def fitted(self, options: dict[str, Any]) -> tuple["LM", dict[str, Any]]:
@@ -124,7 +136,8 @@ class LM:
             return self
         config, known = self._for_rows(length), self.__dict__.setdefault("_canvases", {})
         if length not in known:
-            known[length] = LM(config, self.params, self.tokenizer, self.model, self.context, mask_id=self._mask_id)
+            known[length] = LM(config, self.params, self.tokenizer, self.model, self.context, mask_id=self._mask_id,
+                             name=self.name)
             known[length]._is_canvas = True
         return known[length]
 

@@ -1,16 +1,19 @@
 """What a run tells: `metrics.jsonl`, progress and tables on stderr, the result on stdout."""
 
+import contextlib
 import functools
 import json
 import math
 import os
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn,
+                           TimeRemainingColumn)
 from rich.table import Table
 
 from bd3lm_jax.errors import RunError, STEERING, visible
@@ -18,6 +21,7 @@ from bd3lm_jax.errors import RunError, STEERING, visible
 METRICS_FILE = "metrics.jsonl"
 PLAIN_SECONDS = 5.0  # between progress lines when stderr is not a terminal
 UNLIMITED = 100_000  # columns, to measure how wide a table would be
+BUSY_SECONDS = 15.0  # between the lines of `busy` there
 
 _console = Console(stderr=True, highlight=False)
 _silent = False
@@ -38,6 +42,32 @@ def note(text: str) -> None:
 def note_once(text: str) -> None:
     """As `note`, but nothing when this process has said the same before."""
     note(text)
+
+
+@contextlib.contextmanager
+def busy(what: str) -> Iterator[None]:
+    """Show that `what` goes on, and for how long, while the block runs: a live line on a terminal, else a line now and
+    then."""
+    if _console.is_terminal and not _console.is_dumb_terminal:
+        columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+        with Progress(*columns, console=_console, transient=True) as line:
+            line.add_task(what, total=None)
+            yield
+        return
+    began, done = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not done.wait(BUSY_SECONDS):
+            with contextlib.suppress(OSError):
+                note(f"{what}: {_duration(time.monotonic() - began)}")
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bd3lm_jax.log import read_metrics
+from bd3lm_jax.log import note, read_metrics
 
 LABEL = 40  # characters of a line of a label
 LABEL_GAP = 0.09  # of the width of an axis, between the labels of two ticks at least
@@ -139,6 +139,7 @@ def save(figure, path: str | os.PathLike) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+    note(f"plot: {path}")
     return path
 
 

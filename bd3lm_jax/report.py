@@ -11,13 +11,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from bd3lm_jax import distributed, plots
+from bd3lm_jax import distributed, plots, rundir
+from bd3lm_jax.config import Config
 from bd3lm_jax.data.corpora import join_documents, load_documents
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import textmetrics
-from bd3lm_jax.log import note, note_once, save, table
+from bd3lm_jax.log import busy, note, note_once, save, table
+from bd3lm_jax.sweeps import paired
 
 REPORT = "report.json"
+SETTINGS = ("draws", "report_rows", "samples", "sample_length")  # of the section eval
 BYTE_ORDERS = (3, 4, 5)
 COUNTED_TOKENS = 20_000_000  # count models are for training splits up to this size: they sort all of it
 
@@ -32,8 +35,9 @@ def closing(run: Any, weights: Any, valid: dict, evaluator: Any) -> None:
         note(f"an objective of kind '{config.diffusion.kind}' has no bound on the likelihood: none is reported")
     if valid and config.data.source == "austen":
         rows = distributed.first_then_others(lambda: _test_rows(run))
-        estimate = evaluator.run(weights, rows, estimator=valid["estimator"], draws=config.eval.draws, seed=config.seed,
-                                 num_rows=config.eval.report_rows)
+        with busy("measuring the test split"):
+            estimate = evaluator.run(weights, rows, estimator=valid["estimator"], draws=config.eval.draws,
+                                     seed=config.seed, num_rows=config.eval.report_rows)
         splits["test"] = (rows, estimate)
     if jax.process_index() > 0:
         return
@@ -45,18 +49,42 @@ def closing(run: Any, weights: Any, valid: dict, evaluator: Any) -> None:
     plots.loss_curve(run.workdir)
     if hasattr(config.schedule, "law"):
         plots.noise_over_steps(run.workdir)
-    note(f"plots in {Path(run.workdir) / 'plots'}")
     if config.eval.samples and jax.process_count() > 1:
         note(f"no samples of a run of many processes: python -m launch sample --workdir={run.workdir}")
     elif config.eval.samples:
         _samples(run, weights)
     numbers = {split: {key: value for key, value in estimate.items() if key != "wall_s"}
                for split, (_, estimate) in splits.items()}
-    save(Path(run.workdir) / REPORT, {"step": config.train.steps, **numbers})  # last: a run that has it is finished
+    settings = {"settings": _settings(config)}
+    save(Path(run.workdir) / REPORT, {"step": config.train.steps, **numbers, **settings})  # last: the run is finished
+
+
+def finished(run: Any) -> dict | None:
+    """The stored report of a run that was trained to its last step and reported with the present settings, which people
+    are told of; else None."""
+    path, steps = Path(run.workdir), run.config.train.steps
+    stored = read(path)
+    if not stored or stored["step"] != steps or rundir.visible(path)["newest checkpoint"] != steps:
+        return None
+    if "valid" in stored and not (path / paired.DOCUMENTS).exists():
+        return None
+    if stored.get("settings") != _settings(run.config):
+        note(f"{path} is finished, step {steps}; its report is made again: the stored one is of other settings")
+        return None
+    found = [f"{split} nll {stored[split]['nll']:.4f}, {stored[split]['bits_per_byte']:.3f} bits per byte"
+             for split in ("valid", "test") if split in stored]
+    note(f"{path} is finished, step {steps}: {'; '.join(found) or 'without a bound'} (of {REPORT}, with plots/ and "
+         f"samples/ beside it). Delete {path / REPORT} to make the report again, or raise train.steps to train on")
+    return stored
+
+
+def _settings(config: Config) -> dict:
+    """What decides the report of a run beside its weights."""
+    return {"config_sha256": config.sha256(), **{name: getattr(config.eval, name) for name in SETTINGS}}
 
 
 def read(workdir: str | os.PathLike) -> dict | None:
-    """`{"step", "valid": {"nll", "nll_ci95", ...}, "test": ...}` of a run that was trained to its end, else None.
+    """`{"step", "valid": {"nll", "nll_ci95", ...}, "test": ..., "settings"}` of a run trained to its end, else None.
 
     A damaged one is told of and counts as none: training, which has no step left to do, writes it anew.
     """
@@ -85,7 +113,8 @@ def _likelihood_table(run, split: str, rows, estimate: dict) -> None:
     lines = [("this model", f"{estimate['bits_per_byte']:.3f}", f"{low / per_token:.3f} .. {high / per_token:.3f}",
               f"{estimate['nll']:.4f}", f"{estimate['ppl']:.1f}")]
     try:
-        counted = _count_models(run, split, rows)
+        with busy(f"counting models for comparison, {split}"):
+            counted = _count_models(run, split, rows)
     except UserError as error:
         note(f"no count models: {error}")
         counted = {}
@@ -122,7 +151,8 @@ def _samples(run, weights) -> None:
         weights = jax.device_put(weights, jax.local_devices()[0])
     lm = LM(run.config, weights, run.tokenizer, run.program.model, run.config.data.length)
     length = min(run.config.eval.sample_length, lm.context)
-    samples = lm.generate(num=run.config.eval.samples, length=length, seed=run.config.seed)
+    with busy("writing samples"):
+        samples = lm.generate(num=run.config.eval.samples, length=length, seed=run.config.seed)
     note(f"{len(samples)} samples:")
     for sample in samples:
         note("  " + sample.text.replace("\n", "\n  "))
@@ -131,3 +161,4 @@ def _samples(run, weights) -> None:
     path.mkdir(exist_ok=True)
     text = "\n--\n".join(sample.text for sample in samples) + "\n"
     (path / f"step_{run.config.train.steps}.txt").write_text(text, encoding="utf-8")
+    note(f"samples: {path / f'step_{run.config.train.steps}.txt'}")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from bd3lm_jax import hf, models, passes, rundir, sharding
+from bd3lm_jax import compile_cache, hf, models, passes, rundir, sharding
 from bd3lm_jax.adaptation import lora
 from bd3lm_jax.checkpoint import LATEST, Checkpoints
 from bd3lm_jax.config import SECTIONS, ComputeConfig, Config, DataConfig, EvalConfig
@@ -38,6 +38,7 @@ def restore(workdir: str | os.PathLike, weights: str, dtype: str | None, mesh: M
     those that were validated) or a number. Raises UserError if there is nothing to restore (naming the steps that are
     there) or the tokenizer is not the checkpoint's.
     """
+    compile_cache.enable()
     config, tokenizer = rundir.read(workdir)
     model = models.build(config.model, passes.compute_dtype(dtype or config.compute.dtype))
     abstract = jax.eval_shape(lambda: init_params(model, config, jax.random.key(0)))

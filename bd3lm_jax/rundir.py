@@ -8,16 +8,19 @@ import json
 import os
 from pathlib import Path
 
-from bd3lm_jax import lock
+from bd3lm_jax import lock, plugins
 from bd3lm_jax.config import Config
 from bd3lm_jax.data.chat_template import CHAT_FILES
+from bd3lm_jax.data.corpora import SOURCES
 from bd3lm_jax.data.dialogues import chat_files
 from bd3lm_jax.data.tokenizers import Tokenizer, load_tokenizer
+from bd3lm_jax.diffusion.schedule import SCHEDULES
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.foreign import read_bytes, read_text
 from bd3lm_jax.typed import as_mapping, from_json
 
 CONFIG, TOKENIZER, LOCK = "config.json", "tokenizer.json", "train.lock"
+IMPORTS = "imports"  # key of config.json: modules that register what the run uses (plugins.py)
 BEFORE_CONFIG = (TOKENIZER, LOCK, *CHAT_FILES)  # what a run that was killed while it began may have left
 PART = ".tmp"  # a file being written
 ADDED = {  # keys that the run directories of earlier versions lack, with values that mean what these runs did
@@ -62,7 +65,7 @@ def claim(workdir: str | os.PathLike, config: Config, tokenizer: Tokenizer,
             _check(path, config, tokenizer)  # whoever had the lock may have made it another run
         for name, content in ({TOKENIZER: tokenizer.to_bytes()} | chat_files(config.data.tokenizer)).items():
             _write(path / name, content)
-        resolved = config.to_dict() | {"config_sha256": config.sha256()}
+        resolved = config.to_dict() | {"config_sha256": config.sha256()} | _imports(config)
         _write(path / CONFIG, json.dumps(resolved, indent=2).encode() + b"\n")
     except OSError as error:
         raise UserError(f"cannot write in {path}: {error.strerror or error}; choose another --workdir, or free some "
@@ -100,7 +103,25 @@ def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:
         raise UserError(f"{path / CONFIG} is that of no run, and has no model_type, which tells the architecture of a "
                         f"published checkpoint: add it, supported: {', '.join(FORMATS)}")
     stored.pop("config_sha256", None)
-    return Config.from_dict(_brought_up_to_date(stored), stored=True), load_tokenizer(path / TOKENIZER)
+    absent = plugins.missing(stored.pop(IMPORTS, []))
+    try:
+        config = Config.from_dict(_brought_up_to_date(stored), stored=True)
+    except UserError as error:
+        if not absent:
+            raise
+        flags = " ".join(f"--import={name}" for name in absent)
+        raise UserError(f"{path} was trained with plug-ins that are not imported here, {', '.join(absent)} ({error}): "
+                        f"add {flags}, in Python import them, if you trust their code") from None
+    return config, load_tokenizer(path / TOKENIZER)
+
+
+def _imports(config: Config) -> dict[str, list[str]]:
+    """The plug-ins of a run, as config.json names them; nothing for a run without."""
+    schedule = SCHEDULES.get(getattr(config.diffusion, "schedule", ""))
+    sources = {config.data.source, *(spec.partition(":")[0] for spec, _ in config.data.mixture)}
+    found = plugins.needed([type(config.diffusion), type(config.model), *map(SOURCES.get, sorted(sources)),
+                            *([type(schedule)] if schedule else [])])
+    return {IMPORTS: found} if found else {}
 
 
 def visible(workdir: str | os.PathLike) -> dict:

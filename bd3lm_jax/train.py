@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import distributed, optim, passes, report, rundir, sharding
+from bd3lm_jax import compile_cache, distributed, optim, passes, report, rundir, sharding
 from bd3lm_jax.adaptation import adapt, lora
 from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.config import Config, flatten
@@ -22,12 +23,13 @@ from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.errors import Preempted, RunError, UserError
 from bd3lm_jax.evaluation.estimators import has_bound
 from bd3lm_jax.evaluation.evaluate import Evaluator, default_estimator
-from bd3lm_jax.log import RunLog, note, read_metrics
+from bd3lm_jax.log import RunLog, busy, note, read_metrics
 from bd3lm_jax.noise import Chooser
 from bd3lm_jax.program import Program
 from bd3lm_jax.state import LEARNT, LORA, TrainState
 from bd3lm_jax.step import SpecialIds
 from bd3lm_jax.sweeps import paired
+from bd3lm_jax.typed import Nested
 from bd3lm_jax.watchdog import Watchdog
 
 PREFETCH = 2  # batches placed ahead of the step, at least
@@ -46,41 +48,53 @@ class Run:
     program: Program
 
 
-def train(config: Config, workdir: str, profile: bool = False, stuck_after: float = 0.0) -> dict[str, Any]:
+def train(config: Config | Nested, workdir: str | os.PathLike, profile: bool = False,
+          stuck_after: float = 0.0) -> dict[str, Any]:
     """Train to `config.train.steps`, going on from the newest checkpoint in `workdir` if there is one.
 
-    profile: write a trace of a few steps into WORKDIR/profile. stuck_after: seconds without a finished step after which
-    the process ends with exit code 75 (watchdog.py), 0 for never. Returns the result object of the `train` command.
+    config: a Config, or the ConfigDict or dict that `get_config()` of a config file returns. profile: write a trace of
+    a few steps into WORKDIR/profile. stuck_after: seconds without a finished step after which the process ends with
+    exit code 75 (watchdog.py), 0 for never. Returns the result object of the `train` command; of a run that is finished
+    that of its stored report.
     Raises UserError for wrong input (also if another process trains in `workdir`), RunError when the loss is not finite
     (with step and rows), memory runs out (with what would fit) or a save fails, Preempted after SIGTERM once the state
     is saved (at once where nothing is: before the first step and in the closing report).
     """
     began = time.perf_counter()
+    config = Config.from_dict(config)
+    compile_cache.enable()
     with contextlib.ExitStack() as held:
         stop = held.enter_context(distributed.termination())
         run = set_up(config, workdir, held)
-        program, kept = run.program, run.config.checkpoint
-        with (jax.set_mesh(program.mesh), Watchdog(stuck_after, "no step finished") as watchdog,
-              Checkpoints(run.workdir, kept.keep, keep_best=kept.keep_best) as checkpoints):
-            state, losses = _first_state(run, checkpoints)
-            watchdog.done()
-            start = int(state.step)
-            evaluator = Evaluator(run.config, program.model, program.special, program.mesh)
-            evaluator.alive = lambda: (watchdog.done(), stop.alive())
-            with (RunLog(run.workdir, run.config.train.steps, start_step=start) as log,
-                  Profiler(run.workdir, start + profiling.FIRST, profiling.STEPS if profile else 0) as profiler):
-                state, step_ms, valid = _loop(run, state, losses, checkpoints, evaluator, log, stop, profiler, watchdog)
-            weights = _weights(run, state)
-            valid = valid or _validate(run, evaluator, weights, whole=True)
-        report.closing(run, weights, valid, evaluator)
+        stored = distributed.of_first(report.finished(run))
+        valid, step_ms = (stored.get("valid", {}), None) if stored else _train(run, stop, profile, stuck_after)
     lines = read_metrics(run.workdir)
     return {"workdir": str(run.workdir), "step": run.config.train.steps, "train_nll": _last(lines, "train/nll"),
             "valid_nll": valid.get("nll"), "valid_ppl": valid.get("ppl"),
-            "tokens_per_s": _last(lines, "train/tokens_per_s"), "step_ms": step_ms, "params": program.num_params,
+            "tokens_per_s": _last(lines, "train/tokens_per_s"), "step_ms": step_ms, "params": run.program.num_params,
             "wall_s": time.perf_counter() - began}
 
 
-def set_up(config: Config, workdir: str, held: contextlib.ExitStack) -> Run:
+def _train(run: Run, stop: distributed.Stop, profile: bool, stuck_after: float) -> tuple[dict, float | None]:
+    """All steps and the report -> last validation, median milliseconds a step."""
+    program, kept = run.program, run.config.checkpoint
+    with (jax.set_mesh(program.mesh), Watchdog(stuck_after, "no step finished") as watchdog,
+          Checkpoints(run.workdir, kept.keep, keep_best=kept.keep_best) as checkpoints):
+        state, losses = _first_state(run, checkpoints)
+        watchdog.done()
+        start = int(state.step)
+        evaluator = Evaluator(run.config, program.model, program.special, program.mesh)
+        evaluator.alive = lambda: (watchdog.done(), stop.alive())
+        with (RunLog(run.workdir, run.config.train.steps, start_step=start) as log,
+              Profiler(run.workdir, start + profiling.FIRST, profiling.STEPS if profile else 0) as profiler):
+            state, step_ms, valid = _loop(run, state, losses, checkpoints, evaluator, log, stop, profiler, watchdog)
+        weights = _weights(run, state)
+        valid = valid or _validate(run, evaluator, weights, whole=True)
+    report.closing(run, weights, valid, evaluator)
+    return valid, step_ms
+
+
+def set_up(config: Config, workdir: str | os.PathLike, held: contextlib.ExitStack) -> Run:
     """Read the data, check everything that can be wrong and claim the run directory, which stays locked until `held` is
     closed; nothing is computed yet."""
     distributed.check_same(flatten(config.to_dict()), "configuration")
@@ -124,7 +138,8 @@ def _first_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, list[f
         note(f"continuing from step {int(state.step)} of {run.workdir}")
         return state, meta["losses"]
     with memory.explained(run.program):
-        state = jax.block_until_ready(run.program.initial_state())
+        with busy("making the first weights"):
+            state = jax.block_until_ready(run.program.initial_state())
     if not run.config.train.init_from:
         return state, []
     network = {name: x for name, x in placed.params.items() if name not in (LEARNT, LORA)}
@@ -150,7 +165,7 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
     if warmup != config.optim.warmup_steps:
         log.note(f"optim.warmup_steps={config.optim.warmup_steps} leaves no room within train.steps="
                  f"{config.train.steps}: warming up over {warmup}")
-    workers = config.data.workers
+    workers, compiled = config.data.workers, set()
     if config.train.init_from and not start:
         window.begin(_validate(run, evaluator, _weights(run, state), whole=False), log)
         watchdog.done()
@@ -158,8 +173,11 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
     with contextlib.closing(batches), stop.at_steps():
         for step, (ids, batch) in zip(range(start, config.train.steps), batches):
             profiler.step(step, state)
+            phase = config.phase_at(step)
             with memory.explained(program):
-                state, metrics = step_fns[config.phase_at(step)](state, batch)
+                with contextlib.nullcontext() if phase in compiled else busy("compiling the step"):
+                    state, metrics = step_fns[phase](state, batch)
+                compiled.add(phase)
                 values = _read(run, pending, clock) if pending is not None else None
             watchdog.done()
             checkpoints.check()
@@ -204,9 +222,10 @@ def _validate(run: Run, evaluator: Evaluator, weights, whole: bool) -> dict:
     if not has_bound(run.config):
         return {}
     settings, rows = run.config.eval, run.rows["valid"]
-    measured = evaluator.measure(weights, rows, estimator=default_estimator(run.config), target=None,
-                                 draws=settings.draws if whole else 1, seed=run.config.seed,
-                                 num_rows=settings.report_rows if whole else settings.rows)
+    with busy("validating"):
+        measured = evaluator.measure(weights, rows, estimator=default_estimator(run.config), target=None,
+                                     draws=settings.draws if whole else 1, seed=run.config.seed,
+                                     num_rows=settings.report_rows if whole else settings.rows)
     if whole and jax.process_index() == 0:
         paired.save(run.workdir, measured, rows)
     return measured.summary(rows)

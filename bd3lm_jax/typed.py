@@ -2,11 +2,17 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
-from typing import Any, get_args, get_origin
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, get_args, get_origin
 
 from bd3lm_jax import synonyms
 from bd3lm_jax.errors import UserError, nearest
+
+
+class Nested(Protocol):
+    """A config before it is read: a dict of dicts, or an ml_collections ConfigDict, which is no Mapping."""
+
+    def items(self) -> Iterable[tuple[Any, Any]]: ...
 
 
 def from_json(text: str | bytes) -> Any:
@@ -39,7 +45,8 @@ def one_of(name: str, value: Any, allowed: tuple) -> None:
 
 
 def as_mapping(name: str, value: Any) -> Mapping:
-    check(hasattr(value, "items"), f"config key '{name}' is {value!r}, expected a section")
+    check(hasattr(value, "items"), f"config key '{name}' is {value!r}, expected a section" if name else
+          f"the config is {value!r}, expected what get_config() of a config file returns: a ConfigDict or a dict")
     return value
 
 

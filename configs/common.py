@@ -42,7 +42,6 @@ OBJECTIVES = {  # beside masked diffusion: algo=NAME -> its `diffusion` section,
                   "complement": False, "importance": False, "rate_low": 1e-3, "rate_high": 1.0},
                  {"data.density": "unigram:0.5"}),
 }
-ALGORITHMS = ("bd3lm", "mdlm", *OBJECTIVES)
 SIZES = {  # the paper's small, and the usual medium
     "tiny": dict(layers=4, width=256, heads=4),
     "small": dict(layers=12, width=768, heads=12),
@@ -124,7 +123,7 @@ def parse(arg: str, **defaults: str | int) -> SimpleNamespace:
             raise ValueError(f"unknown config argument '{word}': {_known(defaults)}")
         given[key] = _whole(key, value) if isinstance(defaults[key], int) else value
     options = SimpleNamespace(**defaults | given)
-    for key, allowed in (("algo", ALGORITHMS), ("size", SIZES)):
+    for key, allowed in (("algo", algorithms()), ("size", SIZES)):
         if getattr(options, key, None) not in (None, *allowed):
             raise ValueError(f"config argument {key}={given[key]}: expected one of {', '.join(allowed)}")
     if "block_size" in given and not _in_blocks(options.algo):
@@ -133,6 +132,11 @@ def parse(arg: str, **defaults: str | int) -> SimpleNamespace:
     if "block_size" in defaults and "block_size" not in given and options.algo != "bd3lm":
         options.block_size = 0  # one block a row
     return options
+
+
+def algorithms() -> tuple[str, ...]:
+    """What `algo` may be; a plug-in adds to OBJECTIVES."""
+    return "bd3lm", "mdlm", *OBJECTIVES
 
 
 def set_algo(config: ConfigDict, algo: str, block_size: int) -> None:
@@ -188,6 +192,6 @@ def _whole(key: str, value: str) -> int:
 
 
 def _known(defaults: dict) -> str:
-    allowed = {"algo": "|".join(ALGORITHMS), "size": "|".join(SIZES)}
+    allowed = {"algo": "|".join(algorithms()), "size": "|".join(SIZES)}
     words = [f"{key}={allowed.get(key, 'N')}" for key in defaults]
     return f"known are {', '.join(words)}" + (" (or the size by itself)" if "size" in defaults else "")

@@ -85,6 +85,7 @@ def _run(command, argv: list[str]) -> int:
     from bd3lm_jax import log
     from launch import arguments
 
+    argv = arguments.common(argv)
     if command.TAKES_CONFIG:
         spec, overrides, argv = arguments.split_config(argv)
         args = arguments.parse_flags(command.define, argv, takes_config=True)
@@ -105,7 +106,8 @@ def _help(command) -> str:
     from launch import arguments
 
     config = arguments.CONFIG_HELP if command.TAKES_CONFIG else ""
-    return f"{command.__doc__.strip()}\n\nFlags:{config}\n{arguments.flags_help(command.define)}".rstrip()
+    flags = f"{config}\n{arguments.flags_help(command.define)}".rstrip()
+    return f"{command.__doc__.strip()}\n\nFlags:{flags}\n{arguments.COMMON_HELP}"
 
 
 def launch(argv: list[str]) -> None:

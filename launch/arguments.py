@@ -16,6 +16,11 @@ from bd3lm_jax import synonyms
 from bd3lm_jax.errors import UserError, nearest
 
 DEFAULT_CONFIG = "configs/tiny.py"
+COMMON_HELP = """\
+Flags of every command:
+  --import=MODULE           import a module that adds objectives, networks, schedules, samplers or corpora; repeatable
+                            (docs/objectives.md)
+  --compile_cache=off       compile everything anew: do not read or keep compiled programs on disk"""
 CONFIG_HELP = f"""
   --config=FILE.py[:args]   the run's configuration (default {DEFAULT_CONFIG}); its docstring says which args it takes
   --config.KEY=VALUE        change one key, e.g. --config.optim.lr=1e-3 --config.train.steps=2000;
@@ -134,12 +139,44 @@ def split_config(argv: Sequence[str]) -> tuple[str, list[str], list[str]]:
     return spec, overrides, rest
 
 
-def split_command(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(what stands before `--`, the command after it); the latter may begin with `python -m launch`."""
+def common(argv: Sequence[str]) -> list[str]:
+    """Does what the flags of every command say, --import and --compile_cache; returns the other words.
+
+    What stands behind `--` is left alone. UserError for a module that cannot be imported, or another word than on, off.
+    """
+    from bd3lm_jax import plugins
+
+    before, after = split_at_dashes(argv)
+    modules, rest = [], []
+    words = iter(before)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name.lstrip("-") not in ("import", "compile_cache") or not word.startswith("-"):
+            rest.append(word)
+            continue
+        value = value if equals else next(words, "")
+        if name.lstrip("-") == "import":
+            modules.append(value)
+        elif value in ("on", "off"):
+            os.environ["BD3LM_COMPILE_CACHE"] = value  # also of the processes that a command starts
+        else:
+            raise UserError(f"--compile_cache={value}: expected on or off")
+    plugins.load(modules)
+    return rest + after
+
+
+def split_at_dashes(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words before the first `--`, and it with the words after it."""
     words = list(argv)
     where = words.index("--") if "--" in words else len(words)
-    command = words[where + 1:]
-    return words[:where], command[3:] if command[1:3] == ["-m", "launch"] else command
+    return words[:where], words[where:]
+
+
+def split_command(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(what stands before `--`, the command after it); the latter may begin with `python -m launch`."""
+    before, after = split_at_dashes(argv)
+    command = after[1:]
+    return before, command[3:] if command[1:3] == ["-m", "launch"] else command
 
 
 def override_key(word: str) -> str:

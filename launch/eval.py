@@ -151,7 +151,10 @@ def main(args: flags.FlagValues) -> dict:
     if args.watch:
         return _watch(args)
     join_processes(args)
-    return _likelihood(args)
+    from bd3lm_jax.log import busy
+
+    with busy("measuring"):
+        return _likelihood(args)
 
 
 def check(args: flags.FlagValues) -> None:

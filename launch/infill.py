@@ -6,8 +6,8 @@
 [MASK] is one token, [MASK:5] five, [MASK:2-6] two to six, whichever makes the fixed text after the hole most likely.
 A block model sees what stands behind a hole in the same block; a bidirectional one (block size = length) all of it.
 
-Result: texts (text, holes (start, num_tokens, text), nfe, score), nfe, criterion (what score is; null where no length
-was chosen), seed, sampler.
+Result: texts (input, text, holes (start, num_tokens, text), nfe, score), nfe, criterion (what score is; null where no
+length was chosen), seed, sampler.
 """
 
 from absl import flags
@@ -47,13 +47,14 @@ def main(args: flags.FlagValues) -> dict:
     lm = bd3lm_jax.load(workdir, weights=args.weights)
     sampler = {name: args[name].value for name in ("steps", "threshold", "temperature", "top_k", "top_p")}
     options = make_options(sampler=args.sampler, seed=args.seed, **sampler)
-    filled = infill.infill(lm, texts, options, draws=args.draws)
+    with log.busy("compiling and filling"):
+        filled = infill.infill(lm, texts, options, draws=args.draws)
     for one in filled:
         log.note(one.text)
     return {
-        "texts": [{"text": one.text, "nfe": one.nfe, "score": one.score,
+        "texts": [{"input": text, "text": one.text, "nfe": one.nfe, "score": one.score,
                    "holes": [{"start": hole.start, "num_tokens": len(hole.tokens), "text": hole.text}
-                             for hole in one.holes]} for one in filled],
+                             for hole in one.holes]} for text, one in zip(texts, filled)],
         "nfe": sum(one.nfe for one in filled),
         "criterion": infill.CRITERION if any(one.score is not None for one in filled) else None,
         "seed": args.seed, "sampler": {"name": args.sampler, **sampler},

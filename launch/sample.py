@@ -16,8 +16,9 @@ Flags by purpose:
   cache         --window --cache_dtype --approximate_cache
   output        --out --animate --trace --beside
 
-Result: samples (text, num_tokens, nfe, stop), tokens_per_s, nfe_per_token, seed, sampler (name and all settings as they
-were used, where they come from, and the bytes of a token in the cache by cache_dtype).
+Result: samples (prompt_index from 0 and prompt, both null without prompts; text, num_tokens, nfe, stop), tokens_per_s,
+nfe_per_token, seed, sampler (name and all settings as they were used, where they come from, and the bytes of a token in
+the cache by cache_dtype).
 """
 
 import dataclasses
@@ -119,6 +120,7 @@ def main(args: flags.FlagValues) -> dict:
     _check_outputs(args)
     others = _others(args)
     import bd3lm_jax
+    from bd3lm_jax.log import busy
     from bd3lm_jax.writing.options import make_options
 
     lm = bd3lm_jax.load(workdir, weights=args.weights, step=step)
@@ -130,12 +132,15 @@ def main(args: flags.FlagValues) -> dict:
     if args.animate or args.trace:
         samples = _watch(args, lm, length, options, others)
     else:
-        samples = lm.generate(args.prompt, num=args.num, length=length, **chosen)
+        with busy("compiling and writing"):
+            samples = lm.generate(args.prompt, num=args.num, length=length, **chosen)
     seconds = time.perf_counter() - start
     sampler = _used(lm, options) | {"source": source}
-    _tell(samples, sampler)
-    found = [{"text": sample.text, "num_tokens": len(sample.tokens), "nfe": sample.nfe, "stop": sample.stop}
-             for sample in samples]
+    origins = [(index, prompt) for index, prompt in enumerate(args.prompt or ()) for _ in range(args.num)]
+    origins = origins or [(None, None)] * len(samples)
+    _tell(samples, origins, sampler)
+    found = [{"prompt_index": index, "prompt": prompt, "text": sample.text, "num_tokens": len(sample.tokens),
+              "nfe": sample.nfe, "stop": sample.stop} for sample, (index, prompt) in zip(samples, origins)]
     if args.out:
         lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in found)
         Path(args.out).write_text(lines, encoding="utf-8")
@@ -243,12 +248,14 @@ def _used(lm, options) -> dict:
     return values
 
 
-def _tell(samples, sampler: dict) -> None:
+def _tell(samples, origins, sampler: dict) -> None:
+    """Texts and settings, for people. origins: index and text of each sample's prompt, None where there was none."""
     from bd3lm_jax import log
 
     for i, sample in enumerate(samples):
-        log.note(f"--- sample {i}: {len(sample.tokens)} tokens, {sample.nfe} network calls, stop: {sample.stop}\n"
-                 f"{sample.tokens if sample.text is None else sample.text}\n")
+        origin = "" if origins[i][0] is None else " of prompt {} {!r}".format(*origins[i])
+        log.note(f"--- sample {i}{origin}: {len(sample.tokens)} tokens, {sample.nfe} network calls, stop: "
+                 f"{sample.stop}\n{sample.tokens if sample.text is None else sample.text}\n")
     log.note(f"sampler {sampler['name']}, steps {sampler['steps']}, threshold {sampler['threshold']:g}, block size "
              f"{sampler['block_size']}; {sampler['source']}")
     sizes = sampler["cache_bytes_per_token"]

@@ -65,6 +65,7 @@ def load_points(spec: str, overrides: list[str]) -> list:
 
     UserError, naming the run, for a key or a value that is wrong in one of them.
     """
+    from bd3lm_jax import plugins
     from bd3lm_jax.sweeps.sweep import ARG, Point
 
     path, colon, _ = spec.partition(":")
@@ -81,7 +82,8 @@ def load_points(spec: str, overrides: list[str]) -> list:
             config = arguments.load_config(point_spec, words)
         except UserError as error:
             raise UserError(f"run {i} of sweep() in '{path}': {error}") from None
-        command = (sys.executable, "-m", "launch", "train", f"--config={point_spec}", *words)
+        command = (sys.executable, "-m", "launch", "train", f"--config={point_spec}", *words,
+                   *(f"--import={module}" for module in plugins.named()))
         points.append(Point(changes, config, command))
     return points
 

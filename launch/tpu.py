@@ -73,7 +73,7 @@ def check_command(words: list[str], chips: int, hosts: int, array: bool, slices:
     name, rest = words[0], words[1:]
     if name not in RUNNABLE:
         raise UserError(f"'{name}' is no command for a cluster: {nearest(name, RUNNABLE)}")
-    command = importlib.import_module(f"launch.{name}")
+    command, rest = importlib.import_module(f"launch.{name}"), arguments.common(rest)
     spec, overrides, argv = arguments.split_config(rest) if command.TAKES_CONFIG else ("", [], rest)
     args = arguments.parse_flags(command.define, argv)
     if name == "sweep":

@@ -28,6 +28,7 @@ def test_the_result(capsys, tmp_path):
     assert result["texts"][0]["holes"][0].keys() == {"start", "num_tokens", "text"}
     assert [one["score"] is None for one in result["texts"]] == [True, True, False]
     assert result["criterion"].startswith("log-likelihood in nats") and result["nfe"] == 3 + 1 + 1 + 2
+    assert [one["input"] for one in result["texts"]] == ["a[MASK:3]b", "ab[MASK]e", "abcek[MASK:1-2]f"]
     assert [one["text"] in err for one in result["texts"]] == [True] * 3
 
 

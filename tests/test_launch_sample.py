@@ -40,8 +40,8 @@ def test_the_result(capsys, lm):
     code, result, err = sample(capsys, "--prompt=ab", "--prompt=c", "--num=1", "--top_k=9", "--seed=3", "--length=16")
     expected = lm.generate(["ab", "c"], num=1, length=16, top_k=9, seed=3)
     assert code == 0 and set(result) == {"samples", "tokens_per_s", "nfe_per_token", "seed", "sampler"}
-    assert result["samples"] == [{"text": text, "num_tokens": len(tokens), "nfe": nfe, "stop": stop}
-                                 for text, tokens, nfe, stop in expected]
+    assert result["samples"] == [{"prompt_index": i, "prompt": ("ab", "c")[i], "text": text, "num_tokens": len(tokens),
+                                  "nfe": nfe, "stop": stop} for i, (text, tokens, nfe, stop) in enumerate(expected)]
     assert result["nfe_per_token"] == sum(s.nfe for s in expected) / sum(len(s.tokens) for s in expected)
     assert result["tokens_per_s"] > 0 and result["seed"] == 3
     used = result["sampler"]
@@ -51,6 +51,19 @@ def test_the_result(capsys, lm):
     assert used["cache_bytes_per_token"] == {name: cache_price.bytes_per_token(lm, name)
                                              for name in ("float32", "bfloat16", "int8")}
     assert expected[0].text in err and "bytes a token: float32 512, bfloat16 256, int8 160" in err
+
+
+def test_every_text_names_its_prompt(capsys, lm):
+    """Several texts of each prompt, also when they are watched; without prompts there is none to name."""
+    code, result, err = sample(capsys, "--prompt=ab", "--prompt=c", "--num=2", "--length=8")
+    named = [(one["prompt_index"], one["prompt"]) for one in result["samples"]]
+    assert named == [(0, "ab"), (0, "ab"), (1, "c"), (1, "c")]
+    assert [line.split(":")[0] for line in err.splitlines() if line.startswith("--- ")] == [
+        "--- sample 0 of prompt 0 'ab'", "--- sample 1 of prompt 0 'ab'", "--- sample 2 of prompt 1 'c'",
+        "--- sample 3 of prompt 1 'c'"]
+    _, result, err = sample(capsys, "--num=2", "--length=8")
+    assert [(one["prompt_index"], one["prompt"]) for one in result["samples"]] == [(None, None)] * 2
+    assert "--- sample 1: " in err
 
 
 @pytest.fixture

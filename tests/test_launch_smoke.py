@@ -55,7 +55,7 @@ def test_sample(home, trained):
     assert set(result) == {"samples", "tokens_per_s", "nfe_per_token", "seed", "sampler"}
     assert len(result["samples"]) == 2
     for sample in result["samples"]:
-        assert set(sample) == {"text", "num_tokens", "nfe", "stop"}
+        assert set(sample) == {"prompt_index", "prompt", "text", "num_tokens", "nfe", "stop"}
         assert sample["num_tokens"] == 13 if sample["stop"] == "length" else sample["num_tokens"] < 13
 
 

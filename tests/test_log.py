@@ -5,6 +5,7 @@ import os
 import pty
 import subprocess
 import sys
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -127,6 +128,7 @@ def test_loss_that_is_not_finite_can_be_logged(tmp_path):
 def test_terminal_shows_a_live_bar(tmp_path):
     code = """
 import sys
+from bd3lm_jax import log
 from bd3lm_jax.log import RunLog, result
 with RunLog(sys.argv[1], total_steps=4) as run:
     for step in range(1, 5):
@@ -144,6 +146,29 @@ result({"step": 4})
     assert done.returncode == 0 and json.loads(done.stdout) == {"step": 4}
     for text in ("4/4", "loss 1.2500", "5,000 tokens/s", "after step 2", "left"):
         assert text in shown
+
+
+def test_work_without_steps_shows_that_it_goes_on(monkeypatch, capsys):
+    monkeypatch.setattr(log, "BUSY_SECONDS", 0.05)
+    with log.busy("compiling [the step]"):
+        time.sleep(0.3)
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 <= len(lines) <= 6 and set(lines) == {"compiling [the step]: 0m00s"}
+    with log.busy("short"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_shows_seconds_while_nothing_else_moves(monkeypatch):
+    """Above, or beside, the bar of a run; nothing of it stays on the screen."""
+    screen = io.StringIO()
+    monkeypatch.setattr(log, "_console", Console(file=screen, force_terminal=True, width=80, highlight=False,
+                                                 _environ={"TERM": "xterm"}))
+    with log.busy("validating {all} [of it]"):
+        time.sleep(0.3)
+        log.note("a note meanwhile")
+    shown = screen.getvalue()
+    assert "validating {all} [of it]" in shown and "0:00:00" in shown and "a note meanwhile" in shown
 
 
 def test_a_full_disk_is_one_clear_error(tmp_path):

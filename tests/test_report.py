@@ -40,12 +40,14 @@ def test_closing_leaves_plots_and_samples_and_a_table(run, capsys):
     samples = (run.workdir / "samples" / "step_6.txt").read_text(encoding="utf-8")
     assert samples.count("\n--\n") >= 1
     told = report.read(run.workdir)
-    assert told.pop("step") == 6 and list(told) == ["valid"]
+    assert told.pop("step") == 6 and set(told) == {"valid", "settings"}
     counts = {str(k): nll for k, nll in ESTIMATE["nll_by_count"].items()}
     assert told["valid"] == {key: value for key, value in ESTIMATE.items() if key != "wall_s"} | {
         "nll_by_count": counts}
     shown = capsys.readouterr().err
     assert "valid: bound on the NLL, 20 documents, 700 tokens" in shown and "2 samples:" in shown
+    for name in ("plots/loss.png", "plots/nll_by_count.png", "samples/step_6.txt"):
+        assert f": {run.workdir / name}\n" in shown, "people are told where it is"
     for text in ("this model", "2.250", "1.5000", "unigram of its tokens", "byte 5-gram"):
         assert text in shown, text
 

@@ -68,6 +68,7 @@ def bench(name: str, rounds: int, against: str, out: str | os.PathLike,
     (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     draw = getattr(module, "draw", lambda path, rows: plots.ratio_bars(path, _panels(rows), f"Benchmark {name}, on {device}"))
     draw(out / f"{name}.png", rows)
+    log.note(f"result: {out / name}.json")
     return result
 
 

@@ -20,16 +20,17 @@ from bd3lm_jax.data.tokenizers import NUM_BYTES, Tokenizer, get_tokenizer
 from bd3lm_jax.errors import RunError
 from bd3lm_jax.program import Program, bytes_per_device
 from bd3lm_jax.step import SpecialIds
+from bd3lm_jax.typed import Nested
 
 GIB, MIB = 2**30, 2**20
 ESTIMATE = "cpu"  # the compiler of an estimate; the others are TPUs
 
 
-def plan(config: Config, *, target: str, utilisation: float) -> dict[str, Any]:
+def plan(config: Config | Nested, *, target: str, utilisation: float) -> dict[str, Any]:
     """The plan of `train` on the mesh of `config`, where a size of -1 counts as 1; tables on stderr.
 
-    target: an accelerator of hardware.ACCELERATORS, or "" for all of them. TPUs that are not asked for by name have the
-    figures of the first TPU with a slice of that size.
+    config: as for `train`. target: an accelerator of hardware.ACCELERATORS, or "" for all of them. TPUs that are not
+    asked for by name have the figures of the first TPU with a slice of that size.
     utilisation: the part of the peak that the needed FLOPs will reach.
 
     With a curriculum of block sizes FLOPs and speeds are means over the run, and what is compiled is the step of the
@@ -38,6 +39,7 @@ def plan(config: Config, *, target: str, utilisation: float) -> dict[str, Any]:
     Raises UserError for a config that `train` would refuse, or a target that cannot be compiled for here. It sets jax
     up for CPU: call it before jax has used a device.
     """
+    config = Config.from_dict(config)
     sizes = {axis: max(size, 1) for axis, size in dataclasses.asdict(config.mesh).items()}
     config, special = resolved(dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes)))
     number = math.prod(sizes.values())

@@ -43,6 +43,9 @@ class Tokenizer:
         self.kind, self.size, self.end_id, self.mask_id = kind, size, end_id, mask_id
         self.vocab_size = max(size, mask_id + 1)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.kind!r}, size={self.size}, end_id={self.end_id}, mask_id={self.mask_id})"
+
     def encode(self, text: str) -> np.ndarray:
         """int32 [n]; no special token is ever added or read from the text. UserError for what UTF-8 cannot say."""
         check_characters(text, "the text")

@@ -26,7 +26,7 @@ import numpy as np
 
 from bd3lm_jax import passes, stats, step
 from bd3lm_jax.data.tokenizers import Tokenizer
-from bd3lm_jax.diffusion.masked import MASK_PROB_MAX, Masked, Uniforms
+from bd3lm_jax.diffusion.masked import Masked, Uniforms
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.errors import UserError, lookup
 from bd3lm_jax.evaluation import estimators, evaluate

@@ -75,7 +75,6 @@ def evaluate_suite(workdirs: Sequence[str], *, split: str, data_dir: str, chunks
     show(results)
     plot = plots.intervals(Path(own[0], "plots", PLOT) if own else Path(PLOT), "Zero-shot likelihood by text",
                            points(results), "bits per byte")
-    log.note(f"drawn in {plot}")
     return {"domains": results, "skipped": skipped, "plot": str(plot), "wall_s": time.perf_counter() - began}
 
 

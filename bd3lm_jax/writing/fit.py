@@ -1,12 +1,13 @@
 """Which samplers fit which objectives."""
 
+from collections import ChainMap
 from typing import Any
 
 from bd3lm_jax.diffusion.objective import Objective
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.sampling import SAMPLERS, simplex
 
-WRITERS = {**SAMPLERS, simplex.NAME: simplex.SAMPLER}
+WRITERS = ChainMap(SAMPLERS, {simplex.NAME: simplex.SAMPLER})  # with what is registered later
 
 
 def check_fit(objective: Objective, options: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.foreign import LARGE, read_text
+from bd3lm_jax.log import note
 from bd3lm_jax.typed import from_json
 from bd3lm_jax.writing.stream import Event, piece
 from bd3lm_jax.writing.trace_page import BESIDE, PAGE
@@ -52,6 +53,7 @@ def write_html(path: str | os.PathLike, records: Sequence[dict]) -> None:
     temporary = Path(path).with_suffix(".tmp")
     temporary.write_text(pages[0], encoding="utf-8")
     os.replace(temporary, path)
+    note(f"trace page: {path}, for a browser")
 
 
 def read_html(path: str | os.PathLike) -> dict:
