@@ -50,8 +50,10 @@ def is_published(path: str | Path) -> bool:
         return False
     try:
         content = from_json(read_text(config))
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(f"{config} cannot be read ({error})") from None
+    except ValueError as error:
+        raise UserError(f"{config} is not valid JSON ({error})") from None
     return isinstance(content, dict) and "model_type" in content
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from bd3lm_jax import compile_cache, distributed, optim, passes, report, rundir, sharding
 from bd3lm_jax.adaptation import adapt, lora
 from bd3lm_jax.checkpoint import Checkpoints
-from bd3lm_jax.config import Config, flatten
+from bd3lm_jax.config import Config
 from bd3lm_jax.cost import memory, profiling
 from bd3lm_jax.cost.profiling import Profiler
 from bd3lm_jax.data.loader import Loader, prefetch
@@ -29,7 +29,7 @@ from bd3lm_jax.program import Program
 from bd3lm_jax.state import LEARNT, LORA, TrainState
 from bd3lm_jax.step import SpecialIds
 from bd3lm_jax.sweeps import paired
-from bd3lm_jax.typed import Nested
+from bd3lm_jax.typed import Nested, flatten
 from bd3lm_jax.watchdog import Watchdog
 
 PREFETCH = 2  # batches placed ahead of the step, at least

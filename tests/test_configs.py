@@ -10,11 +10,23 @@ import jax.numpy as jnp
 import pytest
 
 from bd3lm_jax import models, sharding
-from bd3lm_jax.config import Config, flatten
+from bd3lm_jax.config import Config
 from bd3lm_jax.models import trunk
 from bd3lm_jax.optim import make_schedule
+from bd3lm_jax.typed import flatten
 from configs import (
-    adapt, austen, common, llada2_flash, llama_8b, lm1b, owt, roberta_wikitext, sapiens, sft, smollm2, tiny,
+    adapt,
+    austen,
+    common,
+    llada2_flash,
+    llama_8b,
+    lm1b,
+    owt,
+    roberta_wikitext,
+    sapiens,
+    sft,
+    smollm2,
+    tiny,
 )
 from configs.sweeps import roberta
 from launch.arguments import load_config

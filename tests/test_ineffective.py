@@ -6,9 +6,10 @@ import pytest
 from toy_runs import toy_config, write_text
 
 from bd3lm_jax import ineffective, rundir
-from bd3lm_jax.config import Config, flatten
+from bd3lm_jax.config import Config
 from bd3lm_jax.data.tokenizers import ByteTokenizer
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.typed import flatten
 from configs import common, tiny
 from launch.arguments import load_config
 

@@ -6,8 +6,9 @@ import pytest
 from absl import flags
 
 from bd3lm_jax import synonyms
-from bd3lm_jax.config import Config, flatten
+from bd3lm_jax.config import Config
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.typed import flatten
 from bd3lm_jax.writing.options import make_options
 from configs import common, tiny
 from launch import eval as eval_command

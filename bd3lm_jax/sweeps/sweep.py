@@ -20,12 +20,13 @@ from typing import Any
 
 from bd3lm_jax import report, rundir
 from bd3lm_jax.clusters.job import AGAIN
-from bd3lm_jax.config import Config, flatten
+from bd3lm_jax.config import Config
 from bd3lm_jax.errors import Preempted, RunError, Stuck, UserError
 from bd3lm_jax.log import note, note_once, save
 from bd3lm_jax.sweeps.giving_up import Curve, Rule, alike
 from bd3lm_jax.sweeps.pool import Job, Signals, exclusive, is_running, run_all
 from bd3lm_jax.sweeps.sweep_table import BEST, FILES, MEASURES, Table
+from bd3lm_jax.typed import flatten
 
 ARG = "arg"  # the key of a point that is no config key, but the argument of get_config
 GIVEN_UP = "given up"
