@@ -7,8 +7,9 @@ harness's own:
 
 or call `bd3lm_jax.harness.register()` before `lm_eval.simple_evaluate(model="bd3lm_jax", model_args=..., ...)`.
 `model_args` are the arguments of `Harness`; with the harness's `--apply_chat_template` the contexts are written by the
-chat template beside the tokenizer, and its special tokens are read as such. Autoregressive models are scored exactly, masked diffusion by the bound of
-`conditional.py`; options of one question share their masks. A text without context follows an end token.
+chat template beside the tokenizer, and its special tokens are read as such. Autoregressive models are scored exactly,
+masked diffusion by the bound of `conditional.py`; options of one question share their masks. A text without context
+follows an end token.
 """
 
 import dataclasses
@@ -43,7 +44,8 @@ class Harness:
     `conditional.score`. greedy: whether `loglikelihood` finds out if greedy decoding writes the continuation (up to S
     more passes; tasks of multiple choice do not use it; without it the answer is no). sampler: of `generate_until`,
     "" for the usual one. Every other option of `LM.generate` (steps, threshold, block_size, guidance, min_p, ...) is
-    an argument too; what a task asks for itself comes first. batch_size: rows a pass, "auto" for 16. device, max_batch_size: given by the harness, unused.
+    an argument too; what a task asks for itself comes first. batch_size: rows a pass, "auto" for 16. device,
+    max_batch_size: given by the harness, unused.
     """
 
     def __init__(self, path: str = "", weights: str = "ema", estimator: str = "exact_count", draws: int = 4,
@@ -92,8 +94,8 @@ class Harness:
         marked = [*others, {**last, "content": last["content"].rstrip() + CONTINUE}]
         text = self._template.render(marked, [(len(marked), False)])[0]
         if CONTINUE not in text:
-            raise UserError(f"the chat template of {self._template.directory} leaves the last message out: it cannot be "
-                            "continued")
+            raise UserError(f"the chat template of {self._template.directory} leaves the last message out: it cannot "
+                            "be continued")
         begun = text[:text.rindex(CONTINUE)]
         return begun + last["content"][len(last["content"].rstrip()):]
 

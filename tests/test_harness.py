@@ -156,7 +156,8 @@ class Signs(Letters):
 
 
 TEMPLATE = ("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-            "<{{ m.role[0] }}{{ m.content | trim }}{% if not loop.last or m.role == 'user' %}{{ '\\n' }}{% endif %}{% endfor %}"
+            "<{{ m.role[0] }}{{ m.content | trim }}"
+            "{% if not loop.last or m.role == 'user' %}{{ '\\n' }}{% endif %}{% endfor %}"
             "{% if add_generation_prompt %}<a{% endif %}")
 
 

@@ -43,7 +43,7 @@ def read(path: Path, legacy: bool, exact: bool, add_prefix_space: Any) -> dict:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError:
         raise Unsupported(f"{path} is a SentencePiece vocabulary, which needs the packages sentencepiece and protobuf: "
-                        "pip install sentencepiece protobuf, or put a tokenizer.json beside it") from None
+                          "pip install sentencepiece protobuf, or put a tokenizer.json beside it") from None
     proto = sentencepiece_model_pb2.ModelProto()
     try:
         proto.ParseFromString(read_bytes(path))

@@ -1,4 +1,4 @@
-"""Chat templates: what transformers renders (`tests/data/tokenizers/classes/chats.json`), and programs that misbehave."""
+"""Chat templates: what transformers renders (tests/data/tokenizers/classes/chats.json), and programs that misbehave."""
 
 import datetime
 import json

@@ -118,7 +118,8 @@ def layouts() -> dict[str, dict]:
 
         def llama(directory, **config):
             shutil.copy(HERE / "bpe.model", directory / "tokenizer.model")
-            (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **config}))
+            config = {"tokenizer_class": "LlamaTokenizer", **config}
+            (directory / "tokenizer_config.json").write_text(json.dumps(config))
             return transformers.LlamaTokenizer.from_pretrained(directory)
 
         add("llama", lambda directory: llama(directory, legacy=False))
