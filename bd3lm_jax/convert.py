@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import hf, lm, log, report, rundir
+from bd3lm_jax import hf, jax_settings, lm, log, report, rundir
 from bd3lm_jax.config import Config
 from bd3lm_jax.data.chat_template import CONFIG_FILE
 from bd3lm_jax.data.corpora import SPLITS
@@ -35,6 +35,7 @@ OF_TEMPLATES = ("bos_token", "chat_template")  # keys of a tokenizer_config.json
 SIGMA = 0.5  # noise level at which a time-conditioned network is checked
 
 
+@jax_settings.fixed()
 def convert(source: str | os.PathLike, target: str | os.PathLike, *, form: str, dtype: str, check: int, max_shard: str,
             weights: str, tokenizer: str, length: int, allow_pickle: bool, base: Mapping) -> dict[str, Any]:
     """The `convert` command: write the model in `source` to the new directory `target`.

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bd3lm_jax import compile_cache, models, sharding
+from bd3lm_jax import compile_cache, jax_settings, models, sharding
 from bd3lm_jax.data.tokenizers import Tokenizer, tokenizer_of
 from bd3lm_jax.errors import UserError, lookup
 from bd3lm_jax.foreign import read_text
@@ -203,7 +203,7 @@ def _open(path: Path, allow_pickle: bool) -> tuple[Path, dict, ModuleType, Path,
 
 
 def _shardings(config, mesh: jax.sharding.Mesh) -> dict[str, jax.sharding.NamedSharding]:
-    abstract = jax.eval_shape(lambda: trunk.init(models.build(config, jnp.float32), jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: trunk.init(models.build(config, jnp.float32), jax_settings.key(0)))
     return flatten_dict(sharding.param_shardings(abstract, mesh), sep=".")
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bd3lm_jax import log
+from bd3lm_jax import jax_settings, log
 from bd3lm_jax.errors import RunError, UserError, lookup
 from bd3lm_jax.tasks import sandbox
 from bd3lm_jax.tasks import score
@@ -33,6 +33,7 @@ class Completion(NamedTuple):
     stop: str
 
 
+@jax_settings.fixed()
 def evaluate_task(workdir: str | os.PathLike, *, task: str, file: str, against: str, allow_code_execution: bool,
                   num_problems: int, draws_per_problem: int, shots: int, sampler: dict[str, Any], seed: int,
                   weights: str, unsafe_code_execution: bool = False) -> dict[str, Any]:
