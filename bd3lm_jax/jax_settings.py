@@ -26,7 +26,7 @@ def check_seed(seed: int) -> int:
 def key(seed: int) -> jax.Array:
     """The typed key of a seed of up to 64 bits, whatever JAX_DEFAULT_PRNG_IMPL says.
 
-    For 32 bits it is `jax.random.key(seed)` as JAX comes.
+    For 32 bits it is the key that JAX makes of a seed where nothing is set.
     """
     seed = check_seed(seed)
     words = np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)

@@ -54,7 +54,7 @@ def default_cache() -> Path:
         return Path(local(chosen, "BD3LM_CACHE"))
     path = Path(os.path.expanduser("~/.cache/bd3lm_jax"))
     try:
-        if not path.is_absolute():
+        if not path.is_absolute() or os.environ.get("HOME") == "":
             raise FileNotFoundError(path)
         path.mkdir(parents=True, exist_ok=True)
         return path

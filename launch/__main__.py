@@ -11,7 +11,7 @@ COMMANDS = {
     "sample": "generate text",
     "infill": "fill the holes of texts",
     "prepare": "tokenise and pack a corpus ahead of time",
-    "convert": "from and to Hugging Face layout, GGUF, run directories",
+    "convert": "from GGUF, and from and to Hugging Face layout and run directories",
     "doctor": "what is installed, which devices, and a small self-test",
     "bench": "time and memory of the hot paths",
     "sweep": "train a config with some keys changed, many times, and compare",

@@ -1,4 +1,4 @@
-"""Read a model and write it in another form: run directories, directories in Hugging Face layout, GGUF files.
+"""Read a model (run directory, Hugging Face layout, GGUF file) and write it as a run or in Hugging Face layout.
 
   python -m launch convert --from=runs/tiny --to=tiny-hf                        # give a trained model away
   python -m launch convert --from=runs/tiny --to=tiny-hf --dtype=bfloat16 --check=64

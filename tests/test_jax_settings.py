@@ -1,11 +1,11 @@
 """Training, going on, measuring and writing give the same bits whatever JAX is set to."""
 
 import os
+import re
 import subprocess
 import sys
 
 import jax
-import numpy as np
 import pytest
 
 from bd3lm_jax import jax_settings
@@ -50,6 +50,26 @@ def test_settings_are_those_of_the_caller_between_the_items_of_a_stream():
             assert (inside, jax.config.jax_numpy_rank_promotion) == ("allow", "raise")
 
 
+def test_commands_set_the_variables_before_jax_is_imported():
+    """What is set otherwise is named; the processes that a command starts inherit the variables."""
+    code = ("from launch.__main__ import COMPUTED_WITH, _fix_settings; import os, sys; _fix_settings()\n"
+            "assert 'jax' not in sys.modules\n"
+            "import jax; print([os.environ[name] for name in COMPUTED_WITH], jax.config.jax_enable_x64,"
+            " jax.config.jax_threefry_partitionable, jax.config.jax_numpy_rank_promotion)")
+    names = [name.upper() for name in SETTINGS]
+    for environment, notes in ((dict(zip(names, ("rbg", "0", "True", "strict", "raise"))), 5), (
+            {"JAX_ENABLE_X64": "false", "JAX_THREEFRY_PARTITIONABLE": "1"}, 0)):
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, text=True,
+                              capture_output=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith("False True allow\n") and done.stderr.count("is not used") == notes
+
+
+def test_keys_are_made_in_one_place():
+    made = re.compile(r"random\.(key|PRNGKey)\(")
+    assert not [path for path in (ROOT / "bd3lm_jax").rglob("*.py") if made.search(path.read_text(encoding="utf-8"))]
+
+
 PROGRAM = """
 import hashlib, json, sys
 from pathlib import Path
@@ -73,7 +93,8 @@ samples = [sample.tokens for sample in lm.generate(["the cat"], num=2, length=24
 stream = "".join(x.text for x in lm.stream("the cat", length=24, seed=3) if type(x).__name__ == "Committed")
 score = lm.score(["the cat"], [" sat on"], seed=1)[0]
 losses = [line.get("train/loss") for line in read_metrics(run)]
-print(json.dumps([losses, digest, dtypes, np.asarray(bound.per_token).tolist(), samples, stream, list(map(str, score))]))
+nats = np.asarray(bound.per_token).tolist()
+print(json.dumps([losses, digest, dtypes, nats, samples, stream, list(map(str, score))]))
 """
 
 
