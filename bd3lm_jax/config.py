@@ -16,8 +16,10 @@ from bd3lm_jax.diffusion import OBJECTIVES
 from bd3lm_jax.diffusion.clip import ClipSearch, CountSchedule
 from bd3lm_jax.diffusion.running import RunningLoss
 from bd3lm_jax.errors import lookup
+from bd3lm_jax.jax_settings import check_seed
 from bd3lm_jax.models import BACKBONES, trunk
 from bd3lm_jax.models.trunk import REMAT, takes_level
+from bd3lm_jax.paths import expand_fields
 from bd3lm_jax.typed import Nested, as_mapping, as_section, as_type, check, flatten, one_of, same_keys
 
 SAME = "init_from"  # as model.kind: the network whose weights start the run
@@ -44,6 +46,7 @@ class DataConfig:
     def __post_init__(self):
         from bd3lm_jax.data.corpora import SOURCES  # which needs DataConfig
 
+        expand_fields(self, "data.", ("cache_dir", "tokenizer", *(("path",) if self.source != "tfds" else ())))
         one_of("data.source", self.source, tuple(SOURCES))
         one_of("data.layout", self.layout, ("wrap", "pack", "pad"))
         check(self.length > 0, f"data.length is {self.length}, expected a positive number of tokens")
@@ -99,6 +102,7 @@ class TrainConfig:
     lora_alpha: float  # an update counts lora_alpha / lora_rank
 
     def __post_init__(self):
+        expand_fields(self, "train.", ("init_from",))
         curriculum.check_pairs(self.block_sizes)
         check(self.steps >= 1, f"train.steps is {self.steps}, expected at least 1")
         check(self.batch >= 1, f"train.batch is {self.batch}, expected at least 1")
@@ -336,7 +340,7 @@ class Config:
                                            sections["data"].length)
             kind = lookup(registry, section.pop("kind", ""), f"{what} {name}.kind")
             sections[name] = as_section(name, section, kind.Config if what == "backbone" else kind)
-        seed = as_type("seed", mapping["seed"], int)
+        seed = check_seed(as_type("seed", mapping["seed"], int))
         config = cls(seed=seed, **sections)
         length, block_size = config.data.length, config.block_size
         check(length % block_size == 0,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import hf, lm, log, report, rundir
+from bd3lm_jax import hf, jax_settings, lm, log, paths, report, rundir
 from bd3lm_jax.config import Config
 from bd3lm_jax.data.chat_template import CONFIG_FILE
 from bd3lm_jax.data.corpora import SPLITS
@@ -25,16 +25,19 @@ from bd3lm_jax.models import trunk
 from bd3lm_jax.published import Described, write
 from bd3lm_jax.published.card import Origin, base_name, card
 from bd3lm_jax.published.leaf import check_mask
+from bd3lm_jax.published.tensors import is_gguf
 
 FORMATS = ("hf", "native")
 CARD = "README.md"
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "chat_template.jinja",
-                   "generation_config.json")
+                   GENERATION)
 OF_TEMPLATES = ("bos_token", "chat_template")  # keys of a tokenizer_config.json that a chat template is or reads
 SIGMA = 0.5  # noise level at which a time-conditioned network is checked
 
 
+@jax_settings.fixed()
 def convert(source: str | os.PathLike, target: str | os.PathLike, *, form: str, dtype: str, check: int, max_shard: str,
             weights: str, tokenizer: str, length: int, allow_pickle: bool, base: Mapping) -> dict[str, Any]:
     """The `convert` command: write the model in `source` to the new directory `target`.
@@ -50,6 +53,10 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, form: str, 
     """
     if form not in FORMATS:
         raise UserError(f"format is {form!r}, expected one of {', '.join(FORMATS)}")
+    target = paths.local(target, "--to")
+    if is_gguf(Path(target)):
+        raise UserError(f"{target}: GGUF files are read and not written: give a directory, and make a GGUF file of it "
+                        "with convert_hf_to_gguf.py of llama.cpp (for a causal model)")
     if Path(target).exists():
         raise UserError(f"{target} exists and is never overwritten: choose another directory")
     source = hf.local(source)
@@ -103,14 +110,26 @@ def _write_published(model: LM, source: Path, target: Path, dtype: str, max_shar
     described, model_type, files = _described(model), None, {}
     if origin.data is None:  # no run
         if source.is_dir():
-            model_type = json.loads(read_text(source / hf.CONFIG_FILE))["model_type"]
+            model_type = hf.layout_name(source)
             files = _copied(source)
     if model.tokenizer is not None and "tokenizer.json" not in files:
-        files |= _with_chat(write.tokenizer_files(model.tokenizer), chat_files(source))
+        masks = described.objective.masks and not described.objective.causal
+        files |= _with_chat(write.tokenizer_files(model.tokenizer, masks), chat_files(source))
+    ids = _token_ids(model) if origin.data is not None else hf.token_ids(source)
+    if GENERATION not in files and ids:
+        files[GENERATION] = (json.dumps({"_from_model_config": True} | ids, indent=2) + "\n").encode()
     size = sum(x.size for x in jax.tree.leaves(model.params))
     text = card(target.name, described, size, dtype, origin, model.tokenizer is not None)
     return hf.write_model(target, described, model.params, dtype=dtype, max_shard=max_shard, model_type=model_type,
-                          files=files | {CARD: text.encode()})
+                          files=files | {CARD: text.encode()}, token_ids=ids)
+
+
+def _token_ids(model: LM) -> dict[str, int]:
+    """Of a run: its end token ends texts, fills what is left of rows, and begins texts where it was trained so."""
+    if model.special.end < 0:
+        return {}
+    begin = {"bos_token_id": model.special.end} if getattr(model.config.diffusion, "bos", False) else {}
+    return begin | {"eos_token_id": model.special.end, "pad_token_id": model.special.end}
 
 
 def _copied(source: Path) -> dict[str, bytes]:

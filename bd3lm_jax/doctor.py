@@ -69,7 +69,12 @@ def _devices() -> str:
     from bd3lm_jax.config import MeshConfig
     from bd3lm_jax.sharding import make_mesh
 
-    devices, mesh = jax.devices(), make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1, slices=-1))
+    try:
+        devices = jax.devices()
+    except (AssertionError, RuntimeError) as error:
+        raise RunError(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} names no device that is there ({error}): "
+                       "unset it, or install jax for that device") from None
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1, slices=-1))
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     return (f"{len(devices)} {jax.default_backend()} ({devices[0].device_kind}), {jax.process_count()} process(es), "
             f"{os.cpu_count()} CPU cores, mesh {sizes}")
@@ -120,7 +125,7 @@ def _sampler() -> str:
     import jax.numpy as jnp
     import numpy as np
 
-    from bd3lm_jax import sampling
+    from bd3lm_jax import jax_settings, sampling
 
     length, size, vocab = 8, 4, 32
 
@@ -130,7 +135,7 @@ def _sampler() -> str:
     settings = sampling.Settings(block_size=size, window=size, steps=size, filters=sampling.Filters(),
                                  mask_id=vocab - 1, end_id=0)
     none = jnp.zeros((2, length), bool)
-    request = sampling.Request(jax.random.split(jax.random.key(0), 2), none, jnp.full(2, length), jnp.zeros(2, int),
+    request = sampling.Request(jax.random.split(jax_settings.key(0), 2), none, jnp.full(2, length), jnp.zeros(2, int),
                                jnp.zeros(vocab, bool), 0.0)
     asked = sampling.Asked(denoise, sampling.SAMPLERS["first_hitting"], settings)
     begun = sampling.start(asked, request, jnp.zeros((2, length), jnp.int32), 0, None)

@@ -8,28 +8,32 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bd3lm_jax import compile_cache, models, sharding
+from bd3lm_jax import compile_cache, jax_settings, models, paths, sharding
 from bd3lm_jax.data.tokenizers import Tokenizer, tokenizer_of
 from bd3lm_jax.errors import UserError, lookup
 from bd3lm_jax.foreign import read_text
 from bd3lm_jax.models import trunk
-from bd3lm_jax.published import FORMATS, NETWORKS, Described, write
+from bd3lm_jax.published import CAUSAL, FORMATS, NETWORKS, NETWORKS_OF_OURS, Described, write
+from bd3lm_jax.published.keys import check_quantised, check_unread
 from bd3lm_jax.published.leaf import Leaf, require
-from bd3lm_jax.published.read import check_averages, check_tensors, plain_names, read_params
-from bd3lm_jax.published.tensors import Stored, open_directory
+from bd3lm_jax.published.read import check_averages, check_tensors, plain_names, read_params, without_prefix
+from bd3lm_jax.published.tensors import Stored, is_gguf, open_directory
 from bd3lm_jax.typed import from_json
 
 CONFIG_FILE = "config.json"
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-GGUF = ".gguf"
+OWN = "bd3lm_"  # begins the model_type of a network that sees other tokens than its architecture elsewhere
+FILES = (".gguf", ".json", ".jsonl", ".safetensors", ".bin", ".pt", ".ckpt", ".txt", ".py", ".zip")  # no model's name
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 RUNS = "runs"  # where run directories usually are
 DTYPES = ("float32", "bfloat16")  # that parameters may have
 LAYER_KEYS, MOST_LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "n_blocks"), 10_000
@@ -43,7 +47,7 @@ def is_published(path: str | Path) -> bool:
     UserError if its config.json is not JSON.
     """
     path = Path(path)
-    if path.suffix == GGUF:
+    if is_gguf(path):
         return True
     config = path / CONFIG_FILE
     if not config.is_file():
@@ -76,13 +80,14 @@ def read_model(path: str | Path, *, dtype: str = "float32", weights: str = "ema"
     require(weights in ("ema", "params"), f"weights are {weights!r}, expected 'ema' or 'params'")
     config_path, published, form, weights_path, stored = _open(Path(path), allow_pickle)
     tensors, averaged = plain_names(weights_path, stored, weights, getattr(form, "rename", str))
+    described = _describe(config_path, published, form, tensors)
     with _makes_sense(config_path, published):
-        described = form.describe(config_path, published,
-                                  {name: x.read() for name, x in tensors.items() if not x.shape})
         require(described.length <= MOST_CONTEXT, f"{config_path}: the context is {described.length:,} tokens, expected "
                 f"at most {MOST_CONTEXT:,}")
         leaves = form.layout(described.model)
         _check_counts(config_path, leaves, len(tensors))
+        expected = {name for leaf in leaves.values() for name in leaf.sources()}
+        tensors, averaged = without_prefix(tensors, averaged, expected)
         held = form.held(described.model, set(tensors))
         check_tensors(weights_path, tensors, held | {name: leaf.shape for leaf in leaves.values()
                                                      for name in leaf.sources()})
@@ -99,7 +104,7 @@ def read_tokenizer(path: str | Path, described: Described) -> Tokenizer | None:
     Its mask is that of `fitted`. UserError if it has ids beyond the vocabulary of the network.
     """
     path = Path(path)
-    if path.suffix == GGUF:
+    if is_gguf(path):
         from bd3lm_jax.published.gguf import read_tokenizer as read
 
         tokenizer = read(path)
@@ -126,11 +131,41 @@ def own_mask(tokenizer: Tokenizer) -> int:
 
 
 def local(path: str | Path) -> str:
-    """`path`; or, where neither it nor the directory it would be in exists, the local copy of the model of this name
-    ("organisation/name") on the Hugging Face Hub. What would be in RUNS is never looked for there."""
-    path = str(path)
-    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists() and not Path(path).parent.exists()
-    return download(path) if is_name and Path(path).parent.name != RUNS else path
+    """`path`, of a directory that holds a GGUF file this one; or, where it does not exist, the local copy of the model
+    of this name ("organisation/name", "gpt2") on the Hugging Face Hub. What would be in RUNS is never looked for there.
+    """
+    path = paths.local(path)
+    if not Path(path).exists() and _is_hub_name(path):
+        path = download(path)
+        require(is_published(path) or bool(gguf_files(path)), f"the model in {path} has no {CONFIG_FILE}: download the "
+                "GGUF file or the directory that you want, and give its path")
+    return gguf_in(path)
+
+
+def _is_hub_name(name: str) -> bool:
+    """Whether a path that does not exist can be the name of a model on the Hub: "organisation/name" where there is no
+    directory "organisation", or one of the first models, whose names have one part ("gpt2")."""
+    if not re.fullmatch(r"[\w][\w.-]*(/[\w.-]+)?", name) or name.lower().endswith(FILES):
+        return False
+    parent = Path(name).parent
+    return "/" not in name or not parent.exists() and parent.name != RUNS
+
+
+def gguf_in(path: str) -> str:
+    """`path`, or the GGUF file in a directory that holds no config.json. UserError where there are several."""
+    if not Path(path).is_dir() or (Path(path) / CONFIG_FILE).exists():
+        return path
+    from bd3lm_jax.published.gguf import first_parts
+
+    found = first_parts(gguf_files(path))
+    require(len(found) < 2, f"{path} holds several GGUF files ({', '.join(file.name for file in found[:4])}): give the "
+            "path of one")
+    return str(found[0]) if found else path
+
+
+def gguf_files(directory: str) -> list[Path]:
+    """Those of a directory, in order."""
+    return sorted(path for path in Path(directory).iterdir() if is_gguf(path))
 
 
 def download(name: str) -> str:
@@ -141,13 +176,13 @@ def download(name: str) -> str:
     try:
         import huggingface_hub
     except ImportError:
-        raise UserError(f"no directory {name}; to take it from the Hugging Face Hub: pip install huggingface_hub, or "
+        raise UserError(f"no run directory {name}; to take it from the Hugging Face Hub: pip install huggingface_hub, or "
                         "download the model there and give its directory") from None
     try:
         return huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES, etag_timeout=10)
     except Exception as error:  # the network and the Hub raise many kinds; all of them mean: not fetched
         first = f"{error}\n".strip().splitlines()[0] if str(error).strip() else ""
-        raise UserError(f"no directory {name}, and the Hugging Face Hub did not give a model of this name "
+        raise UserError(f"no run directory {name}, and the Hugging Face Hub did not give a model of this name "
                         f"({type(error).__name__}: {first}): check name and network, or give the directory of a "
                         "downloaded model") from None
 
@@ -156,8 +191,15 @@ def describe(path: str | Path) -> Described:
     """What a published checkpoint is, without its weights. UserError as for `read_model`."""
     config_path, published, form, weights_path, stored = _open(Path(path), False)
     tensors, _ = plain_names(weights_path, stored, "ema", getattr(form, "rename", str))
+    return _describe(config_path, published, form, tensors)
+
+
+def _describe(config_path: Path, published: dict, form: ModuleType, tensors: dict[str, Stored]) -> Described:
     with _makes_sense(config_path, published):
-        return form.describe(config_path, published, {name: x.read() for name, x in tensors.items() if not x.shape})
+        described = form.describe(config_path, published,
+                                  {name: x.read() for name, x in tensors.items() if not x.shape})
+        check_unread(config_path, published, (*form.CONFIG_KEYS, *getattr(form, "CHOICES", ()), *form.READ))
+    return described
 
 
 def _check_counts(path: Path, leaves: dict[str, Leaf], stored: int) -> None:
@@ -187,39 +229,51 @@ def read_config(path: Path) -> tuple[dict, ModuleType]:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}): expected the config.json of a published checkpoint") from None
     kind = published.get("model_type") if isinstance(published, dict) else None
-    require(kind in list(FORMATS), f"{path}: model_type is {kind!r}, supported: {', '.join(FORMATS)}")
-    return published, FORMATS[kind]
+    kind = kind.removeprefix(OWN) if isinstance(kind, str) else kind
+    inner = published.get("text_config") if isinstance(published, dict) else None
+    also = " (its text_config is that of a model for text: take that model alone)" if isinstance(inner, dict) else ""
+    require(kind in list(FORMATS), f"{path}: model_type is {kind!r}{also}, supported: {', '.join(FORMATS)}")
+    return published | {"model_type": kind}, FORMATS[kind]
 
 
 def _open(path: Path, allow_pickle: bool) -> tuple[Path, dict, ModuleType, Path, dict[str, Stored]]:
     """Where the config is, what it says, its format; where the tensors are, and these by name."""
-    if path.suffix == GGUF:
+    if is_gguf(path):
         from bd3lm_jax.published.gguf import open_gguf
 
         published, tensors = open_gguf(path)
         return path, published, FORMATS[published["model_type"]], path, tensors
     published, form = read_config(path / CONFIG_FILE)
-    return path / CONFIG_FILE, published, form, *open_directory(path, allow_pickle)
+    check_quantised(path, published, ())
+    weights_path, tensors = open_directory(path, allow_pickle)
+    check_quantised(weights_path, published, tensors)
+    return path / CONFIG_FILE, published, form, weights_path, tensors
 
 
 def _shardings(config, mesh: jax.sharding.Mesh) -> dict[str, jax.sharding.NamedSharding]:
-    abstract = jax.eval_shape(lambda: trunk.init(models.build(config, jnp.float32), jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: trunk.init(models.build(config, jnp.float32), jax_settings.key(0)))
     return flatten_dict(sharding.param_shardings(abstract, mesh), sep=".")
 
 
 def write_model(target: str | Path, described: Described, params: dict, *, dtype: str, max_shard: int,
-                model_type: str | None, files: dict[str, bytes]) -> dict[str, int | str]:
+                model_type: str | None, files: dict[str, bytes],
+                token_ids: Mapping[str, int | list[int] | None] = MappingProxyType({})) -> dict[str, int | str]:
     """Write a network as a directory in Hugging Face layout: config.json, safetensors and `files`.
 
     params: the tree of `trunk.init`, on any mesh. dtype: of the written parameters, one of `write.DTYPES`. max_shard:
     bytes a file. model_type: the layout, None for the usual one of such a network. files: name -> content of what else
-    belongs there. Nothing is there before all of it is.
+    belongs there. token_ids: keys of config.json like "eos_token_id". Nothing is there before all of it is.
+
+    A network that sees other tokens than its architecture does elsewhere gets a model_type of ours, so that no other
+    software takes it for what it is not.
 
     Returns tensors (how many), bytes (theirs) and path. Raises UserError if the target exists, the layout cannot say
     what the network is, or a value overflows; RunError if the disk is full.
     """
     require(dtype in write.DTYPES, f"dtype is {dtype!r}, expected one of {', '.join(write.DTYPES)}")
     published, form = _published(described, model_type)
+    own = _own_names(published) if _sees_otherwise(published, described) else {}
+    published = {**token_ids, **published, **own}
     leaves = form.layout(described.model)
     flat = {".".join(path): x for path, x in flatten_dict(params).items()}
     constants = form.constants(described.model, described.objective) if hasattr(form, "constants") else {}
@@ -230,6 +284,40 @@ def write_model(target: str | Path, described: Described, params: dict, *, dtype
         for name, content in files.items():
             (work / name).write_bytes(content)
     return {"tensors": len(tensors), "bytes": sum(tensor.num_bytes for tensor in tensors), "path": str(target)}
+
+
+def _sees_otherwise(published: dict, described: Described) -> bool:
+    """Whether other implementations of this model_type would compute other logits: by who sees whom, or shifted."""
+    kind, objective = published["model_type"], described.objective
+    if kind in NETWORKS_OF_OURS:
+        return False
+    if kind in CAUSAL:
+        return not objective.causal or bool(getattr(described.model, "shifted", ""))
+    return not objective.causal and objective.block_size < described.length
+
+
+def _own_names(published: dict) -> dict:
+    stem = re.split("For|LMHead|Model", published["architectures"][0])[0]
+    return {"model_type": OWN + published["model_type"], "architectures": [f"{stem}ForBlockDiffusion"]}
+
+
+def token_ids(source: Path) -> dict[str, int | list[int]]:
+    """The end, begin and padding tokens of a published checkpoint, each an id or a list of ids, by their keys."""
+    if is_gguf(source):
+        from bd3lm_jax.published.gguf import token_ids as read
+
+        return read(source)
+    published = read_config(source / CONFIG_FILE)[0]
+    return {key: published[key] for key in TOKEN_IDS if _are_ids(published.get(key))}
+
+
+def _are_ids(x: Any) -> bool:
+    return type(x) is int and x >= 0 or isinstance(x, list) and bool(x) and all(type(i) is int and i >= 0 for i in x)
+
+
+def layout_name(directory: Path) -> str:
+    """The layout of a published directory, as `write_model` takes it."""
+    return read_config(directory / CONFIG_FILE)[0]["model_type"]
 
 
 def _published(described: Described, model_type: str | None) -> tuple[dict, ModuleType]:

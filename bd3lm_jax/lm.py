@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import models, passes, plugins, stats
+from bd3lm_jax import jax_settings, models, passes, plugins, stats
 from bd3lm_jax.config import SECTIONS, Config, DataConfig
 from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.errors import UserError
@@ -41,6 +41,7 @@ class Trained(NamedTuple):
     config_sha256: str
 
 
+@jax_settings.fixed()
 def load(path: str | Path, weights: str = "ema", dtype: str = "float32", allow_pickle: bool = False,
          step: int | str = "latest") -> "LM":
     """The model in `path`: a run directory; a published checkpoint (a directory with config.json and safetensors, or a
@@ -146,6 +147,7 @@ class LM:
         """Whether one block is all that the model ever sees (MDLM, LLaDA)."""
         return self._is_canvas or not self.config.diffusion.causal and self.config.block_size >= self.context
 
+    @jax_settings.fixed()
     def logits(self, xt, x0=None, *, sigma=None) -> jax.Array:
         """Raw network output, float32 `[B, L, V]`, before SUBS.
 
@@ -165,6 +167,7 @@ class LM:
             raise UserError(f"x0 has shape {x0.shape}, expected that of xt, {xt.shape}")
         return self._two_stream_logits(self.params, xt, x0, sigma)
 
+    @jax_settings.fixed()
     def nll(self, tokens, *, weights=None, estimator: str = "exact_count", draws: int = 1, seed: int = 0) -> NLL:
         """Bound on the negative log-likelihood of each row (exact for AR and block size 1).
 
@@ -218,13 +221,14 @@ class LM:
         rounds = draws if estimator.replicates > 1 else 1
         estimates = []
         for round_ in range(rounds):
-            key = jax.random.fold_in(jax.random.key(seed), round_)
+            key = jax.random.fold_in(jax_settings.key(seed), round_)
             parts = [self._scores(estimator, objective)(self.params, key, index, jnp.arange(batch), padded, position,
                                                         segment, scored)[0]
                      for index in range(estimator.passes(1))]
             estimates.append(np.mean(parts, axis=0, dtype=np.float64)[..., :length])
         return np.concatenate(estimates, axis=1)
 
+    @jax_settings.fixed()
     def generate(self, prompts=None, *, num: int = 1, length: int, **options) -> list[Sample]:
         """Write texts of `length` tokens (prompt included), or up to a stop.
 
@@ -243,8 +247,9 @@ class LM:
         """
         self._check_mask()
         lm, options = self.fitted(options)
-        return stream.watch(lm.on_canvas(length), prompt, length, lm._options(options))
+        return jax_settings.iterate(stream.watch(lm.on_canvas(length), prompt, length, lm._options(options)))
 
+    @jax_settings.fixed()
     def infill(self, texts, *, draws: int = 4, **options) -> list[infill.Infill]:
         """Fill `[MASK]`, `[MASK:n]` and `[MASK:a-b]` in texts; see `infill.infill`."""
         lm, options = self.fitted(options)
@@ -254,6 +259,7 @@ class LM:
         """With the sampler that such a model is used with, unless another one is named."""
         return make_options(**{"sampler": self.config.diffusion.sampler} | given)
 
+    @jax_settings.fixed()
     def score(self, prompts, continuations, *, estimator: str = "exact_count", draws: int = 4, seed: int = 0,
               greedy: bool = False, batch: int = 16) -> list[conditional.Score]:
         """Log-likelihood of each continuation after its prompt: exact for AR and block size 1, else a lower bound with
@@ -261,6 +267,7 @@ class LM:
         return conditional.score(self, prompts, continuations, estimator=estimator, draws=draws, seed=seed,
                                  greedy=greedy, batch=batch)
 
+    @jax_settings.fixed()
     def choose(self, prompt, options, *, normalise: str = "none", estimator: str = "exact_count", draws: int = 4,
                seed: int = 0, batch: int = 16) -> conditional.Choice:
         """The likeliest of several continuations under common masks; see `conditional.choose`."""

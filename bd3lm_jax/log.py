@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -101,9 +102,16 @@ def _print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 
 
 def result(values: Mapping[str, Any]) -> None:
-    """The result of a command: one JSON object, the last line of stdout. Numbers that are not finite become null."""
-    if not _silent:
-        print(_to_json(values), flush=True)
+    """The result of a command: one JSON object, the last line of stdout. Numbers that are not finite become null.
+
+    Where stdout is not UTF-8 (in an ASCII or Latin-1 locale), or a path holds what UTF-8 cannot say, JSON's own escapes
+    are used: a finished result is never lost.
+    """
+    if _silent:
+        return
+    text, encoding = _to_json(values), getattr(sys.stdout, "encoding", None) or "utf-8"
+    plain = encoding.lower().replace("-", "") == "utf8" and text.isprintable()
+    print(text if plain else json.dumps(json.loads(text)), flush=True)
 
 
 def save(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
@@ -198,7 +206,7 @@ class RunLog:
         """Show that `step` updates are done: a live bar on a terminal, else a line every few seconds and at the end."""
         if self._quiet:
             return
-        if _console.is_terminal:
+        if _console.is_terminal and not _console.is_dumb_terminal:
             self._show_bar(step, loss, tokens_per_s)
         else:
             self._print_line(step, loss, tokens_per_s)

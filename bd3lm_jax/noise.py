@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bd3lm_jax import log
+from bd3lm_jax import jax_settings, log
 from bd3lm_jax.config import Config
 from bd3lm_jax.diffusion import corrupt
 from bd3lm_jax.diffusion.clip import ClipSearch, relative_variance
@@ -39,7 +39,7 @@ class Chooser:
         """
         if isinstance(self.schedule, ClipSearch) and step % self.config.eval.every == 0:
             batches = [batch(step + i) for i in range(self.config.noise.clip_batches)]
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), step), SEARCH)
+            key = jax.random.fold_in(jax.random.fold_in(jax_settings.key(self.config.seed), step), SEARCH)
             interval = self._search(state.ema or state.params, key, batches)
             state = state.replace(noise=jax.device_put(self.schedule.chosen(interval), self.everywhere))
         return state, self.shown(state)

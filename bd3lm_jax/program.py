@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bd3lm_jax import models, optim, sharding
+from bd3lm_jax import jax_settings, models, optim, sharding
 from bd3lm_jax.adaptation import lora
 from bd3lm_jax.config import Config
 from bd3lm_jax.models import Backbone, trunk
@@ -108,7 +108,7 @@ def bytes_needed(compiled: jax.stages.Compiled) -> int:
 
 
 def _initial_state(config: Config, model: Backbone, tx: optax.GradientTransformation) -> TrainState:
-    params = init_params(model, config, jax.random.key(config.seed))
+    params = init_params(model, config, jax_settings.key(config.seed))
     ema = jax.tree.map(jnp.copy, params) if config.optim.ema > 0 else {}
     noise = config.schedule.first() if config.schedule else {}
     return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(trained(params)), noise)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from bd3lm_jax import compile_cache, hf, models, passes, rundir, sharding
+from bd3lm_jax import compile_cache, hf, jax_settings, models, passes, rundir, sharding
 from bd3lm_jax.adaptation import lora
 from bd3lm_jax.checkpoint import LATEST, Checkpoints
 from bd3lm_jax.config import SECTIONS, ComputeConfig, Config, DataConfig, EvalConfig
@@ -41,7 +41,7 @@ def restore(workdir: str | os.PathLike, weights: str, dtype: str | None, mesh: M
     compile_cache.enable()
     config, tokenizer = rundir.read(workdir)
     model = models.build(config.model, passes.compute_dtype(dtype or config.compute.dtype))
-    abstract = jax.eval_shape(lambda: init_params(model, config, jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: init_params(model, config, jax_settings.key(0)))
     if mesh is not None:
         abstract = sharding.with_shardings(abstract, sharding.param_shardings(abstract, mesh))
     with Checkpoints(workdir, 1, read_only=True) as checkpoints:

@@ -10,18 +10,20 @@ from pathlib import Path
 
 from bd3lm_jax import lock, plugins
 from bd3lm_jax.config import Config
-from bd3lm_jax.data.chat_template import CHAT_FILES
 from bd3lm_jax.data.corpora import SOURCES
 from bd3lm_jax.data.dialogues import chat_files
 from bd3lm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3lm_jax.diffusion.schedule import SCHEDULES
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.foreign import read_bytes, read_text
+from bd3lm_jax.log import METRICS_FILE
 from bd3lm_jax.typed import as_mapping, from_json
 
 CONFIG, TOKENIZER, LOCK = "config.json", "tokenizer.json", "train.lock"
 IMPORTS = "imports"  # key of config.json: modules that register what the run uses (plugins.py)
-BEFORE_CONFIG = (TOKENIZER, LOCK, *CHAT_FILES)  # what a run that was killed while it began may have left
+# What training writes and may not replace: with one of them and no config.json a directory is another one's. Anything
+# else, a log file or `lost+found`, may be there.
+WRITTEN = ("checkpoints", "samples", "plots", "profile", METRICS_FILE, "report.json", "documents.npz", "watch.jsonl")
 PART = ".tmp"  # a file being written
 ADDED = {  # keys that the run directories of earlier versions lack, with values that mean what these runs did
     "noise": {"adapt": "none", "clip_widths": [0.5, 0.6, 0.7, 0.8, 0.9], "clip_stride": 0.05, "clip_batches": 1,
@@ -81,8 +83,13 @@ def _check(path: Path, config: Config, tokenizer: Tokenizer) -> None:
             raise UserError(f"{path} holds a run of another config ({'; '.join(differing)}; here != there): choose "
                             "another --workdir, or repeat the config it was started with")
         check_tokenizer(tokenizer, there_tokenizer.identity, f"the run in {path}")
-    elif path.is_dir() and any(file.name not in BEFORE_CONFIG and file.suffix != PART for file in path.iterdir()):
-        raise UserError(f"{path} is not empty and holds no {CONFIG}: choose another --workdir")
+    else:
+        own = path / TOKENIZER  # a run that was killed while it began may have left it, the same
+        another = own.exists() and own.read_bytes() != tokenizer.to_bytes()
+        conflicts = [name for name in WRITTEN if (path / name).exists()] + [f"another {TOKENIZER}"] * another
+        if conflicts:
+            raise UserError(f"{path} holds {', '.join(conflicts)} and no {CONFIG}: choose another --workdir, or restore "
+                            f"the {CONFIG} of the run that wrote them")
 
 
 def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bd3lm_jax import optim, passes
+from bd3lm_jax import jax_settings, optim, passes
 from bd3lm_jax.adaptation import annealing, answers, lora, shifted
 from bd3lm_jax.config import Config
 from bd3lm_jax.diffusion.noised import Noised
@@ -202,7 +202,7 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
         return total, grads, schedule.seen(losses_BxMxL, weight_BxMxL > 0, rows["tokens"]) if learns else {}
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        key = jax.random.fold_in(jax_settings.key(config.seed), state.step)
         noise_key, dropout_key = jax.random.split(key)
         batch = objective.prepared(jax.random.fold_in(noise_key, PREPARE), batch, special.end)
         tokens = batch["tokens"]

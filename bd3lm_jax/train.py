@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import compile_cache, distributed, optim, passes, report, rundir, sharding
+from bd3lm_jax import compile_cache, distributed, jax_settings, optim, passes, paths, report, rundir, sharding
 from bd3lm_jax.adaptation import adapt, lora
 from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.config import Config
@@ -48,6 +48,7 @@ class Run:
     program: Program
 
 
+@jax_settings.fixed()
 def train(config: Config | Nested, workdir: str | os.PathLike, profile: bool = False,
           stuck_after: float = 0.0) -> dict[str, Any]:
     """Train to `config.train.steps`, going on from the newest checkpoint in `workdir` if there is one.
@@ -65,7 +66,7 @@ def train(config: Config | Nested, workdir: str | os.PathLike, profile: bool = F
     compile_cache.enable()
     with contextlib.ExitStack() as held:
         stop = held.enter_context(distributed.termination())
-        run = set_up(config, workdir, held)
+        run = set_up(config, paths.local(workdir, "workdir"), held)
         stored = distributed.of_first(report.finished(run))
         valid, step_ms = (stored.get("valid", {}), None) if stored else _train(run, stop, profile, stuck_after)
     lines = read_metrics(run.workdir)

@@ -49,6 +49,6 @@ def get_config(arg: str = "") -> ConfigDict:
     common.set_algo(config, options.algo, options.block_size)
     if options.recipe == "ar":
         common.grow_blocks(config)
-    elif options.recipe == "mlm" and config.diffusion.block_size < config.data.length:
-        config.train.block_sizes = ((0, config.data.length), (options.steps // 3, config.diffusion.block_size))
+    elif options.recipe == "mlm":
+        common.whole_rows_first(config)
     return config

@@ -4,9 +4,18 @@ A config takes one string of comma-separated words after the colon, `--config=co
 `parse` reads it. What the keys mean is said in bd3lm_jax/config.py.
 """
 
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
+
+class Operation(NamedTuple):
+    """What a FieldReference does when it is read."""
+
+    fn: Callable
+    args: tuple[Any, ...]
+
 
 BLOCK_SIZE = "block_size"  # stands for the block size of the run
 MASKED = {  # masked diffusion in blocks with the exact-count estimator of its bound
@@ -141,7 +150,7 @@ def algorithms() -> tuple[str, ...]:
 
 def set_algo(config: ConfigDict, algo: str, block_size: int) -> None:
     """Masked diffusion with `block_size` (0: one block a row, MDLM), or another objective."""
-    size = block_size or config.data.length
+    size = block_size or config.data.get_oneway_ref("length")
     if algo not in OBJECTIVES:
         config.diffusion.block_size = size
         return
@@ -153,13 +162,31 @@ def set_algo(config: ConfigDict, algo: str, block_size: int) -> None:
             config[section][name] = value
 
 
+def computed(function: Callable, *references: FieldReference) -> FieldReference:
+    """`function` of the values that other keys have in the end, the command line's changes among them, until this key
+    is set itself."""
+    kind = type(function(*(reference.get() for reference in references)))
+    return FieldReference(kind(), field_type=kind, op=Operation(lambda _, *values: function(*values), references))
+
+
 def grow_blocks(config: ConfigDict) -> None:
     """From a causal model: attention opens and blocks grow from one token to their size within a third of the steps."""
-    size, third = config.diffusion.block_size, config.train.steps // 3
-    sizes = [2**n for n in range(size.bit_length()) if size % 2**n == 0 and 2**n < size]
+    steps = config.train.get_ref("steps")
+    config.train.block_sizes = computed(_growing, config.diffusion.get_ref("block_size"), steps)
+    config.train.anneal_steps = computed(lambda steps: steps // 3, steps)
+
+
+def _growing(size: int, steps: int) -> tuple:
+    third, sizes = steps // 3, [2**n for n in range(size.bit_length()) if size % 2**n == 0 and 2**n < size]
     starts = [index * third // max(len(sizes), 1) for index in range(len(sizes))]
-    config.train.block_sizes = (*zip(starts, sizes), (third if sizes else 0, size))
-    config.train.anneal_steps = third
+    return (*zip(starts, sizes), (third if sizes else 0, size))
+
+
+def whole_rows_first(config: ConfigDict) -> None:
+    """From a model of whole rows: these for a third of the steps, then blocks."""
+    references = (config.diffusion.get_ref("block_size"), config.data.get_ref("length"), config.train.get_ref("steps"))
+    config.train.block_sizes = computed(lambda size, length, steps: ((0, length), (steps // 3, size)) if size < length
+                                        else (), *references)
 
 
 def set_paper_recipe(config: ConfigDict, algo: str, block_size: int) -> None:
@@ -174,7 +201,7 @@ def set_model(config: ConfigDict, name: str) -> None:
     """Another backbone than the paper's, one of MODELS, with as many learned positions as a row has tokens."""
     config.model = ConfigDict(MODELS[name])
     if "positions" in config.model:
-        config.model.positions = config.data.length
+        config.model.positions = config.data.get_oneway_ref("length")
 
 
 def set_size(config: ConfigDict, size: str) -> None:

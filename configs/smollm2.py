@@ -34,11 +34,12 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model = ConfigDict({"kind": "init_from", "shifted": common.SHIFTED["block"]})
     config.data.update(tokenizer=source, length=256)
     config.diffusion.corruption = "exact_count"
-    config.optim.update(lr=2e-4, beta2=0.99, warmup_steps=options.steps // 6, schedule="wsd", ema=0.0)
     config.train.update(steps=options.steps, batch=2, init_from=source)
+    steps = config.train.get_oneway_ref("steps")
+    config.optim.update(lr=2e-4, beta2=0.99, warmup_steps=steps // 6, schedule="wsd", ema=0.0)
     config.log.every = 5
-    config.checkpoint.every = options.steps // 2
-    config.eval.update(every=options.steps // 3, rows=16, batch=4, draws=1, report_rows=32, samples=2,
+    config.checkpoint.every = steps // 2
+    config.eval.update(every=steps // 3, rows=16, batch=4, draws=1, report_rows=32, samples=2,
                        sample_length=128)
     common.set_algo(config, options.algo, options.block_size)
     common.grow_blocks(config)

@@ -11,7 +11,7 @@ COMMANDS = {
     "sample": "generate text",
     "infill": "fill the holes of texts",
     "prepare": "tokenise and pack a corpus ahead of time",
-    "convert": "from and to Hugging Face layout, GGUF, run directories",
+    "convert": "from GGUF, and from and to Hugging Face layout and run directories",
     "doctor": "what is installed, which devices, and a small self-test",
     "bench": "time and memory of the hot paths",
     "sweep": "train a config with some keys changed, many times, and compare",
@@ -32,6 +32,10 @@ Examples:
 People read stderr; the last line of stdout is the result as one JSON object.
 Exit codes: 0 done, 1 failed, 2 wrong usage, 42 preempted and saved, 75 stuck (both: run the same command again)."""
 HELP = ("--help", "-h")
+COMPUTED_WITH = {  # settings of JAX that would change results; jax_settings.py holds to them in Python
+    "JAX_ENABLE_X64": "0", "JAX_THREEFRY_PARTITIONABLE": "1", "JAX_NUMPY_DTYPE_PROMOTION": "standard",
+    "JAX_NUMPY_RANK_PROMOTION": "allow", "JAX_DEFAULT_PRNG_IMPL": "threefry2x32",
+}
 
 
 def main(argv: list[str]) -> int:
@@ -64,8 +68,27 @@ def main(argv: list[str]) -> int:
         print(f"error: the package '{visible(str(error.name))}' is not installed: pip install -e .", file=sys.stderr)
         return 1
     except Exception as error:
+        if _no_backend(error):
+            print(f"error: JAX has no such device ({one_line(error) or 'not installed'}): JAX_PLATFORMS="
+                  f"{os.environ.get('JAX_PLATFORMS', '')}; unset it, or install what it names (python -m launch doctor "
+                  "says what is there)", file=sys.stderr)
+            return 2
         print(visible(traceback.format_exc()), end="", file=sys.stderr)
         return _code_of(error)
+
+
+def _no_backend(error: Exception) -> bool:
+    """Whether JAX failed to start the devices that JAX_PLATFORMS names."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(os.path.basename(frame.filename) == "xla_bridge.py" and frame.name == "backends" for frame in frames)
+
+
+def _fix_settings() -> None:
+    """Before JAX is imported: what it computes with, whatever its variables say."""
+    for name, value in COMPUTED_WITH.items():
+        if os.environ.get(name, value).lower() not in (value, {"0": "false", "1": "true"}.get(value)):
+            print(f"note: {name}={os.environ[name]} is not used, it would change results", file=sys.stderr)
+        os.environ[name] = value
 
 
 def _code_of(error: Exception) -> int:
@@ -112,6 +135,7 @@ def _help(command) -> str:
 
 def launch(argv: list[str]) -> None:
     """`main`, then the end of the process if it failed."""
+    _fix_settings()
     code = main(argv)
     if code:  # at once: exit handlers of a failed process would wait for its peers and threads
         sys.stdout.flush()

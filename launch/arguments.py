@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from bd3lm_jax import synonyms
+from bd3lm_jax import paths, synonyms
 from bd3lm_jax.errors import UserError, nearest
 
 DEFAULT_CONFIG = "configs/tiny.py"
@@ -58,6 +58,37 @@ def _unknown_flag(error: flags.UnrecognizedFlagError, known: list[str], takes_co
         return f"Unknown command line flag '{error.flagname}'. Did you mean: {usual or f'--config.{key}'}"
     near = "Did you mean" in str(error)
     return _one_line(error) + ("" if near else ": see --help; keys of a config are written --config.train.steps=100")
+
+
+class PathParser(flags.ArgumentParser):
+    """The value of a flag that is a path, or several with commas between them: `paths.local` of each."""
+
+    def __init__(self, several: bool = False):
+        self.several = several
+
+    def parse(self, argument):
+        try:
+            return ",".join(paths.split(argument)) if self.several else paths.local(argument)
+        except UserError as error:
+            raise ValueError(str(error).removeprefix("path=")) from None
+
+    def flag_type(self) -> str:
+        return "path"
+
+
+def define_path(values: flags.FlagValues, name: str, default: str, text: str, *, several: bool = False) -> None:
+    """A flag that is a path; several: or paths with commas between them (`paths.split` gives them)."""
+    flags.DEFINE(PathParser(several), name, default, text, flag_values=values)
+
+
+def define_paths(values: flags.FlagValues, name: str, text: str) -> None:
+    """A flag that may be given several times, each time with one path."""
+    flags.DEFINE_multi(PathParser(), flags.ArgumentSerializer(), name, None, text, flag_values=values)
+
+
+def define_seed(values: flags.FlagValues, text: str) -> None:
+    """The flag of a command that draws random numbers: 0 to the largest number of 63 bits."""
+    flags.DEFINE_integer("seed", 0, text, lower_bound=0, upper_bound=2**63 - 1, flag_values=values)
 
 
 def required(values: flags.FlagValues, name: str) -> str:
@@ -242,6 +273,7 @@ def load_sweep(path: str) -> list[dict]:
 
 def _load_module(path: str):
     """The module of a config file. UserError if there is none."""
+    path = paths.local(path, "--config")
     if not os.path.isfile(path):
         there = sorted(str(file) for file in Path("configs").rglob("*.py") if file.stem not in ("__init__", "common"))
         raise UserError(f"config file '{path}' does not exist: " + (

@@ -22,6 +22,8 @@ plots/sampling.png in the run directory.
 
 from absl import flags
 
+from launch.arguments import define_path
+
 TAKES_CONFIG = False
 POSITIONAL = "name"
 
@@ -30,12 +32,10 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("name", "", "which benchmark, also without --name=; empty: list them", flag_values=values)
     flags.DEFINE_integer("rounds", 7, "interleaved rounds, whose median counts", lower_bound=1, flag_values=values)
     flags.DEFINE_string("against", "", "torch: also PyTorch's side (attention, step)", flag_values=values)
-    flags.DEFINE_string("workdir", "", "run directory, for sampling, or several with commas, for variance, density and "
-                        "family",
-                        flag_values=values)
-    flags.DEFINE_string("out", "runs/bench", "directory of the result and the picture", flag_values=values)
-    flags.DEFINE_string("scorer", "", "of sampling: run directory of an autoregressive model that judges the texts",
-                        flag_values=values)
+    define_path(values, "workdir", "", "run directory, for sampling, or several with commas, for variance, density and "
+                "family", several=True)
+    define_path(values, "out", "runs/bench", "directory of the result and the picture")
+    define_path(values, "scorer", "", "of sampling: run directory of an autoregressive model that judges the texts")
     flags.DEFINE_integer("texts", 8, "of sampling with --workdir: texts of each setting a round", lower_bound=1,
                          flag_values=values)
 

@@ -1,4 +1,4 @@
-"""Read a model and write it in another form: run directories, directories in Hugging Face layout, GGUF files.
+"""Read a model (run directory, Hugging Face layout, GGUF file) and write it as a run or in Hugging Face layout.
 
   python -m launch convert --from=runs/tiny --to=tiny-hf                        # give a trained model away
   python -m launch convert --from=runs/tiny --to=tiny-hf --dtype=bfloat16 --check=64
@@ -15,13 +15,14 @@ after), largest_logit.
 
 from absl import flags
 
+from launch.arguments import define_path
+
 TAKES_CONFIG = False
 
 
 def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("from", "", "run directory, directory in Hugging Face layout, GGUF file, or organisation/name",
-                        flag_values=values)
-    flags.DEFINE_string("to", "", "the directory to write", flag_values=values)
+    define_path(values, "from", "", "run directory, directory in Hugging Face layout, GGUF file, or organisation/name")
+    define_path(values, "to", "", "the directory to write")
     flags.DEFINE_enum("format", "hf", ["hf", "native"], "Hugging Face layout, or a run directory", flag_values=values)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "of the written parameters",
                       flag_values=values)
@@ -30,8 +31,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("max_shard", "5GB", "of a safetensors file; more than that becomes several with an index",
                         flag_values=values)
     flags.DEFINE_enum("weights", "ema", ["ema", "params"], "averaged weights, or the last ones", flag_values=values)
-    flags.DEFINE_string("tokenizer", "", "for a source that brings none: gpt2, bert-base-uncased, bytes, or the path "
-                        "of a tokenizer.json", flag_values=values)
+    define_path(values, "tokenizer", "", "for a source that brings none: gpt2, bert-base-uncased, bytes, or the path "
+                "of a tokenizer.json")
     flags.DEFINE_integer("length", 0, "of a run directory: tokens a row; 0: the context of the model", lower_bound=0,
                          flag_values=values)
     flags.DEFINE_boolean("allow_pickle", False, "read pickled weights (.bin, .ckpt, .pt) too: tensors alone, with "

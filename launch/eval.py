@@ -43,8 +43,10 @@ Result: see docs/tasks.md.
 
 from absl import flags
 
+from bd3lm_jax import paths
 from bd3lm_jax.errors import Preempted, UserError, lookup, nearest
-from launch.arguments import check_processes, define_processes, define_step, join_processes, required, step_of
+from launch.arguments import (check_processes, define_path, define_processes, define_seed, define_step,
+                              join_processes, required, step_of)
 
 TAKES_CONFIG = False
 LIKELIHOOD = ("split", "data_dir", "chunks", "stride", "first_token", "end_token", "estimator", "draws", "seed",
@@ -68,14 +70,12 @@ def define(values: flags.FlagValues) -> None:
 
 
 def _define_likelihood(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", "", "run directory, or one in Hugging Face layout or its name on the Hub (then give "
-                        "--data)",
-                        flag_values=values)
+    define_path(values, "workdir", "", "run directory, or one in Hugging Face layout or its name on the Hub (then give "
+                "--data)", several=True)
     flags.DEFINE_string("split", "test", "train, valid or test", flag_values=values)
-    flags.DEFINE_string("data", "", "a .txt or .jsonl file (all of it); a named text: austen, moby_dick, sotu, "
-                        "wikitext2, ptb, lm1b, lambada, ag_news, pubmed, arxiv; or all of these; empty: the run's own",
-                        flag_values=values)
-    flags.DEFINE_string("data_dir", "", "where NAME.txt or NAME.jsonl of named texts are", flag_values=values)
+    define_path(values, "data", "", "a .txt or .jsonl file (all of it); a named text: austen, moby_dick, sotu, "
+                "wikitext2, ptb, lm1b, lambada, ag_news, pubmed, arxiv; or all of these; empty: the run's own")
+    define_path(values, "data_dir", "", "where NAME.txt or NAME.jsonl of named texts are")
     flags.DEFINE_string("chunks", "independent", "independent rows, or sliding windows that score their last tokens",
                         flag_values=values)
     flags.DEFINE_integer("stride", 0, "of sliding windows, in tokens; 0: half a row", flag_values=values)
@@ -88,9 +88,8 @@ def _define_likelihood(values: flags.FlagValues) -> None:
     flags.DEFINE_string("target_ci", "", "more draws until the Monte-Carlo half width is this part of the nll, e.g. "
                         "0.5% or 0.005", flag_values=values)
     flags.DEFINE_integer("max_draws", 64, "of --target_ci", lower_bound=1, flag_values=values)
-    flags.DEFINE_string("against", "", "run directory of a model to compare with on the same documents",
-                        flag_values=values)
-    flags.DEFINE_integer("seed", 0, "of the noise", lower_bound=0, flag_values=values)
+    define_path(values, "against", "", "run directory of a model to compare with on the same documents")
+    define_seed(values, "of the noise")
     flags.DEFINE_enum("weights", "ema", ["ema", "params"], "averaged weights, or the last ones", flag_values=values)
     flags.DEFINE_integer("batch", 0, "rows a pass; 0: the run's own", lower_bound=0, flag_values=values)
     define_step(values)
@@ -105,24 +104,21 @@ def _define_likelihood(values: flags.FlagValues) -> None:
 
 
 def _define_quality(values: flags.FlagValues) -> None:
-    flags.DEFINE_list("samples", [], "generated texts: files that sample wrote, JSONL of {\"text\": ...}, or run "
-                      "directories, with commas between them", flag_values=values)
-    flags.DEFINE_string("scorer", "", "of --samples: directory of an autoregressive model (or of block size 1)",
-                        flag_values=values)
-    flags.DEFINE_string("reference", "", "of --samples: real text to compare with, a file like --samples, or none; "
-                        "empty: --split of the scorer's own corpus", flag_values=values)
+    define_path(values, "samples", "", "generated texts: files that sample wrote, JSONL of {\"text\": ...}, or run "
+                "directories, with commas between them", several=True)
+    define_path(values, "scorer", "", "of --samples: directory of an autoregressive model (or of block size 1)")
+    define_path(values, "reference", "", "of --samples: real text to compare with, a file like --samples, or none; "
+                "empty: --split of the scorer's own corpus")
     flags.DEFINE_integer("max_tokens", 0, "of --samples: only the first so many tokens of each text; 0: all",
                          lower_bound=0, flag_values=values)
     flags.DEFINE_boolean("mauve", False, "of --samples: MAUVE as well (needs mauve-text and the weights of GPT-2 "
                          "large)", flag_values=values)
-    flags.DEFINE_string("plot", "", "of several --samples: where to draw them; empty: quality.png beside the first",
-                        flag_values=values)
+    define_path(values, "plot", "", "of several --samples: where to draw them; empty: quality.png beside the first")
 
 
 def _define_task(values: flags.FlagValues) -> None:
     flags.DEFINE_string("task", "", "humaneval, mbpp, gsm8k or math500", flag_values=values)
-    flags.DEFINE_string("file", "", "of --task: JSONL in the task's own format; empty: the packaged one (humaneval)",
-                        flag_values=values)
+    define_path(values, "file", "", "of --task: JSONL in the task's own format; empty: the packaged one (humaneval)")
     flags.DEFINE_boolean("allow_code_execution", False, "of --task: run generated code, in a sandbox (docs/tasks.md)",
                          flag_values=values)
     flags.DEFINE_boolean("unsafe_code_execution", False, "of --task: run generated code even where this machine offers "
@@ -215,7 +211,7 @@ def _allow(args: flags.FlagValues, what: str, names: tuple[str, ...]) -> None:
 def _quality(args: flags.FlagValues) -> dict:
     from bd3lm_jax.evaluation.quality import evaluate_samples
 
-    return evaluate_samples(args.samples, **_values(args, QUALITY))
+    return evaluate_samples(paths.split(args.samples), **_values(args, QUALITY))
 
 
 def _task(args: flags.FlagValues) -> dict:
@@ -234,7 +230,7 @@ def _likelihood(args: flags.FlagValues) -> dict:
     if args.data == "all":
         from bd3lm_jax.evaluation.suite import evaluate_suite
 
-        return evaluate_suite(workdir.split(","), target_ci=target_ci, length=args["length"].value or 0, **common)
+        return evaluate_suite(paths.split(workdir), target_ci=target_ci, length=args["length"].value or 0, **common)
     from bd3lm_jax.evaluation.evaluate import evaluate_run
 
     at = {name: args[name].value for name in ("block_size", "length") if args[name].value}

@@ -12,13 +12,15 @@ length was chosen), seed, sampler.
 
 from absl import flags
 
+from launch.arguments import define_path, define_seed
+
 TAKES_CONFIG = False
 
 
 def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", "", "run directory, or one in Hugging Face layout", flag_values=values)
+    define_path(values, "workdir", "", "run directory, or one in Hugging Face layout")
     flags.DEFINE_multi_string("text", None, "a text with holes", flag_values=values)
-    flags.DEFINE_string("file", "", "a file of such texts, one a line", flag_values=values)
+    define_path(values, "file", "", "a file of such texts, one a line")
     flags.DEFINE_string("sampler", "first_hitting", "the order of the reveals, as in sample", flag_values=values)
     flags.DEFINE_integer("steps", None, "of the sampler, a block", lower_bound=1, flag_values=values)
     flags.DEFINE_float("threshold", None, "the sampler's number", lower_bound=0.0, flag_values=values)
@@ -27,7 +29,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_float("top_p", None, "only the nucleus of this mass", lower_bound=0.0, upper_bound=1.0,
                        flag_values=values)
     flags.DEFINE_integer("draws", 4, "of the likelihood that chooses a length", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("seed", 0, "of all random choices", lower_bound=0, flag_values=values)
+    define_seed(values, "of all random choices")
     flags.DEFINE_enum("weights", "ema", ["ema", "params"], "averaged weights, or the last ones", flag_values=values)
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from absl import flags
 
-from launch.arguments import define_step
+from launch.arguments import define_path, define_paths, define_seed, define_step
 
 TAKES_CONFIG = False
 OPTIONS = ("sampler", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "steps", "threshold",
@@ -45,22 +45,21 @@ def define(values: flags.FlagValues) -> None:
 
 
 def _define_what(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", "", "run directory, or one in Hugging Face layout", flag_values=values)
+    define_path(values, "workdir", "", "run directory, or one in Hugging Face layout")
     flags.DEFINE_enum("weights", "ema", ["ema", "params"], "averaged weights, or the last ones", flag_values=values)
     define_step(values)
     flags.DEFINE_integer("num", 4, "texts, for each prompt if there are any", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("length", None, "tokens of prompt and text; by default 256, or the model's context if less",
                          lower_bound=1, flag_values=values)
     flags.DEFINE_multi_string("prompt", None, "how a text begins", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "of all random choices", lower_bound=0, flag_values=values)
+    define_seed(values, "of all random choices")
 
 
 def _define_speed(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("prefer", None, ["quality", "balanced", "speed"], "settings measured by bench sampling, from "
                       "--settings or the run directory, else presets: first_hitting; threshold 0.9; threshold 0.6. "
                       "Flags that are given win", flag_values=values)
-    flags.DEFINE_string("settings", "", "JSON file of settings, or of one such object for each --prefer",
-                        flag_values=values)
+    define_path(values, "settings", "", "JSON file of settings, or of one such object for each --prefer")
     flags.DEFINE_string("sampler", "first_hitting", "first_hitting, ancestral, ancestral_cosine; several tokens at "
                         "once: random_order, threshold, factor, entropy_bound, confidence, margin, entropy; "
                         "remdm_cap, remdm_rescale, remdm_confidence, remdm_loop; iterative; analytic (SEDD); uniform "
@@ -90,7 +89,7 @@ def _define_choice(values: flags.FlagValues) -> None:
                        flag_values=values)
     flags.DEFINE_string("constraint", None, "a regular expression that each new text matches as a whole",
                         flag_values=values)
-    flags.DEFINE_string("json_schema", "", "a JSON schema (file) that each new text satisfies", flag_values=values)
+    define_path(values, "json_schema", "", "a JSON schema (file) that each new text satisfies")
     flags.DEFINE_multi_string("forced", None, "PLACE:TEXT, what stands at a place of every text; the first token of "
                               "the prompt has place 0", flag_values=values)
 
@@ -105,12 +104,10 @@ def _define_rest(values: flags.FlagValues) -> None:
                         flag_values=values)
     flags.DEFINE_string("approximate_cache", "", "prefix or dual, of a bidirectional model with --block_size: faster, "
                         "with keys and values that are out of date", flag_values=values)
-    flags.DEFINE_string("out", "", "write the texts to this JSONL file as well", flag_values=values)
+    define_path(values, "out", "", "write the texts to this JSONL file as well")
     flags.DEFINE_bool("animate", False, "show the texts as they are written", flag_values=values)
-    flags.DEFINE_string("trace", "", "write an HTML page that shows how they were written, step by step",
-                        flag_values=values)
-    flags.DEFINE_multi_string("beside", None, "of --trace: a page of another run, to be played side by side in this "
-                              "one", flag_values=values)
+    define_path(values, "trace", "", "write an HTML page that shows how they were written, step by step")
+    define_paths(values, "beside", "of --trace: a page of another run, to be played side by side in this one")
 
 
 def main(args: flags.FlagValues) -> dict:

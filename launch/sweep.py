@@ -31,8 +31,7 @@ LOADS_CONFIG = True
 
 
 def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", "", "where the sweep is kept; empty: runs/sweeps/<config file name>",
-                        flag_values=values)
+    arguments.define_path(values, "workdir", "", "where the sweep is kept; empty: runs/sweeps/<config file name>")
     flags.DEFINE_integer("parallel", 1, "runs at a time; they share this machine's devices", lower_bound=1,
                          flag_values=values)
     flags.DEFINE_integer("index", None, "train only this run, counted from 0", lower_bound=0, flag_values=values)

@@ -46,7 +46,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("action", "all", "create, run, logs, resume, delete or all", flag_values=values)
     flags.DEFINE_boolean("run", False, "do the action, with the --mesh and the rest as given; otherwise only show it",
                          flag_values=values)
-    flags.DEFINE_string("out", "", "where files are written; empty: runs/clusters/NAME", flag_values=values)
+    arguments.define_path(values, "out", "", "where files are written; empty: runs/clusters/NAME")
 
 
 def main(args: flags.FlagValues, words: list[str]) -> dict:

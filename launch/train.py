@@ -23,13 +23,13 @@ import signal
 from absl import flags
 
 from bd3lm_jax.errors import Preempted, UserError
-from launch.arguments import define_processes, join_processes
+from launch.arguments import define_path, define_processes, join_processes
 
 TAKES_CONFIG = True
 
 
 def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", "", "where the run is kept; empty: runs/<config file name>", flag_values=values)
+    define_path(values, "workdir", "", "where the run is kept; empty: runs/<config file name>")
     flags.DEFINE_list("mesh", [], "devices by axis (data, fsdp, expert, tensor), e.g. data=8,fsdp=4; -1: what is left "
                       "(planned as 1); slices=N: of N slices that are alike; empty: the config's", flag_values=values)
     flags.DEFINE_boolean("profile", False, "trace a few steps into WORKDIR/profile", flag_values=values)

@@ -250,6 +250,29 @@ def test_adaptations_take_the_network_of_their_source(name, arg, expected):
     make_schedule(config.optim, config.train.steps)
 
 
+@pytest.mark.parametrize("name, arg, overrides, expected", [
+    ("adapt", "from={bert},recipe=mlm,block_size=4", ["data.length=16", "train.steps=90"],
+     {"train.block_sizes": ((0, 16), (30, 4)), "diffusion.block_size": 4}),
+    ("adapt", "from={bert},recipe=mlm,block_size=4", ["data.length=16", "diffusion.block_size=8"],
+     {"train.block_sizes": ((0, 16), (1000, 8))}),
+    ("adapt", "from={bert},recipe=mlm,block_size=4", ["data.length=4"], {"train.block_sizes": ()}),
+    ("adapt", "from={ar},block_size=4", ["data.length=16", "train.steps=300"],
+     {"train.block_sizes": ((0, 1), (50, 2), (100, 4)), "train.anneal_steps": 100}),
+    ("adapt", "from={ar},block_size=4", ["train.anneal_steps=7"], {"train.anneal_steps": 7}),
+    ("adapt", "from={ar},algo=mdlm", ["data.length=16"], {"diffusion.block_size": 16}),
+    ("tiny", "algo=mdlm", ["data.length=64"], {"diffusion.block_size": 64}),
+    ("tiny", "algo=mdlm", ["data.length=64", "diffusion.block_size=8"], {"diffusion.block_size": 8, "data.length": 64}),
+    ("tiny", "algo=sedd", ["data.length=64"], {"diffusion.block_size": 64}),
+    ("smollm2", "from={ar},algo=mdlm", ["data.length=16", "train.steps=30"],
+     {"diffusion.block_size": 16, "train.anneal_steps": 10, "checkpoint.every": 15}),
+])
+def test_presets_follow_what_the_command_line_changes(name, arg, overrides, expected):
+    spec = f"configs/{name}.py:" + arg.format(ar=GOLDEN / "ar", bert=GOLDEN / "hf/bert")
+    words = [f"--config.{word}" for word in (*overrides, *(["data.tokenizer=bytes"] if name != "tiny" else []))]
+    found = flatten(load_config(spec, [*words, "--config.optim.warmup_steps=5"]).to_dict())
+    assert {key: found[key] for key in expected} == expected
+
+
 def test_the_form_of_outputs_can_be_set_on_the_command_line():
     for module in (sft, adapt):
         config = load_config(f"{module.__file__}:from={GOLDEN / 'ar'}", ["--config.model.shifted=row",

@@ -154,6 +154,45 @@ def test_an_objective_and_a_form_of_ours_come_back(tmp_path):
     assert load_file(tmp_path / "out" / "model.safetensors")["sampling_eps_min"] == np.float32(1e-3)
 
 
+def test_the_ids_of_special_tokens_are_handed_back(tmp_path):
+    """Also lists of ids, and where no generation_config.json was there."""
+    source = with_tokenizer(tmp_path, "hf/llama", 59)
+    config = json.loads((source / "config.json").read_text()) | {"eos_token_id": [2, 7], "pad_token_id": 3}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "generation_config.json").unlink()
+    converted(source, tmp_path / "out")
+    for name in ("config.json", "generation_config.json"):
+        found = json.loads((tmp_path / "out" / name).read_text())
+        assert {key: found[key] for key in hf.TOKEN_IDS} == {"bos_token_id": 1, "eos_token_id": [2, 7],
+                                                            "pad_token_id": 3}
+    (source / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": [5]}')
+    converted(source, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["eos_token_id"] == [5]
+    converted(source, tmp_path / "run", form="native")
+    converted(tmp_path / "run", tmp_path / "back")
+    for name in ("config.json", "generation_config.json"):
+        found = json.loads((tmp_path / "back" / name).read_text())
+        assert found["eos_token_id"] == found["pad_token_id"] == 58 and "bos_token_id" not in found
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_a_run_of_blocks_is_written_under_its_own_name_with_its_mask(tmp_path):
+    source = with_tokenizer(tmp_path, "hf/llama", 58)
+    config = json.loads((source / "config.json").read_text()) | {"block_size": 8, "mask_token_id": 58}
+    (source / "config.json").write_text(json.dumps(config))  # as earlier versions wrote it
+    converted(source, tmp_path / "run", form="native")
+    result = converted(tmp_path / "run", tmp_path / "back", check=16)
+    found = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (found["model_type"], found["mask_token_id"]) == ("bd3lm_llama", 58) and result["max_difference"] == 0
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        assert json.loads((tmp_path / "back" / name).read_text())["mask_token"] == "<|mdm_mask|>"
+    again = bd3lm_jax.load(tmp_path / "back")
+    assert again.special == bd3lm_jax.load(source).special and again.config.block_size == 8
+    converted(tmp_path / "back", tmp_path / "third")
+    assert_same_files(tmp_path / "third", source)
+    assert json.loads((tmp_path / "third" / "config.json").read_text())["model_type"] == "bd3lm_llama"
+
+
 def test_the_card(tmp_path):
     source = with_tokenizer(tmp_path, "bd3lm_block4", 66)
     converted(source, tmp_path / "run", form="native")

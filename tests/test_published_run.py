@@ -230,7 +230,7 @@ def test_names_on_the_hub_are_evaluated(tmp_path, capsys, monkeypatch):
     assert (source.path, source.published, source.length) == (str(directory), True, 96) and "org/three" in asked
 
 
-@pytest.mark.parametrize("path", ["nowhere", "a/b/c", "runs/nowhere", str(GOLDEN / "nowhere")])
+@pytest.mark.parametrize("path", ["a/b/c", "runs/nowhere", str(GOLDEN / "nowhere")])
 def test_other_paths_are_never_asked_for(monkeypatch, tmp_path, path):
     monkeypatch.chdir(tmp_path)
     hub(monkeypatch, lambda *args, **kwargs: pytest.fail("asked the Hub"))
@@ -240,7 +240,7 @@ def test_other_paths_are_never_asked_for(monkeypatch, tmp_path, path):
 
 def test_without_the_hub(monkeypatch):
     hub(monkeypatch, None)
-    with pytest.raises(UserError, match="no directory org/name; to take it from the Hugging Face Hub: pip install"):
+    with pytest.raises(UserError, match="no run directory org/name; to take it from the Hugging Face Hub: pip install"):
         bd3lm_jax.load("org/name")
 
 
@@ -248,5 +248,5 @@ def test_without_the_network(monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("Network is unreachable\nmany lines")
     hub(monkeypatch, fail)
-    with pytest.raises(UserError, match=r"no directory org/name, .*\(OSError: Network is unreachable\): check name"):
+    with pytest.raises(UserError, match=r"no run directory org/name, .*\(OSError: Network is unreachable\): check name"):
         bd3lm_jax.load("org/name")

@@ -90,7 +90,12 @@ def test_another_tokenizer_is_refused(tmp_path, config):
 def test_directories_that_are_none_of_ours(tmp_path, config):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("dear")
-    with pytest.raises(UserError, match="full is not empty and holds no config.json: choose another --workdir"):
+    (tmp_path / "full" / "metrics.jsonl").write_text("{}")
+    with pytest.raises(UserError, match="full holds metrics.jsonl and no config.json: choose another --workdir"):
+        rundir.claim(tmp_path / "full", config, BYTES)
+    (tmp_path / "full" / "metrics.jsonl").unlink()
+    (tmp_path / "full" / rundir.TOKENIZER).write_text("{}")
+    with pytest.raises(UserError, match="full holds another tokenizer.json and no config.json"):
         rundir.claim(tmp_path / "full", config, BYTES)
     for place in ("full/letter.txt", "full/letter.txt/run"):
         with pytest.raises(UserError, match=r"cannot write in .*letter\.txt.*; choose another --workdir"):
@@ -98,6 +103,16 @@ def test_directories_that_are_none_of_ours(tmp_path, config):
     assert (tmp_path / "full" / "letter.txt").read_text() == "dear"
     (tmp_path / "empty").mkdir()
     rundir.claim(tmp_path / "empty", config, BYTES)
+
+
+def test_what_schedulers_and_file_systems_leave_is_no_conflict(tmp_path, config):
+    for name in ("lost+found", "wandb", "logs"):
+        (tmp_path / name).mkdir()
+    for name in ("slurm-17.out", ".nfs0000000000a1", "train.log"):
+        (tmp_path / name).write_text("a line\n")
+    rundir.claim(tmp_path, config, BYTES)
+    assert rundir.read(tmp_path)[0] == config
+    assert (tmp_path / "train.log").read_text() == "a line\n"
 
 
 def test_reading_what_is_not_there(tmp_path, config):

@@ -136,10 +136,10 @@ def test_another_config_is_refused_with_the_keys_that_differ(home, whole):
 
 
 def test_a_directory_of_something_else_is_left_alone(home, tmp_path):
-    (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(UserError, match="is not empty and holds no config.json"):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="holds checkpoints and no config.json"):
         train(toy_config(home), str(tmp_path))
-    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
 def test_a_loss_that_is_not_finite_names_step_and_rows(home, whole, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bd3lm_jax import hf, models, rundir
+from bd3lm_jax import hf, jax_settings, models, rundir
 from bd3lm_jax.adaptation import shifted
 from bd3lm_jax.config import SAME, Config
 from bd3lm_jax.data.tokenizers import Tokenizer
@@ -143,7 +143,7 @@ def _knows_mask(source: Source, tokenizer: Tokenizer) -> bool:
 def vocabulary_axes(model: Backbone) -> dict:
     """For every parameter the axis that runs over the vocabulary, -1 where none does: what grows with its size."""
     def shapes(config):
-        return jax.eval_shape(lambda: trunk.init(models.build(config, model.dtype), jax.random.key(0)))
+        return jax.eval_shape(lambda: trunk.init(models.build(config, model.dtype), jax_settings.key(0)))
 
     def differing(a, b):
         return next((axis for axis, (here, there) in enumerate(zip(a.shape, b.shape)) if here != there), -1)
@@ -156,7 +156,7 @@ def with_mask_row(params: dict, axes: dict, mask_id: int, known: int, seed: int)
     """The parameters with row `mask_id` of every table over the vocabulary drawn anew: the mean of the others of the
     first `known` rows plus NOISE times their standard deviation, feature by feature, times a normal number."""
     leaves, treedef = jax.tree.flatten(params)
-    key = jax.random.fold_in(jax.random.key(seed), MASK_ROW)
+    key = jax.random.fold_in(jax_settings.key(seed), MASK_ROW)
 
     def drawn(index, x, axis):
         if axis < 0:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bd3lm_jax import jax_settings
 from bd3lm_jax.attention import BACKENDS, MaskSpec, Tokens, allowed, attend
 from bd3lm_jax.bench.runner import Limit, Variant, compare, compiled, row_of
 from bd3lm_jax.errors import UserError
@@ -93,7 +94,7 @@ def problem(case: Case) -> tuple[MaskSpec, tuple, tuple]:
 
     @jax.jit
     def draw():
-        keys = jax.random.split(jax.random.key(0), 8)
+        keys = jax.random.split(jax_settings.key(0), 8)
         noised, clean = (1, 1, case.length, case.heads, HEAD), (1, kept, case.heads, HEAD)
         arrays = [jax.random.normal(key, shape).astype(compute_dtype("auto"))
                   for key, shape in zip(keys, 4 * [noised] + 4 * [clean])]

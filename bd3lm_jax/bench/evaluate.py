@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import models, sharding
+from bd3lm_jax import jax_settings, models, sharding
 from bd3lm_jax.bench import step
 from bd3lm_jax.bench.runner import Limit, Variant, compare
 from bd3lm_jax.config import DataConfig, EvalConfig, MeshConfig
@@ -56,7 +56,7 @@ def run_case(case: step.Case, rounds: int) -> list[dict]:
         special = SpecialIds(tokenizer.mask_id, tokenizer.end_id)
         evaluator = Evaluator(config, model, special, mesh)
         with jax.set_mesh(mesh):
-            params = jax.jit(lambda: trunk.init(model, jax.random.key(0)))()
+            params = jax.jit(lambda: trunk.init(model, jax_settings.key(0)))()
             forward = _forward(evaluator, params, rows)
         evaluate = Variant("evaluate", lambda: evaluator.measure(params, rows, estimator=ESTIMATOR, draws=1, seed=0,
                                                                  target=None), wait=lambda _: None)
@@ -67,7 +67,7 @@ def run_case(case: step.Case, rounds: int) -> list[dict]:
 def _forward(evaluator: Evaluator, params, rows):
     """Scores of all batches, whose views are drawn here."""
     estimator = estimators.make(ESTIMATOR, evaluator.config)
-    key = jax.random.fold_in(jax.random.key(0), 0)
+    key = jax.random.fold_in(jax_settings.key(0), 0)
 
     @jax.jit
     def draw(ids, tokens, segments):

@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 
-from bd3lm_jax import rundir
+from bd3lm_jax import paths, rundir
 from bd3lm_jax.bench.runner import row_of
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import family
@@ -37,7 +37,7 @@ def runs_of(workdir: str) -> list[str]:
     """
     status = Path(workdir) / "status.json"
     if not status.exists():
-        return workdir.split(",")
+        return paths.split(workdir)
     entries = json.loads(status.read_text(encoding="utf-8"))["runs"]
     found = [str(Path(workdir) / entry["name"]) for entry in entries if entry["status"] == "finished"]
     if not found:

@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from bd3lm_jax import jax_settings
 from bd3lm_jax.bench.runner import Limit, compare, compiled
 from bd3lm_jax.diffusion.masked import cross_entropy_subs
 from bd3lm_jax.loss import Output, weighted_total
@@ -51,7 +52,7 @@ def problem(case: Case) -> tuple[Output, jax.Array, jax.Array, jax.Array]:
     """Output layer, its input `[N, D]` in the dtype of training, targets and weights `[N]`, 0 at odd positions."""
     @jax.jit
     def draw():
-        keys = jax.random.split(jax.random.key(0), 4)
+        keys = jax.random.split(jax_settings.key(0), 4)
         kernel = jax.random.normal(keys[0], (case.width, case.vocab)) * case.width**-0.5
         features = jax.random.normal(keys[1], (case.positions, case.width)).astype(compute_dtype("auto"))
         target = jax.random.randint(keys[2], (case.positions,), 0, case.vocab - 1)

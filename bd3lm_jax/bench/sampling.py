@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import models
+from bd3lm_jax import jax_settings, models
 from bd3lm_jax.bench.runner import Limit, Variant, compare
 from bd3lm_jax.config import SECTIONS, Config
 from bd3lm_jax.diffusion import AR, Masked
@@ -81,7 +81,7 @@ def make_lm(sizes: dict, objective: Any, length: int) -> LM:
     config = DiTConfig(mlp_ratio=4, dropout=0.0, adaln=not objective.causal, cond_dim=128, time_conditioning=False,
                        rope_base=1e4, **sizes)
     model = models.build(config, compute_dtype("auto"))
-    params = jax.jit(functools.partial(trunk.init, model))(jax.random.key(0))
+    params = jax.jit(functools.partial(trunk.init, model))(jax_settings.key(0))
     return LM(Config(0, config, objective, **dict.fromkeys(SECTIONS)), params, None, model, length)
 
 

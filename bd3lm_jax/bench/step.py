@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bd3lm_jax import models, optim
+from bd3lm_jax import jax_settings, models, optim
 from bd3lm_jax.bench.runner import Limit, Variant, compare, compiled, products
 from bd3lm_jax.bench.structures import published_loss, two_pass_loss
 from bd3lm_jax.config import ComputeConfig, Config, DataConfig, OptimConfig, TrainConfig
@@ -171,7 +171,7 @@ def _step_of(loss: Callable, config: Config, model: Backbone, tx: optax.Gradient
 
 def noise(config: Config, state: TrainState, batch: dict, special: SpecialIds) -> Noised:
     """What `make_step` draws for a step."""
-    key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))[0]
+    key = jax.random.split(jax.random.fold_in(jax_settings.key(config.seed), state.step))[0]
     return config.diffusion.corrupt(key, batch["tokens"], batch["segments"], views=config.train.views,
                                     mask_id=special.mask, end_id=special.end)
 
@@ -182,9 +182,9 @@ def setting(config: Config, abstract: bool) -> tuple[Backbone, optax.GradientTra
     tx = optim.make_optimizer(config.optim, config.train.steps)
 
     def make():
-        params = trunk.init(model, jax.random.key(0))
+        params = trunk.init(model, jax_settings.key(0))
         shape = (config.train.batch, config.data.length)
-        tokens = jax.random.randint(jax.random.key(1), shape, 0, config.model.vocab_size - 1)
+        tokens = jax.random.randint(jax_settings.key(1), shape, 0, config.model.vocab_size - 1)
         positions, segments = plain_rows(tokens)
         batch = {"tokens": tokens, "segments": segments, "positions": positions}
         return TrainState(jnp.zeros((), jnp.int32), params, {}, tx.init(params)), batch

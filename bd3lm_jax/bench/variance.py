@@ -7,7 +7,7 @@ the 95 % intervals are over rounds (`variance.study`).
 import os
 from pathlib import Path
 
-from bd3lm_jax import plots
+from bd3lm_jax import paths, plots
 from bd3lm_jax.bench.runner import row_of
 from bd3lm_jax.evaluation.variance import LINEAR, study
 
@@ -22,7 +22,7 @@ def run(rounds: int, against: str, workdir: str) -> list[dict]:
     """Rows of all runs: fields of `variance.study` beside those of every benchmark."""
     del against
     return [row_of(f"{Path(directory).name}, S={found['block_size']}", found.pop("schedule"), LINEAR, **found)
-            for directory in workdir.split(",")
+            for directory in paths.split(workdir)
             for found in study(directory, split="test", batch=BATCH, draws=rounds, seed=0)]
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import models
+from bd3lm_jax import jax_settings, models
 from bd3lm_jax.models import trunk
 
 
@@ -52,7 +52,7 @@ def parts(model_config: Any, objective: Any, *, batch: int, length: int, views: 
         schedule: as in `train_step`.
     """
     model = models.build(model_config, jnp.float32)
-    params = jax.eval_shape(lambda: trunk.init(model, jax.random.key(0)))
+    params = jax.eval_shape(lambda: trunk.init(model, jax_settings.key(0)))
     each = [objective.at(size) for size in objective.sizes] if hasattr(objective, "sizes") else [objective]
     layers, attention = np.mean([_body(model, params, one, batch, length, views) for one in each], axis=0)
     scored = scored_positions(objective, batch, length, views, schedule)
@@ -91,8 +91,8 @@ def scored_positions(objective: Any, batch: int, length: int, views: int, schedu
         if hasattr(schedule, "law"):
             needed["law"] = schedule.law(schedule.first(), length // objective.block_size)
         if objective.learns:
-            needed["learnt"] = {**objective.init_learnt(jax.random.key(0), 1, 1), "embedding": jnp.zeros((1, 1))}
-        return objective.corrupt(jax.random.key(0), ids, ids, views=views, mask_id=0, end_id=0, **needed)
+            needed["learnt"] = {**objective.init_learnt(jax_settings.key(0), 1, 1), "embedding": jnp.zeros((1, 1))}
+        return objective.corrupt(jax_settings.key(0), ids, ids, views=views, mask_id=0, end_id=0, **needed)
 
     return min(jax.eval_shape(noised, jax.ShapeDtypeStruct((batch, length), jnp.int32)).capacity, length)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bd3lm_jax import paths
 from bd3lm_jax.config import DataConfig
 from bd3lm_jax.data import corpora, manifest, mixture, packing, parts
 from bd3lm_jax.data.tokenizers import Tokenizer, get_tokenizer, load_tokenizer
@@ -112,9 +113,8 @@ class Rows:
 
 
 def cache_directory(data: DataConfig) -> Path:
-    """`data.cache_dir`, else $BD3LM_CACHE, else ~/.cache/bd3lm_jax; created if missing."""
-    chosen = data.cache_dir or os.environ.get("BD3LM_CACHE") or "~/.cache/bd3lm_jax"
-    path = Path(chosen).expanduser()
+    """`data.cache_dir`, else `paths.default_cache`; created if missing."""
+    path = Path(paths.local(data.cache_dir)) if data.cache_dir else paths.default_cache()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

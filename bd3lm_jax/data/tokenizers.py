@@ -273,7 +273,7 @@ def get_tokenizer(spec: str, train_documents: Callable[[], Iterable[str]]) -> To
         return _from_model(spec, lzma.decompress(packed).decode(), {})
     if spec.startswith("bpe:"):
         return train_bpe(spec, train_documents())
-    if spec.endswith(".gguf"):
+    if spec.lower().endswith(".gguf"):
         from bd3lm_jax.published.gguf import read_tokenizer
 
         found = read_tokenizer(Path(spec))
@@ -287,7 +287,14 @@ def get_tokenizer(spec: str, train_documents: Callable[[], Iterable[str]]) -> To
         return found
     if spec.endswith(".json") or Path(spec).exists():
         return load_tokenizer(spec)
-    raise UserError(f"unknown data.tokenizer '{spec}': {nearest(spec, SPECS)}")
+    near = nearest(spec, SPECS)
+    if "/" in spec or "did you mean" not in near:
+        from bd3lm_jax import hf
+
+        path = hf.local(spec)
+        if path != spec:
+            return get_tokenizer(path, train_documents)
+    raise UserError(f"unknown data.tokenizer '{spec}': {near}")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from bd3lm_jax import log
+from bd3lm_jax import jax_settings, log
 from bd3lm_jax.data.prepare import Rows, prepare
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation.estimators import default_estimator
@@ -12,6 +12,7 @@ from bd3lm_jax.evaluation.evaluate import Opened, open_run
 TEXTS, SAMPLER, THRESHOLD = 8, "threshold", 0.9  # how the texts are written on which calls and tokens are counted
 
 
+@jax_settings.fixed()
 def curve(workdir: str, *, split: str, estimator: str, draws: int, seed: int, weights: str, batch: int,
           within: float) -> dict[str, Any]:
     """Rows by block size: the bound with its interval, network calls a token and tokens a second of texts.

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import stats
+from bd3lm_jax import jax_settings, stats
 from bd3lm_jax.diffusion.masked import cross_entropy_subs
 from bd3lm_jax.evaluation import estimators
 from bd3lm_jax.models import trunk
@@ -81,7 +81,7 @@ def cached_nats(lm, cache_dtype: str):
 
 def _row_nats(lm, rows, ids: Sequence[int], cache_dtype: str, seed: int) -> np.ndarray:
     """Nats of each row, float64 `[R]`. A short batch is filled up with its last row."""
-    program, key, found = jax.jit(cached_nats(lm, cache_dtype)), jax.random.fold_in(jax.random.key(seed), 0), []
+    program, key, found = jax.jit(cached_nats(lm, cache_dtype)), jax.random.fold_in(jax_settings.key(seed), 0), []
     for start in range(0, len(ids), BATCH):
         batch = ids[start:start + BATCH]
         padded = np.concatenate([batch, np.full(BATCH - len(batch), batch[-1])])

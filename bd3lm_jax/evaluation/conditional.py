@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import passes, stats, step
+from bd3lm_jax import jax_settings, passes, stats, step
 from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.diffusion.masked import Masked, Uniforms
 from bd3lm_jax.diffusion.noised import Noised
@@ -267,7 +267,7 @@ def _measure(lm, requests: list[Request], name: str, draws: int, seed: int, gree
             raise UserError(f"estimator '{name}' does not score continuations: use exact_count or exact")
         estimator = Keyed(dataclasses.replace(Masked.uniform_counts(lm.config.block_size), complement=True))
     static = lm.model, lm.config.diffusion, lm.special
-    key, found = jax.random.key(seed), {}
+    key, found = jax_settings.key(seed), {}
     for members, rows, capacity in _batches(lm, requests, batch):
         parts = [_views(*static, estimator, capacity, lm.params, key, index, rows)
                  for index in range(estimator.passes(draws))]

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bd3lm_jax import density, log, stats
+from bd3lm_jax import density, jax_settings, log, stats
 from bd3lm_jax.config import Config
 from bd3lm_jax.data.loader import Loader
 from bd3lm_jax.data.prepare import Rows, prepare
@@ -157,7 +157,7 @@ def _noise(lm: LM, first: LM, measure, split: str, batch: int, draws: int, seed:
     lengths, gradients, losses = [], [], []
     for step in range(draws):
         rows = loader.get(step)[1]
-        key = jax.random.fold_in(jax.random.key(seed), step)
+        key = jax.random.fold_in(jax_settings.key(seed), step)
         needed = {name: rows.pop(name) for name in objective.needs}
         noised = draw(key, rows["tokens"], rows["segments"], views, lm.special.mask, lm.special.end, **needed)
         lengths.append(masked_runs(np.asarray(noised.weight_BxMxL) > 0))

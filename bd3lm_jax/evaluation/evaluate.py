@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bd3lm_jax import log, sharding, stats
+from bd3lm_jax import jax_settings, log, sharding, stats
 from bd3lm_jax.config import Config, MeshConfig
 from bd3lm_jax.data.loader import place_rows
 from bd3lm_jax.data.prepare import Rows
@@ -116,6 +116,7 @@ def open_run(workdir: str, weights: str, batch: int, block_size: int = 0, length
     return Opened(workdir, config, run.tokenizer, run.params, evaluator, run.step, run.meta["config_sha256"])
 
 
+@jax_settings.fixed()
 def evaluate_run(workdir: str, *, split: str, data: str, estimator: str, draws: int, seed: int, weights: str,
                  batch: int, target_ci: float, max_draws: int, against: str, data_dir: str, chunks: str, stride: int,
                  first_token: str, end_token: str, block_size: int = 0, length: int = 0,
@@ -245,7 +246,7 @@ class Evaluator:
                                                lambda index: padded[index].astype(np.int32))
         scored = jax.make_array_from_callback((len(padded), rows.length), self.sharding,
                                               lambda index: rows.scored(padded[index[0]])[:, index[1]])
-        key = jax.random.fold_in(jax.random.key(seed), round_)
+        key = jax.random.fold_in(jax_settings.key(seed), round_)
         program = self._program(estimator, draws)
         batch = arrays["tokens"], arrays["positions"], arrays["segments"], scored
         return [sharding.settled(program(params, key, index, row_ids, *batch))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bd3lm_jax import log, plots, stats
+from bd3lm_jax import jax_settings, log, plots, stats
 from bd3lm_jax.data import corpora
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import textmetrics
@@ -29,6 +29,7 @@ AVERAGING = {"gen_ppl": "exp(nats of all texts / tokens of all texts)",
              "intervals": "95 %, over texts"}
 
 
+@jax_settings.fixed()
 def evaluate_samples(paths: Sequence[str], *, scorer: str, weights: str, split: str, reference: str, stride: int,
                      max_tokens: int, mauve: bool, plot: str) -> dict[str, Any]:
     """The `eval --samples` command: figures of the texts in each path (see `sample_files.read`).

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bd3lm_jax import hf, log, plots, rundir, stats
+from bd3lm_jax import hf, jax_settings, log, plots, rundir, stats
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation.domains import DOMAINS, OWN, Missing, Text, convention_for, open_text
 from bd3lm_jax.evaluation.estimators import default_estimator
@@ -28,6 +28,7 @@ class Scored(NamedTuple):
     result: dict[str, Any]
 
 
+@jax_settings.fixed()
 def evaluate_suite(workdirs: Sequence[str], *, split: str, data_dir: str, chunks: str, stride: int, first_token: str,
                    end_token: str, estimator: str, draws: int, seed: int, weights: str, batch: int, target_ci: float,
                    max_draws: int, length: int = 0) -> dict[str, Any]:

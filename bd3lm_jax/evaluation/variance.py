@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import log
+from bd3lm_jax import jax_settings, log
 from bd3lm_jax.data.loader import Loader
 from bd3lm_jax.diffusion import corrupt
 from bd3lm_jax.diffusion.clip import CountSchedule
@@ -168,7 +168,7 @@ def _draws(objective: Masked, lm: LM, measure, batches: list[dict], seed: int):
     """Noised views and what `measure` says of them, a batch at a time."""
     draw = jax.jit(objective.corrupt, static_argnums=(3, 4, 5))
     for step, rows in enumerate(batches):
-        key = jax.random.fold_in(jax.random.key(seed), step)
+        key = jax.random.fold_in(jax_settings.key(seed), step)
         noised = draw(key, rows["tokens"], rows["segments"], 1, lm.special.mask, lm.special.end)
         noised = noised.replace(capacity=lm.config.data.length)  # one program for all schedules
         yield noised, rows, *measure(lm.params, noised, rows)

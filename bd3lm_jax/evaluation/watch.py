@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bd3lm_jax import hf, log, rundir
+from bd3lm_jax import hf, jax_settings, log, rundir
 from bd3lm_jax.checkpoint import Absent, Checkpoints
 from bd3lm_jax.errors import RunError, UserError
 from bd3lm_jax.evaluation import domains, estimators
@@ -27,6 +27,7 @@ class _Stopped(Exception):
     """A signal came while a checkpoint was evaluated."""
 
 
+@jax_settings.fixed()
 def watch(workdir: str, *, watch_for: float, data: str, split: str, data_dir: str, chunks: str, stride: int,
           first_token: str, end_token: str, estimator: str, draws: int, seed: int, weights: str, batch: int,
           block_size: int) -> dict[str, Any]:

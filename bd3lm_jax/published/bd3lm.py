@@ -19,6 +19,7 @@ CONFIG_KEYS = {
 ROPE_BASE, MLP_RATIO, TRAINING_EPS = 1e4, 4, 1e-3  # constants of the published code, absent from its config
 INV_FREQ = "backbone.rotary_emb.inv_freq"  # what the published code rotates by, whatever its own base
 ROPE_KEY = "rope_base"  # our own key in config.json, for another base than theirs
+READ = ("algo", "attn_backend", "var_min", "sampling_eps_min", "sampling_eps_max", "mlp_ratio", ROPE_KEY, SHIFTED)
 CLIP = ("sampling_eps_min", "sampling_eps_max")
 
 

@@ -18,6 +18,7 @@ CONFIG_KEYS = {"vocab_size": int, "max_position_embeddings": int, "hidden_size":
                "num_attention_heads": int, "intermediate_size": int, "layer_norm_eps": float, "type_vocab_size": int}
 CHOICES = {"hidden_act": ("gelu",), "position_embedding_type": ("absolute",), "add_cross_attention": (False,),
            "tie_word_embeddings": (True,)}
+READ = ("model_type", "is_decoder", "hidden_dropout_prob", "pad_token_id", language.BLOCK_SIZE)
 OLD = {".gamma": ".weight", ".beta": ".bias"}  # names of norms in the oldest files
 
 

@@ -6,7 +6,7 @@ Queries and keys of a Llama are stored with the two halves of every head interle
 import functools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,10 @@ SIZES = {  # keys of config.json and of GGUF, behind the architecture
     "num_attention_heads": "attention.head_count", "max_position_embeddings": "context_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
+READ = ("attention.head_count_kv", "attention.key_length", "attention.value_length", "rope.freq_base",
+        "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.finetuned", "vocab_size",
+        "rope.scaling.original_context_length", "tensor_data_layout")  # behind the architecture, beside SIZES
+PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", re.IGNORECASE)
 CONTROL, USER_DEFINED, BYTE = 3, 4, 6  # kinds of tokens
 PRE_TOKENIZERS = {  # tokenizer.ggml.pre -> key of SPLITS, in families that llama.cpp treats alike
     **dict.fromkeys(("default", "gpt-2", "phi-2", "gigachat", "mellum"), "gpt2"),
@@ -56,6 +60,7 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, Stored]]:
 
     Raises UserError for unreadable files, other architectures, missing keys and tensors of unknown meaning.
     """
+    path = parts_of(path)[0]
     reader, value = _read(path)
     kind = value("general.architecture", str, "")
     require(kind in ARCHITECTURES, f"{path}: general.architecture is {kind!r}, supported: {', '.join(ARCHITECTURES)}")
@@ -64,7 +69,8 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, Stored]]:
     kv_heads = value(f"{kind}.attention.head_count_kv", int, heads)
     require(heads > 0 and kv_heads > 0, f"{path}: {kind}.attention.head_count is {heads}, head_count_kv {kv_heads}, "
             "expected at least 1")
-    tensors = {tensor.name: (tuple(int(n) for n in reversed(tensor.shape)), tensor) for tensor in reader.tensors}
+    _check_keys(path, kind, reader, value)
+    tensors = _tensors_of(path)
     factors = tensors.pop(ROPE_FACTORS, None)
     stored = {}
     for name, (shape, tensor) in tensors.items():
@@ -79,6 +85,7 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, Stored]]:
         "head_dim": value(f"{kind}.attention.key_length", int, published["hidden_size"] // heads),
         "rope_theta": value(f"{kind}.rope.freq_base", float, THETA), "tie_word_embeddings": HEAD not in stored,
     }
+    _check_head(path, kind, published["head_dim"], value)
     published["rope_scaling"] = _rope_scaling(path, kind, value, published, factors and _dequantised(
         path, factors[1], factors[0], None))
     return published, stored
@@ -105,8 +112,62 @@ def _rope_scaling(path: Path, kind: str, value: Callable, published: dict, facto
     return scaled
 
 
+def first_parts(files: Sequence[Path]) -> list[Path]:
+    """The files that are no later part of a split one."""
+    return [file for file in files if (found := PART.fullmatch(file.name)) is None or int(found[2]) == 1]
+
+
+def parts_of(path: Path) -> list[Path]:
+    """All files of a split GGUF (`name-00001-of-00003.gguf`), given one of them, in order; else the one.
+
+    UserError naming those that are not there.
+    """
+    found = PART.fullmatch(path.name)
+    if found is None:
+        return [path]
+    names = [f"{found[1]}-{number:05}-of-{found[3]}{path.suffix}" for number in range(1, int(found[3]) + 1)]
+    missing = [name for name in names if not path.with_name(name).is_file()]
+    require(not missing, f"{path} is one of {len(names)} parts, and {', '.join(missing[:6])} "
+            f"{'is' if len(missing) == 1 else 'are'} not there: download all of them")
+    return [path.with_name(name) for name in names]
+
+
+def _tensors_of(path: Path) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Name -> shape and tensor of a file or of all its parts."""
+    found = {}
+    for part in parts_of(path):
+        reader, value = _read(part)
+        split = value("split.count", int, 1)
+        require(split < 2 or PART.fullmatch(part.name) is not None, f"{part} is one of {split} parts and has lost its "
+                "name: call them NAME-00001-of-0000N.gguf, all in one directory")
+        for tensor in reader.tensors:
+            require(tensor.name not in found, f"{part}: tensor {tensor.name} is in another part as well")
+            found[tensor.name] = tuple(int(n) for n in reversed(tensor.shape)), tensor
+    return found
+
+
+def _check_keys(path: Path, kind: str, reader: Any, value: Callable) -> None:
+    """UserError for a key of the architecture that is not read and switches something on."""
+    for key in reader.fields:
+        name = key.removeprefix(f"{kind}.")
+        if name == key or name in (*SIZES.values(), *READ):
+            continue
+        found = reader.get_field(key).contents()
+        require(found in (0, None, False, "", []), f"{path}: the key {key} is {found!r:.60}, which may change what the "
+                "network computes and is not known: take the safetensors of this model")
+
+
+def _check_head(path: Path, kind: str, head_dim: int, value: Callable) -> None:
+    """UserError for values of another size than keys, and for a RoPE that turns a part of a head."""
+    for name in ("attention.value_length", "rope.dimension_count"):
+        other = value(f"{kind}.{name}", int, head_dim)
+        require(other == head_dim, f"{path}: {kind}.{name} is {other}, expected {head_dim}, the numbers of a head: "
+                "take the safetensors of this model")
+
+
 def read_tokenizer(path: Path) -> Tokenizer | None:
     """The byte-level BPE or SentencePiece vocabulary in the file; None, with a note why, for one of another kind."""
+    path = parts_of(path)[0]
     _, value = _read(path)
     model, pre = value("tokenizer.ggml.model", str, ""), value("tokenizer.ggml.pre", str, "default")
     scores = value("tokenizer.ggml.scores", [float], [])
@@ -136,6 +197,14 @@ def read_tokenizer(path: Path) -> Tokenizer | None:
                 f"{'eos' if name == 'end' else 'mask'}_token_id), expected one of the {len(tokens)} ids of "
                 "tokenizer.ggml.tokens")
     return SubwordTokenizer(path.name, json.dumps(content), end, mask)
+
+
+def token_ids(path: Path) -> dict[str, int]:
+    """Begin, end and padding token of the file, by the keys of a config.json."""
+    _, value = _read(parts_of(path)[0])
+    found = {f"{key}_token_id": value(f"tokenizer.ggml.{name}_token_id", int, None)
+             for key, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
+    return {key: i for key, i in found.items() if i is not None}
 
 
 def _tokenizer_json(tokens: list[str], kinds: list[int], merges: list[str], pre: str) -> dict:

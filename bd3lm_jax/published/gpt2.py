@@ -16,6 +16,7 @@ CHOICES = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,), "tie_word_embeddings": (True,),
 }
+READ = ("n_inner", "resid_pdrop", language.BLOCK_SIZE, language.SHIFTED)
 PREFIX, PARTS = "transformer.", ("wte.", "wpe.", "h.", "ln_f.")
 TABLE, OUTPUT = f"{PREFIX}wte.weight", "lm_head.weight"
 NEVER = -1e4  # what older files write over what a token must not see

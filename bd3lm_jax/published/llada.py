@@ -3,7 +3,8 @@
 import numpy as np
 
 from bd3lm_jax.models.llama import LlamaConfig
-from bd3lm_jax.published.language import check_choices, check_tied, mask_id, read_objective, write_objective
+from bd3lm_jax.published.language import (BLOCK_SIZE, check_choices, check_tied, mask_id, read_objective,
+                                          write_objective)
 from bd3lm_jax.published.leaf import Described, Leaf, bias, check_keys, linear, padded, require, same, vector
 
 MODEL_TYPES = ("llada",)
@@ -16,13 +17,16 @@ COMPUTED = {
     "attention_layer_norm": False, "bias_for_layer_norm": False, "block_group_size": 1, "include_bias": False,
     "input_emb_norm": False, "layer_norm_with_affine": True, "scale_logits": False, "clip_qkv": None,
 }
+CHOICES = {key: (value,) for key, value in COMPUTED.items()}
+READ = ("embedding_size", "n_kv_heads", "mlp_hidden_size", "mlp_ratio", "multi_query_attention", "include_qkv_bias",
+        BLOCK_SIZE)
 EMBED, HEAD = "model.transformer.wte.weight", "model.transformer.ff_out.weight"
 
 
 def describe(path, published: dict, scalars: dict[str, float]) -> Described:
     """What config.json says."""
     check_keys(path, published, CONFIG_KEYS)
-    check_choices(path, published, {key: (value,) for key, value in COMPUTED.items()})
+    check_choices(path, published, CHOICES)
     width, heads, length = published["d_model"], published["n_heads"], published["max_sequence_length"]
     require(heads > 0 and width % heads == 0, f"{path}: d_model={width} is no multiple of n_heads={heads}")
     single = 1 if published.get("multi_query_attention") else heads

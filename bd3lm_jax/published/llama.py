@@ -4,8 +4,9 @@ import numpy as np
 
 from bd3lm_jax.diffusion import Masked
 from bd3lm_jax.models.llama import LINEAR, LLAMA3, LlamaConfig, rope_frequencies
-from bd3lm_jax.published.language import (SHIFTED, check_choices, check_tied, mask_id, read_objective, read_shifted,
-                                          write_objective)
+from bd3lm_jax.published import keys
+from bd3lm_jax.published.language import (BLOCK_SIZE, SHIFTED, check_choices, check_tied, mask_id, read_objective,
+                                          read_shifted, write_objective)
 from bd3lm_jax.published.leaf import Described, Leaf, bias, check_keys, linear, padded, require, same, vector
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "Dream")
@@ -13,7 +14,11 @@ CONFIG_KEYS = {
     "vocab_size": int, "hidden_size": int, "intermediate_size": int, "num_hidden_layers": int,
     "num_attention_heads": int, "max_position_embeddings": int, "rms_norm_eps": float,
 }
-CHOICES = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "partial_rotary_factor": (1,)}
+CHOICES = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)}
+READ = ("num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings",
+        "sliding_window", "use_sliding_window", "layer_types", "partial_rotary_factor", BLOCK_SIZE, SHIFTED)
+PARTIAL = "partial_rotary_factor"  # of the numbers of a head, those that RoPE turns
+LAYERS = ("full_attention", "sliding_attention")
 THETA = 1e4  # of configs that name none
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 EMBED, HEAD, INV_FREQ = "model.embed_tokens.weight", "lm_head.weight", "rotary_emb.inv_freq"
@@ -25,6 +30,8 @@ def describe(path, published: dict, scalars: dict[str, float]) -> Described:
     kind, heads = published["model_type"], published["num_attention_heads"]
     check_choices(path, published, CHOICES)
     theta, scaling = rope_of(path, published)
+    part = partial_of(path, published)
+    require(part == 1, f"{path}: '{PARTIAL}' is {part}, expected 1 for model_type '{kind}'")
     model = LlamaConfig(
         vocab_size=published["vocab_size"], layers=published["num_hidden_layers"], width=published["hidden_size"],
         heads=heads, kv_heads=published.get("num_key_value_heads") or heads, head_dim=head_dim_of(path, published),
@@ -33,8 +40,7 @@ def describe(path, published: dict, scalars: dict[str, float]) -> Described:
         tied=published.get("tie_word_embeddings", False),
         shifted=read_shifted(path, published, "row" if kind == "Dream" else ""))
     length = published["max_position_embeddings"]
-    if published.get("sliding_window") and published.get("use_sliding_window", kind == "mistral"):
-        length = min(length, published["sliding_window"])
+    length = window_of(path, published, length)
     objective = read_objective(path, published, length, causal=kind != "Dream")
     return Described(model, objective, length, mask_id(path, published))
 
@@ -73,16 +79,66 @@ def _published_scaling(scaling: tuple[float, ...]) -> dict | None:
 
 
 def rope_of(path, published: dict) -> tuple[float, tuple[float, ...]]:
-    """Base of RoPE and `LlamaConfig.rope_scaling`; UserError for a kind of scaling that we do not compute."""
-    scaling = published.get("rope_parameters") or published.get("rope_scaling") or {}
-    require(isinstance(scaling, dict), f"{path}: rope scaling is {scaling!r}, expected an object")
+    """Base of RoPE and `LlamaConfig.rope_scaling`; UserError for a kind of scaling that we do not compute, and for two
+    places of a config that contradict each other."""
+    scaling = _same_for_all_layers(path, published)
     theta = float(scaling.get("rope_theta") or published.get("rope_theta") or THETA)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    require(theta == float(published.get("rope_theta") or theta), f"{path}: 'rope_theta' is "
+            f"{published.get('rope_theta')!r} and rope_parameters says {theta!r}: remove the one that is wrong")
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
     wanted = {"default": (), "linear": LLAMA3_KEYS[:1], "llama3": LLAMA3_KEYS}
     require(kind in wanted, f"{path}: rope_type is {kind!r}, supported: {', '.join(wanted)}")
+    keys.check_unread(f"{path}: rope parameters", scaling | {"model_type": published["model_type"]},
+                      ("rope_theta", "rope_type", "type", PARTIAL, *wanted[kind]))
     missing = [key for key in wanted[kind] if not isinstance(scaling.get(key), int | float)]
     require(not missing, f"{path}: rope_type {kind!r} needs the number {', '.join(missing)}")
     return theta, tuple(float(scaling[key]) for key in wanted[kind])
+
+
+def _same_for_all_layers(path, published: dict) -> dict:
+    """What is said of RoPE under either name, which newer files may say of each kind of layer."""
+    found = []
+    for name in ("rope_parameters", "rope_scaling"):
+        given = published.get(name) or {}
+        require(isinstance(given, dict), f"{path}: {name} is {given!r}, expected an object")
+        if given and all(isinstance(part, dict) for part in given.values()):
+            used = set(published.get("layer_types") or given)
+            missing = sorted(used - given.keys())
+            require(not missing, f"{path}: {name} says nothing of '{''.join(missing[:1])}' layers")
+            parts = [given[kind] for kind in sorted(used)]
+            require(all(part == parts[0] for part in parts), f"{path}: {name} differs between kinds of layers, "
+                    "expected one RoPE for all")
+            given = parts[0]
+        found += [given] if given else []
+    for key in {key for given in found for key in given}:
+        values = [given[key] for given in found if key in given]
+        require(all(value == values[0] for value in values), f"{path}: rope_parameters and rope_scaling contradict "
+                f"each other: '{key}' is {values[0]!r} and {values[-1]!r}")
+    return {key: value for given in found for key, value in given.items()}
+
+
+def partial_of(path, published: dict) -> float:
+    """The part of a head that RoPE turns, wherever a config says it; 1 where none does."""
+    inner = _same_for_all_layers(path, published).get(PARTIAL)
+    outer = published.get(PARTIAL)
+    require(None in (inner, outer) or inner == outer, f"{path}: '{PARTIAL}' is {outer!r} and rope_parameters says "
+            f"{inner!r}: remove the one that is wrong")
+    return float(next((x for x in (inner, outer) if x is not None), 1.0))
+
+
+def window_of(path, published: dict, length: int) -> int:
+    """The context within which a sliding window of some layers changes nothing."""
+    types = published.get("layer_types")
+    known = types is None or isinstance(types, list) and set(types) <= set(LAYERS)
+    require(known and (types is None or len(types) == published["num_hidden_layers"]), f"{path}: 'layer_types' is "
+            f"{types!r:.80}, expected {published['num_hidden_layers']} of {', '.join(LAYERS)}")
+    window = published.get("sliding_window")
+    on = published.get("use_sliding_window", published["model_type"] in ("llama", "mistral") or bool(types))
+    if not window or not on or types is not None and "sliding_attention" not in types:
+        require(types is None or "sliding_attention" not in types or not on, f"{path}: 'layer_types' names "
+                "sliding_attention, and 'sliding_window' says no size")
+        return length
+    return min(length, window)
 
 
 def head_dim_of(path, published: dict) -> int:

@@ -4,7 +4,7 @@ and since transformers 5 (`layer_types`, `rope_parameters`)."""
 import numpy as np
 
 from bd3lm_jax.models.modernbert import ModernBertConfig
-from bd3lm_jax.published import language
+from bd3lm_jax.published import keys, language
 from bd3lm_jax.published.leaf import Described, Leaf, check_keys, linear, padded, require, same, vector
 
 MODEL_TYPES = (ModernBertConfig.kind,)
@@ -15,6 +15,8 @@ CHOICES = {
     "mlp_bias": (False,), "norm_bias": (False,), "classifier_bias": (False,), "decoder_bias": (True,),
     "tie_word_embeddings": (True,),
 }
+READ = ("global_attn_every_n_layers", "layer_types", "global_rope_theta", "local_rope_theta", "rope_parameters",
+        "mlp_dropout", "layer_norm_eps", "position_embedding_type", language.BLOCK_SIZE)  # two are never used
 FULL, LOCAL = "full_attention", "sliding_attention"
 TABLE, OUTPUT = "model.embeddings.tok_embeddings.weight", "decoder.weight"
 
@@ -53,11 +55,18 @@ def _rope_bases(path, published: dict) -> tuple[float, float]:
         check_keys(path, published, {"global_rope_theta": float})
         full = float(published["global_rope_theta"])
         return full, float(published.get("local_rope_theta") or full)
-    parts = [given.get(kind, given) for kind in (FULL, LOCAL)]
-    for part in parts:
-        check_keys(f"{path}: rope_parameters", part, {"rope_theta": float})
-        language.check_choices(f"{path}: rope_parameters", part, {"rope_type": ("default",)})
-    return float(parts[0]["rope_theta"]), float(parts[1]["rope_theta"])
+    bases = []
+    for kind, key in ((FULL, "global_rope_theta"), (LOCAL, "local_rope_theta")):
+        part, place = given.get(kind, given), f"{path}: rope_parameters"
+        check_keys(place, part, {"rope_theta": float})
+        language.check_choices(place, part, {"rope_type": ("default",), "partial_rotary_factor": (1, None)})
+        keys.check_unread(place, part | {"model_type": ModernBertConfig.kind}, ("rope_theta", "rope_type", "type",
+                                                                               "partial_rotary_factor"))
+        older = published.get(key)
+        require(older is None or older == part["rope_theta"], f"{path}: '{key}' is {older!r} and rope_parameters says "
+                f"{part['rope_theta']!r} of '{kind}': remove the one that is wrong")
+        bases.append(float(part["rope_theta"]))
+    return bases[0], bases[1]
 
 
 def publish(model: ModernBertConfig, objective, length: int) -> dict:

@@ -3,9 +3,10 @@
 import numpy as np
 
 from bd3lm_jax.models.moe import MoEConfig
-from bd3lm_jax.published.language import check_choices, check_tied, mask_id, read_objective, write_objective
+from bd3lm_jax.published.language import (BLOCK_SIZE, check_choices, check_tied, mask_id, read_objective,
+                                          write_objective)
 from bd3lm_jax.published.leaf import Described, Leaf, check_keys, linear, padded, require, same, vector
-from bd3lm_jax.published.llama import head_dim_of, rope_of, swiglu
+from bd3lm_jax.published.llama import head_dim_of, partial_of, rope_of, swiglu
 
 MODEL_TYPES = ("llada2_moe",)
 CONFIG_KEYS = {
@@ -19,6 +20,9 @@ CHOICES = {
     "use_sliding_window": (False,), "norm_topk_prob": (True,), "score_function": ("sigmoid",),
     "moe_router_enable_expert_bias": (True,), "use_rmsnorm": (True,),
 }
+READ = ("num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor",
+        "rotary_dim", "moe_shared_expert_intermediate_size", "use_qk_norm", "tie_word_embeddings", "sliding_window",
+        "load_balance_coefficient", BLOCK_SIZE)
 BALANCE = "load_balance_coefficient"  # our own key, for a network that goes on training
 EMBED, HEAD = "model.word_embeddings.weight", "lm_head.weight"
 
@@ -36,7 +40,7 @@ def describe(path, published: dict, scalars: dict[str, float]) -> Described:
         vocab_size=published["vocab_size"], layers=published["num_hidden_layers"],
         dense_layers=published["first_k_dense_replace"], width=published["hidden_size"], heads=heads,
         kv_heads=published.get("num_key_value_heads") or heads, head_dim=head_dim,
-        rotary_dim=int(head_dim * published.get("partial_rotary_factor", 1.0)), hidden=published["intermediate_size"],
+        rotary_dim=_rotary_dim(path, published, head_dim), hidden=published["intermediate_size"],
         experts=published["num_experts"], expert_hidden=expert_hidden,
         shared_hidden=shared * published["num_shared_experts"], top_k=published["num_experts_per_tok"],
         groups=published["n_group"], top_groups=published["topk_group"],
@@ -45,6 +49,14 @@ def describe(path, published: dict, scalars: dict[str, float]) -> Described:
         qk_norm=published.get("use_qk_norm", True), tied=published.get("tie_word_embeddings", False))
     objective = read_objective(path, published, length, causal=False)
     return Described(model, objective, length, mask_id(path, published))
+
+
+def _rotary_dim(path, published: dict, head_dim: int) -> int:
+    found = int(head_dim * partial_of(path, published))
+    named = published.get("rotary_dim")
+    require(named in (None, found), f"{path}: 'rotary_dim' is {named!r} and partial_rotary_factor makes it {found}: "
+            "remove the one that is wrong")
+    return found
 
 
 def publish(model: MoEConfig, objective, length: int) -> dict:

@@ -1,5 +1,7 @@
 """Parameters out of the tensors of a published checkpoint: strict, and one parameter at a time."""
 
+import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,10 @@ from bd3lm_jax.published.leaf import Leaf, require
 from bd3lm_jax.published.tensors import Stored, converted
 
 COMPILED = "_orig_mod."  # left in tensor names by torch.compile
+WRAPPERS = (COMPILED, "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # ... by other wrappers, anywhere
+LEADING = re.compile(r"(ema\.)?(module\.)+")  # ... by data parallelism, in front
+# What a trainer's own module puts in front of all names.
+PREFIXES = ("model.", "base_model.model.", "base_model.", "network.", "net.", "transformer.", "backbone.")
 EMA = "ema."  # before the names of averaged weights, where a checkpoint holds both
 NAMED = 6  # tensors named in an error, of each kind
 FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
@@ -26,7 +32,8 @@ def plain_names(path: Path, stored: dict[str, Stored], weights: str, rename: Cal
     """
     tensors = {}
     for name, tensor in stored.items():
-        plain = name.replace(COMPILED, "")
+        plain = functools.reduce(lambda name, wrapper: name.replace(wrapper, ""), WRAPPERS, name)
+        plain = LEADING.sub(lambda found: found[1] or "", plain, count=1) if LEADING.match(plain) else plain
         plain = EMA + rename(plain.removeprefix(EMA)) if plain.startswith(EMA) else rename(plain)
         require(plain not in tensors, f"{path}: tensor {plain} is there twice, with and without '{COMPILED}'")
         tensors[plain] = tensor
@@ -34,6 +41,23 @@ def plain_names(path: Path, stored: dict[str, Stored], weights: str, rename: Cal
     alone = sorted(averaged.keys() - tensors.keys())
     require(not alone, f"{path}: averaged tensors without the plain ones: {_named([EMA + name for name in alone])}")
     return (tensors | averaged, set(averaged)) if weights == "ema" else (tensors, set())
+
+
+def without_prefix(tensors: dict[str, Stored], averaged: set[str], expected: set[str]
+                   ) -> tuple[dict[str, Stored], set[str]]:
+    """What `plain_names` returns, with a prefix of all names taken off or put in front if more are expected then."""
+    def number(rename: Callable[[str], str]) -> int:
+        names = set(map(rename, tensors))
+        return len(names & expected) if len(names) == len(tensors) else 0
+
+    changes = [change for prefix in PREFIXES
+               for change in (functools.partial(_removed, prefix), functools.partial(str.__add__, prefix))]
+    best = max((str, *changes), key=number)  # the first of those that are alike
+    return {best(name): x for name, x in tensors.items()}, set(map(best, averaged))
+
+
+def _removed(prefix: str, name: str) -> str:
+    return name.removeprefix(prefix)
 
 
 def check_averages(path: Path, averaged: set[str], leaves: dict[str, Leaf]) -> None:

@@ -23,6 +23,9 @@ WEIGHTS_PICKLE = re.compile(r"pytorch_model(-[0-9]+-of-[0-9]+)?\.bin")
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64,
           "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
 AGAIN = "download it again"
+GGUF = ".gguf"
+NUMBERED = re.compile(r"(.+)-[0-9]{5}-of-([0-9]{5})\.safetensors")
+BESIDE = ("adapter", "optimizer", "training", "rng", "scheduler", "consolidated")  # begin the names of other tensors
 
 
 class Stored(NamedTuple):
@@ -31,6 +34,10 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+
+
+def is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == GGUF
 
 
 def of_array(x: np.ndarray) -> Stored:
@@ -44,6 +51,8 @@ def open_directory(directory: Path, allow_pickle: bool) -> tuple[Path, dict[str,
     pickled weights unless `allow_pickle`.
     """
     single, index = directory / WEIGHTS_FILE, directory / INDEX_FILE
+    if not single.exists() and not index.exists() and directory.is_dir():
+        single, index = _other_names(directory)
     if not single.exists() and index.exists():
         return index, _open_index(index)
     pickled = _pickled(sorted(directory.glob("*"))) if directory.is_dir() else []
@@ -54,6 +63,29 @@ def open_directory(directory: Path, allow_pickle: bool) -> tuple[Path, dict[str,
     from bd3lm_jax.published.pickles import open_pickles
 
     return open_pickles(pickled)
+
+
+def _other_names(directory: Path) -> tuple[Path, Path]:
+    """The file and the index of a directory that has the weights under other names than the usual ones.
+
+    Raises UserError where several files may be meant.
+    """
+    usual = directory / WEIGHTS_FILE, directory / INDEX_FILE
+    indices = sorted(directory.glob("*.safetensors.index.json"))
+    if indices:
+        require(len(indices) == 1, f"{directory} holds several indices of weights ({', '.join(x.name for x in indices)}"
+                f"): name one of them {INDEX_FILE}")
+        return usual[0], indices[0]
+    files = [path for path in sorted(directory.glob("*.safetensors")) if not path.name.startswith(BESIDE)]
+    adapters = [path.name for path in sorted(directory.glob("adapter*.safetensors"))]
+    require(files or not adapters, f"{directory} holds an adapter alone ({', '.join(adapters)}): merge it into its "
+            "model and save that")
+    split = [path.name for path in files if NUMBERED.fullmatch(path.name)]
+    require(not split, f"{directory} holds weights in parts ({', '.join(split[:2])}, ...) without {INDEX_FILE}: "
+            "download the whole directory")
+    require(len(files) < 2, f"{directory} holds several files of weights ({', '.join(x.name for x in files[:4])}) and "
+            f"no {WEIGHTS_FILE}: name the one that is meant so")
+    return files[0] if files else usual[0], usual[1]
 
 
 def _pickled(paths: list[Path]) -> list[Path]:
@@ -76,8 +108,8 @@ def open_file(path: Path) -> dict[str, Stored]:
         raise UserError(f"cannot read {path} ({error}): {AGAIN}; expected one safetensors file") from None
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
     foreign = [f"{name} ({entry['dtype']})" for name, entry in entries.items() if entry["dtype"] not in DTYPES]
-    require(not foreign, f"{path}: tensor {', '.join(foreign[:3])} has a dtype that is not supported, expected one of "
-            f"{', '.join(DTYPES)}: dequantise it, or take another release of the model")
+    require(not foreign, f"{path}: tensor {', '.join(foreign[:3])} has a dtype that is not supported (quantised "
+            f"weights?), expected one of {', '.join(DTYPES)}: take the release of the model that is not quantised")
     return {name: _mapped(content, entry) for name, entry in entries.items()}
 
 

@@ -13,11 +13,13 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from bd3lm_jax.data.tokenizers import MASK_TOKENS
 from bd3lm_jax.errors import RunError, UserError
 from bd3lm_jax.published.leaf import Leaf, require
 from bd3lm_jax.published.tensors import INDEX_FILE, WEIGHTS_FILE, converted, write_file
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+PLAIN = ("single_word", "lstrip", "rstrip", "normalized")  # of an added token: it is taken as it is written
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -110,16 +112,36 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
-    """Name -> content of the files that bring a tokenizer: Hugging Face's where it is one of theirs, else our own."""
+def tokenizer_files(tokenizer: Any, masks: bool) -> dict[str, bytes]:
+    """Name -> content of the files that bring a tokenizer: Hugging Face's where it is one of theirs, else our own.
+
+    masks: the network fills in masks, so that the mask is one of its tokens, under a name where it has none.
+    """
     content = json.loads(tokenizer.to_bytes())
     if "model" not in content:
         return {"tokenizer.json": tokenizer.to_bytes()}
     vocabulary = json.loads(content["model"])
     tokens = {i: token for token, i in _vocab(vocabulary).items()}
-    named = {"eos_token": tokens.get(tokenizer.end_id), "mask_token": tokens.get(tokenizer.mask_id)}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **{key: token for key, token in named.items() if token}}
-    return {"tokenizer.json": content["model"].encode(), "tokenizer_config.json": json.dumps(config, indent=2).encode()}
+    added = _mask_tokens(tokens, tokenizer.mask_id) if masks else {}
+    if added:
+        vocabulary["added_tokens"] = [*(vocabulary.get("added_tokens") or ()), *(
+            {"id": i, "content": token, "special": True, **dict.fromkeys(PLAIN, False)} for i, token in added.items())]
+        tokens |= added
+    named = {"eos_token": tokens.get(tokenizer.end_id), "pad_token": tokens.get(tokenizer.end_id),
+             "mask_token": tokens.get(tokenizer.mask_id)}
+    special = {key: token for key, token in named.items() if token}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+    model = json.dumps(vocabulary, ensure_ascii=False) if added else content["model"]
+    return {"tokenizer.json": model.encode(), "tokenizer_config.json": json.dumps(config, indent=2).encode(),
+            "special_tokens_map.json": json.dumps(special, indent=2).encode()}
+
+
+def _mask_tokens(tokens: dict[int, str], mask_id: int) -> dict[int, str]:
+    """Ids and names that a vocabulary lacks up to the mask: added tokens are numbered without holes."""
+    if mask_id < 0 or mask_id in tokens:
+        return {}
+    mask = next(name for name in reversed(MASK_TOKENS) if name not in tokens.values())
+    return {i: mask if i == mask_id else f"<|unused_{i}|>" for i in range(max(tokens, default=-1) + 1, mask_id + 1)}
 
 
 def _vocab(model: dict) -> dict[str, int]:

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bd3lm_jax import log
+from bd3lm_jax import hf, jax_settings, log
 from bd3lm_jax.errors import RunError, UserError, lookup
+from bd3lm_jax.published.card import HUB_CACHE, base_name
 from bd3lm_jax.tasks import sandbox
 from bd3lm_jax.tasks import score
 from bd3lm_jax.tasks.registry import TASKS
@@ -33,6 +34,7 @@ class Completion(NamedTuple):
     stop: str
 
 
+@jax_settings.fixed()
 def evaluate_task(workdir: str | os.PathLike, *, task: str, file: str, against: str, allow_code_execution: bool,
                   num_problems: int, draws_per_problem: int, shots: int, sampler: dict[str, Any], seed: int,
                   weights: str, unsafe_code_execution: bool = False) -> dict[str, Any]:
@@ -61,9 +63,11 @@ def evaluate_task(workdir: str | os.PathLike, *, task: str, file: str, against: 
     source = read_problems(chosen, file)
     if shots >= len(source.problems):
         raise UserError(f"{source.path} holds {len(source.problems)} problems, of which {shots} shots leave none")
+    workdir, against = hf.local(workdir), against and hf.local(against)
     for model in filter(None, (workdir, against)):
-        if not Path(model).is_dir():
-            raise UserError(f"no run directory {model}: train first (python -m launch train --workdir={model})")
+        if not Path(model).exists():
+            raise UserError(f"no run directory {model}: train first (python -m launch train --workdir={model}), or give "
+                            "a published checkpoint")
     examples, problems = source.problems[:shots], source.problems[shots:]
     problems = problems[:num_problems or len(problems)]
     asked = {"task": task, "file": source.path.name, "file_sha256": source.sha256, "problems": len(problems),
@@ -208,9 +212,12 @@ def _check_numbers(**numbers: tuple[int, int]) -> None:
 
 
 def _folder(workdir: str | os.PathLike) -> Path:
-    folder = Path(workdir) / FOLDER
+    """In a run directory; those of a GGUF file or of a model of the Hub's cache are in the working directory."""
+    path = Path(workdir)
+    elsewhere = path.is_file() or any(part.startswith(HUB_CACHE) for part in path.absolute().parts)
+    folder = Path(FOLDER) / base_name(str(path)).replace("/", "--") if elsewhere else path / FOLDER
     try:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=elsewhere, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create {folder}, where completions are kept: {error.strerror or error}") from None
     if not os.access(folder, os.W_OK):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bd3lm_jax import jax_settings
 from bd3lm_jax.adaptation import shifted
 from bd3lm_jax.constraints import automaton
 from bd3lm_jax.data.texts import new_text
@@ -209,7 +210,7 @@ def make_request(lm, options: Options, rows: Rows, turn: int) -> Request:
     forbidden = np.zeros(lm.config.model.vocab_size, bool)
     forbidden[[i for i in (lm.special.mask, *options.forbidden) if i >= 0]] = True  # -1: no such token
     threshold = WRITERS[options.sampler].threshold if options.threshold is None else options.threshold
-    key = jax.random.fold_in(jax.random.key(options.seed), turn) if turn else jax.random.key(options.seed)
+    key = jax.random.fold_in(jax_settings.key(options.seed), turn) if turn else jax_settings.key(options.seed)
     keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(jnp.asarray(rows.number))
     constraint = None
     if options.constraint is not None:

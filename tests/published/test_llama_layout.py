@@ -175,7 +175,11 @@ def test_frequencies_of_rope_may_be_there_and_must_fit(tmp_path):
     ("llama", {"model_type": "mistral", "sliding_window": 32}, 32),
     ("llama", {"model_type": "mistral", "sliding_window": None}, 96),
     ("qwen2", {"sliding_window": 32}, 96),
-    ("qwen2", {"sliding_window": 32, "use_sliding_window": True}, 32),
+    ("qwen2", {"sliding_window": 32, "use_sliding_window": True, "layer_types": ...}, 32),
+    ("qwen2", {"sliding_window": 32, "use_sliding_window": True}, 96),  # all layer_types are full_attention
+    ("qwen2", {"sliding_window": 32, "layer_types": ["full_attention", "sliding_attention"]}, 96),  # switched off
+    ("qwen2", {"sliding_window": 32, "use_sliding_window": True,
+               "layer_types": ["full_attention", "sliding_attention"]}, 32),
 ])
 def test_a_sliding_window_is_a_shorter_context(name, config, context, tmp_path):
     assert hf.read_model(rewritten(tmp_path, name, **config))[0].length == context

@@ -122,7 +122,8 @@ def stored_as(tmp_path, dtype, width):
 
 
 @pytest.mark.parametrize("dtype, width, message", [
-    ("F8_E4M3", 1, rf"tensor {NORM} \(F8_E4M3\) has a dtype that is not supported, expected one of F64, F32"),
+    ("F8_E4M3", 1, rf"tensor {NORM} \(F8_E4M3\) has a dtype that is not supported \(quantised weights\?\), "
+     "expected one of F64, F32"),
     ("I32", 4, rf"tensors that are no floating-point numbers: {NORM} \(int32\)"),
 ])
 def test_other_dtypes_are_refused(tmp_path, dtype, width, message):

@@ -2,10 +2,12 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from bd3lm_jax import hf
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.lm import Trained
 from bd3lm_jax.tasks import TASKS, evaluate_task, read_problems, score, score_completions
@@ -58,6 +60,22 @@ def file(tmp_path):
     path = tmp_path / "test.jsonl"
     path.write_text("".join(json.dumps({"question": f"q{i}", "answer": f"think\n#### {i}"}) + "\n" for i in range(8)))
     return str(path)
+
+
+def test_gguf_files_and_models_of_the_hub_keep_their_lines_in_the_working_directory(tmp_path, monkeypatch, file):
+    lm = FakeLM(lambda prompt, draw: "#### 0")
+    monkeypatch.setattr("bd3lm_jax.lm.load", lambda path, weights: lm)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.GGUF").write_bytes(b"")
+    snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    monkeypatch.setattr(hf, "local", lambda path: str(snapshot) if path == "org/name" else path)
+    for model, place in (("model.GGUF", "tasks/model.GGUF"), ("org/name", "tasks/org--name")):
+        result = evaluate_task(model, task="gsm8k", file=file, against="", allow_code_execution=False, num_problems=0,
+                               draws_per_problem=1, shots=0, sampler={}, seed=0, weights="ema")
+        assert str(Path(result["lines"]).parent) == place and Path(result["lines"]).exists()
+        assert result["score"] == 1 / 8
+    assert not list(snapshot.iterdir())
 
 
 def number(prompt):

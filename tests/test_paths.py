@@ -1,0 +1,159 @@
+"""Paths as people write them, in flags, configs and Python; and what the surroundings of a command may be like."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+from bd3lm_jax import hf, paths
+from bd3lm_jax.data.prepare import cache_directory
+from bd3lm_jax.errors import UserError
+from launch import arguments, bench, convert, infill, sample, sweep, tpu, train
+from launch import eval as evaluate
+from tests.toy_runs import ROOT, toy_config
+
+FLAGS = [(module, name) for module, names in {
+    train: ("workdir",), sweep: ("workdir",), convert: ("from", "to", "tokenizer"), infill: ("workdir", "file"),
+    sample: ("workdir", "settings", "json_schema", "out", "trace", "beside"), bench: ("workdir", "out", "scorer"),
+    evaluate: ("workdir", "data", "data_dir", "against", "samples", "scorer", "reference", "plot", "file"),
+    tpu: ("out",)}.items() for name in names]
+
+
+@pytest.mark.parametrize("module, name", FLAGS)
+def test_every_path_flag_expands_a_home_and_refuses_a_scheme(module, name, monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    found = arguments.parse_flags(module.define, [f"--{name}=~/x"])[name].value
+    assert found == (["/somewhere/x"] if name == "beside" else "/somewhere/x")
+    for url in ("gs://bucket/run", "s3://bucket/run", "hf://org/name", "https://host/run"):
+        with pytest.raises(UserError, match=f"{name}.*{url}: {url.partition(':')[0]}:// is no local path"):
+            arguments.parse_flags(module.define, [f"--{name}={url}"])
+
+
+def test_no_flag_that_says_it_is_a_path_is_forgotten():
+    words, others = ("directory", " file", "page"), ("shared", "max_shard")  # which may be a bucket, and a size
+    for module in (train, sweep, convert, infill, sample, bench, evaluate, tpu):
+        values = flags.FlagValues()
+        module.define(values)
+        for name in values:
+            is_path = isinstance(values[name].parser, arguments.PathParser)
+            says_so = values[name].flag_type() == "string" and any(word in values[name].help for word in words)
+            assert is_path or not says_so or name in others, (module.__name__, name)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("data.path", "~/text.txt"), ("data.cache_dir", "~/cache"), ("data.tokenizer", "~/tokenizer.json"),
+    ("train.init_from", "~/run"),
+])
+def test_paths_in_a_config(key, value, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    section, name = key.split(".")
+    assert getattr(getattr(toy_config(tmp_path, {key: value}), section), name) == value.replace("~", "/somewhere")
+    with pytest.raises(UserError, match=f"{key}=gs://bucket/x: gs:// is no local path"):
+        toy_config(tmp_path, {key: "gs://bucket/x"})
+
+
+def test_a_name_with_commas_that_is_there_is_one_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b", "c", "d"):
+        (tmp_path / name).mkdir()
+    assert paths.split("a,b") == ["a,b"]
+    assert paths.split("c,a,b,d") == ["c", "a,b", "d"]
+    assert paths.split("a,c") == ["a", "c"]
+    assert arguments.parse_flags(evaluate.define, ["--workdir=a,b"]).workdir == "a,b"
+
+
+def test_an_unknown_home(monkeypatch):
+    with pytest.raises(UserError, match="home directory of '~nobody-of-that-name' is not known"):
+        paths.local("~nobody-of-that-name/x")
+
+
+@pytest.mark.parametrize("home", [None, "/proc/nowhere", ""])
+def test_without_a_home_that_can_be_written_the_cache_is_a_private_temporary_directory(home, tmp_path, monkeypatch):
+    monkeypatch.delenv("BD3LM_CACHE", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
+    monkeypatch.delenv("HOME", raising=False)
+    if home is not None:
+        monkeypatch.setenv("HOME", home)
+    found = cache_directory(toy_config(tmp_path, {"data.cache_dir": ""}).data)
+    assert found == tmp_path / f"bd3lm_jax-{os.getuid()}" and found.stat().st_mode & 0o777 == 0o700
+    found.chmod(0o777)
+    with pytest.raises(UserError, match="is not a private directory of yours"):
+        paths.default_cache()
+
+
+@pytest.mark.parametrize("name, is_name", [
+    ("gpt2", True), ("openai-community/gpt2", True), ("nowhere.gguf", False), ("runs/tiny", False), ("a/b/c", False),
+    ("../gpt2", False), ("/gpt2", False), ("", False),
+])
+def test_names_on_the_hub(name, is_name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    monkeypatch.setattr(hf, "download", lambda name: asked.append(name) or str(tmp_path / "copy"))
+    assert hf.local(name) == (str(tmp_path / "copy") if is_name else name)
+    assert asked == [name] * is_name
+
+
+def test_a_hub_name_of_one_part_comes_out_of_the_local_cache(monkeypatch, tmp_path):
+    """In the layout of huggingface_hub, without a network."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    snapshot = tmp_path / "models--gpt2" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--gpt2" / "refs").mkdir()
+    (tmp_path / "models--gpt2" / "refs" / "main").write_text("abc")
+    (snapshot / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    import huggingface_hub
+
+    plain = huggingface_hub.snapshot_download
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: plain(
+        *args, **kwargs, cache_dir=str(tmp_path)))
+    assert hf.local("gpt2") == str(snapshot)
+
+
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *words], cwd=ROOT, env=os.environ | environment, capture_output=True,
+                          timeout=200)
+
+
+@pytest.mark.parametrize("locale", [
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "latin-1"},
+    {"PYTHONIOENCODING": "ascii"}, {"PYTHONUTF8": "1"},
+])
+def test_a_result_is_said_in_every_locale(locale):
+    text = "café \u2603 \u2028 \udcff"
+    done = run("-c", f"from bd3lm_jax import log; log.note({text!a}); log.result({{'text': {text!a}}})", **locale)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.decode("utf-8").split("\n")  # JSON is UTF-8
+    assert len(lines) == 2 and json.loads(lines[0]) == {"text": text}
+
+
+@pytest.mark.parametrize("platforms", ["gpux", "tpu", "cuda"])
+def test_a_platform_that_is_not_there_is_one_line(platforms):
+    done = run("-m", "launch", "sample", "--workdir=tests/data/golden/hf/gpt2", "--length=8", JAX_PLATFORMS=platforms)
+    lines = done.stderr.decode().splitlines()
+    assert done.returncode == 2 and [line for line in lines if line.startswith("error:")] == lines[-1:]
+    assert f"JAX_PLATFORMS={platforms}; unset it" in lines[-1] and "Traceback" not in done.stderr.decode()
+
+
+@pytest.mark.parametrize("term, live", [("dumb", False), ("xterm", True)])
+def test_a_terminal_that_cannot_move_its_cursor_gets_lines(term, live, tmp_path):
+    code = ("import sys; from bd3lm_jax.log import RunLog\n"
+            "with RunLog(sys.argv[1], 3) as log:\n"
+            "    for step in (1, 2, 3): log.progress(step, 2.5, 100.0)\n")
+    main, other = pty.openpty()
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stderr=other, timeout=100,
+                          env=os.environ | {"TERM": term, "COLUMNS": "80"})
+    os.close(other)
+    said = os.read(main, 100_000).decode()
+    os.close(main)
+    assert done.returncode == 0
+    assert ("step 3/3  loss 2.5000" in said) == (not live)
