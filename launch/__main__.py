@@ -2,8 +2,10 @@
 
 import importlib
 import os
+import signal
 import sys
-import traceback
+
+STOPPED = 42  # Preempted.exit_code, which takes a moment to import
 
 COMMANDS = {
     "train": "train a model, or go on with a run",
@@ -64,6 +66,8 @@ def main(argv: list[str]) -> int:
         print(f"error: the package '{visible(str(error.name))}' is not installed: pip install -e .", file=sys.stderr)
         return 1
     except Exception as error:
+        import traceback
+
         print(visible(traceback.format_exc()), end="", file=sys.stderr)
         return _code_of(error)
 
@@ -110,8 +114,15 @@ def _help(command) -> str:
     return f"{command.__doc__.strip()}\n\nFlags:{flags}\n{arguments.COMMON_HELP}"
 
 
+def _stop_at_once(*_: object) -> None:
+    """SIGTERM where nothing listens to it that could save: while libraries load, processes join, texts are written."""
+    os.write(2, b"error: stopped by SIGTERM: run the same command again\n")
+    os._exit(STOPPED)
+
+
 def launch(argv: list[str]) -> None:
     """`main`, then the end of the process if it failed."""
+    signal.signal(signal.SIGTERM, _stop_at_once)  # before anything is loaded
     code = main(argv)
     if code:  # at once: exit handlers of a failed process would wait for its peers and threads
         sys.stdout.flush()

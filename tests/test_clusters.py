@@ -248,7 +248,7 @@ def test_skypilot_yaml(tmp_path, accelerator, nodes, asks, shared):
     assert all(type(value) is SKY_RESOURCES[key] for key, value in resources.items())
     assert (found["num_nodes"], resources["accelerators"]) == (nodes, asks)
     assert resources["infra"] == "gcp/us-central1/us-central1-a" and resources["use_spot"] is True
-    assert resources["job_recovery"] == {"recover_on_exit_codes": [42, 75, 134, 137]}
+    assert resources["job_recovery"] == {"recover_on_exit_codes": [42, 75, 134, 137, 143]}
     assert ("accelerator_args" in resources) == accelerator.startswith("v")
     if shared.startswith("gs:"):
         (target, mount), = found["file_mounts"].items()

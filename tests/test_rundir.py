@@ -1,11 +1,13 @@
 import dataclasses
+import hashlib
 import json
+import re
 
 import pytest
 from toy_runs import toy_config
 
 from bd3lm_jax import rundir
-from bd3lm_jax.config import Config
+from bd3lm_jax.config import Config, decisive_hash
 from bd3lm_jax.data.tokenizers import ByteTokenizer, get_tokenizer
 from bd3lm_jax.errors import UserError
 
@@ -31,6 +33,8 @@ def test_what_is_claimed_is_read_back(tmp_path, config):
     assert there == config and tokenizer.identity == BYTES.identity
     stored = json.loads((tmp_path / "deep" / "run" / "config.json").read_text())
     assert stored.pop("config_sha256") == config.sha256()
+    assert stored.pop("files_sha256") == {"tokenizer.json": hashlib.sha256(BYTES.to_bytes()).hexdigest()}
+    assert re.fullmatch("[0-9a-f]{8}", stored.pop("crc32"))
     assert Config.from_dict(stored) == config
     assert {path.name for path in (tmp_path / "deep" / "run").iterdir()} == {"config.json", "tokenizer.json"}
 
@@ -110,7 +114,8 @@ def test_reading_what_is_not_there(tmp_path, config):
     path.write_text(path.read_text()[:50])
     with pytest.raises(UserError, match="config.json is not valid JSON"):
         rundir.read(tmp_path / "run")
-    path.write_text('{"seed": 0, "modle": {}}')
+    written = {"seed": 0, "modle": {}}  # by a later version
+    path.write_text(json.dumps(written | {"config_sha256": decisive_hash(written)}))
     with pytest.raises(UserError, match="unknown config key 'modle': did you mean 'model'"):
         rundir.read(tmp_path / "run")
     path.write_text('{"hidden_size": 64, "architectures": ["GPTNeoXForCausalLM"]}')
@@ -134,7 +139,8 @@ def test_a_directory_of_an_earlier_version_goes_on_as_it_was(tmp_path, config):
     for section, keys in {**rundir.ADDED, "diffusion": rundir.ADDED_BY_KIND["masked"],
                           "model": rundir.ADDED_BY_KIND["dit"]}.items():
         stored[section] = {key: value for key, value in stored[section].items() if key not in keys}
-    del stored["noise"]
-    path.write_text(json.dumps(stored))
+    for key in ("noise", "crc32", "files_sha256", "config_sha256"):
+        del stored[key]
+    path.write_text(json.dumps(stored | {"config_sha256": decisive_hash(stored)}))
     assert rundir.read(tmp_path / "run")[0] == config
     rundir.claim(tmp_path / "run", config, BYTES)
