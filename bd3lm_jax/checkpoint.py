@@ -294,7 +294,7 @@ class Checkpoints:
         _agree("cannot read it: " + _reason(error) if unreadable else "", error)
         wrong = [f"finds that {name}/{path} differs from its fingerprint" for name, tree in trees.items()
                  for path, values in fingerprints_by_device(tree).items()
-                 if set(values) != {record["leaves"][name][path]["fingerprint"]}]
+                 if any(value != record["leaves"][name][path]["fingerprint"] for value in values)]
         _agree(wrong[0] if wrong else "")
         return trees, record
 

@@ -144,3 +144,53 @@ def test_a_directory_of_an_earlier_version_goes_on_as_it_was(tmp_path, config):
     path.write_text(json.dumps(stored | {"config_sha256": decisive_hash(stored)}))
     assert rundir.read(tmp_path / "run")[0] == config
     rundir.claim(tmp_path / "run", config, BYTES)
+
+
+def damage(path, old, new):
+    text = path.read_text()
+    assert text.count(old) >= 1, old
+    path.write_text(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    ('"rope_base": ', '"rope_base": 1'), ('"valid_fraction": 0.1', '"valid_fraction": 0.2'),
+    ('"block_size": ', '"block_size": 3'), ('"seed": 0', '"seed": 1'), ('"config_sha256": "', '"config_sha256": "f'),
+    ('"config_sha256"', '"config_sha255"')])
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_config_that_was_changed_is_refused(tmp_path, config, old, new, sealed):
+    """Also one of an earlier version, which had no checksum but the hash of what decides the run."""
+    rundir.claim(tmp_path / "run", config, BYTES)
+    path = tmp_path / "run" / "config.json"
+    if not sealed:
+        stored = json.loads(path.read_text())
+        path.write_text(json.dumps({key: x for key, x in stored.items() if key not in ("crc32", "files_sha256")}))
+        assert rundir.read(tmp_path / "run")[0] == config
+    damage(path, old, new)
+    for use in (lambda: rundir.read(tmp_path / "run"), lambda: rundir.claim(tmp_path / "run", config, BYTES),
+                lambda: rundir.planned_steps(tmp_path / "run")):
+        with pytest.raises(UserError, match="config.json was changed since training wrote it.*in another --workdir"):
+            use()
+
+
+def test_changes_that_decide_nothing_are_told(tmp_path, config, capsys):
+    rundir.claim(tmp_path / "run", config, BYTES)
+    damage(tmp_path / "run" / "config.json", f'"draws": {config.eval.draws}', '"draws": 77')
+    assert rundir.read(tmp_path / "run")[0].eval.draws == 77
+    assert "config.json was changed since training wrote it, in keys that do not decide" in capsys.readouterr().err
+    rundir.claim(tmp_path / "run", config, BYTES)
+    assert rundir.read(tmp_path / "run")[0] == config
+
+
+def test_files_beside_the_config_are_those_of_the_start(tmp_path, config):
+    source = tmp_path / "source"
+    source.mkdir()
+    BYTES.save(source / "tokenizer.json")
+    (source / "chat_template.jinja").write_text("{{ bos_token }}")
+    ours = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(source)))
+    rundir.claim(tmp_path / "run", ours, BYTES)
+    for name in ("chat_template.jinja", "tokenizer.json"):
+        (tmp_path / "run" / name).write_bytes((source / name).read_bytes() + b" ")
+        with pytest.raises(UserError, match=f"{name} is not the file that the run was started with.*restore it"):
+            rundir.read(tmp_path / "run")
+        rundir.claim(tmp_path / "run", ours, BYTES)
+        assert rundir.read(tmp_path / "run")[0] == ours
