@@ -53,7 +53,7 @@ def test_a_step_is_on_the_disk_before_it_has_its_name_and_before_older_ones_go(t
             written = calls[named][1]
             before = {path for kind, path, _ in calls[:named] if kind == "sync" and path.startswith(written)}
             content = {os.path.join(written, path.relative_to(target)) for path in Path(target).rglob("*")}
-            assert len(content) > 8 and before == content | {written}
+            assert len(content) > 8 and content | {written} <= before
             assert ("sync", str(directory), "") in calls[named:]
         at_the_name = [there for path, there in removed if path == str(directory)]
         assert {"1", "2"} in at_the_name, "step 1 goes only after the name of step 2 is on the disk"
