@@ -100,8 +100,9 @@ def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:
         raise UserError(f"{path} holds no {CONFIG}: expected a directory written by 'python -m launch train'")
     stored = _stored(path)
     for name, digest in as_mapping(FILES, stored.get(FILES, {})).items():
-        if name in (TOKENIZER, *CHAT_FILES) and (path / name).exists() and _digest((path / name).read_bytes()) != digest:
-            raise UserError(f"{path / name} is not the file that the run was started with ({CONFIG} has its hash): "
+        file = path / name
+        if name in (TOKENIZER, *CHAT_FILES) and file.exists() and _digest(file.read_bytes()) != digest:
+            raise UserError(f"{file} is not the file that the run was started with ({CONFIG} has its hash): "
                             "restore it from a copy, or repeat the training command, which writes it again")
     return _read(path, stored)
 

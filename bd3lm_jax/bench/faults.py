@@ -2,9 +2,9 @@
 processes and ones that round differently.
 
 A round is a SIGKILL of a run of one process, two flipped bits, a truncated file and a half-deleted checkpoint; every
-fifth round one of two processes is killed as well, and power is cut. All runs are the same small one, in a temporary directory. `wrong`
-counts what must not be: a checkpoint that was complete and is lost or holds other values than the undisturbed run, a
-flipped bit whose values were used, other losses at the end, another exit code.
+fifth round one of two processes is killed as well, and power is cut. All runs are the same small one, in a temporary
+directory. `wrong` counts what must not be: a checkpoint that was complete and is lost or holds other values than the
+undisturbed run, a flipped bit whose values were used, other losses at the end, another exit code.
 """
 
 import tempfile

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bd3lm_jax.evaluation.titles import key_title, phrase, run_titles
 from bd3lm_jax import files, plots
+from bd3lm_jax.evaluation.titles import key_title, phrase, run_titles
 from bd3lm_jax.log import note, table
 from bd3lm_jax.sweeps import paired
 
