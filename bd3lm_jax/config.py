@@ -19,7 +19,7 @@ from bd3lm_jax.diffusion.running import RunningLoss
 from bd3lm_jax.errors import lookup
 from bd3lm_jax.models import BACKBONES, trunk
 from bd3lm_jax.models.trunk import REMAT, takes_level
-from bd3lm_jax.typed import Nested, as_mapping, as_section, as_type, check, one_of, same_keys
+from bd3lm_jax.typed import Nested, as_mapping, as_section, as_type, check, flatten, one_of, same_keys
 
 SAME = "init_from"  # as model.kind: the network whose weights start the run
 
@@ -394,14 +394,3 @@ def decisive_hash(nested: Mapping) -> str:
 
 def _decisive(nested: Mapping) -> dict:
     return {key: value for key, value in flatten(nested).items() if not {key, key.split(".")[0]} & set(RESUMABLE)}
-
-
-def flatten(nested: Mapping, prefix: str = "") -> dict:
-    """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
-    flat = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

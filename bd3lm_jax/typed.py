@@ -88,3 +88,14 @@ def _kinds(key: str, value: Any, kinds: tuple) -> tuple:
     names = ", ".join(kind.__name__ for kind in kinds)
     check(len(value) == len(kinds), f"config key '{key}' holds {value!r}, expected pairs ({names})")
     return kinds
+
+
+def flatten(nested: Mapping, prefix: str = "") -> dict:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
+    flat = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
