@@ -1,4 +1,4 @@
-"""Saving and restoring runs: whole, verified, on any mesh. The only user of orbax.
+"""Saving and restoring runs: whole, verified, on any mesh. Only managers.py and this use orbax.
 
 `WORKDIR/checkpoints/STEP/` holds the items `params`, `ema` (absent if the average is off), `opt` (step and optimiser
 state), `noise` (absent if the noise is fixed) and `meta` (JSON). `meta` records shape, dtype and fingerprint of every
@@ -23,14 +23,14 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from bd3lm_jax import distributed
+from bd3lm_jax import distributed, files, replicas
 from bd3lm_jax.errors import RunError, UserError
-from bd3lm_jax.fingerprint import fingerprints, named_leaves
+from bd3lm_jax.fingerprint import fingerprints_by_device, named_leaves
 from bd3lm_jax.log import note
+from bd3lm_jax.managers import TRASH, open_manager
 from bd3lm_jax.state import TrainState
 
 FORMAT = 1  # of the meta item
-TRASH = ".trash"  # where orbax moves a step before deleting it
 DAMAGED = ".damaged"  # where steps that could not be read are put when a run goes on without them
 SHOWN = 5  # differing leaves named in an error
 LOOKS = 10  # at a directory that another process changes
@@ -82,14 +82,13 @@ class Checkpoints:
             return
         if not read_only:
             self.directory.mkdir(parents=True, exist_ok=True)
+            files.sync(self.directory.parent)
             self._empty_trash()
-        options = {} if read_only else {
-            "cleanup_tmp_directories": True, "todelete_subdir": TRASH,
-            "preservation_policy": checkpoint_managers.AnyPreservationPolicy(
-                [checkpoint_managers.LatestN(keep), _Lowest(self._bounds, keep_best)])}
-        self._manager = self._look(lambda: _open(self.directory, read_only, options))
+        options = {} if read_only else {"preservation_policy": checkpoint_managers.AnyPreservationPolicy(
+            [checkpoint_managers.LatestN(keep), _Lowest(self._bounds, keep_best)])}
+        self._manager = self._look(lambda: open_manager(self.directory, read_only, **options))
         if not read_only and jax.process_count() > 1:
-            self._reader = _open(self.directory, True, {})
+            self._reader = open_manager(self.directory, True)
         if keep_best:
             self._read_bounds()
 
@@ -119,14 +118,17 @@ class Checkpoints:
         """Save `state` and `meta` (JSON values) as `step`; writing goes on in the background unless `wait`.
 
         bound: nats a token of a validation of this very step, the same text and noise as at other steps, if there was
-        one. The arrays may be donated as soon as this returns. Raises RunError if this or the previous save failed, or
-        if `step` exists.
+        one. The arrays may be donated as soon as this returns. Raises RunError if this or the previous save failed, if
+        `step` exists, or if the replicas of an array differ: then nothing is written.
         """
         self.wait()
         if step in self.steps():
             raise RunError(f"step {step} is already saved in {self.directory}: a checkpoint is never overwritten")
-        items = _items(state)
-        leaves = {name: _describe(tree) for name, tree in items.items()}
+        items = items_of(state)
+        sums = replicas.check(items, f"nothing is saved at step {step}")
+        leaves = {name: {path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype),
+                                "fingerprint": sums[f"{name}/{path}"]} for path, leaf in named_leaves(tree)}
+                  for name, tree in items.items()}
         bound = bound if bound is not None and math.isfinite(bound) else None
         self._bounds.pop(step, None)  # of a step that was damaged and is saved anew
         record = _seal({"format": FORMAT, "step": step, "meta": meta, "leaves": leaves, "bound": bound})
@@ -151,7 +153,7 @@ class Checkpoints:
         number or "best" for that step and no other. Raises UserError if there is no such checkpoint or if it is one of
         another model (differing arrays named), RunError if none can be read.
         """
-        expected = _items(abstract_state)
+        expected = items_of(abstract_state)
 
         def read(step: int) -> tuple[TrainState, dict]:
             trees, record = self._read(step, lambda there: expected | {x: {} for x in there if x not in expected})
@@ -289,16 +291,11 @@ class Checkpoints:
         except Exception as caught:
             error = caught
         unreadable = error is not None and not isinstance(error, UserError)
-        told = distributed.texts(_reason(error) if unreadable else "")
-        if error is not None:
-            raise error
-        for i, reason in enumerate(told):
-            if reason:
-                raise _Damaged(f"process {i} cannot read it: {reason}")
-        for name, tree in trees.items():
-            for path, value in fingerprints(tree).items():
-                if value != record["leaves"][name][path]["fingerprint"]:
-                    raise _Damaged(f"{name}/{path} differs from its fingerprint")
+        _agree("cannot read it: " + _reason(error) if unreadable else "", error)
+        wrong = [f"finds that {name}/{path} differs from its fingerprint" for name, tree in trees.items()
+                 for path, values in fingerprints_by_device(tree).items()
+                 if any(value != record["leaves"][name][path]["fingerprint"] for value in values)]
+        _agree(wrong[0] if wrong else "")
         return trees, record
 
     def _check_fits(self, step: int, recorded: dict[str, dict], abstract: dict[str, Any]) -> None:
@@ -351,26 +348,21 @@ class Checkpoints:
                        f"Free some disk space and run the same command again") from error
 
 
-def _open(directory: Path, read_only: bool, options: dict) -> ocp.CheckpointManager:
-    """Orbax's manager: of all processes together one that writes, of each alone one that reads."""
-    if read_only and jax.process_count() > 1:
-        me = jax.process_index()
-        options = options | {"multiprocessing_options": ocp.options.MultiprocessingOptions(
-            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process-{me}")}
-    return ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=read_only, **options))
+def _agree(fault: str, error: Exception | None = None) -> None:
+    """Raise `error`, or _Damaged if this process or another one has found a fault ("": it has not)."""
+    found = distributed.texts(fault)
+    if error is not None:
+        raise error
+    for i, other in enumerate(found):
+        if other:
+            raise _Damaged(other if len(found) == 1 else f"process {i} {other}")
 
 
-def _items(state: TrainState) -> dict[str, Any]:
+def items_of(state: TrainState) -> dict[str, Any]:
     """The trees that are stored apart, so that an evaluation reads only what it needs."""
     items = {"params": state.params, "ema": state.ema, "opt": {"step": state.step, "state": state.opt_state},
              "noise": state.noise}
     return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
-
-
-def _describe(tree: Any) -> dict[str, dict]:
-    sums = fingerprints(tree)
-    return {path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "fingerprint": sums[path]}
-            for path, leaf in named_leaves(tree)}
 
 
 def _placed(abstract: Any) -> Any:

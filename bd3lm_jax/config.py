@@ -7,6 +7,7 @@ nobody reads, a missing key and a wrong type are errors that name the key.
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from bd3lm_jax import curriculum, density, ineffective, plugins
@@ -380,15 +381,20 @@ class Config:
 
     def sha256(self) -> str:
         """Hash of everything that decides what is learned (see RESUMABLE for what is left out)."""
-        return hashlib.sha256(json.dumps(self._decisive(), sort_keys=True).encode()).hexdigest()
+        return decisive_hash(self.to_dict())
 
     def differing_keys(self, other: "Config") -> list[str]:
         """`key: here != there` for every decisive key whose value differs and has an effect in one of them."""
-        here, there = self._decisive(), other._decisive()
+        here, there = _decisive(self.to_dict()), _decisive(other.to_dict())
         without_effect = ineffective.keys(self) & ineffective.keys(other)
         return [f"{key}: {here.get(key)!r} != {there.get(key)!r}"
                 for key in sorted((here.keys() | there.keys()) - without_effect) if here.get(key) != there.get(key)]
 
-    def _decisive(self) -> dict:
-        flat = flatten(self.to_dict())
-        return {key: value for key, value in flat.items() if not {key, key.split(".")[0]} & set(RESUMABLE)}
+
+def decisive_hash(nested: Mapping) -> str:
+    """`Config.sha256` of a config as `to_dict` gives it, also of one that an earlier version wrote."""
+    return hashlib.sha256(json.dumps(_decisive(nested), sort_keys=True).encode()).hexdigest()
+
+
+def _decisive(nested: Mapping) -> dict:
+    return {key: value for key, value in flatten(nested).items() if not {key, key.split(".")[0]} & set(RESUMABLE)}

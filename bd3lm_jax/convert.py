@@ -19,7 +19,7 @@ from bd3lm_jax.data.corpora import SPLITS
 from bd3lm_jax.data.dialogues import chat_files
 from bd3lm_jax.data.tokenizers import get_tokenizer
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.foreign import read_inside, read_text
+from bd3lm_jax.foreign import read_inside
 from bd3lm_jax.lm import LM
 from bd3lm_jax.models import trunk
 from bd3lm_jax.published import Described, write

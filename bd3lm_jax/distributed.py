@@ -27,6 +27,7 @@ LEAVE_S = 3600  # that processes which are done wait for those that are not
 LOST = r"gloo|connection (closed|reset|refused)|unavailable|heartbeat|another task died|barrier timed out"
 SEEN_S = 30.0  # within which other hosts see what process 0 has written
 SHOWN = 5  # differing keys named in an error
+SAME = "start all of them with the same command and the same files"
 
 T = TypeVar("T")
 
@@ -128,7 +129,7 @@ def check_shared(path: Path, look: Callable[[], dict[str, Any]]) -> None:
                             "the same --workdir on one", agreed=True)
 
 
-def check_same(values: dict[str, Any], what: str) -> None:
+def check_same(values: dict[str, Any], what: str, advice: str = SAME) -> None:
     """UserError on all processes, naming the keys, unless `values` (flat, of JSON values) are the same on all of them.
     """
     found = [json.loads(text) for text in texts(json.dumps(values))]
@@ -138,7 +139,7 @@ def check_same(values: dict[str, Any], what: str) -> None:
         if differing:
             more = f"; and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
             raise UserError(f"process {i} has another {what} than process 0 ({'; '.join(differing[:SHOWN])}{more}): "
-                            "start all of them with the same command and the same files", agreed=True)
+                            f"{advice}", agreed=True)
 
 
 def first_alone(work: Callable[[], T]) -> T | None:

@@ -13,8 +13,15 @@ def fingerprints(tree: Any) -> dict[str, int]:
 
     Any single wrong element changes it for certain, other damage is missed with probability 2^-32.
     """
+    return {path: sums[0] for path, sums in fingerprints_by_device(tree).items()}
+
+
+def fingerprints_by_device(tree: Any) -> dict[str, list[int]]:
+    """`fingerprints` as each device of this process computes them, of its own replica of what is not sharded."""
     sums = {path: settled(_fingerprint(leaf)) for path, leaf in named_leaves(tree)}
-    return {path: int(value) for path, value in jax.device_get(sums).items()}
+    by_device = jax.device_get({path: [shard.data for shard in value.addressable_shards]
+                                for path, value in sums.items()})
+    return {path: list(map(int, values)) for path, values in by_device.items()}
 
 
 @jax.jit

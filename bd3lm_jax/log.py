@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from rich.progress import (BarColumn, MofNCompleteColumn, Progress, SpinnerColum
                            TimeRemainingColumn)
 from rich.table import Table
 
+from bd3lm_jax import files, sealed
 from bd3lm_jax.errors import RunError, STEERING, visible
 
 METRICS_FILE = "metrics.jsonl"
+LOGGED = ("train/", "valid/")  # what keys of metrics that are numbers begin with
 PLAIN_SECONDS = 5.0  # between progress lines when stderr is not a terminal
 UNLIMITED = 100_000  # columns, to measure how wide a table would be
 BUSY_SECONDS = 15.0  # between the lines of `busy` there
@@ -115,45 +117,71 @@ def result(values: Mapping[str, Any]) -> None:
 
 
 def save(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
-    """Write a JSON file, all of it or nothing: a kill leaves the old one. Numbers that are not finite become null."""
-    temporary = Path(path).with_suffix(".tmp")
-    temporary.write_text(json.dumps(_plain(values), indent=1, allow_nan=False, ensure_ascii=False) + "\n",
-                         encoding="utf-8")
-    os.replace(temporary, path)
+    """Write a JSON file with a checksum (sealed.py), all of it or nothing. Numbers that are not finite become null.
+
+    RunError if it cannot be written.
+    """
+    text = json.dumps(sealed.seal(_plain(values)), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    with _full_disk(path):
+        files.write(path, text.encode())
 
 
 def append(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
-    """Add a line to a JSON-lines file, in one piece; after a line that a kill cut off it begins a new one.
+    """Add a line with a checksum to a JSON-lines file, in one piece; it is on the disk when this returns.
 
-    Numbers that are not finite become null. RunError if it cannot be written.
+    After a line that a kill cut off it begins a new one. Numbers that are not finite become null. RunError if it cannot
+    be written.
     """
+    with _full_disk(path), open(path, "a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        cut_off = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * cut_off + _line(values).encode())
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _full_disk(path: str | os.PathLike) -> Iterator[None]:
     try:
-        with open(path, "a+b", buffering=0) as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 1))
-            cut_off = file.read(1) not in (b"", b"\n")
-            file.write(b"\n" * cut_off + _to_json(values).encode() + b"\n")
+        yield
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}; free some disk space and run the same command "
                        "again") from None
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:
-    """The logged lines of a run in order ([] if there are none); a line cut off by a kill is left out."""
-    return read_lines(Path(workdir) / METRICS_FILE)
+    """The logged lines of a run in order ([] if there are none), without damaged ones (see `read_lines`)."""
+    return read_lines(Path(workdir) / METRICS_FILE, _is_logged)
 
 
-def read_lines(path: str | os.PathLike) -> list[dict]:
-    """The lines of a JSON-lines file, [] if it is not there; without those that a kill cut off."""
-    path = Path(path)
-    if not path.exists():
+def _is_logged(line: dict) -> bool:
+    """Whether a line has a step and numbers."""
+    return type(line.get("step")) is int and all(
+        value is None or type(value) in (int, float) for key, value in line.items() if key.startswith(LOGGED))
+
+
+def read_lines(path: str | os.PathLike, is_whole: Callable[[dict], bool] = lambda line: True) -> list[dict]:
+    """The objects in a JSON-lines file, [] if it is not there.
+
+    What a kill cut off is left out, and with a warning every other line that is no object, is not what was written (by
+    its checksum), or that `is_whole` refuses.
+    """
+    try:
+        *texts, rest = Path(path).read_bytes().split(b"\n")
+    except FileNotFoundError:
         return []
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    lines, damaged = [], 0
+    for text in filter(bytes.strip, [*texts, rest]):
         try:
-            lines.append(json.loads(text))
-        except (json.JSONDecodeError, RecursionError):
-            continue
+            line = sealed.unseal(text)
+        except sealed.Damaged:
+            line = None
+        if line is not None and is_whole(line):
+            lines.append(line)
+        else:
+            damaged += text is not rest
+    if damaged:
+        note_once(f"warning: {path} has {damaged} damaged line{'s' * (damaged > 1)}, left out")
     return lines
 
 
@@ -195,12 +223,15 @@ class RunLog:
         """Append one line for `step`. Call it once a step, and before that step is saved."""
         if self._file is None:
             return
-        try:
-            self._file.write(_to_json({"step": step, **values}) + "\n")
+        with _full_disk(self._path):
+            self._file.write(_line({"step": step, **values}))
             self._file.flush()
-        except OSError as error:
-            raise RunError(f"cannot write {self._path}: {error.strerror or error}; free some disk space and run the "
-                           "same command again") from None
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk; call it before what they tell of is saved."""
+        if self._file is not None:
+            with _full_disk(self._path):
+                os.fsync(self._file.fileno())
 
     def progress(self, step: int, loss: float, tokens_per_s: float) -> None:
         """Show that `step` updates are done: a live bar on a terminal, else a line every few seconds and at the end."""
@@ -240,15 +271,18 @@ class RunLog:
     def _keep_until(self, start_step: int) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(self._path.parent) if line["step"] <= start_step] if start_step else []
-        replacement = self._path.with_suffix(".tmp")
-        replacement.write_text("".join(_to_json(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(replacement, self._path)
+        with _full_disk(self._path):
+            files.write(self._path, "".join(map(_line, kept)).encode())
 
 
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
+
+
+def _line(values: Mapping[str, Any]) -> str:
+    return _to_json(sealed.seal(_plain(values))) + "\n"
 
 
 def _to_json(values: Any) -> str:

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bd3lm_jax import files
 from bd3lm_jax.log import note, read_metrics
 
 LABEL = 40  # characters of a line of a label
@@ -138,7 +139,8 @@ def save(figure, path: str | os.PathLike) -> Path:
     """Write a picture, and its directory if there is none; returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with files.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format=path.suffix[1:])
     note(f"plot: {path}")
     return path
 

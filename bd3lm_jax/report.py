@@ -3,7 +3,6 @@
 The likelihoods with their intervals stay in the run directory as report.json.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bd3lm_jax import distributed, plots, rundir
+from bd3lm_jax import distributed, files, plots, rundir, sealed
 from bd3lm_jax.config import Config
 from bd3lm_jax.data.corpora import join_documents, load_documents
 from bd3lm_jax.errors import UserError
@@ -92,9 +91,9 @@ def read(workdir: str | os.PathLike) -> dict | None:
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        whole = type(found["step"]) is int and all(type(found[name]) is dict for name in found if name != "step")
-    except (ValueError, KeyError, TypeError, RecursionError):
+        found = sealed.unseal(path.read_bytes())
+        whole = type(found.get("step")) is int and all(type(found[name]) is dict for name in found if name != "step")
+    except sealed.Damaged:
         whole = False
     if not whole:
         note_once(f"warning: {path} is damaged and passed over: the command that trained the run writes it again")
@@ -160,5 +159,5 @@ def _samples(run, weights) -> None:
     path = Path(run.workdir) / "samples"
     path.mkdir(exist_ok=True)
     text = "\n--\n".join(sample.text for sample in samples) + "\n"
-    (path / f"step_{run.config.train.steps}.txt").write_text(text, encoding="utf-8")
+    files.write(path / f"step_{run.config.train.steps}.txt", text.encode(errors="replace"))
     note(f"samples: {path / f'step_{run.config.train.steps}.txt'}")

@@ -8,15 +8,17 @@ import json
 import os
 from pathlib import Path
 
-from bd3lm_jax import lock, plugins
-from bd3lm_jax.config import Config
+from bd3lm_jax import files, lock, plugins
+from bd3lm_jax.config import Config, decisive_hash
+from bd3lm_jax.data.chat_template import CHAT_FILES
 from bd3lm_jax.data.corpora import SOURCES
 from bd3lm_jax.data.dialogues import chat_files
 from bd3lm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3lm_jax.diffusion.schedule import SCHEDULES
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.foreign import read_bytes, read_text
-from bd3lm_jax.log import METRICS_FILE
+from bd3lm_jax.foreign import read_bytes
+from bd3lm_jax.log import METRICS_FILE, note_once
+from bd3lm_jax.sealed import SEAL, Damaged, seal, unseal
 from bd3lm_jax.typed import as_mapping, from_json
 
 CONFIG, TOKENIZER, LOCK = "config.json", "tokenizer.json", "train.lock"
@@ -24,7 +26,7 @@ IMPORTS = "imports"  # key of config.json: modules that register what the run us
 # What training writes and may not replace: with one of them and no config.json a directory is another one's. Anything
 # else, a log file or `lost+found`, may be there.
 WRITTEN = ("checkpoints", "samples", "plots", "profile", METRICS_FILE, "report.json", "documents.npz", "watch.jsonl")
-PART = ".tmp"  # a file being written
+HASH, FILES = "config_sha256", "files_sha256"  # keys of config.json beside the config itself
 ADDED = {  # keys that the run directories of earlier versions lack, with values that mean what these runs did
     "noise": {"adapt": "none", "clip_widths": [0.5, 0.6, 0.7, 0.8, 0.9], "clip_stride": 0.05, "clip_batches": 1,
               "count_floor": 0.1, "count_decay": 0.99},
@@ -65,10 +67,13 @@ def claim(workdir: str | os.PathLike, config: Config, tokenizer: Tokenizer,
         if held is not None:
             held.enter_context(lock.held(path / LOCK))
             _check(path, config, tokenizer)  # whoever had the lock may have made it another run
-        for name, content in ({TOKENIZER: tokenizer.to_bytes()} | chat_files(config.data.tokenizer)).items():
-            _write(path / name, content)
-        resolved = config.to_dict() | {"config_sha256": config.sha256()} | _imports(config)
-        _write(path / CONFIG, json.dumps(resolved, indent=2).encode() + b"\n")
+        files.sync(path.parent)
+        contents = {TOKENIZER: tokenizer.to_bytes()} | chat_files(config.data.tokenizer)
+        for name, content in contents.items():
+            files.write(path / name, content)
+        stored = config.to_dict() | {HASH: config.sha256(), FILES: {name: _digest(x) for name, x in contents.items()}}
+        stored |= _imports(config)
+        files.write(path / CONFIG, json.dumps(seal(stored), indent=2).encode() + b"\n")
     except OSError as error:
         raise UserError(f"cannot write in {path}: {error.strerror or error}; choose another --workdir, or free some "
                         "disk space") from None
@@ -77,7 +82,7 @@ def claim(workdir: str | os.PathLike, config: Config, tokenizer: Tokenizer,
 def _check(path: Path, config: Config, tokenizer: Tokenizer) -> None:
     """UserError unless the directory holds this run, or nothing, or is not there yet."""
     if (path / CONFIG).exists():
-        there, there_tokenizer = read(path)
+        there, there_tokenizer = _read(path, _stored(path))  # other files beside it are written anew
         differing = config.differing_keys(there)
         if differing:
             raise UserError(f"{path} holds a run of another config ({'; '.join(differing)}; here != there): choose "
@@ -93,7 +98,7 @@ def _check(path: Path, config: Config, tokenizer: Tokenizer) -> None:
 
 
 def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:
-    """Config and tokenizer of a run directory; UserError if it is none."""
+    """Config and tokenizer of a run directory; UserError if it is none, or if its files are not what was written."""
     path = Path(workdir)
     if not path.is_dir():
         raise UserError(f"no run directory {path}: train first (python -m launch train --workdir={path}), or give a "
@@ -101,18 +106,18 @@ def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:
     if not (path / CONFIG).exists():
         raise UserError(f"{path} holds no {CONFIG}: expected a directory written by 'python -m launch train'")
     stored = _stored(path)
-    if "model_type" in stored:
-        raise UserError(f"{path} is a published checkpoint, expected a run directory: python -m launch convert "
-                        f"--from={path} --to=DIR --format=native makes one")
-    if not stored.keys() & {field.name for field in dataclasses.fields(Config)}:
-        from bd3lm_jax.published import FORMATS
+    for name, digest in as_mapping(FILES, stored.get(FILES, {})).items():
+        file = path / name
+        if name in (TOKENIZER, *CHAT_FILES) and file.exists() and _digest(file.read_bytes()) != digest:
+            raise UserError(f"{file} is not the file that the run was started with ({CONFIG} has its hash): "
+                            "restore it from a copy, or repeat the training command, which writes it again")
+    return _read(path, stored)
 
-        raise UserError(f"{path / CONFIG} is that of no run, and has no model_type, which tells the architecture of a "
-                        f"published checkpoint: add it, supported: {', '.join(FORMATS)}")
-    stored.pop("config_sha256", None)
-    absent = plugins.missing(stored.pop(IMPORTS, []))
+
+def _read(path: Path, stored: dict) -> tuple[Config, Tokenizer]:
+    absent = plugins.missing(stored.get(IMPORTS, []))
     try:
-        config = Config.from_dict(_brought_up_to_date(stored), stored=True)
+        config = _config(stored)
     except UserError as error:
         if not absent:
             raise
@@ -120,6 +125,15 @@ def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:
         raise UserError(f"{path} was trained with plug-ins that are not imported here, {', '.join(absent)} ({error}): "
                         f"add {flags}, in Python import them, if you trust their code") from None
     return config, load_tokenizer(path / TOKENIZER)
+
+
+def _config(stored: dict) -> Config:
+    return Config.from_dict(_brought_up_to_date(_own(stored)), stored=True)
+
+
+def _own(stored: dict) -> dict:
+    """The config itself."""
+    return {key: value for key, value in stored.items() if key not in (HASH, FILES, IMPORTS)}
 
 
 def _imports(config: Config) -> dict[str, list[str]]:
@@ -141,17 +155,38 @@ def visible(workdir: str | os.PathLike) -> dict:
 
 def planned_steps(workdir: str | os.PathLike) -> int:
     """`train.steps` of a run directory as it is now: a run that goes on may be told to do more."""
-    return _stored(Path(workdir))["train"]["steps"]
+    return _config(_stored(Path(workdir))).train.steps
 
 
 def _stored(path: Path) -> dict:
+    """What config.json of a run holds, as the version that wrote it did. UserError if it was changed since."""
     try:
-        stored = from_json(read_text(path / CONFIG))
-    except ValueError as error:
-        raise UserError(f"{path / CONFIG} is not valid JSON ({error}): restore it or train again") from error
+        text = read_bytes(path / CONFIG)
     except OSError as error:
         raise UserError(f"cannot read {path / CONFIG}: {error.strerror or error}") from None
-    return as_mapping(str(path / CONFIG), stored)
+    try:
+        stored, whole = unseal(text), True
+    except Damaged as error:
+        try:
+            stored, whole = dict(as_mapping(str(path / CONFIG), from_json(text))), False
+        except ValueError:
+            raise UserError(f"{path / CONFIG} {error}: restore it or train again") from None
+        stored.pop(SEAL, None)
+    if "model_type" in stored:
+        raise UserError(f"{path} is a published checkpoint, expected a run directory: python -m launch convert "
+                        f"--from={path} --to=DIR --format=native makes one")
+    if not stored.keys() & {field.name for field in dataclasses.fields(Config)}:
+        from bd3lm_jax.published import FORMATS
+
+        raise UserError(f"{path / CONFIG} is that of no run, and has no model_type, which tells the architecture of a "
+                        f"published checkpoint: add it, supported: {', '.join(FORMATS)}")
+    if decisive_hash(_own(stored)) != stored.get(HASH):
+        raise UserError(f"{path / CONFIG} was changed since training wrote it (its {HASH} is that of another config), "
+                        "and would give other figures: restore it; for another config start a run in another --workdir")
+    if not whole:
+        note_once(f"warning: {path / CONFIG} was changed since training wrote it, in keys that do not decide what is "
+                  "learned; give them to train as --config.KEY=value instead")
+    return stored
 
 
 def _brought_up_to_date(stored: dict) -> dict:
@@ -167,8 +202,5 @@ def check_tokenizer(tokenizer: Tokenizer, identity: str, owner: str) -> None:
                         "would mean other text; use the tokenizer.json saved with it")
 
 
-def _write(path: Path, content: bytes) -> None:
-    """All of it or nothing: a kill or a full disk leaves the old file."""
-    temporary = path.with_suffix(PART)
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

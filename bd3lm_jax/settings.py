@@ -1,14 +1,13 @@
 """Settings for `sample` by preference: measured ones from a file, else presets."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from bd3lm_jax import log
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.foreign import read_text
-from bd3lm_jax.typed import from_json
+from bd3lm_jax.foreign import read_bytes
 from bd3lm_jax.lm import LM
+from bd3lm_jax.sealed import SEAL, Damaged, unseal
 
 FILE = "sampling.json"  # in the run directory, written by `python -m launch bench sampling --workdir=DIR`
 PREFERENCES = ("quality", "balanced", "speed")
@@ -69,13 +68,11 @@ def merged(chosen: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a file. UserError if there is none."""
+    """The JSON object in a file, without its checksum. UserError if there is none, or it is not what was written."""
     try:
-        content = from_json(read_text(path))
+        return unseal(read_bytes(path))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): expected one JSON object") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a JSON {type(content).__name__}, expected an object")
-    return content
+    except Damaged as error:
+        raise UserError(f"{path} {error}: expected one JSON object; if it was edited on purpose delete its '{SEAL}'"
+                        ) from None

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import compile_cache, distributed, jax_settings, optim, passes, paths, report, rundir, sharding
+from bd3lm_jax import compile_cache, distributed, jax_settings, optim, passes, paths, replicas, report, rundir, sharding
 from bd3lm_jax.adaptation import adapt, lora
-from bd3lm_jax.checkpoint import Checkpoints
+from bd3lm_jax.checkpoint import Checkpoints, items_of
 from bd3lm_jax.config import Config
 from bd3lm_jax.cost import memory, profiling
 from bd3lm_jax.cost.profiling import Profiler
@@ -58,8 +58,8 @@ def train(config: Config | Nested, workdir: str | os.PathLike, profile: bool = F
     exit code 75 (watchdog.py), 0 for never. Returns the result object of the `train` command; of a run that is finished
     that of its stored report.
     Raises UserError for wrong input (also if another process trains in `workdir`), RunError when the loss is not finite
-    (with step and rows), memory runs out (with what would fit) or a save fails, Preempted after SIGTERM once the state
-    is saved (at once where nothing is: before the first step and in the closing report).
+    (with step and rows), memory runs out (with what would fit), a save fails or replicas differ, Preempted after
+    SIGTERM once the state is saved (at once where nothing is: before the first step and in the closing report).
     """
     began = time.perf_counter()
     config = Config.from_dict(config)
@@ -98,6 +98,7 @@ def _train(run: Run, stop: distributed.Stop, profile: bool, stuck_after: float) 
 def set_up(config: Config, workdir: str | os.PathLike, held: contextlib.ExitStack) -> Run:
     """Read the data, check everything that can be wrong and claim the run directory, which stays locked until `held` is
     closed; nothing is computed yet."""
+    replicas.check_start()
     distributed.check_same(flatten(config.to_dict()), "configuration")
     mesh = sharding.make_mesh(config.mesh)
     tokenizer = adapt.masking(config, distributed.first_then_others(lambda: prepare_tokenizer(config.data)))
@@ -155,6 +156,7 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
     """All steps -> last state, median milliseconds a step, last validation. Metrics are read one step late."""
     config, program, start = run.config, run.program, int(state.step)
     step_fns = program.steps()
+    replicas.check_program(lambda: step_fns[config.phase_at(start)].lower(*program.arguments()))
     loader = Loader(run.rows["train"], config.train.batch, config.seed, sharding.batch_sharding(program.mesh))
     tokens_a_step = config.train.batch * config.data.length
     pending, clock, valid = None, _Clock(), {}
@@ -180,6 +182,8 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
                     state, metrics = step_fns[phase](state, batch)
                 compiled.add(phase)
                 values = _read(run, pending, clock) if pending is not None else None
+            if step == start and program.mesh.size > 1:
+                replicas.check(items_of(state), f"found after step {step + 1}, the first of this start")
             watchdog.done()
             checkpoints.check()
             if values is not None:
@@ -201,6 +205,7 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
                 pending = None
                 clock.pause()
             if saving:
+                log.sync()
                 checkpoints.save(done, state, {"tokenizer": run.tokenizer.identity, "config_sha256": config.sha256(),
                                                "losses": window.losses,
                                                "noise": choose_noise.shown(state)}, wait=last or stopping,

@@ -2,8 +2,10 @@
 
 import importlib
 import os
+import signal
 import sys
-import traceback
+
+STOPPED = 42  # Preempted.exit_code, which takes a moment to import
 
 COMMANDS = {
     "train": "train a model, or go on with a run",
@@ -73,12 +75,16 @@ def main(argv: list[str]) -> int:
                   f"{os.environ.get('JAX_PLATFORMS', '')}; unset it, or install what it names (python -m launch doctor "
                   "says what is there)", file=sys.stderr)
             return 2
+        import traceback
+
         print(visible(traceback.format_exc()), end="", file=sys.stderr)
         return _code_of(error)
 
 
 def _no_backend(error: Exception) -> bool:
     """Whether JAX failed to start the devices that JAX_PLATFORMS names."""
+    import traceback
+
     frames = traceback.extract_tb(error.__traceback__)
     return any(os.path.basename(frame.filename) == "xla_bridge.py" and frame.name == "backends" for frame in frames)
 
@@ -133,8 +139,15 @@ def _help(command) -> str:
     return f"{command.__doc__.strip()}\n\nFlags:{flags}\n{arguments.COMMON_HELP}"
 
 
+def _stop_at_once(*_: object) -> None:
+    """SIGTERM where nothing listens to it that could save: while libraries load, processes join, texts are written."""
+    os.write(2, b"error: stopped by SIGTERM: run the same command again\n")
+    os._exit(STOPPED)
+
+
 def launch(argv: list[str]) -> None:
     """`main`, then the end of the process if it failed."""
+    signal.signal(signal.SIGTERM, _stop_at_once)  # before anything is loaded
     _fix_settings()
     code = main(argv)
     if code:  # at once: exit handlers of a failed process would wait for its peers and threads

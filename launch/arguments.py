@@ -137,14 +137,16 @@ def check_processes(args: flags.FlagValues) -> None:
 
 
 def join_processes(args: flags.FlagValues) -> None:
-    """Join the other processes if --distributed says so. UserError as `check_processes`."""
+    """Join the other processes if --distributed says so. UserError as `check_processes`, and on all processes if they
+    cannot compute the same."""
     check_processes(args)
     if not args.distributed:
         return
-    from bd3lm_jax import distributed
+    from bd3lm_jax import distributed, replicas
 
     distributed.join(args.coordinator, args.processes, args.process_id, args.join_within,
                      args.heartbeat)
+    replicas.check_start()
 
 
 def flags_help(define: Callable[[flags.FlagValues], None]) -> str:

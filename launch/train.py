@@ -16,13 +16,11 @@ package libtpu is there, else cpu: an estimate), estimate (the same of the CPU c
 """
 
 import dataclasses
-import os
 import re
-import signal
 
 from absl import flags
 
-from bd3lm_jax.errors import Preempted, UserError
+from bd3lm_jax.errors import UserError
 from launch.arguments import define_path, define_processes, join_processes
 
 TAKES_CONFIG = True
@@ -54,20 +52,10 @@ def main(args: flags.FlagValues, config, name: str) -> dict:
         return plan(config, target=args["for"].value or "", utilisation=args.utilisation)
     if args["for"].present:
         raise UserError("--for goes with --plan: training uses the devices that are there")
-    previous = signal.signal(signal.SIGTERM, _stop_at_once)
-    try:
-        join_processes(args)
-        from bd3lm_jax.train import train
+    join_processes(args)
+    from bd3lm_jax.train import train
 
-        return train(config, args.workdir or f"runs/{name}", profile=args.profile, stuck_after=args.stuck_after)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _stop_at_once(*_: object) -> None:
-    """SIGTERM before training has begun to listen to it: while libraries load and processes join."""
-    os.write(2, b"error: stopped by SIGTERM before anything was done: run the same command again\n")
-    os._exit(Preempted.exit_code)
+    return train(config, args.workdir or f"runs/{name}", profile=args.profile, stuck_after=args.stuck_after)
 
 
 def parse_mesh(words: list[str]):

@@ -353,7 +353,7 @@ def test_what_another_process_cannot_read_is_not_used_here_either(tmp_path, monk
         if text.startswith("["):
             return [text, text]  # the steps that are there
         said.append(text)
-        return [text, "OSError: input/output error" if len(said) == 1 else ""]
+        return [text, "cannot read it: OSError: input/output error" if len(said) == 1 else ""]
 
     monkeypatch.setattr(distributed, "texts", texts)
     state, _, (warning,) = restore(tmp_path)
@@ -362,7 +362,7 @@ def test_what_another_process_cannot_read_is_not_used_here_either(tmp_path, monk
     shutil.rmtree(directory / "1" / "params")
     with pytest.raises(RunError, match="none of the checkpoints"):
         restore(tmp_path)
-    assert said[:2] == ["", ""] and len(said) == 3 and said[2].startswith("KeyError: ")
+    assert said[:3] == ["", "", ""] and len(said) == 4 and said[3].startswith("cannot read it: KeyError: ")
 
 
 class Manager:

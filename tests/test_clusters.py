@@ -17,6 +17,7 @@ from toy_cluster import COMMAND, bash, engine_job, job
 
 from bd3lm_jax import clusters
 from bd3lm_jax.clusters import slices
+from bd3lm_jax.clusters.job import link_runs
 from bd3lm_jax.errors import RunError, UserError
 
 RECORD = """#!/usr/bin/env python3
@@ -248,7 +249,7 @@ def test_skypilot_yaml(tmp_path, accelerator, nodes, asks, shared):
     assert all(type(value) is SKY_RESOURCES[key] for key, value in resources.items())
     assert (found["num_nodes"], resources["accelerators"]) == (nodes, asks)
     assert resources["infra"] == "gcp/us-central1/us-central1-a" and resources["use_spot"] is True
-    assert resources["job_recovery"] == {"recover_on_exit_codes": [42, 75, 134, 137]}
+    assert resources["job_recovery"] == {"recover_on_exit_codes": [42, 75, 134, 137, 143]}
     assert ("accelerator_args" in resources) == accelerator.startswith("v")
     if shared.startswith("gs:"):
         (target, mount), = found["file_mounts"].items()
@@ -318,3 +319,21 @@ def test_a_machine_that_stays_needs_no_shared_directory(tmp_path):
     asked = dataclasses.replace(job(tmp_path, "v5litepod-8", shared="", spot=False))
     assert "ln -sfn" not in json.dumps(clusters.gcloud.actions(asked))
     assert clusters.launch("gcloud", asked, "all", execute=False)["hosts"] == 1
+
+
+@pytest.mark.parametrize(("before", "code", "linked"), [
+    ("nothing", 0, True), ("a link", 0, True), ("an empty directory", 0, True), ("a directory with a run", 1, False)])
+def test_runs_lie_in_the_shared_directory_or_it_is_said(tmp_path, before, code, linked):
+    """By a real ln: of a directory that is there the link would land inside, and nothing would be shared."""
+    shared, runs = tmp_path / "it's shared", tmp_path / "here" / "runs"
+    runs.parent.mkdir()
+    if before == "a link":
+        runs.symlink_to(tmp_path)
+    elif "directory" in before:
+        runs.mkdir()
+        if before.endswith("run"):
+            (runs / "mine").mkdir()
+    done = subprocess.run(["bash", "-c", " && ".join([*link_runs(str(shared)), "touch runs/new"])], cwd=runs.parent,
+                          capture_output=True, text=True)
+    assert (done.returncode, (shared / "new").exists()) == (code, linked), done.stderr
+    assert ("error: runs/ is a directory here, not a link" in done.stderr) != linked

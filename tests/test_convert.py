@@ -18,6 +18,7 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.published.bd3lm import CONFIG_KEYS, INV_FREQ
 from bd3lm_jax.published.card import Origin, base_name, card
 from configs.common import base
+from toy_runs import rewrite_config
 from word_tokenizer import write_tokenizer
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -144,10 +145,8 @@ def test_an_objective_and_a_form_of_ours_come_back(tmp_path):
     """Published code has no word for how a bound is estimated: config.json says it for this library."""
     source = with_tokenizer(tmp_path, "bd3lm_block4", 66)
     converted(source, tmp_path / "run", form="native")
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    config["diffusion"] |= {"corruption": "exact_count", "clip_low": 0.0, "clip_high": 1.0}
-    config["model"] |= {"shifted": "block"}
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    rewrite_config(tmp_path / "run", {"diffusion": {"corruption": "exact_count", "clip_low": 0.0, "clip_high": 1.0},
+                                      "model": {"shifted": "block"}})
     converted(tmp_path / "run", tmp_path / "out")
     found, ours = hf.describe(tmp_path / "out"), bd3lm_jax.load(tmp_path / "run").config
     assert (found.objective, found.model) == (ours.diffusion, ours.model) and found.model.shifted == "block"
@@ -215,7 +214,7 @@ def test_the_card(tmp_path):
 def test_figures_are_those_of_the_weights(tmp_path, step, ema, weights, known):
     """A run whose checkpoint is of step 0 and whose report speaks of the average, where one is kept, of some step."""
     converted(with_tokenizer(tmp_path, "bd3lm_block4", 66), tmp_path / "run", form="native")
-    changed_config(tmp_path / "run", optim={"ema": ema})
+    rewrite_config(tmp_path / "run", {"optim": {"ema": ema}})
     numbers = {"nll": 4.25, "nll_ci95": [4.0, 4.5], "ppl": 70.1, "ppl_ci95": [54.6, 90.0], "bits_per_byte": 1.5,
                "estimator": "exact_count", "documents": 7}
     (tmp_path / "run" / "report.json").write_text(json.dumps({"step": step, "valid": numbers}))
@@ -243,7 +242,7 @@ def test_the_card_names_what_was_adapted(source, rank, name, said):
 
 def test_an_adapted_run_names_its_source(tmp_path):
     converted(with_tokenizer(tmp_path, "bd3lm_block4", 66), tmp_path / "run", form="native")
-    changed_config(tmp_path / "run", train={"init_from": str(tmp_path / "source")})
+    rewrite_config(tmp_path / "run", {"train": {"init_from": str(tmp_path / "source")}})
     text = _card_of(tmp_path / "run", tmp_path / "out")
     assert "Adapted from `source`. Written from the run `run`" in text and str(tmp_path) not in text
     assert text.startswith("---\n") and 'base_model: "source"' in text.split("---")[1]
@@ -270,11 +269,6 @@ def test_a_chat_template_is_handed_back(tmp_path, apart):
     assert {key: given[key] for key in config} == config
     assert (tmp_path / "back" / "chat_template.jinja").exists() == apart
     assert not apart or (tmp_path / "back" / "chat_template.jinja").read_text() == TEMPLATE
-
-
-def changed_config(run, **sections):
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(config | {key: config[key] | x for key, x in sections.items()}))
 
 
 def _card_of(source, target, **changes):
@@ -308,10 +302,7 @@ def test_nothing_is_overwritten(tmp_path):
 def test_what_the_layout_cannot_say(tmp_path, change, message):
     source = with_tokenizer(tmp_path, "bd3lm_time_conditioned", 66)
     converted(source, tmp_path / "run", form="native")
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    for section, keys in change.items():
-        config[section] = keys if "kind" in keys else config[section] | keys
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    rewrite_config(tmp_path / "run", change)
     with pytest.raises(UserError, match=message):
         converted(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -321,9 +312,7 @@ def test_another_rope_base(tmp_path):
     """As `configs/tiny.py` has it: the published code rotates by the frequencies in the file."""
     source = with_tokenizer(tmp_path, "bd3lm_block4", 66)
     converted(source, tmp_path / "run", form="native")
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    config["model"]["rope_base"] = 100.0
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    rewrite_config(tmp_path / "run", {"model": {"rope_base": 100.0}})
     converted(tmp_path / "run", tmp_path / "out")
     ids = np.random.default_rng(0).integers(0, 66, (1, 32))
     run, out, first = (bd3lm_jax.load(path) for path in (tmp_path / "run", tmp_path / "out", source))

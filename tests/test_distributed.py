@@ -128,6 +128,29 @@ def test_different_configurations_are_found_before_anything_is_done(tmp_path, ru
         assert not (tmp_path / f"run{i}").exists()
 
 
+OLDER = "--xla_cpu_max_isa=SSE4_2"  # code as for an older processor, which rounds differently
+
+
+@pytest.mark.ci_slow
+@pytest.mark.parametrize(("devices", "flags", "unlike", "code", "message"), [
+    (2, "", False, 2, "process 1 has 2 x cpu, process 0 has 1 x cpu: start all processes on equally many devices"),
+    (1, OLDER, False, 2, f"process 1 has another environment than process 0 (XLA_FLAGS: '' != '{OLDER}'): results"),
+    (1, OLDER, True, 1, "replicas differ from those of device 0 of process 0 (params/")])
+def test_processes_that_cannot_compute_the_same(tmp_path, runs, monkeypatch, devices, flags, unlike, code, message):
+    """Both leave with the same words before anything is saved, also where only the values show it."""
+    joined = ("--distributed", f"--coordinator=127.0.0.1:{free_port()}", "--processes=2", "--mesh=data=-1")
+    if unlike:
+        monkeypatch.setenv("TOY_UNLIKE", "1")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    processes = runs("run", 1, 1, *joined, "--process_id=0", ranks=[0])
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    processes += runs("run", 1, devices, *joined, "--process_id=1", ranks=[1])
+    assert [process.wait(SECONDS) for process in processes] == [code, code], said(tmp_path, "run", 0, "err")
+    for i in range(2):
+        assert message in said(tmp_path, "run", i, "err").splitlines()[-1]
+    assert not [path for path in tmp_path.glob("run/checkpoints/*") if path.name.isdecimal()]
+
+
 @pytest.mark.ci_slow
 def test_a_work_directory_that_is_not_shared_is_found_before_anything_is_done(tmp_path, runs):
     port = 20000 + (os.getpid() * 7 + 9998) % 20000

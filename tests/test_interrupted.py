@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import pytest
@@ -190,3 +191,24 @@ def test_a_full_disk_while_saving(home, tmp_path):
     assert "could not save a checkpoint to" in done.stderr  # among what threads of Orbax and TensorStore may write
     assert "Free some disk space and run the same command again" in done.stderr
     assert steps_saved(tmp_path / "run") == [] and os.path.exists(tmp_path / "run" / "config.json")
+
+
+@pytest.mark.parametrize("command", ["eval", "train", "nonsense"])
+def test_sigterm_before_anything_is_imported_exits_42(tmp_path, command):
+    """The first import of a command waits; no library is there yet."""
+    (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(f"""
+        import os, sys
+        class Slow:
+            def find_spec(self, name, path=None, target=None):
+                if name.startswith("bd3lm_jax"):
+                    os.mkfifo({str(tmp_path / "waits")!r})
+                    open({str(tmp_path / "waits")!r}).read()
+        sys.meta_path.insert(0, Slow())
+    """))
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    process = subprocess.Popen([sys.executable, "-m", "launch", command], env=environment() | {"PYTHONPATH": path},
+                               cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_until(process, (tmp_path / "waits").exists)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (42, "error: stopped by SIGTERM: run the same command again\n")

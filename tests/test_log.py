@@ -6,6 +6,7 @@ import pty
 import subprocess
 import sys
 import time
+import zlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +27,8 @@ def write(workdir, steps, **options):
 def test_one_json_object_a_line(tmp_path):
     write(tmp_path / "run", [10, 20])
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert lines == ['{"step": 10, "train/nll": 5.0}', '{"step": 20, "train/nll": 10.0}']
+    for line, content in zip(lines, ('{"step": 10, "train/nll": 5.0}', '{"step": 20, "train/nll": 10.0}'), strict=True):
+        assert line == f'{content[:-1]}, "crc32": "{zlib.crc32(content.encode()):08x}"}}'
 
 
 def test_a_line_is_on_disk_before_the_run_ends(tmp_path):
@@ -74,6 +76,7 @@ def test_a_saved_file_is_whole_or_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "numbers.json"
     save(path, {"nll": jnp.float32(1.5), "ci": [math.nan, np.float64(2.0)], 4: "é"})
     old = {"nll": 1.5, "ci": [None, 2.0], "4": "é"}
+    old |= {"crc32": f"{zlib.crc32(json.dumps(old).encode()):08x}"}
     assert json.loads(path.read_text(encoding="utf-8")) == old
 
     def killed(source, target):

@@ -1,11 +1,13 @@
 import dataclasses
+import hashlib
 import json
+import re
 
 import pytest
 from toy_runs import toy_config
 
 from bd3lm_jax import rundir
-from bd3lm_jax.config import Config
+from bd3lm_jax.config import Config, decisive_hash
 from bd3lm_jax.data.tokenizers import ByteTokenizer, get_tokenizer
 from bd3lm_jax.errors import UserError
 
@@ -31,6 +33,8 @@ def test_what_is_claimed_is_read_back(tmp_path, config):
     assert there == config and tokenizer.identity == BYTES.identity
     stored = json.loads((tmp_path / "deep" / "run" / "config.json").read_text())
     assert stored.pop("config_sha256") == config.sha256()
+    assert stored.pop("files_sha256") == {"tokenizer.json": hashlib.sha256(BYTES.to_bytes()).hexdigest()}
+    assert re.fullmatch("[0-9a-f]{8}", stored.pop("crc32"))
     assert Config.from_dict(stored) == config
     assert {path.name for path in (tmp_path / "deep" / "run").iterdir()} == {"config.json", "tokenizer.json"}
 
@@ -125,7 +129,8 @@ def test_reading_what_is_not_there(tmp_path, config):
     path.write_text(path.read_text()[:50])
     with pytest.raises(UserError, match="config.json is not valid JSON"):
         rundir.read(tmp_path / "run")
-    path.write_text('{"seed": 0, "modle": {}}')
+    written = {"seed": 0, "modle": {}}  # by a later version
+    path.write_text(json.dumps(written | {"config_sha256": decisive_hash(written)}))
     with pytest.raises(UserError, match="unknown config key 'modle': did you mean 'model'"):
         rundir.read(tmp_path / "run")
     path.write_text('{"hidden_size": 64, "architectures": ["GPTNeoXForCausalLM"]}')
@@ -149,7 +154,58 @@ def test_a_directory_of_an_earlier_version_goes_on_as_it_was(tmp_path, config):
     for section, keys in {**rundir.ADDED, "diffusion": rundir.ADDED_BY_KIND["masked"],
                           "model": rundir.ADDED_BY_KIND["dit"]}.items():
         stored[section] = {key: value for key, value in stored[section].items() if key not in keys}
-    del stored["noise"]
-    path.write_text(json.dumps(stored))
+    for key in ("noise", "crc32", "files_sha256", "config_sha256"):
+        del stored[key]
+    path.write_text(json.dumps(stored | {"config_sha256": decisive_hash(stored)}))
     assert rundir.read(tmp_path / "run")[0] == config
     rundir.claim(tmp_path / "run", config, BYTES)
+
+
+def damage(path, old, new):
+    text = path.read_text()
+    assert text.count(old) >= 1, old
+    path.write_text(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    ('"rope_base": ', '"rope_base": 1'), ('"valid_fraction": 0.1', '"valid_fraction": 0.2'),
+    ('"block_size": ', '"block_size": 3'), ('"seed": 0', '"seed": 1'), ('"config_sha256": "', '"config_sha256": "f'),
+    ('"config_sha256"', '"config_sha255"')])
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_config_that_was_changed_is_refused(tmp_path, config, old, new, sealed):
+    """Also one of an earlier version, which had no checksum but the hash of what decides the run."""
+    rundir.claim(tmp_path / "run", config, BYTES)
+    path = tmp_path / "run" / "config.json"
+    if not sealed:
+        stored = json.loads(path.read_text())
+        path.write_text(json.dumps({key: x for key, x in stored.items() if key not in ("crc32", "files_sha256")}))
+        assert rundir.read(tmp_path / "run")[0] == config
+    damage(path, old, new)
+    for use in (lambda: rundir.read(tmp_path / "run"), lambda: rundir.claim(tmp_path / "run", config, BYTES),
+                lambda: rundir.planned_steps(tmp_path / "run")):
+        with pytest.raises(UserError, match="config.json was changed since training wrote it.*in another --workdir"):
+            use()
+
+
+def test_changes_that_decide_nothing_are_told(tmp_path, config, capsys):
+    rundir.claim(tmp_path / "run", config, BYTES)
+    damage(tmp_path / "run" / "config.json", f'"draws": {config.eval.draws}', '"draws": 77')
+    assert rundir.read(tmp_path / "run")[0].eval.draws == 77
+    assert "config.json was changed since training wrote it, in keys that do not decide" in capsys.readouterr().err
+    rundir.claim(tmp_path / "run", config, BYTES)
+    assert rundir.read(tmp_path / "run")[0] == config
+
+
+def test_files_beside_the_config_are_those_of_the_start(tmp_path, config):
+    source = tmp_path / "source"
+    source.mkdir()
+    BYTES.save(source / "tokenizer.json")
+    (source / "chat_template.jinja").write_text("{{ bos_token }}")
+    ours = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(source)))
+    rundir.claim(tmp_path / "run", ours, BYTES)
+    for name in ("chat_template.jinja", "tokenizer.json"):
+        (tmp_path / "run" / name).write_bytes((source / name).read_bytes() + b" ")
+        with pytest.raises(UserError, match=f"{name} is not the file that the run was started with.*restore it"):
+            rundir.read(tmp_path / "run")
+        rundir.claim(tmp_path / "run", ours, BYTES)
+        assert rundir.read(tmp_path / "run")[0] == ours

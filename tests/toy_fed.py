@@ -2,7 +2,8 @@
 
     python tests/toy_fed.py FILE train --config=...
 
-With TOY_UNREADABLE=STEP in its environment the process cannot read that checkpoint, which others can.
+With TOY_UNREADABLE=STEP in its environment the process cannot read that checkpoint, which others can; with TOY_UNLIKE
+it does not say in which environment it computes.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bd3lm_jax import replicas
 from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.data.loader import Loader
 from launch.__main__ import launch
@@ -70,4 +72,6 @@ if __name__ == "__main__":
     record(sys.argv[1])
     if "TOY_UNREADABLE" in os.environ:
         hide(int(os.environ["TOY_UNREADABLE"]))
+    if "TOY_UNLIKE" in os.environ:
+        replicas.surroundings = dict
     launch(sys.argv[2:])

@@ -1,6 +1,7 @@
 """Toy runs for the tests of training and evaluation: a small text, a small network, subprocesses with more devices."""
 
 import dataclasses
+import json
 import os
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import numpy as np
 
 from bd3lm_jax import models
 from bd3lm_jax.checkpoint import Checkpoints
-from bd3lm_jax.config import Config
+from bd3lm_jax.config import Config, decisive_hash
 from bd3lm_jax.log import RunLog, read_metrics
 from bd3lm_jax.models import trunk
 from configs import tiny
@@ -53,6 +54,16 @@ def toy_dict(directory: Path, changes: dict) -> dict:
         else:
             config[section] = value
     return config
+
+
+def rewrite_config(workdir: Path, changes: dict) -> None:
+    """Make config.json of a run that of another one, hash and all: `changes` by section, a whole one if it has a kind.
+    """
+    path = workdir / "config.json"
+    config = {key: value for key, value in json.loads(path.read_text()).items()
+              if key not in ("config_sha256", "files_sha256", "crc32")}
+    config |= {key: x if "kind" in x else config[key] | x for key, x in changes.items()}
+    path.write_text(json.dumps(config | {"config_sha256": decisive_hash(config)}))
 
 
 def toy_config(directory: Path, changes: dict | None = None) -> Config:

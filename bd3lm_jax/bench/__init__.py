@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from bd3lm_jax import log, plots
+from bd3lm_jax import files, log, plots
 from bd3lm_jax.bench import (attention, data, density, evaluate, family, faults, loss, sampling, scaling, step,
                              variance)
 from bd3lm_jax.bench.runner import Limit, judged
@@ -65,8 +65,9 @@ def bench(name: str, rounds: int, against: str, out: str | os.PathLike,
     packages = ["jax", "jaxlib", "flax", "optax", *filter(None, [against])]
     versions = {package: importlib.metadata.version(package) for package in packages}
     result = {"bench": name, "device": device, "versions": versions, "rows": rows}
-    (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    draw = getattr(module, "draw", lambda path, rows: plots.ratio_bars(path, _panels(rows), f"Benchmark {name}, on {device}"))
+    files.write(out / f"{name}.json", json.dumps(result, indent=1).encode() + b"\n")
+    draw = getattr(module, "draw", lambda path, rows: plots.ratio_bars(
+        path, _panels(rows), f"Benchmark {name}, on {device}"))
     draw(out / f"{name}.png", rows)
     log.note(f"result: {out / name}.json")
     return result

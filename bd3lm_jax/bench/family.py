@@ -4,11 +4,10 @@ Needs `--workdir=DIR,DIR,...`, or one directory of a sweep, whose finished runs 
 autoregressive run judges the texts of all. `--rounds` are draws of the bound.
 """
 
-import json
 import os
 from pathlib import Path
 
-from bd3lm_jax import paths, rundir
+from bd3lm_jax import paths, rundir, sealed
 from bd3lm_jax.bench.runner import row_of
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import family
@@ -38,8 +37,11 @@ def runs_of(workdir: str) -> list[str]:
     status = Path(workdir) / "status.json"
     if not status.exists():
         return paths.split(workdir)
-    entries = json.loads(status.read_text(encoding="utf-8"))["runs"]
-    found = [str(Path(workdir) / entry["name"]) for entry in entries if entry["status"] == "finished"]
+    try:
+        entries = sealed.unseal(status.read_bytes())["runs"]
+        found = [str(Path(workdir) / entry["name"]) for entry in entries if entry["status"] == "finished"]
+    except (sealed.Damaged, KeyError, TypeError) as error:
+        raise UserError(f"{status} is damaged ({error}): the sweep command writes it again") from None
     if not found:
         raise UserError(f"{workdir} is a sweep without a finished run: run it first, python -m launch sweep")
     return found

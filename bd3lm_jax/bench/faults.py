@@ -1,9 +1,10 @@
-"""What a run survives: SIGKILL at random moments, flipped bits, half-deleted checkpoints, a full disk, lost processes.
+"""What a run survives: SIGKILL at random moments, flipped bits, half-deleted checkpoints, a full disk, power cuts, lost
+processes and ones that round differently.
 
 A round is a SIGKILL of a run of one process, two flipped bits, a truncated file and a half-deleted checkpoint; every
-fifth round one of two processes is killed as well. All runs are the same small one, in a temporary directory. `wrong`
-counts what must not be: a checkpoint that was complete and is lost or holds other values than the undisturbed run, a
-flipped bit whose values were used, other losses at the end, another exit code.
+fifth round one of two processes is killed as well, and power is cut. All runs are the same small one, in a temporary
+directory. `wrong` counts what must not be: a checkpoint that was complete and is lost or holds other values than the
+undisturbed run, a flipped bit whose values were used, other losses at the end, another exit code.
 """
 
 import tempfile
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bd3lm_jax import log
-from bd3lm_jax.bench import damage, kills
+from bd3lm_jax.bench import damage, kills, power
 from bd3lm_jax.bench.runner import Limit, row_of
 
 EVERY = 5  # rounds in which two processes are disturbed once
@@ -19,7 +20,7 @@ SEED = 0
 NOTE = ("times: how often the fault was injected; wrong: how often what must not be happened. Moments, files and bits "
         f"are random, seed {SEED}.")
 AGAINST = ()
-LIMITS = tuple(Limit("faults", name, "undisturbed", "wrong", 0) for name in (*damage.KINDS, *kills.KINDS))
+LIMITS = tuple(Limit("faults", name, "undisturbed", "wrong", 0) for name in (*damage.KINDS, *kills.KINDS, power.KIND))
 
 
 def run(rounds: int, against: str) -> list[dict]:
@@ -41,8 +42,10 @@ def _faults(home: Path, rounds: int) -> Iterator[dict]:
     yield from damage.campaign(alone, rounds, SEED)
     yield kills.full_disk(alone)
     yield kills.kill(alone, rounds, SEED)
+    yield power.power_cuts(alone, max(1, rounds // EVERY), SEED)
     pair = kills.Runs(home, processes=2)
     yield kills.stop_one(pair)
+    yield kills.unlike(pair)
     yield kills.kill(pair, max(1, rounds // EVERY), SEED)
 
 

@@ -10,18 +10,26 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
 from bd3lm_jax import passes, rundir, sharding
-from bd3lm_jax.checkpoint import Checkpoints, fingerprints
+from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.errors import RunError
+from bd3lm_jax.fingerprint import fingerprints
 from bd3lm_jax.log import note, read_metrics
 from bd3lm_jax.program import Program
 from bd3lm_jax.step import SpecialIds
 
-KINDS = ("disk full during a save", "SIGKILL", "SIGSTOP of one of two processes", "SIGKILL of one of two processes")
+KINDS = ("disk full during a save", "SIGKILL", "SIGSTOP of one of two processes", "SIGKILL of one of two processes",
+         "replicas that differ")
+LAUNCH = ("-m", "launch")
+OLDER = "--xla_cpu_max_isa=SSE4_2"  # code as for an older processor, which rounds differently
+UNCOMPARED = ("-c", "import sys; from bd3lm_jax import replicas; from launch.__main__ import launch; "
+              "replicas.surroundings = dict; launch(sys.argv[1:])")  # only the values show that processes differ
 STEPS = {1: 60, 2: 30}  # of a run, by processes
 SAVED_EVERY, KEPT = 2, 3
 SMALL = {"model.layers": 1, "model.width": 32, "model.heads": 2, "model.cond_dim": 16, "data.source": "text",
@@ -55,17 +63,19 @@ class Runs:
         codes = [_code(process, TOO_LONG_S) for process in started]
         if any(codes):
             raise RunError(f"the undisturbed run failed with {codes}: {self.said(self.whole)}")
-        self.losses = _losses(self.whole)
+        self.losses = logged_losses(self.whole)
         config, tokenizer = rundir.read(self.whole)
         special = SpecialIds(tokenizer.mask_id, tokenizer.end_id)
         mesh = sharding.make_mesh(dataclasses.replace(config.mesh, data=-1))  # the devices that are here
         self._abstract = Program.of(config, special, mesh, passes.compute_dtype("float32")).arguments()[0]
 
-    def start(self, workdir: Path, *flags: str) -> list[subprocess.Popen]:
-        """Train in `workdir`; goes on where it was. flags: they have the last word."""
+    def start(self, workdir: Path, *flags: str, last: Mapping[str, str] = MappingProxyType({}),
+              program: Sequence[str] = LAUNCH) -> list[subprocess.Popen]:
+        """Train in `workdir`; goes on where it was. flags: they have the last word. last: environment variables of the
+        last process alone. program: what Python runs."""
         changes = SMALL | {"train.steps": self.steps, "checkpoint.every": SAVED_EVERY, "checkpoint.keep": KEPT,
                            "data.path": self.home / TEXT, "data.cache_dir": self.home / "cache"}
-        words = [sys.executable, "-m", "launch", "train", f"--workdir={workdir}",
+        words = [sys.executable, *program, "train", f"--workdir={workdir}",
                  *(f"--config.{key}={value}" for key, value in changes.items())]
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "",
                                     "JAX_COMPILATION_CACHE_DIR": str(self.home / "programs"),
@@ -73,6 +83,7 @@ class Runs:
         joined, port = (), _free_port()
         found = []
         for i in range(self.processes):
+            environment |= last if i == self.processes - 1 else {}
             if self.processes > 1:
                 joined = ("--distributed", f"--coordinator=127.0.0.1:{port}", f"--processes={self.processes}",
                           f"--process_id={i}", "--mesh=data=2", f"--heartbeat={HEARTBEAT_S}",
@@ -85,7 +96,7 @@ class Runs:
     def wait_for_step(self, workdir: Path, step: int, started: list[subprocess.Popen]) -> bool:
         """Until a step later than `step` is logged; False if a process ended before."""
         deadline = time.monotonic() + TOO_LONG_S
-        while max(_losses(workdir), default=0) <= step:
+        while max(logged_losses(workdir), default=0) <= step:
             if any(process.poll() is not None for process in started):
                 return False
             if time.monotonic() > deadline:
@@ -99,7 +110,7 @@ class Runs:
         return " | ".join(text[-500:] for text in texts)
 
     def _log(self, workdir: Path, i: int) -> Path:
-        return workdir.with_name(f"{workdir.name}.{i}.log")
+        return self.home / f"{workdir.name}.{i}.log"
 
     def truth(self, step: int) -> dict[str, int]:
         """Fingerprints of the undisturbed run at a step."""
@@ -144,7 +155,7 @@ class Runs:
 
     def faults_at_end(self, workdir: Path) -> list[str]:
         """What is wrong with a run that ended by itself."""
-        found = _losses(workdir)
+        found = logged_losses(workdir)
         differing = [step for step in self.losses if found.get(step) != self.losses[step]]
         missing = [] if self.steps in steps_of(workdir) else ["the last step is missing"]
         return self.faults_of(workdir, set()) + missing + ([f"other losses at {differing[:5]}"] if differing else [])
@@ -161,7 +172,7 @@ def kill(runs: Runs, times: int, seed: int) -> dict:
     outcomes, faults, ends = collections.Counter(), [], []
     workdir, killed, ended = runs.home / f"killed-{runs.processes}", 0, False
     while killed < times or not ended:
-        started, before = runs.start(workdir), max(_losses(workdir), default=0)
+        started, before = runs.start(workdir), max(logged_losses(workdir), default=0)
         ended = not _spared(runs, workdir, started, before, draw, for_ever=killed == times)
         if ended:
             found = runs.faults_of_ended(workdir, started)
@@ -177,7 +188,7 @@ def kill(runs: Runs, times: int, seed: int) -> dict:
         outcomes["checkpoints checked"] += len(steps_of(workdir))
         if killed % NOTED_EVERY == 0:
             note(f"{killed} of {times} killed, {len(faults)} faults")
-    return _result(KINDS[1 if runs.processes == 1 else 3], times, faults, outcomes, began, ends)
+    return result_of(KINDS[1 if runs.processes == 1 else 3], times, faults, outcomes, began, ends)
 
 
 def _spared(runs: Runs, workdir: Path, started: list[subprocess.Popen], before: int, draw: np.random.Generator,
@@ -186,8 +197,8 @@ def _spared(runs: Runs, workdir: Path, started: list[subprocess.Popen], before: 
     if for_ever:
         return False
     if draw.random() < EARLY:
-        return _sleep(draw.uniform(0, runs.start_s), started)
-    return runs.wait_for_step(workdir, before, started) and _sleep(draw.uniform(0, SPAN_S), started)
+        return pause(draw.uniform(0, runs.start_s), started)
+    return runs.wait_for_step(workdir, before, started) and pause(draw.uniform(0, SPAN_S), started)
 
 
 def stop_one(runs: Runs) -> dict:
@@ -199,7 +210,22 @@ def stop_one(runs: Runs) -> dict:
     started[1].send_signal(signal.SIGSTOP)
     faults += _left(runs, workdir, started, 1, ends, outcomes, expected=(75,))
     faults += runs.faults_of_ended(workdir, runs.start(workdir))
-    return _result(KINDS[2], 1, faults, outcomes, began, ends)
+    return result_of(KINDS[2], 1, faults, outcomes, began, ends)
+
+
+def unlike(runs: Runs) -> dict:
+    """One of two processes rounds differently: refused with 2 when they start, and where their environments do not
+    show it, with 1 before anything is saved; then the same command goes on."""
+    began, outcomes, faults = time.monotonic(), collections.Counter(), []
+    workdir = runs.home / "unlike"
+    for program, expected, words in ((LAUNCH, 2, "has another environment"), (UNCOMPARED, 1, "replicas differ from")):
+        started = runs.start(workdir, last={"XLA_FLAGS": OLDER}, program=program)
+        codes = [_code(process, TOO_LONG_S) for process in started]
+        outcomes[f"exit codes {codes[0]} and {codes[1]}"] += 1
+        if codes != [expected] * 2 or words not in runs.said(workdir) or steps_of(workdir):
+            faults.append(f"exit codes {codes}, steps {steps_of(workdir)}: {runs.said(workdir)}")
+    faults += runs.faults_of_ended(workdir, runs.start(workdir))
+    return result_of(KINDS[4], 2, faults, outcomes, began, [])
 
 
 def full_disk(runs: Runs) -> dict:
@@ -212,17 +238,17 @@ def full_disk(runs: Runs) -> dict:
     in_time = runs.wait_for_step(workdir, 10, [started])
     if in_time:
         resource.prlimit(started.pid, resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
-        in_time = max(_losses(workdir)) < runs.steps - 2 * SAVED_EVERY  # there are saves to come
+        in_time = max(logged_losses(workdir)) < runs.steps - 2 * SAVED_EVERY  # there are saves to come
     code, said = _code(started, TOO_LONG_S), runs.said(workdir)
     if not in_time and code == 0:
         outcomes["ended before the disk was full"] += 1
-        return _result(KINDS[0], 1, faults, outcomes, began, [])
+        return result_of(KINDS[0], 1, faults, outcomes, began, [])
     outcomes[f"exit code {code}"] += 1
     if code != 1 or "error: could not save a checkpoint to" not in said:
         faults.append(f"exit code {code}: {said}")
     faults += runs.faults_of(workdir, set(steps_of(workdir)))
     faults += runs.faults_of_ended(workdir, runs.start(workdir))
-    return _result(KINDS[0], 1, faults, outcomes, began, [])
+    return result_of(KINDS[0], 1, faults, outcomes, began, [])
 
 
 def _left(runs: Runs, workdir: Path, started: list[subprocess.Popen], victim: int, ends: list[float],
@@ -254,14 +280,14 @@ def _code(process: subprocess.Popen, within: float) -> int:
     return 128 - code if code < 0 else code
 
 
-def _result(name: str, times: int, faults: list[str], outcomes: collections.Counter, began: float,
+def result_of(name: str, times: int, faults: list[str], outcomes: collections.Counter, began: float,
             ends: list[float]) -> dict:
     return {"variant": name, "times": times, "wrong": len(faults), "outcomes": dict(outcomes),
             "details": [fault[-1000:] for fault in faults], "seconds": time.monotonic() - began,
             "left_after_s": max(ends, default=None)}
 
 
-def _sleep(seconds: float, started: list[subprocess.Popen]) -> bool:
+def pause(seconds: float, started: list[subprocess.Popen]) -> bool:
     """Whether all processes are there after so many seconds."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -277,7 +303,7 @@ def steps_of(workdir: Path) -> list[int]:
         return checkpoints.steps()
 
 
-def _losses(workdir: Path) -> dict[int, float]:
+def logged_losses(workdir: Path) -> dict[int, float]:
     return {line["step"]: line["train/loss"] for line in read_metrics(workdir) if "train/loss" in line}
 
 

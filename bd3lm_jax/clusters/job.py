@@ -7,7 +7,8 @@ from bd3lm_jax.clusters.slices import Slice
 from bd3lm_jax.errors import UserError
 
 ACTIONS = ("create", "run", "logs", "resume", "delete")
-AGAIN = (42, 75, 134, 137)  # exit codes of a run that goes on when started again: saved, stuck, a peer is gone
+# Exit codes of a run that goes on when started again: saved, stuck, a peer is gone, killed, SIGTERM before Python ran.
+AGAIN = (42, 75, 134, 137, 143)
 PYTHON = "3.11"  # that constraints.txt was tested with; images of TPU VMs bring an older one
 VENV = ".venv"
 GRACE_S = 120  # between SIGTERM and SIGKILL: what a run needs to finish its step and save
@@ -47,8 +48,13 @@ def install(job: Job) -> list[str]:
 
 
 def link_runs(directory: str) -> list[str]:
-    """Shell lines that let runs/ lie in `directory`; none for ""."""
-    return [f"mkdir -p {shlex.quote(directory)}", f"ln -sfn {shlex.quote(directory)} runs"] if directory else []
+    """Shell lines that let runs/ lie in `directory`; none for "". They fail where runs/ holds other files: a link would
+    land inside it."""
+    if not directory:
+        return []
+    message = f"error: runs/ is a directory here, not a link to {directory}: move what is in it there, then remove it"
+    free = f"[ -L runs ] || [ ! -e runs ] || rmdir runs 2>/dev/null || {{ echo {shlex.quote(message)} >&2; exit 1; }}"
+    return [f"mkdir -p {shlex.quote(directory)}", f"{{ {free}; }}", f"ln -sfn {shlex.quote(directory)} runs"]
 
 
 def no_bucket(engine: str, job: Job) -> None:

@@ -102,7 +102,8 @@ def _has_native(objective: Any) -> bool:
 
 def _training(workdir: str) -> dict[str, float | None]:
     lines = log.read_metrics(workdir)
-    losses, rates = ([line[key] for line in lines if key in line] for key in ("train/loss", "train/tokens_per_s"))
+    losses, rates = ([line[key] for line in lines if line.get(key) is not None]
+                     for key in ("train/loss", "train/tokens_per_s"))
     last = max(len(losses) // 10, 1)
     return {"train_loss": float(np.mean(losses[-last:])) if losses else None,
             "train_tokens_per_s": float(np.median(rates)) if rates else None}

@@ -23,6 +23,10 @@ POLL_S = 2.0  # between looks at the directory
 LAST, NOTHING_NEW = "last step", "nothing new"  # why a watch ended, beside the names of signals
 
 
+def _is_evaluation(line: dict) -> bool:
+    return type(line.get("step")) is int and {"asked", "config_sha256"} <= line.keys()
+
+
 class _Stopped(Exception):
     """A signal came while a checkpoint was evaluated."""
 
@@ -144,7 +148,7 @@ class _Watched:
                 "chunks", "stride", "first_token", "end_token")})
             self._text = domains.open_text(config, tokenizer, convention=convention,
                                            **{name: asked[name] for name in ("data", "split", "data_dir")})
-            self.lines = [line for line in log.read_lines(self._workdir / FILE)
+            self.lines = [line for line in log.read_lines(self._workdir / FILE, _is_evaluation)
                           if line["asked"] == self._asked and line["config_sha256"] == self._sha256]
             self._seen = {line["step"] for line in self.lines}
             self._started = True

@@ -2,13 +2,15 @@
 
 import hashlib
 import os
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bd3lm_jax import stats
+from bd3lm_jax import files, stats
 from bd3lm_jax.errors import RunError
+from bd3lm_jax.log import note_once
 
 DOCUMENTS = "documents.npz"
 
@@ -24,24 +26,34 @@ class Documents(NamedTuple):
 def save(workdir: str | os.PathLike, measured: Any, rows: Any) -> None:
     """Keep what `evaluate.Measured` holds of `data.prepare.Rows`; all of it or nothing. RunError for a full disk."""
     path = Path(workdir) / DOCUMENTS
-    temporary = path.with_suffix(".tmp")
     text = hashlib.sha256(rows.stream().tobytes()).hexdigest()
     try:
-        with open(temporary, "wb") as file:
+        with files.replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, nats=measured.documents_UxN.mean(0), tokens=measured.tokens_N, text=np.array(text))
-        os.replace(temporary, path)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}; free some disk space and run the same command "
                        "again") from None
 
 
 def read(workdir: str | os.PathLike) -> Documents | None:
-    """None if the run has not kept any."""
+    """None if the run has not kept any, and, with a warning, if the file is damaged."""
     path = Path(workdir) / DOCUMENTS
     if not path.exists():
         return None
-    with np.load(path) as stored:
-        return Documents(stored["nats"], stored["tokens"], str(stored["text"]))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # by their checksums
+        if damaged:
+            raise ValueError(f"{damaged} does not match its checksum")
+        with np.load(path) as stored:
+            found = Documents(stored["nats"], stored["tokens"], str(stored["text"]))
+        if found.nats_N.ndim != 1 or found.nats_N.shape != found.tokens_N.shape:
+            raise ValueError(f"arrays of shapes {found.nats_N.shape} and {found.tokens_N.shape}")
+        return found
+    except Exception as error:  # zipfile and numpy raise many kinds; all of them mean: not what was written
+        note_once(f"warning: {path} is damaged ({type(error).__name__}) and passed over: no difference is told of this "
+                  "run; the command that trained it writes it again")
+        return None
 
 
 def difference(ours: Documents, theirs: Documents) -> tuple[float, float, float] | None:

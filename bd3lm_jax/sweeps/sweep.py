@@ -23,6 +23,7 @@ from bd3lm_jax.clusters.job import AGAIN
 from bd3lm_jax.config import Config
 from bd3lm_jax.errors import Preempted, RunError, Stuck, UserError
 from bd3lm_jax.log import note, note_once, save
+from bd3lm_jax.sealed import unseal
 from bd3lm_jax.sweeps.giving_up import Curve, Rule, alike
 from bd3lm_jax.sweeps.pool import Job, Signals, exclusive, is_running, run_all
 from bd3lm_jax.sweeps.sweep_table import BEST, FILES, MEASURES, Table
@@ -234,8 +235,8 @@ def _recorded(path: Path) -> dict[str, dict[str, Any]]:
     try:
         recorded = {entry["name"]: {"status": str(entry["status"]), "error": entry["error"],
                                     "retries": int(entry.get("retries", 0))}
-                    for entry in json.loads(path.read_text(encoding="utf-8"))["runs"]}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+                    for entry in unseal(path.read_bytes())["runs"]}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         note_once(f"warning: {path} is damaged ({type(error).__name__}): what runs have reached is read from their "
                   "own directories")
         return {}

@@ -1,11 +1,12 @@
 """The table and the plot of a sweep: what its runs reached, with intervals and paired differences."""
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bd3lm_jax import plots
+from bd3lm_jax import files, plots
 from bd3lm_jax.evaluation.titles import key_title, phrase, run_titles
 from bd3lm_jax.log import note, table
 from bd3lm_jax.sweeps import paired
@@ -48,8 +49,8 @@ class Table:
         heading, *rows = self._lines()
         lines = [heading, ["---"] * len(heading), *([cell.replace("|", r"\|") for cell in row] for row in rows)]
         text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        (directory / MARKDOWN).write_text(f"{text}\n\n{CAPTION}\n", encoding="utf-8")
-        with open(directory / CSV, "w", newline="", encoding="utf-8") as file:
+        files.write(directory / MARKDOWN, f"{text}\n\n{CAPTION}\n".encode())
+        with io.StringIO(newline="") as file:
             writer = csv.writer(file)
             told = ("valid_nll", "valid_ppl", "bits_per_byte", "step", "status")
             writer.writerow(["run", "name", *self.keys, *told, "low", "high", "difference", "difference_low",
@@ -58,6 +59,7 @@ class Table:
                 values = run.values()
                 writer.writerow([i, run.name, *(values.get(key) for key in self.keys), *(entry[key] for key in told),
                                  *(entry["nll_ci95"] or (None, None)), *self.differences.get(run.name, (None,) * 3)])
+            files.write(directory / CSV, file.getvalue().encode())
 
     def draw(self, path: Path) -> None:
         if self.measured:

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bd3lm_jax import checkpoint
-from bd3lm_jax.bench import BENCHES, damage, faults, kills
-from bd3lm_jax.checkpoint import Checkpoints, fingerprints
+from bd3lm_jax import checkpoint, files
+from bd3lm_jax.bench import BENCHES, damage, faults, kills, power
+from bd3lm_jax.checkpoint import Checkpoints
+from bd3lm_jax.errors import RunError
+from bd3lm_jax.fingerprint import fingerprints_by_device
 from bd3lm_jax.state import TrainState
 from launch import arguments, train
 
@@ -120,15 +122,15 @@ def test_values_used_silently_are_counted(runs, monkeypatch):
         def __ne__(self, other):
             return False
 
-    monkeypatch.setattr(checkpoint, "fingerprints",
-                        lambda tree: {path: Right(value) for path, value in fingerprints(tree).items()})
+    monkeypatch.setattr(checkpoint, "fingerprints_by_device", lambda tree: {
+        path: list(map(Right, values)) for path, values in fingerprints_by_device(tree).items()})
     flips = next(damage.campaign(runs, 5, seed=0))
     assert flips["outcomes"]["used silently"] == flips["wrong"] == len(flips["details"]) > 0
 
 
 def test_every_fault_has_its_promise():
     assert BENCHES["faults"] is faults
-    assert {limit.variant for limit in faults.LIMITS} == {*damage.KINDS, *kills.KINDS}
+    assert {limit.variant for limit in faults.LIMITS} == {*damage.KINDS, *kills.KINDS, power.KIND}
 
 
 class Ended(Offline):
@@ -170,5 +172,29 @@ def test_two_kills_of_a_run(tmp_path, monkeypatch):
 def test_kills_and_stops_of_two_processes(tmp_path, monkeypatch):
     monkeypatch.setitem(kills.STEPS, 2, 20)
     runs = kills.Runs(tmp_path, 2)
-    for found in (kills.stop_one(runs), kills.kill(runs, 2, seed=0)):
+    for found in (kills.stop_one(runs), kills.unlike(runs), kills.kill(runs, 2, seed=0)):
         assert found["wrong"] == 0, found
+
+
+@pytest.mark.slow
+def test_power_cuts(tmp_path):
+    """Where no file system can be mounted nothing was tried, and the outcome says so."""
+    found = power.power_cuts(kills.Runs(tmp_path, 1), 2, seed=0)
+    assert found["wrong"] == 0 and (found["times"] == 2 or "not possible here" in str(found["outcomes"])), found
+
+
+def test_a_disk_holds_what_was_synced_when_power_is_cut(tmp_path):
+    """The fault itself: what was written and not synced is gone."""
+    try:
+        with power.Disk(tmp_path) as disk:
+            files.write(disk.path / "synced", b"a" * 5000)
+            (disk.path / "written").write_bytes(b"b" * 5000)
+            disk.cut()
+            with pytest.raises(OSError):
+                files.write(disk.path / "after", b"c")
+            disk.power_on()
+            assert (disk.path / "synced").read_bytes() == b"a" * 5000
+            left = disk.path / "written"
+            assert not left.exists() or left.read_bytes() != b"b" * 5000
+    except (RunError, FileNotFoundError) as error:
+        pytest.skip(f"no file system can be mounted here: {error}")

@@ -16,9 +16,9 @@ import pytest
 from toy_runs import environment, toy_config, toy_dict, write_text
 
 from bd3lm_jax import plots, report, rundir
-from bd3lm_jax.config import Config
 from bd3lm_jax.data.tokenizers import ByteTokenizer
 from bd3lm_jax.errors import Preempted, RunError, UserError
+from bd3lm_jax.sealed import unseal
 from bd3lm_jax.sweeps import pool
 from bd3lm_jax.sweeps.pool import is_running
 from bd3lm_jax.sweeps.sweep import Point, run_name, sweep
@@ -109,7 +109,7 @@ def test_all_runs_are_trained_and_their_table_written(stage):
     second = result["runs"][1]
     assert [second[key] for key in ("name", "overrides", "valid_nll", "nll_ci95", "step")] == [
         "optim.lr=0.01", {"optim.lr": 0.01}, 2.0, [1.9, 2.2], 6]
-    assert json.loads((stage.workdir / "status.json").read_text()) == json.loads(json.dumps(result))
+    assert unseal((stage.workdir / "status.json").read_bytes()) == json.loads(json.dumps(result))
     with open(stage.workdir / "table.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows[2] == {"run": "2", "name": "optim.lr=0.1", "optim.lr": "0.1", "valid_nll": "3.0",
@@ -284,7 +284,7 @@ def test_a_damaged_status_costs_only_what_it_alone_knew(stage, capsys, content):
     stage.orders = {}
     result = stage.sweep()
     assert result["ok"] and stage.calls() == [1.0]
-    assert json.loads(path.read_text()) == json.loads(json.dumps(result))
+    assert unseal(path.read_bytes()) == json.loads(json.dumps(result))
     assert capsys.readouterr().err.count(f"warning: {path} is damaged") == 1
 
 
@@ -370,6 +370,4 @@ def test_a_real_sweep(tmp_path):
     for run in result["runs"][:2]:
         valid = report.read(run["workdir"])["valid"]
         assert valid["nll"] == run["valid_nll"] and run["nll_ci95"][0] < run["valid_nll"] < run["nll_ci95"][1]
-        assert Config.from_dict({key: value for key, value in json.loads(
-            open(f"{run['workdir']}/config.json").read()).items() if key != "config_sha256"}).optim.lr == \
-            run["overrides"]["optim.lr"]
+        assert rundir.read(run["workdir"])[0].optim.lr == run["overrides"]["optim.lr"]
