@@ -16,6 +16,7 @@ from rich.progress import (BarColumn, MofNCompleteColumn, Progress, SpinnerColum
                            TimeRemainingColumn)
 from rich.table import Table
 
+from bd3lm_jax import files
 from bd3lm_jax.errors import RunError, STEERING, visible
 
 METRICS_FILE = "metrics.jsonl"
@@ -107,11 +108,13 @@ def result(values: Mapping[str, Any]) -> None:
 
 
 def save(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
-    """Write a JSON file, all of it or nothing: a kill leaves the old one. Numbers that are not finite become null."""
-    temporary = Path(path).with_suffix(".tmp")
-    temporary.write_text(json.dumps(_plain(values), indent=1, allow_nan=False, ensure_ascii=False) + "\n",
-                         encoding="utf-8")
-    os.replace(temporary, path)
+    """Write a JSON file, all of it or nothing: a kill leaves the old one. Numbers that are not finite become null.
+
+    RunError if it cannot be written.
+    """
+    text = json.dumps(_plain(values), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    with files.errors(path, "choose another directory"):
+        files.write(path, text.encode())
 
 
 def append(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
@@ -120,7 +123,7 @@ def append(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
     Numbers that are not finite become null. RunError if it cannot be written.
     """
     try:
-        with open(path, "a+b", buffering=0) as file:
+        with open(path, "a+b") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 1))
             cut_off = file.read(1) not in (b"", b"\n")
@@ -141,7 +144,7 @@ def read_lines(path: str | os.PathLike) -> list[dict]:
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             lines.append(json.loads(text))
         except (json.JSONDecodeError, RecursionError):
@@ -180,8 +183,13 @@ class RunLog:
             self._bar.stop()
             self._bar = None
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            try:
+                file.close()
+            except OSError as error:
+                if exception[0] is None:  # else that came first, and tells why
+                    raise RunError(f"cannot write {self._path}: {error.strerror or error}; free some disk space and "
+                                   "run the same command again") from None
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one line for `step`. Call it once a step, and before that step is saved."""

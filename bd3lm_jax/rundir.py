@@ -8,21 +8,20 @@ import json
 import os
 from pathlib import Path
 
-from bd3lm_jax import lock, plugins
+from bd3lm_jax import files, lock, plugins
 from bd3lm_jax.config import Config
 from bd3lm_jax.data.chat_template import CHAT_FILES
 from bd3lm_jax.data.corpora import SOURCES
 from bd3lm_jax.data.dialogues import chat_files
 from bd3lm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3lm_jax.diffusion.schedule import SCHEDULES
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.errors import RunError, UserError
 from bd3lm_jax.foreign import read_bytes, read_text
 from bd3lm_jax.typed import as_mapping, from_json
 
 CONFIG, TOKENIZER, LOCK = "config.json", "tokenizer.json", "train.lock"
 IMPORTS = "imports"  # key of config.json: modules that register what the run uses (plugins.py)
 BEFORE_CONFIG = (TOKENIZER, LOCK, *CHAT_FILES)  # what a run that was killed while it began may have left
-PART = ".tmp"  # a file being written
 ADDED = {  # keys that the run directories of earlier versions lack, with values that mean what these runs did
     "noise": {"adapt": "none", "clip_widths": [0.5, 0.6, 0.7, 0.8, 0.9], "clip_stride": 0.05, "clip_batches": 1,
               "count_floor": 0.1, "count_decay": 0.99},
@@ -64,12 +63,13 @@ def claim(workdir: str | os.PathLike, config: Config, tokenizer: Tokenizer,
             held.enter_context(lock.held(path / LOCK))
             _check(path, config, tokenizer)  # whoever had the lock may have made it another run
         for name, content in ({TOKENIZER: tokenizer.to_bytes()} | chat_files(config.data.tokenizer)).items():
-            _write(path / name, content)
+            files.write(path / name, content)
         resolved = config.to_dict() | {"config_sha256": config.sha256()} | _imports(config)
-        _write(path / CONFIG, json.dumps(resolved, indent=2).encode() + b"\n")
+        files.write(path / CONFIG, json.dumps(resolved, indent=2).encode() + b"\n")
     except OSError as error:
-        raise UserError(f"cannot write in {path}: {error.strerror or error}; choose another --workdir, or free some "
-                        "disk space") from None
+        kind = RunError if error.errno in files.FULL else UserError
+        raise kind(f"cannot write in {path}: {error.strerror or error}; choose another --workdir, or free some disk "
+                   "space") from None
 
 
 def _check(path: Path, config: Config, tokenizer: Tokenizer) -> None:
@@ -81,8 +81,14 @@ def _check(path: Path, config: Config, tokenizer: Tokenizer) -> None:
             raise UserError(f"{path} holds a run of another config ({'; '.join(differing)}; here != there): choose "
                             "another --workdir, or repeat the config it was started with")
         check_tokenizer(tokenizer, there_tokenizer.identity, f"the run in {path}")
-    elif path.is_dir() and any(file.name not in BEFORE_CONFIG and file.suffix != PART for file in path.iterdir()):
+    elif path.is_dir() and any(file.name not in BEFORE_CONFIG and file.suffix != files.PART and not is_bare(file)
+                               for file in path.iterdir()):
         raise UserError(f"{path} is not empty and holds no {CONFIG}: choose another --workdir")
+
+
+def is_bare(path: Path) -> bool:
+    """Whether it is a directory that holds nothing but such ones: what a run makes anew whose directory was moved."""
+    return path.is_dir() and not path.is_symlink() and all(map(is_bare, path.iterdir()))
 
 
 def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:
@@ -158,10 +164,3 @@ def check_tokenizer(tokenizer: Tokenizer, identity: str, owner: str) -> None:
     if tokenizer.identity != identity:
         raise UserError(f"tokenizer {tokenizer.identity} does not match {owner}, made with tokenizer {identity}: ids "
                         "would mean other text; use the tokenizer.json saved with it")
-
-
-def _write(path: Path, content: bytes) -> None:
-    """All of it or nothing: a kill or a full disk leaves the old file."""
-    temporary = path.with_suffix(PART)
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

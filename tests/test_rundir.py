@@ -138,3 +138,15 @@ def test_a_directory_of_an_earlier_version_goes_on_as_it_was(tmp_path, config):
     path.write_text(json.dumps(stored))
     assert rundir.read(tmp_path / "run")[0] == config
     rundir.claim(tmp_path / "run", config, BYTES)
+
+
+def test_what_a_run_makes_anew_whose_directory_was_moved_is_no_obstacle(tmp_path, config):
+    (tmp_path / "run" / "checkpoints" / ".trash").mkdir(parents=True)
+    (tmp_path / "run" / "plots").mkdir()
+    (tmp_path / "run" / "train.lock").write_text("")
+    rundir.claim(tmp_path / "run", config, BYTES)
+    assert (tmp_path / "run" / "config.json").exists()
+    (tmp_path / "other" / "checkpoints" / "10").mkdir(parents=True)
+    (tmp_path / "other" / "checkpoints" / "10" / "params").write_text("")
+    with pytest.raises(UserError, match="is not empty"):
+        rundir.claim(tmp_path / "other", config, BYTES)
