@@ -5,6 +5,7 @@
 
 import importlib
 import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,8 +22,9 @@ def __getattr__(name: str) -> Any:
     and numpy."""
     if name in ("LM", "load"):
         return getattr(importlib.import_module("bd3lm_jax.lm"), name)
-    if not name.startswith("_") and importlib.util.find_spec(f"bd3lm_jax.{name}"):
-        return importlib.import_module(f"bd3lm_jax.{name}")
+    module = f"bd3lm_jax.{name}"
+    if not name.startswith("_") and (module in sys.modules or importlib.util.find_spec(module)):
+        return importlib.import_module(module)
     raise AttributeError(f"module 'bd3lm_jax' has no attribute '{name}'")
 
 

@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -29,25 +28,17 @@ from bd3lm_jax.fingerprint import fingerprints_by_device, named_leaves
 from bd3lm_jax.log import note
 from bd3lm_jax.managers import TRASH, open_manager
 from bd3lm_jax.state import TrainState
+from bd3lm_jax.step_choice import LATEST, Absent as Absent, Damaged, StepChoice, cause_of
 
 FORMAT = 1  # of the meta item
 DAMAGED = ".damaged"  # where steps that could not be read are put when a run goes on without them
 SHOWN = 5  # differing leaves named in an error
 LOOKS = 10  # at a directory that another process changes
-LATEST, BEST = "latest", "best"  # names of steps
 
 T = TypeVar("T")
 
 # Orbax logs every failure with tracebacks, often several times, before it raises the exception that is reported here.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
-
-
-class _Damaged(Exception):
-    """A step whose files are there but do not hold what was saved."""
-
-
-class Absent(UserError):
-    """A step that was asked for and is not there."""
 
 
 @dataclasses.dataclass
@@ -208,50 +199,10 @@ class Checkpoints:
 
     def _found(self, which: int | str, read: Callable[[int], T]) -> tuple[T, int]:
         """`read(step)` of the step that was asked for, and that step."""
-        steps = distributed.of_first(self.steps())
-        if not steps:
-            raise Absent(f"no checkpoint in {self.directory}: train first (python -m launch train --workdir="
-                         f"{self.directory.parent}) or pass another --workdir")
-        if which == LATEST:
-            return self._newest(steps, read)
-        there = f"there are {', '.join(map(str, steps))}"
-        step = distributed.of_first(self.best_step()) if which == BEST else which
-        if step is None:
-            raise Absent(f"no checkpoint in {self.directory} was validated, so that none is the best: {there}; give "
-                         "one of these as --step, or latest")
-        if step not in steps:
-            raise Absent(f"no step {step} in {self.directory}: {there}; give one of these as --step, or {LATEST} or "
-                         f"{BEST}")
-        try:
-            return read(step), step
-        except UserError:
-            raise
-        except Exception as error:
-            distributed.raise_if_lost_peer(error)
-            if not (self.directory / str(step)).exists():
-                raise Absent(f"step {step} in {self.directory} was deleted while it was read: {there}") from None
-            raise RunError(f"checkpoint {self.directory / str(step)} is damaged ({_reason(error)}): {there}; give "
-                           f"another --step, or {LATEST} for the newest that can be read") from error
-
-    def _newest(self, steps: list[int], read: Callable[[int], T]) -> tuple[T, int]:
-        """`read(step)` of the newest step that can be read, and that step."""
-        damaged = []
-        for step in reversed(steps):
-            try:
-                found = read(step)
-            except UserError:
-                raise
-            except Exception as error:  # orbax and its storage raise many kinds; all of them mean: not readable
-                distributed.raise_if_lost_peer(error)
-                damaged.append(step)
-                reason = _reason(error)
-                self._warn(f"warning: checkpoint {self.directory / str(step)} is damaged ({reason}); "
-                           f"trying the one before it")
-                continue
-            self._set_aside(damaged)
-            return found, step
-        raise RunError(f"none of the checkpoints {steps} in {self.directory} can be read (the oldest: {reason}): "
-                       f"restore the directory from a copy, or train again in another --workdir")
+        choice = StepChoice(self.directory, self.steps, self.best_step, self._warn)
+        found, step, damaged = choice.read(which, read)
+        self._set_aside(damaged)
+        return found, step
 
     def _read_bounds(self) -> None:
         """Learn the bounds of the steps that are there; one whose meta cannot be read has none."""
@@ -267,7 +218,7 @@ class Checkpoints:
         """The verified contents of the meta item."""
         sealed = self._restored(step, meta=ocp.args.JsonRestore())["meta"]
         if not isinstance(sealed, dict) or _seal(sealed.get("record")) != sealed:
-            raise _Damaged("meta does not match its hash")
+            raise Damaged("meta does not match its hash")
         record = sealed["record"]
         if record["format"] != FORMAT:
             raise UserError(f"checkpoint {self.directory / str(step)} has format {record['format']}, this version "
@@ -291,7 +242,7 @@ class Checkpoints:
         except Exception as caught:
             error = caught
         unreadable = error is not None and not isinstance(error, UserError)
-        _agree("cannot read it: " + _reason(error) if unreadable else "", error)
+        _agree("cannot read it: " + cause_of(error) if unreadable else "", error)
         wrong = [f"finds that {name}/{path} differs from its fingerprint" for name, tree in trees.items()
                  for path, values in fingerprints_by_device(tree).items()
                  if any(value != record["leaves"][name][path]["fingerprint"] for value in values)]
@@ -344,7 +295,7 @@ class Checkpoints:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         complete = [int(path.name) for path in self.directory.iterdir() if path.name.isdecimal()]
         last = f"the last complete checkpoint is step {max(complete)}" if complete else "no checkpoint is complete"
-        raise RunError(f"could not save a checkpoint to {self.directory}: {_reason(error)}; {last}. "
+        raise RunError(f"could not save a checkpoint to {self.directory}: {cause_of(error)}; {last}. "
                        f"Free some disk space and run the same command again") from error
 
 
@@ -355,7 +306,7 @@ def _agree(fault: str, error: Exception | None = None) -> None:
         raise error
     for i, other in enumerate(found):
         if other:
-            raise _Damaged(other if len(found) == 1 else f"process {i} {other}")
+            raise Damaged(other if len(found) == 1 else f"process {i} {other}")
 
 
 def items_of(state: TrainState) -> dict[str, Any]:
@@ -380,12 +331,3 @@ def _seal(record: Any) -> dict:
     """The record beside a hash of its canonical JSON."""
     text = json.dumps(record, sort_keys=True)
     return {"record": json.loads(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong first, in one short line: storage errors put it behind the quoted names of all layers."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    first_line = f"{error}\n".splitlines()[0]
-    text = re.sub(r" \[\w+=.*", "", first_line).rsplit('": ', 1)[-1][:200]
-    return text if isinstance(error, _Damaged) else f"{type(error).__name__}: {text}"

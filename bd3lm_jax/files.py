@@ -1,19 +1,41 @@
 """Writing files so that neither a kill, nor a full disk, nor a power cut leaves half of one."""
 
 import contextlib
+import errno
 import os
 import secrets
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from bd3lm_jax.errors import RunError, UserError
+
 PART = ".tmp"  # the end of the name of a file that is being written
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk without room says
 
 
 def temporary_name(path: str | os.PathLike) -> Path:
     """A name beside `path` that no other process, on this host or another, chooses as well."""
     path = Path(path)
-    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}{PART}")
+    return path.with_name(f".{path.name}.{unique()}{PART}")
+
+
+def unique() -> str:
+    """HOST-PID-RANDOM, which no other process, on this host or another, takes as well."""
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is a process of this number on this host; one that has ended and waits for its parent is none."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] != "Z"
+    return True
 
 
 def write(path: str | os.PathLike, content: bytes) -> None:
@@ -31,8 +53,15 @@ def write(path: str | os.PathLike, content: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary file name; what the block wrote there takes the place of `path`, on the disk, if it did not raise."""
+    """A temporary file name; what the block wrote there takes the place of `path`, on the disk, if it did not raise.
+
+    A link stays one, to a new file. What is no file, as /dev/stdout or a pipe, is written itself.
+    """
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        yield path
+        return
+    path = Path(os.path.realpath(path))
     temporary = temporary_name(path)
     try:
         yield temporary
@@ -43,6 +72,22 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             temporary.unlink()
         raise
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def errors(path: str | os.PathLike, otherwise: str, has_begun: bool = True) -> Iterator[None]:
+    """An OSError of the block as one line: what cannot be written, why, and how to go on.
+
+    otherwise: how to choose another place, e.g. "choose another --out". Raises RunError; before work has begun UserError
+    for a place that is wrong, while a full disk is a RunError at any time.
+    """
+    try:
+        yield
+    except OSError as error:
+        is_full = error.errno in FULL
+        kind = RunError if has_begun or is_full else UserError
+        raise kind(f"cannot write {path}: {error.strerror or error}; {'free some space, or ' * is_full}{otherwise}"
+                   ) from None
 
 
 def sync(path: str | os.PathLike) -> None:

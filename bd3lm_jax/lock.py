@@ -1,4 +1,4 @@
-"""One writer at a time: a lock file that is held while a run trains, and freed by the system when its process ends."""
+"""One writer at a time: lock files, which the system frees when the process that holds them ends, however it ends."""
 
 import contextlib
 import datetime
@@ -17,6 +17,7 @@ from bd3lm_jax.log import note
 WAIT_S = 2.0  # for a process that was killed a moment ago to be gone
 POLL_S = 0.05
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what file systems without flock say
+_in_turn: set[str] = set()  # lock files that this process holds by `in_turn`
 
 
 @contextlib.contextmanager
@@ -29,21 +30,100 @@ def held(path: Path) -> Iterator[None]:
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        if not _lock(descriptor, path):
+        if not _lock(descriptor, path, WAIT_S, f"see that no other run writes to {path.parent}"):
             raise UserError(f"{path.parent} is written by another run ({_holder(path)}): wait for its end or stop it, "
                             "or choose another --workdir")
-        since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}) + "\n"
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, text.encode(), 0)
+        _sign(descriptor)
         yield
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, path: Path) -> bool:
-    """Whether nobody else holds the lock, or nobody can."""
-    deadline = time.monotonic() + WAIT_S
+@contextlib.contextmanager
+def in_turn(path: Path, work: str, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock file `path`, which goes afterwards, while others wait for it.
+
+    Where files cannot be locked nobody waits: what is done meanwhile must bear company. A process does not wait for
+    itself. work: what it is, for the note of those that wait. Yields whether it is held, which it always is with `wait`.
+    """
+    name = os.path.realpath(path)
+    if name in _in_turn:
+        yield True
+        return
+    descriptor = _take(path, work, wait)
+    if descriptor is None:
+        yield False
+        return
+    _in_turn.add(name)
+    try:
+        yield True
+    finally:
+        _in_turn.discard(name)
+        with contextlib.suppress(OSError):
+            os.unlink(path)  # while it is held: whoever has opened it sees that it is gone, and opens the next one
+        os.close(descriptor)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether what stands in a lock file was written here."""
+    try:
+        return {"pid", "host", "since"} == set(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def is_held(path: Path) -> bool:
+    """Whether another process holds the lock file `path`. Raises OSError if it cannot be opened."""
+    descriptor = _open(path)
+    try:
+        return not _lock(descriptor, path, 0.0)
+    finally:
+        os.close(descriptor)
+
+
+def _take(path: Path, work: str, wait: bool) -> int | None:
+    """The open lock file that stands at `path` and is held now; None if another process holds it."""
+    while True:
+        descriptor = _open(path)
+        try:
+            is_free = _lock(descriptor, path, WAIT_S if wait else 0.0)
+            if not is_free and not wait:
+                os.close(descriptor)
+                return None
+            if not is_free:
+                note(f"waits for {_holder(path)}, which {work}")
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    with contextlib.suppress(OSError):  # a full disk, or another user's file: it is held all the same
+                        _sign(descriptor)
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    """For writing, which network file systems ask of who locks, else for reading: it may be another user's."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:
+        if not os.path.exists(path):
+            raise
+        return os.open(path, os.O_RDONLY)
+
+
+def _sign(descriptor: int) -> None:
+    since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}) + "\n"
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, text.encode(), 0)
+
+
+def _lock(descriptor: int, path: Path, wait_s: float, advice: str = "") -> bool:
+    """Whether nobody else holds the lock within so many seconds, or nobody can. advice: what to see to then."""
+    deadline = time.monotonic() + wait_s
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,7 +135,8 @@ def _lock(descriptor: int, path: Path) -> bool:
         except OSError as error:
             if error.errno not in WITHOUT_LOCKS:
                 raise
-            note(f"{path} cannot be locked here ({error.strerror}): see that no other run writes to {path.parent}")
+            if advice:
+                note(f"{path} cannot be locked here ({error.strerror}): {advice}")
             return True
 
 

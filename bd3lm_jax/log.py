@@ -122,7 +122,7 @@ def save(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
     RunError if it cannot be written.
     """
     text = json.dumps(sealed.seal(_plain(values)), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    with _full_disk(path):
+    with files.errors(path, "choose another directory"):
         files.write(path, text.encode())
 
 
@@ -132,11 +132,12 @@ def append(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
     After a line that a kill cut off it begins a new one. Numbers that are not finite become null. RunError if it cannot
     be written.
     """
-    with _full_disk(path), open(path, "a+b", buffering=0) as file:
+    with _full_disk(path), open(path, "a+b") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
         cut_off = file.read(1) not in (b"", b"\n")
         file.write(b"\n" * cut_off + _line(values).encode())
+        file.flush()
         os.fsync(file.fileno())
 
 
@@ -216,8 +217,13 @@ class RunLog:
             self._bar.stop()
             self._bar = None
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            try:
+                file.close()
+            except OSError as error:
+                if exception[0] is None:  # else that came first, and tells why
+                    raise RunError(f"cannot write {self._path}: {error.strerror or error}; free some disk space and "
+                                   "run the same command again") from None
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one line for `step`. Call it once a step, and before that step is saved."""

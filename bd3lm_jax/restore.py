@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from bd3lm_jax import compile_cache, hf, jax_settings, models, passes, rundir, sharding
 from bd3lm_jax.adaptation import lora
-from bd3lm_jax.checkpoint import LATEST, Checkpoints
+from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.config import SECTIONS, ComputeConfig, Config, DataConfig, EvalConfig
 from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.errors import UserError
@@ -16,6 +16,7 @@ from bd3lm_jax.models import Backbone
 from bd3lm_jax.program import init_params
 from bd3lm_jax.published import Described
 from bd3lm_jax.published.leaf import check_mask
+from bd3lm_jax.step_choice import LATEST
 
 PUBLISHED_LENGTH, PUBLISHED_BATCH = 1024, 8  # tokens a row at most, and rows a pass, where nobody says
 

@@ -15,7 +15,7 @@ from bd3lm_jax.data.corpora import SOURCES
 from bd3lm_jax.data.dialogues import chat_files
 from bd3lm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3lm_jax.diffusion.schedule import SCHEDULES
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.errors import RunError, UserError
 from bd3lm_jax.foreign import read_bytes
 from bd3lm_jax.log import METRICS_FILE, note_once
 from bd3lm_jax.sealed import SEAL, Damaged, seal, unseal
@@ -75,8 +75,9 @@ def claim(workdir: str | os.PathLike, config: Config, tokenizer: Tokenizer,
         stored |= _imports(config)
         files.write(path / CONFIG, json.dumps(seal(stored), indent=2).encode() + b"\n")
     except OSError as error:
-        raise UserError(f"cannot write in {path}: {error.strerror or error}; choose another --workdir, or free some "
-                        "disk space") from None
+        kind = RunError if error.errno in files.FULL else UserError
+        raise kind(f"cannot write in {path}: {error.strerror or error}; choose another --workdir, or free some disk "
+                   "space") from None
 
 
 def _check(path: Path, config: Config, tokenizer: Tokenizer) -> None:
@@ -91,10 +92,15 @@ def _check(path: Path, config: Config, tokenizer: Tokenizer) -> None:
     else:
         own = path / TOKENIZER  # a run that was killed while it began may have left it, the same
         another = own.exists() and own.read_bytes() != tokenizer.to_bytes()
-        conflicts = [name for name in WRITTEN if (path / name).exists()] + [f"another {TOKENIZER}"] * another
+        conflicts = [name for name in WRITTEN if (path / name).exists() and not is_bare(path / name)] + [f"another {TOKENIZER}"] * another
         if conflicts:
             raise UserError(f"{path} holds {', '.join(conflicts)} and no {CONFIG}: choose another --workdir, or restore "
                             f"the {CONFIG} of the run that wrote them")
+
+
+def is_bare(path: Path) -> bool:
+    """Whether it is a directory that holds nothing but such ones: what a run makes anew whose directory was moved."""
+    return path.is_dir() and not path.is_symlink() and all(map(is_bare, path.iterdir()))
 
 
 def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:

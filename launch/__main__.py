@@ -7,6 +7,8 @@ import sys
 
 STOPPED = 42  # Preempted.exit_code, which takes a moment to import
 
+from launch import streams
+
 COMMANDS = {
     "train": "train a model, or go on with a run",
     "eval": "likelihood of a split, with its error bar",
@@ -17,6 +19,7 @@ COMMANDS = {
     "doctor": "what is installed, which devices, and a small self-test",
     "bench": "time and memory of the hot paths",
     "sweep": "train a config with some keys changed, many times, and compare",
+    "clean": "what killed runs have left in the cache and in run directories",
     "tpu": "what a cluster needs to run one of these: gcloud, xpk, SkyPilot, Slurm",
 }
 USAGE = """Block diffusion language models in JAX.
@@ -43,8 +46,7 @@ COMPUTED_WITH = {  # settings of JAX that would change results; jax_settings.py 
 def main(argv: list[str]) -> int:
     """Run one command; returns the exit code."""
     if not argv or argv[0] in HELP:
-        print(USAGE.format(commands="\n".join(f"  {name:<9} {line}" for name, line in COMMANDS.items())))
-        return 0
+        return streams.show(USAGE.format(commands="\n".join(f"  {name:<9} {line}" for name, line in COMMANDS.items())))
     from bd3lm_jax.errors import UserError, nearest, one_line, visible
 
     name, rest = argv[0], argv[1:]
@@ -53,8 +55,7 @@ def main(argv: list[str]) -> int:
             raise UserError(f"unknown command '{name}': {nearest(name, COMMANDS)}")
         command = importlib.import_module(f"launch.{name}")
         if any(word in HELP for word in rest):
-            print(_help(command))
-            return 0
+            return streams.show(_help(command))
         return _run(command, rest)
     except UserError as error:
         print("error:", one_line(error), file=sys.stderr, flush=True)
@@ -70,6 +71,10 @@ def main(argv: list[str]) -> int:
         print(f"error: the package '{visible(str(error.name))}' is not installed: pip install -e .", file=sys.stderr)
         return 1
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in streams.FULL:
+            print(f"error: cannot write {error.filename or 'a file'}: {error.strerror}; free some space, or choose "
+                  "another place", file=sys.stderr)
+            return 1
         if _no_backend(error):
             print(f"error: JAX has no such device ({one_line(error) or 'not installed'}): JAX_PLATFORMS="
                   f"{os.environ.get('JAX_PLATFORMS', '')}; unset it, or install what it names (python -m launch doctor "
@@ -127,7 +132,8 @@ def _run(command, argv: list[str]) -> int:
         result = command.main(arguments.parse_flags(command.define, argv), words)
     else:
         result = command.main(arguments.parse_flags(command.define, argv, getattr(command, "POSITIONAL", None)))
-    log.result(result)
+    with streams.result():
+        log.result(result)
     return 0 if result.get("ok", True) else 1
 
 
@@ -148,10 +154,12 @@ def _stop_at_once(*_: object) -> None:
 def launch(argv: list[str]) -> None:
     """`main`, then the end of the process if it failed."""
     signal.signal(signal.SIGTERM, _stop_at_once)  # before anything is loaded
+    streams.open_all()
     _fix_settings()
     code = main(argv)
     if code:  # at once: exit handlers of a failed process would wait for its peers and threads
-        sys.stdout.flush()
+        with streams.discarding(sys.stdout):
+            sys.stdout and sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 

@@ -10,6 +10,8 @@ Result: texts (input, text, holes (start, num_tokens, text), nfe, score), nfe, c
 length was chosen), seed, sampler.
 """
 
+from pathlib import Path
+
 from absl import flags
 
 from launch.arguments import define_path, define_seed
@@ -64,14 +66,10 @@ def main(args: flags.FlagValues) -> dict:
 
 
 def read_texts(path: str) -> list[str]:
-    """The lines of a file that are not empty. UserError if it cannot be read."""
+    """The lines of a file, which may be packed, that are not empty. UserError if it cannot be read."""
+    from bd3lm_jax.data import text_files
     from bd3lm_jax.errors import UserError
-    from bd3lm_jax.foreign import LARGE, read_text
 
-    try:
-        lines = read_text(path, LARGE).splitlines()
-    except FileNotFoundError:
-        raise UserError(f"--file={path} does not exist: give a text file, one text with holes a line") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--file={path} cannot be read as UTF-8 text: {error}") from None
-    return [line for line in lines if line.strip()]
+    if not Path(path).exists():
+        raise UserError(f"--file={path} does not exist: give a text file, one text with holes a line")
+    return [line for _, line in text_files.lines(Path(path)) if line.strip()]

@@ -22,7 +22,6 @@ the cache by cache_dtype).
 """
 
 import dataclasses
-import json
 import os
 import time
 from pathlib import Path
@@ -118,6 +117,7 @@ def main(args: flags.FlagValues) -> dict:
     others = _others(args)
     import bd3lm_jax
     from bd3lm_jax.log import busy
+    from bd3lm_jax.writing import sample_files
     from bd3lm_jax.writing.options import make_options
 
     lm = bd3lm_jax.load(workdir, weights=args.weights, step=step)
@@ -139,8 +139,7 @@ def main(args: flags.FlagValues) -> dict:
     found = [{"prompt_index": index, "prompt": prompt, "text": sample.text, "num_tokens": len(sample.tokens),
               "nfe": sample.nfe, "stop": sample.stop} for sample, (index, prompt) in zip(samples, origins)]
     if args.out:
-        lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in found)
-        Path(args.out).write_text(lines, encoding="utf-8")
+        sample_files.write(args.out, found)
     tokens = sum(len(sample.tokens) for sample in samples)
     return {"samples": found, "tokens_per_s": tokens / seconds,
             "nfe_per_token": sum(sample.nfe for sample in samples) / max(1, tokens), "seed": options.seed,
@@ -155,6 +154,8 @@ def _check_outputs(args: flags.FlagValues) -> None:
         directory = Path(args[name].value).parent
         if args[name].value and not (directory.is_dir() and os.access(directory, os.W_OK)):
             raise UserError(f"cannot write --{name}={args[name].value}: {directory} is no directory, or not yours")
+        if Path(args[name].value or "file").is_dir():
+            raise UserError(f"cannot write --{name}={args[name].value}: it is a directory, expected the name of a file")
 
 
 def _others(args: flags.FlagValues) -> list[dict]:

@@ -209,3 +209,15 @@ def test_files_beside_the_config_are_those_of_the_start(tmp_path, config):
             rundir.read(tmp_path / "run")
         rundir.claim(tmp_path / "run", ours, BYTES)
         assert rundir.read(tmp_path / "run")[0] == ours
+
+
+def test_what_a_run_makes_anew_whose_directory_was_moved_is_no_obstacle(tmp_path, config):
+    (tmp_path / "run" / "checkpoints" / ".trash").mkdir(parents=True)
+    (tmp_path / "run" / "plots").mkdir()
+    (tmp_path / "run" / "train.lock").write_text("")
+    rundir.claim(tmp_path / "run", config, BYTES)
+    assert (tmp_path / "run" / "config.json").exists()
+    (tmp_path / "other" / "checkpoints" / "10").mkdir(parents=True)
+    (tmp_path / "other" / "checkpoints" / "10" / "params").write_text("")
+    with pytest.raises(UserError, match="holds checkpoints and no config.json"):
+        rundir.claim(tmp_path / "other", config, BYTES)

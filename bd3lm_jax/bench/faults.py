@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bd3lm_jax import log
-from bd3lm_jax.bench import damage, kills, power
+from bd3lm_jax.bench import damage, faults_files, kills, power
 from bd3lm_jax.bench.runner import Limit, row_of
 
 EVERY = 5  # rounds in which two processes are disturbed once
@@ -20,7 +20,8 @@ SEED = 0
 NOTE = ("times: how often the fault was injected; wrong: how often what must not be happened. Moments, files and bits "
         f"are random, seed {SEED}.")
 AGAINST = ()
-LIMITS = tuple(Limit("faults", name, "undisturbed", "wrong", 0) for name in (*damage.KINDS, *kills.KINDS, power.KIND))
+LIMITS = tuple(Limit("faults", name, "undisturbed", "wrong", 0)
+               for name in (*damage.KINDS, *faults_files.KINDS, *kills.KINDS, power.KIND))
 
 
 def run(rounds: int, against: str) -> list[dict]:
@@ -40,6 +41,7 @@ def run(rounds: int, against: str) -> list[dict]:
 def _faults(home: Path, rounds: int) -> Iterator[dict]:
     alone = kills.Runs(home, processes=1)
     yield from damage.campaign(alone, rounds, SEED)
+    yield from faults_files.campaign(alone, rounds, SEED)
     yield kills.full_disk(alone)
     yield kills.kill(alone, rounds, SEED)
     yield power.power_cuts(alone, max(1, rounds // EVERY), SEED)

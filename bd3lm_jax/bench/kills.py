@@ -67,7 +67,7 @@ class Runs:
         config, tokenizer = rundir.read(self.whole)
         special = SpecialIds(tokenizer.mask_id, tokenizer.end_id)
         mesh = sharding.make_mesh(dataclasses.replace(config.mesh, data=-1))  # the devices that are here
-        self._abstract = Program.of(config, special, mesh, passes.compute_dtype("float32")).arguments()[0]
+        self.abstract = Program.of(config, special, mesh, passes.compute_dtype("float32")).arguments()[0]
 
     def start(self, workdir: Path, *flags: str, last: Mapping[str, str] = MappingProxyType({}),
               program: Sequence[str] = LAUNCH) -> list[subprocess.Popen]:
@@ -116,7 +116,7 @@ class Runs:
         """Fingerprints of the undisturbed run at a step."""
         if step not in self._truth:
             with Checkpoints(self.whole, KEPT, read_only=True) as checkpoints:
-                self._truth[step] = fingerprints(checkpoints.restore(self._abstract, step)[0])
+                self._truth[step] = fingerprints(checkpoints.restore(self.abstract, step)[0])
         return self._truth[step]
 
     def last_two(self) -> Path:
@@ -132,7 +132,7 @@ class Runs:
         """What training would go on from: the step, whether its values are right, whether there was a warning."""
         warnings = []
         with Checkpoints(workdir, KEPT, warn=warnings.append) as checkpoints:
-            state, _ = checkpoints.restore(self._abstract)
+            state, _ = checkpoints.restore(self.abstract)
         return int(state.step), fingerprints(state) == self.truth(int(state.step)), bool(warnings)
 
     def faults_of(self, workdir: Path, acknowledged: set[int]) -> list[str]:
@@ -145,7 +145,7 @@ class Runs:
                        if step not in there]
             for step in there:
                 try:
-                    state, _ = checkpoints.restore(self._abstract, step)
+                    state, _ = checkpoints.restore(self.abstract, step)
                 except RunError as error:
                     faults.append(str(error))
                     continue

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bd3lm_jax import files
 from bd3lm_jax.clusters import gcloud, skypilot, slurm, xpk
 from bd3lm_jax.clusters.job import ACTIONS, Job
 from bd3lm_jax.errors import RunError, UserError, lookup
@@ -39,8 +40,8 @@ def launch(engine: str, job: Job, action: str, execute: bool) -> dict[str, Any]:
     if execute and action == "all":
         raise UserError(f"--run does one action: add --action=, one of {', '.join(ACTIONS)}")
     actions = module.actions(job)
-    files = module.files(job) | {f"{job.out}/{SCRIPT}": script(engine, job, actions)}
-    _write(files)
+    texts = module.files(job) | {f"{job.out}/{SCRIPT}": script(engine, job, actions)}
+    _write(texts)
     chosen = ACTIONS if action == "all" else (action,)
     for name in chosen:
         note(f"# {name}: {MEANING[name]}")
@@ -50,7 +51,7 @@ def launch(engine: str, job: Job, action: str, execute: bool) -> dict[str, Any]:
         _execute(action, actions[action])
     return {"engine": engine, "accelerator": job.slice.name, "slices": job.slices,
             "chips": job.slice.chips * job.slices, "hosts": job.hosts,
-            "actions": {name: [shlex.join(argv) for argv in actions[name]] for name in chosen}, "files": list(files)}
+            "actions": {name: [shlex.join(argv) for argv in actions[name]] for name in chosen}, "files": list(texts)}
 
 
 def check(engine: str, module: Any, job: Job) -> None:
@@ -81,13 +82,11 @@ def script(engine: str, job: Job, actions: dict[str, list[Sequence[str]]]) -> st
     return "\n".join([*lines, f'*) echo "usage: bash $0 {"|".join(ACTIONS)}" >&2; exit 2 ;;', "esac", ""])
 
 
-def _write(files: dict[str, str]) -> None:
-    try:
-        for path, text in files.items():
+def _write(texts: dict[str, str]) -> None:
+    for path, text in texts.items():
+        with files.errors(path, "choose another --out", has_begun=False):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --out") from None
+            files.write(path, text.encode())
 
 
 def _execute(action: str, commands: Sequence[Sequence[str]]) -> None:

@@ -3,9 +3,7 @@
 A new source is one function `(data, split) -> Corpus` and one line in SOURCES.
 """
 
-import contextlib
 import dataclasses
-import gzip
 import hashlib
 import itertools
 import json
@@ -13,16 +11,16 @@ import logging
 import lzma
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 
 from bd3lm_jax.config import DataConfig
-from bd3lm_jax.data import mixture
+from bd3lm_jax.data import mixture, text_files
 from bd3lm_jax.data.detokenize import detokenize, rules_of
 from bd3lm_jax.errors import UserError, lookup, nearest
 from bd3lm_jax.foreign import open_regular
+from bd3lm_jax.log import note_once
 from bd3lm_jax.typed import check_characters, from_json
 
 SPLITS = ("train", "valid", "test")
@@ -67,7 +65,7 @@ def austen(data: DataConfig, split: str) -> Corpus:
     packed = _resource("austen_persuasion.txt.xz" if split == "test" else "austen_train.txt.xz")
 
     def documents():
-        lines = lzma.decompress(packed).decode().splitlines()
+        lines = lzma.decompress(packed).decode().removesuffix("\n").split("\n")
         if split != "test":
             lines = _austen_part(lines, split)
         return iter([line for line in lines if line.strip()])
@@ -92,7 +90,7 @@ def embedded(name: str) -> Corpus:
     packed = _resource(name)
 
     def documents():
-        lines = (line for line in lzma.decompress(packed).decode().splitlines() if line.strip())
+        lines = (line for line in lzma.decompress(packed).decode().removesuffix("\n").split("\n") if line.strip())
         return (json.loads(line)["text"] for line in lines) if ".jsonl" in name else lines
 
     return Corpus(documents, lambda: hashlib.sha256(packed).hexdigest())
@@ -106,21 +104,21 @@ def _resource(name: str) -> bytes:
 
 
 def text(data: DataConfig, split: str) -> Corpus:
-    """A file or a directory of .txt files (also .xz, .gz): one line is one document, blank lines are dropped.
+    """A file or a directory of .txt files (also .xz, .gz, .bz2): one line is one document, blank lines are dropped.
 
     `data.name`: how the text was tokenised, which is undone (data/detokenize.py), e.g. "wikitext"; "": it was not.
     """
     rules_of(data.name or "plain")
 
     def read(path: Path) -> Iterator[str]:
-        lines = (detokenize(line, data.name or "plain") for _, line in _lines(path))
+        lines = (detokenize(line, data.name or "plain") for _, line in text_files.lines(path))
         return (line for line in lines if line.strip())
 
     return local_files(data, split, ".txt", read, key=f"text {data.name}" if data.name else "text")
 
 
 def jsonl(data: DataConfig, split: str) -> Corpus:
-    """A file or a directory of .jsonl files (also .xz, .gz): one object a line, its `data.field` is the document."""
+    """A file or a directory of .jsonl files (also .xz, .gz, .bz2): one object a line, its `data.field` is the document."""
 
     def read(path: Path) -> Iterator[str]:
         documents = (_json_field(path, number, record, data.field) for number, record in json_lines(path))
@@ -131,7 +129,7 @@ def jsonl(data: DataConfig, split: str) -> Corpus:
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict]]:
     """Line numbers and objects of a .jsonl file; UserError with the line for anything else."""
-    for number, line in _lines(path):
+    for number, line in text_files.lines(path):
         if not line.strip():
             continue
         try:
@@ -185,47 +183,31 @@ def _held_out(all_documents: Callable[[], Iterator[str]], split: str, data: Data
 
 
 def _split_files(path: Path, suffix: str) -> dict[str, list[Path]]:
-    """Files of each split. In a directory a name with the word train, valid (val, dev) or test says which."""
+    """Files of each split. In a directory, with all below it, a name with the word train, valid (val, dev) or test says
+    which."""
     if not path.exists():
         raise UserError(f"data.path={str(path)!r} does not exist (looked for {path.absolute()})")
     if not path.is_dir():
         return {"train": [path], "valid": [], "test": []}
-    endings = tuple(suffix + packed for packed in ("", ".xz", ".gz"))
+    chosen, others = text_files.find(path, suffix)
+    if not chosen:
+        holds = f": it holds {text_files.describe(path, others)}" if others else ""
+        raise UserError(f"data.path={str(path)!r} is a directory without *{suffix} (or .xz, .gz, .bz2) files{holds}")
+    if others:
+        note_once(f"not read in {path}: {text_files.describe(path, others)}")
     found = {split: [] for split in SPLITS}
-    for file in sorted(path.iterdir()):
-        if file.name.endswith(endings):
-            found[_split_of(file)].append(file)
-    if not any(found.values()):
-        raise UserError(f"data.path={str(path)!r} is a directory without *{suffix} (or .xz, .gz) files")
+    for file in chosen:
+        found[_split_of(file.relative_to(path))].append(file)
     return found
 
 
 def _split_of(file: Path) -> str:
-    words = re.findall("[a-z]+", file.name.lower())
-    return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "train")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Line numbers from 1 and lines without their end; UserError with the byte offset if the file is not UTF-8."""
-    opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, contextlib.nullcontext)
-    offset = 0
-    try:
-        with open_regular(path) as raw, opener(raw) as file:
-            for number, line in enumerate(file, start=1):
-                yield number, _decode(path, line, offset)
-                offset += len(line)
-    except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{path} is a damaged {path.suffix} file: {error}") from None
-    except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _decode(path: Path, line: bytes, offset: int) -> str:
-    try:
-        return line.decode("utf-8-sig" if offset == 0 else "utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: byte 0x{line[error.start]:02x} at offset {offset + error.start}; "
-                        f"convert it, e.g. iconv -f LATIN1 -t UTF-8") from None
+    """What its name says, else the folder that it is in."""
+    for name in reversed(file.parts):
+        for word in re.findall("[a-z]+", name.lower()):
+            if word in SPLIT_NAMES:
+                return SPLIT_NAMES[word]
+    return "train"
 
 
 def _sha256(path: Path) -> str:
@@ -238,11 +220,7 @@ def _sha256(path: Path) -> str:
             start = hashlib.sha256(file.read(HASHED_BYTES)).hexdigest()
             return f"{start} {facts.st_size} {facts.st_mtime_ns}"
     except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot read {path}: {error.strerror or error}")
+        raise text_files.unreadable(path, error) from None
 
 
 # ---- TensorFlow Datasets

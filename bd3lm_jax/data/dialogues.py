@@ -39,7 +39,7 @@ class Dialogue(str):
 
 
 def sft(data: DataConfig, split: str) -> Corpus:
-    """A file or a directory of .jsonl files (also .xz, .gz), see above. UserError for lines that hold no dialogue."""
+    """A file or a directory of .jsonl files (also .xz, .gz, .bz2), see above. UserError for lines that hold no dialogue."""
     write, identity = lookup(TEMPLATES, data.name, "data.name (how a dialogue becomes text)")(data)
 
     def read(path: Path) -> Iterator[Dialogue]:
@@ -58,7 +58,7 @@ def _messages(path: Path, number: int, record: dict) -> Messages:
 
 
 def _read_messages(where: str, record: dict) -> Messages:
-    if "messages" not in record:
+    if record.get("messages") is None:  # null where another record has some
         missing = [key for key in ("prompt", "response") if not isinstance(record.get(key), str)]
         if missing:
             raise UserError(f"{where} has no text '{missing[0]}': expected 'prompt' and 'response', or 'messages'")

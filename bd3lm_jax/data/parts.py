@@ -7,7 +7,9 @@ content is checked by the CRC of its zip entries. Texts of a single part never t
 
 import collections
 import concurrent.futures
+import contextlib
 import hashlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -24,6 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bd3lm_jax import files
 from bd3lm_jax.data.texts import encode_continuation
 from bd3lm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3lm_jax.density.source import Annotation
@@ -61,11 +64,12 @@ def encode(documents: list[str], tokenizer: Tokenizer, form: Form, density: Anno
 
 
 def encode_all(documents: Iterable[str], tokenizer: Tokenizer, form: Form, density: Annotation | None,
-               directory: Path, workers: int) -> Iterator[Arrays]:
+               directory: Path, work: Path, workers: int) -> Iterator[Arrays]:
     """The arrays of all documents, part after part. Raises RunError if a worker is killed.
 
-    directory: where parts are kept, made if there are several. With a density, which may depend on what was read
-    before, they are neither kept nor shared among workers.
+    directory: where parts are kept, made if there are several; it may be removed at any time by another process that
+    has finished the same. With a density, which may depend on what was read before, they are neither kept nor shared
+    among workers. work: a directory of this process alone, left as it was.
     """
     parts = _split(documents)
     head = list(itertools.islice(parts, 2))
@@ -80,15 +84,15 @@ def encode_all(documents: Iterable[str], tokenizer: Tokenizer, form: Form, densi
             path = _path(directory, index, part)
             yield _load(path) or _encode_to(path, part, tokenizer, form)
         return
-    yield from _encode_with(workers, parts, tokenizer, form, directory)
+    yield from _encode_with(workers, parts, tokenizer, form, directory, work)
 
 
-def _encode_with(workers: int, parts: Iterator[list[str]], tokenizer: Tokenizer, form: Form,
-                 directory: Path) -> Iterator[Arrays]:
+def _encode_with(workers: int, parts: Iterator[list[str]], tokenizer: Tokenizer, form: Form, directory: Path,
+                 work: Path) -> Iterator[Arrays]:
     """As `encode_all`, by processes that read the texts from here and write the parts."""
-    tokenizer.save(directory / TOKENIZER)
+    tokenizer.save(work / TOKENIZER)
     context = multiprocessing.get_context("spawn")  # forked threads of the parent could hold locks for ever
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start, (str(directory / TOKENIZER), form))
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start, (str(work / TOKENIZER), form))
     pending = collections.deque()
 
     def oldest() -> Arrays:
@@ -110,6 +114,7 @@ def _encode_with(workers: int, parts: Iterator[list[str]], tokenizer: Tokenizer,
                        "with fewer --workers; what is done is kept") from None
     finally:
         pool.shutdown(cancel_futures=True)
+        (work / TOKENIZER).unlink(missing_ok=True)
 
 
 def _start(tokenizer: str, form: Form) -> None:
@@ -159,13 +164,12 @@ def _load(path: Path) -> Arrays | None:
 
 
 def _encode_to(path: Path, documents: list[str], tokenizer: Tokenizer, form: Form) -> Arrays:
-    """The arrays, once they are stored as a whole."""
-    arrays = encode(documents, tokenizer, form, None)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    path.parent.mkdir(exist_ok=True)  # another process may have finished, and tidied up
-    with open(temporary, "wb") as file:
-        np.savez(file, **arrays)
-    os.replace(temporary, path)
+    """The arrays, stored as a whole unless nobody needs them there any more."""
+    arrays, content = encode(documents, tokenizer, form, None), io.BytesIO()
+    np.savez(content, **arrays)
+    with contextlib.suppress(FileNotFoundError):  # another process has finished, and removed the directory
+        path.parent.mkdir(exist_ok=True)
+        files.write(path, content.getvalue())
     return arrays
 
 

@@ -8,18 +8,16 @@ packing.py) and meta.json, which is written last (see manifest.py).
 
 import contextlib
 import dataclasses
-import fcntl
+import io
 import json
-import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from bd3lm_jax import paths
+from bd3lm_jax import files, lock, paths, workspace
 from bd3lm_jax.config import DataConfig
 from bd3lm_jax.data import corpora, manifest, mixture, packing, parts
 from bd3lm_jax.data.tokenizers import Tokenizer, get_tokenizer, load_tokenizer
@@ -30,7 +28,7 @@ from bd3lm_jax.errors import RunError, UserError
 FORMAT = 1  # raise it when the same documents would be stored differently
 CHUNK_TOKENS = 1 << 22  # tokens held in memory while rows are written
 STORED = {"tokens", "density", "prompt"}  # arrays with an entry a token
-LOCK = "lock"  # held by the process that builds a directory
+DAMAGED, ABSENT = "damaged", "absent"
 
 Progress = Callable[[int, int], None]  # called with the documents and tokens done so far
 
@@ -133,16 +131,17 @@ def prepare_tokenizer(data: DataConfig) -> Tokenizer:
         return get_tokenizer(data.tokenizer, tuple)
     corpus = corpora.open_corpus(data, "train")
     path = cache_directory(data) / f"tokenizer-{manifest.digest([FORMAT, data.tokenizer, corpus.fingerprint()])}.json"
-    if path.exists():
-        if _is_sealed(path):
+    if _is_sealed(path):
+        return load_tokenizer(path)
+    with _disk_errors(path.parent), lock.in_turn(workspace.lock_file(path), "trains the same tokenizer"):
+        if _is_sealed(path):  # another process was faster
             return load_tokenizer(path)
-        warnings.warn(f"the tokenizer in {path} is damaged or of an earlier version: training it again", stacklevel=2)
-    tokenizer = get_tokenizer(data.tokenizer, corpus.documents)
-    content = json.loads(tokenizer.to_bytes())
-    with _disk_errors(path.parent):
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(content | {manifest.SEAL: manifest.digest(content)}))
-        part.rename(path)
+        if path.exists():
+            warnings.warn(f"the tokenizer in {path} is damaged or of an earlier version: training it again",
+                          stacklevel=2)
+        tokenizer = get_tokenizer(data.tokenizer, corpus.documents)
+        content = json.loads(tokenizer.to_bytes())
+        files.write(path, json.dumps(content | {manifest.SEAL: manifest.digest(content)}).encode())
     return tokenizer
 
 
@@ -198,21 +197,21 @@ def prepare_corpus(corpus: corpora.Corpus, source: str, split: str, data: DataCo
     if density is not None:
         identity["density"] = density.identity
     path = cache_directory(data) / f"{source}-{split}-{manifest.digest(identity)}"
-    while path.exists():
-        if manifest.damage(path, identity) is None:
-            return Rows(path, manifest.read(path))
-        _put_away(path, identity)
-    kept = path.with_name(f"{path.name}.parts")
-    with _disk_errors(path.parent), _work_directory(path) as work:
-        try:
-            meta = _build(work, corpus.documents(), identity, tokenizer, progress, density, kept, workers)
-        except UserError as error:
-            if not isinstance(error, RunError):  # another text has to be given, which these parts are not of
-                shutil.rmtree(kept, ignore_errors=True)
-            raise
-        _publish(work, path, identity)
-        shutil.rmtree(kept, ignore_errors=True)
-    return Rows(path, meta)
+    while (damage := _damage(path, identity)) is not None:
+        with _disk_errors(path.parent), workspace.directory(path, "prepares the same rows") as work:
+            if path.exists() and (damage == ABSENT or not _put_away(path, identity, work)):
+                continue  # another process was faster
+            kept = workspace.parts(path)
+            try:
+                _build(work, corpus.documents(), identity, tokenizer, progress, density, kept, workers)
+            except UserError as error:
+                if not isinstance(error, RunError):  # another text has to be given, which these parts are not of
+                    shutil.rmtree(kept, ignore_errors=True)
+                raise
+            _publish(work, path, identity)
+            shutil.rmtree(kept, ignore_errors=True)
+    workspace.tidy(path)
+    return Rows(path, manifest.read(path))
 
 
 @contextlib.contextmanager
@@ -224,36 +223,21 @@ def _disk_errors(directory: Path) -> Iterator[None]:
                        "or set data.cache_dir to another disk") from error
 
 
-def _put_away(path: Path, identity: dict) -> None:
-    """Remove a damaged directory; not one that another process, which saw the damage too, has put in its place."""
-    with _disk_errors(path.parent), contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as stack:
-        directory = os.open(path, os.O_RDONLY)
-        stack.callback(os.close, directory)
-        with contextlib.suppress(OSError):  # some file systems have no locks
-            fcntl.flock(directory, fcntl.LOCK_EX)
-        damage = manifest.damage(path, identity)
-        if damage is None:
-            return
-        work = stack.enter_context(_work_directory(path))
-        path.rename(work / "damaged")
+def _damage(path: Path, identity: dict) -> str | None:
+    """What is wrong with prepared rows; None if nothing."""
+    return manifest.damage(path, identity) if path.exists() else ABSENT
+
+
+def _put_away(path: Path, identity: dict, work: Path) -> bool:
+    """Remove damaged rows; False if they are whole: another process, which saw the damage too, has built them anew."""
+    damage = manifest.damage(path, identity)
+    if damage is None:
+        return False
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(work / DAMAGED)
+        shutil.rmtree(work / DAMAGED)
         warnings.warn(f"prepared rows in {path} are damaged ({damage}): building them again", stacklevel=3)
-
-
-@contextlib.contextmanager
-def _work_directory(path: Path) -> Iterator[Path]:
-    """A directory beside `path`, gone afterwards unless it was renamed; those of processes that were killed go too."""
-    for abandoned in path.parent.glob(f"{path.name}.part-*"):
-        with contextlib.suppress(OSError), open(abandoned / LOCK, "rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its owner is gone, or this raises
-            shutil.rmtree(abandoned, ignore_errors=True)
-    work = Path(tempfile.mkdtemp(prefix=f"{path.name}.part-", dir=path.parent))
-    try:
-        with open(work / LOCK, "wb") as lock:
-            with contextlib.suppress(OSError):  # some file systems have no locks: then nothing is taken for abandoned
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    return True
 
 
 def _build(work: Path, documents: Iterable[str], identity: dict, tokenizer: Tokenizer,
@@ -278,7 +262,9 @@ def _build(work: Path, documents: Iterable[str], identity: dict, tokenizer: Toke
     layout = packing.lay_out(identity["layout"], lengths, identity["length"], identity["block_size"])
     for name, (dtype, padding) in flat.items():
         _write_rows(work / name, dtype, layout, identity["length"], padding)
-    np.save(work / "pieces.npy", layout.pieces_Px4)
+    pieces = io.BytesIO()  # np.save to a file says not why it could not write
+    np.save(pieces, layout.pieces_Px4)
+    (work / "pieces.npy").write_bytes(pieces.getbuffer())
     counts = {"rows": layout.num_rows, "tokens": int(lengths.sum()), "documents": len(lengths), "bytes": num_bytes}
     return manifest.write(work, identity, found | counts, [*flat, "pieces.npy"])
 
@@ -309,7 +295,7 @@ def _tokenise(work: Path, documents: Iterable[str], tokenizer: Tokenizer, progre
     lengths, num_bytes, num_tokens, num_documents = [], 0, 0, 0
     with contextlib.ExitStack() as stack:
         files = {}
-        for arrays in parts.encode_all(documents, tokenizer, form, density, kept, workers):
+        for arrays in parts.encode_all(documents, tokenizer, form, density, kept, work, workers):
             for name in STORED & arrays.keys():
                 if name not in files:
                     files[name] = stack.enter_context(open(_flat(work / f"{name}.npy"), "wb"))
@@ -324,11 +310,9 @@ def _tokenise(work: Path, documents: Iterable[str], tokenizer: Tokenizer, progre
 
 
 def _publish(work: Path, path: Path, identity: dict) -> None:
-    """Rename into place; another process may have been faster with the same content."""
-    work.chmod(0o755)  # mkdtemp's directories are private
-    (work / LOCK).unlink()
+    """Rename into place; where files cannot be locked another process may have been faster with the same content."""
     try:
-        work.rename(path)
+        workspace.publish(work, path)
     except OSError:
-        if manifest.damage(path, identity) is not None:
+        if _damage(path, identity) is not None:
             raise

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bd3lm_jax import log
+from bd3lm_jax import files, log
 from bd3lm_jax.data import tokenizer_files
 from bd3lm_jax.data.tokenizer_files import END_TOKEN, Unsupported, library_errors, library_form, load_library
 from bd3lm_jax.errors import UserError, nearest
@@ -104,7 +104,7 @@ class Tokenizer:
         return json.dumps(self._content(), sort_keys=True).encode()
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_bytes(self.to_bytes())
+        files.write(path, self.to_bytes())
 
     @cached_property
     def identity(self) -> str:

@@ -66,6 +66,7 @@ class Annotations:
             record = from_json(line)
         except json.JSONDecodeError as error:
             raise self._error(number, f"not JSON: {error.msg} at column {error.colno}") from None
+        record = {key: x for key, x in record.items() if x is not None} if isinstance(record, dict) else record
         if not isinstance(record, dict) or not ("text" in record or "sha256" in record):
             raise self._error(number, "expected an object with \"text\" (or \"sha256\") and \"spans\"")
         text, spans = record.get("text"), record.get("spans")

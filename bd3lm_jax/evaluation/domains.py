@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bd3lm_jax.config import Config, DataConfig
-from bd3lm_jax.data import corpora, mixture
+from bd3lm_jax.data import corpora, mixture, text_files
 from bd3lm_jax.data.corpora import Corpus
 from bd3lm_jax.data.detokenize import detokenize, rules_of
 from bd3lm_jax.data.prepare import prepare_corpus
@@ -203,7 +203,7 @@ def _how_to_get(name: str, domain: Domain, data_dir: str) -> str:
 
 
 def _local(own: DataConfig, path: Path) -> DataConfig:
-    jsonl = ".jsonl" in path.suffixes or (path.is_dir() and any(path.glob("*.jsonl*")))
+    jsonl = bool(text_files.find(path, ".jsonl")[0]) if path.is_dir() else text_files.has_ending(path, ".jsonl")
     return dataclasses.replace(own, source="jsonl" if jsonl else "text", path=str(path), name="", mixture=())
 
 

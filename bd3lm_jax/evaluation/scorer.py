@@ -60,7 +60,7 @@ class Scorer:
         """int32 [n]. Where the scorer's corpus has a document a line, a newline is the end token."""
         if not self._lines:
             return self.lm.tokenizer.encode(text)
-        first, *others = [self.lm.tokenizer.encode(line) for line in text.splitlines() or [""]]
+        first, *others = [self.lm.tokenizer.encode(line) for line in text.removesuffix("\n").split("\n")]
         return np.concatenate([first, *(part for ids in others for part in (self.separator, ids))]).astype(np.int32)
 
     def nats(self, texts: Sequence[np.ndarray]) -> list[np.ndarray]:

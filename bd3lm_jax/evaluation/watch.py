@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from bd3lm_jax import hf, jax_settings, log, rundir
-from bd3lm_jax.checkpoint import Absent, Checkpoints
+from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.errors import RunError, UserError
 from bd3lm_jax.evaluation import domains, estimators
 from bd3lm_jax.evaluation.estimators import default_estimator
 from bd3lm_jax.evaluation.evaluate import open_run
 from bd3lm_jax.restore import restore
+from bd3lm_jax.step_choice import Absent
 from bd3lm_jax.sweeps.pool import Signals
 
 FILE = "watch.jsonl"  # of the run directory: a line an evaluation

@@ -4,6 +4,7 @@ The one user of the package safetensors.
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -155,7 +156,14 @@ def converted(name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """A safetensors file as the libraries of published models expect it."""
+    """A safetensors file as the libraries of published models expect it. Raises OSError."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    save_file({name: np.asarray(x, order="C") for name, x in tensors.items()}, path, metadata={"format": "pt"})
+    try:
+        save_file({name: np.asarray(x, order="C") for name, x in tensors.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None

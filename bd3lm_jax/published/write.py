@@ -3,8 +3,6 @@
 import contextlib
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +11,8 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from bd3lm_jax import files, workspace
 from bd3lm_jax.data.tokenizers import MASK_TOKENS
-from bd3lm_jax.errors import RunError, UserError
 from bd3lm_jax.published.leaf import Leaf, require
 from bd3lm_jax.published.tensors import INDEX_FILE, WEIGHTS_FILE, converted, write_file
 
@@ -48,26 +46,23 @@ def whole(target: Path) -> Iterator[Path]:
 
     Raises UserError if `target` exists, RunError if the disk is full or cannot be written.
     """
-    require(not target.exists(), f"{target} exists and is never overwritten: choose another directory")
     made = [parent for parent in target.parents if not parent.exists()]
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f"{target.name}.part-", dir=target.parent))
-        try:
-            yield work
-            work.chmod(0o755)  # mkdtemp's directories are private
-            work.rename(target)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    except UserError:
-        raise
-    except OSError as error:
-        raise RunError(f"cannot write {target}: {error.strerror or error}; free some disk space, or choose another "
-                       "directory") from None
+        with files.errors(target, "choose another directory"):
+            _refuse(target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with workspace.directory(target, "writes the same directory") as work:
+                _refuse(target)  # another process may have been faster
+                yield work
+                workspace.publish(work, target)
     finally:
         for parent in made:
             with contextlib.suppress(OSError):  # not empty, as after a success
                 parent.rmdir()
+
+
+def _refuse(target: Path) -> None:
+    require(not target.exists(), f"{target} exists and is never overwritten: choose another directory")
 
 
 def tensors_of(leaves: dict[str, Leaf], params: Mapping[str, jax.Array], dtype: np.dtype) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import math
 import os
 import signal
 import subprocess
@@ -12,7 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
-from bd3lm_jax.log import note
+from bd3lm_jax import lock
+from bd3lm_jax.log import note, note_once
 
 POLL_S = 0.2  # between looks at the processes
 LOCK_S = 1.0  # that a start waits for a lock, which someone may hold only to look at it
@@ -75,7 +77,7 @@ def is_running(log: Path) -> bool:
 def exclusive(path: Path) -> Iterator[None]:
     """Hold the lock file `path`, for which others wait."""
     with open(path, "wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        _lock(file, fcntl.LOCK_EX, math.inf)
         yield
 
 
@@ -153,7 +155,8 @@ def _stop(jobs: Sequence[Job], signals: Signals) -> None:
 
 
 def _lock(file: BinaryIO, kind: int, seconds: float) -> bool:
-    """Whether the lock was free within so many seconds; it is held until every copy of `file` is closed."""
+    """Whether the lock was free within so many seconds, or there are none here; it is held until every copy of `file` is
+    closed."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -163,3 +166,9 @@ def _lock(file: BinaryIO, kind: int, seconds: float) -> bool:
             if time.monotonic() >= deadline:
                 return False
             time.sleep(POLL_S / 4)
+        except OSError as error:
+            if error.errno not in lock.WITHOUT_LOCKS:
+                raise
+            note_once(f"{file.name} cannot be locked here ({error.strerror}): see that no other process trains the same "
+                      "sweep")
+            return True

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bd3lm_jax import hf, jax_settings, log
-from bd3lm_jax.errors import RunError, UserError, lookup
+from bd3lm_jax import files, hf, jax_settings, log
+from bd3lm_jax.errors import UserError, lookup
 from bd3lm_jax.published.card import HUB_CACHE, base_name
 from bd3lm_jax.tasks import sandbox
 from bd3lm_jax.tasks import score
@@ -147,7 +147,9 @@ class _Run(NamedTuple):
                  for i, (problem, completion, verdict) in enumerate(zip(problems, completions, verdicts))]
         settings = json.dumps(self.asked, sort_keys=True, default=str)
         path = self.folder / f"{self.task.name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}{suffix}.jsonl"
-        _write(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        with files.errors(path, "give another run directory"):
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            files.write(path, text.encode(errors="replace"))
         scores_N = np.array([verdict.correct for verdict in verdicts], np.float64).reshape(-1, draws).mean(1)
         outcomes = collections.Counter("too long" if completion.stop == "too_long" else verdict.outcome
                                        for completion, verdict in zip(completions, verdicts))
@@ -216,23 +218,11 @@ def _folder(workdir: str | os.PathLike) -> Path:
     path = Path(workdir)
     elsewhere = path.is_file() or any(part.startswith(HUB_CACHE) for part in path.absolute().parts)
     folder = Path(FOLDER) / base_name(str(path)).replace("/", "--") if elsewhere else path / FOLDER
-    try:
+    with files.errors(f"{folder}, where completions are kept", "change its permissions", has_begun=False):
         folder.mkdir(parents=elsewhere, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create {folder}, where completions are kept: {error.strerror or error}") from None
     if not os.access(folder, os.W_OK):
         raise UserError(f"cannot write in {folder}, where completions are kept: change its permissions")
     return folder
-
-
-def _write(path: Path, text: str) -> None:
-    """All of it or nothing."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}; free some disk space and run again") from None
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -1,15 +1,13 @@
 """What a task is: how its records become prompts, where a completion ends, and what makes it right."""
 
-import gzip
 import hashlib
-import io
 import json
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bd3lm_jax.data import text_files
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.foreign import LARGE, read_bytes
 from bd3lm_jax.typed import from_json
@@ -66,7 +64,7 @@ class ProblemFile(NamedTuple):
 
 
 def read_problems(task: Task, file: str) -> ProblemFile:
-    """All problems of the test set in `file`, JSON lines (.gz too) in the task's own format; "": the packaged one.
+    """All problems of the test set in `file`, JSON lines (also .xz, .gz, .bz2) in the task's own format; "": the packaged one.
 
     Raises UserError for a file that is missing, damaged or of another format.
     """
@@ -75,10 +73,10 @@ def read_problems(task: Task, file: str) -> ProblemFile:
     path = Path(file) if file else task.packaged
     try:
         content = read_bytes(path, LARGE)
-        text = (_decompressed(content) if path.suffix == ".gz" else content).decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        lines = list(text_files.lines(path, LARGE))
+    except (OSError, UserError) as error:
         raise UserError(f"cannot read problems of {task.name} in {path} ({error}): expected {task.source}") from None
-    problems = [_problem(task, path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    problems = [_problem(task, path, number, line) for number, line in lines if line.strip()]
     problems = [problem for problem in problems if problem is not None]
     if not problems:
         raise UserError(f"{path} holds no test problem of {task.name}: expected {task.source}")
@@ -88,13 +86,6 @@ def read_problems(task: Task, file: str) -> ProblemFile:
 def cut(text: str, stop: Sequence[str]) -> str:
     """`text` up to the first of the stop texts in it."""
     return text[:min((place for place in map(text.find, stop) if place >= 0), default=len(text))]
-
-
-def _decompressed(content: bytes) -> bytes:
-    text = gzip.GzipFile(fileobj=io.BytesIO(content)).read(LARGE + 1)
-    if len(text) > LARGE:
-        raise OSError(f"it unpacks to more than {LARGE:,} bytes")
-    return text
 
 
 def _problem(task: Task, path: Path, number: int, line: str) -> Problem | None:

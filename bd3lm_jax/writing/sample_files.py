@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bd3lm_jax import rundir
+from bd3lm_jax import files, rundir
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.foreign import LARGE, read_text
 from bd3lm_jax.typed import from_json
@@ -48,20 +48,26 @@ def read(path: str) -> Texts:
     sizes = {size for size in map(_block_size, results) if size is not None}
     return Texts(Path(path).stem, path, [sample["text"] for sample in samples], _nfe_per_token(samples),
                  sizes.pop() if len(sizes) == 1 else block_size,
-                 dict(Counter(sample["stop"] for sample in samples if "stop" in sample)))
+                 dict(Counter(sample["stop"] for sample in samples if sample.get("stop") is not None)))
 
 
-def names(files: Sequence[Texts]) -> list[str]:
+def write(path: str, samples: Sequence[dict[str, Any]]) -> None:
+    """JSON lines, a sample each; all of them or what was there before. RunError if they cannot be written."""
+    with files.errors(path, "choose another --out"):
+        files.write(path, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples).encode())
+
+
+def names(texts: Sequence[Texts]) -> list[str]:
     """What to call them in tables: their names, or their paths where two have one name."""
-    short = [file.name for file in files]
-    return short if len(set(short)) == len(short) else [file.path for file in files]
+    short = [file.name for file in texts]
+    return short if len(set(short)) == len(short) else [file.path for file in texts]
 
 
 def _newest(workdir: Path) -> Path:
-    files = [file for file in workdir.glob("samples/*") if file.suffix in (".txt", ".json", ".jsonl")]
-    if not files:
+    found = [file for file in workdir.glob("samples/[!.]*") if file.suffix in (".txt", ".json", ".jsonl")]
+    if not found:
         raise UserError(f"{workdir} has no texts in samples/: python -m launch sample --workdir={workdir} > FILE.json")
-    return max(files, key=lambda file: ([int(number) for number in re.findall(r"\d+", file.stem)], file.name))
+    return max(found, key=lambda file: ([int(number) for number in re.findall(r"\d+", file.stem)], file.name))
 
 
 def _content(file: Path) -> str:
@@ -100,7 +106,7 @@ def _line(file: Path, number: int, line: str) -> Any:
 
 
 def _samples(file: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
-    samples = result.get("samples", [result])
+    samples = [result] if result.get("samples") is None else result["samples"]
     if not isinstance(samples, list) or not samples:
         raise UserError(f"{file} holds no samples: expected {FORMS}")
     for sample in samples:
@@ -111,12 +117,12 @@ def _samples(file: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _block_size(result: dict[str, Any]) -> int | None:
-    sampler = result.get("sampler")
-    return result.get("block_size", sampler.get("block_size") if isinstance(sampler, dict) else None)
+    sampler, own = result.get("sampler"), result.get("block_size")
+    return sampler.get("block_size") if own is None and isinstance(sampler, dict) else own
 
 
 def _nfe_per_token(samples: Sequence[dict[str, Any]]) -> float | None:
-    if not all("nfe" in sample and "num_tokens" in sample for sample in samples):
+    if any(sample.get(key) is None for sample in samples for key in ("nfe", "num_tokens")):
         return None
     tokens = sum(sample["num_tokens"] for sample in samples)
     return sum(sample["nfe"] for sample in samples) / tokens if tokens else None

@@ -4,9 +4,9 @@ import html
 import json
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
+from bd3lm_jax import files
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.foreign import LARGE, read_text
 from bd3lm_jax.log import note
@@ -44,15 +44,15 @@ def make_record(events: Iterable[Event], lm, title: str) -> dict:
 
 
 def write_html(path: str | os.PathLike, records: Sequence[dict]) -> None:
-    """The page of a record, or a page that plays several side by side; written whole or not at all."""
+    """The page of a record, or a page that plays several side by side; written whole or not at all. RunError if it
+    cannot be."""
     pages = [_page(record) for record in records]
     if len(pages) > 1:
         frames = [f'<iframe title="{html.escape(record["title"])}" srcdoc="{html.escape(page)}"></iframe>'
                   for record, page in zip(records, pages)]
         pages = [BESIDE.replace("FRAMES", "\n".join(frames), 1)]
-    temporary = Path(path).with_suffix(".tmp")
-    temporary.write_text(pages[0], encoding="utf-8")
-    os.replace(temporary, path)
+    with files.errors(path, "choose another --trace"):
+        files.write(path, pages[0].encode())
     note(f"trace page: {path}, for a browser")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bd3lm_jax import checkpoint, files
-from bd3lm_jax.bench import BENCHES, damage, faults, kills, power
+from bd3lm_jax.bench import BENCHES, damage, faults, faults_files, kills, power
 from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.errors import RunError
 from bd3lm_jax.fingerprint import fingerprints_by_device
@@ -31,7 +31,7 @@ class Offline(kills.Runs):
 
     def __init__(self, home):
         self.home, self.processes, self.steps, self.whole = home, 1, 6, home / "whole"
-        self._truth, self._abstract = {}, jax.eval_shape(lambda: make_state(0))
+        self._truth, self.abstract = {}, jax.eval_shape(lambda: make_state(0))
         self.losses = {step: 1 / step for step in range(1, 7)}
         self.write(self.whole, 9)
 
@@ -130,7 +130,8 @@ def test_values_used_silently_are_counted(runs, monkeypatch):
 
 def test_every_fault_has_its_promise():
     assert BENCHES["faults"] is faults
-    assert {limit.variant for limit in faults.LIMITS} == {*damage.KINDS, *kills.KINDS, power.KIND}
+    assert {limit.variant for limit in faults.LIMITS} == {
+        *damage.KINDS, *faults_files.KINDS, *kills.KINDS, power.KIND}
 
 
 class Ended(Offline):

@@ -1,5 +1,7 @@
 """Processes of a pool: locks that outlive it, signals, last words."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -163,3 +165,16 @@ def test_what_does_not_leave_is_killed(tmp_path, monkeypatch):
     with Signals() as signals, pytest.raises(OSError, match="disk full"):
         run_all([deaf].pop, 1, signals, lambda job: fail(job) if job.state == "running" else None, id)
     assert deaf.code == -signal.SIGKILL
+
+
+def test_runs_where_files_cannot_be_locked(tmp_path, monkeypatch, capsys):
+    """As training does, with a note."""
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    job = Job("a", [sys.executable, "-c", "print('words')"], tmp_path / "a.log")
+    with pool.exclusive(tmp_path / ".lock"):
+        assert job.start()
+    assert job.process.wait(60) == 0 and job.last_words() == "words" and not pool.is_running(tmp_path / "a.log")
+    assert "a.log cannot be locked here (No locks available): see that no other process" in capsys.readouterr().err
