@@ -300,7 +300,7 @@ class Checkpoints:
 
 
 def _agree(fault: str, error: Exception | None = None) -> None:
-    """Raise `error`, or _Damaged if this process or another one has found a fault ("": it has not)."""
+    """Raise `error`, or Damaged if this process or another one has found a fault ("": it has not)."""
     found = distributed.texts(fault)
     if error is not None:
         raise error
