@@ -163,7 +163,7 @@ def test_the_card(tmp_path):
     converted(tmp_path / "run", tmp_path / "named", dtype="bfloat16")
     text = (tmp_path / "named" / "README.md").read_text()
     for part in ("# named", "blocks of 4 tokens", "as bfloat16", "the austen corpus", "mask token 66",
-                 "| valid | 4.2500 | 4.0000 .. 4.5000 | 70.10 | 54.60 .. 90.00 | 1.5000 | exact_count | 7 |",
+                 "| valid | 4.2500 | 4.0000 .. 4.5000 | 70.10 | 54.60 .. 90.00 | 1.5000 | none | exact_count | 7 |",
                  'bd3lm_jax.load("named")'):
         assert part in text, part
     assert "None were recorded" not in text

@@ -11,6 +11,7 @@ from toy_runs import AR, END, LENGTH, MASK, network, quick_jit, run_python, toy_
 
 from bd3lm_jax import passes, sharding, stats
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
+from bd3lm_jax.data.sized import Sized
 from bd3lm_jax.errors import RunError, UserError
 from bd3lm_jax.evaluation import evaluate
 from bd3lm_jax.evaluation.evaluate import Evaluator, Target
@@ -40,7 +41,8 @@ def prepared(home):
         if key not in known:
             config = toy_config(home, changes)
             model, params = network(config, scale=0.15)
-            rows = prepare(config.data, split, config.block_size, prepare_tokenizer(config.data))
+            tokenizer = prepare_tokenizer(config.data)
+            rows = Sized(prepare(config.data, split, config.block_size, tokenizer), tokenizer)
             known[key] = Evaluator(config, model, SPECIAL, sharding.make_mesh(config.mesh)), model, params, rows
         return known[key]
 
@@ -269,7 +271,7 @@ def test_draws_until_the_target_is_met(prepared, capsys):
 @pytest.mark.parametrize(("ci", "max_draws"), [(1e-6, 8), (0.004, 1)])
 def test_a_target_out_of_reach(prepared, ci, max_draws):
     evaluator, _, params, rows = prepared()
-    with pytest.raises(RunError, match=r"is \+- .*% of the nll after 1 draws .* about \d+ draws and --max_draws is"):
+    with pytest.raises(RunError, match=r"is \+- .*% of the nll after \d draws .* about \d+ draws and --max_draws is"):
         evaluator.measure(params, rows, estimator="exact_count", draws=1, seed=0, target=Target(ci, max_draws))
 
 
@@ -303,7 +305,8 @@ def test_eval_of_a_run_is_repeatable_and_complete(run):
     first, second = evaluated(run), evaluated(run)
     assert {**first, "wall_s": 0} == {**second, "wall_s": 0}
     assert set(first) == {"data", "split", "estimator", "nll", "nll_ci95", "nll_mc_se", "nll_document_se", "ppl",
-                          "ppl_ci95", "bits_per_byte", "bits_per_byte_ci95", "chunks", "stride", "length",
+                          "ppl_ci95", "bits_per_byte", "bits_per_byte_ci95", "bits_per_byte_comparable",
+                          "changed_documents", "chunks", "stride", "length",
                           "first_token", "end_token", "tokens", "documents", "draws", "seed", "step", "config_sha256",
                           "wall_s"}
     assert (first["data"], first["split"], first["estimator"], first["step"]) == ("text", "valid", "exact_count", 2)
