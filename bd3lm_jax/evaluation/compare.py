@@ -118,10 +118,11 @@ def _show(workdir: str, result: dict, found: stats.Interval, same_tokenizer: boo
         return
     masks = "the same masks" if result["same_masks"] else "masks of their own"
     log.table(f"{workdir} less {result['workdir']}: same documents, {masks}",
-              (result["unit"], "95 % interval", "p", "se: documents", "se: draws", "se unpaired"),
+              (result["unit"], "95 % interval", "p"),
               [(f"{result['difference']:+.4f}", format_interval(result["difference_ci95"], "+.4f"),
-                format_number(result["p_value"], ".2g"), format_number(found.document_se, ".5f"), f"{found.mc_se:.5f}",
-                format_number(result["unpaired_se"], ".5f"))])
+                format_number(result["p_value"], ".2g"))])
+    log.note(f"its standard error: {format_number(found.document_se, '.5f')} by the choice of documents, "
+             f"{found.mc_se:.5f} by the draws; unpaired {format_number(result['unpaired_se'], '.5f')}")
     if found.missing:
         log.note(found.missing)
     if not same_tokenizer:

@@ -164,12 +164,13 @@ def evaluate_run(workdir: str, *, split: str, data: str, estimator: str, draws: 
 
 def show(workdir: str, text: str, result: dict, by_count: dict) -> None:
     """Tables for people: the likelihood with both parts of its error, and by masked tokens of a block."""
+    figures = (("nats/token", "nll", ".4f"), ("perplexity", "ppl", ".2f"), ("bits/byte", "bits_per_byte", ".4f"))
     log.table(f"{workdir}, {text}: {result['documents']} documents, {result['tokens']} tokens, "
-              f"{result['estimator']}, {result['draws']} draws",
-              ("nats/token", "perplexity", "95 % interval", "bits/byte", "95 % interval", "se: documents", "se: draws"),
-              [(f"{result['nll']:.4f}", f"{result['ppl']:.2f}", format_interval(result["ppl_ci95"], ".2f"),
-                f"{result['bits_per_byte']:.4f}", format_interval(result["bits_per_byte_ci95"], ".4f"),
-                format_number(result["nll_document_se"], ".5f"), f"{result['nll_mc_se']:.5f}")])
+              f"{result['estimator']}, {result['draws']} draws", ("", "value", "95 % interval"),
+              [(name, format_number(result[key], form), format_interval(result[f"{key}_ci95"], form))
+               for name, key, form in figures])
+    log.note(f"standard error of nats/token: {format_number(result['nll_document_se'], '.5f')} by the choice of "
+             f"documents, {result['nll_mc_se']:.5f} by the draws")
     if "ci95_missing" in result:
         log.note(result["ci95_missing"])
     if 1 < len(by_count) <= 32:
