@@ -22,6 +22,7 @@ setup(
         "orbax-checkpoint>=0.12.8",
         "rich>=15.0",
         "safetensors>=0.8",
+        "scipy>=1.17",
         "tensorflow-datasets>=4.9.10",
         "tokenizers>=0.23",
     ],
@@ -29,7 +30,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],
         "data": ["tensorflow>=2.21"],  # TFDS needs it to build lm1b and its kin; never to read them
-        "test": ["gguf>=0.19", "hypothesis>=6.170", "jinja2>=3.1.6", "pytest>=9.0", "pytest-xdist>=3.8", "scipy>=1.17"],
+        "test": ["gguf>=0.19", "hypothesis>=6.170", "jinja2>=3.1.6", "pytest>=9.0", "pytest-xdist>=3.8"],
         "harness": ["lm-eval>=0.4.13"],
         "sandbox": ["pyseccomp>=0.1.2"],  # confine generated code where bubblewrap is not there
         "gguf": ["gguf>=0.19"],  # read GGUF files

@@ -26,7 +26,8 @@ from bd3lm_jax.writing.options import Options, make_options
 
 class NLL(NamedTuple):
     """Nats. per_token `[B, L]`: entry i belongs to token i (contributions that sum to the estimate). mean and its
-    ci95: per weighted token, over rows as documents, or over draws alone if there is only one row. total: the sum."""
+    ci95: per weighted token, over rows as documents (nan, nan for two rows, which tell too little), or over draws alone
+    if there is only one row. total: the sum."""
 
     per_token: np.ndarray
     mean: float

@@ -13,22 +13,24 @@ import numpy as np
 from bd3lm_jax import distributed, files, plots, rundir, sealed
 from bd3lm_jax.config import Config
 from bd3lm_jax.data.corpora import join_documents, load_documents
+from bd3lm_jax.data.sized import Sized, changed_documents, warn_if_changed
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import textmetrics
 from bd3lm_jax.log import busy, note, note_once, save, table
+from bd3lm_jax.stats import format_interval, format_number
 from bd3lm_jax.sweeps import paired
 
 REPORT = "report.json"
 SETTINGS = ("draws", "report_rows", "samples", "sample_length")  # of the section eval
 BYTE_ORDERS = (3, 4, 5)
-COUNTED_TOKENS = 20_000_000  # count models are for training splits up to this size: they sort all of it
+COUNTED_TOKENS = 20_000_000  # of a split up to which count models sort it, and all documents are decoded again
 
 
 def closing(run: Any, weights: Any, valid: dict, evaluator: Any) -> None:
     """The report after `train`: valid (and, for the embedded corpus, test) beside count models, samples, plots.
 
     valid is {} for a model without a bound. Of many processes all call it, and the first one writes."""
-    splits = {"valid": (run.rows["valid"], valid)} if valid else {}
+    splits = {"valid": (run.valid_rows, valid)} if valid else {}
     config = run.config
     if not valid:
         note(f"an objective of kind '{config.diffusion.kind}' has no bound on the likelihood: none is reported")
@@ -40,8 +42,12 @@ def closing(run: Any, weights: Any, valid: dict, evaluator: Any) -> None:
         splits["test"] = (rows, estimate)
     if jax.process_index() > 0:
         return
-    for split, (rows, estimate) in splits.items():
+    for split, (rows, estimate) in list(splits.items()):
         _likelihood_table(run, split, rows, estimate)
+        if rows.meta["tokens"] <= COUNTED_TOKENS:
+            changed = changed_documents(load_documents(config.data, split), run.tokenizer)
+            warn_if_changed(changed, rows.meta["documents"], split)
+            splits[split] = rows, estimate | {"bits_per_byte_comparable": not changed, "changed_documents": changed}
     if valid and len(valid["nll_by_count"]) > 1:
         points = zip(*sorted(valid["nll_by_count"].items()))
         plots.nll_by_count(Path(run.workdir) / "plots" / "nll_by_count.png", *points)
@@ -103,14 +109,14 @@ def read(workdir: str | os.PathLike) -> dict | None:
 def _test_rows(run):
     from bd3lm_jax.data.prepare import prepare
 
-    return prepare(run.config.data, "test", run.config.block_size, run.tokenizer)
+    return Sized(prepare(run.config.data, "test", run.config.block_size, run.tokenizer), run.tokenizer)
 
 
 def _likelihood_table(run, split: str, rows, estimate: dict) -> None:
-    low, high = estimate["nll_ci95"]
     per_token = rows.meta["bytes"] * np.log(2) / rows.meta["tokens"]
-    lines = [("this model", f"{estimate['bits_per_byte']:.3f}", f"{low / per_token:.3f} .. {high / per_token:.3f}",
-              f"{estimate['nll']:.4f}", f"{estimate['ppl']:.1f}")]
+    lines = [("this model", format_number(estimate["bits_per_byte"], ".3f"),
+              format_interval(estimate["bits_per_byte_ci95"], ".3f"), format_number(estimate["nll"], ".4f"),
+              format_number(estimate["ppl"], ".1f"))]
     try:
         with busy(f"counting models for comparison, {split}"):
             counted = _count_models(run, split, rows)
@@ -122,6 +128,8 @@ def _likelihood_table(run, split: str, rows, estimate: dict) -> None:
     kind = "NLL" if estimate["estimator"] == "nll" else "bound on the NLL"
     table(f"{split}: {kind}, {estimate['documents']} documents, {estimate['tokens']} tokens",
           ("model", "bits/byte", "95 % interval", "nats/token", "perplexity"), lines)
+    if "ci95_missing" in estimate:
+        note(estimate["ci95_missing"])
 
 
 def _count_models(run, split: str, rows) -> dict[str, float]:

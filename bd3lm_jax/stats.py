@@ -1,44 +1,22 @@
 """Error bars: intervals over documents, standard errors over draws."""
 
-import functools
 import math
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import stdtr, stdtrit
 
 from bd3lm_jax.errors import UserError
 
-
-def ratio_interval(numerators_N: np.ndarray, denominators_N: np.ndarray,
-                   level: float = 0.95) -> tuple[float, float, float]:
-    """sum(numerators) / sum(denominators) with a confidence interval: (ratio, low, high).
-
-    One entry a document, the unit that is drawn independently: nats and tokens give nats per token. Linearised
-    variance of a ratio estimator with n/(n-1) (Cochran, Sampling Techniques, 1977, sec. 6.4) and Student's t with n-1
-    degrees of freedom. With fewer than two documents low and high are nan. Raises UserError on shapes that differ or
-    a denominator that is not positive.
-    """
-    numerators_N, denominators_N = (np.asarray(x, np.float64) for x in (numerators_N, denominators_N))
-    if numerators_N.ndim != 1 or numerators_N.shape != denominators_N.shape:
-        raise UserError(f"a ratio needs two equal lists, one entry a document: got shapes {numerators_N.shape} "
-                        f"and {denominators_N.shape}")
-    total = denominators_N.sum()
-    if not total > 0:
-        raise UserError(f"nothing to average: the denominators of {len(denominators_N)} documents sum to {total}")
-    ratio = float(numerators_N.sum() / total)
-    n = len(numerators_N)
-    if n < 2:
-        return ratio, math.nan, math.nan
-    residuals_N = numerators_N - ratio * denominators_N
-    se = math.sqrt(n / (n - 1) * float(np.sum(residuals_N**2))) / float(total)
-    margin = t_quantile((1 + level) / 2, n - 1) * se
-    return ratio, ratio - margin, ratio + margin
+MIN_DOCUMENTS = 3  # two give an interval 13 standard errors wide to either side, which says nothing
+ROUNDING = float(np.finfo(np.float32).eps)  # relative; losses are computed in float32
 
 
 class Interval(NamedTuple):
-    """A ratio with its confidence interval and the two parts of its standard error: se**2 = document_se**2 + mc_se**2.
+    """An estimate with its confidence interval; its standard error is the root of document_se**2 + mc_se**2.
 
-    p_value: two-sided, for the hypothesis that the ratio is 0. NaN where there are too few documents or draws.
+    p_value: two-sided, for the hypothesis that the value is 0; 1 for a difference that is rounding. low, high,
+    document_se and p_value are nan where documents or draws are too few; then missing says why, else it is "".
     """
 
     value: float
@@ -47,30 +25,129 @@ class Interval(NamedTuple):
     document_se: float
     mc_se: float
     p_value: float
+    missing: str = ""
+
+    def non_negative(self) -> "Interval":
+        """The same for a quantity that is never below 0: an interval that reaches below is none."""
+        if not self.low < 0:
+            return self
+        return self._replace(low=math.nan, high=math.nan, missing=(
+            "no interval: the documents are too few, or too unequal in length, to tell more than that the value lies "
+            f"below {self.high:.3g}"))
+
+
+class Estimates(NamedTuple):
+    """U independent noisy estimates (draws) of the numerators of a ratio, and what they are divided by.
+
+    documents_UxN: of each document. rows_UxR: their sums over the rows of noise that are independent of each other (a
+    document may lie in several rows, a row hold several documents). U = 1 means exact. denominators_N: by document.
+    """
+
+    documents_UxN: np.ndarray
+    rows_UxR: np.ndarray
+    denominators_N: np.ndarray
+
+    def ratio(self) -> float:
+        """sum(numerators) / sum(denominators), the mean over draws. UserError unless the denominators are positive."""
+        total = self.denominators_N.sum()
+        if not total > 0:
+            raise UserError(f"nothing to average: the denominators of {len(self.denominators_N)} documents sum to "
+                            f"{total}")
+        return float(self.documents_UxN.mean(0).sum() / total)
+
+
+def ratio_interval(numerators_N: np.ndarray, denominators_N: np.ndarray,
+                   level: float = 0.95) -> tuple[float, float, float]:
+    """sum(numerators) / sum(denominators) with a confidence interval: (ratio, low, high).
+
+    One entry a document, the unit that is drawn independently: nats and tokens give nats per token, nats and bytes
+    nats per byte. See `_interval`; low and high are nan for fewer than MIN_DOCUMENTS. Raises UserError on shapes that
+    differ or denominators that do not sum to more than 0.
+    """
+    numerators_N, denominators_N = (np.asarray(x, np.float64) for x in (numerators_N, denominators_N))
+    if numerators_N.ndim != 1 or numerators_N.shape != denominators_N.shape:
+        raise UserError(f"a ratio needs two equal lists, one entry a document: got shapes {numerators_N.shape} "
+                        f"and {denominators_N.shape}")
+    return two_part_interval(numerators_N[None], numerators_N[None], denominators_N, level)[:3]
 
 
 def two_part_interval(documents_UxN: np.ndarray, rows_UxR: np.ndarray, denominators_N: np.ndarray,
                       level: float = 0.95) -> Interval:
     """sum(numerators) / sum(denominators) with errors from the choice of documents and from noise draws apart.
 
-    documents_UxN: U independent noisy estimates (draws) of each document's numerator. rows_UxR: their sums over the
-    rows of noise that are independent of each other (a document may lie in several rows, a row hold several documents).
-    U = 1 means exact. The spread of the documents' means holds the noise of each document; what that noise explains is
-    taken off, and what the draws leave in the total is added: mc_se**2. As `ratio_interval` otherwise.
+    Arguments as in `Estimates`. The spread of the documents' means holds the noise of each document; what that noise
+    explains is taken off, and what the draws leave in the total is added: mc_se**2.
     """
-    documents_UxN, rows_UxR = (np.asarray(x, np.float64) for x in (documents_UxN, rows_UxR))
-    draws, n = documents_UxN.shape
-    value, low, high = ratio_interval(documents_UxN.mean(0), denominators_N, level)
-    total = float(np.sum(denominators_N))
-    quantile = t_quantile((1 + level) / 2, n - 1) if n > 1 else math.nan
-    document_variance, mc_se = ((high - low) / 2 / quantile) ** 2, 0.0
-    if draws > 1:
-        mc_se = monte_carlo_se(rows_UxR.T) / total
-        noise = float(np.sum(np.var(documents_UxN, axis=0, ddof=1))) / draws / total**2
-        document_variance = max(document_variance - noise, 0) if n > 1 else math.nan
-    se = math.sqrt(document_variance + mc_se**2)
-    p_value = t_p_value(value / se, n - 1) if se > 0 else math.nan
-    return Interval(value, value - quantile * se, value + quantile * se, math.sqrt(document_variance), mc_se, p_value)
+    found = Estimates(*(np.asarray(x, np.float64) for x in (documents_UxN, rows_UxR, denominators_N)))
+    influence_UxN, rows_UxR = _influence(found), found.rows_UxR / found.denominators_N.sum()
+    return _interval(found.ratio(), influence_UxN.mean(0), _noise(influence_UxN), _noise(rows_UxR).sum(),
+                     found.denominators_N / found.denominators_N.sum(), level)
+
+
+def difference_interval(ours: Estimates, theirs: Estimates, same_rows: bool, level: float = 0.95) -> Interval:
+    """The ratio of one model less that of another, paired by document; each with denominators of its own.
+
+    Estimate u of one is paired with estimate u of the other, an exact one with all of them; of unequal numbers the
+    noise is that of two separate runs. same_rows: row r of both is one row, scored on the same noise (or exactly).
+    """
+    sides = [Estimates(*(np.asarray(x, np.float64) for x in side)) for side in (ours, theirs)]
+    ratios, totals = [side.ratio() for side in sides], [side.denominators_N.sum() for side in sides]
+    influences = [_influence(side) for side in sides]
+    rows = [side.rows_UxR / total for side, total in zip(sides, totals)]
+    counts = {len(x) for x in influences if len(x) > 1}
+    if len(counts) < 2:
+        noise_N = _noise(influences[0] - influences[1])
+    else:
+        noise_N = sum(map(_noise, influences))
+    if len(counts) < 2 and same_rows:
+        noise = _noise(rows[0] - rows[1]).sum()
+    else:
+        noise = sum(_noise(side).sum() for side in rows)
+    value = ratios[0] - ratios[1]
+    found = _interval(value, influences[0].mean(0) - influences[1].mean(0), noise_N, noise,
+                      sum(side.denominators_N / total for side, total in zip(sides, totals)) / 2, level)
+    is_rounding = abs(value) <= ROUNDING * sum(map(abs, ratios))
+    return found._replace(p_value=1.0) if is_rounding and not found.missing else found
+
+
+def _influence(estimates: Estimates) -> np.ndarray:
+    """What each document adds to the error of the ratio, `[U, N]`: (numerator - ratio denominator) / sum of them."""
+    return (estimates.documents_UxN - estimates.ratio() * estimates.denominators_N) / estimates.denominators_N.sum()
+
+
+def _noise(estimates_UxN: np.ndarray) -> np.ndarray:
+    """Variance of the mean of U independent estimates, `[N]`; 0 for exact ones."""
+    draws = len(estimates_UxN)
+    return np.var(estimates_UxN, axis=0, ddof=1) / draws if draws > 1 else np.zeros(estimates_UxN.shape[1])
+
+
+def _interval(value: float, influence_N: np.ndarray, noise_N: np.ndarray, mc_variance: float, share_N: np.ndarray,
+              level: float) -> Interval:
+    """The interval of a ratio, or of a difference of two, from the influence of its documents on it.
+
+    noise_N: the part of its variance that draws make. mc_variance: what they make of the variance of the value.
+    share_N: the part of the denominators that a document has. A long document pulls the ratio towards itself, so that
+    its residual is too small by 1 - share, and a few long ones tell less than many equal ones: variance and degrees of
+    freedom of Student's t are those of Bell and McCaffrey (Survey Methodology 28, 2002) for a ratio whose residuals
+    vary like their denominators. For equal documents these are n/(n-1) and n - 1 (Cochran, Sampling Techniques, 1977,
+    sec. 6.4).
+    """
+    n, mc_se = int(np.count_nonzero(share_N)), math.sqrt(mc_variance)
+    if n < MIN_DOCUMENTS:
+        reason = f"no interval over {n} document{'s' * (n > 1)}: it takes at least {MIN_DOCUMENTS}"
+        return Interval(value, math.nan, math.nan, math.nan, mc_se, math.nan, reason)
+    weight_N = 1 / (1 - share_N)
+    variance = max(float(np.sum(weight_N * (influence_N**2 - noise_N))), 0.0)
+    se, freedom = math.sqrt(variance + mc_variance), _freedom(share_N, weight_N)
+    margin = float(stdtrit(freedom, (1 + level) / 2)) * se
+    p_value = t_p_value(value / se, freedom) if se > 0 else float(value == 0)
+    return Interval(value, value - margin, value + margin, math.sqrt(variance), mc_se, p_value)
+
+
+def _freedom(share_N: np.ndarray, weight_N: np.ndarray) -> float:
+    """Satterthwaite's degrees of freedom of sum(weight residual**2), where residuals vary like their share."""
+    pairs = np.sum(weight_N * share_N**2) ** 2 - np.sum(weight_N**2 * share_N**4)
+    return float(1 / (np.sum(share_N**2) + pairs))
 
 
 def mc_margin(rows_UxR: np.ndarray, level: float = 0.95) -> float:
@@ -78,8 +155,23 @@ def mc_margin(rows_UxR: np.ndarray, level: float = 0.95) -> float:
 
     0 if U = 1: an exact number.
     """
+    if len(rows_UxR) == 1:
+        return 0.0
+    return float(stdtrit(mc_freedom(rows_UxR), (1 + level) / 2)) * monte_carlo_se(rows_UxR.T)
+
+
+def mc_freedom(rows_UxR: np.ndarray) -> float:
+    """Satterthwaite's degrees of freedom of the variance of the draws: R (U - 1) where all rows vary alike, fewer where
+    some vary more; inf for an exact number."""
     draws, rows = rows_UxR.shape
-    return 0.0 if draws == 1 else t_quantile((1 + level) / 2, rows * (draws - 1)) * monte_carlo_se(rows_UxR.T)
+    if draws == 1:
+        return math.inf
+    variance_R = np.var(np.asarray(rows_UxR, np.float64), axis=0, ddof=1)
+    largest = variance_R.max(initial=0)
+    if not largest > 0:
+        return float(rows * (draws - 1))
+    relative_R = variance_R / largest
+    return float(relative_R.sum() ** 2 / np.sum(relative_R**2 / (draws + 1)))  # (U-1)/(U+1) s**4 estimates sigma**4
 
 
 def monte_carlo_se(views_NxM: np.ndarray) -> float:
@@ -94,25 +186,24 @@ def monte_carlo_se(views_NxM: np.ndarray) -> float:
     return math.sqrt(float(np.sum(np.var(views_NxM, axis=1, ddof=1))) / draws)
 
 
-@functools.lru_cache(maxsize=1024)  # the same few are asked for again and again
-def t_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t, for probability in [0.5, 1).
-
-    With t = sqrt(v) tan(a) the distribution function is 1/2 + c * integral_0^a cos(u)^(v-1) du: Gauss-Legendre
-    for the integral, bisection on a.
-    """
-    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
-    nodes, weights = np.polynomial.legendre.leggauss(64)
-    low, high = 0.0, math.pi / 2
-    for _ in range(100):
-        angle = (low + high) / 2
-        integral = angle / 2 * float(np.sum(weights * np.cos(angle / 2 * (nodes + 1)) ** (freedom - 1)))
-        low, high = (angle, high) if scale * integral < probability - 0.5 else (low, angle)
-    return math.sqrt(freedom) * math.tan(low)
+def t_p_value(t: float, freedom: float) -> float:
+    """Probability that |T| >= |t| for Student's t."""
+    return float(2 * stdtr(freedom, -abs(t)))
 
 
-def t_p_value(t: float, freedom: int) -> float:
-    """Probability that |T| >= |t| for Student's t, as an incomplete beta function (Abramowitz and Stegun 26.7.1)."""
-    from scipy.special import betainc  # comes with jax
+def ppl_of(nats: float) -> float:
+    """exp(nats), at most e^700; nan stays nan."""
+    return math.exp(min(nats, 700.0))
 
-    return float(betainc(freedom / 2, 0.5, freedom / (freedom + t * t)))
+
+def format_number(value: float | None, form: str) -> str:
+    """A number for people; "-" for one that is missing, None or nan."""
+    return "-" if value is None or math.isnan(value) else format(value, form)
+
+
+def format_interval(ends, form: str) -> str:
+    """"low .. high" for people; "none" where an end is missing."""
+    if any(end is None or math.isnan(end) for end in ends):
+        return "none"
+    low, high = (format(end, form) for end in ends)
+    return f"{low} .. {high}"

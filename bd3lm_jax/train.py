@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from bd3lm_jax.cost import memory, profiling
 from bd3lm_jax.cost.profiling import Profiler
 from bd3lm_jax.data.loader import Loader, prefetch
 from bd3lm_jax.data.prepare import Rows, prepare, prepare_tokenizer
+from bd3lm_jax.data.sized import Sized
 from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.errors import Preempted, RunError, UserError
 from bd3lm_jax.evaluation.estimators import has_bound
@@ -27,6 +29,7 @@ from bd3lm_jax.log import RunLog, busy, note, read_metrics
 from bd3lm_jax.noise import Chooser
 from bd3lm_jax.program import Program
 from bd3lm_jax.state import LEARNT, LORA, TrainState
+from bd3lm_jax.stats import format_interval, format_number
 from bd3lm_jax.step import SpecialIds
 from bd3lm_jax.sweeps import paired
 from bd3lm_jax.typed import Nested, flatten
@@ -46,6 +49,11 @@ class Run:
     tokenizer: Tokenizer
     rows: dict[str, Rows]  # by split: "train", "valid"
     program: Program
+
+    @functools.cached_property
+    def valid_rows(self) -> Sized:
+        """The validation split with the bytes of its tokens."""
+        return Sized(self.rows["valid"], self.tokenizer)
 
 
 @jax_settings.fixed()
@@ -227,7 +235,7 @@ def _validate(run: Run, evaluator: Evaluator, weights, whole: bool) -> dict:
     with all draws, which then stay in the run directory by document; else `eval.rows` rows from one draw."""
     if not has_bound(run.config):
         return {}
-    settings, rows = run.config.eval, run.rows["valid"]
+    settings, rows = run.config.eval, run.valid_rows
     with busy("validating"):
         measured = evaluator.measure(weights, rows, estimator=default_estimator(run.config), target=None,
                                      draws=settings.draws if whole else 1, seed=run.config.seed,
@@ -304,8 +312,8 @@ class _Window:
     def _validated(self, step: int, valid: dict, log: RunLog) -> dict:
         by_count, size, (low, high) = valid["nll_by_count"], self.objective.block_size, valid["nll_ci95"]
         shown = [k for k in by_count if size <= SHOWN_COUNTS or k == size or k & (k - 1) == 0]
-        log.note(f"step {step}: valid nll {valid['nll']:.4f} ({low:.4f} .. {high:.4f}), "
-                 f"{valid['bits_per_byte']:.3f} bits per byte")
+        nll = f"{format_number(valid['nll'], '.4f')} ({format_interval((low, high), '.4f')})"
+        log.note(f"step {step}: valid nll {nll}, {format_number(valid['bits_per_byte'], '.3f')} bits per byte")
         return {**{f"valid/{name}": valid[name] for name in ("nll", "ppl", "bits_per_byte")},
                 "valid/nll_low": low, "valid/nll_high": high,
                 **{f"valid/nll_at_{k}_masked": by_count[k] for k in shown}}

@@ -16,7 +16,9 @@ Likelihood, with a 95 % interval over documents and draws:
   python -m launch eval --workdir=runs/tiny --watch --split=valid         # every new checkpoint of a run that trains
 
 Result: nll (nats a token), nll_ci95, nll_mc_se (draws alone), nll_document_se (documents alone), ppl, ppl_ci95,
-bits_per_byte, tokens, documents, ..., against (unit, difference, difference_ci95, p_value, same_masks, ...).
+bits_per_byte (of the scored tokens), bits_per_byte_ci95, bits_per_byte_comparable (whether the tokenizer gives every
+document back), tokens, documents, ..., against (unit, comparable, difference, difference_ci95, p_value, same_masks,
+...). Intervals of fewer than 3 documents are null; then ci95_missing says why.
 Of --curve: rows (block_size, nll, nll_ci95, ppl, bits_per_byte, nfe_per_token, tokens_per_s), recommended (a block
 size), rule (why that one), and how the texts were written that calls and tokens were counted on.
 Of --watch: that of the last evaluation, ended (why it ended) and watched (a row an evaluation, as in watch.jsonl of the

@@ -196,16 +196,30 @@ def test_the_card(tmp_path):
     source = with_tokenizer(tmp_path, "bd3lm_block4", 66)
     converted(source, tmp_path / "run", form="native")
     numbers = {"nll": 4.25, "nll_ci95": [4.0, 4.5], "ppl": 70.1, "ppl_ci95": [54.6, 90.0], "bits_per_byte": 1.5,
-               "estimator": "exact_count", "documents": 7}
+               "bits_per_byte_ci95": [1.25, 1.75], "estimator": "exact_count", "documents": 7}
     (tmp_path / "run" / "report.json").write_text(json.dumps({"step": 0, "valid": numbers}))
     converted(tmp_path / "run", tmp_path / "named", dtype="bfloat16")
     text = (tmp_path / "named" / "README.md").read_text()
     for part in ("# named", "blocks of 4 tokens", "as bfloat16", "the austen corpus", "mask token 66",
-                 "| valid | 4.2500 | 4.0000 .. 4.5000 | 70.10 | 54.60 .. 90.00 | 1.5000 | exact_count | 7 |",
+                 "| valid | 4.2500 | 4.0000 .. 4.5000 | 70.10 | 54.60 .. 90.00 | 1.5000 | 1.2500 .. 1.7500 | "
+                 "exact_count | 7 |",
                  'bd3lm_jax.load("named")'):
         assert part in text, part
     assert "None were recorded" not in text
     assert "None were recorded" in _card_of(source, tmp_path / "plain")
+
+
+def test_the_card_of_figures_that_are_missing(tmp_path):
+    """One validation document has no interval; weights that are not finite have no figures at all."""
+    converted(with_tokenizer(tmp_path, "bd3lm_block4", 66), tmp_path / "run", form="native")
+    missing = {"nll_ci95": [None, None], "ppl_ci95": [None, None], "bits_per_byte_ci95": [None, None],
+               "estimator": "exact_count", "documents": 1}
+    figures = {"valid": missing | {"nll": 4.25, "ppl": 70.1, "bits_per_byte": 1.5},
+               "test": missing | {"nll": None, "ppl": None, "bits_per_byte": None}}
+    (tmp_path / "run" / "report.json").write_text(json.dumps({"step": 0, **figures}))
+    text = _card_of(tmp_path / "run", tmp_path / "out")
+    assert "| valid | 4.2500 | none | 70.10 | none | 1.5000 | none | exact_count | 1 |" in text
+    assert "| test | - | none | - | none | - | none | exact_count | 1 |" in text
 
 
 @pytest.mark.parametrize("step, ema, weights, known", [

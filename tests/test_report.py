@@ -6,9 +6,11 @@ from toy_runs import WORDS, network, toy_config, write_text
 
 from bd3lm_jax import report
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
+from bd3lm_jax.data.sized import Sized
 from bd3lm_jax.log import RunLog
 
-ESTIMATE = {"nll": 1.5, "nll_ci95": [1.4, 1.6], "ppl": float(np.exp(1.5)), "bits_per_byte": 2.25, "documents": 20,
+ESTIMATE = {"nll": 1.5, "nll_ci95": [1.4, 1.6], "ppl": float(np.exp(1.5)), "bits_per_byte": 2.25,
+            "bits_per_byte_ci95": [2.1, 2.4], "documents": 20,
             "tokens": 700, "estimator": "exact_count", "nll_by_count": {1: 1.2, 2: 1.4, 3: 1.6, 4: 1.8},
             "wall_s": 12.5}
 PNG = b"\x89PNG"
@@ -25,6 +27,7 @@ def run(tmp_path_factory):
     model, params = network(config)
     config = toy_config(directory, {"eval.samples": 2, "eval.sample_length": 16, "model.vocab_size": 258})
     run = types.SimpleNamespace(config=config, workdir=directory / "run", tokenizer=tokenizer, rows=rows,
+                                valid_rows=Sized(rows["valid"], tokenizer),
                                 program=types.SimpleNamespace(model=model))
     with RunLog(run.workdir, 2) as log:
         for step in (1, 2):
@@ -43,12 +46,12 @@ def test_closing_leaves_plots_and_samples_and_a_table(run, capsys):
     assert told.pop("step") == 6 and set(told) == {"valid", "settings"}
     counts = {str(k): nll for k, nll in ESTIMATE["nll_by_count"].items()}
     assert told["valid"] == {key: value for key, value in ESTIMATE.items() if key != "wall_s"} | {
-        "nll_by_count": counts}
+        "nll_by_count": counts, "bits_per_byte_comparable": True, "changed_documents": 0}
     shown = capsys.readouterr().err
     assert "valid: bound on the NLL, 20 documents, 700 tokens" in shown and "2 samples:" in shown
     for name in ("plots/loss.png", "plots/nll_by_count.png", "samples/step_6.txt"):
         assert f": {run.workdir / name}\n" in shown, "people are told where it is"
-    for text in ("this model", "2.250", "1.5000", "unigram of its tokens", "byte 5-gram"):
+    for text in ("this model", "2.250", "2.100 .. 2.400", "1.5000", "unigram of its tokens", "byte 5-gram"):
         assert text in shown, text
 
 

@@ -4,11 +4,13 @@ A token that is not scored is given: it is never masked and never counted, but t
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
 from bd3lm_jax.data import packing
 from bd3lm_jax.data.prepare import Rows
+from bd3lm_jax.data.sized import Sized
 from bd3lm_jax.errors import UserError, nearest
 
 CHUNKS, FIRST_TOKENS, END_TOKENS = ("independent", "sliding"), ("predict", "skip"), ("count", "skip")
@@ -22,7 +24,8 @@ class Convention:
     last `stride` tokens are scored, given the others (the first row of a text is scored whole); the text is one
     document, or with the layout "wrap", as in training, all documents one after another.
     first_token: "skip" gives the token that opens a row or a document in it, before which there is nothing to see.
-    end_token: "skip" gives the end of every document; it then counts no byte either.
+    end_token: "skip" gives the end of every document.
+    Bits per byte are over the bytes of the tokens that are scored: a token that is given counts no byte either.
 
     Raises:
         UserError: an unknown word, or a stride that does not go with the chunks.
@@ -63,7 +66,7 @@ class Windows:
     within_documents: every document is a text of its own, else all of them are one.
     """
 
-    def __init__(self, wrapped: Rows, stride: int, within_documents: bool, end_id: int):
+    def __init__(self, wrapped: Rows | Sized, stride: int, within_documents: bool, end_id: int):
         """wrapped: the same documents in the layout "wrap"."""
         self.length, self._end_id = wrapped.length, end_id
         ids = np.arange(len(wrapped))
@@ -74,7 +77,7 @@ class Windows:
         count = 1 + np.maximum(0, -(-(size - self.length) // stride))  # rows of each text
         index = packing.spans(np.zeros_like(count), count)  # of a row in its text
         ends = np.cumsum(size)
-        self._start_R = np.repeat(ends - size, count) + index * stride
+        self._wrapped, self._start_R = wrapped, np.repeat(ends - size, count) + index * stride
         self._end_R = np.minimum(self._start_R + self.length, np.repeat(ends, count))
         self._context_R = np.where(index > 0, self.length - stride, 0)
         identity = f"{wrapped.meta['hash']}-{stride}-{'documents' if within_documents else 'stream'}"
@@ -103,6 +106,16 @@ class Windows:
         """bool [n, L]: tokens that count."""
         return self._inside(row_ids) & (np.arange(self.length) >= self._context_R[row_ids][:, None])
 
+    def sizes(self, row_ids: np.ndarray) -> np.ndarray:
+        """float64 [n, L]: bytes of text, where `wrapped` is `sized.Sized`; 0 in padding."""
+        index = np.minimum(self._index(row_ids), len(self._tokens_N) - 1)
+        return np.where(self._inside(row_ids), self._sizes_N[index], 0)
+
+    @functools.cached_property
+    def _sizes_N(self) -> np.ndarray:
+        ids = np.arange(len(self._wrapped))
+        return self._wrapped.sizes(ids)[self._wrapped.documents(ids) >= 0]
+
     def _index(self, row_ids):
         return self._start_R[row_ids][:, None] + np.arange(self.length)
 
@@ -117,12 +130,9 @@ class Windows:
 class Given:
     """Rows or windows of which first or end tokens are given; like `Rows`."""
 
-    def __init__(self, rows: Rows | Windows, *, first: bool, end: bool, end_id: int):
+    def __init__(self, rows: Rows | Sized | Windows, *, first: bool, end: bool, end_id: int):
         self._rows, self._first, self._end, self._end_id = rows, first, end, end_id
         self.length, self.meta = rows.length, rows.meta
-        if end:  # the bytes of the tokens that are left
-            documents = rows.meta["documents"]
-            self.meta = {**rows.meta, **{key: rows.meta[key] - documents for key in ("bytes", "tokens")}}
         self.tokens, self.segments, self.positions = rows.tokens, rows.segments, rows.positions
         self.documents = rows.documents
 
@@ -138,9 +148,13 @@ class Given:
             scored &= self.tokens(row_ids) != self._end_id
         return scored
 
+    def sizes(self, row_ids: np.ndarray) -> np.ndarray:
+        """float64 [n, L]: bytes of text, where the rows are `sized.Sized`; 0 in padding."""
+        return self._rows.sizes(row_ids)
 
-def arrange(rows: Rows, convention: Convention, *, within_documents: bool, block_size: int,
-            end_id: int) -> Rows | Windows | Given:
+
+def arrange(rows: Rows | Sized, convention: Convention, *, within_documents: bool, block_size: int,
+            end_id: int) -> Rows | Sized | Windows | Given:
     """The rows that an evaluation by `convention` scores; for sliding windows `rows` has the layout "wrap".
 
     Raises UserError for a stride that is no multiple of the block size, and if no token is left to score.

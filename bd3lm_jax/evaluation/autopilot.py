@@ -27,6 +27,7 @@ from bd3lm_jax.evaluation.scorer import BATCH, Scorer
 from bd3lm_jax.lm import LM, load
 from bd3lm_jax.sampling.auto_size import AUTO
 from bd3lm_jax.settings import FILE, PREFERENCES
+from bd3lm_jax.stats import format_interval
 from bd3lm_jax.writing.generation import Sample
 
 EXACT = {"sampler": "first_hitting"}
@@ -211,7 +212,7 @@ def _show(workdir: str, result: dict[str, Any]) -> None:
         log.table(f"{workdir}: cache in less memory, {PRICE_ROWS} validation rows at most, the same masks",
                   ("cache_dtype", "bytes a token", "nll change", "95 % interval"),
                   [(row["cache_dtype"], f"{row['bytes_per_token']:,}", f"{row['nll_change']:+.6f}",
-                    "{:+.6f} .. {:+.6f}".format(*row["nll_change_ci95"])) for row in result["cache"]])
+                    format_interval(row["nll_change_ci95"], "+.6f")) for row in result["cache"]])
     for name in PREFERENCES:
         log.note(f"--prefer={name}: {name_of(result[name])}")
     log.note(f"{RULE}. Written to {Path(workdir) / FILE}, where sample --prefer=... reads it.")
@@ -219,8 +220,7 @@ def _show(workdir: str, result: dict[str, Any]) -> None:
 
 def _quality(row: dict) -> str:
     key, digits = ("gen_ppl", 0) if "gen_ppl" in row else ("self_nll", 2)
-    value, low, high = (f"{x:.{digits}f}" for x in (row[key], *row[f"{key}_ci95"]))
-    return f"{value} ({low} .. {high})"
+    return f"{row[key]:.{digits}f} ({format_interval(row[f'{key}_ci95'], f'.{digits}f')})"
 
 
 def draw(path: Path, rows: Sequence[dict]) -> Path:

@@ -4,10 +4,12 @@ import time
 from typing import Any
 
 from bd3lm_jax import jax_settings, log
-from bd3lm_jax.data.prepare import Rows, prepare
+from bd3lm_jax.data.prepare import prepare
+from bd3lm_jax.data.sized import Sized
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation.estimators import default_estimator
 from bd3lm_jax.evaluation.evaluate import Opened, open_run
+from bd3lm_jax.stats import format_interval
 
 TEXTS, SAMPLER, THRESHOLD = 8, "threshold", 0.9  # how the texts are written on which calls and tokens are counted
 
@@ -28,7 +30,7 @@ def curve(workdir: str, *, split: str, estimator: str, draws: int, seed: int, we
     if len(sizes) < 2:
         raise UserError(f"{workdir} was trained with blocks of {sizes[0]} tokens only: a curve needs a model of "
                         "diffusion.kind='mixed'")
-    text, rows = prepare(lm.corpus(workdir), split, lm.config.block_size, lm.tokenizer), []
+    text, rows = Sized(prepare(lm.corpus(workdir), split, lm.config.block_size, lm.tokenizer), lm.tokenizer), []
     for size in sizes:
         found = _likelihood(open_run(workdir, weights, batch, size), text, estimator, draws, seed)
         rows.append({"block_size": size, **found, **_speed(lm.at_block_size(size), seed)})
@@ -36,7 +38,7 @@ def curve(workdir: str, *, split: str, estimator: str, draws: int, seed: int, we
     rule = f"the largest block size whose nll is at most {within:.2%} above the best"
     log.table(f"{workdir}, {split}: by block size (texts: sampler {SAMPLER} {THRESHOLD})",
               ("block size", "nats/token", "95 % interval", "calls/token", "tokens/s"),
-              [(str(row["block_size"]), f"{row['nll']:.4f}", "{:.4f} .. {:.4f}".format(*row["nll_ci95"]),
+              [(str(row["block_size"]), f"{row['nll']:.4f}", format_interval(row["nll_ci95"], ".4f"),
                 f"{row['nfe_per_token']:.3f}", f"{row['tokens_per_s']:.1f}") for row in rows])
     log.note(f"recommended block size: {best}, {rule}")
     return {"workdir": workdir, "split": split, "rows": rows, "recommended": best, "rule": rule, "sampler": SAMPLER,
@@ -51,11 +53,11 @@ def recommended(rows: list[dict[str, Any]], within: float) -> int:
     return max(row["block_size"] for row in rows if row["nll"] <= limit)
 
 
-def _likelihood(run: Opened, text: Rows, estimator: str, draws: int, seed: int) -> dict[str, Any]:
+def _likelihood(run: Opened, text: Sized, estimator: str, draws: int, seed: int) -> dict[str, Any]:
     found = run.evaluator.run(run.params, text, estimator=estimator or default_estimator(run.config), draws=draws,
                               seed=seed)
     return {name: found[name] for name in ("estimator", "nll", "nll_ci95", "nll_mc_se", "ppl", "ppl_ci95",
-                                           "bits_per_byte", "tokens", "documents")}
+                                           "bits_per_byte", "bits_per_byte_ci95", "tokens", "documents")}
 
 
 def _speed(lm, seed: int) -> dict[str, float]:

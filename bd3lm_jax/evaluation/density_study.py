@@ -130,7 +130,8 @@ class Tagged:
                                for index in (self.document_N, self.row_N))
             by_document, by_row = (np.array([np.bincount(index, nats) for nats in nats_UxN[:, chosen]])
                                    for index in (documents, rows))
-            nll = stats.two_part_interval(by_document, by_row, np.bincount(documents, tokens_N[chosen]))
+            tokens = np.bincount(documents, tokens_N[chosen])
+            nll = stats.two_part_interval(by_document, by_row, tokens).non_negative()
             found[name] = {"nll": nll.value, "nll_ci95": [nll.low, nll.high], "tokens": int(tokens_N[chosen].sum())}
         return found
 
@@ -185,7 +186,7 @@ def _norms(workdir: str) -> dict[str, float | None]:
 
 def _show(rows: list[dict], title: str) -> None:
     def bound(part):
-        return "-" if part is None else "{:.3f} ({:.3f} .. {:.3f})".format(part["nll"], *part["nll_ci95"])
+        return "-" if part is None else f"{part['nll']:.3f} ({stats.format_interval(part['nll_ci95'], '.3f')})"
 
     def number(value):
         return "-" if value is None else f"{value:.3g}"

@@ -6,21 +6,23 @@ from TensorFlow Datasets where they were prepared.
 
 import dataclasses
 import itertools
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from bd3lm_jax import stats
 from bd3lm_jax.config import Config, DataConfig
 from bd3lm_jax.data import corpora, mixture, text_files
 from bd3lm_jax.data.corpora import Corpus
 from bd3lm_jax.data.detokenize import detokenize, rules_of
 from bd3lm_jax.data.prepare import prepare_corpus
+from bd3lm_jax.data.sized import Sized, changed_documents, warn_if_changed
 from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.data.windows import Convention, arrange
 from bd3lm_jax.errors import UserError, nearest
+from bd3lm_jax.stats import ppl_of
 
 ALL = "all"
 OWN = ""  # the run's own corpus
@@ -62,34 +64,52 @@ DOMAINS = {
 
 
 class Text(NamedTuple):
-    """A text as the rows that an evaluation scores. words: of the text as it is distributed, each end of a document
-    counted as one more; None where the field reports no perplexity a word."""
+    """A text as the rows that an evaluation scores.
+
+    rows: `sized.Sized`, or windows of them (windows.py). words_D: of the documents as they are distributed, each end of
+    a document counted as one more; None where the field reports no perplexity a word. tokenizer: its identity. changed:
+    how many documents the tokenizer does not give back as they were.
+    """
 
     name: str
     split: str
     corpus: Corpus
-    rows: Any  # prepare.Rows, or rows with its interface (windows.py)
+    rows: Any
     convention: Convention
     stride: int
-    words: int | None
+    words_D: np.ndarray | None
+    tokenizer: str
+    changed: int
+
+    def describe(self, measured: Any) -> dict:
+        """The numbers of the `eval` command: what `evaluate.Measured` found here, with what was scored and how.
+
+        `word_ppl` is exp(all nats / words); of a document that is scored in part, as many of its words count as of its
+        bytes. `bits_per_byte_comparable`: whether the tokenizer gives every document back, so that the bits are those
+        of the text and can be set beside those of another tokenizer.
+        """
+        result = measured.summary(self.rows)
+        del result["nll_by_count"]
+        described = {"data": self.name, "split": self.split, **result, "bits_per_byte_comparable": not self.changed,
+                     "changed_documents": self.changed, "chunks": self.convention.chunks, "stride": self.stride,
+                     "length": self.rows.length, "first_token": self.convention.first_token,
+                     "end_token": self.convention.end_token}
+        if self.words_D is not None:
+            bytes_N = measured.bytes_N(self.rows)
+            part_N = bytes_N / self.document_bytes()[:len(bytes_N)]
+            words_N = self.words_D[:len(bytes_N)] * part_N
+            nats = stats.two_part_interval(measured.documents_UxN, measured.rows_UxR, words_N).non_negative()
+            described |= {"word_ppl": ppl_of(nats.value), "word_ppl_ci95": [ppl_of(nats.low), ppl_of(nats.high)],
+                          "words": round(words_N.sum())}
+        return described
 
     def document_bytes(self) -> np.ndarray:
-        """UTF-8 bytes of the documents, float64 [D], each with the newline that its end token stands for."""
-        end = self.convention.end_token == "count"
-        return np.array([len(document.encode()) + end for document in self.corpus.documents()], np.float64)
+        """Bytes of the documents, float64 [D], as `convention` counts the ends of documents."""
+        return _bytes_of(self.corpus) - (self.convention.end_token == "skip")
 
-    def describe(self, result: dict) -> dict:
-        """The result of an evaluation with what was scored and how; `word_ppl` is exp(all nats / words)."""
-        bits = [result["bits_per_byte"] * nll / result["nll"] for nll in result["nll_ci95"]]
-        described = {"data": self.name, "split": self.split, **result, "bits_per_byte_ci95": bits,
-                     "chunks": self.convention.chunks, "stride": self.stride, "length": self.rows.length,
-                     "first_token": self.convention.first_token, "end_token": self.convention.end_token}
-        if self.words is not None:
-            words = self.words * result["tokens"] / self.rows.meta["tokens"]
-            nats = [nll * result["tokens"] / words for nll in (result["nll"], *result["nll_ci95"])]
-            word_ppl, *interval = (math.exp(min(x, 700.0)) for x in nats)
-            described |= {"word_ppl": word_ppl, "word_ppl_ci95": interval, "words": round(words)}
-        return described
+    def comparable_with(self, other: "Text") -> bool:
+        """Whether bits per byte under the two tokenizers are those of the same information."""
+        return self.tokenizer == other.tokenizer or not (self.changed or other.changed)
 
 
 def convention_for(configs: Iterable[Config], *, chunks: str, stride: int, first_token: str,
@@ -124,13 +144,17 @@ def open_text(config: Config, tokenizer: Tokenizer, *, data: str, split: str, da
     if rows.meta["tokens"] < config.block_size:
         raise UserError(f"the {found.split} split of '{name}' holds {rows.meta['tokens']} tokens, fewer than one block "
                         f"of {config.block_size}: give more text")
-    words = None
+    words_D = None
     if found.word_ppl:
         end = convention.end_token == "count"
-        words = sum(len(document.split()) + end for document in found.corpus.documents())
+        words_D = np.array([len(document.split()) + end for document in _not_blank(found.corpus, found.style)],
+                           np.float64)
+    rows = Sized(rows, tokenizer, _bytes_of(corpus))
     rows = arrange(rows, convention, within_documents=config.data.layout != "wrap", block_size=config.block_size,
                    end_id=tokenizer.end_id)
-    return Text(name, found.split, corpus, rows, convention, stride, words)
+    changed = changed_documents(corpus.documents(), tokenizer)
+    warn_if_changed(changed, rows.meta["documents"], name)
+    return Text(name, found.split, corpus, rows, convention, stride, words_D, tokenizer.identity, changed)
 
 
 def check_overlap(documents: Iterable[str], tokenizer: Tokenizer, source: str) -> None:
@@ -213,8 +237,15 @@ def _plain(corpus: Corpus, style: str) -> Corpus:
     if not rules:
         return corpus
 
-    def documents():
-        texts = (detokenize(document, style) for document in corpus.documents())
-        return (text for text in texts if text.strip())
+    return Corpus(lambda: (detokenize(document, style) for document in _not_blank(corpus, style)),
+                  lambda: f"{corpus.fingerprint()} {rules}")
 
-    return Corpus(documents, lambda: f"{corpus.fingerprint()} {rules}")
+
+def _not_blank(corpus: Corpus, style: str) -> Iterator[str]:
+    """The documents as they are distributed, without those of which no plain text is left."""
+    return (document for document in corpus.documents() if detokenize(document, style).strip())
+
+
+def _bytes_of(corpus: Corpus) -> np.ndarray:
+    """UTF-8 bytes of the documents, float64 [D], each with the newline that its end token stands for."""
+    return np.array([len(document.encode()) + 1 for document in corpus.documents()], np.float64)

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import math
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,15 +28,20 @@ from bd3lm_jax.evaluation.estimators import default_estimator
 from bd3lm_jax.models import Backbone
 from bd3lm_jax.passes import Execution
 from bd3lm_jax.sharding import batch_sharding
+from bd3lm_jax.stats import format_interval, format_number, ppl_of
 from bd3lm_jax.step import SpecialIds, execution_of, overflows, row_losses, score
 
+MIN_FREEDOM = 120  # degrees of freedom of the draws before a target is judged: fewer stop by the luck of a low spread
+CHUNK_TOKENS = 1 << 20  # whose bytes are counted at a time
 QUEUE = 2  # batches in flight: the device goes on while the host reads rows and adds up
 PILOT_ROWS, PILOT_ROUND = 32, 2**32 - 1  # what "importance" learns from; a round that is never scored
-HOPELESS = 2  # a target that seems to need so many times --max_draws is given up at once
+HOPELESS = 4  # a target that seems to need so many times --max_draws is given up before they are drawn
 
 
 class Target(NamedTuple):
-    """Draw until the 95 % half width of the Monte-Carlo part is `ci` of the nll, at most `max_draws` draws a row."""
+    """Draw until the 95 % half width of the Monte-Carlo part is `ci` of the nll, at most `max_draws` draws a row.
+
+    Texts of few rows take draws until their spread is known with MIN_FREEDOM degrees of freedom, or all of them."""
 
     ci: float
     max_draws: int
@@ -149,10 +155,8 @@ def evaluate_run(workdir: str, *, split: str, data: str, estimator: str, draws: 
     target = Target(target_ci, max_draws) if target_ci else None
     measured = run.evaluator.measure(run.params, text.rows, estimator=estimator or default_estimator(run.config),
                                      draws=draws, seed=seed, target=target)
-    result = measured.summary(text.rows)
-    by_count = result.pop("nll_by_count")
-    show(workdir, f"{text.name}, {text.split}", result, by_count)
-    result = {**text.describe(result), "step": run.step, "config_sha256": run.config_sha256}
+    result = {**text.describe(measured), "step": run.step, "config_sha256": run.config_sha256}
+    show(workdir, f"{text.name}, {text.split}", result, measured.nll_by_count)
     if other is not None:
         result["against"] = compare.against(run, text, measured, other, which, draws)
         result["wall_s"] += result["against"].pop("wall_s")
@@ -161,12 +165,15 @@ def evaluate_run(workdir: str, *, split: str, data: str, estimator: str, draws: 
 
 def show(workdir: str, text: str, result: dict, by_count: dict) -> None:
     """Tables for people: the likelihood with both parts of its error, and by masked tokens of a block."""
-    low, high = result["ppl_ci95"]
+    figures = (("nats/token", "nll", ".4f"), ("perplexity", "ppl", ".2f"), ("bits/byte", "bits_per_byte", ".4f"))
     log.table(f"{workdir}, {text}: {result['documents']} documents, {result['tokens']} tokens, "
-              f"{result['estimator']}, {result['draws']} draws",
-              ("nats/token", "perplexity", "95 % interval", "bits/byte", "se: documents", "se: draws"),
-              [(f"{result['nll']:.4f}", f"{result['ppl']:.2f}", f"{low:.2f} .. {high:.2f}",
-                f"{result['bits_per_byte']:.4f}", f"{result['nll_document_se']:.5f}", f"{result['nll_mc_se']:.5f}")])
+              f"{result['estimator']}, {result['draws']} draws", ("", "value", "95 % interval"),
+              [(name, format_number(result[key], form), format_interval(result[f"{key}_ci95"], form))
+               for name, key, form in figures])
+    log.note(f"standard error of nats/token: {format_number(result['nll_document_se'], '.5f')} by the choice of "
+             f"documents, {result['nll_mc_se']:.5f} by the draws")
+    if "ci95_missing" in result:
+        log.note(result["ci95_missing"])
     if 1 < len(by_count) <= 32:
         log.table("nats per masked token, by masked tokens in the block", [str(k) for k in by_count],
                   [[f"{nll:.3f}" for nll in by_count.values()]])
@@ -187,8 +194,9 @@ class Evaluator:
     def run(self, params, rows: Rows, *, estimator: str, draws: int, seed: int, num_rows: int = 0) -> dict:
         """NLL of the first `num_rows` rows (0: all) in nats per token, with intervals.
 
-        Returns the numbers of the `eval` command, and `nll_by_count`: mean cross-entropy of the masked tokens of
-        blocks with k of them, by k. Deterministic in (params, rows, seed, draws), whatever the devices.
+        rows: `sized.Sized`, or windows of them. Returns the numbers of the `eval` command, and `nll_by_count`: mean
+        cross-entropy of the masked tokens of blocks with k of them, by k. Deterministic in (params, rows, seed, draws),
+        whatever the devices.
         """
         return self.measure(params, rows, estimator=estimator, draws=draws, seed=seed, target=None,
                             num_rows=num_rows).summary(rows)
@@ -209,7 +217,7 @@ class Evaluator:
             if estimator.learns:
                 estimator = self._learn(estimator, params, rows, ids[:PILOT_ROWS], seed)
             draws = draws if estimator.replicates > 1 else 1
-            total = Measured(estimator, draws, seed, self.config.block_size)
+            total = Measured(estimator, draws, seed, self.config.block_size, ids, self._documents)
             for round_ in itertools.count():
                 for batch, passes in self._batches(estimator, params, rows, ids, draws, seed, round_):
                     total.add(round_, passes, self._documents(rows, batch))
@@ -273,14 +281,17 @@ def _fetch(ids, passes):
 
 def _met(total: "Measured", target: Target) -> bool:
     """Whether the Monte-Carlo part is as tight as it should be. Raises RunError where it will not be."""
-    half = stats.mc_margin(total.rows_UxR) / total.rows_UxR.mean(0).sum()
+    half, freedom = stats.mc_margin(total.rows_UxR) / total.rows_UxR.mean(0).sum(), stats.mc_freedom(total.rows_UxR)
+    is_last = total.draws + total.round_draws > target.max_draws
+    if freedom < MIN_FREEDOM and not is_last:
+        return False
     reached = f"the Monte-Carlo part of the 95 % interval is +- {half:.3%} of the nll after {total.draws} draws"
     log.note(f"{reached}, wanted: {target.ci:.3%}; more draws cannot shrink the part that comes from the choice of "
              "documents")
     if half <= target.ci:
         return True
     needed = total.draws * (half / target.ci) ** 2
-    if total.draws + total.round_draws > target.max_draws or needed > HOPELESS * target.max_draws:
+    if is_last or needed > HOPELESS * target.max_draws:
         nll = total.rows_UxR.mean(0).sum() / total.tokens_N.sum()
         raise RunError(f"{reached} (nll {nll:.4f}), wanted: {target.ci:.3%}, which takes about {math.ceil(needed)} "
                        f"draws and --max_draws is {target.max_draws}: raise --max_draws or --target_ci")
@@ -291,7 +302,10 @@ class Measured:
     """Sums over rows on the host, in float64: U independent estimates (rounds x replicates) of every row and document.
     """
 
-    def __init__(self, estimator: Any, draws: int, seed: int, block_size: int):
+    def __init__(self, estimator: Any, draws: int, seed: int, block_size: int, row_ids: np.ndarray,
+                 scored_documents: Callable[[Rows, np.ndarray], np.ndarray]):
+        """row_ids: the rows that are measured. scored_documents: as `Evaluator._documents`."""
+        self._row_ids, self._scored_documents = row_ids, scored_documents
         self.estimator, self.round_draws, self.seed, self.block_size = estimator, draws, seed, block_size
         self.rounds, self.wall_s = 0, 0.0
         self._documents, self._rows, self.tokens_N = [], [], np.zeros(0)
@@ -331,25 +345,43 @@ class Measured:
             self.count_nats += np.bincount(counts.ravel(), means.ravel(), self.block_size + 1)
             self.count_blocks += np.bincount(counts.ravel(), minlength=self.block_size + 1)
 
-    def summary(self, rows: Rows) -> dict:
-        """The numbers of the `eval` command, and nll_by_count."""
-        kept = self.tokens_N > 0
-        nll = stats.two_part_interval(self.documents_UxN[:, kept], self.rows_UxR, self.tokens_N[kept])
-        tokens = self.tokens_N.sum()
-        # Without all tokens scored (some rows, or AR without bos) bytes are those of as many average tokens.
-        size = rows.meta["bytes"] * tokens / rows.meta["tokens"]
-        by_count = {k: self.count_nats[k] / self.count_blocks[k] for k in range(1, self.block_size + 1)
-                    if self.count_blocks[k]}
+    def bytes_N(self, rows: Any) -> np.ndarray:
+        """Bytes of text of the scored tokens of every document, as `tokens_N`. rows: those measured, `sized.Sized`."""
+        bytes_N, step = np.zeros(len(self.tokens_N)), max(1, CHUNK_TOKENS // rows.length)
+        for first in range(0, len(self._row_ids), step):
+            ids = self._row_ids[first:first + step]
+            documents_BxL = self._scored_documents(rows, ids)
+            scored = documents_BxL >= 0
+            bytes_N += np.bincount(documents_BxL[scored], rows.sizes(ids)[scored], len(bytes_N))
+        return bytes_N
+
+    def per_token(self) -> stats.Estimates:
+        """Nats per token as a ratio over documents."""
+        return stats.Estimates(self.documents_UxN, self.rows_UxR, self.tokens_N)
+
+    def per_byte(self, rows: Any) -> stats.Estimates:
+        """Bits per byte of the scored tokens as a ratio over documents."""
+        return stats.Estimates(self.documents_UxN, self.rows_UxR, self.bytes_N(rows) * math.log(2))
+
+    @property
+    def nll_by_count(self) -> dict[int, float]:
+        """Mean cross-entropy of the masked tokens of blocks with k of them, by k."""
+        return {k: self.count_nats[k] / self.count_blocks[k] for k in range(1, self.block_size + 1)
+                if self.count_blocks[k]}
+
+    def summary(self, rows: Any) -> dict:
+        """The numbers of the `eval` command, and nll_by_count. rows: those measured, `sized.Sized`."""
+        nll = stats.two_part_interval(*self.per_token()).non_negative()
+        bits = stats.two_part_interval(*self.per_byte(rows)).non_negative()
         law = {"count_probs": self.estimator.measure.count_probs} if self.estimator.name == "importance" else {}
-        return {"nll": nll.value, "nll_ci95": [nll.low, nll.high], "nll_mc_se": nll.mc_se,
-                "nll_document_se": nll.document_se, "ppl": _exp(nll.value), "ppl_ci95": [_exp(nll.low), _exp(nll.high)],
-                "bits_per_byte": nll.value * tokens / math.log(2) / size, "tokens": int(tokens),
-                "documents": int(kept.sum()), "nll_by_count": by_count, "estimator": self.estimator.name, **law,
-                "draws": self.draws, "seed": self.seed, "wall_s": self.wall_s}
-
-
-def _exp(x: float) -> float:
-    return math.exp(min(x, 700.0))
+        missing = {"ci95_missing": nll.missing or bits.missing} if nll.missing or bits.missing else {}
+        return {"nll": nll.value, "nll_ci95": [nll.low, nll.high], **missing, "nll_mc_se": nll.mc_se,
+                "nll_document_se": nll.document_se, "ppl": ppl_of(nll.value),
+                "ppl_ci95": [ppl_of(nll.low), ppl_of(nll.high)],
+                "bits_per_byte": bits.value, "bits_per_byte_ci95": [bits.low, bits.high],
+                "tokens": int(self.tokens_N.sum()), "documents": int(np.count_nonzero(self.tokens_N)),
+                "nll_by_count": self.nll_by_count, "estimator": self.estimator.name, **law, "draws": self.draws,
+                "seed": self.seed, "wall_s": self.wall_s}
 
 
 def _grow(total: np.ndarray, part: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ from bd3lm_jax.evaluation.scorer import Scorer
 from bd3lm_jax.evaluation.suite import Scored
 from bd3lm_jax.evaluation.titles import run_titles
 from bd3lm_jax.lm import LM
+from bd3lm_jax.stats import format_interval
 
 
 def compare(workdirs: Sequence[str], *, split: str, scorer: str, texts: int, draws: int,
@@ -33,7 +34,8 @@ def compare(workdirs: Sequence[str], *, split: str, scorer: str, texts: int, dra
 
     scorer: directory of a model with exact likelihood that judges `texts` texts of each run; "" for no texts.
 
-    Returns rows of {"name", "title" (for people), "workdir", "kind", "block_size", "params", "step"; "estimator" and, in bits per byte,
+    Returns rows of {"name", "title" (for people), "workdir", "kind", "block_size", "params", "step", "first_token" (the
+    convention, which is one for all: "skip" if a run cannot predict it); "estimator" and, in bits per byte,
     "bound" with "bound_ci95" (None without a bound), "difference" and "difference_ci95" to the first run, paired by
     document; "native" and "native_ci95" (the bound of its own objective, where that is another); "train_loss" (the
     objective as optimised, mean of the last tenth of training), "train_tokens_per_s" (median while training);
@@ -42,15 +44,16 @@ def compare(workdirs: Sequence[str], *, split: str, scorer: str, texts: int, dra
     different corpora and for a scorer that does not fit.
     """
     judge = Scorer(_model(scorer), scorer, 0) if scorer else None
+    configs = [rundir.read(workdir)[0] for workdir in workdirs]
+    convention = convention_for(configs, chunks="independent", stride=0, first_token="", end_token="count")
     rows, first = [], None
-    titles = run_titles([rundir.read(workdir)[0] for workdir in workdirs])
-    for workdir, title in zip(workdirs, titles):
+    for workdir, title in zip(workdirs, run_titles(configs)):
         began = time.perf_counter()
         run = open_run(workdir, "ema", 0)
-        convention = convention_for([run.config], chunks="independent", stride=0, first_token="", end_token="count")
         text = open_text(run.config, run.tokenizer, data=OWN, split=split, data_dir="", convention=convention)
         row = {"name": Path(workdir).name, "title": title, "workdir": str(workdir), "kind": run.config.diffusion.kind,
-               "block_size": run.config.block_size, "step": run.step, "params": _size(run.params)}
+               "block_size": run.config.block_size, "step": run.step, "params": _size(run.params),
+               "first_token": convention.first_token}
         row |= _bounds(run, text, draws, seed)
         scored = row.pop("scored")
         if scored is not None:
@@ -86,7 +89,7 @@ def _bounds(run, text: Text, draws: int, seed: int) -> dict[str, Any]:
                          "scored"))
     for name in dict.fromkeys([common, *["native"] * _has_native(objective)]):
         measured = run.evaluator.measure(run.params, text.rows, estimator=name, draws=draws, seed=seed, target=None)
-        result = text.describe(measured.summary(text.rows))
+        result = text.describe(measured)
         if name == common:
             row |= {"estimator": name, "bound": result["bits_per_byte"], "bound_ci95": result["bits_per_byte_ci95"],
                     "scored": Scored(run.workdir, text, measured, result)}
@@ -146,10 +149,7 @@ def _texts_of(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _estimate(row: dict[str, Any], key: str, shape: str) -> str:
-    if row[key] is None:
-        return ""
-    low, high = (format(x, shape) for x in row[f"{key}_ci95"])
-    return f"{row[key]:{shape}} ({low} .. {high})"
+    return "" if row[key] is None else f"{row[key]:{shape}} ({format_interval(row[f'{key}_ci95'], shape)})"
 
 
 def _number(value: float | None, shape: str) -> str:

@@ -5,7 +5,6 @@ and repetition say so, and the same figures of real text say what is usual at th
 """
 
 import itertools
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import textmetrics
 from bd3lm_jax.evaluation.scorer import Scorer, Words
 from bd3lm_jax.lm import load
+from bd3lm_jax.stats import format_interval, ppl_of
 from bd3lm_jax.writing import sample_files
 
 LOW_ENTROPY = 4.0  # nats of the unigrams of a text: below it BD3-LM calls a sample degenerate
@@ -89,9 +89,9 @@ def figures(texts: Sequence[np.ndarray], nats: Sequence[np.ndarray] | None, firs
 
 def perplexity(nats_N: np.ndarray, tokens_N: np.ndarray) -> dict[str, Any]:
     """gen_ppl, weighted by tokens, and gen_ppl_sample_mean of texts, each with its 95 % interval over texts."""
-    mean, low, high = stats.ratio_interval(nats_N, tokens_N)
+    mean, low, high, *_ = stats.two_part_interval(nats_N[None], nats_N[None], tokens_N).non_negative()
     ppl, ppl_low, ppl_high = stats.ratio_interval(np.exp(np.minimum(nats_N / tokens_N, 700)), np.ones(len(nats_N)))
-    return {"gen_ppl": _exp(mean), "gen_ppl_ci95": [_exp(low), _exp(high)], "gen_ppl_sample_mean": ppl,
+    return {"gen_ppl": ppl_of(mean), "gen_ppl_ci95": [ppl_of(low), ppl_of(high)], "gen_ppl_sample_mean": ppl,
             "gen_ppl_sample_mean_ci95": [float(np.maximum(ppl_low, 1)), ppl_high]}  # no perplexity is below 1
 
 
@@ -210,17 +210,12 @@ def show(rows: Sequence[dict], how: dict[str, Any], source: str | None) -> None:
 def _perplexities(line: dict) -> tuple[str, str]:
     if "gen_ppl" not in line:
         return "", ""
-    ppl, mean, low, high = (f"{x:.1f}" if x < 100 else f"{x:.0f}" for x in (
-        line["gen_ppl"], line["gen_ppl_sample_mean"], *line["gen_ppl_ci95"]))
-    return f"{ppl} ({low} .. {high})", mean
+    ppl, mean = (f"{x:.1f}" if x < 100 else f"{x:.0f}" for x in (line["gen_ppl"], line["gen_ppl_sample_mean"]))
+    return f"{ppl} ({format_interval(line['gen_ppl_ci95'], '.1f' if line['gen_ppl'] < 100 else '.0f')})", mean
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
-
-
-def _exp(x: float) -> float:
-    return math.exp(min(x, 700.0))
 
 
 def _drawn(path: str | Path, rows: Sequence[dict]) -> str | None:

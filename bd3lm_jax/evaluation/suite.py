@@ -1,22 +1,22 @@
 """Zero-shot suite: models measured on every named text that is there; one table, one plot, paired differences."""
 
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from bd3lm_jax import hf, jax_settings, log, plots, rundir, stats
+from bd3lm_jax import hf, jax_settings, log, plots, rundir
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.evaluation import compare
 from bd3lm_jax.evaluation.domains import DOMAINS, OWN, Missing, Text, convention_for, open_text
 from bd3lm_jax.evaluation.estimators import default_estimator
 from bd3lm_jax.evaluation.evaluate import Measured, Opened, Target, open_run
 from bd3lm_jax.restore import published_config
+from bd3lm_jax.stats import format_interval
 
 PLOT = "domains.png"
 BETTER, WORSE, UNCLEAR = "better", "worse", "not told apart"
+INCOMPARABLE = "not comparable"  # tokenizers differ, and not both give the text back
 
 
 class Scored(NamedTuple):
@@ -91,9 +91,7 @@ def _score(run: Opened, texts: Sequence[Text], estimator: str, draws: int, seed:
         log.note(f"{run.workdir}: {text.name}, {len(text.rows)} rows")
         measured = run.evaluator.measure(run.params, text.rows, estimator=estimator or default_estimator(run.config),
                                          draws=draws, seed=seed, target=target)
-        result = measured.summary(text.rows)
-        del result["nll_by_count"]
-        result = {**text.describe(result), "workdir": run.workdir, "step": run.step,
+        result = {**text.describe(measured), "workdir": run.workdir, "step": run.step,
                   "config_sha256": run.config_sha256}
         scored.append(Scored(run.workdir, text, measured, result))
     return scored
@@ -102,18 +100,12 @@ def _score(run: Opened, texts: Sequence[Text], estimator: str, draws: int, seed:
 def difference(ours: Scored, theirs: Scored) -> dict[str, Any]:
     """Bits per byte of one run less those of another on the same documents, paired by document.
 
-    Negative where the first is better. The error of the draws is that of two separate runs.
+    Negative where the first is better. Numbers are None where the bits of the two tokenizers do not compare.
     """
-    sides = ours.measured, theirs.measured
-    documents = min(len(side.tokens_N) for side in sides)
-    both = np.all([side.tokens_N[:documents] > 0 for side in sides], axis=0)
-    estimates = min((len(side.rows_UxR) for side in sides if len(side.rows_UxR) > 1), default=1)  # an exact run has 1
-    nats_a, nats_b = (side.documents_UxN[:estimates, :documents][:, both] for side in sides)
-    rows_a, rows_b = (np.broadcast_to(side.rows_UxR[:estimates], (estimates, side.rows_UxR.shape[1])) for side in sides)
-    bits = ours.text.document_bytes()[:documents][both] * math.log(2)
-    found = stats.two_part_interval(nats_a - nats_b, np.concatenate([rows_a, -rows_b], axis=1), bits)
-    return {"workdir": theirs.workdir, "unit": "bits per byte", "difference": found.value,
-            "difference_ci95": [found.low, found.high], "p_value": found.p_value}
+    same_rows = ours.text.rows.meta["hash"] == theirs.text.rows.meta["hash"]
+    found = compare.difference(*(side.measured.per_byte(side.text.rows) for side in (ours, theirs)), same_rows)
+    return {"workdir": theirs.workdir, "unit": "bits per byte",
+            **compare.as_result(found, ours.text.comparable_with(theirs.text))}
 
 
 def points(results: Sequence[dict]) -> dict[str, dict[str, tuple[float, float, float]]]:
@@ -149,17 +141,18 @@ def _how(result: dict) -> str:
 
 
 def _line(result: dict) -> list[str]:
-    low, high = result["bits_per_byte_ci95"]
     word_ppl = f"{result['word_ppl']:.1f}" if "word_ppl" in result else ""
     return [title(result["data"]), Path(result["workdir"]).name, str(result["documents"]), str(result["tokens"]),
             f"{result['nll']:.4f}", f"{result['ppl']:.2f}", f"{result['bits_per_byte']:.4f}",
-            f"{low:.4f} .. {high:.4f}", word_ppl, _verdict(result.get("against"))]
+            format_interval(result["bits_per_byte_ci95"], ".4f"), word_ppl, _verdict(result.get("against"))]
 
 
 def _verdict(against: dict | None) -> str:
-    """A difference counts where its interval leaves out 0."""
+    """A difference counts where its interval leaves out 0, and the two sides compare."""
     if against is None:
         return ""
+    if not against["comparable"]:
+        return INCOMPARABLE
     low, high = against["difference_ci95"]
     verdict = BETTER if high < 0 else WORSE if low > 0 else UNCLEAR
-    return f"{against['difference']:+.4f} ({low:+.4f} .. {high:+.4f}) {verdict}"
+    return f"{against['difference']:+.4f} ({format_interval((low, high), '+.4f')}) {verdict}"

@@ -18,8 +18,8 @@ from bd3lm_jax.errors import UserError
 BYTES = 256
 
 
-def ngram_nats(train_ids, test_ids, vocab: int, order: int) -> float:
-    """Total nats of `test_ids` [n] under an `order`-gram model of `train_ids` [m]; ids in 0..vocab-1.
+def ngram_nats(train_ids, test_ids, vocab: int, order: int) -> np.ndarray:
+    """Nats of each of `test_ids` [n] under an `order`-gram model of `train_ids` [m], float64 [n]; ids in 0..vocab-1.
 
     Raises UserError if either is empty or `order` tokens do not fit in 64 bits.
     """
@@ -36,23 +36,23 @@ def ngram_nats(train_ids, test_ids, vocab: int, order: int) -> float:
     for length in range(1, order + 1):
         shift = np.uint64((order - length) * bits)  # drops the oldest tokens; what was sorted stays sorted
         probability = _interpolate(codes >> shift, test_codes >> shift, (length - 1) * bits, probability)
-    return float(-np.log(probability).sum())
+    return -np.log(probability)
 
 
 def unigram_bits_per_byte(train_ids, test_ids, vocab: int, test_bytes: int) -> float:
     """Bits per byte of a text of `test_bytes` UTF-8 bytes (a newline a document) under counts of its tokens."""
-    return ngram_nats(train_ids, test_ids, vocab, 1) / math.log(2) / test_bytes
+    return float(ngram_nats(train_ids, test_ids, vocab, 1).sum()) / math.log(2) / test_bytes
 
 
 def bigram_bits_per_byte(train_ids, test_ids, vocab: int, test_bytes: int) -> float:
     """As `unigram_bits_per_byte`, given the token before."""
-    return ngram_nats(train_ids, test_ids, vocab, 2) / math.log(2) / test_bytes
+    return float(ngram_nats(train_ids, test_ids, vocab, 2).sum()) / math.log(2) / test_bytes
 
 
 def byte_ngram_bits_per_byte(train_bytes: bytes, test_bytes: bytes, order: int) -> float:
     """Bits per byte under the `order`-gram model of bytes, `order` from 1 to 8."""
     train_ids, test_ids = (np.frombuffer(text, np.uint8) for text in (train_bytes, test_bytes))
-    return ngram_nats(train_ids, test_ids, BYTES, order) / math.log(2) / max(1, len(test_bytes))
+    return float(ngram_nats(train_ids, test_ids, BYTES, order).sum()) / math.log(2) / max(1, len(test_bytes))
 
 
 def entropy_of_tokens(ids) -> float:

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import stdtrit
 
 from bd3lm_jax import jax_settings, log
 from bd3lm_jax.data.loader import Loader
@@ -28,7 +29,6 @@ from bd3lm_jax.diffusion.schedule import get_schedule
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.lm import LM, load
 from bd3lm_jax.models import trunk
-from bd3lm_jax.stats import t_quantile
 from bd3lm_jax.step import execution_of, score, total_loss
 
 LINEAR, UNIFORM, OPTIMAL = "linear", "exact count", "exact count, pi*"
@@ -231,7 +231,7 @@ def jackknife(values: np.ndarray, without_Rx: np.ndarray, level: float = 0.95) -
     groups = len(without_Rx)
     logs_Rx = np.log(without_Rx)
     se = np.sqrt((groups - 1) / groups * ((logs_Rx - logs_Rx.mean(0)) ** 2).sum(0))
-    margin = t_quantile((1 + level) / 2, groups - 1) * se
+    margin = stdtrit(groups - 1, (1 + level) / 2) * se
     return values * np.exp(-margin), values * np.exp(margin)
 
 

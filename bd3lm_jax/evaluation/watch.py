@@ -16,6 +16,7 @@ from bd3lm_jax.evaluation import domains, estimators
 from bd3lm_jax.evaluation.estimators import default_estimator
 from bd3lm_jax.evaluation.evaluate import open_run
 from bd3lm_jax.restore import restore
+from bd3lm_jax.stats import format_interval, format_number
 from bd3lm_jax.step_choice import Absent
 from bd3lm_jax.sweeps.pool import Signals
 
@@ -128,15 +129,14 @@ class _Watched:
         measured = self._run.evaluator.measure(
             params, self._text.rows, estimator=asked["estimator"] or default_estimator(self._run.config),
             draws=asked["draws"], seed=asked["seed"], target=None)
-        result = measured.summary(self._text.rows)
-        del result["nll_by_count"]
-        line = {"step": step, **self._text.describe(result), "config_sha256": self._sha256, "asked": asked}
+        result = self._text.describe(measured)
+        line = {"step": step, **result, "config_sha256": self._sha256, "asked": asked}
         log.append(self._workdir / FILE, line)
         self._seen.add(step)
         self.lines.append(line)
-        low, high = result["nll_ci95"]
-        log.note(f"step {step}: nll {result['nll']:.4f} ({low:.4f} .. {high:.4f}), "
-                 f"{result['bits_per_byte']:.4f} bits per byte")
+        nll, bits = (f"{format_number(result[key], '.4f')} ({format_interval(result[f'{key}_ci95'], '.4f')})"
+                     for key in ("nll", "bits_per_byte"))
+        log.note(f"step {step}: nll {nll}, {bits} bits per byte")
 
     def _begin(self) -> bool:
         """Whether there is a run. When it is first there: refuse what does not fit, learn what was done before."""

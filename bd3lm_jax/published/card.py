@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bd3lm_jax.published.leaf import Described
+from bd3lm_jax.stats import format_interval, format_number
 
 HEAD = """---
 library_name: bd3lm_jax
@@ -91,14 +92,14 @@ def _training(origin: Origin) -> str:
 def _results(results: dict[str, dict]) -> str:
     if not results:
         return "None were recorded with these weights.\n"
-    heads = ("split", "nats a token", "95 % interval", "perplexity", "95 % interval", "bits a byte", "estimator",
-             "documents")
+    heads = ("split", "nats a token", "95 % interval", "perplexity", "95 % interval", "bits a byte", "95 % interval",
+             "estimator", "documents")
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for split, found in results.items():
-        low, high = found["nll_ci95"]
-        ppl_low, ppl_high = found["ppl_ci95"]
-        cells = (split, f"{found['nll']:.4f}", f"{low:.4f} .. {high:.4f}", f"{found['ppl']:.2f}",
-                 f"{ppl_low:.2f} .. {ppl_high:.2f}", f"{found['bits_per_byte']:.4f}", found["estimator"],
+        bits_ci95 = found.get("bits_per_byte_ci95", (None, None))  # reports of earlier versions have none
+        cells = (split, format_number(found["nll"], ".4f"), format_interval(found["nll_ci95"], ".4f"),
+                 format_number(found["ppl"], ".2f"), format_interval(found["ppl_ci95"], ".2f"),
+                 format_number(found["bits_per_byte"], ".4f"), format_interval(bits_ci95, ".4f"), found["estimator"],
                  str(found["documents"]))
         lines.append("| " + " | ".join(cells) + " |")
     bound = any(found["estimator"] != "nll" for found in results.values())

@@ -59,8 +59,9 @@ def read(workdir: str | os.PathLike) -> Documents | None:
 def difference(ours: Documents, theirs: Documents) -> tuple[float, float, float] | None:
     """Nats per token of one run less those of another, paired by document, with its 95 % interval: (value, low, high).
 
-    Negative where the first is better. The spread of the documents' differences holds the noise of the draws. None
-    where the runs score different tokens: other texts or tokenizers, or autoregression without diffusion.bos.
+    Negative where the first is better. The spread of the documents' differences holds the noise of the draws. low and
+    high are nan for fewer than `stats.MIN_DOCUMENTS` documents. None where the runs score different tokens: other texts
+    or tokenizers, or autoregression without diffusion.bos.
     """
     if ours.text != theirs.text or not np.array_equal(ours.tokens_N, theirs.tokens_N):
         return None

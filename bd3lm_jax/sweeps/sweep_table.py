@@ -9,13 +9,16 @@ from typing import Any
 from bd3lm_jax import files, plots
 from bd3lm_jax.evaluation.titles import key_title, phrase, run_titles
 from bd3lm_jax.log import note, table
+from bd3lm_jax.stats import format_interval, format_number
 from bd3lm_jax.sweeps import paired
 
-MEASURES = {"nll": "valid_nll", "nll_ci95": "nll_ci95", "ppl": "valid_ppl", "bits_per_byte": "bits_per_byte"}
+MEASURES = {"nll": "valid_nll", "nll_ci95": "nll_ci95", "ppl": "valid_ppl", "bits_per_byte": "bits_per_byte",
+            "bits_per_byte_comparable": "bits_per_byte_comparable"}
 BEST = "best"
 FILES = MARKDOWN, CSV = "table.md", "table.csv"
 CAPTION = ("The validation split; 95 % intervals over its documents and the noise, not over training seeds. All runs "
            "are measured on the same documents: a difference of two is known better than their intervals say.")
+INCOMPARABLE = " * the tokenizer does not give the text back: not to be compared with other tokenizers."
 
 
 class Table:
@@ -42,14 +45,14 @@ class Table:
     def show(self, title: str) -> None:
         heading, *rows = self._lines()
         table(title, heading, rows)
-        note(CAPTION)
+        note(self._caption())
 
     def write(self, directory: Path) -> None:
         """table.md and table.csv."""
         heading, *rows = self._lines()
         lines = [heading, ["---"] * len(heading), *([cell.replace("|", r"\|") for cell in row] for row in rows)]
         text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        files.write(directory / MARKDOWN, f"{text}\n\n{CAPTION}\n".encode())
+        files.write(directory / MARKDOWN, f"{text}\n\n{self._caption()}\n".encode())
         with io.StringIO(newline="") as file:
             writer = csv.writer(file)
             told = ("valid_nll", "valid_ppl", "bits_per_byte", "step", "status")
@@ -64,6 +67,9 @@ class Table:
     def draw(self, path: Path) -> None:
         if self.measured:
             plots.nll_intervals(path, f"Runs of the sweep {path.parent.name}", *_curves(self.measured, self.keys))
+
+    def _caption(self) -> str:
+        return CAPTION + INCOMPARABLE * any(_incomparable(run) for run in self.measured)
 
     def _baseline(self, wanted: int | str) -> int | None:
         """None while that run is not finished."""
@@ -89,15 +95,21 @@ class Table:
         for i, run in enumerate(self.runs):
             values, nll, interval, ppl, bits, difference = run.values(), "", "", "", "", ""
             if run.measured.get("valid_nll") is not None:
-                nll, (low, high), ppl, bits = (run.measured[key] for key in MEASURES.values())
-                nll, ppl, bits = f"{nll:.4f}", f"{ppl:.2f}", f"{bits:.4f}"
-                interval = "" if low is None else f"{low:.4f} .. {high:.4f}"
+                nll, ends, ppl, bits, _ = (run.measured[key] for key in MEASURES.values())
+                nll, ppl, bits = (format_number(x, form) for x, form in ((nll, ".4f"), (ppl, ".2f"), (bits, ".4f")))
+                bits += "*" * _incomparable(run)
+                interval = format_interval(ends, ".4f")
             if run.name in self.differences:
                 value, low, _ = self.differences[run.name]
-                difference = f"{value:+.4f} ± {value - low:.4f}"
+                difference = f"{value:+.4f} ± {format_number(value - low, '.4f')}"
             measured = [nll, interval, *([difference] if less else []), ppl, bits]
             lines.append([str(i), *(str(values.get(key, "")) for key in self.keys), *measured, run.status])
         return lines
+
+
+def _incomparable(run: Any) -> bool:
+    """Whether its tokenizer is known to lose text."""
+    return run.measured.get("bits_per_byte_comparable") is False
 
 
 def _curves(runs: Sequence[Any], keys: Sequence[str]) -> tuple[str, dict[str, list[tuple]]]:

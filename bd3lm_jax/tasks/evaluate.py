@@ -17,6 +17,7 @@ from bd3lm_jax.published.card import HUB_CACHE, base_name
 from bd3lm_jax.tasks import sandbox
 from bd3lm_jax.tasks import score
 from bd3lm_jax.tasks.registry import TASKS
+from bd3lm_jax.stats import format_interval, format_number
 from bd3lm_jax.tasks.task import Problem, Task, Verdict, cut, read_problems
 
 FOLDER = "tasks"  # of a run directory
@@ -228,12 +229,12 @@ def _folder(workdir: str | os.PathLike) -> Path:
 def _show(result: dict[str, Any]) -> None:
     rows = []
     for side in filter(None, (result, result.get("against"))):
-        low, high = side["score_ci95"]
         outcomes = ", ".join(f"{name} {count}" for name, count in side["outcomes"].items())
-        rows.append((side["workdir"], f"{side['score']:.1%}", f"{low:.1%} .. {high:.1%}", outcomes))
+        rows.append((side["workdir"], f"{side['score']:.1%}", format_interval(side["score_ci95"], ".1%"), outcomes))
     log.table(f"{result['task']}: {result['problems']} problems, {result['draws_per_problem']} draws each",
               ("model", result["metric"], "95 % interval", "outcomes"), rows)
     if "against" in result:
-        low, high = result["against"]["difference_ci95"]
-        log.note(f"difference {result['against']['difference']:+.1%}, 95 % interval {low:+.1%} .. {high:+.1%}, "
-                 f"p = {result['against']['p_value']:.2g} ({result['against']['test']})")
+        other = result["against"]
+        interval = format_interval(other["difference_ci95"], "+.1%")
+        log.note(f"difference {other['difference']:+.1%}, 95 % interval {interval}, "
+                 f"p = {format_number(other['p_value'], '.2g')} ({other['test']})")

@@ -10,6 +10,7 @@ from bd3lm_jax import rundir
 from bd3lm_jax.adaptation import lora
 from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.data.prepare import prepare
+from bd3lm_jax.data.sized import Sized
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import evaluate
 from bd3lm_jax.program import init_params
@@ -109,7 +110,7 @@ def test_evaluation_reads_the_merged_weights(home, runs):
     run = evaluate.open_run(str(updated), "ema", 0)
     for path, x in paths(run.params).items():
         np.testing.assert_allclose(x, by_hand[path], rtol=1e-5, atol=1e-6)
-    rows = prepare(run.config.data, "valid", 4, run.tokenizer)
+    rows = Sized(prepare(run.config.data, "valid", 4, run.tokenizer), run.tokenizer)
     found = run.evaluator.run(run.params, rows, estimator="exact", draws=1, seed=0)
     assert found["nll"] == pytest.approx(result["valid_nll"], rel=0.05)
 

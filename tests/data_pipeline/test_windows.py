@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
+from bd3lm_jax.data.sized import Sized
+from bd3lm_jax.data.tokenizers import ByteTokenizer
 from bd3lm_jax.data.windows import Convention, Given, Windows, arrange
 from bd3lm_jax.errors import UserError
 
@@ -87,9 +89,9 @@ def test_first_and_end_tokens_are_given(wrapped, layout):
 
 
 def test_ends_that_are_given_count_no_bytes(wrapped):
-    rows = Given(wrapped(), first=False, end=True, end_id=END)
-    sizes = [len(text.encode()) for text in TEXTS if text]
-    assert (rows.meta["bytes"], rows.meta["tokens"]) == (sum(sizes), sum(sizes))
+    rows = Given(Sized(wrapped(), ByteTokenizer()), first=False, end=True, end_id=END)
+    ids = np.arange(len(rows))
+    assert rows.sizes(ids)[rows.scored(ids)].sum() == sum(len(text.encode()) for text in TEXTS if text)
 
 
 def test_arrange(wrapped):

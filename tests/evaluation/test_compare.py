@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
+from toy_intervals import bell_mccaffrey
 from toy_runs import AR, toy_config, write_text
 
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
@@ -16,7 +17,7 @@ from bd3lm_jax.train import train
 
 pytestmark = pytest.mark.ci_slow  # seven runs are trained
 KEYS = {"workdir", "estimator", "step", "config_sha256", "bits_per_byte", "nll", "unit", "difference",
-        "difference_ci95", "difference_mc_se", "p_value", "unpaired_se", "same_masks", "draws_saved"}
+        "difference_ci95", "difference_mc_se", "p_value", "unpaired_se", "same_masks", "draws_saved", "comparable"}
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +57,11 @@ def test_a_paired_difference_is_that_of_two_evaluations(runs):
     assert set(other) == KEYS and other["unit"] == "nats per token" and other["workdir"] == str(runs / "longer")
     assert other["nll"] == compared(runs, "longer", "", estimator="exact")["nll"]
     (ours, tokens), (theirs, _) = (document_nats(runs, name, "exact") for name in ("first", "longer"))
-    n, difference = len(tokens), (ours - theirs).sum() / tokens.sum()
-    residuals = ours - theirs - difference * tokens
-    se = math.sqrt(n / (n - 1) * np.sum(residuals**2)) / tokens.sum()
-    margin = scipy_stats.t.ppf(0.975, n - 1) * se
+    difference, se, freedom = bell_mccaffrey(ours - theirs, tokens)
+    margin = scipy_stats.t.ppf(0.975, freedom) * se
     assert other["difference"] == pytest.approx(difference, rel=1e-6)
     np.testing.assert_allclose(other["difference_ci95"], [difference - margin, difference + margin], rtol=1e-5)
-    assert other["p_value"] == pytest.approx(2 * scipy_stats.t.sf(abs(difference / se), n - 1), rel=1e-4)
+    assert other["p_value"] == pytest.approx(2 * scipy_stats.t.sf(abs(difference / se), freedom), rel=1e-4)
     assert (other["difference_mc_se"], other["same_masks"], other["draws_saved"]) == (0, False, 0)  # nothing is drawn
     assert other["unpaired_se"] > se
 
@@ -86,7 +85,7 @@ def test_the_count_law_of_the_first_model_serves_both(runs):
 def test_a_model_and_itself(runs):
     other = compared(runs, "first", "first")["against"]
     assert (other["difference"], other["difference_mc_se"], other["draws_saved"]) == (0, 0, None)
-    assert math.isnan(other["p_value"])
+    assert other["p_value"] == 1
 
 
 def test_other_block_sizes_draw_their_own_masks(runs, capsys):
@@ -125,11 +124,9 @@ def test_other_tokenizers_compare_in_bits_per_byte(runs, capsys):
     assert other["difference"] == pytest.approx(result["bits_per_byte"] - other["bits_per_byte"], rel=1e-6)
     (ours, _), (theirs, _) = (document_nats(runs, name, "exact") for name in ("first", "bpe"))
     size = np.array([len(line.encode()) + 1 for line in (runs / "text.txt").read_text("utf-8").splitlines()[-12:]])
-    bits = (ours - theirs) / math.log(2)
-    difference = bits.sum() / size.sum()
-    se = math.sqrt(12 / 11 * np.sum((bits - difference * size)**2)) / size.sum()
+    difference, se, freedom = bell_mccaffrey((ours - theirs) / math.log(2), size)
     low, high = other["difference_ci95"]
-    assert (high - low) / 2 == pytest.approx(scipy_stats.t.ppf(0.975, 11) * se, rel=1e-5)
+    assert (high - low) / 2 == pytest.approx(scipy_stats.t.ppf(0.975, freedom) * se, rel=1e-5)
     assert "the tokenizers differ: only bits per byte compare" in capsys.readouterr().err
 
 

@@ -8,6 +8,7 @@ from toy_runs import toy_config, write_text
 
 from bd3lm_jax.bench import bench
 from bd3lm_jax.data.prepare import prepare
+from bd3lm_jax.data.sized import Sized
 from bd3lm_jax.data.tokenizers import ByteTokenizer
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import density_study
@@ -38,7 +39,7 @@ def test_bounds_of_both_kinds_add_up(runs, tmp_path):
     assert [row["masks"] for row in rows] == ["masked, pairs", "priority, hard, 100% of documents tagged, pairs"]
     for row in rows:
         run = open_run(row["run"], "ema", 0)
-        plain = prepare(run.config.data, "test", 4, run.tokenizer)
+        plain = Sized(prepare(run.config.data, "test", 4, run.tokenizer), run.tokenizer)
         whole = run.evaluator.run(run.params, plain, estimator="exact_count", draws=1, seed=0)
         (parts,) = row["bounds"].values()
         assert sum(part["tokens"] for part in parts.values()) == whole["tokens"]

@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+from toy_costs import Costs
 from toy_runs import toy_config, write_text
 
 from bd3lm_jax.data import corpora
@@ -12,6 +13,7 @@ from bd3lm_jax.data.windows import Convention, Given, Windows
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import domains
 from bd3lm_jax.evaluation.domains import DOMAINS, Missing, check_overlap, convention_for, open_text
+from bd3lm_jax.stats import ratio_interval
 
 PLAIN = Convention("independent", 0, "predict", "count")
 
@@ -42,7 +44,7 @@ def test_packaged_domains_are_there(opened):
     assert texts(moby_dick)[1].startswith("Call me Ishmael.")
     assert moby_dick.rows.meta["bytes"] == 1_201_659  # as its source counts
     assert sotu.rows.meta["documents"] == 2021 - 1980 + 1 and texts(sotu)[0].startswith("This last few months")
-    assert (sotu.name, sotu.split, sotu.words) == ("sotu", "all", None)
+    assert (sotu.name, sotu.split, sotu.words_D) == ("sotu", "all", None)
 
 
 def test_the_runs_own_corpus_and_files(opened, tmp_path):
@@ -59,22 +61,36 @@ def test_a_local_file_is_detokenised_and_its_words_counted(opened, tmp_path):
     (tmp_path / "wikitext2.txt").write_text(" \n = Heading = \n It is a well @-@ known <unk> . \n")
     text = opened("wikitext2", data_dir=str(tmp_path))
     assert texts(text) == ["= Heading =", "It is a well-known <unk>."]
-    assert text.words == 3 + 1 + 8 + 1
+    assert text.words_D.tolist() == [3 + 1, 8 + 1]
     without_ends = opened("wikitext2", data_dir=str(tmp_path), convention=Convention("independent", 0, "skip", "skip"))
-    assert without_ends.words == 3 + 8
+    assert without_ends.words_D.tolist() == [3, 8]
     assert without_ends.document_bytes().tolist() == [len(line) for line in texts(text)]
 
 
 def test_perplexity_a_word(opened, tmp_path):
-    (tmp_path / "ptb.txt").write_text("the price rose N times\n")
+    """A ratio over documents: nats of each over its words and its end."""
+    lines = ["the price rose N times", "a longer sentence about nothing", "no", "it fell the next day"]
+    (tmp_path / "ptb.txt").write_text("\n".join(lines))
     text = opened("ptb", data_dir=str(tmp_path))
-    tokens = text.rows.meta["tokens"]
-    result = text.describe({"nll": 2.0, "nll_ci95": [1.5, 2.5], "tokens": tokens, "bits_per_byte": 3.0})
-    assert result["word_ppl"] == pytest.approx(math.exp(2 * tokens / 6)) and result["words"] == 6
-    assert result["word_ppl_ci95"] == pytest.approx([math.exp(nll * tokens / 6) for nll in (1.5, 2.5)])
-    assert result["bits_per_byte_ci95"] == pytest.approx([2.25, 3.75])
+    measured = Costs(lambda ids, sizes: 2.0 + 0.01 * ids).measure(None, text.rows)
+    result, words = text.describe(measured), np.array([len(line.split()) + 1 for line in lines])
+    value, *ends = ratio_interval(measured.documents_UxN[0], words)
+    assert result["word_ppl"] == pytest.approx(math.exp(value)) and result["words"] == 6 + 6 + 2 + 6
+    assert result["word_ppl_ci95"] == pytest.approx(np.exp(ends)) and ends[0] < value < ends[1]
+    value, *ends = ratio_interval(measured.documents_UxN[0], math.log(2) * text.document_bytes())
+    assert (result["bits_per_byte"], *result["bits_per_byte_ci95"]) == pytest.approx((value, *ends))
     assert {key: result[key] for key in ("chunks", "stride", "length", "first_token", "end_token")} == {
         "chunks": "independent", "stride": 32, "length": 32, "first_token": "predict", "end_token": "count"}
+
+
+def test_words_of_a_document_that_is_scored_in_part(opened, tmp_path):
+    """Equal costs a byte are equal costs a word, whatever is scored."""
+    (tmp_path / "ptb.txt").write_text("the price rose N times\n" * 9)
+    found = [text.describe(Costs(lambda ids, sizes: 1.4 * sizes).measure(None, text.rows)) for text in (
+        opened("ptb", data_dir=str(tmp_path), convention=Convention("independent", 0, first, "count"),
+               changes={"data.layout": "pad"}) for first in ("predict", "skip"))]
+    assert found[1]["words"] < found[0]["words"]
+    assert found[1]["word_ppl"] == pytest.approx(found[0]["word_ppl"])
 
 
 def test_tfds_domains_join_their_fields(opened, monkeypatch):

@@ -106,7 +106,8 @@ def test_the_table_says_who_is_better(both):
                                             ["Far text", "blocks"]]
     assert len(columns) == len(lines[0]) and lines[0][-1] == ""
     assert lines[1][-1].endswith(suite.WORSE)  # 6 steps against 20
-    verdicts = [suite._verdict({"difference": 0.0, "difference_ci95": ci}) for ci in ((-2, -1), (-1, 1), (1, 2))]
+    verdicts = [suite._verdict({"comparable": True, "difference": 0.0, "difference_ci95": ci})
+                for ci in ((-2, -1), (-1, 1), (1, 2))]
     assert [verdict.split(") ")[1] for verdict in verdicts] == [suite.BETTER, suite.UNCLEAR, suite.WORSE]
 
 

@@ -104,8 +104,8 @@ def test_all_runs_are_trained_and_their_table_written(stage):
     result = stage.sweep()
     assert stage.calls() == [1.0, 2.0, 3.0]
     assert (result["sweep"], result["ok"], list(result["runs"][0])) == ("toy", True, [
-        "name", "status", "overrides", "step", "valid_nll", "nll_ci95", "valid_ppl", "bits_per_byte", "workdir", "log",
-        "error", "retries", "difference", "difference_ci95"])
+        "name", "status", "overrides", "step", "valid_nll", "nll_ci95", "valid_ppl", "bits_per_byte",
+        "bits_per_byte_comparable", "workdir", "log", "error", "retries", "difference", "difference_ci95"])
     second = result["runs"][1]
     assert [second[key] for key in ("name", "overrides", "valid_nll", "nll_ci95", "step")] == [
         "optim.lr=0.01", {"optim.lr": 0.01}, 2.0, [1.9, 2.2], 6]
