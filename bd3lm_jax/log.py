@@ -54,7 +54,7 @@ def busy(what: str) -> Iterator[None]:
     if _console.is_terminal and not _console.is_dumb_terminal:
         columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
         with Progress(*columns, console=_console, transient=True) as line:
-            line.add_task(what, total=None)
+            line.add_task(visible(what), total=None)
             yield
         return
     began, done = time.monotonic(), threading.Event()

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from bd3lm_jax import convert, foreign, hf, log, rundir
 from bd3lm_jax.constraints import automaton
-from bd3lm_jax.data import corpora, dialogues
+from bd3lm_jax.data import chat_template, corpora, dialogues
 from bd3lm_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from bd3lm_jax.density.file import Annotations
 from bd3lm_jax.errors import UserError, visible
@@ -29,7 +29,7 @@ GOLDEN = Path(__file__).parent / "data" / "golden"
 READERS = {
     "tokenizer": load_tokenizer, "settings": read_object, "trace": read_html, "infill": read_texts,
     "problems": lambda path: read_problems(MATH500, str(path)), "weights": lambda path: open_file(Path(path)),
-    "model": lambda path: hf.read_config(Path(path)), "dialogues": lambda path: dialogues._config(Path(path)),
+    "model": lambda path: hf.read_config(Path(path)), "dialogues": lambda path: chat_template._read_config(Path(path)),
     "density": lambda path: Annotations(Path(path)),
     "samples": lambda path: read_samples(str(path)),
 }
@@ -162,6 +162,16 @@ def test_notes_tables_and_results_steer_no_terminal(monkeypatch, capsys, termina
     printed = capsys.readouterr().out
     assert [json.loads(line) for line in printed.split("\n") if line] == [{text: [text]} for text in STEERING]
     assert not set(printed) & set("\x1b\x9b\r\u202e\x07\u2028\udc80\x7f")
+
+
+def test_a_live_line_steers_no_terminal(monkeypatch):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, color_system=None, width=200, _environ={"TERM": "xterm"})
+    monkeypatch.setattr(log, "_console", console)
+    for text, escaped in STEERING.items():
+        with log.busy(f"<{text}>"):
+            pass
+        assert f"<{escaped}>" in out.getvalue() and f"<{text}>" not in out.getvalue()
 
 
 @pytest.mark.parametrize("constraint", [
