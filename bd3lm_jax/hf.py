@@ -82,8 +82,8 @@ def read_model(path: str | Path, *, dtype: str = "float32", weights: str = "ema"
     tensors, averaged = plain_names(weights_path, stored, weights, getattr(form, "rename", str))
     described = _describe(config_path, published, form, tensors)
     with _makes_sense(config_path, published):
-        require(described.length <= MOST_CONTEXT, f"{config_path}: the context is {described.length:,} tokens, expected "
-                f"at most {MOST_CONTEXT:,}")
+        require(described.length <= MOST_CONTEXT, f"{config_path}: the context is {described.length:,} tokens, "
+                f"expected at most {MOST_CONTEXT:,}")
         leaves = form.layout(described.model)
         _check_counts(config_path, leaves, len(tensors))
         expected = {name for leaf in leaves.values() for name in leaf.sources()}
@@ -176,8 +176,8 @@ def download(name: str) -> str:
     try:
         import huggingface_hub
     except ImportError:
-        raise UserError(f"no run directory {name}; to take it from the Hugging Face Hub: pip install huggingface_hub, or "
-                        "download the model there and give its directory") from None
+        raise UserError(f"no run directory {name}; to take it from the Hugging Face Hub: pip install huggingface_hub, "
+                        "or download the model there and give its directory") from None
     try:
         return huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES, etag_timeout=10)
     except Exception as error:  # the network and the Hub raise many kinds; all of them mean: not fetched

@@ -1,6 +1,7 @@
 """The command line: help, one clean line for bad input, exit codes, and what each command hands to the library."""
 
 import importlib
+import importlib.machinery
 import json
 import subprocess
 import sys
@@ -31,6 +32,7 @@ def run(capsys, *argv: str) -> tuple[int, str, str]:
 def stand_in(monkeypatch, module: str, **attributes) -> None:
     """A module whose functions a command will call instead of the real ones."""
     fake = types.ModuleType(module)
+    fake.__spec__ = importlib.machinery.ModuleSpec(module, None)  # which looking a module up asks for
     vars(fake).update(attributes)
     monkeypatch.setitem(sys.modules, module, fake)
     parent, _, child = module.rpartition(".")

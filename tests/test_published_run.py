@@ -248,5 +248,5 @@ def test_without_the_network(monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("Network is unreachable\nmany lines")
     hub(monkeypatch, fail)
-    with pytest.raises(UserError, match=r"no run directory org/name, .*\(OSError: Network is unreachable\): check name"):
+    with pytest.raises(UserError, match=r"no run directory org/name, .*\(OSError: Network is unreachable\): check"):
         bd3lm_jax.load("org/name")

@@ -67,8 +67,8 @@ def evaluate_task(workdir: str | os.PathLike, *, task: str, file: str, against: 
     workdir, against = hf.local(workdir), against and hf.local(against)
     for model in filter(None, (workdir, against)):
         if not Path(model).exists():
-            raise UserError(f"no run directory {model}: train first (python -m launch train --workdir={model}), or give "
-                            "a published checkpoint")
+            raise UserError(f"no run directory {model}: train first (python -m launch train --workdir={model}), or "
+                            "give a published checkpoint")
     examples, problems = source.problems[:shots], source.problems[shots:]
     problems = problems[:num_problems or len(problems)]
     asked = {"task": task, "file": source.path.name, "file_sha256": source.sha256, "problems": len(problems),

@@ -17,8 +17,8 @@ UNSURE, EVEN, SURE = (215, 95, 0), (175, 175, 95), (0, 175, 175)  # colours that
 
 
 def animate(events: Iterable[Event], lm, console: Console) -> Iterator[Event]:
-    """Pass the events of a stream on and show them: live panels on a terminal that can move its cursor, else a line every few seconds and one
-    at the end of each text. The panels show the whole row, prompts without colour."""
+    """Pass the events of a stream on and show them: live panels on a terminal that can move its cursor, else a line
+    every few seconds and one at the end of each text. The panels show the whole row, prompts without colour."""
     live = console.is_terminal and not console.is_dumb_terminal
     return _live(events, lm, console) if live else _lines(events)
 
