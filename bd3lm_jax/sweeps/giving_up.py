@@ -14,7 +14,8 @@ from bd3lm_jax.config import Config
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.log import METRICS_FILE, read_metrics
 
-MEASURE = "valid/bits_per_byte"  # comparable also where tokenizers differ
+MEASURE = "valid/bits_per_byte"  # comparable also where tokenizers differ, if they give the text back
+BYTE_LEVEL = ("bytes", "gpt2", "bpe:")  # begins the names of those that certainly do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +50,11 @@ class Rule:
                 f"{self.margin:g}")
 
 
-def alike(config: Config) -> tuple[int, int, int]:
-    """Equal for runs whose steps compare: steps (and with them the learning rate's decay), batch and length."""
-    return config.train.steps, config.train.batch, config.data.length
+def alike(config: Config) -> tuple[int, int, int, str]:
+    """Equal for runs whose steps compare: steps (and with them the learning rate's decay), batch and length, and the
+    tokenizer unless it is one whose bits per byte compare with those of others."""
+    name = config.data.tokenizer
+    return config.train.steps, config.train.batch, config.data.length, "" if name.startswith(BYTE_LEVEL) else name
 
 
 class Curve:

@@ -345,7 +345,7 @@ def test_an_interval_that_is_not_known_is_drawn_as_a_point(stage, monkeypatch):
     path.write_text(json.dumps(told | {"valid": told["valid"] | {"nll_ci95": [None, None]}}))
     result = stage.sweep()
     assert result["ok"] and result["runs"][1]["nll_ci95"] == [None, None]
-    assert "| 1 | 0.01 | 2.0000 |  | 4.00 |" in (stage.workdir / "table.md").read_text()
+    assert "| 1 | 0.01 | 2.0000 | none | 4.00 |" in (stage.workdir / "table.md").read_text()
 
 
 @pytest.mark.ci_slow
