@@ -4,7 +4,6 @@
 """
 
 import importlib
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,8 +20,11 @@ def __getattr__(name: str) -> Any:
     and numpy."""
     if name in ("LM", "load"):
         return getattr(importlib.import_module("bd3lm_jax.lm"), name)
-    if not name.startswith("_") and importlib.util.find_spec(f"bd3lm_jax.{name}"):
+    try:
         return importlib.import_module(f"bd3lm_jax.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"bd3lm_jax.{name}":
+            raise
     raise AttributeError(f"module 'bd3lm_jax' has no attribute '{name}'")
 
 

@@ -92,7 +92,7 @@ def test_the_embedded_corpus_is_tested_too(run, capsys, monkeypatch):
         calls.append(settings)
         return {**ESTIMATE, "documents": 33}
 
-    austen = toy_config(run.workdir, {"data.source": "austen"})
+    austen = toy_config(run.workdir, {"data.source": "austen", "data.path": ""})
     monkeypatch.setattr(report, "_test_rows", lambda run: run.rows["valid"])
     monkeypatch.setattr(report, "_count_models", lambda run, split, rows: {f"counts of {split}": 3.0})
     other = types.SimpleNamespace(**vars(run) | {"config": austen})
