@@ -4,8 +4,6 @@
 """
 
 import importlib
-import importlib.util
-import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,9 +20,11 @@ def __getattr__(name: str) -> Any:
     and numpy."""
     if name in ("LM", "load"):
         return getattr(importlib.import_module("bd3lm_jax.lm"), name)
-    module = f"bd3lm_jax.{name}"
-    if not name.startswith("_") and (module in sys.modules or importlib.util.find_spec(module)):
-        return importlib.import_module(module)
+    try:
+        return importlib.import_module(f"bd3lm_jax.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"bd3lm_jax.{name}":
+            raise
     raise AttributeError(f"module 'bd3lm_jax' has no attribute '{name}'")
 
 

@@ -75,8 +75,7 @@ def train(config: Config | Nested, workdir: str | os.PathLike, profile: bool = F
     with contextlib.ExitStack() as held:
         stop = held.enter_context(distributed.termination())
         run = set_up(config, paths.local(workdir, "workdir"), held)
-        stored = distributed.of_first(report.finished(run))
-        valid, step_ms = (stored.get("valid", {}), None) if stored else _train(run, stop, profile, stuck_after)
+        valid, step_ms = _train(run, stop, profile, stuck_after)
     lines = read_metrics(run.workdir)
     return {"workdir": str(run.workdir), "step": run.config.train.steps, "train_nll": _last(lines, "train/nll"),
             "valid_nll": valid.get("nll"), "valid_ppl": valid.get("ppl"),
@@ -85,13 +84,16 @@ def train(config: Config | Nested, workdir: str | os.PathLike, profile: bool = F
 
 
 def _train(run: Run, stop: distributed.Stop, profile: bool, stuck_after: float) -> tuple[dict, float | None]:
-    """All steps and the report -> last validation, median milliseconds a step."""
+    """All steps and the report -> last validation, median milliseconds a step. Of a finished run the stored report."""
     program, kept = run.program, run.config.checkpoint
     with (jax.set_mesh(program.mesh), Watchdog(stuck_after, "no step finished") as watchdog,
           Checkpoints(run.workdir, kept.keep, keep_best=kept.keep_best) as checkpoints):
         state, losses = _first_state(run, checkpoints)
         watchdog.done()
         start = int(state.step)
+        stored = distributed.of_first(report.finished(run)) if start == run.config.train.steps else None
+        if stored:
+            return stored.get("valid", {}), None
         evaluator = Evaluator(run.config, program.model, program.special, program.mesh)
         evaluator.alive = lambda: (watchdog.done(), stop.alive())
         with (RunLog(run.workdir, run.config.train.steps, start_step=start) as log,

@@ -39,10 +39,12 @@ NOT_RUN = {  # part of a command -> why it is only parsed
     "--distributed": "several hosts; tests/test_distributed.py",
     "--plan": "compiles networks of billions of parameters; tests/cost",
     "configs/owt.py --split": "downloads a corpus",
+    "--curve": "compiles a network at each of five block sizes; tests/evaluation",
     "--parallel": "trains for hours; tests/sweeps",
     "--index": "trains for minutes; tests/sweeps",
     "--task": "runs generated code; tests/tasks",
     "SmolLM2": "a file of a third party; tests/published",
+    "LLaDA-8B": "a checkpoint of a third party; tests/published",
     "smollm2": "a file of a third party; tests/published",
     "=DIR": "DIR stands for any run", "=SWEEP": "SWEEP stands for any sweep",
     "GLIBC_TUNABLES": "sets up the memory of a process; the command is another's",
@@ -53,13 +55,12 @@ FILES = {("objectives.md", 0): "my_objective.py", ("objectives.md", 1): "my_conf
 NOT_HERE = {"SmolLM2-135M.gguf", "llama-3.2-1b", "mdlm"}  # checkpoints that snippets load from elsewhere
 RUNS = {"ar": "algo=ar", "tiny-ar": "algo=ar", "mdlm": "algo=mdlm", "mixed": "algo=mixed", "sedd": "algo=sedd",
         "uniform": "algo=uniform", "ssd": "algo=ssd_lm,block_size=16"}  # trained by other commands; else as runs/tiny
-TINY = ("--config.model.layers=1", "--config.model.width=32", "--config.model.heads=2", "--config.model.cond_dim=16",
+TINY = ("--config.model.layers=1", "--config.model.width=32", "--config.model.heads=2",
         "--config.data.tokenizer=bytes")
 SHORT = ("--config.train.steps=3", "--config.train.batch=4", "--config.optim.warmup_steps=0", "--config.log.every=1",
-         "--config.optim.schedule=constant", "--config.eval.rows=4", "--config.eval.report_rows=0",
-         "--config.eval.samples=1", "--config.eval.sample_length=16", "--config.eval.batch=8", "--config.eval.draws=1",
+         "--config.optim.schedule=constant", "--config.eval.samples=1", "--config.eval.sample_length=16",
          "--stuck_after=0")
-DOCUMENTS = 24
+DOCUMENTS = 16
 ALL = [command for page in PAGES for command in commands(page)]
 LAUNCHED = [command for command in ALL if command.launch is not None]
 
@@ -71,7 +72,11 @@ def home(tmp_path_factory):
     for name in ("configs", "docs", "constraints.txt"):
         (path / name).symlink_to(ROOT / name)
     (path / "my_texts").mkdir()
-    write_text(path / "my_texts" / "all.txt", 400)
+    for split in ("train", "valid", "test"):
+        write_text(path / "my_texts" / f"{split}.txt", 100)
+    shutil.copytree(ROOT / "tests/data/golden/hf/roberta", path / "path/to/roberta-base")
+    published = json.loads((path / "path/to/roberta-base/config.json").read_text())
+    (path / "path/to/roberta-base/config.json").write_text(json.dumps(published | {"mask_token_id": 30}))
     (path / "texts.txt").write_text("It is a truth [MASK:3] that a single man [MASK:2-3] a wife.\n")
     for page in PAGES:
         for number, snippet in enumerate(snippets(page)):
@@ -93,8 +98,9 @@ def home(tmp_path_factory):
 
 
 def shortened(corpus):
-    """Its first documents."""
-    return dataclasses.replace(corpus, documents=lambda: itertools.islice(corpus.documents(), DOCUMENTS),
+    """The beginnings of its first documents."""
+    first = itertools.islice
+    return dataclasses.replace(corpus, documents=lambda: (text[:300] for text in first(corpus.documents(), DOCUMENTS)),
                                fingerprint=lambda: f"short {corpus.fingerprint()}")
 
 
@@ -194,16 +200,19 @@ def run_short(command: Command) -> None:
     if name == "train":
         adapted = any("adapt.py" in word for word in words)
         words += [*SHORT, *(["--config.data.length=64"] if adapted else TINY)]
-        if any("block_sizes" in word for word in words):
-            words.append("--config.train.block_sizes=((0, 1), (1, 4), (2, 32))")
-        if adapted and not Path("gpt2").exists():
+        if not any(word.startswith("--workdir") for word in words):  # runs/tiny would be that of several commands
+            words.append(f"--workdir=runs/{len(list(Path('runs').glob('*')))}")
+        words = [re.sub("(--config.train.block_sizes)=.*", r"\1=((0, 1), (1, 4), (2, 32))", word) for word in words]
+        words = [word.replace(ADAPTED, "from=tiny-ar-hf") for word in words]
+        if adapted and not Path("tiny-ar-hf").exists():
             ensure("runs/tiny-ar")
-            run("convert", "--from=runs/tiny-ar", "--to=gpt2")
+            run("convert", "--from=runs/tiny-ar", "--to=tiny-ar-hf")
     if name == "sample":
         words += ["--num=1"]
-        if any(re.match("--length=([3-9]|1.|2.)..", word) for word in words):
-            words += ["--length=144"]
-        words += ["--min_length=100"] * any("--min_length" in word for word in words)
+        if any(re.match("--length=....?$", word) for word in words):
+            words += ["--length=144" if "--window" in words else "--length=100"]
+        words += ["--min_length=90"] * any("--min_length" in word for word in words)
+    words += ["--draws=1"] * any(word.startswith("--draws") for word in words)
     if name == "eval" and (files := [word for word in words if word.startswith("--samples=")]):
         for file in files[0].partition("=")[2].split(","):
             if not Path(file).exists():
@@ -244,8 +253,7 @@ def run_snippets(page: Path) -> None:
     for number, snippet in enumerate(snippets(page)):
         if (snippet.page, number) in FILES:
             continue  # a file of a command, which runs
-        code = snippet.code.replace("path/to/roberta-base", str(ROOT / "tests/data/golden/hf/roberta"))
-        code = code.replace("tiny.get_config()", "SHORT_CONFIG")
+        code = snippet.code.replace("tiny.get_config()", "SHORT_CONFIG")
         names["SHORT_CONFIG"] = short_config() if "SHORT_CONFIG" in code else None
         lines = [line for line in code.splitlines() if not any(f'"{path}"' in line for path in NOT_HERE)]
         exec(compile("\n" * snippet.line + "\n".join(lines), snippet.page, "exec"), names)
