@@ -172,9 +172,12 @@ def nll_intervals(path: str | os.PathLike, title: str, xlabel: str,
     return save(figure, Path(path))
 
 
-def intervals(path: str | os.PathLike, title: str, series: Mapping[str, Mapping[str, tuple[float, float, float]]],
+def intervals(path: str | os.PathLike, title: str, series: Mapping[str, Mapping[str, tuple[float, float | None, float | None]]],
               xlabel: str) -> Path:
-    """Draw estimates with their intervals, a line a case: {series: {case: (value, low, high)}}; returns the path."""
+    """Draw estimates with their intervals, a line a case: {series: {case: (value, low, high)}}; returns the path.
+
+    low and high are None where the interval is not known.
+    """
     cases = list(dict.fromkeys(case for points in series.values() for case in points))
     figure, axes = new_figure("", xlabel, "")
     figure.suptitle(title)
@@ -183,12 +186,13 @@ def intervals(path: str | os.PathLike, title: str, series: Mapping[str, Mapping[
         offset = 0.6 * ((i + 0.5) / len(series) - 0.5)
         ys = [cases.index(case) + offset for case in points]
         values = [value for value, _, _ in points.values()]
-        errors = [(value - low, high - value) for value, low, high in points.values()]
+        errors = [(0.0, 0.0) if low is None else (value - low, high - value) for value, low, high in points.values()]
         axes.errorbar(values, ys, xerr=list(zip(*errors)), label=label, fmt="o", markersize=4, capsize=3, linewidth=1.5)
     axes.set_yticks(range(len(cases)), [textwrap.fill(case, LABEL) for case in cases], fontsize="small")
     axes.set_ylim(len(cases) - 0.5, -0.5)
     if len(series) > 1:
-        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # above, where no point can be
+        side_by_side = max(map(len, series)) < LABEL // 2
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=1 + side_by_side)  # above all points
     return save(figure, Path(path))
 
 

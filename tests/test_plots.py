@@ -113,6 +113,12 @@ def test_intervals(tmp_path, drawn):
         assert [round(y) for y in container.lines[0].get_ydata()] == [["one", "two"].index(case) for case in points]
 
 
+def test_an_interval_that_is_not_known_is_a_point(tmp_path, drawn):
+    plots.intervals(tmp_path / "i.png", "Bits", {"a": {"one": (1.0, None, None), "two": (3.0, 2.5, 3.5)}}, "bits")
+    segments = drawn[0].axes[0].containers[0].lines[2][0].get_segments()
+    assert [(low[0], high[0]) for low, high in segments] == [(1.0, 1.0), (2.5, 3.5)]
+
+
 def test_noise_over_steps(tmp_path, drawn):
     """A band for clips, a line for each count at powers of two, and the largest."""
     def draw(lines):
