@@ -24,7 +24,7 @@ SAVING_NAME = re.compile(r"\d+\.orbax-checkpoint-tmp.*")
 
 
 class Leftover(NamedTuple):
-    """num_bytes: of all files. age_s: since its last change. lock: the file that who writes it holds, if there is one."""
+    """num_bytes: of all files. age_s: since its last change. lock: the file that its writer holds, if there is one."""
 
     path: Path
     kind: str

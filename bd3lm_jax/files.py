@@ -78,8 +78,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 def errors(path: str | os.PathLike, otherwise: str, has_begun: bool = True) -> Iterator[None]:
     """An OSError of the block as one line: what cannot be written, why, and how to go on.
 
-    otherwise: how to choose another place, e.g. "choose another --out". Raises RunError; before work has begun UserError
-    for a place that is wrong, while a full disk is a RunError at any time.
+    otherwise: how to choose another place, e.g. "choose another --out". Raises RunError; before work has begun
+    UserError for a place that is wrong, while a full disk is a RunError at any time.
     """
     try:
         yield

@@ -44,7 +44,8 @@ def in_turn(path: Path, work: str, wait: bool = True) -> Iterator[bool]:
     """Hold the lock file `path`, which goes afterwards, while others wait for it.
 
     Where files cannot be locked nobody waits: what is done meanwhile must bear company. A process does not wait for
-    itself. work: what it is, for the note of those that wait. Yields whether it is held, which it always is with `wait`.
+    itself. work: what it is, for the note of those that wait. Yields whether it is held, which it always is with
+    `wait`.
     """
     name = os.path.realpath(path)
     if name in _in_turn:

@@ -73,6 +73,11 @@ def busy(what: str) -> Iterator[None]:
         thread.join()
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 draw`, `2 draws`."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table on stderr: the first column to the left, the others to the right.
 

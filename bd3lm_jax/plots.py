@@ -172,8 +172,8 @@ def nll_intervals(path: str | os.PathLike, title: str, xlabel: str,
     return save(figure, Path(path))
 
 
-def intervals(path: str | os.PathLike, title: str, series: Mapping[str, Mapping[str, tuple[float, float | None, float | None]]],
-              xlabel: str) -> Path:
+def intervals(path: str | os.PathLike, title: str,
+              series: Mapping[str, Mapping[str, tuple[float, float | None, float | None]]], xlabel: str) -> Path:
     """Draw estimates with their intervals, a line a case: {series: {case: (value, low, high)}}; returns the path.
 
     low and high are None where the interval is not known.

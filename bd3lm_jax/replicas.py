@@ -52,9 +52,9 @@ def check(trees: Mapping[str, Any], consequence: str) -> dict[str, int]:
     wrong = {path: list(dict.fromkeys(holders)) for path, holders in wrong.items() if holders}
     named = "; ".join(f"{path}: {', '.join(holders[:SHOWN])}" for path, holders in list(wrong.items())[:SHOWN])
     more = f"; and {len(wrong) - SHOWN} more arrays" if len(wrong) > SHOWN else ""
-    raise RunError(f"replicas differ from those of device 0 of process 0 ({named}{more}): {consequence}. Machines round "
-                   "differently, or one is broken: run the same command again on machines, libraries and XLA flags that "
-                   "are alike; it goes on from the last checkpoint", agreed=True)
+    raise RunError(f"replicas differ from those of device 0 of process 0 ({named}{more}): {consequence}. Machines "
+                   "round differently, or one is broken: run the same command again on machines, libraries and XLA "
+                   "flags that are alike; it goes on from the last checkpoint", agreed=True)
 
 
 def check_start() -> None:

@@ -16,7 +16,7 @@ from bd3lm_jax.data.corpora import join_documents, load_documents
 from bd3lm_jax.data.sized import Sized, changed_documents, warn_if_changed
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import textmetrics
-from bd3lm_jax.log import busy, note, note_once, save, table
+from bd3lm_jax.log import busy, counted, note, note_once, save, table
 from bd3lm_jax.stats import format_interval, format_number
 from bd3lm_jax.sweeps import paired
 
@@ -124,7 +124,7 @@ def _likelihood_table(run, split: str, rows, estimate: dict) -> None:
     lines += [(name, f"{bits:.3f}", "", f"{bits * per_token:.4f}", f"{np.exp(bits * per_token):.1f}")
               for name, bits in counted.items()]
     kind = "NLL" if estimate["estimator"] == "nll" else "bound on the NLL"
-    table(f"{split}: {kind}, {estimate['documents']} documents, {estimate['tokens']} tokens",
+    table(f"{split}: {kind}, {counted(estimate['documents'], 'document')}, {estimate['tokens']} tokens",
           ("model", "bits/byte", "95 % interval", "nats/token", "perplexity"), lines)
     if "ci95_missing" in estimate:
         note(estimate["ci95_missing"])
@@ -158,7 +158,7 @@ def _samples(run, weights) -> None:
     length = min(run.config.eval.sample_length, lm.context)
     with busy("writing samples"):
         samples = lm.generate(num=run.config.eval.samples, length=length, seed=run.config.seed)
-    note(f"{len(samples)} samples:")
+    note(f"{counted(len(samples), 'sample')}:")
     for sample in samples:
         note("  " + sample.text.replace("\n", "\n  "))
         note("  --")

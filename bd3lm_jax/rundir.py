@@ -92,7 +92,8 @@ def _check(path: Path, config: Config, tokenizer: Tokenizer) -> None:
     else:
         own = path / TOKENIZER  # a run that was killed while it began may have left it, the same
         another = own.exists() and own.read_bytes() != tokenizer.to_bytes()
-        conflicts = [name for name in WRITTEN if (path / name).exists() and not is_bare(path / name)] + [f"another {TOKENIZER}"] * another
+        conflicts = [name for name in WRITTEN if (path / name).exists() and not is_bare(path / name)]
+        conflicts += [f"another {TOKENIZER}"] * another
         if conflicts:
             raise UserError(f"{path} holds {', '.join(conflicts)} and no {CONFIG}: choose another --workdir, or "
                             f"restore the {CONFIG} of the run that wrote them")

@@ -43,8 +43,8 @@ class StepChoice:
     def read(self, which: int | str, read: Callable[[int], T]) -> tuple[T, int, list[int]]:
         """`read(step)` of the step that was asked for, that step, and the damaged ones that were passed over.
 
-        The latest and the best are chosen anew when they were deleted while they were read. Raises Absent if there is no
-        such step (any more), RunError if it is damaged.
+        The latest and the best are chosen anew when they were deleted while they were read. Raises Absent if there is
+        no such step (any more), RunError if it is damaged.
         """
         for _ in range(LOOKS):
             steps = self._steps()
@@ -74,8 +74,8 @@ class StepChoice:
             distributed.raise_if_lost_peer(error)
             _quiet_late_reads()
             if not self._is_deleted(step):
-                raise RunError(f"checkpoint {self._directory / str(step)} is damaged ({cause_of(error)}): {there}; give "
-                               f"another --step, or {LATEST} for the newest that can be read") from error
+                raise RunError(f"checkpoint {self._directory / str(step)} is damaged ({cause_of(error)}): {there}; "
+                               f"give another --step, or {LATEST} for the newest that can be read") from error
         if which == BEST:
             raise _Deleted(step)
         raise Absent(f"step {step} in {self._directory} was deleted while it was read, as training deletes old steps: "

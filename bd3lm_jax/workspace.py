@@ -1,6 +1,6 @@
 """Directories that are built beside their place, by one process at a time, and what killed processes leave of them.
 
-`PATH.part-HOST-PID-RANDOM` is such a directory, `PATH.parts` holds what a build that goes on later needs (data/parts.py),
+`PATH.part-HOST-PID-RANDOM` is such a directory, `PATH.parts` holds what a build that goes on needs (data/parts.py),
 `.NAME.lock` is held by who builds. Where files cannot be locked several may build the same: each has its own directory.
 """
 
@@ -61,7 +61,8 @@ def is_abandoned(entry: Path, idle_s: float = IDLE_S) -> bool:
 
     Of another host, or a name without process (earlier versions): whether nothing in it has changed for so long.
     """
-    process = re.search(rf"[.-]{re.escape(socket.gethostname())}-(\d+)-[0-9a-f]+({re.escape(files.PART)})?$", entry.name)
+    host, part = re.escape(socket.gethostname()), re.escape(files.PART)
+    process = re.search(rf"[.-]{host}-(\d+)-[0-9a-f]+({part})?$", entry.name)
     return not files.is_alive(int(process[1])) if process else age_s(entry) > idle_s
 
 

@@ -252,7 +252,8 @@ def _tell(samples, origins, sampler: dict) -> None:
 
     for i, sample in enumerate(samples):
         origin = "" if origins[i][0] is None else " of prompt {} {!r}".format(*origins[i])
-        log.note(f"--- sample {i}{origin}: {len(sample.tokens)} tokens, {sample.nfe} network calls, stop: "
+        log.note(f"--- sample {i}{origin}: {log.counted(len(sample.tokens), 'token')}, "
+                 f"{log.counted(sample.nfe, 'network call')}, stop: "
                  f"{sample.stop}\n{sample.tokens if sample.text is None else sample.text}\n")
     log.note(f"sampler {sampler['name']}, steps {sampler['steps']}, threshold {sampler['threshold']:g}, block size "
              f"{sampler['block_size']}; {sampler['source']}")

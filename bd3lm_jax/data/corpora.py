@@ -118,7 +118,7 @@ def text(data: DataConfig, split: str) -> Corpus:
 
 
 def jsonl(data: DataConfig, split: str) -> Corpus:
-    """A file or a directory of .jsonl files (also .xz, .gz, .bz2): one object a line, its `data.field` is the document."""
+    """A file or directory of .jsonl files (also .xz, .gz, .bz2): an object a line, its `data.field` is the document."""
 
     def read(path: Path) -> Iterator[str]:
         documents = (_json_field(path, number, record, data.field) for number, record in json_lines(path))

@@ -39,7 +39,7 @@ class Dialogue(str):
 
 
 def sft(data: DataConfig, split: str) -> Corpus:
-    """A file or a directory of .jsonl files (also .xz, .gz, .bz2), see above. UserError for lines that hold no dialogue."""
+    """A file or directory of .jsonl files (also .xz, .gz, .bz2), see above. UserError for lines without a dialogue."""
     write, identity = lookup(TEMPLATES, data.name, "data.name (how a dialogue becomes text)")(data)
 
     def read(path: Path) -> Iterator[Dialogue]:

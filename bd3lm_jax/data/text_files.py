@@ -21,7 +21,8 @@ OPENERS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 PACKED = {b"\xfd7zXZ\x00": ".xz", b"\x1f\x8b": ".gz", b"BZh": ".bz2"}  # first bytes of what is read
 FOREIGN = {  # first bytes of what is not read: what it is, and how it becomes something that is
     b"PAR1": ("a Parquet file", "write its rows as JSON lines, e.g. with pyarrow.parquet.read_table(FILE).to_pylist()"),
-    b"ARROW1": ("an Arrow file", "write its rows as JSON lines, e.g. with pyarrow.feather.read_table(FILE).to_pylist()"),
+    b"ARROW1": ("an Arrow file",
+                "write its rows as JSON lines, e.g. with pyarrow.feather.read_table(FILE).to_pylist()"),
     b"\x28\xb5\x2f\xfd": ("packed with zstd", "unpack it: zstd -d FILE"),
     b"PK\x03\x04": ("a zip archive", "unpack it: unzip FILE"),
     b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "unpack it: 7z x FILE"),
@@ -36,7 +37,8 @@ OF_SYSTEMS = ("__MACOSX", "lost+found", "Thumbs.db", "desktop.ini")  # beside na
 def lines(path: Path, most: int = 1 << 62) -> Iterator[tuple[int, str]]:
     """Line numbers from 1 and lines without their end, of a file that may be packed.
 
-    most: bytes that it may hold unpacked. Raises UserError that names the byte offset where it is not UTF-8, and for what is no text.
+    most: bytes that it may hold unpacked. Raises UserError that names the byte offset where it is not UTF-8, and for
+    what is no text.
     """
     offset = number = 0
     try:

@@ -198,7 +198,7 @@ def recommend(rows: Sequence[dict]) -> dict[str, dict]:
 def _show(workdir: str, result: dict[str, Any]) -> None:
     rows = result["measured"]
     by = "gen. PPL" if result["scorer"] else "self NLL"
-    log.table(f"{workdir}: {result['texts']} texts of {result['length']} tokens"
+    log.table(f"{workdir}: {log.counted(result['texts'], 'text')} of {result['length']} tokens"
               + (f", scored by {result['scorer']}" if result["scorer"] else ""),
               ("setting", "a call", "tok/s", f"{by} (95 %)", "entropy", "dist. 2", "length"),
               [("* " * row["pareto"] + row["name"] + (f": {row['rejected']}" if row["rejected"] else ""),
@@ -228,7 +228,8 @@ def draw(path: Path, rows: Sequence[dict]) -> Path:
     what is never recommended is grey."""
     key = "gen_ppl" if "gen_ppl" in rows[0] else "self_nll"
     label = "generative perplexity" if key == "gen_ppl" else "own bound, nats a token"
-    figure, axes = plots.new_figure("Speed against quality", "tokens a network call", f"{label} (H: unigram entropy, nats)")
+    figure, axes = plots.new_figure("Speed against quality", "tokens a network call",
+                                    f"{label} (H: unigram entropy, nats)")
     named = 0
     for row in sorted(rows, key=lambda row: row["tokens_per_call"]):
         color = "lightgrey" if row["rejected"] else "#e6550d" if row["pareto"] else "#3182bd"

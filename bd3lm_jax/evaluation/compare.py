@@ -130,4 +130,4 @@ def _show(workdir: str, result: dict, found: stats.Interval, same_tokenizer: boo
     elif result["unit"] == "bits per byte":
         log.note("the models score different tokens of these documents: bits per byte of those that each scores")
     if result["draws_saved"]:
-        log.note(f"the same masks saved {result['draws_saved']} draws")
+        log.note(f"the same masks saved {log.counted(result['draws_saved'], 'draw')}")

@@ -166,8 +166,8 @@ def evaluate_run(workdir: str, *, split: str, data: str, estimator: str, draws: 
 def show(workdir: str, text: str, result: dict, by_count: dict) -> None:
     """Tables for people: the likelihood with both parts of its error, and by masked tokens of a block."""
     figures = (("nats/token", "nll", ".4f"), ("perplexity", "ppl", ".2f"), ("bits/byte", "bits_per_byte", ".4f"))
-    log.table(f"{workdir}, {text}: {result['documents']} documents, {result['tokens']} tokens, "
-              f"{result['estimator']}, {result['draws']} draws", ("", "value", "95 % interval"),
+    log.table(f"{workdir}, {text}: {log.counted(result['documents'], 'document')}, {result['tokens']} tokens, "
+              f"{result['estimator']}, {log.counted(result['draws'], 'draw')}", ("", "value", "95 % interval"),
               [(name, format_number(result[key], form), format_interval(result[f"{key}_ci95"], form))
                for name, key, form in figures])
     log.note(f"standard error of nats/token: {format_number(result['nll_document_se'], '.5f')} by the choice of "
@@ -285,7 +285,8 @@ def _met(total: "Measured", target: Target) -> bool:
     is_last = total.draws + total.round_draws > target.max_draws
     if freedom < MIN_FREEDOM and not is_last:
         return False
-    reached = f"the Monte-Carlo part of the 95 % interval is +- {half:.3%} of the nll after {total.draws} draws"
+    reached = (f"the Monte-Carlo part of the 95 % interval is +- {half:.3%} of the nll after "
+               f"{log.counted(total.draws, 'draw')}")
     log.note(f"{reached}, wanted: {target.ci:.3%}; more draws cannot shrink the part that comes from the choice of "
              "documents")
     if half <= target.ci:

@@ -88,7 +88,7 @@ def _names(runs, own_corpora: int) -> list[str]:
 def _score(run: Opened, texts: Sequence[Text], estimator: str, draws: int, seed: int, target) -> list[Scored]:
     scored = []
     for text in texts:
-        log.note(f"{run.workdir}: {text.name}, {len(text.rows)} rows")
+        log.note(f"{run.workdir}: {text.name}, {log.counted(len(text.rows), 'row')}")
         measured = run.evaluator.measure(run.params, text.rows, estimator=estimator or default_estimator(run.config),
                                          draws=draws, seed=seed, target=target)
         result = {**text.describe(measured), "workdir": run.workdir, "step": run.step,

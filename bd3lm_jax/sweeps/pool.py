@@ -155,8 +155,8 @@ def _stop(jobs: Sequence[Job], signals: Signals) -> None:
 
 
 def _lock(file: BinaryIO, kind: int, seconds: float) -> bool:
-    """Whether the lock was free within so many seconds, or there are none here; it is held until every copy of `file` is
-    closed."""
+    """Whether the lock was free within so many seconds, or there are none here; it is held until every copy of `file`
+    is closed."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -169,6 +169,6 @@ def _lock(file: BinaryIO, kind: int, seconds: float) -> bool:
         except OSError as error:
             if error.errno not in lock.WITHOUT_LOCKS:
                 raise
-            note_once(f"{file.name} cannot be locked here ({error.strerror}): see that no other process trains the same "
-                      "sweep")
+            note_once(f"{file.name} cannot be locked here ({error.strerror}): see that no other process trains the "
+                      "same sweep")
             return True

@@ -22,7 +22,7 @@ from bd3lm_jax import report, rundir
 from bd3lm_jax.clusters.job import AGAIN
 from bd3lm_jax.config import Config
 from bd3lm_jax.errors import Preempted, RunError, Stuck, UserError
-from bd3lm_jax.log import note, note_once, save
+from bd3lm_jax.log import counted, note, note_once, save
 from bd3lm_jax.sealed import unseal
 from bd3lm_jax.sweeps.giving_up import Curve, Rule, alike
 from bd3lm_jax.sweeps.pool import Job, Signals, exclusive, is_running, run_all
@@ -309,7 +309,7 @@ class _Board:
 
     def show(self) -> None:
         """The table for people, and what went wrong."""
-        self._table().show(f"{self.directory}: {len(self.runs)} runs")
+        self._table().show(f"{self.directory}: {counted(len(self.runs), 'run')}")
         for run in self.chosen:
             if run.error:
                 note(f"{run.name}: {run.status}: {run.error}")

@@ -231,7 +231,8 @@ def _show(result: dict[str, Any]) -> None:
     for side in filter(None, (result, result.get("against"))):
         outcomes = ", ".join(f"{name} {count}" for name, count in side["outcomes"].items())
         rows.append((side["workdir"], f"{side['score']:.1%}", format_interval(side["score_ci95"], ".1%"), outcomes))
-    log.table(f"{result['task']}: {result['problems']} problems, {result['draws_per_problem']} draws each",
+    log.table(f"{result['task']}: {log.counted(result['problems'], 'problem')}, "
+              f"{log.counted(result['draws_per_problem'], 'draw')} each",
               ("model", result["metric"], "95 % interval", "outcomes"), rows)
     if "against" in result:
         other = result["against"]

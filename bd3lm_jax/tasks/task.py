@@ -64,7 +64,7 @@ class ProblemFile(NamedTuple):
 
 
 def read_problems(task: Task, file: str) -> ProblemFile:
-    """All problems of the test set in `file`, JSON lines (also .xz, .gz, .bz2) in the task's own format; "": the packaged one.
+    """All problems of the test set in `file`, JSON lines (also .xz, .gz, .bz2) in the task's own format; "": packaged.
 
     Raises UserError for a file that is missing, damaged or of another format.
     """

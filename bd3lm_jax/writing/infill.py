@@ -78,9 +78,9 @@ def infill(lm, texts: Sequence, options: Options, *, draws: int) -> list[Infill]
     CRITERION is kept; the criterion is estimated with `draws` draws (see `conditional.score`). It is about tokens that
     all lengths share, so that neither short nor long fills have an advantage by their length. Their masks are the same
     where lengths differ by whole blocks, as all do in a model of one block a row; where they do not, other tokens share
-    a block, and only the random numbers of each token are the same. In a hole at the end of a text an end token may come
-    early; elsewhere none is drawn. Where tokens carry the space before a word, a space
-    before a marker is the hole's to write.
+    a block, and only the random numbers of each token are the same. In a hole at the end of a text an end token may
+    come early; elsewhere none is drawn. Where tokens carry the space before a word, a space before a marker is
+    the hole's to write.
 
     Raises UserError for texts without holes, unknown markers, texts longer than the context, more than MOST_LENGTHS
     combinations of lengths, and what the model cannot see.

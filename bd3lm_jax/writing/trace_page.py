@@ -48,11 +48,12 @@ small, #what { color: var(--quiet); }
 <div id="status" aria-live="polite"></div>
 <div id="text"></div>
 <div id="what">Point at a token to see its history; click it to go to the step that revealed it.</div>
-<div class="bar"><small>probability .001</small><div class="scale" title="logarithmic: .001, .01, .1, 1"></div><small>1</small>
+<div class="bar"><small>probability .001</small>
+  <div class="scale" title="logarithmic: .001, .01, .1, 1"></div><small>1</small>
   <small><span class="now">changed now</span></small> <small><span class="again">masked again</span></small>
   <small class="mask">░ mask</small> <small class="after">after the end of the text</small></div>
-<small>Colour: probability of a token when it was drawn, before temperature and filters, on a logarithmic scale. Arrows left and right:
-steps; up and down: texts; space: play.</small>
+<small>Colour: probability of a token when it was drawn, before temperature and filters, on a logarithmic scale. Arrows
+left and right: steps; up and down: texts; space: play.</small>
 <script type="application/json" id="record">RECORD</script>
 <script>
 "use strict";
