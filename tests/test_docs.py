@@ -199,7 +199,7 @@ def run_short(command: Command) -> None:
         ensure(path)
     if name == "train":
         adapted = any("adapt.py" in word for word in words)
-        words += [*SHORT, *(["--config.data.length=64"] if adapted else TINY)]
+        words += [*SHORT, *(["--config.data.length=64", "--config.train.steps=12"] if adapted else TINY)]
         if not any(word.startswith("--workdir") for word in words):  # runs/tiny would be that of several commands
             words.append(f"--workdir=runs/{len(list(Path('runs').glob('*')))}")
         words = [re.sub("(--config.train.block_sizes)=.*", r"\1=((0, 1), (1, 4), (2, 32))", word) for word in words]

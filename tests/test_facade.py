@@ -71,6 +71,7 @@ def test_a_model_says_what_it_is():
     assert "block_size" not in repr(make_lm(AR(bos=True), tokenizer=LETTERS))
 
 
+@pytest.mark.ci_slow
 def test_training_from_python_takes_what_config_files_return(tmp_path):
     write_text(tmp_path / "text.txt", 200)
     nested = toy_dict(tmp_path, {"train.steps": 2})

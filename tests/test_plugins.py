@@ -101,6 +101,7 @@ def run(capsys, *words: str) -> tuple[int, str]:
     return code, (captured.out if code == 0 else captured.err).strip().splitlines()[-1]
 
 
+@pytest.mark.ci_slow
 def test_one_of_each_kind_trains_evaluates_and_samples(outside, capsys):
     workdir = f"--workdir={outside / 'run'}"
     code, said = run(capsys, "train", "--import=outside", workdir, "--config=configs/tiny.py:algo=halves,block_size=4", *SMALL,
@@ -137,6 +138,7 @@ def test_a_module_that_a_config_file_imports_is_recorded(outside):
         bd3lm_jax.load(outside / "run")
 
 
+@pytest.mark.ci_slow
 def test_runs_without_plugins_name_none(outside):
     write_text(outside / "text.txt", 60)
     train(toy_dict(outside, {"train.steps": 1}), outside / "run")

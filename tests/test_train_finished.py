@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import pytest
 from toy_runs import toy_config, write_text
 
 from bd3lm_jax import report
@@ -13,6 +14,7 @@ def same(result: dict) -> dict:
     return {key: value for key, value in result.items() if key not in ("wall_s", "step_ms", "tokens_per_s")}
 
 
+@pytest.mark.ci_slow
 def test_its_stored_report_at_once_or_again_where_other_settings_are_wanted(tmp_path, monkeypatch, capsys):
     write_text(tmp_path / "text.txt", 100)
     changes = {"train.steps": 2, "eval.samples": 1}
