@@ -175,8 +175,8 @@ class LM:
         tokens: ids `[B, L]`, any L up to the context. weights: `[B, L]`, which tokens count and how much (None: all;
         for AR without a beginning token position 0 counts 0). What has weight 0 at the beginning of a row is given,
         that is, never masked: the bound is that of the rest after this prompt. Weights of 0 behind it only count
-        nothing. estimator: see `estimators.py` ("importance" learns from a whole split: `python -m launch eval`). draws:
-        independent ones.
+        nothing. estimator: see `estimators.py` ("importance" learns from a whole split: `python -m launch eval`).
+        draws: independent ones.
         """
         tokens = np.asarray(self._check_ids(tokens))
         self._check_mask()
