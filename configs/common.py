@@ -179,14 +179,14 @@ def grow_blocks(config: ConfigDict) -> None:
 def _growing(size: int, steps: int) -> tuple:
     third, sizes = steps // 3, [2**n for n in range(size.bit_length()) if size % 2**n == 0 and 2**n < size]
     starts = [index * third // max(len(sizes), 1) for index in range(len(sizes))]
-    return (*zip(starts, sizes), (third if sizes else 0, size))
+    return tuple({**dict(zip(starts, sizes)), third if sizes else 0: size}.items())  # few steps: the last of a start
 
 
 def whole_rows_first(config: ConfigDict) -> None:
     """From a model of whole rows: these for a third of the steps, then blocks."""
     references = (config.diffusion.get_ref("block_size"), config.data.get_ref("length"), config.train.get_ref("steps"))
-    config.train.block_sizes = computed(lambda size, length, steps: ((0, length), (steps // 3, size)) if size < length
-                                        else (), *references)
+    config.train.block_sizes = computed(lambda size, length, steps: tuple({0: length, steps // 3: size}.items())
+                                        if size < length else (), *references)
 
 
 def set_paper_recipe(config: ConfigDict, algo: str, block_size: int) -> None:

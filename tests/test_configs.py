@@ -11,6 +11,7 @@ import pytest
 
 from bd3lm_jax import models, sharding
 from bd3lm_jax.config import Config
+from bd3lm_jax.curriculum import check_pairs
 from bd3lm_jax.models import trunk
 from bd3lm_jax.optim import make_schedule
 from bd3lm_jax.typed import flatten
@@ -308,3 +309,13 @@ def test_without_its_package_the_command_says_what_to_install(monkeypatch):
 def test_bad_arguments_of_adaptations(config, arg, message):
     with pytest.raises(ValueError, match=message):
         config.get_config(arg)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 11, 300])
+def test_blocks_grow_within_any_number_of_steps(steps):
+    config = common.base()
+    config.train.steps, config.diffusion.block_size = steps, 4
+    for begin in (common.grow_blocks, common.whole_rows_first):
+        begin(config)
+        check_pairs(config.train.block_sizes)
+        assert config.train.block_sizes[-1][1] == 4
