@@ -69,7 +69,8 @@ def read_texts(path: str) -> list[str]:
     """The lines of a file, which may be packed, that are not empty. UserError if it cannot be read."""
     from bd3lm_jax.data import text_files
     from bd3lm_jax.errors import UserError
+    from bd3lm_jax.foreign import LARGE
 
     if not Path(path).exists():
         raise UserError(f"--file={path} does not exist: give a text file, one text with holes a line")
-    return [line for _, line in text_files.lines(Path(path)) if line.strip()]
+    return [line for _, line in text_files.lines(Path(path), LARGE) if line.strip()]

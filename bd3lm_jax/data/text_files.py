@@ -43,6 +43,8 @@ def lines(path: Path, most: int = 1 << 62) -> Iterator[tuple[int, str]]:
     offset = number = 0
     try:
         with open_regular(path) as raw, opener(path)(raw) as file:
+            if file is raw and os.fstat(raw.fileno()).st_size > most:
+                raise UserError(f"{path} holds more than {most:,} bytes")
             while line := file.readline(most - offset + 1):
                 if offset == 0:
                     check_head(path, line)
