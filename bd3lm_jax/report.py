@@ -117,12 +117,12 @@ def _likelihood_table(run, split: str, rows, estimate: dict) -> None:
               format_number(estimate["ppl"], ".1f"))]
     try:
         with busy(f"counting models for comparison, {split}"):
-            counted = _count_models(run, split, rows)
+            count_models = _count_models(run, split, rows)
     except UserError as error:
         note(f"no count models: {error}")
-        counted = {}
+        count_models = {}
     lines += [(name, f"{bits:.3f}", "", f"{bits * per_token:.4f}", f"{np.exp(bits * per_token):.1f}")
-              for name, bits in counted.items()]
+              for name, bits in count_models.items()]
     kind = "NLL" if estimate["estimator"] == "nll" else "bound on the NLL"
     table(f"{split}: {kind}, {counted(estimate['documents'], 'document')}, {estimate['tokens']} tokens",
           ("model", "bits/byte", "95 % interval", "nats/token", "perplexity"), lines)

@@ -144,5 +144,5 @@ def test_against_what_is_no_run(runs, tmp_path):
     shutil.copytree(runs / "longer", tmp_path / "broken")
     config = toy_config(runs)
     prepare_tokenizer(dataclasses.replace(config.data, tokenizer="gpt2")).save(tmp_path / "broken" / "tokenizer.json")
-    with pytest.raises(UserError, match="does not match the checkpoint"):
+    with pytest.raises(UserError, match="tokenizer.json is not the file that the run was started with"):
         compared(runs, "first", str(tmp_path / "broken"))

@@ -3,15 +3,13 @@ import itertools
 import json
 import math
 import shutil
-import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from toy_runs import AR, END, LENGTH, MASK, network, quick_jit, run_python, toy_config, write_text
 
-from bd3lm_jax import passes, report, sharding, stats
-from bd3lm_jax.convert import convert
+from bd3lm_jax import passes, sharding, stats
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
 from bd3lm_jax.data.sized import Sized
 from bd3lm_jax.errors import RunError, UserError
@@ -273,34 +271,8 @@ def test_draws_until_the_target_is_met(prepared, capsys):
 @pytest.mark.parametrize(("ci", "max_draws"), [(1e-6, 8), (0.004, 1)])
 def test_a_target_out_of_reach(prepared, ci, max_draws):
     evaluator, _, params, rows = prepared()
-    with pytest.raises(RunError, match=r"is \+- .*% of the nll after \d draws .* about \d+ draws and --max_draws is"):
+    with pytest.raises(RunError, match=r"is \+- .*% of the nll after \d draws? .* about \d+ draws and --max_draws is"):
         evaluator.measure(params, rows, estimator="exact_count", draws=1, seed=0, target=Target(ci, max_draws))
-
-
-@pytest.mark.parametrize(("rows", "spread", "draws"), [(1, 0.5, 8), (1, 0.5, 24), (1, 1.0, 24), (2, 1.0, 16),
-                                                      (2, 1.0, 32), (8, 1.0, 8)])
-def test_a_target_is_judged_when_enough_is_known(rows, spread, draws, monkeypatch):
-    """Rows whose estimates are heavy-tailed, and targets that so many draws would meet on average: few are refused, and
-    stopping does not favour the draws that happen to be low and alike."""
-    monkeypatch.setattr(evaluate.log, "note", lambda text: None)
-    rng, means, refused, trials = np.random.default_rng(0), [], 0, 400
-    truth = rows * math.exp(spread**2 / 2)
-    deviation = math.exp(spread**2 / 2) * math.sqrt(math.expm1(spread**2) * rows)
-    target = Target(1.96 * deviation / math.sqrt(2 * draws) / truth, 64)
-    for _ in range(trials):
-        estimates = np.exp(spread * rng.standard_normal((128, rows)))
-        for done in range(1, 65):
-            total = types.SimpleNamespace(rows_UxR=estimates[:2 * done], draws=done, round_draws=1, tokens_N=np.ones(3))
-            try:
-                if evaluate._met(total, target):
-                    means.append(total.rows_UxR.mean(0).sum() / truth)
-                    break
-            except RunError:
-                refused += 1
-                break
-    assert refused <= 0.03 * trials
-    bias, error = np.mean(means) - 1, np.std(means) / math.sqrt(len(means))
-    assert abs(bias) < 0.08 * target.ci + 2.5 * error
 
 
 def test_tokens_that_nobody_predicts_are_not_counted(prepared):
@@ -375,28 +347,8 @@ def test_eval_with_another_tokenizer_is_refused(run, tmp_path):
     config = toy_config(tmp_path)
     other = prepare_tokenizer(dataclasses.replace(config.data, tokenizer="gpt2"))
     other.save(copy / "tokenizer.json")
-    with pytest.raises(UserError, match=f"tokenizer {other.identity} does not match the checkpoint"):
+    with pytest.raises(UserError, match="tokenizer.json is not the file that the run was started with"):
         evaluated(copy)
-
-
-@pytest.mark.ci_slow
-def test_a_run_whose_validation_split_is_one_document(tmp_path, capsys):
-    """No interval, and a sentence, in training, evaluation, the model card and the table of a sweep."""
-    write_text(tmp_path / "text.txt", 12)
-    workdir = tmp_path / "run"
-    train(toy_config(tmp_path, {"train.steps": 2}), str(workdir))
-    valid = report.read(workdir)["valid"]
-    assert valid["documents"] == 1 and valid["nll_ci95"] == valid["bits_per_byte_ci95"] == [None, None]
-    result = evaluated(workdir)
-    assert math.isnan(result["nll_ci95"][0]) and result["ci95_missing"].startswith("no interval over 1 document")
-    compared = evaluated(workdir, against=str(workdir))["against"]
-    assert compared["difference"] == 0 and math.isnan(compared["p_value"]) and compared["ci95_missing"]
-    options = {"form": "hf", "dtype": "float32", "check": 0, "max_shard": "5GB", "weights": "ema", "tokenizer": "",
-               "length": 0, "allow_pickle": False, "base": {}}
-    convert(workdir, tmp_path / "out", **options)
-    assert f"| {valid['nll']:.4f} | none | {valid['ppl']:.2f} | none |" in (tmp_path / "out" / "README.md").read_text()
-    told = capsys.readouterr().err
-    assert told.count("no interval over 1 document: it takes at least 3") >= 3 and "nan" not in told
 
 
 @pytest.mark.ci_slow
