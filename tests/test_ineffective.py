@@ -1,9 +1,7 @@
 """Keys that another key switches off: one line at the door of a new run, while old runs open."""
 
-import json
-
 import pytest
-from toy_runs import toy_config, write_text
+from toy_runs import rewrite_config, toy_config, write_text
 
 from bd3lm_jax import ineffective, rundir
 from bd3lm_jax.config import Config
@@ -65,7 +63,7 @@ def test_keys_with_an_effect_and_what_presets_leave_behind(words):
     load_config("configs/tiny.py", [f"--config.{word}" for word in words])
 
 
-@pytest.mark.parametrize("algo", common.ALGORITHMS)
+@pytest.mark.parametrize("algo", ("bd3lm", "mdlm", *common.OBJECTIVES))
 def test_presets_set_nothing_without_effect(algo):
     config = Config.from_dict(tiny.get_config(f"algo={algo}"))
     named = {rule.key for rule in ineffective.RULES} - {"eval.rows"}  # of the preset, as no other is
@@ -87,9 +85,7 @@ def test_a_run_of_an_earlier_version_opens_and_goes_on(tmp_path):
     write_text(tmp_path / "text.txt", 40)
     config, tokenizer = toy_config(tmp_path).with_vocab(258), ByteTokenizer()
     rundir.claim(tmp_path / "run", config, tokenizer)
-    stored = json.loads((tmp_path / "run" / "config.json").read_text())
-    stored["diffusion"]["schedule"] = "cosine"
-    (tmp_path / "run" / "config.json").write_text(json.dumps(stored))
+    rewrite_config(tmp_path / "run", {"diffusion": {"schedule": "cosine"}})
     assert rundir.read(tmp_path / "run")[0].diffusion.schedule == "cosine"
     rundir.claim(tmp_path / "run", config, tokenizer)
     with pytest.raises(UserError, match="optim.lr"):

@@ -39,7 +39,7 @@ def test_objectives_that_tell_the_level_are_refused():
 def test_rows_longer_than_the_learned_positions_are_refused():
     config = tiny.get_config()
     common.set_model(config, "gpt2")
-    config.data.length = 256
+    config.data.length, config.model.positions = 256, 128
     with pytest.raises(UserError, match="data.length=256 is more than model.positions=128"):
         Config.from_dict(config)
 

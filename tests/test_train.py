@@ -136,7 +136,8 @@ def test_another_config_is_refused_with_the_keys_that_differ(home, whole):
 
 
 def test_a_directory_of_something_else_is_left_alone(home, tmp_path):
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "5" / "params").touch()
     with pytest.raises(UserError, match="holds checkpoints and no config.json"):
         train(toy_config(home), str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]

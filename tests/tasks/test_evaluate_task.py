@@ -176,7 +176,7 @@ def test_bad_input_is_refused_before_anything_is_written(models, file, changes, 
 def test_a_directory_that_cannot_be_written_is_refused_first(models, file):
     [run] = models(run=lambda prompt, _: pytest.fail("asked"))
     with open(f"{run}/tasks", "w"):
-        with pytest.raises(UserError, match="cannot create"):
+        with pytest.raises(UserError, match="cannot write .*tasks, where completions are kept: File exists"):
             evaluate_task(run, file=file, **ARGUMENTS)
 
 
