@@ -66,7 +66,7 @@ def tells(monkeypatch, owner, name, when=lambda *_, **__: True):
 def test_sigterm_with_nothing_to_save_ends_the_run_at_once(home, whole, tmp_path, monkeypatch, moment, saved):
     workdir = tmp_path / "run"
     if saved:
-        shutil.copytree(whole, workdir)
+        shutil.copytree(whole, workdir, ignore=shutil.ignore_patterns("report.json"))
     with monkeypatch.context() as patched, pytest.raises(Preempted, match="run the same command again"):
         tells(patched, *moment)
         train(toy_config(home), str(workdir))
