@@ -13,13 +13,15 @@ from pathlib import Path
 
 from absl import flags
 
+from launch.arguments import define_path
+
 TAKES_CONFIG = False
 
 
 def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", "", "a run directory, or one that holds such", flag_values=values)
-    flags.DEFINE_string("cache_dir", "", "where prepared data is (data.cache_dir); by default $BD3LM_CACHE or "
-                        "~/.cache/bd3lm_jax, unless --workdir is given", flag_values=values)
+    define_path(values, "workdir", "", "a run directory, or one that holds such")
+    define_path(values, "cache_dir", "", "where prepared data is (data.cache_dir); by default $BD3LM_CACHE or "
+                "~/.cache/bd3lm_jax, unless --workdir is given")
     flags.DEFINE_boolean("remove", False, "delete what is shown", flag_values=values)
     flags.DEFINE_float("idle_hours", 24.0, "without a change, for what a process of another host may be writing, and "
                        "for builds that were not finished", lower_bound=0.0, flag_values=values)
@@ -28,8 +30,9 @@ def define(values: flags.FlagValues) -> None:
 def main(args: flags.FlagValues) -> dict:
     from bd3lm_jax import clean, log
     from bd3lm_jax.errors import UserError
+    from bd3lm_jax.paths import default_cache
 
-    directories = [Path(path) for path in (args.workdir, args.cache_dir) if path] or [_default_cache()]
+    directories = [Path(path) for path in (args.workdir, args.cache_dir) if path] or [default_cache()]
     for path in directories:
         if not path.is_dir() and (args.workdir or args.cache_dir):
             raise UserError(f"{path} is no directory: give that of a run, or that of prepared data")
@@ -46,9 +49,3 @@ def main(args: flags.FlagValues) -> dict:
     elif not args.remove:
         log.note(f"{total:,} bytes; the same command with --remove deletes them")
     return {"leftovers": entries, "bytes": total, "removed": sum(x["bytes"] for x in entries if x["removed"])}
-
-
-def _default_cache() -> Path:
-    import os
-
-    return Path(os.environ.get("BD3LM_CACHE") or "~/.cache/bd3lm_jax").expanduser()

@@ -1,5 +1,6 @@
 """Paths as people write them, in flags, configs and Python; and what the surroundings of a command may be like."""
 
+import importlib
 import json
 import os
 import pty
@@ -12,15 +13,16 @@ from absl import flags
 from bd3lm_jax import hf, paths
 from bd3lm_jax.data.prepare import cache_directory
 from bd3lm_jax.errors import UserError
-from launch import arguments, bench, convert, infill, sample, sweep, tpu, train
+from launch import arguments, bench, clean, convert, infill, sample, sweep, tpu, train
 from launch import eval as evaluate
+from launch.__main__ import COMMANDS
 from tests.toy_runs import ROOT, toy_config
 
 FLAGS = [(module, name) for module, names in {
     train: ("workdir",), sweep: ("workdir",), convert: ("from", "to", "tokenizer"), infill: ("workdir", "file"),
     sample: ("workdir", "settings", "json_schema", "out", "trace", "beside"), bench: ("workdir", "out", "scorer"),
     evaluate: ("workdir", "data", "data_dir", "against", "samples", "scorer", "reference", "plot", "file"),
-    tpu: ("out",)}.items() for name in names]
+    tpu: ("out",), clean: ("workdir", "cache_dir")}.items() for name in names]
 
 
 @pytest.mark.parametrize("module, name", FLAGS)
@@ -35,8 +37,8 @@ def test_every_path_flag_expands_a_home_and_refuses_a_scheme(module, name, monke
 
 def test_no_flag_that_says_it_is_a_path_is_forgotten():
     words, others = ("directory", " file", "page"), ("shared", "max_shard")  # which may be a bucket, and a size
-    for module in (train, sweep, convert, infill, sample, bench, evaluate, tpu):
-        values = flags.FlagValues()
+    for command in COMMANDS:
+        module, values = importlib.import_module(f"launch.{command}"), flags.FlagValues()
         module.define(values)
         for name in values:
             is_path = isinstance(values[name].parser, arguments.PathParser)
