@@ -1,6 +1,5 @@
 import itertools
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -9,55 +8,16 @@ import threading
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 import pytest
+from toy_checkpoints import abstract, assert_equal, make_state, restore, saved
 
 from bd3lm_jax import distributed
 from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.errors import RunError, UserError
 from bd3lm_jax.fingerprint import fingerprints
-from bd3lm_jax.state import TrainState
 
 # Reads that fail leave coroutines behind, which complain when they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-
-
-def make_state(step, ema=True, width=16):
-    rng = np.random.default_rng(step)
-    # Incompressible values: a flipped byte of a data file then lands in the array and not in the compression.
-    params = {"blocks": {"qkv": {"kernel": jnp.asarray(rng.standard_normal((2, 64, width)), jnp.float32)}},
-              "head": {"bias": jnp.asarray(rng.standard_normal(width), jnp.bfloat16)}}
-    opt_state = jax.tree.map(lambda x: x + jnp.asarray(rng.integers(9), x.dtype), TX.init(params))
-    average = jax.tree.map(lambda x: 2 * x.astype(jnp.float32), params) if ema else {}
-    return TrainState(step=jnp.int32(step), params=params, ema=average, opt_state=opt_state)
-
-
-def abstract(tree):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-
-
-def saved(workdir, steps, keep=3, **options):
-    with Checkpoints(workdir, keep) as checkpoints:
-        for step in steps:
-            checkpoints.save(step, make_state(step, **options), {"config": {"seed": step}})
-    return workdir / "checkpoints"
-
-
-def assert_equal(left, right):
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right)):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-
-
-def restore(workdir, **options):
-    """(state, meta, warnings) of a fresh Checkpoints."""
-    warnings = []
-    with Checkpoints(workdir, keep=3, warn=warnings.append, **options) as checkpoints:
-        state, meta = checkpoints.restore(abstract(make_state(0)))
-    return state, meta, warnings
 
 
 def test_round_trip_keeps_the_latest(tmp_path):
@@ -179,98 +139,6 @@ def test_other_trees_are_named(tmp_path):
         wanted = {**make_state(0).params, "extra": jnp.zeros(2)}
         with pytest.raises(UserError, match="params/extra is absent in the checkpoint, float32.2. in this model"):
             checkpoints.restore_params("params", abstract(wanted))
-
-
-def largest(directory):
-    return max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-
-
-def flip_bit(path, position):
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize("item", ["params", "ema", "opt"])
-@pytest.mark.parametrize("position", [0.3, 0.7])
-def test_flipped_bit_falls_back_to_the_previous_step(tmp_path, item, position):
-    directory = saved(tmp_path, [1, 2])
-    path = largest(directory / "2" / item)
-    flip_bit(path, int(position * path.stat().st_size))
-    state, _, warnings = restore(tmp_path)
-    assert_equal(state, make_state(1))
-    assert len(warnings) == 1 and "checkpoints/2 is damaged" in warnings[0] and "\n" not in warnings[0]
-
-
-def test_flipped_bit_is_named_by_its_array(tmp_path):
-    directory = saved(tmp_path, [1, 2])
-    path = largest(directory / "2" / "params")
-    flip_bit(path, path.stat().st_size // 2)
-    assert "params/blocks/qkv/kernel differs from its fingerprint" in restore(tmp_path, read_only=True)[2][0]
-
-
-def change_meta(step):
-    path = step / "meta" / "metadata"
-    path.write_text(path.read_text().replace('"seed": 2', '"seed": 3'))
-
-
-DAMAGE = {
-    "meta changed": change_meta,
-    "meta cut": lambda step: os.truncate(step / "meta" / "metadata", 40),
-    "meta gone": lambda step: shutil.rmtree(step / "meta"),
-    "array data cut": lambda step: os.truncate(largest(step / "params"), 100),
-    "array data gone": lambda step: largest(step / "params").unlink(),
-    "item gone": lambda step: shutil.rmtree(step / "opt"),
-    "half deleted": lambda step: [shutil.rmtree(step / name) for name in ("opt", "meta", "params")],
-    "empty": lambda step: (shutil.rmtree(step), step.mkdir()),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_step_is_skipped_moved_away_and_saved_again(tmp_path, damage):
-    directory = saved(tmp_path, [1, 2])
-    DAMAGE[damage](directory / "2")
-    state, _, warnings = restore(tmp_path, read_only=True)
-    assert_equal(state, make_state(1))
-    assert len(warnings) == 1 and (directory / "2").exists()
-    with Checkpoints(tmp_path, keep=1, warn=warnings.append) as checkpoints:
-        assert_equal(checkpoints.restore(abstract(make_state(0)))[0], make_state(1))
-        assert checkpoints.steps() == [1] and (directory / ".damaged" / "2").exists()
-        checkpoints.save(2, make_state(2), {})
-    assert_equal(restore(tmp_path)[0], make_state(2))
-
-
-def test_half_written_step_is_never_seen(tmp_path):
-    directory = saved(tmp_path, [1, 2])
-    os.rename(directory / "2", directory / "2.orbax-checkpoint-tmp-0")
-    state, _, warnings = restore(tmp_path)
-    assert_equal(state, make_state(1))
-    assert not warnings
-
-
-def test_nothing_readable_is_an_error_and_moves_nothing(tmp_path):
-    directory = saved(tmp_path, [1, 2])
-    for step in ("1", "2"):
-        shutil.rmtree(directory / step / "params")
-    with pytest.raises(RunError, match=r"none of the checkpoints \[1, 2\]") as error:
-        restore(tmp_path)
-    assert error.value.exit_code == 1 and (directory / "1").exists() and (directory / "2").exists()
-
-
-def test_warnings_go_to_stderr(tmp_path, capsys):
-    directory = saved(tmp_path, [1, 2])
-    shutil.rmtree(directory / "2" / "opt")
-    with Checkpoints(tmp_path, keep=3) as checkpoints:
-        checkpoints.restore(abstract(make_state(0)))
-    assert "checkpoints/2 is damaged" in capsys.readouterr().err
-
-
-def test_other_format_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("bd3lm_jax.checkpoint.FORMAT", 99)
-    saved(tmp_path, [1])
-    monkeypatch.undo()
-    with pytest.raises(UserError, match="has format 99, this version reads 1"):
-        restore(tmp_path)
 
 
 def run_python(code, *arguments):
