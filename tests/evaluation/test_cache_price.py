@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from toy_lm import CONTEXT, END, make_ids, make_lm, masked
+from toy_lm import CONTEXT, END, LETTERS, make_ids, make_lm, masked
 
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.evaluation import cache_price
@@ -42,7 +42,7 @@ def through_cache(lm, rows, dtype):
 @pytest.mark.ci_slow
 @pytest.mark.parametrize("objective, time_conditioning", CASES)
 def test_a_float32_cache_gives_the_two_stream_bound(objective, time_conditioning):
-    lm = make_lm(objective, time_conditioning)
+    lm = make_lm(objective, time_conditioning, tokenizer=LETTERS)  # which says what a beginning token is
     rows = Rows(3, two_documents=False)
     expected = lm.nll(rows.ids, seed=3).per_token
     np.testing.assert_allclose(through_cache(lm, rows, "float32"), expected, atol=1e-5)
