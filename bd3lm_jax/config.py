@@ -316,6 +316,13 @@ class Config:
         return self.noise and self.noise.schedule(self.diffusion, self.model.vocab_size)
 
     @property
+    def execution(self) -> trunk.Execution:
+        """How the passes of a run are computed."""
+        compute = self.compute
+        return trunk.Execution(compute.attention, compute.layers, compute.remat,
+                               one_document=self.data.layout != "pack")
+
+    @property
     def batch_needs(self) -> tuple[str, ...]:
         """Names of the arrays that a batch brings beside tokens, segments and positions."""
         learnt = ("density",) if self.noise and self.noise.adapt == "running_loss" else ()

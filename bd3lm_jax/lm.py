@@ -18,7 +18,7 @@ from bd3lm_jax.models import Backbone, trunk
 from bd3lm_jax.published import Described
 from bd3lm_jax.published.leaf import check_beginning, check_mask
 from bd3lm_jax.sampling.auto_size import AUTO
-from bd3lm_jax.step import SpecialIds
+from bd3lm_jax.score import SpecialIds
 from bd3lm_jax.writing import generation, infill, stream
 from bd3lm_jax.writing.generation import Sample
 from bd3lm_jax.writing.options import Options, make_options

@@ -16,9 +16,10 @@ from bd3lm_jax.diffusion.clip import ClipSearch, relative_variance
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.models import Backbone
 from bd3lm_jax.passes import Execution
+from bd3lm_jax.score import SpecialIds, row_losses, score
 from bd3lm_jax.sharding import settled
 from bd3lm_jax.state import TrainState
-from bd3lm_jax.step import SpecialIds, draw_noise, execution_of, row_losses, score, sum_over_rows
+from bd3lm_jax.step import draw_noise, sum_over_rows
 
 SEARCH = 0x636C6970  # tells the noise of a search from that of the steps
 
@@ -66,7 +67,7 @@ def make_block_moments(config: Config, model: Backbone, special: SpecialIds):
 
     A loss is that of training with the schedule's state `noise`, in nats a token.
     """
-    execution = execution_of(config)
+    execution = config.execution
 
     def of_rows(params, rows):
         losses_BxMxK, real_BxMxK = block_losses(model, params, config.diffusion, special, rows["noised"], rows,

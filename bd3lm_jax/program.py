@@ -15,8 +15,9 @@ from bd3lm_jax import jax_settings, models, optim, sharding
 from bd3lm_jax.adaptation import lora
 from bd3lm_jax.config import Config
 from bd3lm_jax.models import Backbone, trunk
+from bd3lm_jax.score import SpecialIds
 from bd3lm_jax.state import LEARNT, LORA, TrainState, trained
-from bd3lm_jax.step import SpecialIds, make_step
+from bd3lm_jax.step import make_step
 
 OWN = 0x6C656172  # tells the random numbers of the objective's own parameters from the network's
 BATCH_KEYS = ("tokens", "segments", "positions")

@@ -1,168 +1,24 @@
 """The training step: noise, two-stream pass, loss, update; one jitted function of (state, batch)."""
 
-import dataclasses
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from bd3lm_jax import jax_settings, optim, passes
-from bd3lm_jax.adaptation import annealing, answers, lora, shifted
+from bd3lm_jax import jax_settings, optim
+from bd3lm_jax.adaptation import annealing, answers, lora
 from bd3lm_jax.config import Config
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.diffusion.running import RunningLoss
-from bd3lm_jax.loss import Output, TokenLoss, general_losses, token_losses, weighted_total
-from bd3lm_jax.models import Backbone, trunk
-from bd3lm_jax.passes import Execution
-from bd3lm_jax.sharding import BATCH_AXES, batch_devices, constrain
+from bd3lm_jax.models import Backbone
+from bd3lm_jax.score import SpecialIds, overflows, score, total_loss
+from bd3lm_jax.sharding import BATCH_AXES, constrain
 from bd3lm_jax.state import LEARNT, TrainState, trained
 
 PREPARE = 0x70726570  # tells what an objective does to a batch from its noise
-
-@dataclasses.dataclass(frozen=True)
-class SpecialIds:
-    """Ids that the objective needs; mask is -1 for a vocabulary without a mask token."""
-
-    mask: int
-    end: int
-
-
-def execution_of(config: Config) -> Execution:
-    """How the passes of a run are computed."""
-    compute = config.compute
-    return Execution(compute.attention, compute.layers, compute.remat, one_document=config.data.layout != "pack")
-
-
-class Scored(NamedTuple):
-    """What the output layer and the loss need: C = capacity positions of each view, which hold all that count.
-
-    features_BxMxCxD go into the output layer; weight_BxMxC is 0 where a position does not count; index_BxMxC says where
-    in the row it stands; xt_BxMxC and sigma_BxMxC: the noised token there and its level (for an objective's own loss).
-    tokens_B: tokens of the row. aux: the network's own loss, a sum over tokens as the others.
-    """
-
-    features_BxMxCxD: jax.Array
-    target_BxMxC: jax.Array
-    weight_BxMxC: jax.Array
-    index_BxMxC: jax.Array
-    xt_BxMxC: jax.Array | None = None
-    sigma_BxMxC: jax.Array | None = None
-    tokens_B: jax.Array | None = None
-    aux: jax.Array | float = 0.0
-
-
-def score(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_BxL, position_BxL, segment_BxL,
-          execution: Execution, dropout_keys=None, sees_BxL=None, end_id: int = -1) -> Scored:
-    """The network on noised rows, up to its output layer. A row that masks more than its capacity has weight NaN.
-
-    sees_BxL: as for `passes.two_stream`. end_id: read by networks with outputs one token ahead (shifted.py).
-    """
-    takes_level, tokens_B = trunk.takes_level(model.config), (segment_BxL != 0).sum(1)
-    noised = noised.replace(sigma_BxMxK=jnp.minimum(noised.sigma_BxMxK, objective.sigma_max))
-    sigma = noised.sigma_BxMxK if takes_level else None
-    if objective.causal:
-        if not objective.bos:  # nobody reads the end token
-            segment_BxL = jnp.where(noised.weight_BxMxL[:, 0] > 0, segment_BxL, 0)
-            position_BxL = jnp.maximum(position_BxL - 1, 0)  # the input is the token before, at its own place
-            execution = dataclasses.replace(execution, one_document=False)
-        out = passes.one_stream_out(model, params, noised.xt_BxMxL[:, 0], position_BxL, segment_BxL, rule="causal",
-                                    block_size=1, execution=execution, dropout_keys=dropout_keys)
-        h = out.clean[:, None]
-    else:
-        largest, sizes = objective.block_size, None
-        if noised.size_B is not None:
-            largest, sizes = objective.sizes[-1], passes.RowSizes(noised.size_B, objective.sizes[0])
-        inputs, clean, form = noised.xt_BxMxL, tokens_BxL, shifted.form_of(model.config)
-        if objective.mixtures is not None:
-            inputs = objective.mixtures(noised, tokens_BxL, model.config.vocab_size)
-        if form == "block":
-            inputs, clean = shifted.inputs(inputs, clean, position_BxL, largest, end_id)
-        out = passes.two_stream_out(model, params, inputs, clean, position_BxL, segment_BxL,
-                                    block_size=largest, sizes=sizes, sigma_BxMxn=sigma, execution=execution,
-                                    dropout_keys=dropout_keys, sees_BxL=sees_BxL)
-        h = shifted.outputs(out.noised) if form == "row" else out.noised
-    weight, xt, length = noised.weight_BxMxL, noised.xt_BxMxL, tokens_BxL.shape[1]
-    target = jnp.broadcast_to(tokens_BxL[:, None], xt.shape)
-    index = jnp.broadcast_to(jnp.arange(length), target.shape)
-    if noised.capacity < length:
-        index = counted_positions(weight > 0, noised.capacity)
-        h = jnp.take_along_axis(h, index[..., None], axis=2)
-        target, weight, xt = (jnp.take_along_axis(x, index, axis=2) for x in (target, weight, xt))
-        weight = jnp.where(overflows(noised)[..., None], jnp.nan, weight)
-    part = length // noised.sigma_BxMxK.shape[2]
-    sigma = jnp.take_along_axis(noised.sigma_BxMxK, index // part, axis=2)
-    features = trunk.features(model, params, h, sigma if takes_level else None)
-    return Scored(features, target, weight, index, xt, sigma, tokens_B, out.aux)
-
-
-def overflows(noised: Noised) -> jax.Array:
-    """Views `[B, M]` that mask more tokens than their capacity: no objective may draw them."""
-    return (noised.weight_BxMxL > 0).sum(-1) > noised.capacity
-
-
-def row_losses(model: Backbone, params: dict, scored: Scored, mask_id: int, chunk: int,
-               token_loss: TokenLoss | None = None) -> jax.Array:
-    """Loss in nats of every position of `scored`, float32 `[B, M, C]`: cross-entropy, or `Objective.token_loss`.
-
-    chunk as in `loss.token_losses`.
-    """
-    if token_loss is not None:
-        losses = _general(model, params, scored, mask_id, chunk, token_loss)
-    else:
-        arrays = _groups(scored.features_BxMxCxD, scored.target_BxMxC)
-        losses = token_losses(_output(model, params, mask_id), *arrays, chunk)
-    return losses.reshape(scored.target_BxMxC.shape)
-
-
-def total_loss(model: Backbone, params: dict, scored: Scored, mask_id: int, chunk: int,
-               token_loss: TokenLoss | None = None, mean_term: TokenLoss | None = None) -> jax.Array:
-    """Sum of weight * loss over all positions of `scored`, in nats; arguments as for `row_losses`.
-
-    mean_term: `Objective.mean_term`, which counts the tokens of the row in every view.
-    """
-    arrays = _groups(scored.features_BxMxCxD, scored.target_BxMxC, scored.weight_BxMxC)
-    if token_loss is None:
-        return weighted_total(_output(model, params, mask_id), *arrays, chunk)
-    weight = arrays[2]
-
-    def both(*args, mask_id):
-        return token_loss(*args, mask_id=mask_id), mean_term and mean_term(*args, mask_id=mask_id)
-
-    losses, term = _general(model, params, scored, mask_id, chunk, both)
-    total = jnp.sum(jnp.where(weight == 0, 0, losses) * weight)
-    if mean_term is None:
-        return total
-    term, counted = (x.reshape(scored.weight_BxMxC.shape) for x in term)
-    counted = counted & (scored.weight_BxMxC > 0)
-    mean_BxM = jnp.where(counted, term, 0).sum(-1) / jnp.maximum(counted.sum(-1), 1)
-    return total + jnp.sum(mean_BxM * scored.tokens_B[:, None])
-
-
-def _general(model, params, scored, mask_id, chunk, token_loss):
-    """Losses `[G, N]` by an objective's own `token_loss`."""
-    features, target, *more = _groups(scored.features_BxMxCxD, scored.target_BxMxC, scored.xt_BxMxC, scored.sigma_BxMxC)
-    output = Output(*trunk.output_layer(model, params))
-    return general_losses(output, functools.partial(token_loss, mask_id=mask_id), model.config.vocab_size, features,
-                          target, tuple(more), chunk)
-
-
-def _output(model, params, mask_id) -> Output:
-    return Output(*trunk.output_layer(model, params)).without(mask_id, model.config.vocab_size)
-
-
-def _groups(*arrays_BxMxC):
-    """`[B, M, C, ...]` -> `[G, N, ...]` where group g holds the rows of one device (all rows without a mesh)."""
-    groups = math.gcd(batch_devices(), arrays_BxMxC[0].shape[0])
-    return [constrain(x.reshape(groups, -1, *x.shape[3:]), BATCH_AXES) for x in arrays_BxMxC]
-
-
-def counted_positions(counted_BxMxL, capacity: int) -> jax.Array:
-    """Indices `[B, M, capacity]` with every counted position first, in order (the rest: other positions)."""
-    return jnp.argsort(~counted_BxMxL, axis=-1, stable=True)[..., :capacity].astype(jnp.int32)
 
 
 def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation, special: SpecialIds):
@@ -172,7 +28,7 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
     whole batch before microbatches are cut. A step whose loss or gradient is not finite leaves the state as it was,
     except for the step count.
     """
-    execution = execution_of(config)
+    execution = config.execution
     objective, schedule = config.diffusion, config.schedule
     learns = schedule is not None and schedule.learns
 

@@ -28,9 +28,9 @@ from bd3lm_jax.evaluation.evaluate import Evaluator, default_estimator
 from bd3lm_jax.log import RunLog, busy, note, read_metrics
 from bd3lm_jax.noise import Chooser
 from bd3lm_jax.program import Program
+from bd3lm_jax.score import SpecialIds
 from bd3lm_jax.state import LEARNT, LORA, TrainState
 from bd3lm_jax.stats import format_interval, format_number
-from bd3lm_jax.step import SpecialIds
 from bd3lm_jax.sweeps import paired
 from bd3lm_jax.typed import Nested, flatten
 from bd3lm_jax.watchdog import Watchdog

@@ -12,7 +12,7 @@ from bd3lm_jax import sharding
 from bd3lm_jax.data.windows import Given, Windows
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.evaluation.evaluate import Evaluator
-from bd3lm_jax.step import SpecialIds
+from bd3lm_jax.score import SpecialIds
 
 LENGTH = 24
 

@@ -13,7 +13,7 @@ from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.log import read_metrics
 from bd3lm_jax.program import Program
-from bd3lm_jax.step import SpecialIds
+from bd3lm_jax.score import SpecialIds
 from bd3lm_jax.train import train
 
 PAIRS = ((0, 1), (3, 4))

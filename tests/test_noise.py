@@ -17,8 +17,9 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.log import read_metrics
 from bd3lm_jax.noise import Chooser, block_losses
 from bd3lm_jax.passes import PLAIN
+from bd3lm_jax.score import SpecialIds, row_losses, score
 from bd3lm_jax.state import TrainState
-from bd3lm_jax.step import SpecialIds, draw_noise, make_step, row_losses, score
+from bd3lm_jax.step import draw_noise, make_step
 from bd3lm_jax.train import train
 
 SPECIAL = SpecialIds(MASK, END)

@@ -10,7 +10,7 @@ import bd3lm_jax
 from bd3lm_jax import report
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import evaluate
-from bd3lm_jax.step import LEARNT
+from bd3lm_jax.state import LEARNT
 from bd3lm_jax.train import train
 from configs import common
 

@@ -8,8 +8,9 @@ import optax
 from toy_runs import END, LENGTH, MASK, network, quick_jit, toy_config
 
 from bd3lm_jax import passes
+from bd3lm_jax.score import SpecialIds
 from bd3lm_jax.state import TrainState
-from bd3lm_jax.step import SpecialIds, make_step
+from bd3lm_jax.step import make_step
 
 LLADA = {"kind": "llada", "block_size": LENGTH, "complement": False, "random_length": 1.0, "sft": False,
          "normalise": "tokens"}

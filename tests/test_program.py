@@ -11,8 +11,8 @@ from bd3lm_jax.config import MeshConfig
 from bd3lm_jax.cost.plan import resolved
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.program import Program, bytes_needed, bytes_per_device
+from bd3lm_jax.score import SpecialIds
 from bd3lm_jax.sharding import AXES, make_mesh
-from bd3lm_jax.step import SpecialIds
 
 SPECIAL = SpecialIds(MASK, END)
 ONE = MeshConfig(data=1, fsdp=1, tensor=1)

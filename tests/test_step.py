@@ -12,8 +12,9 @@ from toy_runs import AR, END, LENGTH, MASK, network, quick_jit, run_python, toy_
 from bd3lm_jax import models, passes
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.passes import PLAIN, Execution
+from bd3lm_jax.score import SpecialIds, counted_positions, row_losses, score, total_loss
 from bd3lm_jax.state import TrainState
-from bd3lm_jax.step import SpecialIds, counted_positions, make_step, row_losses, score, total_loss
+from bd3lm_jax.step import make_step
 
 SPECIAL = SpecialIds(MASK, END)
 BATCH = 4
@@ -179,7 +180,7 @@ def test_the_gather_of_masked_positions_stays_on_its_device():
         from toy_runs import END, LENGTH, MASK, network, toy_config
         from bd3lm_jax import sharding
         from bd3lm_jax.passes import PLAIN
-        from bd3lm_jax.step import row_losses, score
+        from bd3lm_jax.score import row_losses, score
 
         config = toy_config(Path("unused"))
         model, params = network(config)

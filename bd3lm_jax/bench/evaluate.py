@@ -22,7 +22,7 @@ from bd3lm_jax.evaluation import estimators
 from bd3lm_jax.evaluation.evaluate import Evaluator, score_views
 from bd3lm_jax.models import trunk
 from bd3lm_jax.passes import compute_dtype
-from bd3lm_jax.step import SpecialIds
+from bd3lm_jax.score import SpecialIds
 
 SMALL = step.Case(layers=6, width=256, heads=4, batch=8, length=512, block_size=16, vocab=8192)
 PAPER = step.Case(layers=12, width=768, heads=12, batch=64, length=1024, block_size=16, vocab=50258)

@@ -22,7 +22,7 @@ from bd3lm_jax.errors import RunError
 from bd3lm_jax.fingerprint import fingerprints
 from bd3lm_jax.log import note, read_metrics
 from bd3lm_jax.program import Program
-from bd3lm_jax.step import SpecialIds
+from bd3lm_jax.score import SpecialIds
 
 KINDS = ("disk full during a save", "SIGKILL", "SIGSTOP of one of two processes", "SIGKILL of one of two processes",
          "replicas that differ")

@@ -18,7 +18,7 @@ from bd3lm_jax.config import Config, MeshConfig
 from bd3lm_jax.cost import flops, hlo
 from bd3lm_jax.cost.compilers import QUICK
 from bd3lm_jax.program import Program
-from bd3lm_jax.step import SpecialIds
+from bd3lm_jax.score import SpecialIds
 
 SIMULATED = 8
 COUNTS = (1, 2, 4, 8)

@@ -25,8 +25,9 @@ from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.models import Backbone, trunk
 from bd3lm_jax.models.dit import DiTConfig
 from bd3lm_jax.passes import compute_dtype, plain_rows
+from bd3lm_jax.score import SpecialIds
 from bd3lm_jax.state import TrainState
-from bd3lm_jax.step import SpecialIds, make_step
+from bd3lm_jax.step import make_step
 
 
 @dataclasses.dataclass(frozen=True)

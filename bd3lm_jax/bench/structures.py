@@ -15,7 +15,7 @@ from bd3lm_jax.diffusion.masked import cross_entropy_subs
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.models import Backbone, trunk
 from bd3lm_jax.passes import plain_rows
-from bd3lm_jax.step import Scored, counted_positions, total_loss
+from bd3lm_jax.score import Scored, counted_positions, total_loss
 
 
 def two_pass_loss(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_BxL, mask_id: int):

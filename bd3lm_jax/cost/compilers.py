@@ -26,7 +26,7 @@ from bd3lm_jax.config import Config
 from bd3lm_jax.cost import hlo, memory
 from bd3lm_jax.errors import RunError, UserError, lookup
 from bd3lm_jax.program import Program, bytes_needed, bytes_per_device
-from bd3lm_jax.step import SpecialIds
+from bd3lm_jax.score import SpecialIds
 
 SLICES = {  # slices of TPUs that can be described, by number of devices
     "v4": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16"),

@@ -19,7 +19,7 @@ from bd3lm_jax.cost.hardware import ACCELERATORS, Accelerator
 from bd3lm_jax.data.tokenizers import NUM_BYTES, Tokenizer, get_tokenizer
 from bd3lm_jax.errors import RunError
 from bd3lm_jax.program import Program, bytes_per_device
-from bd3lm_jax.step import SpecialIds
+from bd3lm_jax.score import SpecialIds
 from bd3lm_jax.typed import Nested
 
 GIB, MIB = 2**30, 2**20

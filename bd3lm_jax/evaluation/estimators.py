@@ -44,7 +44,7 @@ from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.diffusion.schedule import MAX_STRATA
 from bd3lm_jax.errors import UserError, lookup
 from bd3lm_jax.models import trunk
-from bd3lm_jax.step import SpecialIds
+from bd3lm_jax.score import SpecialIds
 
 EPS = 1e-3  # of bernoulli, as published
 MAX_ENUMERATED, MAX_VIEWS = 8, 16  # block size of `exact`; views of one pass

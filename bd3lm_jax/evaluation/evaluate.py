@@ -27,9 +27,9 @@ from bd3lm_jax.evaluation import domains, estimators
 from bd3lm_jax.evaluation.estimators import default_estimator
 from bd3lm_jax.models import Backbone
 from bd3lm_jax.passes import Execution
+from bd3lm_jax.score import SpecialIds, overflows, row_losses, score
 from bd3lm_jax.sharding import batch_sharding
 from bd3lm_jax.stats import format_interval, format_number, ppl_of
-from bd3lm_jax.step import SpecialIds, execution_of, overflows, row_losses, score
 
 MIN_FREEDOM = 120  # degrees of freedom of the draws before a target is judged: fewer stop by the luck of a low spread
 CHUNK_TOKENS = 1 << 20  # whose bytes are counted at a time
@@ -184,7 +184,7 @@ class Evaluator:
 
     def __init__(self, config: Config, model: Backbone, special: SpecialIds, mesh):
         self.config, self.model, self.special, self.mesh = config, model, special, mesh
-        self.execution = dataclasses.replace(execution_of(config), remat="none")
+        self.execution = dataclasses.replace(config.execution, remat="none")
         devices = sharding.rows_over(mesh)
         self.batch = -(-config.eval.batch // devices) * devices
         self.sharding = batch_sharding(mesh)

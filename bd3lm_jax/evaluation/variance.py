@@ -29,7 +29,7 @@ from bd3lm_jax.diffusion.schedule import get_schedule
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.lm import LM, load
 from bd3lm_jax.models import trunk
-from bd3lm_jax.step import execution_of, score, total_loss
+from bd3lm_jax.score import score, total_loss
 
 LINEAR, UNIFORM, OPTIMAL = "linear", "exact count", "exact count, pi*"
 FIRST_TIME = 1e-3  # times start there, as published: other schedules mask other probabilities at least
@@ -143,7 +143,7 @@ def make_measure(lm: LM):
 
     g1 and g2 are the gradients of the mean loss of each half of the rows.
     """
-    execution = execution_of(lm.config)
+    execution = lm.config.execution
 
     def half(params, noised, rows):
         def loss(params, weight_BxMxL):

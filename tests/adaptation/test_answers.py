@@ -13,8 +13,9 @@ from bd3lm_jax import optim
 from bd3lm_jax.diffusion import OBJECTIVES
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.log import read_metrics
+from bd3lm_jax.score import SpecialIds
 from bd3lm_jax.state import TrainState
-from bd3lm_jax.step import SpecialIds, draw_noise, make_step
+from bd3lm_jax.step import draw_noise, make_step
 from bd3lm_jax.train import train
 
 SPECIAL = SpecialIds(MASK, END)

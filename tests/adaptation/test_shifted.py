@@ -19,7 +19,7 @@ from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import build, trunk
 from bd3lm_jax.sampling.generate import Finished
-from bd3lm_jax.step import score
+from bd3lm_jax.score import score
 from bd3lm_jax.writing.denoise import BlockDenoiser, ShiftedDenoiser
 
 

@@ -13,7 +13,7 @@ import pytest
 from bd3lm_jax.cost import compilers, flops, hardware, hlo, memory, plan
 from bd3lm_jax.data.tokenizers import get_tokenizer
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.step import SpecialIds
+from bd3lm_jax.score import SpecialIds
 from configs import owt
 from launch.__main__ import main
 from launch.arguments import load_config

@@ -19,8 +19,10 @@ from bd3lm_jax.diffusion.adversarial import Adversarial
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.program import init_params
+from bd3lm_jax.score import SpecialIds
 from bd3lm_jax.state import TrainState
-from bd3lm_jax.step import LEARNT, SpecialIds, make_step
+from bd3lm_jax.state import LEARNT
+from bd3lm_jax.step import make_step
 from configs import common
 
 SIZE, VOCAB, WIDTH = 4, 6, 3

@@ -11,7 +11,7 @@ from toy_law import LENGTH, ToyLaw, blocks, subsets
 
 from bd3lm_jax.diffusion.schedule import get_schedule
 from bd3lm_jax.evaluation.estimators import Enumerated
-from bd3lm_jax.step import SpecialIds
+from bd3lm_jax.score import SpecialIds
 
 LAW, MASK = ToyLaw(), 9
 SIZES = (1, 2, 4)

@@ -16,8 +16,9 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import estimators
 from bd3lm_jax.models import trunk
 from bd3lm_jax.passes import PLAIN
+from bd3lm_jax.score import Scored, SpecialIds, total_loss
 from bd3lm_jax.state import TrainState
-from bd3lm_jax.step import Scored, SpecialIds, make_step, total_loss
+from bd3lm_jax.step import make_step
 from configs import common
 
 SECTION = {"kind": "cap", **common.MASKED, "block_size": 8, "coefficient": 0.7}

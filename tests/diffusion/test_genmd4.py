@@ -15,7 +15,7 @@ from bd3lm_jax.diffusion import MD4, GenMD4
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.passes import PLAIN, plain_rows
-from bd3lm_jax.step import score, total_loss
+from bd3lm_jax.score import score, total_loss
 
 LETTERS, SIZE = 3, 2
 BLANK = LETTERS  # the mask

@@ -15,7 +15,7 @@ from bd3lm_jax.config import Config
 from bd3lm_jax.diffusion import SEDD
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.passes import PLAIN, plain_rows
-from bd3lm_jax.step import score, total_loss
+from bd3lm_jax.score import score, total_loss
 from configs import tiny
 
 GOLDEN = Path(__file__).parents[1] / "data/golden"

@@ -20,8 +20,9 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import estimators
 from bd3lm_jax.models import trunk
 from bd3lm_jax.passes import PLAIN
+from bd3lm_jax.score import SpecialIds
 from bd3lm_jax.state import TrainState
-from bd3lm_jax.step import SpecialIds, make_step
+from bd3lm_jax.step import make_step
 
 BLOCK, BATCH, VIEWS, VOCAB, SCALE = 8, 4, 2, 12, 5.0
 IT = SSDLM(block_size=BLOCK, scale=SCALE)

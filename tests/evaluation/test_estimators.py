@@ -15,7 +15,7 @@ from toy_runs import AR, toy_config
 from bd3lm_jax.diffusion import Masked
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import estimators
-from bd3lm_jax.step import SpecialIds
+from bd3lm_jax.score import SpecialIds
 
 SIZE, BLOCKS, ROWS = 4, 8, 2000
 LENGTH = SIZE * BLOCKS

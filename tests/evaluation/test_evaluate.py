@@ -15,7 +15,7 @@ from bd3lm_jax.data.sized import Sized
 from bd3lm_jax.errors import RunError, UserError
 from bd3lm_jax.evaluation import evaluate
 from bd3lm_jax.evaluation.evaluate import Evaluator, Target
-from bd3lm_jax.step import SpecialIds
+from bd3lm_jax.score import SpecialIds
 from bd3lm_jax.train import train
 
 SPECIAL = SpecialIds(MASK, END)

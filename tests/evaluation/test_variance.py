@@ -20,7 +20,7 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import variance
 from bd3lm_jax.lm import load
 from bd3lm_jax.passes import PLAIN
-from bd3lm_jax.step import row_losses, score
+from bd3lm_jax.score import row_losses, score
 from bd3lm_jax.train import train
 
 BATCH, DRAWS = 8, 6

@@ -14,14 +14,16 @@ from llama_oracle import attention, network, rms, swiglu, turned
 from toy_runs import END, MASK, quick_jit, toy_config
 from toy_runs import network as toy_network
 
-from bd3lm_jax import passes, sharding, step
+from bd3lm_jax import passes, sharding
 from bd3lm_jax.cost import flops
 from bd3lm_jax.diffusion import Masked
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import build, trunk
 from bd3lm_jax.models.moe import MoEConfig
 from bd3lm_jax.models.trunk import Stream
+from bd3lm_jax.score import SpecialIds, score
 from bd3lm_jax.state import TrainState
+from bd3lm_jax.step import make_step
 
 TINY = MoEConfig(vocab_size=24, layers=3, dense_layers=1, width=16, heads=4, kv_heads=2, head_dim=6, rotary_dim=4,
                  hidden=20, experts=8, expert_hidden=10, shared_hidden=12, top_k=2, groups=4, top_groups=2,
@@ -181,7 +183,7 @@ def test_padding_does_not_count_in_the_balance():
 @pytest.mark.ci_slow
 def test_the_training_loss_holds_the_balance():
     """A whole step without and with it: the loss a token grows by the balance a token, and so do other gradients."""
-    special, ids = step.SpecialIds(MASK, END), jnp.asarray(rows())
+    special, ids = SpecialIds(MASK, END), jnp.asarray(rows())
     batch = {"tokens": ids, "segments": jnp.ones_like(ids), "positions": passes.plain_rows(ids)[0]}
     small = dict(layers=1, dense_layers=0, qk_norm=False)
     found = {}
@@ -192,15 +194,15 @@ def test_the_training_loss_holds_the_balance():
         backbone, params = toy_network(config)
         tx = optax.sgd(1.0)
         state = TrainState(jnp.int32(0), params, {}, tx.init(params))
-        after, metrics = quick_jit(step.make_step(config, backbone, tx, special))(state, batch)
+        after, metrics = quick_jit(make_step(config, backbone, tx, special))(state, batch)
         moved = {name: float(jnp.abs(after.params["blocks1"]["router"][name] - params["blocks1"]["router"][name]).max())
                  for name in ("kernel", "bias")}
         found[balance] = float(metrics["loss"]), moved
         if balance:
             noise_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))[0]
             noised = config.diffusion.corrupt(noise_key, ids, batch["segments"], views=1, mask_id=MASK, end_id=END)
-            aux = quick_jit(lambda p: step.score(backbone, p, config.diffusion, noised, ids, batch["positions"],
-                                                 batch["segments"], passes.PLAIN).aux)(params)
+            aux = quick_jit(lambda p: score(backbone, p, config.diffusion, noised, ids, batch["positions"],
+                                            batch["segments"], passes.PLAIN).aux)(params)
     assert found[0.5][0] - found[0.0][0] == pytest.approx(float(aux) / ids.size, rel=1e-3) and aux > 0
     assert found[0.5][1]["kernel"] != found[0.0][1]["kernel"] and found[0.5][1]["bias"] == 0
 

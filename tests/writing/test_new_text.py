@@ -9,7 +9,7 @@ from toy_lm import Letters
 
 from bd3lm_jax.data.texts import certain_length, encode_continuation, new_text
 from bd3lm_jax.data.tokenizers import SubwordTokenizer
-from bd3lm_jax.step import SpecialIds
+from bd3lm_jax.score import SpecialIds
 from bd3lm_jax.writing import generation, infill, stream
 from bd3lm_jax.writing.options import make_options
 

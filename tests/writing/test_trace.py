@@ -8,7 +8,7 @@ import pytest
 from toy_lm import END, LETTERS, MASK, Letters, make_lm
 
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.step import SpecialIds
+from bd3lm_jax.score import SpecialIds
 from bd3lm_jax.writing import stream, trace
 from bd3lm_jax.writing.generation import Sample
 from bd3lm_jax.writing.options import make_options
