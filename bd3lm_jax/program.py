@@ -11,15 +11,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bd3lm_jax import jax_settings, models, optim, sharding
-from bd3lm_jax.adaptation import lora
+from bd3lm_jax import jax_settings, models, optim, parameters, sharding
 from bd3lm_jax.config import Config
-from bd3lm_jax.models import Backbone, trunk
+from bd3lm_jax.models import Backbone
 from bd3lm_jax.score import SpecialIds
-from bd3lm_jax.state import LEARNT, LORA, TrainState, trained
+from bd3lm_jax.state import TrainState, trained
 from bd3lm_jax.step import make_step
 
-OWN = 0x6C656172  # tells the random numbers of the objective's own parameters from the network's
 BATCH_KEYS = ("tokens", "segments", "positions")
 
 
@@ -84,18 +82,6 @@ class Program:
             return self.step().lower(*self.arguments()).compile()
 
 
-def init_params(model: Backbone, config: Config, key: jax.Array) -> dict:
-    """Random parameters of the network; under LORA its low-rank updates, if these are trained, and under LEARNT the
-    parameters of an objective that has its own."""
-    params, objective = trunk.init(model, key), config.diffusion
-    if config.train.lora_rank:
-        params[LORA] = lora.init(model, params, config.train.lora_rank, key)
-    if not objective.learns:
-        return params
-    own_key = jax.random.fold_in(key, OWN)
-    return params | {LEARNT: objective.init_learnt(own_key, model.config.vocab_size, model.config.width)}
-
-
 def bytes_per_device(arguments: Any) -> int:
     """Bytes that abstract arrays with shardings take on each device."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arguments))
@@ -109,7 +95,7 @@ def bytes_needed(compiled: jax.stages.Compiled) -> int:
 
 
 def _initial_state(config: Config, model: Backbone, tx: optax.GradientTransformation) -> TrainState:
-    params = init_params(model, config, jax_settings.key(config.seed))
+    params = parameters.init(model, config.diffusion, config.train.lora_rank, jax_settings.key(config.seed))
     ema = jax.tree.map(jnp.copy, params) if config.optim.ema > 0 else {}
     noise = config.schedule.first() if config.schedule else {}
     return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(trained(params)), noise)

@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from bd3lm_jax import compile_cache, hf, jax_settings, models, passes, rundir, sharding
+from bd3lm_jax import compile_cache, hf, jax_settings, models, parameters, passes, rundir, sharding
 from bd3lm_jax.adaptation import lora
 from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.config import SECTIONS, ComputeConfig, Config, DataConfig, EvalConfig
 from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import Backbone
-from bd3lm_jax.program import init_params
 from bd3lm_jax.published import Described
 from bd3lm_jax.published.leaf import check_mask
 from bd3lm_jax.step_choice import LATEST
@@ -42,7 +41,8 @@ def restore(workdir: str | os.PathLike, weights: str, dtype: str | None, mesh: M
     compile_cache.enable()
     config, tokenizer = rundir.read(workdir)
     model = models.build(config.model, passes.compute_dtype(dtype or config.compute.dtype))
-    abstract = jax.eval_shape(lambda: init_params(model, config, jax_settings.key(0)))
+    abstract = jax.eval_shape(lambda: parameters.init(model, config.diffusion, config.train.lora_rank,
+                                                      jax_settings.key(0)))
     if mesh is not None:
         abstract = sharding.with_shardings(abstract, sharding.param_shardings(abstract, mesh))
     with Checkpoints(workdir, 1, read_only=True) as checkpoints:

@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 from toy_runs import network, toy_config, write_text
 
-from bd3lm_jax import rundir
+from bd3lm_jax import parameters, rundir
 from bd3lm_jax.adaptation import lora
 from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.data.prepare import prepare
 from bd3lm_jax.data.sized import Sized
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import evaluate
-from bd3lm_jax.program import init_params
 from bd3lm_jax.restore import restore
 from bd3lm_jax.state import LORA
 from bd3lm_jax.train import train
@@ -50,7 +49,7 @@ def stored(workdir):
     """All parameters in a checkpoint, updates beside their matrices."""
     config, _ = rundir.read(workdir)
     model, _ = network(config)
-    shapes = jax.eval_shape(lambda: init_params(model, config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: parameters.init(model, config.diffusion, RANK, jax.random.key(0)))
     with Checkpoints(workdir, 1, read_only=True) as checkpoints:
         return checkpoints.restore_params("params", shapes)[0]
 

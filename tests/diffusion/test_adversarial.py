@@ -14,14 +14,12 @@ import optax
 import pytest
 from toy_runs import END, LENGTH, MASK, network, quick_jit, toy_config
 
-from bd3lm_jax import passes, sharding
+from bd3lm_jax import parameters, passes, sharding
 from bd3lm_jax.diffusion.adversarial import Adversarial
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.program import init_params
 from bd3lm_jax.score import SpecialIds
-from bd3lm_jax.state import TrainState
-from bd3lm_jax.state import LEARNT
+from bd3lm_jax.state import LEARNT, TrainState
 from bd3lm_jax.step import make_step
 from configs import common
 
@@ -220,7 +218,7 @@ def trained():
                                          "compute.microbatch": 4, "optim.ema": 0.0})
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=MASK + 1))
     model, params = network(config, scale=0.1)
-    params = params | {LEARNT: init_params(model, config, jax.random.key(0))[LEARNT]}
+    params = params | {LEARNT: parameters.init(model, config.diffusion, 0, jax.random.key(0))[LEARNT]}
     tx = optax.adam(2e-2)
     step = quick_jit(make_step(config, model, tx, SpecialIds(MASK, END)))
     state = TrainState(jnp.int32(0), params, {}, tx.init(params))
