@@ -16,9 +16,9 @@ from bd3lm_jax.evaluation import domains, estimators
 from bd3lm_jax.evaluation.estimators import default_estimator
 from bd3lm_jax.evaluation.evaluate import open_run
 from bd3lm_jax.restore import restore
+from bd3lm_jax.signals import Signals
 from bd3lm_jax.stats import format_interval, format_number
 from bd3lm_jax.step_choice import Absent
-from bd3lm_jax.sweeps.pool import Signals
 
 FILE = "watch.jsonl"  # of the run directory: a line an evaluation
 POLL_S = 2.0  # between looks at the directory

@@ -6,15 +6,14 @@ import math
 import os
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import BinaryIO
 
 from bd3lm_jax import lock
 from bd3lm_jax.log import note, note_once
+from bd3lm_jax.signals import Signals
 
 POLL_S = 0.2  # between looks at the processes
 LOCK_S = 1.0  # that a start waits for a lock, which someone may hold only to look at it
@@ -79,36 +78,6 @@ def exclusive(path: Path) -> Iterator[None]:
     with open(path, "wb") as file:
         _lock(file, fcntl.LOCK_EX, math.inf)
         yield
-
-
-class Signals:
-    """While this context is open, SIGINT, SIGTERM and SIGHUP (a closed terminal) only go to the list `received`.
-
-    Outside the main thread, which alone may handle signals, nothing is received.
-    """
-
-    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def __init__(self):
-        self.received: list[int] = []
-        self._came, self._previous = threading.Event(), {}
-
-    def __enter__(self) -> "Signals":
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._add) for number in self.NUMBERS}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def wait(self, seconds: float) -> None:
-        """Until the first signal, at most so long."""
-        self._came.wait(seconds)
-
-    def _add(self, number: int, _: FrameType | None) -> None:
-        self.received.append(number)
-        self._came.set()
 
 
 def run_all(next_job: Callable[[], Job | None], parallel: int, signals: Signals, changed: Callable[[Job], None],

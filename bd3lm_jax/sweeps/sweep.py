@@ -24,8 +24,9 @@ from bd3lm_jax.config import Config
 from bd3lm_jax.errors import Preempted, RunError, Stuck, UserError
 from bd3lm_jax.log import counted, note, note_once, save
 from bd3lm_jax.sealed import unseal
+from bd3lm_jax.signals import Signals
 from bd3lm_jax.sweeps.giving_up import Curve, Rule, alike
-from bd3lm_jax.sweeps.pool import Job, Signals, exclusive, is_running, run_all
+from bd3lm_jax.sweeps.pool import Job, exclusive, is_running, run_all
 from bd3lm_jax.sweeps.sweep_table import BEST, FILES, MEASURES, Table
 from bd3lm_jax.typed import flatten
 
