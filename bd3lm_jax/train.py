@@ -24,7 +24,8 @@ from bd3lm_jax.data.sized import Sized
 from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.errors import Preempted, RunError, UserError
 from bd3lm_jax.evaluation.estimators import has_bound
-from bd3lm_jax.evaluation.evaluate import Evaluator, default_estimator
+from bd3lm_jax.evaluation.estimators import default_estimator
+from bd3lm_jax.evaluation.evaluate import Evaluator
 from bd3lm_jax.log import RunLog, busy, note, read_metrics
 from bd3lm_jax.noise import Chooser
 from bd3lm_jax.program import Program

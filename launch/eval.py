@@ -233,7 +233,7 @@ def _likelihood(args: flags.FlagValues) -> dict:
         from bd3lm_jax.evaluation.suite import evaluate_suite
 
         return evaluate_suite(paths.split(workdir), target_ci=target_ci, length=args["length"].value or 0, **common)
-    from bd3lm_jax.evaluation.evaluate import evaluate_run
+    from bd3lm_jax.evaluation.evaluate_run import evaluate_run
 
     at = {name: args[name].value for name in ("block_size", "length") if args[name].value}
     if args["step"].present:

@@ -232,7 +232,7 @@ def test_plan_trains_nothing(capsys, monkeypatch):
 
 def test_eval_hands_every_flag_over(capsys, monkeypatch):
     calls = []
-    stand_in(monkeypatch, "bd3lm_jax.evaluation.evaluate", evaluate_run=recorder(calls, {"nll": 1.0}))
+    stand_in(monkeypatch, "bd3lm_jax.evaluation.evaluate_run", evaluate_run=recorder(calls, {"nll": 1.0}))
     code, out, _ = run(capsys, "eval", "--workdir=w", "--split=valid", "--data=d.txt", "--estimator=nll", "--draws=3",
                        "--seed=4", "--weights=params", "--batch=5", "--target_ci=0.5%", "--max_draws=9", "--against=v",
                        "--chunks=sliding", "--stride=7", "--data_dir=d", "--first_token=skip", "--end_token=skip")

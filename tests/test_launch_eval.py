@@ -15,7 +15,7 @@ def calls(monkeypatch):
     """Calls of the library: (name, arguments, keywords)."""
     found = []
     for module, name in (("evaluation.quality", "evaluate_samples"), ("tasks", "evaluate_task"),
-                         ("evaluation.evaluate", "evaluate_run"), ("evaluation.block_sizes", "curve")):
+                         ("evaluation.evaluate_run", "evaluate_run"), ("evaluation.block_sizes", "curve")):
         def call(*args, name=name, **kwargs):
             found.append((name, args, kwargs))
             return {"done": 1}

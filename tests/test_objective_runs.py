@@ -9,7 +9,7 @@ from toy_runs import LENGTH, toy_config, write_text
 import bd3lm_jax
 from bd3lm_jax import report
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluation import evaluate
+from bd3lm_jax.evaluation.evaluate_run import evaluate_run
 from bd3lm_jax.state import LEARNT
 from bd3lm_jax.train import train
 from configs import common
@@ -37,7 +37,7 @@ def test_a_run_without_a_bound(tmp_path):
     assert np.isfinite(lines[-1]["train/loss"]) and not any("nll" in key for line in lines for key in line)
     assert set(report.read(tmp_path / "run")) == {"step", "settings"}
     with pytest.raises(UserError, match="'ssd_lm' has no bound on its likelihood"):
-        evaluate.evaluate_run(str(tmp_path / "run"), **EVAL)
+        evaluate_run(str(tmp_path / "run"), **EVAL)
     lm = bd3lm_jax.load(str(tmp_path / "run"))
     samples = lm.generate(num=2, length=LENGTH, steps=3, top_p=0.9)
     assert samples == lm.generate(num=2, length=LENGTH, sampler="simplex", steps=3, top_p=0.9)

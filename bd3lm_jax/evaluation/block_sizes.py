@@ -19,7 +19,7 @@ def curve(workdir: str, *, split: str, estimator: str, draws: int, seed: int, we
           within: float) -> dict[str, Any]:
     """Rows by block size: the bound with its interval, network calls a token and tokens a second of texts.
 
-    split, estimator ("" for the best one at each size), draws, seed, weights, batch: as for `evaluate.evaluate_run`, on
+    split, estimator ("" for the best one at each size), draws, seed, weights, batch: as for `evaluate_run`, on
     the run's own text; the same rows and the same seed at every size. within: as for `recommended`. The first texts of
     a size are compiled for and not timed. Raises UserError for a model of one block size.
     """

@@ -19,21 +19,20 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import jax_settings, passes, stats, step
+from bd3lm_jax import jax_settings, stats
 from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.diffusion.masked import Masked, Uniforms
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.errors import UserError, lookup
 from bd3lm_jax.evaluation import estimators, evaluate
-from bd3lm_jax.loss import Output
-from bd3lm_jax.models import trunk
+from bd3lm_jax.evaluation import greedy as greedy_decoding
+from bd3lm_jax.evaluation.predictions import Rows, predictions
 from bd3lm_jax.published.leaf import check_beginning
-from bd3lm_jax.sampling.filters import first_best
+from bd3lm_jax.score import SpecialIds
 
 GOLDEN = 2654435769  # 2^32 times the golden ratio less 1: its multiples spread evenly, however many are taken
 LEAST_ROW, LEAST_SCORED = 32, 8  # shapes are powers of two from here on, so that few programs are compiled
@@ -75,16 +74,6 @@ class Request(NamedTuple):
     @property
     def length(self) -> int:
         return len(self.prompt) + len(self.continuation)
-
-
-@flax.struct.dataclass
-class Rows:
-    """Requests as rows `[B, L]`: scored tokens, and masks after them up to the end of their block."""
-
-    tokens_BxL: Any
-    segment_BxL: Any
-    scored_BxL: Any
-    noise_B: Any
 
 
 def score(lm: Any, prompts: Sequence, continuations: Sequence, *, estimator: str, draws: int, seed: int, greedy: bool,
@@ -234,7 +223,7 @@ class Keyed:
     def passes(self, draws: int) -> int:
         return draws
 
-    def noised(self, key, index, draws: int, tokens_L, segments_L, special: step.SpecialIds) -> Noised:
+    def noised(self, key, index, draws: int, tokens_L, segments_L, special: SpecialIds) -> Noised:
         del draws
         length, size = tokens_L.shape[0], self.measure.block_size
         start = jnp.argmax(segments_L != 0)
@@ -256,8 +245,6 @@ class Keyed:
 def _measure(lm, requests: list[Request], name: str, draws: int, seed: int, greedy: bool,
              batch: int) -> list[tuple[Request, np.ndarray, bool | None]]:
     """Each request with its nats in every independent estimate, float64 `[U]`, and whether it is greedy."""
-    from bd3lm_jax.evaluation import greedy as greedy_decoding  # which needs Rows
-
     evaluate.check_draws(draws)
     if batch < 1:
         raise UserError(f"batch is {batch}, expected at least 1 row a pass")
@@ -313,17 +300,6 @@ def _rows(requests: list[Request], length: int, size: int, mask: int) -> Rows:
     return Rows(tokens, segment, scored, np.array([request.noise for request in requests], np.uint32))
 
 
-class Predictions(NamedTuple):
-    """What the network says of C places of every view `[B, M, C]`: -log p of the text's token and of the likeliest one,
-    that token, loss weight (0 where not scored), and where in the row the place is."""
-
-    loss_BxMxC: jax.Array
-    best_BxMxC: jax.Array
-    token_BxMxC: jax.Array
-    weight_BxMxC: jax.Array
-    index_BxMxC: jax.Array
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _views(model, objective, special, estimator, capacity: int, params, key, index, rows: Rows):
     """Nats `[R, B]` of R replicates in pass `index`, and whether the likeliest tokens are the text's in all views."""
@@ -338,28 +314,3 @@ def _views(model, objective, special, estimator, capacity: int, params, key, ind
     hit_BxMxC = said.token_BxMxC == jnp.take_along_axis(text_BxMxL, said.index_BxMxC, axis=2)
     hit_B = (hit_BxMxC | (said.weight_BxMxC == 0)).all((1, 2))
     return nats_BxM.reshape(len(nats_BxM), estimator.replicates, -1).mean(-1).T, hit_B
-
-
-def predictions(model, objective, special, capacity: int, params, noised: Noised, rows: Rows) -> Predictions:
-    if not objective.causal or objective.bos:  # else the weights also say which inputs the network may see
-        weight = jnp.where(rows.scored_BxL[:, None], noised.weight_BxMxL, 0)
-        noised = noised.replace(weight_BxMxL=weight, capacity=capacity)
-    position, _ = passes.plain_rows(rows.tokens_BxL)
-    scored = step.score(model, params, objective, noised, rows.tokens_BxL, position, rows.segment_BxL, passes.PLAIN,
-                        end_id=special.end)
-    output = Output(*trunk.output_layer(model, params)).without(special.mask, model.config.vocab_size)
-
-    def losses(xs):
-        features_CxD, target_C = xs
-        logits_CxV = jnp.dot(features_CxD, output.kernel_DxV.astype(features_CxD.dtype),
-                             preferred_element_type=jnp.float32) + output.bias_V
-        lse_C, best_C = jax.nn.logsumexp(logits_CxV, axis=-1), logits_CxV.max(-1)
-        target_C = jnp.take_along_axis(logits_CxV, target_C[:, None], 1)[:, 0]
-        return lse_C - target_C, lse_C - best_C, first_best(logits_CxV)
-
-    shape = scored.target_BxMxC.shape
-    views = tuple(x.reshape(-1, *x.shape[2:]) for x in (scored.features_BxMxCxD, scored.target_BxMxC))
-    found = (x.reshape(shape) for x in jax.lax.map(losses, views))  # the logits of one view at a time
-    counted = jnp.take_along_axis(jnp.broadcast_to(rows.scored_BxL[:, None], noised.xt_BxMxL.shape),
-                                  scored.index_BxMxC, axis=2)
-    return Predictions(*found, jnp.where(counted, scored.weight_BxMxC, 0), scored.index_BxMxC)

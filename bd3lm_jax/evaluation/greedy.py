@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bd3lm_jax import ranking
 from bd3lm_jax.diffusion.masked import MASK_PROB_MAX
 from bd3lm_jax.diffusion.noised import Noised
-from bd3lm_jax.evaluation.conditional import Rows, predictions
-from bd3lm_jax.sampling.steps import Said, by_confidence
+from bd3lm_jax.evaluation.predictions import Rows, predictions
 
 
 def writes(lm, capacity: int, rows: Rows, lengths: list[int]) -> np.ndarray:
@@ -55,6 +55,6 @@ def _reveal(model, objective, special, capacity: int, params, masked_BxL, canvas
     at = jnp.arange(len(masked_BxL))[:, None], said.index_BxMxC[:, 0]
     confidence_BxL = jnp.zeros(masked_BxL.shape).at[at].set(jnp.exp(-said.best_BxMxC[:, 0]))
     token_BxL = jnp.zeros_like(canvas_BxL).at[at].set(said.token_BxMxC[:, 0])
-    first = jax.vmap(jax.vmap(lambda confidence, masked: by_confidence(Said(confidence, None, None), masked) == 0))
+    first = jax.vmap(jax.vmap(lambda confidence, masked: ranking.probability_rank(confidence, masked) == 0))
     new_BxL = first(blocks(confidence_BxL), blocks(masked_BxL)).reshape(masked_BxL.shape) & masked_BxL
     return masked_BxL & ~new_BxL, jnp.where(new_BxL, token_BxL, canvas_BxL)

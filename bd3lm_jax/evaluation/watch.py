@@ -40,7 +40,7 @@ def watch(workdir: str, *, watch_for: float, data: str, split: str, data_dir: st
     """Evaluate each newest checkpoint of a run once, until that of its last step (`train.steps`) is done.
 
     watch_for: seconds without a new checkpoint after which the watch ends, 0 for never. The other arguments as for
-    `evaluate.evaluate_run`. A line of `watch.jsonl` holds the step, the figures of `eval` and `asked`, these arguments:
+    `evaluate_run`. A line of `watch.jsonl` holds the step, the figures of `eval` and `asked`, these arguments:
     what stands there for the same arguments and config is not evaluated again. A checkpoint that is deleted while it is
     read is passed over, a damaged one with a warning, until it is saved anew; if it is the last one, the watch waits
     for that.

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.ranking import first_best
 
 EXCLUDED = -jnp.inf
 SLACK = 1e-6  # relative: masses that differ by rounding alone count as equal
@@ -84,11 +85,3 @@ def draw(keys_N, logits_NxV) -> jax.Array:
     """One token from each row, int32 `[N]`, by float32 Gumbel noise with one key a row."""
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits_NxV.shape[-1:], jnp.float32))(keys_N)
     return first_best(logits_NxV + noise)
-
-
-def first_best(x) -> jax.Array:
-    """As argmax over the last axis `[..., V]`, int32. On a CPU argmax takes numbers one at a time, and what is fused
-    with it is then computed so as well, such as the noise here; a maximum and a minimum are not."""
-    last = x.shape[-1] - 1
-    best = x == jnp.max(x, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(best, jnp.arange(last + 1, dtype=jnp.int32), last), axis=-1)

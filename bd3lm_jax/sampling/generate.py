@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bd3lm_jax.sampling.filters import Filters, draw, filter_logits, first_best, penalise
+from bd3lm_jax.ranking import first_best
+from bd3lm_jax.sampling.filters import Filters, draw, filter_logits, penalise
 from bd3lm_jax.sampling.steps import Plan, Row, Said, Sampler
 
 STOPS = ("length", "end", "entropy")  # by the code in `Progress.stopped`; 0 also means: still writing

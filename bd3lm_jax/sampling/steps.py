@@ -12,8 +12,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-
-ROUNDING = 2.0**-16  # relative to the largest: what orders positions differs by more, or counts as equal
+from bd3lm_jax import ranking
 
 
 class Row(NamedTuple):
@@ -88,7 +87,7 @@ def random_order(key, row: Row, steps: int, threshold) -> Plan:
     told the part of the block that is masked.
     """
     count = -(-row.masked.sum() // jnp.maximum(steps - row.index, 1))
-    reveal = row.masked & (_rank(jax.random.uniform(key, row.masked.shape), row.masked) < count)
+    reveal = row.masked & (ranking.rank(jax.random.uniform(key, row.masked.shape), row.masked) < count)
     return every_mask(key, row, steps, threshold)._replace(reveal=reveal)
 
 
@@ -254,39 +253,19 @@ def score_laws(scores_V, token, letters_V, t):
     return jnp.log(noised_V), jnp.log(jnp.maximum(noised_V - letters_V * t / letters_V.sum(), 0.0))
 
 
-def _rank(score_S, planned_S):
-    """Place of each planned position by falling score, from 0; ties go to the left; the others come last."""
-    order = jnp.argsort(jnp.where(planned_S, -score_S, jnp.inf), stable=True)
-    return jnp.argsort(order)
-
-
-def _near_rank(score_S, planned_S, scale):
-    """As `_rank`, where scores tie whose distances from the best round to the same multiple of ROUNDING * scale.
-
-    What a network says differs in its last bits with the shape of its batch. Scores that are equal but for these bits,
-    as those of an untrained network at all masks, then still go from left to right.
-    """
-    best = jnp.max(jnp.where(planned_S, score_S, -jnp.inf))
-    return _rank(-jnp.round((best - score_S) / (ROUNDING * scale)), planned_S)
-
-
 def by_confidence(said: Said, planned_S):
     """Ranks of the positions by the probability of what was drawn."""
-    return _near_rank(said.confidence, planned_S, _largest(said.confidence, planned_S))
+    return ranking.probability_rank(said.confidence, planned_S)
 
 
 def by_margin(said: Said, planned_S):
     """Ranks by the difference of the two largest probabilities."""
-    return _near_rank(said.margin, planned_S, _largest(said.confidence, planned_S))
+    return ranking.near_rank(said.margin, planned_S, ranking.largest(said.confidence, planned_S))
 
 
 def by_entropy(said: Said, planned_S):
     """Ranks by entropy, the smallest first."""
-    return _near_rank(-said.entropy, planned_S, jnp.maximum(_largest(said.entropy, planned_S), 1.0))
-
-
-def _largest(x_S, planned_S):
-    return jnp.maximum(jnp.max(jnp.where(planned_S, x_S, 0.0)), 1e-30)
+    return ranking.near_rank(-said.entropy, planned_S, jnp.maximum(ranking.largest(said.entropy, planned_S), 1.0))
 
 
 def one(window: int, steps: int) -> int:

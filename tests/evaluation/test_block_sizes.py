@@ -15,7 +15,7 @@ from bd3lm_jax.diffusion.mixed import Mixed
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import block_sizes
 from bd3lm_jax.evaluation.estimators import make
-from bd3lm_jax.evaluation.evaluate import evaluate_run
+from bd3lm_jax.evaluation.evaluate_run import evaluate_run
 from bd3lm_jax.passes import RowSizes
 from bd3lm_jax.score import row_losses, score
 from bd3lm_jax.train import train

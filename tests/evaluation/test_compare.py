@@ -12,7 +12,8 @@ from toy_runs import AR, toy_config, write_text
 
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluation import evaluate
+from bd3lm_jax.evaluation.evaluate import open_run
+from bd3lm_jax.evaluation.evaluate_run import evaluate_run
 from bd3lm_jax.train import train
 
 pytestmark = pytest.mark.ci_slow  # seven runs are trained
@@ -39,13 +40,12 @@ def compared(runs, first, second, **changes):
     arguments = {"split": "valid", "data": "", "estimator": "", "draws": 2, "seed": 0, "weights": "ema", "batch": 0,
                  "target_ci": 0.0, "max_draws": 64, "data_dir": "",
                  "chunks": "independent", "stride": 0, "first_token": "", "end_token": "count"}
-    return evaluate.evaluate_run(str(runs / first), against=str(runs / second) if second else "",
-                                 **arguments | changes)
+    return evaluate_run(str(runs / first), against=str(runs / second) if second else "", **arguments | changes)
 
 
 def document_nats(runs, name, estimator, draws=2):
     """Nats, UTF-8 bytes and tokens of every document, by an evaluation of its own."""
-    run = evaluate.open_run(str(runs / name), "ema", 0)
+    run = open_run(str(runs / name), "ema", 0)
     rows = prepare(run.config.data, "valid", run.config.block_size, run.tokenizer)
     found = run.evaluator.measure(run.params, rows, estimator=estimator, draws=draws, seed=0, target=None)
     return found.documents_UxN.mean(0), found.tokens_N

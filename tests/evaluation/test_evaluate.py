@@ -13,8 +13,8 @@ from bd3lm_jax import passes, sharding, stats
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
 from bd3lm_jax.data.sized import Sized
 from bd3lm_jax.errors import RunError, UserError
-from bd3lm_jax.evaluation import evaluate
 from bd3lm_jax.evaluation.evaluate import Evaluator, Target
+from bd3lm_jax.evaluation.evaluate_run import evaluate_run
 from bd3lm_jax.score import SpecialIds
 from bd3lm_jax.train import train
 
@@ -297,7 +297,7 @@ def evaluated(workdir, **changes):
     arguments = {"split": "valid", "data": "", "estimator": "", "draws": 1, "seed": 0, "weights": "ema", "batch": 0,
                  "target_ci": 0.0, "max_draws": 64, "against": "", "data_dir": "",
                  "chunks": "independent", "stride": 0, "first_token": "", "end_token": "count"}
-    return evaluate.evaluate_run(str(workdir), **arguments | changes)
+    return evaluate_run(str(workdir), **arguments | changes)
 
 
 @pytest.mark.ci_slow
@@ -356,7 +356,7 @@ def test_eight_devices_give_the_same_result(run):
     code = """
         import json, sys
         import jax
-        from bd3lm_jax.evaluation.evaluate import evaluate_run
+        from bd3lm_jax.evaluation.evaluate_run import evaluate_run
         assert len(jax.devices()) == 8
         print(json.dumps(evaluate_run(sys.argv[1], split="valid", data="", estimator="", draws=2, seed=0, weights="ema",
                                       batch=12, target_ci=0.0, max_draws=64, against="", data_dir="",

@@ -8,7 +8,7 @@ import pytest
 from bd3lm_jax.bench.family import runs_of
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import family
-from bd3lm_jax.evaluation.evaluate import evaluate_run
+from bd3lm_jax.evaluation.evaluate_run import evaluate_run
 from bd3lm_jax.train import train
 from configs import common
 from toy_runs import AR, toy_config, write_text

@@ -12,6 +12,7 @@ from bd3lm_jax.convert import convert
 from bd3lm_jax.errors import RunError
 from bd3lm_jax.evaluation import evaluate
 from bd3lm_jax.evaluation.evaluate import Target
+from bd3lm_jax.evaluation.evaluate_run import evaluate_run
 from bd3lm_jax.train import train
 
 
@@ -45,7 +46,7 @@ def evaluated(workdir, **changes):
     arguments = {"split": "valid", "data": "", "estimator": "", "draws": 1, "seed": 0, "weights": "ema", "batch": 0,
                  "target_ci": 0.0, "max_draws": 64, "against": "", "data_dir": "",
                  "chunks": "independent", "stride": 0, "first_token": "", "end_token": "count"}
-    return evaluate.evaluate_run(str(workdir), **arguments | changes)
+    return evaluate_run(str(workdir), **arguments | changes)
 
 
 @pytest.mark.ci_slow

@@ -12,7 +12,8 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import domains, suite
 from bd3lm_jax.evaluation.domains import Domain
 from bd3lm_jax.evaluation.estimators import default_estimator
-from bd3lm_jax.evaluation.evaluate import evaluate_run, open_run
+from bd3lm_jax.evaluation.evaluate import open_run
+from bd3lm_jax.evaluation.evaluate_run import evaluate_run
 from bd3lm_jax.evaluation.suite import evaluate_suite
 from bd3lm_jax.train import train
 from word_tokenizer import write_tokenizer
