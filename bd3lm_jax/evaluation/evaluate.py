@@ -24,8 +24,10 @@ from bd3lm_jax.data.loader import place_rows
 from bd3lm_jax.data.prepare import Rows
 from bd3lm_jax.errors import RunError, UserError
 from bd3lm_jax.evaluation import estimators
+from bd3lm_jax.hf import is_published, local
 from bd3lm_jax.models import Backbone
 from bd3lm_jax.passes import Execution
+from bd3lm_jax.restore import refuse_step, restore, restore_published
 from bd3lm_jax.score import SpecialIds, overflows, row_losses, score
 from bd3lm_jax.sharding import batch_sharding
 from bd3lm_jax.stats import ppl_of
@@ -106,9 +108,6 @@ def open_run(workdir: str, weights: str, batch: int, block_size: int = 0, length
 
     weights: "ema" or "params"; batch: rows a pass, 0 for the run's own; block_size: one that it was trained with, 0 for
     its usual one; length: tokens a row of a published checkpoint (`restore.restore_published`)."""
-    from bd3lm_jax.hf import is_published, local
-    from bd3lm_jax.restore import refuse_step, restore, restore_published
-
     mesh, path = sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1, slices=-1)), local(workdir)
     if is_published(path):
         refuse_step(workdir, step)
