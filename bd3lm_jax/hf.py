@@ -23,11 +23,11 @@ from bd3lm_jax.errors import UserError, lookup
 from bd3lm_jax.foreign import read_text
 from bd3lm_jax.models import trunk
 from bd3lm_jax.published import CAUSAL, FORMATS, NETWORKS, NETWORKS_OF_OURS, Described, write
-from bd3lm_jax.published.directory import open_directory
 from bd3lm_jax.published.keys import check_quantised, check_unread
 from bd3lm_jax.published.leaf import Leaf, require
 from bd3lm_jax.published.read import check_averages, check_tensors, plain_names, read_params, without_prefix
 from bd3lm_jax.published.tensors import Stored, is_gguf
+from bd3lm_jax.published.weights import open_directory
 from bd3lm_jax.typed import from_json
 
 CONFIG_FILE = "config.json"

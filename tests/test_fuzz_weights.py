@@ -12,8 +12,8 @@ from toy_fuzz import damaged, damaged_bytes, fuzz, names, works_or_says_why, wri
 
 from bd3lm_jax import hf
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.published.directory import open_directory
 from bd3lm_jax.published.tensors import INDEX_FILE, WEIGHTS_FILE, write_file
+from bd3lm_jax.published.weights import open_directory
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 OURS = {"kind": "masked", "block_size": 4, "schedule": "loglinear", "corruption": "bernoulli", "count_probs": [],
