@@ -6,15 +6,14 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from places import ROOT
 from test_workspace import BUILD
 
 from bd3lm_jax import clean, files, lock
 from launch.__main__ import main
 
-ROOT = Path(__file__).parent.parent
 HOST = socket.gethostname()
 GONE = 2 ** 22 + 1  # no process of Linux has such a number
 DAY = 24 * 3600.0

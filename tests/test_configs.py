@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from places import GOLDEN
 
 from bd3lm_jax import models, sharding
 from bd3lm_jax.config import Config
@@ -198,7 +199,6 @@ def test_overrides_have_the_types_of_the_keys():
     assert config.block_size == 8
 
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
 WHOLE_ROW = GOLDEN / "bd3lm_block32_is_mdlm"
 
 

@@ -2,12 +2,12 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from places import GOLDEN
 from safetensors.numpy import load_file, save_file
 
 import bd3lm_jax
@@ -21,7 +21,6 @@ from configs.common import base
 from toy_runs import rewrite_config
 from word_tokenizer import write_tokenizer
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
 BD3LM = ("bd3lm_block4", "bd3lm_time_conditioned", "bd3lm_block32_is_mdlm", "ar", "sedd")
 OTHERS = tuple(f"hf/{name}" for name in ("llama", "qwen2", "llada", "dream", "llada2_moe", "bert", "roberta",
                                            "modernbert", "gpt2"))

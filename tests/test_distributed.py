@@ -9,8 +9,9 @@ import time
 
 import jax
 import pytest
+from places import HELPERS, ROOT
 from toy_fed import fed
-from toy_runs import ROOT, environment, free_port, write_text
+from toy_runs import environment, free_port, write_text
 
 from bd3lm_jax import distributed
 from bd3lm_jax.errors import Preempted, RunError, Stuck, UserError
@@ -37,7 +38,7 @@ def runs(tmp_path):
         command = command or ("train", f"--config={tmp_path / 'toy.py'}")
         joined = ("--distributed", f"--coordinator=127.0.0.1:{free_port()}", f"--processes={count}", "--heartbeat=60")
         for i in ranks or range(count):
-            words = [sys.executable, ROOT / "tests" / "toy_fed.py", tmp_path / f"{workdir}.{i}.fed", *command,
+            words = [sys.executable, HELPERS / "toy_fed.py", tmp_path / f"{workdir}.{i}.fed", *command,
                      f"--workdir={tmp_path / workdir}", *flags, *((*joined, f"--process_id={i}") if count > 1 else ())]
             out, err = (open(tmp_path / f"{workdir}.{i}.{kind}", "w") for kind in ("out", "err"))
             started.append(subprocess.Popen(words, cwd=ROOT, stdout=out, stderr=err, env=environment(devices)))

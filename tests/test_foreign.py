@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from places import GOLDEN, HF
 from rich.console import Console
 
 from bd3lm_jax import convert, foreign, hf, log, rundir
@@ -25,7 +26,6 @@ from bd3lm_jax.writing.sample_files import read as read_samples
 from bd3lm_jax.writing.trace import read_html
 from launch.infill import read_texts
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
 READERS = {
     "tokenizer": load_tokenizer, "settings": read_object, "trace": read_html, "infill": read_texts,
     "problems": lambda path: read_problems(MATH500, str(path)), "weights": lambda path: open_file(Path(path)),
@@ -89,7 +89,7 @@ def test_links_that_leave_a_directory_are_not_copied(tmp_path):
     """Those of the Hub's cache lead to blobs/ beside snapshots/."""
     (tmp_path / "secret").write_text("{}")
     model = tmp_path / "model"
-    shutil.copytree(GOLDEN / "hf" / "llama", model)
+    shutil.copytree(HF / "llama", model)
     (model / "vocab.json").symlink_to(tmp_path / "secret")
     with pytest.raises(UserError, match="vocab.json: it is a link to .*secret, outside"):
         convert._copied(model)
@@ -120,7 +120,7 @@ def test_chat_templates_that_are_links_are_not_copied(tmp_path):
         dialogues.chat_files(tmp_path / "run" / "tokenizer.json")
 
 
-@pytest.mark.parametrize("name", ["bd3lm_block4", "sedd", *(f"hf/{path.name}" for path in (GOLDEN / "hf").iterdir())])
+@pytest.mark.parametrize("name", ["bd3lm_block4", "sedd", *(f"hf/{path.name}" for path in (HF).iterdir())])
 @pytest.mark.parametrize("number", [10**6, 10**9, 10**18])
 def test_no_number_of_a_config_makes_us_wait(tmp_path, name, number):
     """Layers, heads, vocabulary, experts, sizes: bound by what the files hold."""

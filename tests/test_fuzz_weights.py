@@ -3,11 +3,11 @@
 import importlib.util
 import json
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
+from places import GOLDEN, HF
 from toy_fuzz import damaged, damaged_bytes, fuzz, names, works_or_says_why, written
 
 from bd3lm_jax import hf
@@ -15,11 +15,10 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.published.tensors import INDEX_FILE, WEIGHTS_FILE, write_file
 from bd3lm_jax.published.weights import open_directory
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
 OURS = {"kind": "masked", "block_size": 4, "schedule": "loglinear", "corruption": "bernoulli", "count_probs": [],
         "complement": False, "clip_low": 0.0, "clip_high": 1.0, "eps": 1e-3}  # as an objective is written beside them
 CONFIGS = {name: json.loads((GOLDEN / name / "config.json").read_text())
-           for name in ("bd3lm_block4", "sedd", *(f"hf/{path.name}" for path in sorted((GOLDEN / "hf").iterdir())))}
+           for name in ("bd3lm_block4", "sedd", *(f"hf/{path.name}" for path in sorted((HF).iterdir())))}
 TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b.c": np.ones(4, np.float16),
            "n": np.zeros((), np.int64)}
 SIZES = st.one_of(st.integers(0, 300), st.sampled_from([2**31, 2**40, 2**63, 2**64 - 1]))

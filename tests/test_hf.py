@@ -1,12 +1,12 @@
 """Published checkpoints: what is read, and one clear error for every way a file can be wrong."""
 
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from places import GOLDEN
 from safetensors.numpy import load_file, save_file
 
 import bd3lm_jax
@@ -16,7 +16,6 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import build, trunk
 from bd3lm_jax.published.bd3lm import INV_FREQ
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
 LAYER = "backbone.blocks.1."
 
 

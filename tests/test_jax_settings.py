@@ -10,7 +10,7 @@ import pytest
 
 from bd3lm_jax import jax_settings
 from bd3lm_jax.errors import UserError
-from tests.toy_runs import ROOT
+from toy_runs import ROOT
 
 SETTINGS = {
     "jax_default_prng_impl": "rbg", "jax_threefry_partitionable": False, "jax_enable_x64": True,
@@ -81,7 +81,7 @@ for word in sys.argv[3:]:
 import bd3lm_jax
 from bd3lm_jax.log import read_metrics
 from bd3lm_jax.train import train
-from tests.toy_runs import toy_config
+from toy_runs import toy_config
 home, run = Path(sys.argv[1]), sys.argv[2]
 for steps in (3, 6):
     train(toy_config(home, {"train.steps": steps, "eval.every": 3, "checkpoint.every": 3}), run)
@@ -107,7 +107,7 @@ def outcome(home, run, words: list[str], environment: dict[str, str]) -> str:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    from tests.toy_runs import write_text
+    from toy_runs import write_text
 
     home = tmp_path_factory.mktemp("home")
     write_text(home / "text.txt", 60)

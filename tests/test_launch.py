@@ -9,11 +9,11 @@ import types
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from bd3lm_jax.errors import Preempted, RunError, UserError
 from launch.__main__ import COMMANDS, main
 
-ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "configs" / "tiny.py")
 
 

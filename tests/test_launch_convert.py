@@ -2,15 +2,14 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
+from places import GOLDEN
 
 import bd3lm_jax
 from launch.__main__ import main
 from word_tokenizer import write_tokenizer
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
 
 
 def run(capsys, *argv):

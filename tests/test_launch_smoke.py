@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).parent.parent
 SMALL = ("--config.data.source=text", "--config.data.tokenizer=bytes", "--config.data.length=32",
          "--config.data.valid_fraction=0.1", "--config.model.layers=1", "--config.model.width=32",
          "--config.model.heads=2", "--config.train.steps=3", "--config.train.batch=4", "--config.log.every=1",

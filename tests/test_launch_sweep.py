@@ -2,17 +2,16 @@
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from places import ROOT
 
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.sweeps.giving_up import Rule
 from launch.__main__ import main
 from launch.sweep import load_points
 
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from launch.__main__ import main
 
-ROOT = Path(__file__).parent.parent
 GCLOUD = ("--accelerator=v5litepod-16", "--project=p", "--zone=us-central1-a", "--shared=/mnt/runs")
 SLURM = ("--engine=slurm", "--accelerator=H100:8")
 TRAIN = ("train", "--config=configs/tiny.py", "--mesh=data=-1,fsdp=4", "--config.train.batch=32")

@@ -3,12 +3,12 @@
 import functools
 import itertools
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from places import GOLDEN
 from scipy.special import log_softmax
 
 import bd3lm_jax
@@ -20,7 +20,6 @@ from bd3lm_jax.writing.denoise import BlockDenoiser
 from bd3lm_jax.writing.options import make_options
 from toy_lm import END, LETTERS, MASK, VOCAB, make_ids, make_lm, masked
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
 
 
 def nats(logits_NxV, targets_N):

@@ -7,16 +7,15 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from places import ROOT
 from toy_runs import toy_config, write_text
 
 from bd3lm_jax import lock, rundir
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.train import train
 
-ROOT = Path(__file__).parent.parent
 HOLD = """
 import sys, time
 from pathlib import Path

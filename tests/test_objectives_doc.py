@@ -1,10 +1,10 @@
 """docs/objectives.md: its example of an objective trains as it stands, and its table names every objective."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
+from places import ROOT
 
 from bd3lm_jax.diffusion import OBJECTIVES
 from bd3lm_jax.log import read_metrics
@@ -12,7 +12,7 @@ from bd3lm_jax.train import train
 from configs import common
 from toy_runs import toy_config, write_text
 
-PAGE = (Path(__file__).parent.parent / "docs" / "objectives.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture

@@ -5,15 +5,14 @@ import itertools
 import math
 import re
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.tree_util import Partial
+from places import ROOT
 
-ROOT = Path(__file__).parents[1]
 PATH = ROOT / "docs/one_page.py"
 LENGTH, KINDS = 4, 3
 

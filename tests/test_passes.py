@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from places import GOLDEN
 
 from bd3lm_jax import hf, passes
 from bd3lm_jax.diffusion import Masked
@@ -17,7 +17,6 @@ from bd3lm_jax.models.dit import DiTConfig
 from bd3lm_jax.models.trunk import Stream
 from bd3lm_jax.passes import PLAIN, Execution
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
 BLOCK_MODELS = ("bd3lm_block4", "bd3lm_time_conditioned", "bd3lm_block32_is_mdlm")
 TOLERANCE = 2e-5
 CONFIG = DiTConfig(vocab_size=31, layers=2, width=16, heads=2, mlp_ratio=2, dropout=0.0, adaln=True, cond_dim=8,

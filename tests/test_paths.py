@@ -16,7 +16,7 @@ from bd3lm_jax.errors import UserError
 from launch import arguments, bench, clean, convert, infill, sample, sweep, tpu, train
 from launch import eval as evaluate
 from launch.__main__ import COMMANDS
-from tests.toy_runs import ROOT, toy_config
+from toy_runs import ROOT, toy_config
 
 FLAGS = [(module, name) for module, names in {
     train: ("workdir",), sweep: ("workdir",), convert: ("from", "to", "tokenizer"), infill: ("workdir", "file"),

@@ -51,7 +51,7 @@ def test_bytes_are_those_of_the_arrays():
 def test_bytes_on_four_devices():
     done = run_python("""
         import sys
-        sys.path.insert(0, "tests")
+        sys.path.insert(0, sys.argv[1])
         from test_program import *
         config, special = resolved(toy_config(Path("unused")))
         toy = Program.of(config, special, make_mesh(MeshConfig(data=2, fsdp=2, tensor=1)), jnp.float32)
@@ -60,7 +60,7 @@ def test_bytes_on_four_devices():
                    if s.device == device)
         assert held == bytes_per_device(toy.arguments()[0]), (held, bytes_per_device(toy.arguments()[0]))
         assert bytes_per_device(toy.arguments()[1]) == 3 * 2 * LENGTH * 4
-    """, devices=4)
+    """, Path(__file__).parent, devices=4)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from places import GOLDEN, HF
 from scipy.special import log_softmax
 
 import bd3lm_jax
@@ -20,7 +21,6 @@ from bd3lm_jax.evaluation.scorer import Scorer
 from launch.__main__ import main
 from word_tokenizer import write_tokenizer
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
 LENGTH = 16
 
 
@@ -129,7 +129,7 @@ def test_greedy_text_of_a_causal_model(tmp_path, capsys):
 
 
 def test_last_id_of_a_causal_model_is_no_mask(tmp_path):
-    lm = bd3lm_jax.load(GOLDEN / "hf" / "llama")
+    lm = bd3lm_jax.load(HF / "llama")
     assert np.isfinite(lm.nll([[3, 58, 4]]).mean)
 
 
@@ -208,7 +208,7 @@ def hub(monkeypatch, download):
 def test_names_on_the_hub(monkeypatch):
     asked = []
     hub(monkeypatch, lambda name, allow_patterns, etag_timeout: asked.append((name, allow_patterns)) or str(
-        GOLDEN / "hf" / "llama"))
+        HF / "llama"))
     assert bd3lm_jax.load("some-org/some.model").context == 96
     assert asked == [("some-org/some.model", hf.HUB_FILES)] and not any("bin" in one for one in hf.HUB_FILES)
     assert all(any(map(Path(name).match, hf.HUB_FILES)) for name in TOKENIZER_FILES)  # what `convert` hands on

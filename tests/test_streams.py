@@ -3,12 +3,11 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from places import ROOT
 from toy_runs import environment
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 RESULT = "python -m launch clean --cache_dir=."
 CASES = {  # shell -> exit code and what is said

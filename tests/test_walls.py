@@ -4,8 +4,8 @@ import ast
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).parents[1]
 LIBRARY = sorted((ROOT / "bd3lm_jax").rglob("*.py"))
 CORE = {"attention", "models", "diffusion", "sampling"}
 CORE_NEEDS = {"jax", "flax", "numpy", "optax", "chex", "bd3lm_jax"}

@@ -5,13 +5,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from bd3lm_jax.watchdog import Watchdog
 
-ROOT = Path(__file__).parent.parent
 STUCK = """
 import sys, threading, time
 from bd3lm_jax.watchdog import Watchdog

@@ -8,13 +8,12 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from bd3lm_jax import files, lock, workspace
 
-ROOT = Path(__file__).parent.parent
 BUILD = """
 import sys, time
 from pathlib import Path

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
+from places import GOLDEN, HF
 from toy_runs import AR, END, MASK, toy_config, toy_dict, write_text
 from word_tokenizer import write_tokenizer
 
@@ -29,7 +30,6 @@ from bd3lm_jax.models.dit import DiTConfig
 from bd3lm_jax.restore import restore
 from bd3lm_jax.train import train
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 SAME = {"kind": "init_from"}
 STILL = {"optim.lr": 1e-12, "train.steps": 1, "optim.ema": 0.0}  # a step that leaves the weights where they were
 
@@ -114,7 +114,7 @@ def test_the_row_of_the_mask_token_by_its_law():
 
 def test_the_mask_token_is_that_of_the_source(home):
     """Golden LLaDA names id 58, which need not be the last one; what masks nothing is left as it is."""
-    start_from = {"train.init_from": str(GOLDEN / "hf" / "llada")}
+    start_from = {"train.init_from": str(HF / "llada")}
     bytes_alone = ByteTokenizer().with_mask(-1)
     assert adapt.masking(toy_config(home, start_from), ByteTokenizer()).mask_id == 58
     assert adapt.masking(toy_config(home), ByteTokenizer()).mask_id == MASK

@@ -3,8 +3,7 @@
 from toy_runs import run_python
 
 EIGHT_DEVICES = """
-import re, sys
-sys.path.insert(0, "tests/attention")
+import re
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from oracle import assert_equal_to_dense, streams_for, two_stream_spec

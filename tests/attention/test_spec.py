@@ -1,16 +1,15 @@
 """The mask predicate against published masks and a sentence-by-sentence enumeration; the static tile lists."""
 
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from places import GOLDEN
 
 from bd3lm_jax.attention.spec import RULES, Tokens, allowed, seen_tiles
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 PRIMITIVES = np.load(GOLDEN / "primitives.npz")
 PUBLISHED = [name for name in PRIMITIVES if name.startswith("two_stream_mask/")]
 

@@ -148,8 +148,7 @@ def test_what_cannot_run_is_refused():
 
 
 SHARDED = """
-import json, sys
-sys.path.insert(0, "tests/attention")
+import json
 import jax, numpy as np
 from oracle import run, streams_for, two_stream_spec
 from bd3lm_jax.cost import hlo

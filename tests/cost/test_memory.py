@@ -84,14 +84,14 @@ def test_pairs_of_views_stay_pairs():
 def test_weights_are_split_when_they_do_not_fit():
     done = run_python("""
         import sys
-        sys.path.insert(0, "tests/cost")
+        sys.path.insert(0, sys.argv[1])
         from test_memory import *
         toy = program({"compute.remat": "full"}, devices=4)
         state, _ = toy.arguments()
         memory._needed = lambda program: 10 + bytes_per_device(program.arguments())
         advice = memory.advice(toy, bytes_per_device(state) - 1)
         assert ": --config.mesh.data=1 --config.mesh.fsdp=4 would need" in advice, advice
-    """, devices=4)
+    """, Path(__file__).parent, devices=4)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -5,10 +5,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from places import ROOT
 
 from bd3lm_jax.cost import compilers, flops, hardware, hlo, memory, plan
 from bd3lm_jax.data.tokenizers import get_tokenizer
@@ -18,7 +18,6 @@ from configs import owt
 from launch.__main__ import main
 from launch.arguments import load_config
 
-ROOT = Path(__file__).parents[2]
 CONFIG = "configs/tiny.py:algo=ar"
 SMALL = ("--config.model.layers=2", "--config.model.width=64", "--config.model.heads=2", "--config.data.length=64",
          "--config.data.tokenizer=bpe:1151", "--config.train.batch=16", "--config.compute.dtype=float32")

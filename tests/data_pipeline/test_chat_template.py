@@ -2,16 +2,16 @@
 
 import datetime
 import json
-from pathlib import Path
 
 import pytest
+from places import DATA
 
 pytest.importorskip("jinja2")
 from bd3lm_jax.data import chat_template
 from bd3lm_jax.data.chat_template import ChatTemplate
 from bd3lm_jax.errors import UserError
 
-CHATS = json.loads((Path(__file__).parents[1] / "data" / "tokenizers" / "classes" / "chats.json").read_text())
+CHATS = json.loads((DATA / "tokenizers" / "classes" / "chats.json").read_text())
 MESSAGES = CHATS["messages"]
 ENDLESS = "{% for i in range(99999) %}{% for i in range(99999) %}{% endfor %}{% endfor %}"
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from places import ROOT
 
 from bd3lm_jax.data import manifest, parts
 from bd3lm_jax.data.corpora import Corpus
@@ -182,7 +183,7 @@ def test_sigkill_again_and_again(text_config, tmp_path, monkeypatch):
     done, workers = [], []
     for number in (1, 2, 2):
         child = subprocess.Popen([sys.executable, str(script), repr(text_config()), str(PART), str(number)],
-                                 stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
+                                 stdout=subprocess.PIPE, text=True, cwd=ROOT,
                                  env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
         lines = [child.stdout.readline().split() for _ in range(3)]
         assert all(lines), "the build ended early"

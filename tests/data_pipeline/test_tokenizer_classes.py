@@ -3,15 +3,15 @@ whose `make.py` says how), and SentencePiece vocabularies those of sentencepiece
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
+from places import DATA
 
 from bd3lm_jax.data import sentence_pieces, tokenizer_files
 from bd3lm_jax.data.tokenizers import SubwordTokenizer, get_tokenizer, tokenizer_of
 from bd3lm_jax.errors import UserError
 
-CLASSES = Path(__file__).parents[1] / "data" / "tokenizers" / "classes"
+CLASSES = DATA / "tokenizers" / "classes"
 GOLDEN = json.loads((CLASSES / "ids.json").read_text())
 TEXTS, LAYOUTS = GOLDEN["texts"], GOLDEN["layouts"]
 BESIDE = {"GPT2Tokenizer": ("vocab.json", "merges.txt"), "RobertaTokenizer": ("vocab.json", "merges.txt"),

@@ -3,15 +3,15 @@
 import json
 import lzma
 from importlib import resources
-from pathlib import Path
 
 import pytest
+from places import DATA
 
 from bd3lm_jax.data.tokenizers import get_tokenizer, tokenizer_of
 from bd3lm_jax.errors import UserError
 
-VECTORS = Path(__file__).parents[1] / "data" / "tokenizers"
-SAPIENS = Path(__file__).parents[1] / "data" / "sapiens_vh"
+VECTORS = DATA / "tokenizers"
+SAPIENS = DATA / "sapiens_vh"
 
 
 def preset(name) -> dict:

@@ -3,12 +3,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from places import DATA
 
 from bd3lm_jax.data.corpora import load_documents
 from bd3lm_jax.data.tokenizers import get_tokenizer, load_tokenizer
 from bd3lm_jax.errors import UserError
 
-VECTORS = Path(__file__).parents[1] / "data" / "tokenizers"
+VECTORS = DATA / "tokenizers"
 TEXTS = ["Hello, world", "naïve café £5 — ‘quote’", " leading and  double spaces", "日本語 🦙", "", "tab\tnewline\nend"]
 
 

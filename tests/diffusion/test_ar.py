@@ -1,9 +1,8 @@
 """Inputs and weights against a token-by-token loop; the loss against published numbers."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
+from places import GOLDEN
 
 from bd3lm_jax.diffusion.ar import AR
 from bd3lm_jax.diffusion.masked import cross_entropy_subs
@@ -49,7 +48,7 @@ def test_no_token_reads_itself_or_the_future():
 
 
 def test_published_log_probs():
-    golden = np.load(Path(__file__).parents[1] / "data/golden/ar/io.npz")
+    golden = np.load(GOLDEN / "ar/io.npz")
     nll_BxL = [cross_entropy_subs(logits[:-1], ids[1:], int(golden["mask_id"]))
                for logits, ids in zip(golden["logits"], golden["x0"])]
     np.testing.assert_allclose(nll_BxL, golden["token_nll"], atol=2e-5)

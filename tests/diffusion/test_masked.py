@@ -3,19 +3,18 @@
 import dataclasses
 import itertools
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from places import GOLDEN
 from scipy import integrate, stats
 
 from bd3lm_jax.diffusion.masked import Masked, cross_entropy_subs
 from bd3lm_jax.diffusion.schedule import get_schedule
 from bd3lm_jax.errors import UserError
 
-GOLDEN = Path(__file__).parents[1] / "data/golden"
 MASK, END = 99, 0
 ROWS, VIEWS, LENGTH = 256, 2, 64  # one shape, so that each objective compiles once
 PLAIN = dataclasses.asdict(Masked.uniform_counts(4))

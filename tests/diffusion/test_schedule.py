@@ -1,16 +1,15 @@
 """Schedules against float64 formulas and published numbers; draws of levels against the definition of a stratum."""
 
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
+from places import GOLDEN
 from scipy import stats
 
 from bd3lm_jax.diffusion.schedule import MAX_STRATA, get_schedule, stratified_uniform, systematic_uniform
 from bd3lm_jax.errors import UserError
 
-GOLDEN = np.load(Path(__file__).parents[1] / "data/golden/primitives.npz")
+PRIMITIVES = np.load(GOLDEN / "primitives.npz")
 MASK_PROB = {  # written from the definitions, in float64
     "loglinear": lambda t: t,
     "cosine": lambda t: 1 - np.cos(np.pi * t / 2),
@@ -53,23 +52,23 @@ def test_inverse(name):
     ("loglinear", "loglinear"), ("square", "square"), ("square_root", "square_root"), ("logarithmic", "log")])
 def test_published_schedules(name, published):
     """The published square schedule holds its mask probability at 1e-3 or more."""
-    t = GOLDEN["noise/t"]
+    t = PRIMITIVES["noise/t"]
     mask_prob = np.maximum(get_schedule(name).mask_prob(t), 1e-3)
-    np.testing.assert_allclose(mask_prob, GOLDEN[f"noise/{published}/mask_prob"], atol=2e-5)
+    np.testing.assert_allclose(mask_prob, PRIMITIVES[f"noise/{published}/mask_prob"], atol=2e-5)
     weight = -get_schedule(name).dalpha(t) / mask_prob
-    np.testing.assert_allclose(-weight, GOLDEN[f"noise/{published}/loss_scale"], rtol=2e-5)
+    np.testing.assert_allclose(-weight, PRIMITIVES[f"noise/{published}/loss_scale"], rtol=2e-5)
     unclamped = mask_prob > 1e-3
     np.testing.assert_allclose(get_schedule(name).weight(t)[unclamped], weight[unclamped], rtol=2e-5)
 
 
 def test_published_cosine():
     """The published cosine is (1 - e) alpha with e = 1e-3, and adds e once more to the weight's denominator."""
-    t, e, schedule = GOLDEN["noise/t"], 1e-3, get_schedule("cosine")
+    t, e, schedule = PRIMITIVES["noise/t"], 1e-3, get_schedule("cosine")
     mask_prob = 1 - (1 - e) * schedule.alpha(t)
-    np.testing.assert_allclose(mask_prob, GOLDEN["noise/cosine/mask_prob"], atol=2e-5)
+    np.testing.assert_allclose(mask_prob, PRIMITIVES["noise/cosine/mask_prob"], atol=2e-5)
     loss_scale = (1 - e) * schedule.dalpha(t) / (mask_prob + e)
     # 1 - alpha cancels in float32 near t = 0, in the published code as well: 1e-7 in 2e-3.
-    np.testing.assert_allclose(loss_scale, GOLDEN["noise/cosine/loss_scale"], rtol=1e-4)
+    np.testing.assert_allclose(loss_scale, PRIMITIVES["noise/cosine/loss_scale"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("name, words", [

@@ -2,12 +2,12 @@
 
 import itertools
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from places import GOLDEN
 from scipy import integrate
 from toy_lm import MASK, make_ids, make_lm
 
@@ -18,7 +18,6 @@ from bd3lm_jax.passes import PLAIN, plain_rows
 from bd3lm_jax.score import score, total_loss
 from configs import tiny
 
-GOLDEN = Path(__file__).parents[1] / "data/golden"
 EPS = 1e-3
 
 

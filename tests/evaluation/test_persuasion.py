@@ -2,10 +2,10 @@
 
 import importlib.util
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
+from places import ROOT
 from toy_costs import Costs, causal_config, opened
 
 from bd3lm_jax.data.prepare import prepare_tokenizer
@@ -168,7 +168,7 @@ def test_few_documents(persuasion, tmp_path, tokenizers, documents):
 @pytest.fixture(scope="module")
 def page():
     """docs/coverage.py"""
-    spec = importlib.util.spec_from_file_location("coverage", Path(__file__).parents[2] / "docs" / "coverage.py")
+    spec = importlib.util.spec_from_file_location("coverage", ROOT / "docs" / "coverage.py")
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     return module
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from places import HF
 from toy_runs import AR, toy_config, write_text
 
 from bd3lm_jax.data import corpora
@@ -20,7 +21,7 @@ from word_tokenizer import write_tokenizer
 
 OPTIONS = {"split": "valid", "chunks": "independent", "stride": 0, "first_token": "", "end_token": "count",
            "estimator": "", "draws": 1, "seed": 0, "weights": "ema", "batch": 0, "target_ci": 0.0, "max_draws": 64}
-LLAMA = Path(__file__).parents[1] / "data" / "golden" / "hf" / "llama"
+LLAMA = HF / "llama"
 FEW = {"near": Domain("Near text", file="a file", word_ppl=True), "far": Domain("Far text"), "gone": Domain("Gone")}
 
 

@@ -3,12 +3,11 @@
 import importlib.util
 import json
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).parents[2]
 TRASTUZUMAB = ("EVQLVESGGGLVQPGGSLRLSCAASGFNIKDTYIHWVRQAPGKGLEWVARIYPTNGYTRYADSVKGRFTISADTSKNTAYLQMNSLRAEDTAVYYCSR"
                "WGGDGFYAMDYWGQGTLVTVSS")
 

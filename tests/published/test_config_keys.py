@@ -7,19 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from places import HF
 from safetensors.numpy import load_file, save_file
 
 from bd3lm_jax import hf
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.published.tensors import WEIGHTS_FILE
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "hf"
-FAMILIES = [path.name for path in sorted(GOLDEN.iterdir())]
+FAMILIES = [path.name for path in sorted(HF.iterdir())]
 
 
 def changed(target: Path, name: str, **keys) -> Path:
     """A golden directory with config keys replaced, or taken away where they are ..."""
-    shutil.copytree(GOLDEN / name, target)
+    shutil.copytree(HF / name, target)
     config = {key: x for key, x in (json.loads((target / "config.json").read_text()) | keys).items() if x is not ...}
     (target / "config.json").write_text(json.dumps(config))
     return target
@@ -38,7 +38,7 @@ def test_a_key_that_changes_the_computation_is_refused_by_its_name(name, key, va
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_keys_that_switch_nothing_on_and_harmless_ones_are_passed_over(name, tmp_path, capsys):
-    plain = hf.describe(GOLDEN / name)
+    plain = hf.describe(HF / name)
     neutral = {"attn_logit_softcapping": None, "logit_scale": 1.0, "alibi_slopes": [], "torch_dtype": "bfloat16",
                "dtype": "bfloat16", "_name_or_path": "x", "quantization_config": None}
     assert hf.describe(changed(tmp_path / "neutral", name, **neutral)) == plain
@@ -60,7 +60,7 @@ PER_LAYER = {"full_attention": {"rope_theta": 5e5, "rope_type": "default"},
     {"rope_scaling": {"rope_type": "default"}}, {"partial_rotary_factor": 1.0},
 ])
 def test_one_rope_under_all_its_names(keys, tmp_path):
-    assert hf.describe(changed(tmp_path / "llama", "llama", **keys)) == hf.describe(GOLDEN / "llama")
+    assert hf.describe(changed(tmp_path / "llama", "llama", **keys)) == hf.describe(HF / "llama")
 
 
 @pytest.mark.parametrize("name, keys, message", [
@@ -90,7 +90,7 @@ def test_another_rope_window_or_bias_is_refused_by_its_key(name, keys, message, 
 def test_the_part_that_rope_turns_is_read_in_both_places(tmp_path):
     part = {"rope_theta": 6e5, "rope_type": "default", "partial_rotary_factor": 0.5}
     moved = changed(tmp_path / "moved", "llada2_moe", rope_parameters=part, rope_theta=..., partial_rotary_factor=...)
-    assert hf.describe(moved) == hf.describe(GOLDEN / "llada2_moe")
+    assert hf.describe(moved) == hf.describe(HF / "llada2_moe")
     assert hf.describe(moved).model.rotary_dim == 4
 
 
@@ -125,7 +125,7 @@ def renamed(target: Path, name: str, rename) -> Path:
                                     "module.model.", "base_model.model.", "network."])
 def test_names_with_what_a_trainer_put_in_front(name, prefix, tmp_path):
     described, params = hf.read_model(renamed(tmp_path / name, name, lambda key: prefix + key))
-    plain = hf.read_model(GOLDEN / name)
+    plain = hf.read_model(HF / name)
     assert described == plain[0]
     np.testing.assert_array_equal(params["embed"]["embedding"], plain[1]["embed"]["embedding"])
 
@@ -136,19 +136,19 @@ def test_names_without_the_prefix_of_the_whole_model(tmp_path):
     tensors = {key.removeprefix("model."): x for key, x in tensors.items() if key != "lm_head.weight"}
     save_file(tensors, directory / WEIGHTS_FILE)
     np.testing.assert_array_equal(hf.read_model(directory)[1]["embed"]["embedding"],
-                                  hf.read_model(GOLDEN / "llama")[1]["embed"]["embedding"])
+                                  hf.read_model(HF / "llama")[1]["embed"]["embedding"])
 
 
 def test_weights_under_another_name(tmp_path):
     directory = changed(tmp_path / "llama", "llama")
     (directory / WEIGHTS_FILE).rename(directory / "weights.safetensors")
-    assert hf.read_model(directory)[0] == hf.describe(GOLDEN / "llama")
+    assert hf.read_model(directory)[0] == hf.describe(HF / "llama")
     shutil.copy(directory / "weights.safetensors", directory / "more.safetensors")
     with pytest.raises(UserError, match="several files of weights .more.safetensors, weights.safetensors. and no"):
         hf.read_model(directory)
     names = {name: "weights.safetensors" for name in load_file(directory / "weights.safetensors")}
     (directory / "other.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    assert hf.read_model(directory)[0] == hf.describe(GOLDEN / "llama")
+    assert hf.read_model(directory)[0] == hf.describe(HF / "llama")
 
 
 @pytest.mark.parametrize("file, message", [

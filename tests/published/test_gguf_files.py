@@ -5,13 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from toy_gguf import gguf, written
 
 from bd3lm_jax import hf
 from bd3lm_jax.convert import convert
 from bd3lm_jax.errors import UserError
-from tests.published.test_published_gguf import written
-
-gguf = pytest.importorskip("gguf")
 
 
 def in_parts(directory: Path, tmp_path: Path, number: int = 3) -> list[Path]:

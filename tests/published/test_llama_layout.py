@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from places import HF
 from safetensors.numpy import load_file, save_file
 
 import bd3lm_jax
@@ -19,22 +19,21 @@ from bd3lm_jax.models import build, trunk
 from bd3lm_jax.models.llama import LlamaConfig
 from bd3lm_jax.published import FORMATS, llada, llama
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "hf"
 NAMES = ("llama", "qwen2", "llada", "dream")
 
 
 def rewritten(directory, name="llama", tensors=lambda tensors: tensors, **config):
     """A copy of a published directory with its tensors passed through a function and config keys replaced."""
-    published = json.loads((GOLDEN / name / "config.json").read_text()) | config
+    published = json.loads((HF / name / "config.json").read_text()) | config
     (directory / "config.json").write_text(json.dumps({key: x for key, x in published.items() if x is not ...}))
-    save_file(tensors(load_file(GOLDEN / name / "model.safetensors")), directory / "model.safetensors")
+    save_file(tensors(load_file(HF / name / "model.safetensors")), directory / "model.safetensors")
     return directory
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_those_of_the_published_implementation(name):
-    io = np.load(GOLDEN / name / "io.npz")
-    lm = bd3lm_jax.load(GOLDEN / name)
+    io = np.load(HF / name / "io.npz")
+    lm = bd3lm_jax.load(HF / name)
     found = np.asarray(lm.logits(io["input_ids"]))
     assert np.abs(found - io["logits"]).max() <= 5e-5 * np.abs(io["logits"]).max()
     assert lm.context == 96
@@ -45,7 +44,7 @@ def test_logits_are_those_of_the_published_implementation(name):
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_likelihood_is_that_of_the_published_logits(name):
     """Token i under the logits at i - 1; nothing is said of the first."""
-    io, lm = np.load(GOLDEN / name / "io.npz"), bd3lm_jax.load(GOLDEN / name)
+    io, lm = np.load(HF / name / "io.npz"), bd3lm_jax.load(HF / name)
     ids, logits = np.minimum(io["input_ids"], 57)[:, :20], np.asarray(lm.logits(np.minimum(io["input_ids"], 57)))
     log_p = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
     expected = -np.take_along_axis(log_p[:, :19], ids[:, 1:, None], axis=-1)[..., 0]
@@ -56,11 +55,11 @@ def test_likelihood_is_that_of_the_published_logits(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_tensor_is_read_once_and_written_bit_for_bit(name):
-    described, params = hf.read_model(GOLDEN / name)
-    form = FORMATS[json.loads((GOLDEN / name / "config.json").read_text())["model_type"]]
+    described, params = hf.read_model(HF / name)
+    form = FORMATS[json.loads((HF / name / "config.json").read_text())["model_type"]]
     shapes = jax.eval_shape(lambda: trunk.init(build(described.model, jnp.float32), jax.random.key(0)))
     jax.tree.map(lambda x, y: np.testing.assert_equal((x.shape, x.dtype), (y.shape, y.dtype)), params, shapes)
-    published, written = load_file(GOLDEN / name / "model.safetensors"), {}
+    published, written = load_file(HF / name / "model.safetensors"), {}
     for path, leaf in form.layout(described.model).items():
         ours = params
         for key in path.split("."):
@@ -74,8 +73,8 @@ def test_every_tensor_is_read_once_and_written_bit_for_bit(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_config_out_and_in_again(name, tmp_path):
-    described = hf.read_model(GOLDEN / name)[0]
-    form = FORMATS[json.loads((GOLDEN / name / "config.json").read_text())["model_type"]]
+    described = hf.read_model(HF / name)[0]
+    form = FORMATS[json.loads((HF / name / "config.json").read_text())["model_type"]]
     published = json.loads(json.dumps(form.publish(described.model, described.objective, described.length)))
     again = FORMATS[published["model_type"]].describe(tmp_path, published, {})
     assert again == described._replace(mask_id=-1)
@@ -151,7 +150,7 @@ def test_wrong_llada_config(tmp_path, config, message):
 def test_tied_head_there_or_not(tmp_path):
     """A tied network is the untied one whose head repeats the embedding."""
     embed, head = "model.embed_tokens.weight", "lm_head.weight"
-    ids = np.load(GOLDEN / "llama" / "io.npz")["input_ids"]
+    ids = np.load(HF / "llama" / "io.npz")["input_ids"]
     logits = {}
     for case, tied in (("untied", False), ("repeated", True), ("absent", True)):
         directory = tmp_path / case
@@ -191,7 +190,7 @@ def test_qwen3_norms_queries_and_keys(tmp_path):
         extra = {f"model.layers.{layer}.self_attn.{part}_norm.weight": np.ones(8, np.float32)
                  for layer in range(2) for part in "qk"}
         return tensors | extra
-    ids = np.load(GOLDEN / "llama" / "io.npz")["input_ids"]
+    ids = np.load(HF / "llama" / "io.npz")["input_ids"]
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     grown = {f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in range(2) for part in "qk"}
@@ -200,19 +199,19 @@ def test_qwen3_norms_queries_and_keys(tmp_path):
                                                         for name, x in with_norms(t).items()}, model_type="qwen3")
     first, second = (np.asarray(bd3lm_jax.load(directory).logits(ids)) for directory in (one, two))
     np.testing.assert_allclose(first, second, atol=2e-3)
-    assert np.abs(first - np.load(GOLDEN / "llama" / "io.npz")["logits"]).max() > 0.05
+    assert np.abs(first - np.load(HF / "llama" / "io.npz")["logits"]).max() > 0.05
 
 
 def test_mask_id_is_the_named_one(tmp_path):
-    assert hf.read_model(GOLDEN / "dream")[0].mask_id == 58
-    assert hf.read_model(GOLDEN / "llama")[0].mask_id == -1
+    assert hf.read_model(HF / "dream")[0].mask_id == 58
+    assert hf.read_model(HF / "llama")[0].mask_id == -1
 
 
 def test_a_row_is_not_padded_to_the_context(tmp_path):
     """The context of 2^20 tokens would need a mask of 2^40 entries."""
-    shutil.copytree(GOLDEN / "llada", tmp_path / "long")
+    shutil.copytree(HF / "llada", tmp_path / "long")
     lm = bd3lm_jax.load(rewritten(tmp_path / "long", "llada", max_sequence_length=2**20))
-    io = np.load(GOLDEN / "llada" / "io.npz")
+    io = np.load(HF / "llada" / "io.npz")
     assert np.abs(lm.logits(io["input_ids"]) - io["logits"]).max() <= 5e-5 * np.abs(io["logits"]).max()
     assert np.isfinite(lm.nll(np.minimum(io["input_ids"], 57), draws=1).mean)
 
@@ -220,7 +219,7 @@ def test_a_row_is_not_padded_to_the_context(tmp_path):
 def test_a_text_is_written_on_a_canvas_of_its_length(tmp_path):
     """As by the same network whose context is so long, and no place beyond is filled."""
     short = bd3lm_jax.load(rewritten(tmp_path, "llada", max_sequence_length=24))
-    whole = bd3lm_jax.load(GOLDEN / "llada")
+    whole = bd3lm_jax.load(HF / "llada")
     found, expected = (lm.generate([[3, 4, 5]], length=24, seed=1)[0] for lm in (whole, short))
     assert found.nfe <= 21 and list(found.tokens) == list(expected.tokens)
 

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from places import HF
 from safetensors.numpy import load_file
 
 import bd3lm_jax
@@ -17,20 +17,20 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import build, trunk
 from bd3lm_jax.published import moe
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "hf" / "llada2_moe"
+LLADA2 = HF / "llada2_moe"
 
 
 def rewritten(directory, **config):
     """A published directory with config keys replaced."""
-    published = json.loads((GOLDEN / "config.json").read_text()) | config
+    published = json.loads((LLADA2 / "config.json").read_text()) | config
     (directory / "config.json").write_text(json.dumps({key: x for key, x in published.items() if x is not ...}))
-    (directory / "model.safetensors").write_bytes((GOLDEN / "model.safetensors").read_bytes())
+    (directory / "model.safetensors").write_bytes((LLADA2 / "model.safetensors").read_bytes())
     return directory
 
 
 @pytest.mark.parametrize("block_size, name", [(..., "logits_full"), (4, "logits_block4")])
 def test_logits_are_those_of_the_published_implementation(block_size, name, tmp_path):
-    io = np.load(GOLDEN / "io.npz")
+    io = np.load(LLADA2 / "io.npz")
     lm = bd3lm_jax.load(rewritten(tmp_path, block_size=block_size))
     found = np.asarray(lm.logits(io["input_ids"]))
     assert np.abs(found - io[name]).max() <= 5e-5 * np.abs(io[name]).max()
@@ -38,10 +38,10 @@ def test_logits_are_those_of_the_published_implementation(block_size, name, tmp_
 
 
 def test_every_tensor_is_read_once_and_written_bit_for_bit():
-    described, params = hf.read_model(GOLDEN)
+    described, params = hf.read_model(LLADA2)
     shapes = jax.eval_shape(lambda: trunk.init(build(described.model, jnp.float32), jax.random.key(0)))
     jax.tree.map(lambda x, y: np.testing.assert_equal((x.shape, x.dtype), (y.shape, y.dtype)), params, shapes)
-    published, written = load_file(GOLDEN / "model.safetensors"), {}
+    published, written = load_file(LLADA2 / "model.safetensors"), {}
     for path, leaf in moe.layout(described.model).items():
         ours = params
         for key in path.split("."):
@@ -54,8 +54,8 @@ def test_every_tensor_is_read_once_and_written_bit_for_bit():
 
 
 def test_where_queries_keys_and_values_lie():
-    fused = load_file(GOLDEN / "model.safetensors")["model.layers.2.attention.query_key_value.weight"]
-    ours = np.asarray(hf.read_model(GOLDEN)[1]["blocks1"]["grouped_qkv"]["kernel"])[1]  # [32, 2 key heads, 4, 8]
+    fused = load_file(LLADA2 / "model.safetensors")["model.layers.2.attention.query_key_value.weight"]
+    ours = np.asarray(hf.read_model(LLADA2)[1]["blocks1"]["grouped_qkv"]["kernel"])[1]  # [32, 2 key heads, 4, 8]
     unit, place = 5, 3
     for head in range(4):
         assert ours[unit, head // 2, head % 2, place] == fused[head * 8 + place, unit]
@@ -66,7 +66,7 @@ def test_where_queries_keys_and_values_lie():
 
 @pytest.mark.parametrize("objective", [Masked.uniform_counts(96), Masked.uniform_counts(4)], ids=["row", "blocks"])
 def test_config_out_and_in_again(objective, tmp_path):
-    model = dataclasses.replace(hf.read_model(GOLDEN)[0].model, balance=0.01)
+    model = dataclasses.replace(hf.read_model(LLADA2)[0].model, balance=0.01)
     published = json.loads(json.dumps(moe.publish(model, objective, 96)))
     assert moe.describe(tmp_path, published, {}) == (model, objective, 96, -1)
 

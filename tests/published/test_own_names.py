@@ -1,19 +1,18 @@
 """What a network that became a block diffusion model is called when it is given away, and its mask token."""
 
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tokenizers
+from places import HF
 
 from bd3lm_jax import hf
 from bd3lm_jax.data.tokenizers import tokenizer_of, train_bpe
 from bd3lm_jax.diffusion import AR, Masked
 from bd3lm_jax.published import write
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "hf"
 FAMILIES = {  # directory -> model_type and architecture of a network of blocks, and whether it is causal as published
     "llama": ("bd3lm_llama", "LlamaForBlockDiffusion", True),
     "qwen2": ("bd3lm_qwen2", "Qwen2ForBlockDiffusion", True),
@@ -35,8 +34,8 @@ def written(target, described, params, model_type=None):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_network_of_blocks_has_a_name_of_its_own_and_is_read_back(name, tmp_path):
     kind, architecture, causal = FAMILIES[name]
-    described, params = hf.read_model(GOLDEN / name)
-    form = json.loads((GOLDEN / name / "config.json").read_text())["model_type"]
+    described, params = hf.read_model(HF / name)
+    form = json.loads((HF / name / "config.json").read_text())["model_type"]
     config = written(tmp_path / "as_published", described, params, form)
     assert config["model_type"] == form
     blocks = described._replace(objective=Masked.uniform_counts(8), mask_id=58)
@@ -51,7 +50,7 @@ def test_a_network_of_blocks_has_a_name_of_its_own_and_is_read_back(name, tmp_pa
 
 
 def test_whole_rows_of_a_causal_architecture_are_not_what_it_computes_elsewhere(tmp_path):
-    described, params = hf.read_model(GOLDEN / "llama")
+    described, params = hf.read_model(HF / "llama")
     rows = described._replace(objective=Masked.uniform_counts(described.length), mask_id=58)
     assert written(tmp_path / "rows", rows, params)["model_type"] == "bd3lm_llama"
     begins = described._replace(objective=AR(bos=True))

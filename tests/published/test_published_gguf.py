@@ -1,65 +1,19 @@
 """GGUF files: written here as llama.cpp's converter lays them out, read as the checkpoint they came from."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
+from places import DATA, HF
 from safetensors.numpy import load_file
+from toy_gguf import gguf, written
 
 import bd3lm_jax
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.published.gguf import read_tokenizer
 
-gguf = pytest.importorskip("gguf")
-GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "hf"
-PARTS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
-         "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-         **{f"self_attn.{x}_proj": f"attn_{'output' if x == 'o' else x}" for x in "qkvo"}}
-OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 WORDS = ["<|endoftext|>", "a", "b", "c", "Ġ", "ab", "Ġa", "1", "2", "Ġab", "12"]
 MERGES = ["a b", "Ġ a", "Ġ ab", "1 2"]
-
-
-def permuted(w, heads):
-    """As the converter stores queries and keys: from two halves of a head to pairs."""
-    return w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
-
-
-def written(path, name, change=lambda writer: None, quantised=False, theta=None, left_out=()):
-    """The golden checkpoint `name` as a GGUF file, without the tensors `left_out`."""
-    config = json.loads((GOLDEN / name / "config.json").read_text())
-    writer = gguf.GGUFWriter(path, name)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(theta or config["rope_parameters"]["rope_theta"])
-    change(writer)
-    for name_, x in load_file(GOLDEN / name / "model.safetensors").items():
-        outer, kind = name_.rsplit(".", 1)
-        if outer in left_out:
-            continue
-        if outer in OUTER:
-            to = OUTER[outer]
-        else:
-            _, _, layer, part = outer.split(".", 3)
-            to = f"blk.{layer}.{PARTS[part]}"
-            heads = {"self_attn.q_proj": "num_attention_heads", "self_attn.k_proj": "num_key_value_heads"}.get(part)
-            x = permuted(x, config[heads]) if heads and name == "llama" else x
-        if quantised and x.ndim == 2:
-            raw = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(f"{to}.{kind}", gguf.quants.quantize(x, raw), raw_dtype=raw)
-        else:
-            writer.add_tensor(f"{to}.{kind}", x)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def add_tokenizer(writer, model="gpt2", pre="smollm", end=0, left_out=()):
@@ -73,7 +27,7 @@ def add_tokenizer(writer, model="gpt2", pre="smollm", end=0, left_out=()):
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_logits_of_the_checkpoint(tmp_path, name):
-    lm, io = bd3lm_jax.load(written(tmp_path / "model.gguf", name)), np.load(GOLDEN / name / "io.npz")
+    lm, io = bd3lm_jax.load(written(tmp_path / "model.gguf", name)), np.load(HF / name / "io.npz")
     assert lm.tokenizer is None
     assert np.abs(lm.logits(io["input_ids"]) - io["logits"]).max() <= 5e-5 * np.abs(io["logits"]).max()
 
@@ -81,9 +35,9 @@ def test_logits_of_the_checkpoint(tmp_path, name):
 def test_quantised(tmp_path):
     """Eight bits a weight: as far off as their rounding, and not at all where nothing is quantised."""
     lm, io = bd3lm_jax.load(written(tmp_path / "model.gguf", "llama", quantised=True)), np.load(
-        GOLDEN / "llama" / "io.npz")
+        HF / "llama" / "io.npz")
     assert 1e-4 < np.abs(lm.logits(io["input_ids"]) - io["logits"]).max() < 0.05 * np.abs(io["logits"]).max()
-    exact = load_file(GOLDEN / "llama" / "model.safetensors")["model.norm.weight"]
+    exact = load_file(HF / "llama" / "model.safetensors")["model.norm.weight"]
     np.testing.assert_array_equal(lm.params["head"]["norm"]["scale"], exact)
 
 
@@ -101,7 +55,7 @@ def test_a_tokenizer_of_another_kind_is_left_out(tmp_path, capsys):
     assert lm.tokenizer is None and "a tokenizer of kind 'llama', 'smollm' is not read" in capsys.readouterr().err
 
 
-CLASSES = Path(__file__).parents[1] / "data" / "tokenizers" / "classes"
+CLASSES = DATA / "tokenizers" / "classes"
 
 
 @pytest.mark.parametrize("pre, architecture, layout", [
@@ -210,7 +164,7 @@ def llama3_factors(head_dim, theta, factor):
 
 def test_factors_of_llama_3(tmp_path):
     """The network is that of the config.json that says the same."""
-    theta, factor, form = 3e5, 32.0, json.loads((GOLDEN / "llama" / "config.json").read_text())
+    theta, factor, form = 3e5, 32.0, json.loads((HF / "llama" / "config.json").read_text())
     factors = llama3_factors(8, theta, factor).astype(np.float32)
     assert factors[0] == 1 and 1 < factors[2] < factor == factors[3]
     found = bd3lm_jax.load(written(tmp_path / "model.gguf", "llama", theta=theta,
@@ -218,7 +172,7 @@ def test_factors_of_llama_3(tmp_path):
     form["rope_parameters"] = {"rope_type": "llama3", "rope_theta": theta, "factor": factor, "low_freq_factor": 1.0,
                                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     (tmp_path / "config.json").write_text(json.dumps(form))
-    (tmp_path / "model.safetensors").write_bytes((GOLDEN / "llama" / "model.safetensors").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((HF / "llama" / "model.safetensors").read_bytes())
     same = bd3lm_jax.load(tmp_path)
     assert found.config.model.rope_scaling == same.config.model.rope_scaling == (32, 1, 4, 8192)
     ids = np.random.default_rng(0).integers(0, 59, size=(1, 90))

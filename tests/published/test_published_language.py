@@ -4,13 +4,13 @@ refused."""
 import dataclasses
 import functools
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from places import HF
 from safetensors.numpy import load_file, save_file
 from scipy.special import log_softmax
 
@@ -21,25 +21,24 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import build, trunk
 from bd3lm_jax.published import FORMATS
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "hf"
 NAMES = ("gpt2", "bert", "roberta", "modernbert")
 
 
 @functools.cache
 def published(name):
-    return bd3lm_jax.load(str(GOLDEN / name)), dict(np.load(GOLDEN / name / "io.npz"))
+    return bd3lm_jax.load(str(HF / name)), dict(np.load(HF / name / "io.npz"))
 
 
 @functools.cache
 def config_of(name):
-    return json.loads((GOLDEN / name / "config.json").read_text())
+    return json.loads((HF / name / "config.json").read_text())
 
 
 def rewritten(tmp_path, name, tensors=lambda tensors: tensors, **config):
     """A copy of a published directory with its tensors passed through a function and config keys replaced."""
     content = {key: value for key, value in (config_of(name) | config).items() if value is not ...}
     (tmp_path / "config.json").write_text(json.dumps(content))
-    save_file(tensors(load_file(GOLDEN / name / "model.safetensors")), tmp_path / "model.safetensors")
+    save_file(tensors(load_file(HF / name / "model.safetensors")), tmp_path / "model.safetensors")
     return tmp_path
 
 
@@ -96,7 +95,7 @@ def test_gpt2_writes_what_its_logits_say():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_have_the_tree_of_init(name):
-    described, params = hf.read_model(GOLDEN / name)
+    described, params = hf.read_model(HF / name)
     expected = jax.eval_shape(lambda key: trunk.init(build(described.model, jnp.float32), key), jax.random.key(0))
     assert jax.tree.structure(params) == jax.tree.structure(expected)
     jax.tree.map(lambda x, y: np.testing.assert_equal((x.shape, x.dtype), (y.shape, y.dtype)), params, expected)
@@ -113,8 +112,8 @@ def written(form, model, params) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_go_back_bit_for_bit(name):
-    described, params = hf.read_model(GOLDEN / name)
-    expected = load_file(GOLDEN / name / "model.safetensors")
+    described, params = hf.read_model(HF / name)
+    expected = load_file(HF / name / "model.safetensors")
     found = written(FORMATS[name], described.model, params)
     assert found.keys() == expected.keys()
     for key, value in expected.items():
@@ -139,7 +138,7 @@ ARCHITECTURE["roberta"] = ARCHITECTURE["bert"]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_config_goes_back(name):
-    described = hf.read_model(GOLDEN / name)[0]
+    described = hf.read_model(HF / name)[0]
     content = json.loads(json.dumps(FORMATS[name].publish(*described[:3])))
     for key in ARCHITECTURE[name]:
         assert content[key] == config_of(name)[key], key
@@ -151,7 +150,7 @@ def test_config_goes_back(name):
     ("bert", AR(bos=False)), ("roberta", AR(bos=False)),
 ])
 def test_an_adapted_network_says_what_it_became(name, objective):
-    model, _, length, _ = hf.read_model(GOLDEN / name)[0]
+    model, _, length, _ = hf.read_model(HF / name)[0]
     found = FORMATS[name].describe("config.json", FORMATS[name].publish(model, objective, length), {})
     assert found[:3] == (model, objective, length)
 
@@ -160,15 +159,15 @@ def test_an_adapted_network_says_what_it_became(name, objective):
     ("modernbert", AR(bos=False), "'modernbert' cannot say that the network is autoregressive"),
 ])
 def test_objectives_that_a_config_cannot_say(name, objective, message):
-    model, _, length, _ = hf.read_model(GOLDEN / name)[0]
+    model, _, length, _ = hf.read_model(HF / name)[0]
     with pytest.raises(UserError, match=message):
         FORMATS[name].publish(model, objective, length)
 
 
 def test_objectives():
-    assert hf.read_model(GOLDEN / "gpt2")[0][1:] == (AR(bos=False), 24, -1)
+    assert hf.read_model(HF / "gpt2")[0][1:] == (AR(bos=False), 24, -1)
     for name, context in (("bert", 24), ("roberta", 24), ("modernbert", 96)):
-        assert hf.read_model(GOLDEN / name)[0][1:] == (Masked.uniform_counts(context), context, -1)
+        assert hf.read_model(HF / name)[0][1:] == (Masked.uniform_counts(context), context, -1)
 
 
 def test_a_named_mask_token(tmp_path):
@@ -178,12 +177,12 @@ def test_a_named_mask_token(tmp_path):
 def test_older_keys_of_modernbert(tmp_path):
     directory = rewritten(tmp_path, "modernbert", layer_types=..., rope_parameters=..., global_attn_every_n_layers=3,
                           global_rope_theta=160000.0, local_rope_theta=10000.0)
-    assert hf.read_model(directory)[0] == hf.read_model(GOLDEN / "modernbert")[0]
+    assert hf.read_model(directory)[0] == hf.read_model(HF / "modernbert")[0]
 
 
 def same_as_golden(tmp_path, name, tensors):
     found = hf.read_model(rewritten(tmp_path, name, tensors))[1]
-    jax.tree.map(np.testing.assert_array_equal, found, hf.read_model(GOLDEN / name)[1])
+    jax.tree.map(np.testing.assert_array_equal, found, hf.read_model(HF / name)[1])
 
 
 def test_gpt2_without_prefix_and_with_what_older_versions_kept(tmp_path):

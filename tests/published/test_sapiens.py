@@ -2,17 +2,17 @@
 masked-token accuracy on a published sequence, and the bound that it gives before any adaptation."""
 
 import functools
-from pathlib import Path
 
 import numpy as np
 import pytest
+from places import DATA
 from scipy.special import log_softmax
 from scipy.stats import t
 
 import bd3lm_jax
 from bd3lm_jax.data.tokenizers import tokenizer_of
 
-DIRECTORY = Path(__file__).parents[1] / "data" / "sapiens_vh"
+DIRECTORY = DATA / "sapiens_vh"
 TRASTUZUMAB = ("EVQLVESGGGLVQPGGSLRLSCAASGFNIKDTYIHWVRQAPGKGLEWVARIYPTNGYTRYADSVKGRFTISADTSKNTAYLQMNSLRAEDTAVYYCSR"
                "WGGDGFYAMDYWGQGTLVTVSS")
 BEGIN, END, MASK, MASKINGS = 0, 2, 24, 20

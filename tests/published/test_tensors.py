@@ -5,12 +5,12 @@ import re
 import shutil
 import sys
 import types
-from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from places import GOLDEN, HF
 from safetensors.numpy import load_file, save_file
 
 import bd3lm_jax
@@ -19,7 +19,6 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.published.pickles import BUFFERS
 from toy_runs import run_python
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 SOURCE = GOLDEN / "bd3lm_block4"
 NORM = "backbone.output_layer.norm_final.weight"
 
@@ -283,7 +282,7 @@ def test_a_mesh_holds_the_same_numbers_in_parts():
             jax.tree.map(lambda x, y: np.testing.assert_equal(x.sharding, y), parts, expected)
             table = parts["embed"]["embedding"]
             assert {s.data.size for s in table.addressable_shards} == {table.size // 4}
-        """, SOURCE, GOLDEN / "hf" / "llama", devices=4)
+        """, SOURCE, HF / "llama", devices=4)
     assert result.returncode == 0, result.stderr
 
 

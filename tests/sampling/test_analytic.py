@@ -3,12 +3,12 @@
 import functools
 import itertools
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from places import GOLDEN
 from scipy import stats
 from toy_blocks import (
     KINDS, LENGTH, MASK, PVALUE, QUICK, SIZE, begin, conditional, denoise, make_request, row_keys, settings
@@ -21,7 +21,6 @@ from bd3lm_jax.sampling import SAMPLERS, Asked
 from bd3lm_jax.sampling.generate import open_block, reveal
 from bd3lm_jax.sampling.steps import Row, Said
 
-GOLDEN = Path(__file__).parents[1] / "data/golden"
 STEPS = 3
 
 

@@ -1,17 +1,16 @@
 """Filters against sorted lists in NumPy and published nucleus probabilities; draws against their law."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from places import GOLDEN
 from scipy import special, stats
 
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.sampling.filters import Filters, check_filters, draw, filter_logits, penalise
 
-PRIMITIVES = np.load(Path(__file__).parents[1] / "data" / "golden" / "primitives.npz")
+PRIMITIVES = np.load(GOLDEN / "primitives.npz")
 LOGITS_NxV = PRIMITIVES["logits"].reshape(-1, PRIMITIVES["logits"].shape[-1])
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import attempts
+from places import ROOT
 from bd3lm_jax.errors import RunError, UserError
 from bd3lm_jax.tasks import sandbox
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs run on
 LIMITS = attempts.LIMITS
 HURRIED = LIMITS._replace(wall_s=1.0)
 RIGHT = "def f(): return 1"
-PAGE = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
 MECHANISMS = (sandbox.BWRAP, sandbox.FILTERS, sandbox.UNSAFE)
 
 

@@ -1,6 +1,6 @@
 """What training was fed: hashes of the rows of every step, wherever they lay. Also a command of ours, so recorded.
 
-    python tests/toy_fed.py FILE train --config=...
+    python tests/helpers/toy_fed.py FILE train --config=...
 
 With TOY_UNREADABLE=STEP in its environment the process cannot read that checkpoint, which others can; with TOY_UNLIKE
 it does not say in which environment it computes.

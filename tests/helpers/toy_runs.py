@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from places import HELPERS, ROOT
 
 from bd3lm_jax import models
 from bd3lm_jax.checkpoint import Checkpoints
@@ -21,7 +22,6 @@ from bd3lm_jax.log import RunLog, read_metrics
 from bd3lm_jax.models import trunk
 from configs import tiny
 
-ROOT = Path(__file__).parent.parent
 LENGTH, MASK, END = 32, 257, 256  # of the byte tokenizer
 AR = {"kind": "ar", "bos": True}
 WORDS = "the a cat dog sat ran on under mat tree and then café because slowly".split()
@@ -119,5 +119,5 @@ def free_port() -> int:
 
 def environment(devices: int = 1) -> dict[str, str]:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+    return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}{os.pathsep}{HELPERS}",
                          "XLA_FLAGS": flags}
