@@ -9,6 +9,7 @@ from bd3lm_jax.data.sized import Sized
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation.estimators import default_estimator
 from bd3lm_jax.evaluation.evaluate import Opened, open_run
+from bd3lm_jax.lm import load
 from bd3lm_jax.stats import format_interval
 
 TEXTS, SAMPLER, THRESHOLD = 8, "threshold", 0.9  # how the texts are written on which calls and tokens are counted
@@ -23,9 +24,7 @@ def curve(workdir: str, *, split: str, estimator: str, draws: int, seed: int, we
     the run's own text; the same rows and the same seed at every size. within: as for `recommended`. The first texts of
     a size are compiled for and not timed. Raises UserError for a model of one block size.
     """
-    import bd3lm_jax
-
-    began, lm = time.perf_counter(), bd3lm_jax.load(workdir, weights=weights)
+    began, lm = time.perf_counter(), load(workdir, weights=weights)
     sizes = lm.config.trained_sizes
     if len(sizes) < 2:
         raise UserError(f"{workdir} was trained with blocks of {sizes[0]} tokens only: a curve needs a model of "

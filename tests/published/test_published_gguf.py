@@ -1,6 +1,8 @@
 """GGUF files: written here as llama.cpp's converter lays them out, read as the checkpoint they came from."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,8 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.published.gguf import read_tokenizer
 
 gguf = pytest.importorskip("gguf")
-GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "hf"
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "data" / "golden" / "hf"
 PARTS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
          "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
          **{f"self_attn.{x}_proj": f"attn_{'output' if x == 'o' else x}" for x in "qkvo"}}
@@ -94,6 +97,19 @@ def test_the_tokenizer(tmp_path):
     assert lm.special.end == 0 and lm.special.mask == len(WORDS)  # an id that no text has
     plain = bd3lm_jax.load(written(tmp_path / "plain.gguf", "llama", lambda w: add_tokenizer(w, pre="gpt-2")))
     assert plain.tokenizer.encode("12").tolist() == [10]
+
+
+@pytest.mark.ci_slow
+def test_a_command_takes_its_tokenizer(tmp_path):
+    """In a process of its own, where nothing but the command has imported the reader of such files."""
+    path = written(tmp_path / "model.gguf", "llama", add_tokenizer)
+    (tmp_path / "valid.txt").write_text("ab ab a12\n")
+    done = subprocess.run([sys.executable, "-m", "launch", "prepare", "--split=valid", f"--config.data.tokenizer={path}",
+                           "--config.data.source=text", f"--config.data.path={tmp_path}",
+                           f"--config.data.cache_dir={tmp_path / 'cache'}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = np.load(Path(json.loads(done.stdout.splitlines()[-1])["path"]["valid"]) / "tokens.npy")
+    assert rows[0, :6].tolist() == [5, 9, 6, 7, 8, 0]
 
 
 def test_a_tokenizer_of_another_kind_is_left_out(tmp_path, capsys):
