@@ -104,8 +104,8 @@ def test_a_command_takes_its_tokenizer(tmp_path):
     """In a process of its own, where nothing but the command has imported the reader of such files."""
     path = written(tmp_path / "model.gguf", "llama", add_tokenizer)
     (tmp_path / "valid.txt").write_text("ab ab a12\n")
-    done = subprocess.run([sys.executable, "-m", "launch", "prepare", "--split=valid", f"--config.data.tokenizer={path}",
-                           "--config.data.source=text", f"--config.data.path={tmp_path}",
+    done = subprocess.run([sys.executable, "-m", "launch", "prepare", "--split=valid", "--config.data.source=text",
+                           f"--config.data.tokenizer={path}", f"--config.data.path={tmp_path}",
                            f"--config.data.cache_dir={tmp_path / 'cache'}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = np.load(Path(json.loads(done.stdout.splitlines()[-1])["path"]["valid"]) / "tokens.npy")
