@@ -15,7 +15,7 @@ import numpy as np
 from bd3lm_jax import hf, jax_settings, lm, log, paths, report, rundir
 from bd3lm_jax.config import Config
 from bd3lm_jax.data.chat_template import CONFIG_FILE
-from bd3lm_jax.data.corpora import SPLITS
+from bd3lm_jax.data.corpus import SPLITS
 from bd3lm_jax.data.dialogues import chat_files
 from bd3lm_jax.data.tokenizers import get_tokenizer
 from bd3lm_jax.errors import UserError

@@ -16,15 +16,6 @@ def size_at(pairs: tuple[tuple[int, int], ...], step: int) -> int | None:
     return passed[-1] if passed else None
 
 
-def check_pairs(pairs: tuple[tuple[int, int], ...]) -> None:
-    """UserError unless they are (first step, block size), from step 0 on with rising steps."""
-    starts = [pair[0] for pair in pairs if len(pair) == 2 and pair[1] >= 1]
-    rising = all(a < b for a, b in zip(starts, starts[1:]))
-    if pairs and not (len(starts) == len(pairs) and starts[0] == 0 and rising):
-        raise UserError(f"train.block_sizes is {pairs}, expected pairs (first step, block size) that begin at step 0, "
-                        "the steps rising, e.g. ((0, 1), (1000, 4))")
-
-
 def check(config: Any) -> None:
     """UserError for block sizes, of a curriculum or side by side, that do not fit the rest of a Config."""
     largest, length = config.trained_sizes[-1], config.data.length

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bd3lm_jax import compile_cache, jax_settings, models, paths, sharding
-from bd3lm_jax.data.tokenizers import Tokenizer, tokenizer_of
+from bd3lm_jax.data.tokenizers import FINDERS, READERS, Tokenizer, tokenizer_of
 from bd3lm_jax.errors import UserError, lookup
 from bd3lm_jax.foreign import read_text
 from bd3lm_jax.models import trunk
-from bd3lm_jax.published import CAUSAL, FORMATS, NETWORKS, NETWORKS_OF_OURS, Described, write
+from bd3lm_jax.published import CAUSAL, FORMATS, NETWORKS, NETWORKS_OF_OURS, Described, gguf, write
 from bd3lm_jax.published.keys import check_quantised, check_unread
 from bd3lm_jax.published.leaf import Leaf, require
 from bd3lm_jax.published.read import check_averages, check_tensors, plain_names, read_params, without_prefix
@@ -106,9 +106,7 @@ def read_tokenizer(path: str | Path, described: Described) -> Tokenizer | None:
     """
     path = Path(path)
     if is_gguf(path):
-        from bd3lm_jax.published.gguf import read_tokenizer as read
-
-        tokenizer = read(path)
+        tokenizer = gguf.read_tokenizer(path)
     else:
         tokenizer = tokenizer_of(path)
     vocab = described.model.vocab_size
@@ -156,9 +154,7 @@ def gguf_in(path: str) -> str:
     """`path`, or the GGUF file in a directory that holds no config.json. UserError where there are several."""
     if not Path(path).is_dir() or (Path(path) / CONFIG_FILE).exists():
         return path
-    from bd3lm_jax.published.gguf import first_parts
-
-    found = first_parts(gguf_files(path))
+    found = gguf.first_parts(gguf_files(path))
     require(len(found) < 2, f"{path} holds several GGUF files ({', '.join(file.name for file in found[:4])}): give the "
             "path of one")
     return str(found[0]) if found else path
@@ -240,9 +236,7 @@ def read_config(path: Path) -> tuple[dict, ModuleType]:
 def _open(path: Path, allow_pickle: bool) -> tuple[Path, dict, ModuleType, Path, dict[str, Stored]]:
     """Where the config is, what it says, its format; where the tensors are, and these by name."""
     if is_gguf(path):
-        from bd3lm_jax.published.gguf import open_gguf
-
-        published, tensors = open_gguf(path)
+        published, tensors = gguf.open_gguf(path)
         return path, published, FORMATS[published["model_type"]], path, tensors
     published, form = read_config(path / CONFIG_FILE)
     check_quantised(path, published, ())
@@ -305,9 +299,7 @@ def _own_names(published: dict) -> dict:
 def token_ids(source: Path) -> dict[str, int | list[int]]:
     """The end, begin and padding tokens of a published checkpoint, each an id or a list of ids, by their keys."""
     if is_gguf(source):
-        from bd3lm_jax.published.gguf import token_ids as read
-
-        return read(source)
+        return gguf.token_ids(source)
     published = read_config(source / CONFIG_FILE)[0]
     return {key: published[key] for key in TOKEN_IDS if _are_ids(published.get(key))}
 
@@ -337,3 +329,7 @@ def _published(described: Described, model_type: str | None) -> tuple[dict, Modu
              in zip(Described._fields, described, back) if ours != theirs and not (name == "mask_id" and ours < 0)]
     require(not wrong, f"the layout '{published['model_type']}' cannot say what this model is: {'; '.join(wrong)}")
     return published, form
+
+
+READERS[".gguf"] = gguf.read_tokenizer
+FINDERS.append(local)

@@ -5,23 +5,20 @@ those that run directories of earlier versions hold (`Config.from_dict(stored=Tr
 """
 
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from bd3lm_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from bd3lm_jax.config import Config
 
 
 class Rule(NamedTuple):
     """key: "section.name". unused: its value where it has no effect. by: the key that decides. off: whether it has no
-    effect in a config that has the key. preset: configs leave other values behind when a user changes the deciding
+    effect in a Config that has the key. preset: configs leave other values behind when a user changes the deciding
     key, so that it is an error only of the command line that names the key itself."""
 
     key: str
     unused: Any
     by: str
-    off: Callable[["Config"], bool]
+    off: Callable[[Any], bool]
     preset: bool = False
 
 
@@ -29,12 +26,12 @@ def _off(key: str, unused: Any, by: str, *used_with: Any, kinds: Collection[str]
     """A key that has an effect only with these values of another one (kinds: a rule of these kinds of section)."""
     section = key.partition(".")[0]
 
-    def off(config: "Config") -> bool:
+    def off(config: Any) -> bool:
         return (not kinds or getattr(config, section).kind in kinds) and value_of(config, by) not in used_with
     return Rule(key, unused, by, off, preset)
 
 
-def value_of(config: "Config", key: str) -> Any:
+def value_of(config: Any, key: str) -> Any:
     """The value of "section.name"; None where there is no such key."""
     section, _, name = key.partition(".")
     return getattr(getattr(config, section), name, None)
@@ -74,17 +71,17 @@ RULES = (
 )
 
 
-def _has_bound(config: "Config") -> bool:
+def _has_bound(config: Any) -> bool:
     objective = config.diffusion
     return objective.causal or objective.masks or objective.bound is not None
 
 
-def keys(config: "Config") -> set[str]:
+def keys(config: Any) -> set[str]:
     """The keys of a config that have no effect there."""
     return {rule.key for rule in RULES if value_of(config, rule.key) is not None and rule.off(config)}
 
 
-def check(config: "Config", named: Collection[str] = ()) -> None:
+def check(config: Any, named: Collection[str] = ()) -> None:
     """UserError for a key that is set and has no effect.
 
     named: keys that a command line sets, for which rules about what presets leave behind hold as well.

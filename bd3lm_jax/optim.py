@@ -1,19 +1,17 @@
 """AdamW, learning-rate schedules and the exponential moving average of the weights."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from bd3lm_jax.errors import lookup
+from bd3lm_jax.schema import OptimConfig
 from bd3lm_jax.state import LORA
 
-if TYPE_CHECKING:
-    from bd3lm_jax.config import OptimConfig
 
-
-def make_optimizer(optim: "OptimConfig", steps: int) -> optax.GradientTransformation:
+def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformation:
     """AdamW after clipping by the global norm (`clip_norm` 0: none); what decays is said by `decays`."""
     adamw = optax.adamw(make_schedule(optim, steps), optim.beta1, optim.beta2, optim.eps,
                         weight_decay=optim.weight_decay, mask=decays)
@@ -27,7 +25,7 @@ def decays(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel" or path[0].key == LORA, params)
 
 
-def make_schedule(optim: "OptimConfig", steps: int) -> optax.Schedule:
+def make_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
     """Learning rate of update n = 0, ..., steps - 1: linear warm-up from 0, then "constant", "cosine" or "wsd".
 
     That of the last update is `final_lr_fraction` times `lr` for "cosine" and "wsd". The warm-up is that of
@@ -41,7 +39,7 @@ def make_schedule(optim: "OptimConfig", steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, optim.lr, warmup), schedule], [warmup])
 
 
-def warmup_steps(optim: "OptimConfig", steps: int) -> int:
+def warmup_steps(optim: OptimConfig, steps: int) -> int:
     """Updates of the warm-up of a run of `steps`: `optim.warmup_steps`, or where these leave no room for what follows
     a tenth of the steps, or what the decay leaves if that is less."""
     after = {"constant": 1, "cosine": 2, "wsd": max(2, _decay_steps(optim, steps))}[optim.schedule]
@@ -49,17 +47,17 @@ def warmup_steps(optim: "OptimConfig", steps: int) -> int:
     return optim.warmup_steps if optim.warmup_steps <= left else min(steps // 10, left)
 
 
-def _constant(optim: "OptimConfig", left: int, steps: int) -> optax.Schedule:
+def _constant(optim: OptimConfig, left: int, steps: int) -> optax.Schedule:
     return optax.constant_schedule(optim.lr)
 
 
-def _cosine(optim: "OptimConfig", left: int, steps: int) -> optax.Schedule:
+def _cosine(optim: OptimConfig, left: int, steps: int) -> optax.Schedule:
     if left == 0:  # the only update after the warm-up is the last one
         return optax.constant_schedule(optim.lr * optim.final_lr_fraction)
     return optax.cosine_decay_schedule(optim.lr, left, alpha=optim.final_lr_fraction)
 
 
-def _wsd(optim: "OptimConfig", left: int, steps: int) -> optax.Schedule:
+def _wsd(optim: OptimConfig, left: int, steps: int) -> optax.Schedule:
     """Stable, then linear decay over the last `decay_fraction` of the steps, at least one."""
     if left == 0:
         return optax.constant_schedule(optim.lr * optim.final_lr_fraction)
@@ -67,7 +65,7 @@ def _wsd(optim: "OptimConfig", left: int, steps: int) -> optax.Schedule:
     return optax.linear_schedule(optim.lr, optim.final_lr_fraction * optim.lr, decay, transition_begin=left - decay)
 
 
-def _decay_steps(optim: "OptimConfig", steps: int) -> int:
+def _decay_steps(optim: OptimConfig, steps: int) -> int:
     return max(1, round(optim.decay_fraction * steps))
 
 

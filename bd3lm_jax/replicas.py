@@ -11,13 +11,12 @@ import platform
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
 import jax
 
-import bd3lm_jax
 from bd3lm_jax import distributed
 from bd3lm_jax.errors import RunError, UserError
 from bd3lm_jax.fingerprint import fingerprints_by_device
@@ -84,7 +83,7 @@ def check_program(lower: Callable[[], jax.stages.Lowered]) -> None:
 def surroundings() -> dict[str, Any]:
     """What decides how this process rounds, as JSON values by name."""
     found = {package: _version(package) for package in PACKAGES}
-    found["code of bd3lm_jax"] = _hash_of_code(Path(bd3lm_jax.__file__).parent)
+    found["code of bd3lm_jax"] = _hash_of_code(Path(str(resources.files("bd3lm_jax"))))
     found |= {name: " ".join(sorted(re.sub(HARMLESS_FLAGS, "", os.environ.get(name, "")).split()))
               for name in VARIABLES}
     found |= {name: str(getattr(jax.config, name, None)) for name in SETTINGS}

@@ -10,7 +10,7 @@ Slices are groups of devices with fast links of their own, joined by the network
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,10 +20,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bd3lm_jax.errors import UserError
+from bd3lm_jax.schema import MeshConfig
 from bd3lm_jax.state import TrainState, trained
-
-if TYPE_CHECKING:
-    from bd3lm_jax.config import MeshConfig
 
 AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
@@ -67,7 +65,7 @@ RULES = (
 )
 
 
-def make_mesh(mesh: "MeshConfig", devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh of all `devices` (None: every device of the run); a size of -1 takes the devices that are left.
 
     Sizes are those of one slice; the mesh has `slices` times as many along "data". Raises UserError, with the numbers,
@@ -88,7 +86,7 @@ def _placed(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
-def by_slice(mesh: "MeshConfig", devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+def by_slice(mesh: MeshConfig, devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
     """The devices of every slice of the mesh. -1: as many as there are.
 
     Simulated devices are in no slices, so they are dealt out in order. GPUs, whose hosts count as slices, may be one.
@@ -111,7 +109,7 @@ def by_slice(mesh: "MeshConfig", devices: Sequence[jax.Device]) -> list[list[jax
     raise UserError(f"mesh.slices={slices}, but the {len(devices)} devices are in {len(found)}{unlike}")
 
 
-def sizes_for(mesh: "MeshConfig", count: int, slices: int) -> tuple[int, ...]:
+def sizes_for(mesh: MeshConfig, count: int, slices: int) -> tuple[int, ...]:
     """Sizes by axis for `count` devices in so many slices, -1 resolved. UserError if their product is not `count`."""
     sizes = [getattr(mesh, axis) for axis in AXES]
     fixed = slices * math.prod(size for size in sizes if size != -1)

@@ -71,7 +71,7 @@ def train(config: Config | Nested, workdir: str | os.PathLike, profile: bool = F
     SIGTERM once the state is saved (at once where nothing is: before the first step and in the closing report).
     """
     began = time.perf_counter()
-    config = Config.from_dict(config)
+    config = Config.from_dict(adapt.resolve(config))
     compile_cache.enable()
     with contextlib.ExitStack() as held:
         stop = held.enter_context(distributed.termination())

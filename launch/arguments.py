@@ -228,6 +228,7 @@ def load_config(spec: str, overrides: Sequence[str]):
     UserError for a missing file, bad args, key or value.
     """
     from bd3lm_jax import ineffective
+    from bd3lm_jax.adaptation import adapt
     from bd3lm_jax.config import Config
 
     config = _get_config(spec)
@@ -243,7 +244,7 @@ def load_config(spec: str, overrides: Sequence[str]):
         values(argv)
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(_one_line(error)) from None
-    result = Config.from_dict(values.config)
+    result = Config.from_dict(adapt.resolve(values.config))
     ineffective.check(result, {override_key(word) for word in overrides})
     return result
 

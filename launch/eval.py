@@ -157,7 +157,7 @@ def main(args: flags.FlagValues) -> dict:
 
 def check(args: flags.FlagValues) -> None:
     """UserError for what needs no run to be seen: flags that do not go together, and words that mean nothing."""
-    from bd3lm_jax.data.corpora import SPLITS, WHOLE
+    from bd3lm_jax.data.corpus import SPLITS, WHOLE
 
     if args.samples and args.task:
         raise UserError("--samples and --task are two evaluations: give one of them")

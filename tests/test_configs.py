@@ -11,10 +11,11 @@ import pytest
 from places import GOLDEN
 
 from bd3lm_jax import models, sharding
+from bd3lm_jax.adaptation.adapt import resolve
 from bd3lm_jax.config import Config
-from bd3lm_jax.curriculum import check_pairs
 from bd3lm_jax.models import trunk
 from bd3lm_jax.optim import make_schedule
+from bd3lm_jax.schema import check_pairs
 from bd3lm_jax.typed import flatten
 from configs import (
     adapt,
@@ -243,7 +244,7 @@ def test_adaptations_take_the_network_of_their_source(name, arg, expected):
     given.data.length = expected.get("data.length", given.data.length)
     if "{bert}" in arg and given.train.block_sizes:
         given.train.block_sizes = expected["train.block_sizes"]
-    config = Config.from_dict(given)
+    config = Config.from_dict(resolve(given))
     flat = flatten(config.to_dict())
     assert {key: flat[key] for key in expected} == expected
     assert config.train.init_from == config.data.tokenizer and config.model.layers == 2
@@ -285,7 +286,7 @@ def test_the_form_of_outputs_can_be_set_on_the_command_line():
 
 @pytest.mark.parametrize(("arg", "block_size"), [("", 144), ("block_size=16,algo=bd3lm", 16)])
 def test_the_antibody_network_is_that_of_its_directory(arg, block_size):
-    config = Config.from_dict(sapiens.get_config(arg))
+    config = Config.from_dict(resolve(sapiens.get_config(arg)))
     assert (config.model.kind, config.model.width, config.model.vocab_size) == ("bert", 128, 25)
     assert config.block_size == block_size and config.data.length == config.model.positions == 144
     assert Config.from_dict(config.to_dict()) == config

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from bd3lm_jax import convert, foreign, hf, log, rundir
 from bd3lm_jax.constraints import automaton
-from bd3lm_jax.data import chat_template, corpora, dialogues, text_files
+from bd3lm_jax.data import chat_template, corpus, dialogues, text_files
 from bd3lm_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from bd3lm_jax.density.file import Annotations
 from bd3lm_jax.errors import UserError, visible
@@ -73,7 +73,7 @@ def test_the_config_of_a_run_is_a_regular_file(tmp_path):
 def test_corpora_are_regular_files(tmp_path, ending):
     path = tmp_path / f"train.txt{ending}"
     os.mkfifo(path)
-    for read in (lambda: list(text_files.lines(path)), lambda: corpora._sha256(path)):
+    for read in (lambda: list(text_files.lines(path)), lambda: corpus._sha256(path)):
         with pytest.raises(UserError, match="it is a pipe, expected a regular file"):
             read()
 

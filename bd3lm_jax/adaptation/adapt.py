@@ -14,11 +14,12 @@ import jax.numpy as jnp
 
 from bd3lm_jax import hf, jax_settings, models, rundir
 from bd3lm_jax.adaptation import shifted
-from bd3lm_jax.config import SAME, Config
+from bd3lm_jax.config import SAME, Config, read_sections
 from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.log import note
 from bd3lm_jax.models import Backbone, trunk
+from bd3lm_jax.typed import Nested, as_mapping
 
 FREE = ("dropout", "vocab_size", "shifted")  # of a model config: no shape depends on it but the vocabulary's
 NOISE = 0.02  # of a new row, in standard deviations of the rows that are there
@@ -45,7 +46,23 @@ def read_source(path: str) -> Source:
     return Source(path, True, described.model, described.objective, described.length, described.mask_id)
 
 
-def network_of(given: Mapping, path: str, objective: Any, length: int) -> dict:
+def resolve(config: Config | Nested) -> Config | Nested:
+    """A config as `Config.from_dict` takes it: model.kind="init_from" has become the network of `train.init_from`.
+
+    UserError for a source that cannot be read, and as `Config.from_dict` for the sections beside `model`.
+    """
+    if isinstance(config, Config):
+        return config
+    section = dict(as_mapping("", config).items()).get("model")
+    if not hasattr(section, "items") or dict(section.items()).get("kind") != SAME:
+        return config
+    nested, sections = read_sections(config)
+    network = _network_of(dict(section.items()), sections["train"].init_from, sections["diffusion"],
+                          sections["data"].length)
+    return nested | {"model": network}
+
+
+def _network_of(given: Mapping, path: str, objective: Any, length: int) -> dict:
     """The section `model` of the network in `train.init_from`, with what is given beside `kind` in its place;
     shifted="source" becomes the form that it has under an objective with rows of `length` tokens (`shifted.kept`)."""
     if not path:

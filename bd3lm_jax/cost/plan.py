@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 from bd3lm_jax import log, rundir
+from bd3lm_jax.adaptation import adapt
 from bd3lm_jax.config import Config
 from bd3lm_jax.cost import compilers, flops, memory
 from bd3lm_jax.cost.compilers import SLICES, Compiled
@@ -39,7 +40,7 @@ def plan(config: Config | Nested, *, target: str, utilisation: float) -> dict[st
     Raises UserError for a config that `train` would refuse, or a target that cannot be compiled for here. It sets jax
     up for CPU: call it before jax has used a device.
     """
-    config = Config.from_dict(config)
+    config = Config.from_dict(adapt.resolve(config))
     sizes = {axis: max(size, 1) for axis, size in dataclasses.asdict(config.mesh).items()}
     config, special = resolved(dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes)))
     number = math.prod(sizes.values())

@@ -3,40 +3,25 @@
 A new source is one function `(data, split) -> Corpus` and one line in SOURCES.
 """
 
-import dataclasses
 import hashlib
 import itertools
 import json
 import logging
 import lzma
-import os
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 
-from bd3lm_jax.config import DataConfig
-from bd3lm_jax.data import mixture, text_files
+from bd3lm_jax import density
+from bd3lm_jax.data import code, dialogues, mixture, text_files
+from bd3lm_jax.data.corpus import SPLIT_NAMES, SPLITS, WHOLE, Corpus, json_lines, local_files
 from bd3lm_jax.data.detokenize import detokenize, rules_of
 from bd3lm_jax.errors import UserError, lookup, nearest
-from bd3lm_jax.foreign import open_regular
-from bd3lm_jax.log import note_once
-from bd3lm_jax.typed import check_characters, from_json
+from bd3lm_jax.schema import DataConfig
+from bd3lm_jax.typed import check_characters, one_of
 
-SPLITS = ("train", "valid", "test")
-HASHED_BYTES = 1 << 28  # of a source file
-WHOLE = "all"  # every document of local files, whatever their split
-SPLIT_NAMES = {split: split for split in SPLITS} | {"validation": "valid", "val": "valid", "dev": "valid"}
 NOVELS = ("SENSE AND SENSIBILITY", "PRIDE AND PREJUDICE", "MANSFIELD PARK", "EMMA", "NORTHANGER ABBEY")
 AUSTEN_VALID_FRACTION = 0.05  # of each train novel: part of the definition of the corpus
-
-
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-    """One split of a source."""
-
-    documents: Callable[[], Iterator[str]]  # a fresh pass over the documents
-    fingerprint: Callable[[], str]  # changes whenever the documents could
 
 
 def open_corpus(data: DataConfig, split: str) -> Corpus:
@@ -44,6 +29,14 @@ def open_corpus(data: DataConfig, split: str) -> Corpus:
     if split not in SPLITS and not (split == WHOLE and data.path):
         raise UserError(f"unknown split '{split}': {nearest(split, SPLITS)}")
     return lookup(SOURCES, data.source, "data.source")(data, split)
+
+
+def check(data: DataConfig) -> None:
+    """UserError unless source, density and mixture of a section `data` are known and go together."""
+    one_of("data.source", data.source, tuple(SOURCES))
+    density.check(data.density, data.density_fraction)
+    mixture.check(data.source, data.mixture, {"path": data.path, "name": data.name, "density": data.density},
+                  tuple(SOURCES))
 
 
 def load_documents(data: DataConfig, split: str) -> Iterator[str]:
@@ -127,20 +120,6 @@ def jsonl(data: DataConfig, split: str) -> Corpus:
     return local_files(data, split, ".jsonl", read, key=f"jsonl {data.field}")
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, dict]]:
-    """Line numbers and objects of a .jsonl file; UserError with the line for anything else."""
-    for number, line in text_files.lines(path):
-        if not line.strip():
-            continue
-        try:
-            record = from_json(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {number} is not JSON: {error.msg} at column {error.colno}") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path} line {number} is a JSON {type(record).__name__}, expected an object")
-        yield number, record
-
-
 def _json_field(path: Path, number: int, record: dict, field: str) -> str:
     if field not in record:
         raise UserError(f"{path} line {number} has no field '{field}' (data.field): {nearest(field, record)}")
@@ -148,79 +127,6 @@ def _json_field(path: Path, number: int, record: dict, field: str) -> str:
         raise UserError(f"{path} line {number}: field '{field}' is {type(record[field]).__name__}, expected text")
     check_characters(record[field], f"{path} line {number}: field '{field}'")
     return record[field].rstrip("\r\n")
-
-
-def local_files(data: DataConfig, split: str, suffix: str, read: Callable, key: str) -> Corpus:
-    """A split of the files at `data.path`; read(path) yields documents, key says what they depend on beside files."""
-    files = _split_files(Path(data.path), suffix)
-    held_out = split in ("train", "valid") and not files["valid"]
-    chosen = sum(files.values(), []) if split == WHOLE else files["train"] if held_out else files[split]
-    if not chosen:
-        raise UserError(f"{data.path} has no {split} split: give data.path a directory that holds a file named "
-                        f"{split}{suffix}")
-
-    def all_documents() -> Iterator[str]:
-        return itertools.chain.from_iterable(map(read, chosen))
-
-    def documents() -> Iterator[str]:
-        return _held_out(all_documents, split, data) if held_out else all_documents()
-
-    def fingerprint() -> str:
-        hashes = [_sha256(path) for path in chosen]
-        return json.dumps([key, hashes, [split, data.valid_fraction] if held_out else None])
-
-    return Corpus(documents, fingerprint)
-
-
-def _held_out(all_documents: Callable[[], Iterator[str]], split: str, data: DataConfig) -> Iterator[str]:
-    """The last `valid_fraction` of the documents (at least one) is the valid split, the others are the train split."""
-    total = sum(1 for _ in all_documents())
-    if total < 2:
-        raise UserError(f"{data.path} holds {total} documents, expected at least 2 (one a line): the last "
-                        f"{data.valid_fraction:.1%}, at least one, is held out for validation")
-    train = total - max(1, round(data.valid_fraction * total))
-    return itertools.islice(all_documents(), *((0, train) if split == "train" else (train, total)))
-
-
-def _split_files(path: Path, suffix: str) -> dict[str, list[Path]]:
-    """Files of each split. In a directory, with all below it, a name with the word train, valid (val, dev) or test says
-    which."""
-    if not path.exists():
-        raise UserError(f"data.path={str(path)!r} does not exist (looked for {path.absolute()})")
-    if not path.is_dir():
-        return {"train": [path], "valid": [], "test": []}
-    chosen, others = text_files.find(path, suffix)
-    if not chosen:
-        holds = f": it holds {text_files.describe(path, others)}" if others else ""
-        raise UserError(f"data.path={str(path)!r} is a directory without *{suffix} (or .xz, .gz, .bz2) files{holds}")
-    if others:
-        note_once(f"not read in {path}: {text_files.describe(path, others)}")
-    found = {split: [] for split in SPLITS}
-    for file in chosen:
-        found[_split_of(file.relative_to(path))].append(file)
-    return found
-
-
-def _split_of(file: Path) -> str:
-    """What its name says, else the folder that it is in."""
-    for name in reversed(file.parts):
-        for word in re.findall("[a-z]+", name.lower()):
-            if word in SPLIT_NAMES:
-                return SPLIT_NAMES[word]
-    return "train"
-
-
-def _sha256(path: Path) -> str:
-    """Of the file; of a very large one its start, size and date, so that no run waits for it."""
-    try:
-        with open_regular(path) as file:
-            facts = os.fstat(file.fileno())
-            if facts.st_size <= HASHED_BYTES:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-            start = hashlib.sha256(file.read(HASHED_BYTES)).hexdigest()
-            return f"{start} {facts.st_size} {facts.st_mtime_ns}"
-    except OSError as error:
-        raise text_files.unreadable(path, error) from None
 
 
 # ---- TensorFlow Datasets
@@ -294,20 +200,6 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _code(name: str):
-    def build(data: DataConfig, split: str) -> Corpus:
-        from bd3lm_jax.data import code  # which needs Corpus
-
-        return getattr(code, name)(data, split)
-    return build
-
-
-def _sft(data: DataConfig, split: str) -> Corpus:
-    from bd3lm_jax.data import dialogues  # which needs Corpus
-
-    return dialogues.sft(data, split)
-
-
 def _mixture(data: DataConfig, split: str) -> Corpus:
     """The documents of all its sources, one source after another."""
     parts = [open_corpus(section, split) for section in mixture.sections(data).values()]
@@ -315,5 +207,6 @@ def _mixture(data: DataConfig, split: str) -> Corpus:
                   lambda: json.dumps([part.fingerprint() for part in parts]))
 
 
-SOURCES = {"austen": austen, "text": text, "jsonl": jsonl, "sft": _sft, "tfds": tfds, mixture.SOURCE: _mixture,
-           **{name: _code(name) for name in ("python_sources", "arithmetic", "python_arithmetic")}}
+SOURCES = {"austen": austen, "text": text, "jsonl": jsonl, "sft": dialogues.sft, "tfds": tfds,
+           mixture.SOURCE: _mixture, "python_sources": code.python_sources, "arithmetic": code.arithmetic,
+           "python_arithmetic": code.python_arithmetic}

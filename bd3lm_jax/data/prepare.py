@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 
 from bd3lm_jax import files, lock, paths, workspace
-from bd3lm_jax.config import DataConfig
 from bd3lm_jax.data import corpora, manifest, mixture, packing, parts
+from bd3lm_jax.data.corpus import Corpus
 from bd3lm_jax.data.tokenizers import Tokenizer, get_tokenizer, load_tokenizer
 from bd3lm_jax.density import open_density
 from bd3lm_jax.density.source import Annotation, Context
 from bd3lm_jax.errors import RunError, UserError
+from bd3lm_jax.schema import DataConfig
 
 FORMAT = 1  # raise it when the same documents would be stored differently
 CHUNK_TOKENS = 1 << 22  # tokens held in memory while rows are written
@@ -187,7 +188,7 @@ def _train_counts(data: DataConfig, block_size: int, tokenizer: Tokenizer, progr
     return counts_V
 
 
-def prepare_corpus(corpus: corpora.Corpus, source: str, split: str, data: DataConfig, block_size: int,
+def prepare_corpus(corpus: Corpus, source: str, split: str, data: DataConfig, block_size: int,
                    tokenizer: Tokenizer, progress: Progress | None = None, density: Annotation | None = None,
                    workers: int = 1) -> Rows:
     """As `prepare`, for the documents of `corpus`, which `source` and `split` name; `data` tells the layout."""

@@ -30,6 +30,9 @@ MASK_TOKENS = ("[MASK]", "<mask>", "<|mask|>", "<|mdm_mask|>")
 MOST_IDS = 1 << 24  # no vocabulary in use has as many
 NUM_BYTES = 256
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+# For what is read elsewhere: hf.py registers here, which every command that opens tokenizers of others imports.
+READERS: dict[str, Callable[[Path], "Tokenizer | None"]] = {}  # by the ending of a file
+FINDERS: list[Callable[[str], str]] = []  # name -> path, the same for a name that they do not know
 
 
 class Tokenizer:
@@ -273,10 +276,9 @@ def get_tokenizer(spec: str, train_documents: Callable[[], Iterable[str]]) -> To
         return _from_model(spec, lzma.decompress(packed).decode(), {})
     if spec.startswith("bpe:"):
         return train_bpe(spec, train_documents())
-    if spec.lower().endswith(".gguf"):
-        from bd3lm_jax.published.gguf import read_tokenizer
-
-        found = read_tokenizer(Path(spec))
+    reader = next((READERS[ending] for ending in READERS if spec.lower().endswith(ending)), None)
+    if reader is not None:
+        found = reader(Path(spec))
         if found is None:
             raise UserError(f"data.tokenizer='{spec}' holds no tokenizer that can be read: give a tokenizer.json")
         return found
@@ -289,10 +291,8 @@ def get_tokenizer(spec: str, train_documents: Callable[[], Iterable[str]]) -> To
         return load_tokenizer(spec)
     near = nearest(spec, SPECS)
     if "/" in spec or "did you mean" not in near:
-        from bd3lm_jax import hf
-
-        path = hf.local(spec)
-        if path != spec:
+        path = next((path for find in FINDERS if (path := find(spec)) != spec), None)
+        if path is not None:
             return get_tokenizer(path, train_documents)
     raise UserError(f"unknown data.tokenizer '{spec}': {near}")
 

@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bd3lm_jax import stats
-from bd3lm_jax.config import Config, DataConfig
 from bd3lm_jax.data import corpora, mixture, text_files
-from bd3lm_jax.data.corpora import Corpus
+from bd3lm_jax.data.corpus import WHOLE, Corpus
 from bd3lm_jax.data.detokenize import detokenize, rules_of
 from bd3lm_jax.data.prepare import prepare_corpus
 from bd3lm_jax.data.sized import Sized, changed_documents, warn_if_changed
 from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.data.windows import Convention, arrange
 from bd3lm_jax.errors import UserError, nearest
+from bd3lm_jax.schema import DataConfig
 from bd3lm_jax.stats import ppl_of
 
 ALL = "all"
@@ -112,9 +112,12 @@ class Text(NamedTuple):
         return self.tokenizer == other.tokenizer or not (self.changed or other.changed)
 
 
-def convention_for(configs: Iterable[Config], *, chunks: str, stride: int, first_token: str,
+def convention_for(configs: Iterable[Any], *, chunks: str, stride: int, first_token: str,
                    end_token: str) -> Convention:
-    """The convention asked for; first_token "" is "predict" if all models can. UserError where one cannot."""
+    """The convention asked for, for models with these Configs; first_token "" is "predict" if all of them can.
+
+    UserError where one cannot do what first_token says.
+    """
     can = all(not config.diffusion.causal or config.diffusion.bos for config in configs)
     if first_token == "predict" and not can:
         raise UserError("--first_token=predict: an autoregressive model here has no beginning token "
@@ -122,9 +125,9 @@ def convention_for(configs: Iterable[Config], *, chunks: str, stride: int, first
     return Convention(chunks, stride, first_token or ("predict" if can else "skip"), end_token)
 
 
-def open_text(config: Config, tokenizer: Tokenizer, *, data: str, split: str, data_dir: str,
+def open_text(config: Any, tokenizer: Tokenizer, *, data: str, split: str, data_dir: str,
               convention: Convention) -> Text:
-    """A text as rows for the model of `config`, tokenised and laid out as in its training.
+    """A text as rows for the model of a Config, tokenised and laid out as in its training.
 
     data: OWN for the run's own corpus, a source of its mixture as it is written there, a name in DOMAINS, a .txt or
     .jsonl file (all of it, whatever the split) or a directory of them. split: of the run's own corpus, of its sources,
@@ -193,7 +196,7 @@ def _find(own: DataConfig, data: str, split: str, data_dir: str) -> _Found:
     if not path.exists():
         raise UserError(f"--data={data} is no file or directory of .txt or .jsonl text, and no named text: "
                         f"{nearest(data, (*DOMAINS, ALL))}")
-    split = corpora.WHOLE if path.is_file() else split
+    split = WHOLE if path.is_file() else split
     section = _local(own, path)
     return _Found(section.source, split, corpora.open_corpus(section, split))
 
@@ -201,13 +204,13 @@ def _find(own: DataConfig, data: str, split: str, data_dir: str) -> _Found:
 def _open_domain(own: DataConfig, name: str, domain: Domain, data_dir: str) -> tuple[str, Corpus]:
     """Split and corpus of a domain: packaged, from a file of `data_dir`, or from TFDS."""
     if domain.resource:
-        return corpora.WHOLE, corpora.embedded(domain.resource)
+        return WHOLE, corpora.embedded(domain.resource)
     if data_dir and not Path(data_dir).is_dir():
         raise UserError(f"--data_dir={data_dir} is not a directory")
     files = [Path(data_dir, name + ending) for ending in LOCAL_NAMES if data_dir]
     path = next((path for path in files if path.is_file()), None)
     if path is not None:
-        return corpora.WHOLE, corpora.open_corpus(dataclasses.replace(_local(own, path), field="text"), corpora.WHOLE)
+        return WHOLE, corpora.open_corpus(dataclasses.replace(_local(own, path), field="text"), WHOLE)
     if not (domain.tfds and corpora.tfds_is_prepared(domain.tfds)):
         raise Missing(_how_to_get(name, domain, data_dir))
     sections = [dataclasses.replace(own, source="tfds", path="", name=domain.tfds, field=field, mixture=())

@@ -77,9 +77,13 @@ def start(home, source, **changes):
     return toy_dict(home, {"train.init_from": str(source), **STILL, **changes}) | {"model": SAME}
 
 
+def parsed(nested) -> Config:
+    return Config.from_dict(adapt.resolve(nested))
+
+
 def test_an_autoregressive_run_becomes_a_block_model(home, ar_run, tmp_path, capsys):
     """Its network, found from `train.init_from`; every weight but the row of the mask token stays as it was."""
-    config = Config.from_dict(start(home, ar_run, **{"eval.rows": 0, "eval.draws": 1}))
+    config = parsed(start(home, ar_run, **{"eval.rows": 0, "eval.draws": 1}))
     assert config.model == rundir.read(ar_run)[0].model and not config.model.adaln
     train(config, str(tmp_path / "run"))
     before, after = read_metrics(tmp_path / "run")
@@ -133,7 +137,7 @@ def test_axes_of_the_vocabulary():
 @pytest.mark.ci_slow
 def test_a_published_checkpoint_without_a_mask_token_gets_one(home, tmp_path, capsys):
     source = published(tmp_path / "ar", "ar", 257)
-    train(Config.from_dict(start(home, source)), str(tmp_path / "run"))
+    train(parsed(start(home, source)), str(tmp_path / "run"))
     assert "mask token 257: a new row, now the mean of 257 embeddings plus noise" in capsys.readouterr().err
     config, new = rundir.read(tmp_path / "run")[0], weights(tmp_path / "run")
     assert config.model.vocab_size == 258 and not config.model.adaln
@@ -156,7 +160,7 @@ def test_padding_is_no_mask_token(home, tmp_path, capsys):
     found = {}
     for mask_id in (None, named):
         write_config(source, config | {"mask_token_id": mask_id})
-        ours = Config.from_dict(start(home, source))
+        ours = parsed(start(home, source))
         tokenizer = adapt.masking(ours, ByteTokenizer())
         model = models.build(ours.model, jnp.float32)
         abstract = jax.tree.map(
@@ -181,7 +185,7 @@ def test_a_tokenizer_is_known_by_its_ids(home, tmp_path):
     def check(content, end):
         other.write_text(json.dumps(content, indent=4))
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
-        config = Config.from_dict(start(home, source, **{"data.tokenizer": str(other)}))
+        config = parsed(start(home, source, **{"data.tokenizer": str(other)}))
         adapt.check_source(config, adapt.masking(config, load_tokenizer(other)))
 
     content["truncation"] = {"max_length": 8, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}
@@ -203,10 +207,10 @@ def write_config(directory, config):
 def test_a_published_masked_model_keeps_its_mask_token(home, tmp_path):
     """MDLM -> BD3-LM: the bound of one block a row becomes that of blocks of four, with all weights as published."""
     source = published(tmp_path / "mdlm", "bd3lm_block32_is_mdlm", 258)
-    train(Config.from_dict(start(home, source)), str(tmp_path / "run"))
+    train(parsed(start(home, source)), str(tmp_path / "run"))
     _, old = hf.read_model(source)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), weights(tmp_path / "run"), old)
-    train(Config.from_dict(start(home, source)), str(tmp_path / "run"))  # the same command again
+    train(parsed(start(home, source)), str(tmp_path / "run"))  # the same command again
 
 
 @pytest.mark.ci_slow
@@ -219,7 +223,7 @@ def test_a_causal_model_starts_at_its_own_likelihood(home, tmp_path, name):
     changes = {"data.length": length, "train.batch": 4, "train.steps": 2, "eval.rows": 4}
     sizes = {"diffusion.block_size": 2, "train.block_sizes": ((0, 1), (1, 2)), "train.anneal_steps": 2}
     model = {"model": {**SAME, "shifted": "block", "dropout": 0.0}}
-    config = Config.from_dict(start(home, source, **changes, **sizes) | model)
+    config = parsed(start(home, source, **changes, **sizes) | model)
     train(config, str(tmp_path / "run"))
     rows = prepare(config.data, "train", 2, ByteTokenizer())
     tokens = Loader(rows, 4, config.seed, None).get(0)[1]["tokens"]
@@ -230,7 +234,7 @@ def test_a_causal_model_starts_at_its_own_likelihood(home, tmp_path, name):
     losses = [line["train/loss"] for line in read_metrics(tmp_path / "run") if line["step"]]
     assert losses[0] == pytest.approx(nll, rel=1e-5) and len(losses) == 2
     lora = {"train.lora_rank": 2, "optim.lr": 1e-2}
-    result = train(Config.from_dict(start(home, source, **changes | lora) | model), str(tmp_path / "lora"))
+    result = train(parsed(start(home, source, **changes | lora) | model), str(tmp_path / "lora"))
     assert np.isfinite(result["valid_nll"]) and rundir.read(tmp_path / "lora")[0].model.kind == name
 
 
@@ -240,7 +244,7 @@ def test_dream_is_cut_into_blocks(home, tmp_path):
     weights have in the published network, causal and behind an end token, as those of any causal network do."""
     source = published(tmp_path / "dream", "hf/dream", 258)
     changes = {"data.length": 24, "train.batch": 4, "eval.rows": 4, "diffusion.block_size": 1}
-    config = Config.from_dict(start(home, source, **changes) | {"model": {**SAME, "shifted": "source"}})
+    config = parsed(start(home, source, **changes) | {"model": {**SAME, "shifted": "source"}})
     assert (hf.describe(source).model.shifted, config.model.shifted) == ("row", "block")
     train(config, str(tmp_path / "run"))
     plain = hf.describe(source)
@@ -260,9 +264,9 @@ def test_dream_is_cut_into_blocks(home, tmp_path):
 @pytest.mark.ci_slow
 def test_continuing_does_not_start_again(home, ar_run, tmp_path):
     config = start(home, ar_run, **{"optim.lr": 1e-2})
-    train(Config.from_dict(config), str(tmp_path / "run"))
+    train(parsed(config), str(tmp_path / "run"))
     before = weights(tmp_path / "run")
-    train(Config.from_dict(config), str(tmp_path / "run"))
+    train(parsed(config), str(tmp_path / "run"))
     jax.tree.map(np.testing.assert_array_equal, before, weights(tmp_path / "run"))
 
 
@@ -270,28 +274,40 @@ def test_what_does_not_fit_is_refused(home, ar_run, tmp_path):
     with pytest.raises(UserError, match="another network .model.adaln: True != False; here != there.: use model.kind"):
         train(toy_config(home, {"train.init_from": str(ar_run)}), str(tmp_path / "run"))
     with pytest.raises(UserError, match="model.kind='init_from' takes the network of train.init_from, which is ''"):
-        Config.from_dict(toy_dict(home, {}) | {"model": SAME})
+        parsed(toy_dict(home, {}) | {"model": SAME})
     with pytest.raises(UserError, match="unknown config key 'model.depth'"):
-        Config.from_dict(start(home, ar_run) | {"model": {**SAME, "depth": 2}})
+        parsed(start(home, ar_run) | {"model": {**SAME, "depth": 2}})
     source = published(tmp_path / "ar", "ar", 257)
     with pytest.raises(UserError, match="data.length=64, but train.init_from=.* at most 32 tokens: shorten the rows"):
-        train(Config.from_dict(start(home, source, **{"data.length": 64})), str(tmp_path / "run"))
+        train(parsed(start(home, source, **{"data.length": 64})), str(tmp_path / "run"))
     write_tokenizer(source, 257)
     with pytest.raises(UserError, match="data.tokenizer='bytes' is not the tokenizer of train.init_from=.*: ids would "
                                         "mean other text; use data.tokenizer=.*ar$"):
-        train(Config.from_dict(start(home, source)), str(tmp_path / "run"))
+        train(parsed(start(home, source)), str(tmp_path / "run"))
     small = published(tmp_path / "small", "ar", 200)
     with pytest.raises(UserError, match="model.vocab_size=200 is smaller than the 258 ids of tokenizer 'bytes'"):
-        train(Config.from_dict(start(home, small)), str(tmp_path / "run"))
+        train(start(home, small), str(tmp_path / "run"))
     config = rundir.resolve(toy_config(home), ByteTokenizer())
     rundir.claim(tmp_path / "empty", config, ByteTokenizer())
     with pytest.raises(UserError, match="holds no checkpoint: train it first"):
-        train(Config.from_dict(start(home, tmp_path / "empty")), str(tmp_path / "run"))
+        train(parsed(start(home, tmp_path / "empty")), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_reading_a_config_reads_no_checkpoint(home):
+    nested = start(home, "nowhere/at/all")
+    with pytest.raises(UserError, match="Config.from_dict reads no checkpoint: give it adapt.resolve.config."):
+        Config.from_dict(nested)
+    with pytest.raises(UserError, match="no run directory nowhere/at/all"):
+        adapt.resolve(nested)
+    with pytest.raises(UserError, match="config key 'train.steps' is 'x' .str., expected int"):
+        adapt.resolve({**nested, "train": nested["train"] | {"steps": "x"}})
+    plain = toy_dict(home, {})
+    assert adapt.resolve(plain) is plain
 
 
 def test_a_changed_network_may_drop_otherwise(home, ar_run):
     model = {**SAME, "dropout": 0.2}
-    found = Config.from_dict(start(home, ar_run) | {"model": model}).model
+    found = parsed(start(home, ar_run) | {"model": model}).model
     assert found == dataclasses.replace(rundir.read(ar_run)[0].model, dropout=0.2)
     assert Checkpoints(ar_run, 1, read_only=True).latest_step() == 4

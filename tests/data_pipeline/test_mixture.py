@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from bd3lm_jax.config import Config, DataConfig
+from bd3lm_jax.data import corpora
 from bd3lm_jax.data.corpora import load_documents
 from bd3lm_jax.data.loader import Loader
 from bd3lm_jax.data.mixture import MixedRows, Shares
@@ -197,7 +198,7 @@ def test_one_tokenizer_from_all_texts(mixed_config):
 ])
 def test_bad_mixtures_are_one_line(data_config, changes, message):
     with pytest.raises(UserError, match=message) as error:
-        data_config(**{"source": "mixture"} | changes)
+        corpora.check(data_config(**{"source": "mixture"} | changes))
     assert "\n" not in str(error.value)
 
 

@@ -1,10 +1,12 @@
 """GGUF files: written here as llama.cpp's converter lays them out, read as the checkpoint they came from."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from places import DATA, HF
+from places import DATA, HF, ROOT
 from safetensors.numpy import load_file
 from toy_gguf import gguf, written
 
@@ -48,6 +50,19 @@ def test_the_tokenizer(tmp_path):
     assert lm.special.end == 0 and lm.special.mask == len(WORDS)  # an id that no text has
     plain = bd3lm_jax.load(written(tmp_path / "plain.gguf", "llama", lambda w: add_tokenizer(w, pre="gpt-2")))
     assert plain.tokenizer.encode("12").tolist() == [10]
+
+
+@pytest.mark.ci_slow
+def test_a_command_takes_its_tokenizer(tmp_path):
+    """In a process of its own, where nothing but the command has imported the reader of such files."""
+    path = written(tmp_path / "model.gguf", "llama", add_tokenizer)
+    (tmp_path / "valid.txt").write_text("ab ab a12\n")
+    done = subprocess.run([sys.executable, "-m", "launch", "prepare", "--split=valid", "--config.data.source=text",
+                           f"--config.data.tokenizer={path}", f"--config.data.path={tmp_path}",
+                           f"--config.data.cache_dir={tmp_path / 'cache'}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = np.load(Path(json.loads(done.stdout.splitlines()[-1])["path"]["valid"]) / "tokens.npy")
+    assert rows[0, :6].tolist() == [5, 9, 6, 7, 8, 0]
 
 
 def test_a_tokenizer_of_another_kind_is_left_out(tmp_path, capsys):
