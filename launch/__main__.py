@@ -1,4 +1,4 @@
-"""`python -m launch COMMAND` and `bd3lm COMMAND`: finds the command, prints its result, turns errors into one line and an
+"""`python -m launch COMMAND` and `bd3lm COMMAND`: find the command, print its result, turn errors into one line and an
 exit code."""
 
 import importlib
@@ -6,10 +6,9 @@ import os
 import signal
 import sys
 
-STOPPED = 42  # Preempted.exit_code, which takes a moment to import
-
 from launch import streams
 
+STOPPED = 42  # Preempted.exit_code, which takes a moment to import
 COMMANDS = {
     "train": "train a model, or go on with a run",
     "eval": "likelihood of a split, with its error bar",
@@ -161,7 +160,7 @@ def _stop_at_once(*_: object) -> None:
 
 
 def launch(argv: list[str] | None = None) -> None:
-    """`main`, then the end of the process if it failed. argv: None for what was typed behind the name of the program."""
+    """`main`, then the end of the process if it failed. argv: None for what was typed after the program's name."""
     if argv is None:
         argv = sys.argv[1:]
         sys.path.append("")  # `--import=MODULE` finds files of this folder; last, so that they hide nothing installed

@@ -24,7 +24,7 @@ Flags of every command:
   --import=MODULE           import a module that adds objectives, networks, schedules, samplers or corpora; repeatable
                             (docs/objectives.md)
   --compile_cache=off       compile everything anew: do not read or keep compiled programs on disk"""
-CONFIG_HELP = f"""
+CONFIG_HELP = """
   --config=NAME[:args]      the run's configuration: a preset of this package, e.g. tiny (the default), found from any
                             folder, or a file FILE.py; its docstring says which args it takes
   --config.KEY=VALUE        change one key, e.g. --config.optim.lr=1e-3 --config.train.steps=2000;
