@@ -6,12 +6,13 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from bd3lm_jax.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from bd3lm_jax import train as train
     from bd3lm_jax.lm import LM as LM
     from bd3lm_jax.lm import load as load
 
-__version__ = "0.1.0"
 __all__ = ["LM", "load", "train"]
 
 

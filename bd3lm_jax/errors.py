@@ -2,7 +2,9 @@
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 # Control characters but \t and \n, marks and overrides of direction, ends of lines beyond ASCII, halves of characters.
 STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -60,6 +62,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+
+
+def program() -> str:
+    """How the user starts a command: `bd3lm` if this process was started so, else `python -m launch`."""
+    return "bd3lm" if Path(*sys.argv[:1]).stem == "bd3lm" else "python -m launch"
+
+
+def command_line(words: str) -> str:
+    """`"train --workdir=DIR"` -> the whole command, for a message that names it."""
+    return f"{program()} {words}"
 
 
 def lookup(registry: dict, name: str, what: str):

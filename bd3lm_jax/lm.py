@@ -12,7 +12,7 @@ import numpy as np
 from bd3lm_jax import jax_settings, models, passes, plugins, stats
 from bd3lm_jax.config import SECTIONS, Config, DataConfig
 from bd3lm_jax.data.tokenizers import Tokenizer
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.errors import UserError, command_line
 from bd3lm_jax.evaluation import conditional, estimators, evaluate
 from bd3lm_jax.models import Backbone, trunk
 from bd3lm_jax.published import Described
@@ -108,8 +108,8 @@ class LM:
     def corpus(self, path: str) -> DataConfig:
         """What the run in `path` was trained on. UserError for a published checkpoint, which brings no corpus."""
         if self.config.data is None:
-            raise UserError(f"{path} is a published checkpoint, which brings no corpus: give a run directory (python "
-                            "-m launch convert --format=native makes one)")
+            raise UserError(f"{path} is a published checkpoint, which brings no corpus: give a run directory ("
+                            f"{command_line('convert')} --format=native makes one)")
         return self.config.data
 
     def at_block_size(self, size: int) -> "LM":

@@ -14,7 +14,7 @@ from bd3lm_jax import distributed, files, plots, sealed
 from bd3lm_jax.config import Config
 from bd3lm_jax.data.corpora import join_documents, load_documents
 from bd3lm_jax.data.sized import Sized, changed_documents, warn_if_changed
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.errors import UserError, command_line
 from bd3lm_jax.evaluation import textmetrics
 from bd3lm_jax.log import busy, counted, note, note_once, save, table
 from bd3lm_jax.stats import format_interval, format_number
@@ -55,7 +55,7 @@ def closing(run: Any, weights: Any, valid: dict, evaluator: Any) -> None:
     if hasattr(config.schedule, "law"):
         plots.noise_over_steps(run.workdir)
     if config.eval.samples and jax.process_count() > 1:
-        note(f"no samples of a run of many processes: python -m launch sample --workdir={run.workdir}")
+        note(f"no samples of a run of many processes: {command_line('sample')} --workdir={run.workdir}")
     elif config.eval.samples:
         _samples(run, weights)
     numbers = {split: {key: value for key, value in estimate.items() if key != "wall_s"}

@@ -15,7 +15,7 @@ from bd3lm_jax.data.corpora import SOURCES
 from bd3lm_jax.data.dialogues import chat_files
 from bd3lm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3lm_jax.diffusion.schedule import SCHEDULES
-from bd3lm_jax.errors import RunError, UserError
+from bd3lm_jax.errors import RunError, UserError, command_line
 from bd3lm_jax.foreign import read_bytes
 from bd3lm_jax.log import METRICS_FILE, note_once
 from bd3lm_jax.sealed import SEAL, Damaged, seal, unseal
@@ -108,10 +108,10 @@ def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:
     """Config and tokenizer of a run directory; UserError if it is none, or if its files are not what was written."""
     path = Path(workdir)
     if not path.is_dir():
-        raise UserError(f"no run directory {path}: train first (python -m launch train --workdir={path}), or give a "
-                        "published checkpoint (config.json and safetensors)")
+        raise UserError(f"no run directory {path}: train first ({command_line('train')} --workdir={path}), or give "
+                        "a published checkpoint (config.json and safetensors)")
     if not (path / CONFIG).exists():
-        raise UserError(f"{path} holds no {CONFIG}: expected a directory written by 'python -m launch train'")
+        raise UserError(f"{path} holds no {CONFIG}: expected a directory written by '{command_line('train')}'")
     stored = _stored(path)
     for name, digest in as_mapping(FILES, stored.get(FILES, {})).items():
         file = path / name
@@ -180,8 +180,8 @@ def _stored(path: Path) -> dict:
             raise UserError(f"{path / CONFIG} {error}: restore it or train again") from None
         stored.pop(SEAL, None)
     if "model_type" in stored:
-        raise UserError(f"{path} is a published checkpoint, expected a run directory: python -m launch convert "
-                        f"--from={path} --to=DIR --format=native makes one")
+        raise UserError(f"{path} is a published checkpoint, expected a run directory: "
+                        f"{command_line('convert')} --from={path} --to=DIR --format=native makes one")
     if not stored.keys() & {field.name for field in dataclasses.fields(Config)}:
         from bd3lm_jax.published import FORMATS
 

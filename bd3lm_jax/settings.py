@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from bd3lm_jax import log
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.errors import UserError, command_line
 from bd3lm_jax.foreign import read_bytes
 from bd3lm_jax.lm import LM
 from bd3lm_jax.sealed import SEAL, Damaged, unseal
@@ -32,7 +32,7 @@ def settings_for(lm: LM, workdir: str, file: str, prefer: str) -> tuple[dict[str
         return _from_file(lm, path, prefer)
     if lm.config.diffusion.causal or lm.config.block_size == 1:
         return PRESETS["quality"], "the model writes one token a call whatever the preference"
-    return PRESETS[prefer], f"preset, not measured: python -m launch bench sampling --workdir={workdir} measures"
+    return PRESETS[prefer], f"preset, not measured: {command_line('bench sampling')} --workdir={workdir} measures"
 
 
 def _from_file(lm: LM, path: Path, prefer: str) -> tuple[dict[str, Any], str]:
@@ -46,7 +46,7 @@ def _from_file(lm: LM, path: Path, prefer: str) -> tuple[dict[str, Any], str]:
                         "sampling writes it")
     other = _measured_on_another(lm, content)
     if other:
-        log.note(f"warning: {path} was measured {other}: python -m launch bench sampling measures again")
+        log.note(f"warning: {path} was measured {other}: {command_line('bench sampling')} measures again")
     return chosen, f"{prefer} of {path}" + (f", measured {other}" if other else "")
 
 

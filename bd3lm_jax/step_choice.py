@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from bd3lm_jax import distributed
-from bd3lm_jax.errors import RunError, UserError
+from bd3lm_jax.errors import RunError, UserError, command_line
 
 LATEST, BEST = "latest", "best"  # names of steps
 LOOKS = 20  # for a step that is not deleted while it is read
@@ -49,8 +49,8 @@ class StepChoice:
         for _ in range(LOOKS):
             steps = self._steps()
             if not steps:
-                raise Absent(f"no checkpoint in {self._directory}: train first (python -m launch train --workdir="
-                             f"{self._directory.parent}) or pass another --workdir")
+                raise Absent(f"no checkpoint in {self._directory}: train first "
+                             f"({command_line('train')} --workdir={self._directory.parent}) or pass another --workdir")
             try:
                 return self._newest(steps, read) if which == LATEST else (*self._named(which, steps, read), [])
             except _Deleted as error:

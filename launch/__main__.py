@@ -1,14 +1,14 @@
-"""`python -m launch COMMAND`: finds the command, prints its result, turns errors into one line and an exit code."""
+"""`python -m launch COMMAND` and `bd3lm COMMAND`: find the command, print its result, turn errors into one line and an
+exit code."""
 
 import importlib
 import os
 import signal
 import sys
 
-STOPPED = 42  # Preempted.exit_code, which takes a moment to import
-
 from launch import streams
 
+STOPPED = 42  # Preempted.exit_code, which takes a moment to import
 COMMANDS = {
     "train": "train a model, or go on with a run",
     "eval": "likelihood of a split, with its error bar",
@@ -24,7 +24,7 @@ COMMANDS = {
 }
 USAGE = """Block diffusion language models in JAX.
 
-  python -m launch COMMAND [--config=FILE.py[:args]] [--config.key=value ...] [flags]
+  python -m launch COMMAND [--config=NAME[:args] | --config=FILE.py[:args]] [--config.key=value ...] [flags]
 
 {commands}
 
@@ -46,8 +46,9 @@ COMPUTED_WITH = {  # settings of JAX that would change results; jax_settings.py 
 def main(argv: list[str]) -> int:
     """Run one command; returns the exit code."""
     if not argv or argv[0] in HELP:
-        return streams.show(USAGE.format(commands="\n".join(f"  {name:<9} {line}" for name, line in COMMANDS.items())))
-    from bd3lm_jax.errors import UserError, nearest, one_line, visible
+        commands = "\n".join(f"  {name:<9} {line}" for name, line in COMMANDS.items())
+        return streams.show(_as_typed(USAGE.format(commands=commands)))
+    from bd3lm_jax.errors import UserError, command_line, nearest, one_line, visible
 
     name, rest = argv[0], argv[1:]
     try:
@@ -77,8 +78,8 @@ def main(argv: list[str]) -> int:
             return 1
         if _no_backend(error):
             print(f"error: JAX has no such device ({one_line(error) or 'not installed'}): JAX_PLATFORMS="
-                  f"{os.environ.get('JAX_PLATFORMS', '')}; unset it, or install what it names (python -m launch doctor "
-                  "says what is there)", file=sys.stderr)
+                  f"{os.environ.get('JAX_PLATFORMS', '')}; unset it, or install what it names "
+                  f"({command_line('doctor')} says what is there)", file=sys.stderr)
             return 2
         import traceback
 
@@ -142,7 +143,14 @@ def _help(command) -> str:
 
     config = arguments.CONFIG_HELP if command.TAKES_CONFIG else ""
     flags = f"{config}\n{arguments.flags_help(command.define)}".rstrip()
-    return f"{command.__doc__.strip()}\n\nFlags:{flags}\n{arguments.COMMON_HELP}"
+    return _as_typed(f"{command.__doc__.strip()}\n\nFlags:{flags}\n{arguments.COMMON_HELP}")
+
+
+def _as_typed(text: str) -> str:
+    """A help text with commands as this user starts them."""
+    from bd3lm_jax.errors import program
+
+    return text.replace("python -m launch", program())
 
 
 def _stop_at_once(*_: object) -> None:
@@ -151,8 +159,11 @@ def _stop_at_once(*_: object) -> None:
     os._exit(STOPPED)
 
 
-def launch(argv: list[str]) -> None:
-    """`main`, then the end of the process if it failed."""
+def launch(argv: list[str] | None = None) -> None:
+    """`main`, then the end of the process if it failed. argv: None for what was typed after the program's name."""
+    if argv is None:
+        argv = sys.argv[1:]
+        sys.path.append("")  # `--import=MODULE` finds files of this folder; last, so that they hide nothing installed
     signal.signal(signal.SIGTERM, _stop_at_once)  # before anything is loaded
     streams.open_all()
     _fix_settings()
@@ -165,4 +176,4 @@ def launch(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    launch(sys.argv[1:])
+    launch(sys.argv[1:])  # Python itself has put the working directory on the path

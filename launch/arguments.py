@@ -1,10 +1,12 @@
-"""Command-line flags and `--config=FILE.py[:args] --config.key=value` to plain values; no device is touched."""
+"""Command-line flags and `--config=NAME[:args] --config.key=value` to plain values; no device is touched."""
 
 import contextlib
+import importlib
 import importlib.util
 import inspect
 import os
 import re
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,13 +18,15 @@ from bd3lm_jax import paths, synonyms
 from bd3lm_jax.errors import UserError, nearest
 
 DEFAULT_CONFIG = "configs/tiny.py"
+SHIPPED = Path(__file__).parents[1] / "configs"  # the presets of this package, in a checkout and where it is installed
 COMMON_HELP = """\
 Flags of every command:
   --import=MODULE           import a module that adds objectives, networks, schedules, samplers or corpora; repeatable
                             (docs/objectives.md)
   --compile_cache=off       compile everything anew: do not read or keep compiled programs on disk"""
-CONFIG_HELP = f"""
-  --config=FILE.py[:args]   the run's configuration (default {DEFAULT_CONFIG}); its docstring says which args it takes
+CONFIG_HELP = """
+  --config=NAME[:args]      the run's configuration: a preset of this package, e.g. tiny (the default), found from any
+                            folder, or a file FILE.py; its docstring says which args it takes
   --config.KEY=VALUE        change one key, e.g. --config.optim.lr=1e-3 --config.train.steps=2000;
                             values in configs/common.py, meanings in bd3lm_jax/config.py"""
 
@@ -206,10 +210,12 @@ def split_at_dashes(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def split_command(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(what stands before `--`, the command after it); the latter may begin with `python -m launch`."""
+    """(what stands before `--`, the command after it); the latter may begin with `python -m launch` or `bd3lm`."""
     before, after = split_at_dashes(argv)
     command = after[1:]
-    return before, command[3:] if command[1:3] == ["-m", "launch"] else command
+    if command[1:3] == ["-m", "launch"]:
+        return before, command[3:]
+    return before, command[1:] if command[:1] == ["bd3lm"] else command
 
 
 def override_key(word: str) -> str:
@@ -276,11 +282,7 @@ def load_sweep(path: str) -> list[dict]:
 
 def _load_module(path: str):
     """The module of a config file. UserError if there is none."""
-    path = paths.local(path, "--config")
-    if not os.path.isfile(path):
-        there = sorted(str(file) for file in Path("configs").rglob("*.py") if file.stem not in ("__init__", "common"))
-        raise UserError(f"config file '{path}' does not exist: " + (
-            nearest(path, there) if there else "run from the checkout, which holds configs/, or give --config=FILE.py"))
+    path = _config_file(path)
     module_spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
     if module_spec is None:
         raise UserError(f"config file '{path}' is not a Python file: expected a name that ends in .py")
@@ -288,6 +290,38 @@ def _load_module(path: str):
     with _errors_of(path):
         module_spec.loader.exec_module(module)
     return module
+
+
+def _config_file(path: str) -> str:
+    """The file of `tiny`, a preset of this package, of `configs/tiny.py`, which is that preset where the working
+    directory has no such file, or of any other path. UserError if there is none."""
+    path = paths.local(path, "--config")
+    presets = {}
+    for file in _config_files(SHIPPED):
+        inside = file.relative_to(SHIPPED)
+        presets |= {str(inside.with_suffix("")): file, f"configs/{inside}": file}
+    is_file, is_python = os.path.isfile(path), path.endswith(".py")
+    if path in presets and not (is_python and is_file):
+        _import_shipped()
+        return str(presets[path])
+    if not is_file:
+        known = {*presets, *map(str, _config_files(Path("configs")))}
+        same_kind = [name for name in known if name.endswith(".py") == is_python]
+        raise UserError(f"config file '{path}' does not exist: {nearest(path, same_kind)}")
+    return path
+
+
+def _config_files(folder: Path) -> list[Path]:
+    return [file for file in folder.rglob("*.py") if file.stem not in ("__init__", "common")]
+
+
+def _import_shipped() -> None:
+    """Presets import `configs.common`: that of this package, also where the working directory has such a folder."""
+    sys.path.insert(0, str(SHIPPED.parent))
+    try:
+        importlib.import_module("configs")
+    finally:
+        sys.path.remove(str(SHIPPED.parent))
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ def define(values: flags.FlagValues) -> None:
 
 def main(args: flags.FlagValues) -> dict:
     from bd3lm_jax import log
-    from bd3lm_jax.errors import UserError
+    from bd3lm_jax.errors import UserError, command_line
 
     if args.name == "sampling" and args.workdir:
         if args.against or args["out"].present:
@@ -58,5 +58,5 @@ def main(args: flags.FlagValues) -> dict:
     if args.name:
         return bench(args.name, args.rounds, args.against, args.out, args.workdir)
     for name, module in BENCHES.items():
-        log.note(f"python -m launch bench {name:<10}  # {module.__doc__.splitlines()[0]}")
+        log.note(f"{command_line('bench')} {name:<10}  # {module.__doc__.splitlines()[0]}")
     return {"benches": list(BENCHES)}

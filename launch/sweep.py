@@ -23,7 +23,7 @@ import sys
 
 from absl import flags
 
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.errors import UserError, program
 from launch import arguments
 
 TAKES_CONFIG = True
@@ -69,6 +69,7 @@ def load_points(spec: str, overrides: list[str]) -> list:
 
     path, colon, _ = spec.partition(":")
     fixed = {arguments.override_key(word) for word in overrides} | ({ARG} if colon else set())
+    launch = (sys.argv[0],) if program() == "bd3lm" else ("-m", "launch")
     points = []
     for i, changes in enumerate(arguments.load_sweep(path)):
         twice = sorted(fixed & changes.keys())
@@ -81,7 +82,7 @@ def load_points(spec: str, overrides: list[str]) -> list:
             config = arguments.load_config(point_spec, words)
         except UserError as error:
             raise UserError(f"run {i} of sweep() in '{path}': {error}") from None
-        command = (sys.executable, "-m", "launch", "train", f"--config={point_spec}", *words,
+        command = (sys.executable, *launch, "train", f"--config={point_spec}", *words,
                    *(f"--import={module}" for module in plugins.named()))
         points.append(Point(changes, config, command))
     return points

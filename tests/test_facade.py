@@ -54,7 +54,7 @@ def test_types_are_shipped_and_say_what_generate_returns():
     assert get_type_hints(bd3lm_jax.load)["return"] is bd3lm_jax.LM
     assert get_type_hints(bd3lm_jax.LM.generate)["return"] == list[Sample]
     assert Path(bd3lm_jax.__file__).with_name("py.typed").is_file()
-    assert '"bd3lm_jax": ["py.typed"]' in (ROOT / "setup.py").read_text()
+    assert '"bd3lm_jax" = ["py.typed"]' in (ROOT / "pyproject.toml").read_text()
 
 
 @pytest.mark.skipif(shutil.which("pyright") is None, reason="pyright is not installed")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bd3lm_jax import paths, rundir, sealed
 from bd3lm_jax.bench.runner import row_of
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.errors import UserError, command_line
 from bd3lm_jax.evaluation import family
 
 TEXTS = 32  # of each run
@@ -43,7 +43,7 @@ def runs_of(workdir: str) -> list[str]:
     except (sealed.Damaged, KeyError, TypeError) as error:
         raise UserError(f"{status} is damaged ({error}): the sweep command writes it again") from None
     if not found:
-        raise UserError(f"{workdir} is a sweep without a finished run: run it first, python -m launch sweep")
+        raise UserError(f"{workdir} is a sweep without a finished run: run it first, {command_line('sweep')}")
     return found
 
 

@@ -42,7 +42,7 @@ from bd3lm_jax.config import Config
 from bd3lm_jax.diffusion.masked import Masked, Uniforms
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.diffusion.schedule import MAX_STRATA
-from bd3lm_jax.errors import UserError, lookup
+from bd3lm_jax.errors import UserError, command_line, lookup
 from bd3lm_jax.models import trunk
 from bd3lm_jax.score import SpecialIds
 
@@ -263,7 +263,7 @@ def make(name: str, config: Config):
     objective = config.diffusion
     if not has_bound(config):
         raise UserError(f"a model of kind '{objective.kind}' has no bound on its likelihood, so there is nothing to "
-                        "measure: look at its samples (python -m launch sample)")
+                        f"measure: look at its samples ({command_line('sample')})")
     if not (objective.masks or objective.causal or name == "native"):
         raise UserError(f"estimator '{name}' masks tokens, which a model of kind '{objective.kind}' does not predict: "
                         "use native")

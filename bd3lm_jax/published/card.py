@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bd3lm_jax.errors import command_line
 from bd3lm_jax.published.leaf import Described
 from bd3lm_jax.stats import format_interval, format_number
 
@@ -73,8 +74,8 @@ def card(name: str, described: Described, num_params: int, dtype: str, origin: O
     text = HEAD.format(name=name, tag=tag, what=what, base=base) + f"\n## Training\n\n{_training(origin)}\n"
     text += "\n## Results\n\n" + _results(origin.results)
     use = 'print(lm.generate(["Once"], length=64)[0].text)' if has_tokenizer else "print(lm.logits([[0, 1, 2]]).shape)"
-    return text + LOAD.format(name=name, use=use, command=f"python -m launch sample --workdir={name}" if has_tokenizer
-                              else f"python -m launch convert --from={name} --to=DIR")
+    command = command_line(f"sample --workdir={name}" if has_tokenizer else f"convert --from={name} --to=DIR")
+    return text + LOAD.format(name=name, use=use, command=command)
 
 
 def _training(origin: Origin) -> str:

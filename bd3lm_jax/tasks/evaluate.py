@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bd3lm_jax import files, hf, jax_settings, log
-from bd3lm_jax.errors import UserError, lookup
+from bd3lm_jax.errors import UserError, command_line, lookup
 from bd3lm_jax.published.card import HUB_CACHE, base_name
 from bd3lm_jax.tasks import sandbox
 from bd3lm_jax.tasks import score
@@ -67,7 +67,7 @@ def evaluate_task(workdir: str | os.PathLike, *, task: str, file: str, against: 
     workdir, against = hf.local(workdir), against and hf.local(against)
     for model in filter(None, (workdir, against)):
         if not Path(model).exists():
-            raise UserError(f"no run directory {model}: train first (python -m launch train --workdir={model}), or "
+            raise UserError(f"no run directory {model}: train first ({command_line('train')} --workdir={model}), or "
                             "give a published checkpoint")
     examples, problems = source.problems[:shots], source.problems[shots:]
     problems = problems[:num_problems or len(problems)]

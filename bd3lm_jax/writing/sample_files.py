@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bd3lm_jax import files, rundir
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.errors import UserError, command_line
 from bd3lm_jax.foreign import LARGE, read_text
 from bd3lm_jax.typed import from_json
 
@@ -66,7 +66,7 @@ def names(texts: Sequence[Texts]) -> list[str]:
 def _newest(workdir: Path) -> Path:
     found = [file for file in workdir.glob("samples/[!.]*") if file.suffix in (".txt", ".json", ".jsonl")]
     if not found:
-        raise UserError(f"{workdir} has no texts in samples/: python -m launch sample --workdir={workdir} > FILE.json")
+        raise UserError(f"{workdir} has no texts in samples/: {command_line('sample')} --workdir={workdir} > FILE.json")
     return max(found, key=lambda file: ([int(number) for number in re.findall(r"\d+", file.stem)], file.name))
 
 
