@@ -14,6 +14,9 @@ from pathlib import Path
 
 import jax
 
+from bd3lm_jax.errors import UserError
+from bd3lm_jax.paths import default_cache
+
 VARIABLE = "BD3LM_COMPILE_CACHE"
 CHOICES = ("on", "off")
 MAX_BYTES = 2 << 30  # the programs that were used least recently go
@@ -33,8 +36,8 @@ def enable() -> None:
         path = directory()
         _own(path)
         _mend(path)
-    except (OSError, ImportError, NotImplementedError, RuntimeError, ValueError):
-        return  # no home, a full or read-only disk, somebody else's directory, no locks
+    except (OSError, ImportError, NotImplementedError, RuntimeError, UserError, ValueError):
+        return  # a full or read-only disk, somebody else's directory, no locks
     config.update("jax_compilation_cache_dir", str(path))
     if config.jax_compilation_cache_max_size == -1:
         config.update("jax_compilation_cache_max_size", MAX_BYTES)
@@ -43,12 +46,11 @@ def enable() -> None:
 
 
 def directory() -> Path:
-    """In $BD3LM_CACHE or ~/.cache/bd3lm_jax, of this user and this kind of CPU. RuntimeError where there is no home.
+    """In `paths.default_cache`, of this user and this kind of CPU. UserError where there is none.
 
     Programs hold machine code for the CPU that compiled them, and machines of several kinds may share a home.
     """
-    base = Path(os.environ.get("BD3LM_CACHE") or "~/.cache/bd3lm_jax").expanduser()
-    return base.absolute() / f"programs-{os.getuid()}-{platform.machine()}-{cpu()}"
+    return default_cache().absolute() / f"programs-{os.getuid()}-{platform.machine()}-{cpu()}"
 
 
 def cpu(description: str = "/proc/cpuinfo") -> str:

@@ -66,19 +66,25 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, form: str, 
     if form == "native" and dtype != "float32":
         raise UserError(f"dtype is {dtype!r}: a run directory keeps float32 parameters, use float32 or --format=hf")
     shard = write.parse_size(max_shard)
-    model = lm.load(source, weights, allow_pickle=allow_pickle)
+    with log.busy(f"reading {source}"):
+        model = lm.load(source, weights, allow_pickle=allow_pickle)
     if check > model.context:
         raise UserError(f"check is {check} tokens, expected at most {model.context}, the context of the model")
     if tokenizer:
         model = _with_tokenizer(model, source, tokenizer)
-    if form == "hf":
-        origin = _origin(model, Path(source), weights) if native else Origin(Path(source).name, None, None, {}, "", 0)
-        written = _write_published(model, Path(source), Path(target), dtype, shard, origin)
-    else:
-        written = _write_run(model, Path(source), Path(target), length, base)
+    with log.busy(f"writing {target}"):
+        if form == "hf":
+            origin = (_origin(model, Path(source), weights) if native else
+                      Origin(Path(source).name, None, None, {}, "", 0))
+            written = _write_published(model, Path(source), Path(target), dtype, shard, origin)
+        else:
+            written = _write_run(model, Path(source), Path(target), length, base)
     log.note(f"{written['tensors']} tensors, {written['bytes']:,} bytes in {target}")
     result = {**written, "dtype": dtype, "format": form}
-    return result | (compare(model, lm.load(target, weights), check) if check else {})
+    if not check:
+        return result
+    with log.busy(f"comparing the logits of {check} tokens"):
+        return result | compare(model, lm.load(target, weights), check)
 
 
 def _with_tokenizer(model: LM, source, spec: str) -> LM:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from bd3lm_jax import hf
+from bd3lm_jax import hf, log
 from bd3lm_jax.data.chat_template import ChatTemplate
 from bd3lm_jax.data.texts import new_text
 from bd3lm_jax.errors import UserError, nearest, one_line
@@ -84,10 +84,25 @@ class Harness:
         return self._template.source
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a dialogue; without `add_generation_prompt` its last message is to be continued."""
+        """The text of a dialogue; without `add_generation_prompt` its last message is to be continued.
+
+        A dialogue that the template refuses is tried again without its system messages, as the harness's own class of
+        models does it. UserError if it is refused then, too, or has no others.
+        """
         if self._template is None:
             self.chat_template(True)
         self._chat = True
+        try:
+            return self._chat_text(chat_history, add_generation_prompt)
+        except UserError as error:
+            without_system = [message for message in chat_history if message["role"] != "system"]
+            if len(without_system) in (0, len(chat_history)):
+                raise
+            text = self._chat_text(without_system, add_generation_prompt)
+            log.note_once(f"warning: {error}; system messages are left out")
+            return text
+
+    def _chat_text(self, chat_history: list[dict[str, str]], add_generation_prompt: bool) -> str:
         if add_generation_prompt:
             return self._template.render(chat_history, [(len(chat_history), True)])[0]
         *others, last = chat_history

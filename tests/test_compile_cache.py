@@ -9,7 +9,7 @@ import jax
 import pytest
 from toy_runs import ROOT, environment, losses, write_text
 
-from bd3lm_jax import compile_cache
+from bd3lm_jax import compile_cache, paths
 
 X86 = "processor : 0\nvendor_id : GenuineIntel\nmodel name : Xeon\nflags : fpu sse4_2 avx2\ncpu MHz : {}\n\nprocessor : 1\n"
 TRAIN = """
@@ -60,9 +60,19 @@ def test_no_place_is_no_error(settings, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("BD3LM_CACHE", str(tmp_path / "file"))
     assert chosen() is None
-    monkeypatch.delenv("BD3LM_CACHE")
-    monkeypatch.delenv("HOME", raising=False)
-    monkeypatch.setattr(Path, "expanduser", lambda path: (_ for _ in ()).throw(RuntimeError("no home directory")))
+    monkeypatch.setenv("BD3LM_CACHE", "gs://bucket/cache")
+    assert chosen() is None
+
+
+@pytest.mark.parametrize("home", ["", "/proc/nowhere"])
+def test_without_a_home_it_is_where_prepared_data_is(home, settings, monkeypatch, tmp_path):
+    monkeypatch.delenv("BD3LM_CACHE", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("HOME", home)
+    path = Path(chosen())
+    assert path.parent == paths.default_cache() and path.parent.parent == tmp_path
+    jax.config.update("jax_compilation_cache_dir", None)
+    path.parent.chmod(0o777)  # which others can write
     assert chosen() is None
 
 

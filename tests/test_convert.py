@@ -1,5 +1,6 @@
 """Written checkpoints against the published files they came from, run directories both ways, nothing half-written."""
 
+import io
 import json
 import shutil
 
@@ -8,10 +9,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from places import GOLDEN
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 import bd3lm_jax
-from bd3lm_jax import hf
+from bd3lm_jax import hf, log
 from bd3lm_jax.config import DataConfig
 from bd3lm_jax.convert import convert
 from bd3lm_jax.errors import UserError
@@ -70,6 +72,17 @@ def test_config_of_a_written_bd3lm(tmp_path, name):
     for key in (*CONFIG_KEYS, "algo", "model_type", "architectures", "var_min", "sampling_eps_min",
                 "sampling_eps_max"):
         assert ours.get(key) == theirs.get(key), key
+
+
+def test_reading_writing_and_comparing_show_that_they_go_on(tmp_path, monkeypatch):
+    """On a screen that moves, on which a task is one line."""
+    screen = io.StringIO()
+    monkeypatch.setattr(log, "_console", Console(file=screen, force_terminal=True, width=300, highlight=False,
+                                                 _environ={"TERM": "xterm"}))
+    converted(GOLDEN / "ar", tmp_path / "out", check=4)
+    shown = screen.getvalue()
+    for line in (f"reading {GOLDEN / 'ar'}", f"writing {tmp_path / 'out'}", "comparing the logits of 4 tokens"):
+        assert line in shown
 
 
 def test_shards(tmp_path):

@@ -161,7 +161,7 @@ TEMPLATE = ("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exceptio
             "{% if add_generation_prompt %}<a{% endif %}")
 
 
-def test_chat_templates(monkeypatch, tmp_path):
+def test_chat_templates(monkeypatch, tmp_path, capsys):
     pytest.importorskip("jinja2")
     lm = make_lm(OBJECTIVES["ar"], tokenizer=Signs())
     monkeypatch.setattr(harness, "load", lambda path, weights: lm)
@@ -175,8 +175,13 @@ def test_chat_templates(monkeypatch, tmp_path):
     chat = [{"role": "user", "content": "bc "}, {"role": "assistant", "content": "efg "}]
     assert model.apply_chat_template(chat[:1]) == "<ubc\n<a"
     assert model.apply_chat_template(chat, add_generation_prompt=False) == "<ubc\n<aefg "
+    system = {"role": "system", "content": "j"}  # which this template refuses
+    assert model.apply_chat_template([system, *chat[:1]]) == "<ubc\n<a"
+    assert model.apply_chat_template([system, *chat], add_generation_prompt=False) == "<ubc\n<aefg "
+    said = capsys.readouterr().err
+    assert "refuses a dialogue (line 1): no system; system messages are left out" in said and said.count("warning") == 1
     with pytest.raises(UserError, match=r"refuses a dialogue \(line 1\): no system"):
-        model.apply_chat_template([{"role": "system", "content": ""}])
+        model.apply_chat_template([system])
     written, pairs = [], []
     monkeypatch.setattr(lm, "generate", lambda prompts, **options: written.append(prompts) or [
         types.SimpleNamespace(tokens=[0, 1], text="ab")] * len(prompts))
