@@ -26,14 +26,14 @@ from bd3lm_jax import distributed, files, replicas
 from bd3lm_jax.errors import RunError, UserError
 from bd3lm_jax.fingerprint import fingerprints_by_device, named_leaves
 from bd3lm_jax.log import note
-from bd3lm_jax.managers import TRASH, open_manager
+from bd3lm_jax.orbax_managers import TRASH, open_manager
 from bd3lm_jax.state import TrainState
-from bd3lm_jax.step_choice import LATEST, Absent as Absent, Damaged, StepChoice, cause_of
+from bd3lm_jax.checkpoint_selection import LATEST, CheckpointNotFound as CheckpointNotFound, DamagedCheckpoint, StepSelector, cause_of
 
 FORMAT = 1  # of the meta item
 DAMAGED = ".damaged"  # where steps that could not be read are put when a run goes on without them
-SHOWN = 5  # differing leaves named in an error
-LOOKS = 10  # at a directory that another process changes
+MAX_LEAVES_NAMED = 5  # differing leaves named in an error
+MAX_RETRIES = 10  # at a directory that another process changes
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not 
 
 
 @dataclasses.dataclass
-class _Lowest:
+class _KeepLowestBounds:
     """Preserves the `count` steps of the lowest `bounds` (nats by step; a step without one is never among them)."""
 
     bounds: dict[int, float]
@@ -50,7 +50,7 @@ class _Lowest:
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         del context
-        chosen = _lowest(self.bounds, [info.step for info in checkpoints])[:self.count]
+        chosen = _steps_by_bound(self.bounds, [info.step for info in checkpoints])[:self.count]
         return [info.step in chosen for info in checkpoints]
 
 
@@ -76,8 +76,8 @@ class Checkpoints:
             files.sync(self.directory.parent)
             self._empty_trash()
         options = {} if read_only else {"preservation_policy": checkpoint_managers.AnyPreservationPolicy(
-            [checkpoint_managers.LatestN(keep), _Lowest(self._bounds, keep_best)])}
-        self._manager = self._look(lambda: open_manager(self.directory, read_only, **options))
+            [checkpoint_managers.LatestN(keep), _KeepLowestBounds(self._bounds, keep_best)])}
+        self._manager = self._retry(lambda: open_manager(self.directory, read_only, **options))
         if not read_only and jax.process_count() > 1:
             self._reader = open_manager(self.directory, True)
         if keep_best:
@@ -95,7 +95,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that were saved completely, ascending (their contents are verified by a restore)."""
-        return sorted(self._look(lambda: self._manager.all_steps(read=self._read_only))) if self._manager else []
+        return sorted(self._retry(lambda: self._manager.all_steps(read=self._read_only))) if self._manager else []
 
     def latest_step(self) -> int | None:
         return max(self.steps(), default=None)
@@ -103,7 +103,7 @@ class Checkpoints:
     def best_step(self) -> int | None:
         """The step of the lowest bound, the later of two that are alike; None if no step there was validated."""
         self._read_bounds()
-        return next(iter(_lowest(self._bounds, self.steps())), None)
+        return next(iter(_steps_by_bound(self._bounds, self.steps())), None)
 
     def save(self, step: int, state: TrainState, meta: dict, wait: bool = False, bound: float | None = None) -> None:
         """Save `state` and `meta` (JSON values) as `step`; writing goes on in the background unless `wait`.
@@ -122,7 +122,7 @@ class Checkpoints:
                   for name, tree in items.items()}
         bound = bound if bound is not None and math.isfinite(bound) else None
         self._bounds.pop(step, None)  # of a step that was damaged and is saved anew
-        record = _seal({"format": FORMAT, "step": step, "meta": meta, "leaves": leaves, "bound": bound})
+        record = _with_hash({"format": FORMAT, "step": step, "meta": meta, "leaves": leaves, "bound": bound})
         if bound is not None:
             self._bounds[step] = bound
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
@@ -147,12 +147,12 @@ class Checkpoints:
         expected = items_of(abstract_state)
 
         def read(step: int) -> tuple[TrainState, dict]:
-            trees, record = self._read(step, lambda there: expected | {x: {} for x in there if x not in expected})
+            trees, record = self._read(step, lambda recorded_arrays: expected | {x: {} for x in recorded_arrays if x not in expected})
             state = TrainState(step=trees["opt"]["step"], params=trees["params"], ema=trees.get("ema", {}),
                                opt_state=trees["opt"]["state"], noise=trees.get("noise", {}))
             return state, record["meta"]
 
-        result, _ = self._found(which_step, read)
+        result, _ = self._restore_selected(which_step, read)
         return result
 
     def restore_params(self, which: str, abstract: Any, which_step: int | str = LATEST) -> tuple[Any, dict, int]:
@@ -165,11 +165,11 @@ class Checkpoints:
             raise UserError(f"weights are {which!r}, expected 'ema' or 'params'")
 
         def read(step: int) -> tuple[Any, dict]:
-            trees, record = self._read(step, lambda there: {which if which in there else "params": abstract})
+            trees, record = self._read(step, lambda recorded_arrays: {which if which in recorded_arrays else "params": abstract})
             (tree,) = trees.values()
             return tree, record["meta"]
 
-        (tree, meta), step = self._found(which_step, read)
+        (tree, meta), step = self._restore_selected(which_step, read)
         return tree, meta, step
 
     def check(self) -> None:
@@ -197,9 +197,9 @@ class Checkpoints:
                 if manager is not None:
                     manager.close()
 
-    def _found(self, which: int | str, read: Callable[[int], T]) -> tuple[T, int]:
+    def _restore_selected(self, which: int | str, read: Callable[[int], T]) -> tuple[T, int]:
         """`read(step)` of the step that was asked for, and that step."""
-        choice = StepChoice(self.directory, self.steps, self.best_step, self._warn)
+        choice = StepSelector(self.directory, self.steps, self.best_step, self._warn)
         found, step, damaged = choice.read(which, read)
         self._set_aside(damaged)
         return found, step
@@ -216,50 +216,50 @@ class Checkpoints:
 
     def _record(self, step: int) -> dict:
         """The verified contents of the meta item."""
-        sealed = self._restored(step, meta=ocp.args.JsonRestore())["meta"]
-        if not isinstance(sealed, dict) or _seal(sealed.get("record")) != sealed:
-            raise Damaged("meta does not match its hash")
-        record = sealed["record"]
+        stored = self._restore_items(step, meta=ocp.args.JsonRestore())["meta"]
+        if not isinstance(stored, dict) or _with_hash(stored.get("record")) != stored:
+            raise DamagedCheckpoint("meta does not match its hash")
+        record = stored["record"]
         if record["format"] != FORMAT:
             raise UserError(f"checkpoint {self.directory / str(step)} has format {record['format']}, this version "
                             f"reads {FORMAT}: install the version that wrote it")
         return record
 
-    def _restored(self, step: int, **arguments: Any) -> Any:
+    def _restore_items(self, step: int, **arguments: Any) -> Any:
         """Items of a step. No process waits for another: a barrier would wait for ever for one that cannot read."""
         return (self._reader or self._manager).restore(step, args=ocp.args.Composite(**arguments))
 
-    def _read(self, step: int, wanted: Callable[[list[str]], dict[str, Any]]) -> tuple[dict[str, Any], dict]:
-        """Abstract trees by item, as `wanted` says of the items that are there -> these, and the record, against which
+    def _read(self, step: int, select_items: Callable[[list[str]], dict[str, Any]]) -> tuple[dict[str, Any], dict]:
+        """Abstract trees by item, as `select_items` says of the items that are there -> these, and the record, against which
         they are checked before and after reading. What one of many processes cannot read, none of them can."""
         record = trees = error = None
         try:
             record = self._record(step)
-            abstract = wanted(list(record["leaves"]))
+            abstract = select_items(list(record["leaves"]))
             self._check_fits(step, {name: record["leaves"].get(name, {}) for name in abstract}, abstract)
-            trees = dict(self._restored(step, **{name: ocp.args.StandardRestore(_placed(tree))
+            trees = dict(self._restore_items(step, **{name: ocp.args.StandardRestore(_with_default_device(tree))
                                                  for name, tree in abstract.items()}).items())
         except Exception as caught:
             error = caught
         unreadable = error is not None and not isinstance(error, UserError)
-        _agree("cannot read it: " + cause_of(error) if unreadable else "", error)
-        wrong = [f"finds that {name}/{path} differs from its fingerprint" for name, tree in trees.items()
+        _raise_on_any_process("cannot read it: " + cause_of(error) if unreadable else "", error)
+        mismatches = [f"finds that {name}/{path} differs from its fingerprint" for name, tree in trees.items()
                  for path, values in fingerprints_by_device(tree).items()
                  if any(value != record["leaves"][name][path]["fingerprint"] for value in values)]
-        _agree(wrong[0] if wrong else "")
+        _raise_on_any_process(mismatches[0] if mismatches else "")
         return trees, record
 
     def _check_fits(self, step: int, recorded: dict[str, dict], abstract: dict[str, Any]) -> None:
         """UserError that names the arrays whose shape or dtype is not the recorded one."""
-        here = {f"{name}/{path}": f"{leaf.dtype}{list(leaf.shape)}"
+        expected_arrays = {f"{name}/{path}": f"{leaf.dtype}{list(leaf.shape)}"
                 for name, tree in abstract.items() for path, leaf in named_leaves(tree)}
-        there = {f"{name}/{path}": f"{leaf['dtype']}{leaf['shape']}"
+        recorded_arrays = {f"{name}/{path}": f"{leaf['dtype']}{leaf['shape']}"
                  for name, leaves in recorded.items() for path, leaf in leaves.items()}
-        wrong = [f"{name} is {there.get(name, 'absent')} in the checkpoint, {here.get(name, 'absent')} in this model"
-                 for name in {**here, **there} if here.get(name) != there.get(name)]
-        if wrong:
-            more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-            raise UserError(f"checkpoint {self.directory / str(step)} is of another model: {'; '.join(wrong[:SHOWN])}"
+        mismatches = [f"{name} is {recorded_arrays.get(name, 'absent')} in the checkpoint, {expected_arrays.get(name, 'absent')} in this model"
+                 for name in {**expected_arrays, **recorded_arrays} if expected_arrays.get(name) != recorded_arrays.get(name)]
+        if mismatches:
+            more = f"; and {len(mismatches) - MAX_LEAVES_NAMED} more" if len(mismatches) > MAX_LEAVES_NAMED else ""
+            raise UserError(f"checkpoint {self.directory / str(step)} is of another model: {'; '.join(mismatches[:MAX_LEAVES_NAMED])}"
                             f"{more}. Use the config it was trained with, or another --workdir")
 
     def _set_aside(self, damaged: list[int]) -> None:
@@ -275,15 +275,15 @@ class Checkpoints:
         multihost_utils.sync_global_devices("damaged checkpoints set aside")
         self._manager.reload()
 
-    def _look(self, look: Callable[[], T]) -> T:
-        """`look()` at the directory. Orbax fails if another process deletes a step meanwhile: look again."""
-        for _ in range(LOOKS if self._read_only else 1):
+    def _retry(self, operation: Callable[[], T]) -> T:
+        """`operation()` at the directory. Orbax fails if another process deletes a step meanwhile: look again."""
+        for _ in range(MAX_RETRIES if self._read_only else 1):
             try:
-                return look()
+                return operation()
             except (FileNotFoundError, NotADirectoryError) as error:
-                gone = error
+                last_error = error
                 time.sleep(0.01)
-        raise gone
+        raise last_error
 
     def _empty_trash(self) -> None:
         if jax.process_index() == 0:
@@ -299,14 +299,14 @@ class Checkpoints:
                        f"Free some disk space and run the same command again") from error
 
 
-def _agree(fault: str, error: Exception | None = None) -> None:
+def _raise_on_any_process(fault: str, error: Exception | None = None) -> None:
     """Raise `error`, or Damaged if this process or another one has found a fault ("": it has not)."""
-    found = distributed.texts(fault)
+    found = distributed.allgather_texts(fault)
     if error is not None:
         raise error
     for i, other in enumerate(found):
         if other:
-            raise Damaged(other if len(found) == 1 else f"process {i} {other}")
+            raise DamagedCheckpoint(other if len(found) == 1 else f"process {i} {other}")
 
 
 def items_of(state: TrainState) -> dict[str, Any]:
@@ -316,18 +316,18 @@ def items_of(state: TrainState) -> dict[str, Any]:
     return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
 
 
-def _placed(abstract: Any) -> Any:
+def _with_default_device(abstract: Any) -> Any:
     """Abstract arrays without a sharding get the first device: else orbax asks for the devices that saved them."""
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or first), abstract)
 
 
-def _lowest(bounds: dict[int, float], steps: list[int]) -> list[int]:
+def _steps_by_bound(bounds: dict[int, float], steps: list[int]) -> list[int]:
     """The steps that have a bound, from the lowest on; of two that are alike the later one first."""
     return sorted((step for step in steps if step in bounds), key=lambda step: (bounds[step], -step))
 
 
-def _seal(record: Any) -> dict:
+def _with_hash(record: Any) -> dict:
     """The record beside a hash of its canonical JSON."""
     text = json.dumps(record, sort_keys=True)
     return {"record": json.loads(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}

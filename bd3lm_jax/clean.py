@@ -18,7 +18,7 @@ WORK, TEMPORARY, LOCK = "directory of a killed process", "file of a killed proce
 DAMAGED, TRASH, BARE = "damaged checkpoint, put aside", "deleted checkpoint", "empty run directory"
 UNIQUE = r"[A-Za-z0-9._-]+-\d+-[0-9a-f]{8}"  # files.unique
 WORK_NAME = re.compile(rf"(?P<of>.+)\.part-({UNIQUE}|[a-z0-9_]{{8}})")  # the latter of earlier versions
-TEMPORARY_NAME = re.compile(rf"\..+\.{UNIQUE}{re.escape(files.PART)}|tokenizer-[0-9a-f]+\.\d+\.part")
+TEMPORARY_NAME = re.compile(rf"\..+\.{UNIQUE}{re.escape(files.TEMPORARY_SUFFIX)}|tokenizer-[0-9a-f]+\.\d+\.part")
 ROWS_NAME = re.compile(r"(?P<of>[a-z_]+-[a-z]+-[0-9a-f]{20})\.parts")
 SAVING_NAME = re.compile(r"\d+\.orbax-checkpoint-tmp.*")
 
@@ -37,15 +37,15 @@ def find(directories: list[Path], idle_s: float) -> Iterator[Leftover]:
     """What is left below these directories, and beside each of them of its own name. Nothing that a living process of
     this host writes; of what others may be writing, and of unfinished builds, what has not changed for `idle_s`."""
     for directory in directories:
-        yield from _matching([path for path in _listed(directory.parent) if path.name.startswith(directory.name)
+        yield from _matching([path for path in _entries(directory.parent) if path.name.startswith(directory.name)
                               and path != directory and WORK_NAME.fullmatch(path.name)], idle_s)
         yield from _below(directory, idle_s)
 
 
 def remove(leftover: Leftover) -> bool:
     """Whether it is gone. What somebody has begun to write since it was found stays."""
-    with contextlib.suppress(OSError), _unused(leftover.lock) as unused:
-        if unused:
+    with contextlib.suppress(OSError), _acquire_if_free(leftover.lock) as is_free:
+        if is_free:
             path = leftover.path
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
@@ -55,19 +55,19 @@ def remove(leftover: Leftover) -> bool:
 
 
 def _below(directory: Path, idle_s: float) -> Iterator[Leftover]:
-    entries, run_lock = _listed(directory), directory / rundir.LOCK
+    entries, run_lock = _entries(directory), directory / rundir.LOCK
     if _is_moved_run(directory, entries):
         if workspace.age_s(directory) > idle_s:
-            yield from _checked(directory, BARE, run_lock)
+            yield from _unless_locked(directory, BARE, run_lock)
         return
     yield from _matching(entries, idle_s)
     checkpoints = directory / "checkpoints"
-    for kind, paths in ((DAMAGED, _listed(checkpoints / checkpoint.DAMAGED)),
-                        (TRASH, _listed(checkpoints / checkpoint.TRASH)),
-                        (TRASH, [path for path in _listed(checkpoints) if SAVING_NAME.fullmatch(path.name)])):
+    for kind, paths in ((DAMAGED, _entries(checkpoints / checkpoint.DAMAGED)),
+                        (TRASH, _entries(checkpoints / checkpoint.TRASH)),
+                        (TRASH, [path for path in _entries(checkpoints) if SAVING_NAME.fullmatch(path.name)])):
         for path in paths:
             if kind == DAMAGED or workspace.age_s(path) > idle_s:  # a save is idle only where its process is gone
-                yield from _checked(path, kind, run_lock)
+                yield from _unless_locked(path, kind, run_lock)
     for path in entries:
         if path != checkpoints and path.is_dir() and not path.is_symlink() and not WORK_NAME.fullmatch(path.name):
             yield from _below(path, idle_s)
@@ -77,18 +77,18 @@ def _matching(paths: list[Path], idle_s: float) -> Iterator[Leftover]:
     for path in paths:
         if (work := WORK_NAME.fullmatch(path.name)) and path.is_dir():
             if workspace.is_abandoned(path, idle_s):
-                yield from _checked(path, WORK, workspace.lock_file(path.with_name(work["of"])))
+                yield from _unless_locked(path, WORK, workspace.lock_file(path.with_name(work["of"])))
         elif (rows := ROWS_NAME.fullmatch(path.name)) and path.is_dir():
             if workspace.age_s(path) > idle_s or path.with_name(rows["of"]).exists():
-                yield from _checked(path, UNFINISHED, workspace.lock_file(path.with_name(rows["of"])))
+                yield from _unless_locked(path, UNFINISHED, workspace.lock_file(path.with_name(rows["of"])))
         elif TEMPORARY_NAME.fullmatch(path.name) and path.is_file():
             if workspace.is_abandoned(path, idle_s):
-                yield from _checked(path, TEMPORARY, None)
-        elif re.fullmatch(r"\..+\.lock", path.name) and path.is_file() and lock.is_ours(path):
-            yield from _checked(path, LOCK, path)
+                yield from _unless_locked(path, TEMPORARY, None)
+        elif re.fullmatch(r"\..+\.lock", path.name) and path.is_file() and lock.is_own_lock_file(path):
+            yield from _unless_locked(path, LOCK, path)
 
 
-def _checked(path: Path, kind: str, lock_path: Path | None) -> Iterator[Leftover]:
+def _unless_locked(path: Path, kind: str, lock_path: Path | None) -> Iterator[Leftover]:
     """The leftover, unless its lock is held."""
     with contextlib.suppress(OSError):
         if lock_path is not None and lock_path.exists() and lock.is_held(lock_path):
@@ -97,24 +97,24 @@ def _checked(path: Path, kind: str, lock_path: Path | None) -> Iterator[Leftover
 
 
 @contextlib.contextmanager
-def _unused(lock_path: Path | None) -> Iterator[bool]:
+def _acquire_if_free(lock_path: Path | None) -> Iterator[bool]:
     """Hold the lock, if there is one and it is free."""
     if lock_path is None or not lock_path.parent.is_dir():
         yield True
     elif lock_path.name == rundir.LOCK:
         yield not (lock_path.exists() and lock.is_held(lock_path))
     else:
-        with lock.in_turn(lock_path, "", wait=False) as is_held:
+        with lock.hold_waiting(lock_path, "", wait=False) as is_held:
             yield is_held
 
 
 def _is_moved_run(directory: Path, entries: list[Path]) -> bool:
     """Whether it holds what a run makes anew whose directory was moved, and nothing else."""
-    own = [path for path in entries if path.name != rundir.LOCK]
-    return bool(own) and directory / "checkpoints" in own and all(map(rundir.is_bare, own))
+    contents = [path for path in entries if path.name != rundir.LOCK]
+    return bool(contents) and directory / "checkpoints" in contents and all(map(rundir.is_empty_tree, contents))
 
 
-def _listed(directory: Path) -> list[Path]:
+def _entries(directory: Path) -> list[Path]:
     try:
         return sorted(directory.iterdir())
     except OSError:
@@ -122,5 +122,5 @@ def _listed(directory: Path) -> list[Path]:
 
 
 def _size(path: Path) -> int:
-    found = [path] if path.is_file() else path.rglob("*")
-    return sum(entry.lstat().st_size for entry in found if entry.is_file())
+    paths_below = [path] if path.is_file() else path.rglob("*")
+    return sum(entry.lstat().st_size for entry in paths_below if entry.is_file())

@@ -22,7 +22,7 @@ CHOICES = ("on", "off")
 MAX_BYTES = 2 << 30  # the programs that were used least recently go
 MIN_SECONDS = 0.1  # programs that compile faster are not kept
 STAMP_BYTES = 8  # of the file beside each program that says when it was used
-DESCRIBED = ("vendor_id", "model name", "cpu family", "model", "stepping", "flags",  # x86
+CPU_INFO_KEYS = ("vendor_id", "model name", "cpu family", "model", "stepping", "flags",  # x86
              "CPU implementer", "CPU part", "CPU variant", "Features")  # Arm
 
 
@@ -34,8 +34,8 @@ def enable() -> None:
         return
     try:
         path = directory()
-        _own(path)
-        _mend(path)
+        _make_private(path)
+        _remove_partial_programs(path)
     except (OSError, ImportError, NotImplementedError, RuntimeError, UserError, ValueError):
         return  # a full or read-only disk, somebody else's directory, no locks
     config.update("jax_compilation_cache_dir", str(path))
@@ -58,23 +58,23 @@ def cpu(description: str = "/proc/cpuinfo") -> str:
     with contextlib.suppress(OSError):
         lines = Path(description).read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
         words = [[word.strip() for word in line.split(":", 1)] for line in lines]
-        return _short([word for word in words if word[0] in DESCRIBED])
-    return _short([platform.system(), platform.processor()])
+        return _short_hash([word for word in words if word[0] in CPU_INFO_KEYS])
+    return _short_hash([platform.system(), platform.processor()])
 
 
-def _short(values: list) -> str:
+def _short_hash(values: list) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
 
 
-def _own(path: Path) -> None:
+def _make_private(path: Path) -> None:
     """Make the directory; PermissionError unless it is this user's alone: who can write there can have code run."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = path.stat()
-    if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o022 or not os.access(path, os.W_OK | os.X_OK):
+    status = path.stat()
+    if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o022 or not os.access(path, os.W_OK | os.X_OK):
         raise PermissionError(path)
 
 
-def _mend(path: Path) -> None:
+def _remove_partial_programs(path: Path) -> None:
     """Remove programs that a killed process wrote in part: their stamp, which is written last, is not whole. JAX never
     writes a program that is there again, and none at all where a stamp is missing."""
     import filelock

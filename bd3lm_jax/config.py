@@ -10,8 +10,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from bd3lm_jax import curriculum, density, ineffective, plugins
-from bd3lm_jax.adaptation import annealing, answers, lora, shifted
+from bd3lm_jax import curriculum, density, unused_keys, plugins
+from bd3lm_jax.adaptation import annealing, response_mask, lora, target_shift
 from bd3lm_jax.data import corpora
 from bd3lm_jax.diffusion import OBJECTIVES
 from bd3lm_jax.diffusion.clip import ClipSearch, CountSchedule
@@ -19,7 +19,7 @@ from bd3lm_jax.diffusion.running import RunningLoss
 from bd3lm_jax.errors import lookup
 from bd3lm_jax.jax_settings import check_seed
 from bd3lm_jax.models import BACKBONES, trunk
-from bd3lm_jax.models.trunk import takes_level
+from bd3lm_jax.models.trunk import is_time_conditioned
 from bd3lm_jax.schema import (
     SECTIONS,
     CheckpointConfig,
@@ -32,9 +32,9 @@ from bd3lm_jax.schema import (
     OptimConfig,
     TrainConfig,
 )
-from bd3lm_jax.typed import Nested, as_mapping, as_section, as_type, check, flatten, one_of, same_keys
+from bd3lm_jax.typed import Nested, as_mapping, as_section, as_type, check, flatten, one_of, check_known_keys
 
-SAME = "init_from"  # as model.kind: the network whose weights start the run (adapt.resolve)
+SAME_AS_INIT = "init_from"  # as model.kind: the network whose weights start the run (adapt.resolve)
 # Sections and keys that may differ when a run goes on. More steps change a decaying learning rate from there on.
 RESUMABLE = ("mesh", "log", "checkpoint", "eval", "train.steps", "data.cache_dir", "data.workers", "compute.attention",
              "compute.layers", "compute.remat", "compute.microbatch", "compute.loss_chunk")
@@ -61,11 +61,11 @@ class Config:
     noise: NoiseConfig | None = None
 
     def __post_init__(self):
-        check(not self.diffusion.needs_level or takes_level(self.model),
+        check(not self.diffusion.needs_time_conditioning or is_time_conditioned(self.model),
               f"model.time_conditioning is False: diffusion.kind='{self.diffusion.kind}' needs the noise level "
               "(sigma), use True")
-        letters = getattr(self.diffusion, "vocab_size", -1)
-        check(letters in (-1, self.model.vocab_size), f"diffusion.vocab_size={letters} is not "
+        objective_vocab_size = getattr(self.diffusion, "vocab_size", -1)
+        check(objective_vocab_size in (-1, self.model.vocab_size), f"diffusion.vocab_size={objective_vocab_size} is not "
               f"model.vocab_size={self.model.vocab_size}: use -1 for the model's")
 
     @property
@@ -87,14 +87,14 @@ class Config:
         """Block size of the update that follows `step` updates, and whether its attention is still being opened."""
         return self.block_size_at(step), step < self.train.anneal_steps
 
-    def in_phase(self, size: int, opening: bool) -> "Config":
+    def in_phase(self, size: int, is_annealing: bool) -> "Config":
         """The config of updates in such a phase."""
         config = self if size == self.block_size else self.at_block_size(size)
-        return config if opening else dataclasses.replace(config, train=dataclasses.replace(config.train,
+        return config if is_annealing else dataclasses.replace(config, train=dataclasses.replace(config.train,
                                                                                             anneal_steps=0))
 
     @property
-    def trained_sizes(self) -> tuple[int, ...]:
+    def trained_block_sizes(self) -> tuple[int, ...]:
         """Block sizes at which the model can be used."""
         return getattr(self.diffusion, "sizes", (self.block_size,))
 
@@ -104,12 +104,12 @@ class Config:
         at = objective.at(size) if objective.kind == "mixed" else dataclasses.replace(objective, block_size=size)
         return dataclasses.replace(self, diffusion=at)
 
-    def at_trained_size(self, size: int) -> "Config":
+    def at_trained_block_size(self, size: int) -> "Config":
         """As `at_block_size`. UserError unless the model was trained with that block size."""
-        known = self.trained_sizes
-        check(size in known, f"block_size is {size}, expected {'one of ' if len(known) > 1 else ''}"
-              f"{', '.join(map(str, known))}, what the model was trained with")
-        return self if self.trained_sizes == (size,) else self.at_block_size(size)
+        allowed_sizes = self.trained_block_sizes
+        check(size in allowed_sizes, f"block_size is {size}, expected {'one of ' if len(allowed_sizes) > 1 else ''}"
+              f"{', '.join(map(str, allowed_sizes))}, what the model was trained with")
+        return self if self.trained_block_sizes == (size,) else self.at_block_size(size)
 
     @property
     def schedule(self) -> ClipSearch | CountSchedule | RunningLoss | None:
@@ -124,11 +124,11 @@ class Config:
                                one_document=self.data.layout != "pack")
 
     @property
-    def batch_needs(self) -> tuple[str, ...]:
+    def batch_arrays(self) -> tuple[str, ...]:
         """Names of the arrays that a batch brings beside tokens, segments and positions."""
-        learnt = ("density",) if self.noise and self.noise.adapt == "running_loss" else ()
-        brought = ("prompt",) if self.data and self.data.source == "sft" else ()
-        return tuple(name for name in dict.fromkeys((*self.diffusion.needs, *brought)) if name not in learnt)
+        from_schedule = ("density",) if self.noise and self.noise.adapt == "running_loss" else ()
+        from_data = ("prompt",) if self.data and self.data.source == "sft" else ()
+        return tuple(name for name in dict.fromkeys((*self.diffusion.extra_batch_keys, *from_data)) if name not in from_schedule)
 
     @classmethod
     def from_dict(cls, mapping: "Nested | Config", stored: bool = False) -> "Config":
@@ -140,7 +140,7 @@ class Config:
         mapping, sections = read_sections(mapping)
         section = dict(as_mapping("model", mapping["model"]).items())
         kind = section.pop("kind", "")
-        check(kind != SAME, f"model.kind='{SAME}' takes the network of train.init_from, and Config.from_dict reads no "
+        check(kind != SAME_AS_INIT, f"model.kind='{SAME_AS_INIT}' takes the network of train.init_from, and Config.from_dict reads no "
               "checkpoint: give it adapt.resolve(config)")
         sections["model"] = as_section("model", section, lookup(BACKBONES, kind, "backbone model.kind").Config)
         seed = check_seed(as_type("seed", mapping["seed"], int))
@@ -158,20 +158,20 @@ class Config:
         views = config.train.views
         check(views == 1 or not config.diffusion.causal,
               f"train.views={views}: an autoregressive model has nothing noised, use 1")
-        group = config.diffusion.view_group
+        group = config.diffusion.noise_sample_multiple
         check(views % group == 0, f"train.views={views} is no multiple of {group}: diffusion.kind="
               f"'{config.diffusion.kind}' draws so many views together here, use {-(-views // group) * group}")
         noise_schedule(config.noise, config.diffusion, config.model.vocab_size)  # raises if they do not go together
         curriculum.check(config)
         annealing.check(config)
-        shifted.check(config)
+        target_shift.check(config)
         lora.check(config)
         density.check_config(config)
-        answers.check(config)
+        response_mask.check(config)
         rows, batch = config.compute.microbatch, config.train.batch
         check(rows == 0 or batch % rows == 0, f"compute.microbatch={rows} does not divide train.batch={batch}")
         if not stored:
-            ineffective.check(config)
+            unused_keys.check(config)
         return config
 
     def to_dict(self) -> dict:
@@ -188,7 +188,7 @@ class Config:
     def differing_keys(self, other: "Config") -> list[str]:
         """`key: here != there` for every decisive key whose value differs and has an effect in one of them."""
         here, there = _decisive(self.to_dict()), _decisive(other.to_dict())
-        without_effect = ineffective.keys(self) & ineffective.keys(other)
+        without_effect = unused_keys.keys(self) & unused_keys.keys(other)
         return [f"{key}: {here.get(key)!r} != {there.get(key)!r}"
                 for key in sorted((here.keys() | there.keys()) - without_effect) if here.get(key) != there.get(key)]
 
@@ -197,7 +197,7 @@ def read_sections(mapping: Nested) -> tuple[dict, dict[str, Any]]:
     """A config as a dict, and its sections by name, all but the network. UserError as for `Config.from_dict`."""
     plugins.load_installed()
     mapping = dict(as_mapping("", mapping).items())
-    same_keys("", mapping, [field.name for field in dataclasses.fields(Config)])
+    check_known_keys("", mapping, [field.name for field in dataclasses.fields(Config)])
     sections = {name: as_section(name, mapping[name], kind) for name, kind in SECTIONS.items()}
     corpora.check(sections["data"])
     one_of("compute.remat", sections["compute"].remat, tuple(trunk.REMAT))
@@ -212,13 +212,13 @@ def noise_schedule(noise: NoiseConfig, objective: Any,
     if noise.adapt == "none":
         return None
     if noise.adapt == "running_loss":
-        check("density" in objective.needs, "noise.adapt='running_loss' chooses the density of tokens, which "
+        check("density" in objective.extra_batch_keys, "noise.adapt='running_loss' chooses the density of tokens, which "
               f"diffusion.kind='{objective.kind}' does not read: use noise.adapt='none'")
         return RunningLoss(vocab_size, noise.count_decay)
-    wanted = {"clip": "bernoulli", "counts": "exact_count"}[noise.adapt]
-    given = getattr(objective, "corruption", None) if objective.kind == "masked" else None
-    instead = f"not {given!r}" if given else f"which diffusion.kind='{objective.kind}' does not have"
-    check(given == wanted, f"noise.adapt='{noise.adapt}' needs diffusion.corruption='{wanted}', {instead}: use "
+    expected = {"clip": "bernoulli", "counts": "exact_count"}[noise.adapt]
+    corruption = getattr(objective, "corruption", None) if objective.kind == "masked" else None
+    actual = f"not {corruption!r}" if corruption else f"which diffusion.kind='{objective.kind}' does not have"
+    check(corruption == expected, f"noise.adapt='{noise.adapt}' needs diffusion.corruption='{expected}', {actual}: use "
           "noise.adapt='none'")
     if noise.adapt == "clip":
         return ClipSearch(objective.block_size, objective.clip_low, objective.clip_high, noise.clip_widths,

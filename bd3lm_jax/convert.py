@@ -19,12 +19,12 @@ from bd3lm_jax.data.corpus import SPLITS
 from bd3lm_jax.data.dialogues import chat_files
 from bd3lm_jax.data.tokenizers import get_tokenizer
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.foreign import read_inside
+from bd3lm_jax.untrusted_files import read_within
 from bd3lm_jax.lm import LM
 from bd3lm_jax.models import trunk
-from bd3lm_jax.published import Described, write
+from bd3lm_jax.published import ModelSpec, write
 from bd3lm_jax.published.card import Origin, base_name, card
-from bd3lm_jax.published.leaf import check_mask
+from bd3lm_jax.published.mapping import check_mask
 from bd3lm_jax.published.tensors import is_gguf
 
 FORMATS = ("hf", "native")
@@ -33,11 +33,11 @@ GENERATION = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "chat_template.jinja",
                    GENERATION)
-OF_TEMPLATES = ("bos_token", "chat_template")  # keys of a tokenizer_config.json that a chat template is or reads
+TEMPLATE_KEYS = ("bos_token", "chat_template")  # keys of a tokenizer_config.json that a chat template is or reads
 SIGMA = 0.5  # noise level at which a time-conditioned network is checked
 
 
-@jax_settings.fixed()
+@jax_settings.pinned()
 def convert(source: str | os.PathLike, target: str | os.PathLike, *, form: str, dtype: str, check: int, max_shard: str,
             weights: str, tokenizer: str, length: int, allow_pickle: bool, base: Mapping) -> dict[str, Any]:
     """The `convert` command: write the model in `source` to the new directory `target`.
@@ -60,21 +60,21 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, form: str, 
     if Path(target).exists():
         raise UserError(f"{target} exists and is never overwritten: choose another directory")
     source = hf.local(source)
-    native = not hf.is_published(source)
-    if native and form == "native":
+    is_run = not hf.is_published(source)
+    if is_run and form == "native":
         raise UserError(f"{source} is a run directory already: copy it, or use --format=hf")
     if form == "native" and dtype != "float32":
         raise UserError(f"dtype is {dtype!r}: a run directory keeps float32 parameters, use float32 or --format=hf")
     shard = write.parse_size(max_shard)
-    with log.busy(f"reading {source}"):
+    with log.spinner(f"reading {source}"):
         model = lm.load(source, weights, allow_pickle=allow_pickle)
     if check > model.context:
         raise UserError(f"check is {check} tokens, expected at most {model.context}, the context of the model")
     if tokenizer:
         model = _with_tokenizer(model, source, tokenizer)
-    with log.busy(f"writing {target}"):
+    with log.spinner(f"writing {target}"):
         if form == "hf":
-            origin = (_origin(model, Path(source), weights) if native else
+            origin = (_origin(model, Path(source), weights) if is_run else
                       Origin(Path(source).name, None, None, {}, "", 0))
             written = _write_published(model, Path(source), Path(target), dtype, shard, origin)
         else:
@@ -83,7 +83,7 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, form: str, 
     result = {**written, "dtype": dtype, "format": form}
     if not check:
         return result
-    with log.busy(f"comparing the logits of {check} tokens"):
+    with log.spinner(f"comparing the logits of {check} tokens"):
         return result | compare(model, lm.load(target, weights), check)
 
 
@@ -95,11 +95,11 @@ def _with_tokenizer(model: LM, source, spec: str) -> LM:
     if found.size > described.model.vocab_size:
         raise UserError(f"--tokenizer={spec} has {found.size} ids, more than the {described.model.vocab_size} of the "
                         f"network in {source}")
-    return LM(model.config, model.params, hf.fitted(found, described), model.model, model.context)
+    return LM(model.config, model.params, hf.with_network_mask(found, described), model.model, model.context)
 
 
-def _described(model: LM) -> Described:
-    return Described(model.config.model, model.config.diffusion, model.context, model.special.mask)
+def _described(model: LM) -> ModelSpec:
+    return ModelSpec(model.config.model, model.config.diffusion, model.context, model.special.mask)
 
 
 def _origin(model: LM, run: Path, weights: str) -> Origin:
@@ -119,8 +119,8 @@ def _write_published(model: LM, source: Path, target: Path, dtype: str, max_shar
             model_type = hf.layout_name(source)
             files = _copied(source)
     if model.tokenizer is not None and "tokenizer.json" not in files:
-        masks = described.objective.masks and not described.objective.causal
-        files |= _with_chat(write.tokenizer_files(model.tokenizer, masks), chat_files(source))
+        uses_mask_token = described.objective.uses_mask_token and not described.objective.causal
+        files |= _with_chat_template(write.tokenizer_files(model.tokenizer, uses_mask_token), chat_files(source))
     ids = _token_ids(model) if origin.data is not None else hf.token_ids(source)
     if GENERATION not in files and ids:
         files[GENERATION] = (json.dumps({"_from_model_config": True} | ids, indent=2) + "\n").encode()
@@ -140,13 +140,13 @@ def _token_ids(model: LM) -> dict[str, int]:
 
 def _copied(source: Path) -> dict[str, bytes]:
     """Name -> content of what is copied as it is from a published checkpoint."""
-    return {name: read_inside(source, name) for name in TOKENIZER_FILES if (source / name).exists()}
+    return {name: read_within(source, name) for name in TOKENIZER_FILES if (source / name).exists()}
 
 
-def _with_chat(files: dict[str, bytes], chat: dict[str, bytes]) -> dict[str, bytes]:
+def _with_chat_template(files: dict[str, bytes], chat: dict[str, bytes]) -> dict[str, bytes]:
     """The files of a tokenizer with the chat template of its source."""
     theirs, ours = (json.loads(x.get(CONFIG_FILE, b"{}")) for x in (chat, files))
-    named = {key: theirs[key] for key in OF_TEMPLATES if key in theirs}
+    named = {key: theirs[key] for key in TEMPLATE_KEYS if key in theirs}
     config = {CONFIG_FILE: json.dumps(named | ours, indent=2).encode()} if named or ours else {}
     return files | {name: x for name, x in chat.items() if name != CONFIG_FILE} | config
 
@@ -172,8 +172,8 @@ def _write_run(model: LM, source: Path, target: Path, length: int, base: Mapping
     config = Config.from_dict({**base, **sections, "data": data}, stored=True)
     state = TrainState(step=jnp.zeros((), jnp.int32), params=model.params, ema={}, opt_state={})
     meta = {"tokenizer": model.tokenizer.identity, "config_sha256": config.sha256(), "losses": []}
-    with write.whole(target) as work:
-        rundir.claim(work, config, model.tokenizer)
+    with write.atomic_directory(target) as work:
+        rundir.create_or_validate(work, config, model.tokenizer)
         for name, content in chat_files(source).items():
             (work / name).write_bytes(content)
         with Checkpoints(work, 1) as checkpoints:
@@ -186,7 +186,7 @@ def compare(before: LM, after: LM, tokens: int) -> dict[str, float | int]:
     """Logits of one row of `tokens` random tokens under both."""
     rows = np.random.default_rng(0).integers(0, before.config.model.vocab_size, size=(2, 1, tokens))
     x0 = rows[1] if trunk.encoder_layers(before.config.model) else None
-    sigma = [SIGMA] if trunk.takes_level(before.config.model) else None
+    sigma = [SIGMA] if trunk.is_time_conditioned(before.config.model) else None
     ours, theirs = (np.asarray(model.logits(rows[0], x0, sigma=sigma), np.float64) for model in (before, after))
     difference = float(np.abs(ours - theirs).max())
     log.note(f"logits of {tokens} random tokens differ by at most {difference:.3g}; the largest is "

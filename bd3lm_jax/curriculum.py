@@ -18,7 +18,7 @@ def size_at(pairs: tuple[tuple[int, int], ...], step: int) -> int | None:
 
 def check(config: Any) -> None:
     """UserError for block sizes, of a curriculum or side by side, that do not fit the rest of a Config."""
-    largest, length = config.trained_sizes[-1], config.data.length
+    largest, length = config.trained_block_sizes[-1], config.data.length
     if length % largest:
         raise UserError(f"diffusion.sizes has blocks of {largest} tokens, which do not divide data.length={length}: "
                         f"choose a length that is a multiple, e.g. {-(-length // largest) * largest}")

@@ -93,10 +93,10 @@ def _cache_directory() -> str:
 
 def _attention() -> str:
     """What training on this device would run, for both layouts of a row, each checked against the dense mask."""
-    from bd3lm_jax import attention, passes
+    from bd3lm_jax import attention, forward
     from bd3lm_jax.attention import check
 
-    dtype, found = passes.compute_dtype("auto"), []
+    dtype, reports = forward.compute_dtype("auto"), []
     for layout, rows in ATTENTION_ROWS.items():
         spec, noised, clean = check.example(rows, **ATTENTION_SHAPE, dtype=dtype)
         name, reason = attention.choose("auto", spec, noised, clean, attention.target_platform())
@@ -104,8 +104,8 @@ def _attention() -> str:
         if not difference <= check.tolerance(dtype):
             raise RunError(f"{layout}: '{name}' has a relative difference of {difference:.1e} to the dense mask, "
                            f"expected at most {check.tolerance(dtype)}: set compute.attention='dense'")
-        found.append(f"{layout}: {name} ({reason}; relative difference {difference:.1e})")
-    return f"auto in {dtype}, " + ", ".join(found)
+        reports.append(f"{layout}: {name} ({reason}; relative difference {difference:.1e})")
+    return f"auto in {dtype}, " + ", ".join(reports)
 
 
 def _sandbox() -> str:
@@ -137,9 +137,9 @@ def _sampler() -> str:
     none = jnp.zeros((2, length), bool)
     request = sampling.Request(jax.random.split(jax_settings.key(0), 2), none, jnp.full(2, length), jnp.zeros(2, int),
                                jnp.zeros(vocab, bool), 0.0)
-    asked = sampling.Asked(denoise, sampling.SAMPLERS["first_hitting"], settings)
-    begun = sampling.start(asked, request, jnp.zeros((2, length), jnp.int32), 0, None)
-    drawn = sampling.run_blocks(asked, request, begun, length // size)
-    if not (np.asarray(drawn.tokens) == 10 + np.arange(length)).all():
-        raise RunError(f"drew {np.asarray(drawn.tokens).tolist()} where every token is certain")
-    return f"{int(drawn.nfe[0])} network calls for {length} tokens"
+    context = sampling.DenoiserContext(denoise, sampling.SAMPLERS["first_hitting"], settings)
+    state = sampling.start(context, request, jnp.zeros((2, length), jnp.int32), 0, None)
+    samples = sampling.run_blocks(context, request, state, length // size)
+    if not (np.asarray(samples.tokens) == 10 + np.arange(length)).all():
+        raise RunError(f"drew {np.asarray(samples.tokens).tolist()} where every token is certain")
+    return f"{int(samples.nfe[0])} network calls for {length} tokens"

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 # Control characters but \t and \n, marks and overrides of direction, ends of lines beyond ASCII, halves of characters.
-STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-LONGEST = 1500  # characters of an error that are shown
+CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+MAX_ERROR_CHARS = 1500  # characters of an error that are shown
 
 
 class UserError(Exception):
@@ -19,9 +19,9 @@ class UserError(Exception):
 
     exit_code = 2
 
-    def __init__(self, message: str, agreed: bool = False):
+    def __init__(self, message: str, on_all_processes: bool = False):
         super().__init__(message)
-        self.agreed = agreed
+        self.on_all_processes = on_all_processes
 
 
 class RunError(UserError):
@@ -36,7 +36,7 @@ class Preempted(UserError):
     exit_code = 42
 
 
-class Stuck(UserError):
+class WatchdogTimeout(UserError):
     """Nothing happened for too long (watchdog.py): run the same command again. Exit code 75."""
 
     exit_code = 75
@@ -44,24 +44,24 @@ class Stuck(UserError):
 
 def one_line(error: Exception) -> str:
     """What an error says, on one line that a terminal can show; the middle of a very long one is left out."""
-    said = " ".join(str(error).split())
-    said = "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in said)
-    return said if len(said) <= LONGEST else f"{said[:LONGEST // 2]} ... {said[-LONGEST // 2:]}"
+    line = " ".join(str(error).split())
+    line = "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in line)
+    return line if len(line) <= MAX_ERROR_CHARS else f"{line[:MAX_ERROR_CHARS // 2]} ... {line[-MAX_ERROR_CHARS // 2:]}"
 
 
-def visible(text: str) -> str:
+def escape_control_characters(text: str) -> str:
     """A text as a terminal may show it: what would steer the terminal, or turn the order of what it shows, is escaped.
 
     Ends of lines and tabs stay. This is for every text that is not our own: generated ones, names, values of configs.
     """
-    return STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return CONTROL_CHARACTERS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, candidates: Iterable[str]) -> str:
     """`did you mean 'x'?` for the closest known name, else the list of what is known."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+    candidates = sorted(candidates)
+    matches = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
+    return f"did you mean '{matches[0]}'?" if matches else f"known: {', '.join(candidates)}"
 
 
 def program() -> str:

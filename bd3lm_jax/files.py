@@ -10,14 +10,14 @@ from pathlib import Path
 
 from bd3lm_jax.errors import RunError, UserError
 
-PART = ".tmp"  # the end of the name of a file that is being written
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk without room says
+TEMPORARY_SUFFIX = ".tmp"  # the end of the name of a file that is being written
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk without room says
 
 
 def temporary_name(path: str | os.PathLike) -> Path:
     """A name beside `path` that no other process, on this host or another, chooses as well."""
     path = Path(path)
-    return path.with_name(f".{path.name}.{unique()}{PART}")
+    return path.with_name(f".{path.name}.{unique()}{TEMPORARY_SUFFIX}")
 
 
 def unique() -> str:
@@ -47,12 +47,12 @@ def write(path: str | os.PathLike, content: bytes) -> None:
     with contextlib.suppress(OSError):
         if path.is_file() and path.read_bytes() == content:
             return
-    with replacing(path) as temporary:
+    with atomic_replace(path) as temporary:
         temporary.write_bytes(content)
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_replace(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary file name; what the block wrote there takes the place of `path`, on the disk, if it did not raise.
 
     A link stays one, to a new file. What is no file, as /dev/stdout or a pipe, is written itself.
@@ -75,7 +75,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def errors(path: str | os.PathLike, otherwise: str, has_begun: bool = True) -> Iterator[None]:
+def errors(path: str | os.PathLike, remedy: str, work_started: bool = True) -> Iterator[None]:
     """An OSError of the block as one line: what cannot be written, why, and how to go on.
 
     otherwise: how to choose another place, e.g. "choose another --out". Raises RunError; before work has begun
@@ -84,9 +84,9 @@ def errors(path: str | os.PathLike, otherwise: str, has_begun: bool = True) -> I
     try:
         yield
     except OSError as error:
-        is_full = error.errno in FULL
-        kind = RunError if has_begun or is_full else UserError
-        raise kind(f"cannot write {path}: {error.strerror or error}; {'free some space, or ' * is_full}{otherwise}"
+        is_full = error.errno in DISK_FULL_ERRNOS
+        kind = RunError if work_started or is_full else UserError
+        raise kind(f"cannot write {path}: {error.strerror or error}; {'free some space, or ' * is_full}{remedy}"
                    ) from None
 
 

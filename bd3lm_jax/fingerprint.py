@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bd3lm_jax.sharding import settled
+from bd3lm_jax.sharding import block_until_ready_if_simulated
 
 
 def fingerprints(tree: Any) -> dict[str, int]:
@@ -18,7 +18,7 @@ def fingerprints(tree: Any) -> dict[str, int]:
 
 def fingerprints_by_device(tree: Any) -> dict[str, list[int]]:
     """`fingerprints` as each device of this process computes them, of its own replica of what is not sharded."""
-    sums = {path: settled(_fingerprint(leaf)) for path, leaf in named_leaves(tree)}
+    sums = {path: block_until_ready_if_simulated(_fingerprint(leaf)) for path, leaf in named_leaves(tree)}
     by_device = jax.device_get({path: [shard.data for shard in value.addressable_shards]
                                 for path, value in sums.items()})
     return {path: list(map(int, values)) for path, values in by_device.items()}

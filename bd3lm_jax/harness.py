@@ -22,7 +22,7 @@ import numpy as np
 
 from bd3lm_jax import hf, log
 from bd3lm_jax.data.chat_template import ChatTemplate
-from bd3lm_jax.data.texts import new_text
+from bd3lm_jax.data.texts import decode_continuation
 from bd3lm_jax.errors import UserError, nearest, one_line
 from bd3lm_jax.evaluation import conditional
 from bd3lm_jax.lm import load
@@ -31,8 +31,8 @@ from bd3lm_jax.writing.options import Options, make_options
 NAME = "bd3lm_jax"
 LENGTH_STEP = 64  # texts are written to multiples of it, so that few lengths compile
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # first one given counts
-OURS = ("stop", "seed", "forced", "sampler")  # fields of Options that are no further model argument
-SAMPLER_OPTIONS = tuple(field.name for field in dataclasses.fields(Options) if field.name not in OURS)
+NOT_MODEL_ARGUMENTS = ("stop", "seed", "forced", "sampler")  # fields of Options that are no further model argument
+SAMPLER_OPTIONS = tuple(field.name for field in dataclasses.fields(Options) if field.name not in NOT_MODEL_ARGUMENTS)
 GENERATION = ("until", "do_sample", *SAMPLER_OPTIONS, *LIMITS)
 CONTINUE = "\ue000continue\ue001"  # marks the end of a message that is to be continued; no text holds it
 
@@ -111,8 +111,8 @@ class Harness:
         if CONTINUE not in text:
             raise UserError(f"the chat template of {self._template.directory} leaves the last message out: it cannot "
                             "be continued")
-        begun = text[:text.rindex(CONTINUE)]
-        return begun + last["content"][len(last["content"].rstrip()):]
+        rendered = text[:text.rindex(CONTINUE)]
+        return rendered + last["content"][len(last["content"].rstrip()):]
 
     def _encode(self, text: str) -> np.ndarray:
         """A context; special tokens in it are meant where a template wrote it."""
@@ -127,9 +127,9 @@ class Harness:
         """(log-likelihood in nats, is greedy) of every request's (context, continuation). A context that is too long
         loses its beginning."""
         del disable_tqdm
-        pairs = [self._shortened(*conditional.encode_pair(self.lm.tokenizer, *request.args, special=self._chat))
+        pairs = [self._truncate_pair(*conditional.encode_pair(self.lm.tokenizer, *request.args, special=self._chat))
                  for request in requests]
-        return [(found.nats, bool(found.greedy)) for found in self._score(pairs, self.greedy)]
+        return [(scored.nats, bool(scored.greedy)) for scored in self._score(pairs, self.greedy)]
 
     def loglikelihood_rolling(self, requests: Sequence, disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood in nats of every request's whole text, cut into pieces by `windows`."""
@@ -137,11 +137,11 @@ class Harness:
         pieces, owners = [], []
         for owner, request in enumerate(requests):
             ids = self.lm.tokenizer.encode(request.args[0])
-            cut = list(windows(ids, self._beginning(), self.lm.context))
+            cut = list(windows(ids, self._prefix_ids(), self.lm.context))
             pieces += cut
             owners += [owner] * len(cut)
         total = np.zeros(len(requests))
-        np.add.at(total, owners, [found.nats for found in self._score(pieces, False)])
+        np.add.at(total, owners, [scored.nats for scored in self._score(pieces, False)])
         return total.tolist()
 
     def generate_until(self, requests: Sequence, disable_tqdm: bool = False) -> list[str]:
@@ -152,41 +152,41 @@ class Harness:
         for i, request in enumerate(requests):
             context, arguments = request.args
             options, limit = self._options(arguments)
-            prompt, limit = self._room(self._encode(context), limit)
+            prompt, limit = self._truncate_prompt(self._encode(context), limit)
             length = min(-(-(len(prompt) + limit) // LENGTH_STEP) * LENGTH_STEP, self.lm.context)
             groups.setdefault((length, tuple(options.items())), []).append((i, prompt, limit))
         texts = [""] * len(requests)
         for (length, options), members in groups.items():
             for first in range(0, len(members), self.batch):
-                some = members[first:first + self.batch]
-                samples = self.lm.generate([prompt for _, prompt, _ in some], length=length, seed=self.seed,
+                chunk = members[first:first + self.batch]
+                samples = self.lm.generate([prompt for _, prompt, _ in chunk], length=length, seed=self.seed,
                                            **dict(options))
-                for (i, prompt, limit), sample in zip(some, samples):
+                for (i, prompt, limit), sample in zip(chunk, samples):
                     whole = len(sample.tokens) <= limit
-                    texts[i] = sample.text if whole else new_text(self.lm.tokenizer, prompt, sample.tokens[:limit])
+                    texts[i] = sample.text if whole else decode_continuation(self.lm.tokenizer, prompt, sample.tokens[:limit])
         return texts
 
     def _score(self, pairs: list, greedy: bool) -> list[conditional.Score]:
         prompts, continuations = zip(*pairs) if pairs else ((), ())
-        found = conditional.score(self.lm, prompts, continuations, greedy=greedy, **self.scoring)
-        self._mc_se += [one.mc_se for one in found]
-        return found
+        scored = conditional.score(self.lm, prompts, continuations, greedy=greedy, **self.scoring)
+        self._mc_se += [one.mc_se for one in scored]
+        return scored
 
-    def _beginning(self) -> list[int]:
+    def _prefix_ids(self) -> list[int]:
         """What a text without context begins with: the end token before it, unless the model puts one there itself or
         has learnt rows that all begin with a document."""
         objective, data = self.lm.config.diffusion, self.lm.config.data
         known = objective.bos if objective.causal else data is not None and data.layout == "pack"
         return [] if known else [self.lm.special.end]
 
-    def _shortened(self, prompt, continuation) -> tuple[np.ndarray, np.ndarray]:
-        prompt = prompt if len(prompt) else np.array(self._beginning(), np.int32)
+    def _truncate_pair(self, prompt, continuation) -> tuple[np.ndarray, np.ndarray]:
+        prompt = prompt if len(prompt) else np.array(self._prefix_ids(), np.int32)
         return prompt[max(len(prompt) + len(continuation) - self.lm.context, 0):], continuation
 
-    def _room(self, prompt, limit: int) -> tuple[np.ndarray, int]:
+    def _truncate_prompt(self, prompt, limit: int) -> tuple[np.ndarray, int]:
         """The end of a prompt, and the tokens that can be written after it: it gives way to them, but keeps half."""
         context = self.lm.context
-        prompt = prompt if len(prompt) else np.array(self._beginning(), np.int32)
+        prompt = prompt if len(prompt) else np.array(self._prefix_ids(), np.int32)
         prompt = prompt[max(len(prompt) - max(context - limit, context // 2), 0):]
         return prompt, min(limit, context - len(prompt))
 
@@ -198,12 +198,12 @@ class Harness:
         until = arguments.get("until") or []
         stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
         limit = int(next((arguments[name] for name in LIMITS if arguments.get(name) is not None), 256))
-        drawn = ("temperature", "top_k", "top_p", "min_p")
+        sampling_arguments = ("temperature", "top_k", "top_p", "min_p")
         options: dict[str, Any] = {"temperature": 0.0, **self.options, "stop": stop}
-        options |= {name: arguments[name] for name in SAMPLER_OPTIONS if arguments.get(name) and name not in drawn}
+        options |= {name: arguments[name] for name in SAMPLER_OPTIONS if arguments.get(name) and name not in sampling_arguments}
         if arguments.get("do_sample"):
             options["temperature"] = float(arguments.get("temperature", self.options.get("temperature", 1.0)))
-            options |= {name: arguments[name] for name in drawn[1:] if arguments.get(name)}
+            options |= {name: arguments[name] for name in sampling_arguments[1:] if arguments.get(name)}
         confident = options["temperature"] == 0 and not self.lm.config.diffusion.causal
         return {**options, "sampler": self.sampler or ("confidence" if confident else "first_hitting")}, limit
 

@@ -20,26 +20,26 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from bd3lm_jax import compile_cache, jax_settings, models, paths, sharding
 from bd3lm_jax.data.tokenizers import FINDERS, READERS, Tokenizer, tokenizer_of
 from bd3lm_jax.errors import UserError, lookup
-from bd3lm_jax.foreign import read_text
+from bd3lm_jax.untrusted_files import read_text
 from bd3lm_jax.models import trunk
-from bd3lm_jax.published import CAUSAL, FORMATS, NETWORKS, NETWORKS_OF_OURS, Described, gguf, write
+from bd3lm_jax.published import CAUSAL, FORMATS, NETWORKS, OWN_MODEL_TYPES, ModelSpec, gguf, write
 from bd3lm_jax.published.keys import check_quantised, check_unread
-from bd3lm_jax.published.leaf import Leaf, require
-from bd3lm_jax.published.read import check_averages, check_tensors, plain_names, read_params, without_prefix
-from bd3lm_jax.published.tensors import Stored, is_gguf
+from bd3lm_jax.published.mapping import ParamMapping, require
+from bd3lm_jax.published.read import check_averages, check_tensors, normalized_names, read_params, match_prefix
+from bd3lm_jax.published.tensors import LazyTensor, is_gguf
 from bd3lm_jax.published.weights import open_directory
 from bd3lm_jax.typed import from_json
 
 CONFIG_FILE = "config.json"
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-OWN = "bd3lm_"  # begins the model_type of a network that sees other tokens than its architecture elsewhere
+OWN_PREFIX = "bd3lm_"  # begins the model_type of a network that sees other tokens than its architecture elsewhere
 FILES = (".gguf", ".json", ".jsonl", ".safetensors", ".bin", ".pt", ".ckpt", ".txt", ".py", ".zip")  # no model's name
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 RUNS = "runs"  # where run directories usually are
 DTYPES = ("float32", "bfloat16")  # that parameters may have
-LAYER_KEYS, MOST_LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "n_blocks"), 10_000
-MOST_CONTEXT = 1 << 27  # tokens
-MOST_MISSING = 10_000  # tensors that a config.json may name beyond those that are there, to be named in an error
+LAYER_KEYS, MAX_LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "n_blocks"), 10_000
+MAX_CONTEXT = 1 << 27  # tokens
+MAX_MISSING = 10_000  # tensors that a config.json may name beyond those that are there, to be named in an error
 
 
 def is_published(path: str | Path) -> bool:
@@ -63,7 +63,7 @@ def is_published(path: str | Path) -> bool:
 
 
 def read_model(path: str | Path, *, dtype: str = "float32", weights: str = "ema",
-               mesh: jax.sharding.Mesh | None = None, allow_pickle: bool = False) -> tuple[Described, dict]:
+               mesh: jax.sharding.Mesh | None = None, allow_pickle: bool = False) -> tuple[ModelSpec, dict]:
     """A published network: what it is, and its parameters.
 
     The parameters have the tree and shapes of `trunk.init`: layers stacked, vocabulary padded with zeros. They are read
@@ -80,29 +80,29 @@ def read_model(path: str | Path, *, dtype: str = "float32", weights: str = "ema"
     require(dtype in DTYPES, f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     require(weights in ("ema", "params"), f"weights are {weights!r}, expected 'ema' or 'params'")
     config_path, published, form, weights_path, stored = _open(Path(path), allow_pickle)
-    tensors, averaged = plain_names(weights_path, stored, weights, getattr(form, "rename", str))
-    described = _describe(config_path, published, form, tensors)
-    with _makes_sense(config_path, published):
-        require(described.length <= MOST_CONTEXT, f"{config_path}: the context is {described.length:,} tokens, "
-                f"expected at most {MOST_CONTEXT:,}")
+    tensors, averaged = normalized_names(weights_path, stored, weights, getattr(form, "rename", str))
+    described = _model_spec(config_path, published, form, tensors)
+    with _plausible_config(config_path, published):
+        require(described.length <= MAX_CONTEXT, f"{config_path}: the context is {described.length:,} tokens, "
+                f"expected at most {MAX_CONTEXT:,}")
         leaves = form.layout(described.model)
         _check_counts(config_path, leaves, len(tensors))
         expected = {name for leaf in leaves.values() for name in leaf.sources()}
-        tensors, averaged = without_prefix(tensors, averaged, expected)
-        held = form.held(described.model, set(tensors))
-        check_tensors(weights_path, tensors, held | {name: leaf.shape for leaf in leaves.values()
+        tensors, averaged = match_prefix(tensors, averaged, expected)
+        buffer_shapes = form.buffer_shapes(described.model, set(tensors))
+        check_tensors(weights_path, tensors, buffer_shapes | {name: leaf.shape for leaf in leaves.values()
                                                      for name in leaf.sources()})
     check_averages(weights_path, averaged, leaves)
-    form.check_held(weights_path, described.model, {name: tensors[name].read() for name in held})
+    form.check_buffers(weights_path, described.model, {name: tensors[name].read() for name in buffer_shapes})
     shardings = None if mesh is None else _shardings(described.model, mesh)
     params = read_params(weights_path, leaves, tensors, jnp.dtype(dtype), shardings)
     return described, unflatten_dict({tuple(at.split(".")): x for at, x in params.items()})
 
 
-def read_tokenizer(path: str | Path, described: Described) -> Tokenizer | None:
+def read_tokenizer(path: str | Path, described: ModelSpec) -> Tokenizer | None:
     """The tokenizer that a published checkpoint brings, None if there is none.
 
-    Its mask is that of `fitted`. UserError if it has ids beyond the vocabulary of the network.
+    Its mask is that of `with_network_mask`. UserError if it has ids beyond the vocabulary of the network.
     """
     path = Path(path)
     if is_gguf(path):
@@ -112,19 +112,19 @@ def read_tokenizer(path: str | Path, described: Described) -> Tokenizer | None:
     vocab = described.model.vocab_size
     require(tokenizer is None or tokenizer.size <= vocab, f"{path}: the vocabulary of the network has {vocab} ids, "
             f"fewer than the {tokenizer and tokenizer.size} of its tokenizer: use the one that it was trained with")
-    return tokenizer and fitted(tokenizer, described)
+    return tokenizer and with_network_mask(tokenizer, described)
 
 
-def fitted(tokenizer: Tokenizer, described: Described) -> Tokenizer:
+def with_network_mask(tokenizer: Tokenizer, described: ModelSpec) -> Tokenizer:
     """The tokenizer with the mask of a network: what that names, else one that is in the vocabulary of the tokenizer,
     else -1. A row behind that vocabulary is padding that the network never read: only one that masks nothing may have
     its id, which no text has."""
-    own = own_mask(tokenizer) if described.objective.masks else tokenizer.mask_id
-    mask_id = described.mask_id if described.mask_id >= 0 else own
+    own_names = vocabulary_mask_id(tokenizer) if described.objective.uses_mask_token else tokenizer.mask_id
+    mask_id = described.mask_id if described.mask_id >= 0 else own_names
     return tokenizer.with_mask(mask_id if mask_id < described.model.vocab_size else -1)
 
 
-def own_mask(tokenizer: Tokenizer) -> int:
+def vocabulary_mask_id(tokenizer: Tokenizer) -> int:
     """The mask token in the vocabulary of a tokenizer; -1 where it has none and would get one on top."""
     return tokenizer.mask_id if tokenizer.mask_id < tokenizer.size else -1
 
@@ -184,34 +184,34 @@ def download(name: str) -> str:
                         "downloaded model") from None
 
 
-def describe(path: str | Path) -> Described:
+def from_hf_config(path: str | Path) -> ModelSpec:
     """What a published checkpoint is, without its weights. UserError as for `read_model`."""
     config_path, published, form, weights_path, stored = _open(Path(path), False)
-    tensors, _ = plain_names(weights_path, stored, "ema", getattr(form, "rename", str))
-    return _describe(config_path, published, form, tensors)
+    tensors, _ = normalized_names(weights_path, stored, "ema", getattr(form, "rename", str))
+    return _model_spec(config_path, published, form, tensors)
 
 
-def _describe(config_path: Path, published: dict, form: ModuleType, tensors: dict[str, Stored]) -> Described:
-    with _makes_sense(config_path, published):
-        described = form.describe(config_path, published,
+def _model_spec(config_path: Path, published: dict, form: ModuleType, tensors: dict[str, LazyTensor]) -> ModelSpec:
+    with _plausible_config(config_path, published):
+        described = form.from_hf_config(config_path, published,
                                   {name: x.read() for name, x in tensors.items() if not x.shape})
         check_unread(config_path, published, (*form.CONFIG_KEYS, *getattr(form, "CHOICES", ()), *form.READ))
     return described
 
 
-def _check_counts(path: Path, leaves: dict[str, Leaf], stored: int) -> None:
+def _check_counts(path: Path, leaves: dict[str, ParamMapping], stored: int) -> None:
     """UserError, before any name is made, where layers times experts are far more than the tensors that are there."""
     count = sum(math.prod(leaf.stacked) for leaf in leaves.values())
-    require(count <= stored + MOST_MISSING, f"{path} describes a network of {count:,} tensors (layers, experts), and "
+    require(count <= stored + MAX_MISSING, f"{path} describes a network of {count:,} tensors (layers, experts), and "
             f"the files hold {stored:,}: it is not the config.json of these weights")
 
 
 @contextlib.contextmanager
-def _makes_sense(path: Path, published: dict) -> Iterator[None]:
+def _plausible_config(path: Path, published: dict) -> Iterator[None]:
     """UserError in place of what arithmetic on an absurd config.json raises; formats check only what is often wrong."""
     layers = [published[key] for key in LAYER_KEYS if key in published]
-    require(all(type(number) is int and 0 <= number <= MOST_LAYERS for number in layers),
-            f"{path}: the number of layers is {layers}, expected 0 to {MOST_LAYERS}")
+    require(all(type(number) is int and 0 <= number <= MAX_LAYERS for number in layers),
+            f"{path}: the number of layers is {layers}, expected 0 to {MAX_LAYERS}")
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
@@ -226,14 +226,14 @@ def read_config(path: Path) -> tuple[dict, ModuleType]:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}): expected the config.json of a published checkpoint") from None
     kind = published.get("model_type") if isinstance(published, dict) else None
-    kind = kind.removeprefix(OWN) if isinstance(kind, str) else kind
+    kind = kind.removeprefix(OWN_PREFIX) if isinstance(kind, str) else kind
     inner = published.get("text_config") if isinstance(published, dict) else None
-    also = " (its text_config is that of a model for text: take that model alone)" if isinstance(inner, dict) else ""
-    require(kind in list(FORMATS), f"{path}: model_type is {kind!r}{also}, supported: {', '.join(FORMATS)}")
+    hint = " (its text_config is that of a model for text: take that model alone)" if isinstance(inner, dict) else ""
+    require(kind in list(FORMATS), f"{path}: model_type is {kind!r}{hint}, supported: {', '.join(FORMATS)}")
     return published | {"model_type": kind}, FORMATS[kind]
 
 
-def _open(path: Path, allow_pickle: bool) -> tuple[Path, dict, ModuleType, Path, dict[str, Stored]]:
+def _open(path: Path, allow_pickle: bool) -> tuple[Path, dict, ModuleType, Path, dict[str, LazyTensor]]:
     """Where the config is, what it says, its format; where the tensors are, and these by name."""
     if is_gguf(path):
         published, tensors = gguf.open_gguf(path)
@@ -250,7 +250,7 @@ def _shardings(config, mesh: jax.sharding.Mesh) -> dict[str, jax.sharding.NamedS
     return flatten_dict(sharding.param_shardings(abstract, mesh), sep=".")
 
 
-def write_model(target: str | Path, described: Described, params: dict, *, dtype: str, max_shard: int,
+def write_model(target: str | Path, described: ModelSpec, params: dict, *, dtype: str, max_shard: int,
                 model_type: str | None, files: dict[str, bytes],
                 token_ids: Mapping[str, int | list[int] | None] = MappingProxyType({})) -> dict[str, int | str]:
     """Write a network as a directory in Hugging Face layout: config.json, safetensors and `files`.
@@ -267,13 +267,13 @@ def write_model(target: str | Path, described: Described, params: dict, *, dtype
     """
     require(dtype in write.DTYPES, f"dtype is {dtype!r}, expected one of {', '.join(write.DTYPES)}")
     published, form = _published(described, model_type)
-    own = _own_names(published) if _sees_otherwise(published, described) else {}
-    published = {**token_ids, **published, **own}
+    own_names = _own_model_type(published) if _computes_other_logits(published, described) else {}
+    published = {**token_ids, **published, **own_names}
     leaves = form.layout(described.model)
     flat = {".".join(path): x for path, x in flatten_dict(params).items()}
     constants = form.constants(described.model, described.objective) if hasattr(form, "constants") else {}
-    tensors = write.tensors_of(leaves, flat, write.DTYPES[dtype]) + write.of_constants(constants)
-    with write.whole(Path(target)) as work:
+    tensors = write.tensors_of(leaves, flat, write.DTYPES[dtype]) + write.constant_tensors(constants)
+    with write.atomic_directory(Path(target)) as work:
         write.write_tensors(work, tensors, max_shard)
         write.write_json(work / CONFIG_FILE, published | {"torch_dtype": dtype})
         for name, content in files.items():
@@ -281,19 +281,19 @@ def write_model(target: str | Path, described: Described, params: dict, *, dtype
     return {"tensors": len(tensors), "bytes": sum(tensor.num_bytes for tensor in tensors), "path": str(target)}
 
 
-def _sees_otherwise(published: dict, described: Described) -> bool:
+def _computes_other_logits(published: dict, described: ModelSpec) -> bool:
     """Whether other implementations of this model_type would compute other logits: by who sees whom, or shifted."""
     kind, objective = published["model_type"], described.objective
-    if kind in NETWORKS_OF_OURS:
+    if kind in OWN_MODEL_TYPES:
         return False
     if kind in CAUSAL:
         return not objective.causal or bool(getattr(described.model, "shifted", ""))
     return not objective.causal and objective.block_size < described.length
 
 
-def _own_names(published: dict) -> dict:
+def _own_model_type(published: dict) -> dict:
     stem = re.split("For|LMHead|Model", published["architectures"][0])[0]
-    return {"model_type": OWN + published["model_type"], "architectures": [f"{stem}ForBlockDiffusion"]}
+    return {"model_type": OWN_PREFIX + published["model_type"], "architectures": [f"{stem}ForBlockDiffusion"]}
 
 
 def token_ids(source: Path) -> dict[str, int | list[int]]:
@@ -313,21 +313,21 @@ def layout_name(directory: Path) -> str:
     return read_config(directory / CONFIG_FILE)[0]["model_type"]
 
 
-def _published(described: Described, model_type: str | None) -> tuple[dict, ModuleType]:
+def _published(described: ModelSpec, model_type: str | None) -> tuple[dict, ModuleType]:
     """config.json and format of a network. UserError if reading it back would give another network or objective."""
     model, objective, length, mask_id = described
     form = FORMATS[model_type] if model_type else lookup(NETWORKS, model.kind, "published layout of a network of kind")
-    published = form.publish(model, objective, length)
+    published = form.to_hf_config(model, objective, length)
     scalars = {name: x for name, x in (form.constants(model, objective) if hasattr(form, "constants") else {}).items()
                if not x.shape}
-    if mask_id >= 0 and form.describe(CONFIG_FILE, published, scalars).mask_id != mask_id:
+    if mask_id >= 0 and form.from_hf_config(CONFIG_FILE, published, scalars).mask_id != mask_id:
         published["mask_token_id"] = mask_id
-    back = form.describe(CONFIG_FILE, published, scalars)
+    back = form.from_hf_config(CONFIG_FILE, published, scalars)
     if back.model.dropout == 0:  # only for training, and most layouts do not name it
         described = described._replace(model=dataclasses.replace(model, dropout=0.0))
-    wrong = [f"{name} {ours!r} would be read back as {theirs!r}" for name, ours, theirs
-             in zip(Described._fields, described, back) if ours != theirs and not (name == "mask_id" and ours < 0)]
-    require(not wrong, f"the layout '{published['model_type']}' cannot say what this model is: {'; '.join(wrong)}")
+    lossy_fields = [f"{name} {before!r} would be read back as {after!r}" for name, before, after
+             in zip(ModelSpec._fields, described, back) if before != after and not (name == "mask_id" and before < 0)]
+    require(not lossy_fields, f"the layout '{published['model_type']}' cannot say what this model is: {'; '.join(lossy_fields)}")
     return published, form
 
 

@@ -34,7 +34,7 @@ def key(seed: int) -> jax.Array:
 
 
 @contextlib.contextmanager
-def fixed() -> Iterator[None]:
+def pinned() -> Iterator[None]:
     """Within the block, in this thread, JAX computes as the library is tested. Also a decorator of functions."""
     with (jax.enable_x64(False), jax.threefry_partitionable(True), jax.numpy_dtype_promotion("standard"),
           jax.numpy_rank_promotion("allow")):
@@ -42,9 +42,9 @@ def fixed() -> Iterator[None]:
 
 
 def iterate(items: Iterator) -> Iterator:
-    """The items of a generator, each computed within `fixed`; between them the caller has its own settings."""
+    """The items of a generator, each computed within `pinned`; between them the caller has its own settings."""
     while True:
-        with fixed():
+        with pinned():
             try:
                 item = next(items)
             except StopIteration:

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import jax_settings, models, passes, plugins, stats
+from bd3lm_jax import forward, jax_settings, models, plugins, stats
 from bd3lm_jax.config import SECTIONS, Config, DataConfig
 from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.errors import UserError, command_line
 from bd3lm_jax.evaluation import conditional, estimators, evaluate
 from bd3lm_jax.models import Backbone, trunk
-from bd3lm_jax.published import Described
-from bd3lm_jax.published.leaf import check_beginning, check_mask
+from bd3lm_jax.published import ModelSpec
+from bd3lm_jax.published.mapping import check_bos, check_mask
 from bd3lm_jax.sampling.auto_size import AUTO
 from bd3lm_jax.score import SpecialIds
 from bd3lm_jax.writing import generation, infill, stream
@@ -35,14 +35,14 @@ class NLL(NamedTuple):
     total: float
 
 
-class Trained(NamedTuple):
+class CheckpointId(NamedTuple):
     """Which checkpoint a model is: the steps it was trained for, and the config's hash."""
 
     step: int
     config_sha256: str
 
 
-@jax_settings.fixed()
+@jax_settings.pinned()
 def load(path: str | Path, weights: str = "ema", dtype: str = "float32", allow_pickle: bool = False,
          step: int | str = "latest") -> "LM":
     """The model in `path`: a run directory; a published checkpoint (a directory with config.json and safetensors, or a
@@ -64,11 +64,11 @@ def load(path: str | Path, weights: str = "ema", dtype: str = "float32", allow_p
         return published(found, params, hf.read_tokenizer(path, found), dtype, name)
     run = restore.restore(path, weights, dtype, None, step)
     return LM(run.config, run.params, run.tokenizer, run.model, run.config.data.length,
-              Trained(run.step, run.meta["config_sha256"]), name=name)
+              CheckpointId(run.step, run.meta["config_sha256"]), name=name)
 
 
-def published(found: Described, params: dict, tokenizer: Tokenizer | None, dtype: str, name: str = "") -> "LM":
-    """The model of a published checkpoint; its tokenizer knows the mask token (`hf.fitted`)."""
+def published(found: ModelSpec, params: dict, tokenizer: Tokenizer | None, dtype: str, name: str = "") -> "LM":
+    """The model of a published checkpoint; its tokenizer knows the mask token (`hf.resolve_block_size`)."""
     config = Config(0, found.model, found.objective, **dict.fromkeys(SECTIONS))
     return LM(config, params, tokenizer, models.build(found.model, jnp.dtype(dtype)), found.length,
               mask_id=found.mask_id if tokenizer is None else None, any_length=True, name=name)
@@ -84,11 +84,11 @@ class LM:
     """
 
     def __init__(self, config: Config, params: dict[str, Any], tokenizer: Tokenizer | None, model: Backbone,
-                 context: int, trained: Trained | None = None, mask_id: int | None = None, any_length: bool = False,
+                 context: int, trained: CheckpointId | None = None, mask_id: int | None = None, any_length: bool = False,
                  name: str = ""):
         self.config, self.params, self.tokenizer, self.model, self.context = config, params, tokenizer, model, context
         self.trained, self._mask_id, self._any_length, self.name = trained, mask_id, any_length, name
-        self._is_canvas = False
+        self._is_resized = False
 
     def __repr__(self) -> str:
         model, objective = self.config.model, self.config.diffusion
@@ -114,7 +114,7 @@ class LM:
 
     def at_block_size(self, size: int) -> "LM":
         """This model with blocks of `size` tokens, one of those that it was trained with (`diffusion.kind="mixed"`)."""
-        config = self.config.at_trained_size(size)
+        config = self.config.at_trained_block_size(size)
         if config is self.config:
             return self
         known = self.__dict__.setdefault("_at_sizes", {})  # each keeps its programs
@@ -123,14 +123,14 @@ class LM:
                              name=self.name)
         return known[size]
 
-    def fitted(self, options: dict[str, Any]) -> tuple["LM", dict[str, Any]]:
+    def resolve_block_size(self, options: dict[str, Any]) -> tuple["LM", dict[str, Any]]:
         """For a model with several block sizes: this model at the one that generation options name, and the others."""
         size = options.get("block_size")
         if self.config.diffusion.kind != "mixed" or size in (None, AUTO):
             return self, options
         return self.at_block_size(size), {**options, "block_size": None}
 
-    def on_canvas(self, length: int) -> "LM":
+    def at_length(self, length: int) -> "LM":
         """This model as it writes texts of `length` tokens: networks that see whole rows, and were trained on rows of
         many lengths, on as many places."""
         size = self.config.block_size
@@ -140,15 +140,15 @@ class LM:
         if length not in known:
             known[length] = LM(config, self.params, self.tokenizer, self.model, self.context, mask_id=self._mask_id,
                              name=self.name)
-            known[length]._is_canvas = True
+            known[length]._is_resized = True
         return known[length]
 
     @property
     def is_bidirectional(self) -> bool:
         """Whether one block is all that the model ever sees (MDLM, LLaDA)."""
-        return self._is_canvas or not self.config.diffusion.causal and self.config.block_size >= self.context
+        return self._is_resized or not self.config.diffusion.causal and self.config.block_size >= self.context
 
-    @jax_settings.fixed()
+    @jax_settings.pinned()
     def logits(self, xt, x0=None, *, sigma=None) -> jax.Array:
         """Raw network output, float32 `[B, L, V]`, before SUBS.
 
@@ -168,7 +168,7 @@ class LM:
             raise UserError(f"x0 has shape {x0.shape}, expected that of xt, {xt.shape}")
         return self._two_stream_logits(self.params, xt, x0, sigma)
 
-    @jax_settings.fixed()
+    @jax_settings.pinned()
     def nll(self, tokens, *, weights=None, estimator: str = "exact_count", draws: int = 1, seed: int = 0) -> NLL:
         """Bound on the negative log-likelihood of each row (exact for AR and block size 1).
 
@@ -180,13 +180,13 @@ class LM:
         """
         tokens = np.asarray(self._check_ids(tokens))
         self._check_mask()
-        check_beginning(self.config.diffusion, self.config.model, self.special.end)
+        check_bos(self.config.diffusion, self.config.model, self.special.end)
         if (tokens == self.special.mask).any():
             raise UserError(f"the tokens hold the mask token {self.special.mask}, which is never part of a text")
         objective = self.config.diffusion
         config = self._for_rows(tokens.shape[1])
         chosen = estimators.make(estimator, config)
-        if chosen.learns:
+        if chosen.needs_pilot:
             raise UserError(f"estimator '{estimator}' learns from a split: use it with eval, and exact_count here")
         evaluate.check_draws(draws)
         batch, length = tokens.shape
@@ -217,7 +217,7 @@ class LM:
         """Contributions of the tokens in nats, float64 `[B, U, L]`, of U independent estimates."""
         batch, length = tokens_BxL.shape
         padded, scored = (np.pad(x, ((0, 0), (0, -length % objective.block_size))) for x in (tokens_BxL, scored_BxL))
-        position, _ = passes.plain_rows(padded)
+        position, _ = forward.single_document_rows(padded)
         segment = jnp.broadcast_to(jnp.arange(padded.shape[1]) < length, padded.shape).astype(jnp.int32)
         rounds = draws if estimator.replicates > 1 else 1
         estimates = []
@@ -225,11 +225,11 @@ class LM:
             key = jax.random.fold_in(jax_settings.key(seed), round_)
             parts = [self._scores(estimator, objective)(self.params, key, index, jnp.arange(batch), padded, position,
                                                         segment, scored)[0]
-                     for index in range(estimator.passes(1))]
+                     for index in range(estimator.num_passes(1))]
             estimates.append(np.mean(parts, axis=0, dtype=np.float64)[..., :length])
         return np.concatenate(estimates, axis=1)
 
-    @jax_settings.fixed()
+    @jax_settings.pinned()
     def generate(self, prompts=None, *, num: int = 1, length: int, **options) -> list[Sample]:
         """Write texts of `length` tokens (prompt included), or up to a stop.
 
@@ -238,8 +238,8 @@ class LM:
         is keyed by (seed, i), whatever else is in the batch.
         """
         self._check_mask()
-        lm, options = self.fitted(options)
-        return generation.generate(lm.on_canvas(length), prompts, num, length, lm._options(options))
+        lm, options = self.resolve_block_size(options)
+        return generation.generate(lm.at_length(length), prompts, num, length, lm._options(options))
 
     def stream(self, prompt=None, *, length: int, **options) -> Iterator[stream.Committed | stream.Revision]:
         """The text of one prompt while it is written: `Committed(text)` stays, `Revision(text)` is the present block.
@@ -247,20 +247,20 @@ class LM:
         The same tokens as `generate` writes with the same options.
         """
         self._check_mask()
-        lm, options = self.fitted(options)
-        return jax_settings.iterate(stream.watch(lm.on_canvas(length), prompt, length, lm._options(options)))
+        lm, options = self.resolve_block_size(options)
+        return jax_settings.iterate(stream.watch(lm.at_length(length), prompt, length, lm._options(options)))
 
-    @jax_settings.fixed()
+    @jax_settings.pinned()
     def infill(self, texts, *, draws: int = 4, **options) -> list[infill.Infill]:
         """Fill `[MASK]`, `[MASK:n]` and `[MASK:a-b]` in texts; see `infill.infill`."""
-        lm, options = self.fitted(options)
+        lm, options = self.resolve_block_size(options)
         return infill.infill(lm, texts, lm._options(options), draws=draws)
 
     def _options(self, given: dict[str, Any]) -> Options:
         """With the sampler that such a model is used with, unless another one is named."""
         return make_options(**{"sampler": self.config.diffusion.sampler} | given)
 
-    @jax_settings.fixed()
+    @jax_settings.pinned()
     def score(self, prompts, continuations, *, estimator: str = "exact_count", draws: int = 4, seed: int = 0,
               greedy: bool = False, batch: int = 16) -> list[conditional.Score]:
         """Log-likelihood of each continuation after its prompt: exact for AR and block size 1, else a lower bound with
@@ -268,7 +268,7 @@ class LM:
         return conditional.score(self, prompts, continuations, estimator=estimator, draws=draws, seed=seed,
                                  greedy=greedy, batch=batch)
 
-    @jax_settings.fixed()
+    @jax_settings.pinned()
     def choose(self, prompt, options, *, normalise: str = "none", estimator: str = "exact_count", draws: int = 4,
                seed: int = 0, batch: int = 16) -> conditional.Choice:
         """The likeliest of several continuations under common masks; see `conditional.choose`."""
@@ -280,7 +280,7 @@ class LM:
         known = self.__dict__.setdefault("_known_scores", {})
         if (estimator, objective) not in known:
             known[estimator, objective] = jax.jit(evaluate.make_scores(self.model, objective, estimator, self.special,
-                                                                       passes.PLAIN, 1))
+                                                                       forward.DEFAULT_EXECUTION, 1))
         return known[estimator, objective]
 
     @functools.cached_property
@@ -293,10 +293,10 @@ class LM:
             length = ids.shape[1]
             size = max(min(objective.block_size, length), 1)  # a block longer than the row is the row
             ids = jnp.pad(ids, ((0, 0), (0, -length % size)))
-            position, _ = passes.plain_rows(ids)
+            position, _ = forward.single_document_rows(ids)
             segment = (position < length).astype(jnp.int32)
-            h = passes.one_stream(self.model, params, ids, position, segment, rule=rule, block_size=size,
-                                  sigma_Bxn=sigma, execution=passes.PLAIN)
+            h = forward.one_stream(self.model, params, ids, position, segment, rule=rule, block_size=size,
+                                  sigma_Bxn=sigma, execution=forward.DEFAULT_EXECUTION)
             return trunk.logits(self.model, params, h, sigma)[:, :length]
         return plain
 
@@ -307,12 +307,12 @@ class LM:
             length = xt.shape[1]
             size = max(min(self.config.block_size, length), 1)
             xt, x0 = (jnp.pad(x, ((0, 0), (0, -length % size))) for x in (xt, x0))
-            position, _ = passes.plain_rows(x0)
+            position, _ = forward.single_document_rows(x0)
             segment = (position < length).astype(jnp.int32)
             noised_sigma = None if sigma is None else sigma[:, None]
             clean_sigma = sigma if sigma is not None and sigma.shape[1] == 1 else None
-            h = passes.two_stream(self.model, params, xt[:, None], x0, position, segment, block_size=size,
-                                  sigma_BxMxn=noised_sigma, clean_sigma_Bx1=clean_sigma, execution=passes.PLAIN)
+            h = forward.two_stream(self.model, params, xt[:, None], x0, position, segment, block_size=size,
+                                  sigma_BxMxn=noised_sigma, clean_sigma_Bx1=clean_sigma, execution=forward.DEFAULT_EXECUTION)
             return trunk.logits(self.model, params, h, noised_sigma)[:, 0, :length]
         return two_stream
 
@@ -321,8 +321,8 @@ class LM:
         if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
             raise UserError(f"token ids have shape {ids.shape} and type {ids.dtype}, expected integers [batch, length]")
         if ids.size and (ids.min() < 0 or ids.max() >= vocab):
-            wrong = ids.min() if ids.min() < 0 else ids.max()
-            raise UserError(f"token id {wrong} is out of range, expected 0 to {vocab - 1}")
+            bad_id = ids.min() if ids.min() < 0 else ids.max()
+            raise UserError(f"token id {bad_id} is out of range, expected 0 to {vocab - 1}")
         if ids.shape[1] > self.context:
             raise UserError(f"rows have {ids.shape[1]} tokens, expected at most {self.context}, what the model was "
                             "trained on")
@@ -332,7 +332,7 @@ class LM:
         check_mask(self.config.diffusion, self.special.mask)
 
     def _check_sigma(self, sigma, shape) -> jax.Array | None:
-        if not trunk.takes_level(self.config.model):
+        if not trunk.is_time_conditioned(self.config.model):
             return None
         if sigma is None:
             raise UserError("this model is conditioned on the noise level: give sigma = -log(alpha), [batch] or "

@@ -16,12 +16,12 @@ from bd3lm_jax.log import note
 
 WAIT_S = 2.0  # for a process that was killed a moment ago to be gone
 POLL_S = 0.05
-WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what file systems without flock say
-_in_turn: set[str] = set()  # lock files that this process holds by `in_turn`
+LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what file systems without flock say
+_held_paths: set[str] = set()  # lock files that this process holds by `hold_waiting`
 
 
 @contextlib.contextmanager
-def held(path: Path) -> Iterator[None]:
+def hold(path: Path) -> Iterator[None]:
     """Hold the lock file `path`, which stays there afterwards.
 
     Only the lock of the system counts; what stands in the file (pid, host, since when) tells people who holds it, so
@@ -31,16 +31,16 @@ def held(path: Path) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         if not _lock(descriptor, path, WAIT_S, f"see that no other run writes to {path.parent}"):
-            raise UserError(f"{path.parent} is written by another run ({_holder(path)}): wait for its end or stop it, "
+            raise UserError(f"{path.parent} is written by another run ({_describe_owner(path)}): wait for its end or stop it, "
                             "or choose another --workdir")
-        _sign(descriptor)
+        _write_owner(descriptor)
         yield
     finally:
         os.close(descriptor)
 
 
 @contextlib.contextmanager
-def in_turn(path: Path, work: str, wait: bool = True) -> Iterator[bool]:
+def hold_waiting(path: Path, work: str, wait: bool = True) -> Iterator[bool]:
     """Hold the lock file `path`, which goes afterwards, while others wait for it.
 
     Where files cannot be locked nobody waits: what is done meanwhile must bear company. A process does not wait for
@@ -48,24 +48,24 @@ def in_turn(path: Path, work: str, wait: bool = True) -> Iterator[bool]:
     `wait`.
     """
     name = os.path.realpath(path)
-    if name in _in_turn:
+    if name in _held_paths:
         yield True
         return
-    descriptor = _take(path, work, wait)
+    descriptor = _acquire(path, work, wait)
     if descriptor is None:
         yield False
         return
-    _in_turn.add(name)
+    _held_paths.add(name)
     try:
         yield True
     finally:
-        _in_turn.discard(name)
+        _held_paths.discard(name)
         with contextlib.suppress(OSError):
             os.unlink(path)  # while it is held: whoever has opened it sees that it is gone, and opens the next one
         os.close(descriptor)
 
 
-def is_ours(path: Path) -> bool:
+def is_own_lock_file(path: Path) -> bool:
     """Whether what stands in a lock file was written here."""
     try:
         return {"pid", "host", "since"} == set(json.loads(path.read_text(encoding="utf-8")))
@@ -82,7 +82,7 @@ def is_held(path: Path) -> bool:
         os.close(descriptor)
 
 
-def _take(path: Path, work: str, wait: bool) -> int | None:
+def _acquire(path: Path, work: str, wait: bool) -> int | None:
     """The open lock file that stands at `path` and is held now; None if another process holds it."""
     while True:
         descriptor = _open(path)
@@ -92,12 +92,12 @@ def _take(path: Path, work: str, wait: bool) -> int | None:
                 os.close(descriptor)
                 return None
             if not is_free:
-                note(f"waits for {_holder(path)}, which {work}")
+                note(f"waits for {_describe_owner(path)}, which {work}")
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                     with contextlib.suppress(OSError):  # a full disk, or another user's file: it is held all the same
-                        _sign(descriptor)
+                        _write_owner(descriptor)
                     return descriptor
         except BaseException:
             os.close(descriptor)
@@ -115,7 +115,7 @@ def _open(path: Path) -> int:
         return os.open(path, os.O_RDONLY)
 
 
-def _sign(descriptor: int) -> None:
+def _write_owner(descriptor: int) -> None:
     since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}) + "\n"
     os.ftruncate(descriptor, 0)
@@ -134,17 +134,17 @@ def _lock(descriptor: int, path: Path, wait_s: float, advice: str = "") -> bool:
                 return False
             time.sleep(POLL_S)
         except OSError as error:
-            if error.errno not in WITHOUT_LOCKS:
+            if error.errno not in LOCKS_UNSUPPORTED:
                 raise
             if advice:
                 note(f"{path} cannot be locked here ({error.strerror}): {advice}")
             return True
 
 
-def _holder(path: Path) -> str:
+def _describe_owner(path: Path) -> str:
     """Who wrote the file, in words."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return f"pid {found['pid']} on {found['host']} since {found['since']}"
+        owner = json.loads(path.read_text(encoding="utf-8"))
+        return f"pid {owner['pid']} on {owner['host']} since {owner['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return f"{path.name} does not say which"

@@ -17,14 +17,14 @@ from rich.progress import (BarColumn, MofNCompleteColumn, Progress, SpinnerColum
                            TimeRemainingColumn)
 from rich.table import Table
 
-from bd3lm_jax import files, sealed
-from bd3lm_jax.errors import RunError, STEERING, visible
+from bd3lm_jax import files, checksummed
+from bd3lm_jax.errors import RunError, CONTROL_CHARACTERS, escape_control_characters
 
 METRICS_FILE = "metrics.jsonl"
-LOGGED = ("train/", "valid/")  # what keys of metrics that are numbers begin with
+METRIC_PREFIXES = ("train/", "valid/")  # what keys of metrics that are numbers begin with
 PLAIN_SECONDS = 5.0  # between progress lines when stderr is not a terminal
 UNLIMITED = 100_000  # columns, to measure how wide a table would be
-BUSY_SECONDS = 15.0  # between the lines of `busy` there
+BUSY_SECONDS = 15.0  # between the lines of `spinner` there
 
 _console = Console(stderr=True, highlight=False)
 _silent = False
@@ -38,7 +38,7 @@ def silence() -> None:
 
 def note(text: str) -> None:
     """One line for people, on stderr."""
-    _console.print(visible(text), markup=False, soft_wrap=True)
+    _console.print(escape_control_characters(text), markup=False, soft_wrap=True)
 
 
 @functools.cache
@@ -48,23 +48,23 @@ def note_once(text: str) -> None:
 
 
 @contextlib.contextmanager
-def busy(what: str) -> Iterator[None]:
+def spinner(what: str) -> Iterator[None]:
     """Show that `what` goes on, and for how long, while the block runs: a live line on a terminal, else a line now and
     then."""
     if _console.is_terminal and not _console.is_dumb_terminal:
         columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
         with Progress(*columns, console=_console, transient=True) as line:
-            line.add_task(visible(what), total=None)
+            line.add_task(escape_control_characters(what), total=None)
             yield
         return
-    began, done = time.monotonic(), threading.Event()
+    start_s, done = time.monotonic(), threading.Event()
 
-    def tell() -> None:
+    def report_elapsed() -> None:
         while not done.wait(BUSY_SECONDS):
             with contextlib.suppress(OSError):
-                note(f"{what}: {_duration(time.monotonic() - began)}")
+                note(f"{what}: {_duration(time.monotonic() - start_s)}")
 
-    thread = threading.Thread(target=tell, daemon=True)
+    thread = threading.Thread(target=report_elapsed, daemon=True)
     thread.start()
     try:
         yield
@@ -73,7 +73,7 @@ def busy(what: str) -> Iterator[None]:
         thread.join()
 
 
-def counted(number: int, noun: str) -> str:
+def pluralize(number: int, noun: str) -> str:
     """`1 draw`, `2 draws`."""
     return f"{number} {noun}{'s' * (number != 1)}"
 
@@ -84,11 +84,11 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     Where it is wider than the terminal each row becomes lines of its own, `column value` under the row's first cell. A
     file or a pipe gets all of the table.
     """
-    grid = Table(title=visible(title), title_justify="left")
+    grid = Table(title=escape_control_characters(title), title_justify="left")
     for i, column in enumerate(columns):
-        grid.add_column(visible(column), justify="left" if i == 0 else "right", no_wrap=True)
+        grid.add_column(escape_control_characters(column), justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
-        grid.add_row(*(visible(str(cell)) for cell in row))
+        grid.add_row(*(escape_control_characters(str(cell)) for cell in row))
     width = _console.measure(grid, options=_console.options.update(width=UNLIMITED)).maximum
     if width <= _console.width:
         _console.print(grid, markup=False)
@@ -100,12 +100,12 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
 
 def _print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     note(title)
-    wide = max(map(len, columns))
+    name_width = max(map(len, columns))
     for first, *others in rows:
         note(f"{columns[0]} {first}".strip())
         for column, cell in zip(columns[1:], others):
             if str(cell):
-                note(f"  {column:{wide}}  {cell}")
+                note(f"  {column:{name_width}}  {cell}")
 
 
 def result(values: Mapping[str, Any]) -> None:
@@ -126,7 +126,7 @@ def save(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
 
     RunError if it cannot be written.
     """
-    text = json.dumps(sealed.seal(_plain(values)), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    text = json.dumps(checksummed.add_checksum(_plain(values)), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     with files.errors(path, "choose another directory"):
         files.write(path, text.encode())
 
@@ -140,8 +140,8 @@ def append(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
     with _full_disk(path), open(path, "a+b") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
-        cut_off = file.read(1) not in (b"", b"\n")
-        file.write(b"\n" * cut_off + _line(values).encode())
+        is_truncated = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * is_truncated + _line(values).encode())
         file.flush()
         os.fsync(file.fileno())
 
@@ -163,29 +163,29 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict]:
 def _is_logged(line: dict) -> bool:
     """Whether a line has a step and numbers."""
     return type(line.get("step")) is int and all(
-        value is None or type(value) in (int, float) for key, value in line.items() if key.startswith(LOGGED))
+        value is None or type(value) in (int, float) for key, value in line.items() if key.startswith(METRIC_PREFIXES))
 
 
-def read_lines(path: str | os.PathLike, is_whole: Callable[[dict], bool] = lambda line: True) -> list[dict]:
+def read_lines(path: str | os.PathLike, is_valid_line: Callable[[dict], bool] = lambda line: True) -> list[dict]:
     """The objects in a JSON-lines file, [] if it is not there.
 
     What a kill cut off is left out, and with a warning every other line that is no object, is not what was written (by
-    its checksum), or that `is_whole` refuses.
+    its checksum), or that `is_valid_line` refuses.
     """
     try:
-        *texts, rest = Path(path).read_bytes().split(b"\n")
+        *texts, last_text = Path(path).read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
     lines, damaged = [], 0
-    for text in filter(bytes.strip, [*texts, rest]):
+    for text in filter(bytes.strip, [*texts, last_text]):
         try:
-            line = sealed.unseal(text)
-        except sealed.Damaged:
+            line = checksummed.verify_checksum(text)
+        except checksummed.ChecksumError:
             line = None
-        if line is not None and is_whole(line):
+        if line is not None and is_valid_line(line):
             lines.append(line)
         else:
-            damaged += text is not rest
+            damaged += text is not last_text
     if damaged:
         note_once(f"warning: {path} has {damaged} damaged line{'s' * (damaged > 1)}, left out")
     return lines
@@ -201,19 +201,19 @@ class RunLog:
     def __init__(self, workdir: str | os.PathLike, total_steps: int, quiet: bool = False, start_step: int = 0):
         import jax
 
-        self._writes = jax.process_index() == 0
-        self._quiet = quiet or not self._writes
+        self._is_writer = jax.process_index() == 0
+        self._quiet = quiet or not self._is_writer
         self._total_steps = total_steps
         self._path = Path(workdir) / METRICS_FILE
         self._file = None
         self._bar = None
         self._first = None  # (seconds, step) of the first plain call
         self._last_line = None  # seconds of the last plain line
-        if self._writes:
-            self._keep_until(start_step)
+        if self._is_writer:
+            self._truncate_after(start_step)
 
     def __enter__(self) -> "RunLog":
-        if self._writes:
+        if self._is_writer:
             self._file = self._path.open("a", encoding="utf-8")
         return self
 
@@ -279,11 +279,11 @@ class RunLog:
         left = f"  {_duration(seconds / steps * (self._total_steps - step))} left" if steps else ""
         note(f"step {step}/{self._total_steps}  loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s{left}")
 
-    def _keep_until(self, start_step: int) -> None:
+    def _truncate_after(self, start_step: int) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_metrics(self._path.parent) if line["step"] <= start_step] if start_step else []
+        remaining = [line for line in read_metrics(self._path.parent) if line["step"] <= start_step] if start_step else []
         with _full_disk(self._path):
-            files.write(self._path, "".join(map(_line, kept)).encode())
+            files.write(self._path, "".join(map(_line, remaining)).encode())
 
 
 def _duration(seconds: float) -> str:
@@ -293,13 +293,13 @@ def _duration(seconds: float) -> str:
 
 
 def _line(values: Mapping[str, Any]) -> str:
-    return _to_json(sealed.seal(_plain(values))) + "\n"
+    return _to_json(checksummed.add_checksum(_plain(values))) + "\n"
 
 
 def _to_json(values: Any) -> str:
     """On one line that a terminal can show and every reader of lines takes for one."""
     text = json.dumps(_plain(values), allow_nan=False, ensure_ascii=False)
-    return STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return CONTROL_CHARACTERS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _plain(value: Any) -> Any:

@@ -15,21 +15,21 @@ from bd3lm_jax.diffusion import corrupt
 from bd3lm_jax.diffusion.clip import ClipSearch, relative_variance
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.models import Backbone
-from bd3lm_jax.passes import Execution
+from bd3lm_jax.forward import Execution
 from bd3lm_jax.score import SpecialIds, row_losses, score
-from bd3lm_jax.sharding import settled
+from bd3lm_jax.sharding import block_until_ready_if_simulated
 from bd3lm_jax.state import TrainState
 from bd3lm_jax.step import draw_noise, sum_over_rows
 
-SEARCH = 0x636C6970  # tells the noise of a search from that of the steps
+CLIP_SEARCH_FOLD = 0x636C6970  # tells the noise of a search from that of the steps
 
 
-class Chooser:
+class NoiseSelector:
     """Chooses the noise of a run at its validations, where that needs passes of its own; tells what was chosen."""
 
     def __init__(self, config: Config, model: Backbone, special: SpecialIds, mesh: jax.sharding.Mesh):
-        self.config, self.schedule, self.everywhere = config, config.schedule, NamedSharding(mesh, P())
-        self._moments = jax.jit(make_block_moments(config, model, special), out_shardings=self.everywhere)
+        self.config, self.schedule, self.replicated = config, config.schedule, NamedSharding(mesh, P())
+        self._moments = jax.jit(make_block_moments(config, model, special), out_shardings=self.replicated)
 
     def __call__(self, state: TrainState, batch: Callable[[int], dict], step: int) -> tuple[TrainState, dict]:
         """The state to go on with after `step` updates, and its noise for metrics (empty if it is fixed).
@@ -40,19 +40,19 @@ class Chooser:
         """
         if isinstance(self.schedule, ClipSearch) and step % self.config.eval.every == 0:
             batches = [batch(step + i) for i in range(self.config.noise.clip_batches)]
-            key = jax.random.fold_in(jax.random.fold_in(jax_settings.key(self.config.seed), step), SEARCH)
+            key = jax.random.fold_in(jax.random.fold_in(jax_settings.key(self.config.seed), step), CLIP_SEARCH_FOLD)
             interval = self._search(state.ema or state.params, key, batches)
-            state = state.replace(noise=jax.device_put(self.schedule.chosen(interval), self.everywhere))
-        return state, self.shown(state)
+            state = state.replace(noise=jax.device_put(self.schedule.state_for_interval(interval), self.replicated))
+        return state, self.as_metrics(state)
 
-    def shown(self, state: TrainState) -> dict[str, list[float]]:
+    def as_metrics(self, state: TrainState) -> dict[str, list[float]]:
         """The noise of a state: `clip` or `count_probs`."""
-        return self.schedule.shown(jax.device_get(state.noise)) if self.schedule else {}
+        return self.schedule.as_metrics(jax.device_get(state.noise)) if self.schedule else {}
 
     def _search(self, params, key, batches: list[dict]) -> np.ndarray:
         """The candidate interval `[2]` whose blocks' loss has the least relative variance; all see the same draws."""
         candidates = np.array([[self.schedule.low, self.schedule.high], *self.schedule.candidates])
-        parts = [[settled(self._moments(params, jax.random.fold_in(key, i), self.schedule.chosen(interval), batch))
+        parts = [[block_until_ready_if_simulated(self._moments(params, jax.random.fold_in(key, i), self.schedule.state_for_interval(interval), batch))
                   for i, batch in enumerate(batches)] for interval in candidates]
         moments_3xI = np.array(jax.device_get(parts), np.float64).sum(1).T
         variance = relative_variance(*moments_3xI)

@@ -12,14 +12,14 @@ from bd3lm_jax.state import LORA
 
 
 def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm (`clip_norm` 0: none); what decays is said by `decays`."""
+    """AdamW after clipping by the global norm (`clip_norm` 0: none); what decays is said by `weight_decay_mask`."""
     adamw = optax.adamw(make_schedule(optim, steps), optim.beta1, optim.beta2, optim.eps,
-                        weight_decay=optim.weight_decay, mask=decays)
+                        weight_decay=optim.weight_decay, mask=weight_decay_mask)
     clip = [optax.clip_by_global_norm(optim.clip_norm)] if optim.clip_norm > 0 else []
     return optax.chain(*clip, adamw)
 
 
-def decays(params: Any) -> Any:
+def weight_decay_mask(params: Any) -> Any:
     """Tree of booleans: weight decay applies to the network's matrices, or where these are frozen to the factors of
     their low-rank updates, never to norms, biases and embeddings."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel" or path[0].key == LORA, params)
@@ -43,26 +43,26 @@ def warmup_steps(optim: OptimConfig, steps: int) -> int:
     """Updates of the warm-up of a run of `steps`: `optim.warmup_steps`, or where these leave no room for what follows
     a tenth of the steps, or what the decay leaves if that is less."""
     after = {"constant": 1, "cosine": 2, "wsd": max(2, _decay_steps(optim, steps))}[optim.schedule]
-    left = max(steps - after, 0)  # so that an update has the full rate
-    return optim.warmup_steps if optim.warmup_steps <= left else min(steps // 10, left)
+    remaining_steps = max(steps - after, 0)  # so that an update has the full rate
+    return optim.warmup_steps if optim.warmup_steps <= remaining_steps else min(steps // 10, remaining_steps)
 
 
-def _constant(optim: OptimConfig, left: int, steps: int) -> optax.Schedule:
+def _constant(optim: OptimConfig, remaining_steps: int, steps: int) -> optax.Schedule:
     return optax.constant_schedule(optim.lr)
 
 
-def _cosine(optim: OptimConfig, left: int, steps: int) -> optax.Schedule:
-    if left == 0:  # the only update after the warm-up is the last one
+def _cosine(optim: OptimConfig, remaining_steps: int, steps: int) -> optax.Schedule:
+    if remaining_steps == 0:  # the only update after the warm-up is the last one
         return optax.constant_schedule(optim.lr * optim.final_lr_fraction)
-    return optax.cosine_decay_schedule(optim.lr, left, alpha=optim.final_lr_fraction)
+    return optax.cosine_decay_schedule(optim.lr, remaining_steps, alpha=optim.final_lr_fraction)
 
 
-def _wsd(optim: OptimConfig, left: int, steps: int) -> optax.Schedule:
+def _wsd(optim: OptimConfig, remaining_steps: int, steps: int) -> optax.Schedule:
     """Stable, then linear decay over the last `decay_fraction` of the steps, at least one."""
-    if left == 0:
+    if remaining_steps == 0:
         return optax.constant_schedule(optim.lr * optim.final_lr_fraction)
-    decay = min(_decay_steps(optim, steps), left)
-    return optax.linear_schedule(optim.lr, optim.final_lr_fraction * optim.lr, decay, transition_begin=left - decay)
+    decay = min(_decay_steps(optim, steps), remaining_steps)
+    return optax.linear_schedule(optim.lr, optim.final_lr_fraction * optim.lr, decay, transition_begin=remaining_steps - decay)
 
 
 def _decay_steps(optim: OptimConfig, steps: int) -> int:

@@ -6,9 +6,9 @@ import jax
 
 from bd3lm_jax.adaptation import lora
 from bd3lm_jax.models import Backbone, trunk
-from bd3lm_jax.state import LEARNT, LORA
+from bd3lm_jax.state import OBJECTIVE_PARAMS, LORA
 
-OWN = 0x6C656172  # tells the random numbers of the objective's own parameters from the network's
+OBJECTIVE_PARAMS_FOLD = 0x6C656172  # tells the random numbers of the objective's own parameters from the network's
 
 
 def init(model: Backbone, objective: Any, lora_rank: int, key: jax.Array) -> dict:
@@ -19,5 +19,5 @@ def init(model: Backbone, objective: Any, lora_rank: int, key: jax.Array) -> dic
         params[LORA] = lora.init(model, params, lora_rank, key)
     if not objective.learns:
         return params
-    own_key = jax.random.fold_in(key, OWN)
-    return params | {LEARNT: objective.init_learnt(own_key, model.config.vocab_size, model.config.width)}
+    objective_key = jax.random.fold_in(key, OBJECTIVE_PARAMS_FOLD)
+    return params | {OBJECTIVE_PARAMS: objective.init_learned_params(objective_key, model.config.vocab_size, model.config.width)}

@@ -23,11 +23,11 @@ def local(path: str | os.PathLike, name: str = "path") -> str:
     if scheme and not os.path.lexists(path):
         raise UserError(f"{name}={path}: {scheme[1]}:// is no local path, and only local files are read and written: "
                         "copy it here, or mount it (e.g. gcsfuse, s3fs) and give the directory")
-    found = os.path.expanduser(path)
-    if path.startswith("~") and found == path and not os.path.lexists(path):
+    expanded = os.path.expanduser(path)
+    if path.startswith("~") and expanded == path and not os.path.lexists(path):
         raise UserError(f"{name}={path}: the home directory of '{path.partition('/')[0]}' is not known: set HOME, or "
                         "give the whole path")
-    return found
+    return expanded
 
 
 def expand_fields(section: Any, prefix: str, names: Sequence[str]) -> None:
@@ -38,12 +38,12 @@ def expand_fields(section: Any, prefix: str, names: Sequence[str]) -> None:
 
 def split(text: str, name: str = "path") -> list[str]:
     """The paths of a list with commas between them, each as `local`; a name with commas in it that is there is one."""
-    words, found = text.split(","), []
+    words, expanded = text.split(","), []
     while words:
         number = next((n for n in range(len(words), 1, -1) if os.path.lexists(local(",".join(words[:n]), name))), 1)
-        found.append(local(",".join(words[:number]), name))
+        expanded.append(local(",".join(words[:number]), name))
         words = words[number:]
-    return [path for path in found if path]
+    return [path for path in expanded if path]
 
 
 def default_cache() -> Path:
@@ -66,8 +66,8 @@ def _temporary_cache() -> Path:
     """Nobody else may have made it, or may look into it."""
     path = Path(tempfile.gettempdir()) / f"bd3lm_jax-{os.getuid()}"
     path.mkdir(mode=0o700, exist_ok=True)
-    found = path.lstat()
-    if path.is_symlink() or found.st_uid != os.getuid() or found.st_mode & 0o077:
+    expanded = path.lstat()
+    if path.is_symlink() or expanded.st_uid != os.getuid() or expanded.st_mode & 0o077:
         raise UserError(f"{path} is not a private directory of yours: set $BD3LM_CACHE to a directory that can be "
                         "written")
     return path

@@ -109,10 +109,10 @@ def _set_ticks(axes, values: Sequence[float]) -> None:
     place = math.log if axes.get_xscale() == "log" else float
     labels, last = [], -math.inf
     for x in values:
-        at = (place(x) - place(low)) / (place(high) - place(low))
-        free = at - last >= LABEL_GAP
-        labels.append(f"{x:g}" if free else "")
-        last = at if free else last
+        position = (place(x) - place(low)) / (place(high) - place(low))
+        has_room = position - last >= LABEL_GAP
+        labels.append(f"{x:g}" if has_room else "")
+        last = position if has_room else last
     axes.set_xticks(values, labels)
     axes.minorticks_off()
 
@@ -139,7 +139,7 @@ def save(figure, path: str | os.PathLike) -> Path:
     """Write a picture, and its directory if there is none; returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with files.replacing(path) as temporary:
+    with files.atomic_replace(path) as temporary:
         figure.savefig(temporary, dpi=150, format=path.suffix[1:])
     note(f"plot: {path}")
     return path
@@ -200,7 +200,7 @@ def noise_over_steps(workdir: str | os.PathLike) -> Path:
     """Draw the noise that was chosen from the data, the metrics `noise/clip` (a band of mask probabilities) and
     `noise/count_probs` (a line a count), into `plots/noise.png`; returns its path."""
     lines = read_metrics(workdir)
-    clips, laws = ([(line["step"], line[key]) for line in lines if key in line]
+    clips, count_distributions = ([(line["step"], line[key]) for line in lines if key in line]
                    for key in ("noise/clip", "noise/count_probs"))
     figure, axes = new_figure(f"Noise that {_name(workdir)} was trained with", "step",
                               "mask probability" if clips else "probability of the count")
@@ -208,8 +208,8 @@ def noise_over_steps(workdir: str | os.PathLike) -> Path:
         steps, intervals = zip(*clips)
         axes.fill_between(steps, *zip(*intervals), step="post", color="#9ecae1")
         axes.set_ylim(0, 1)
-    if laws:
-        steps, probs = zip(*laws)
+    if count_distributions:
+        steps, probs = zip(*count_distributions)
         for count, values in enumerate(zip(*probs), start=1):
             if count & (count - 1) == 0 or count == len(probs[0]):
                 axes.plot(steps, values, marker="o", markersize=4, linewidth=1.5, label=f"{count} masked")

@@ -18,8 +18,8 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.log import note, note_once
 
 GROUP, VARIABLE = "bd3lm_jax.plugins", "BD3LM_IMPORT"
-_named: list[str] = []  # by the user, in order
-_looked = False  # for what is installed and what the variable names
+_requested: list[str] = []  # by the user, in order
+_installed_loaded = False  # for what is installed and what the variable names
 
 
 def load(names: Iterable[str], flag: str = "--import=") -> None:
@@ -37,17 +37,17 @@ def load(names: Iterable[str], flag: str = "--import=") -> None:
                 f"it needs the package '{missing}', which is not installed")) from None
         except (Exception, SystemExit) as error:
             raise UserError(f"{flag}{name} cannot be imported: {type(error).__name__}: {error}") from None
-        if name not in _named:
-            _named.append(name)
+        if name not in _requested:
+            _requested.append(name)
 
 
 def load_installed() -> None:
     """Import, once a process, what BD3LM_IMPORT names and the plug-ins of installed packages. UserError for the former;
     a package whose plug-in cannot be imported is passed over with a warning."""
-    global _looked
-    if _looked:
+    global _installed_loaded
+    if _installed_loaded:
         return
-    _looked = True  # first: a plug-in may read a config while it is imported
+    _installed_loaded = True  # first: a plug-in may read a config while it is imported
     load(filter(None, os.environ.get(VARIABLE, "").split(",")), f"{VARIABLE}=")
     for entry in importlib.metadata.entry_points(group=GROUP):
         try:
@@ -56,25 +56,25 @@ def load_installed() -> None:
             note(f"warning: plug-in '{entry.name}' ({entry.value}) is passed over: {type(error).__name__}: {error}")
 
 
-def named() -> list[str]:
+def requested() -> list[str]:
     """The modules that the user named so far."""
-    return list(_named)
+    return list(_requested)
 
 
-def needed(parts: Iterable[Any]) -> list[str]:
+def required_modules(parts: Iterable[Any]) -> list[str]:
     """The modules that another process has to import: those that the user named, and those that define one of `parts`
     (classes and functions of a run) outside the package. A note names what no other process can import."""
-    found = named()
+    module_names = requested()
     for part in parts:
         module = part.__module__
-        if module.split(".")[0] == __package__ or module in found:
+        if module.split(".")[0] == __package__ or module in module_names:
             continue
         if module == "__main__" or importlib.util.find_spec(module) is None:
             note_once(f"warning: {part.__name__} is defined in {module}, which other commands cannot import: put it in "
                       "a module of its own, and name that with --import=MODULE")
         else:
-            found.append(module)
-    return found
+            module_names.append(module)
+    return module_names
 
 
 def missing(names: Any) -> list[str]:

@@ -15,7 +15,7 @@ from bd3lm_jax import jax_settings, models, optim, parameters, sharding
 from bd3lm_jax.config import Config
 from bd3lm_jax.models import Backbone
 from bd3lm_jax.score import SpecialIds
-from bd3lm_jax.state import TrainState, trained
+from bd3lm_jax.state import TrainState, trainable_params
 from bd3lm_jax.step import make_step
 
 BATCH_KEYS = ("tokens", "segments", "positions")
@@ -73,7 +73,7 @@ class Program:
         shape = (self.config.train.batch, self.config.data.length)
         ints, floats = (jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(self.mesh))
                         for dtype in (jnp.int32, jnp.float32))
-        batch = dict.fromkeys(BATCH_KEYS, ints) | dict.fromkeys(self.config.batch_needs, floats)
+        batch = dict.fromkeys(BATCH_KEYS, ints) | dict.fromkeys(self.config.batch_arrays, floats)
         return sharding.with_shardings(self.abstract, self.shardings), batch
 
     def compile(self) -> jax.stages.Compiled:
@@ -97,5 +97,5 @@ def bytes_needed(compiled: jax.stages.Compiled) -> int:
 def _initial_state(config: Config, model: Backbone, tx: optax.GradientTransformation) -> TrainState:
     params = parameters.init(model, config.diffusion, config.train.lora_rank, jax_settings.key(config.seed))
     ema = jax.tree.map(jnp.copy, params) if config.optim.ema > 0 else {}
-    noise = config.schedule.first() if config.schedule else {}
-    return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(trained(params)), noise)
+    noise = config.schedule.init_state() if config.schedule else {}
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(trainable_params(params)), noise)

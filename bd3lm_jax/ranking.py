@@ -6,7 +6,7 @@ import jax.numpy as jnp
 ROUNDING = 2.0**-16  # relative to the largest: what orders positions differs by more, or counts as equal
 
 
-def first_best(x) -> jax.Array:
+def fast_argmax(x) -> jax.Array:
     """As argmax over the last axis `[..., V]`, int32. On a CPU argmax takes numbers one at a time, and what is fused
     with it is then computed so as well, such as the noise of a draw; a maximum and a minimum are not."""
     last = x.shape[-1] - 1

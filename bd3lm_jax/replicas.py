@@ -21,8 +21,8 @@ from bd3lm_jax import distributed
 from bd3lm_jax.errors import RunError, UserError
 from bd3lm_jax.fingerprint import fingerprints_by_device
 
-DIFFERS = "results would differ: use the same versions, flags and kind of machine for all processes"
-SHOWN = 3  # arrays named in an error
+USE_ALIKE = "results would differ: use the same versions, flags and kind of machine for all processes"
+MAX_ARRAYS_NAMED = 3  # arrays named in an error
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "optax", "numpy")
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 SETTINGS = ("jax_default_matmul_precision", "jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable",
@@ -39,21 +39,21 @@ def check(trees: Mapping[str, Any], consequence: str) -> dict[str, int]:
     """
     sums = {f"{name}/{path}": values for name, tree in trees.items()
             for path, values in fingerprints_by_device(tree).items()}
-    ours = {path: values[0] for path, values in sums.items()}
-    uniform = all(set(values) == {ours[path]} for path, values in sums.items())
-    digest = hashlib.sha256(json.dumps(ours).encode()).hexdigest()
-    if set(distributed.texts(f"{digest} {uniform}")) == {f"{digest} True"}:
-        return ours
-    everywhere = [json.loads(text) for text in distributed.texts(json.dumps(sums))]
-    wrong = {path: [f"device {k} of process {i}" if len(set(values[path])) > 1 else f"process {i}"
-                    for i, values in enumerate(everywhere) for k, value in enumerate(values[path]) if value != right]
-             for path, (right, *_) in everywhere[0].items()}
-    wrong = {path: list(dict.fromkeys(holders)) for path, holders in wrong.items() if holders}
-    named = "; ".join(f"{path}: {', '.join(holders[:SHOWN])}" for path, holders in list(wrong.items())[:SHOWN])
-    more = f"; and {len(wrong) - SHOWN} more arrays" if len(wrong) > SHOWN else ""
-    raise RunError(f"replicas differ from those of device 0 of process 0 ({named}{more}): {consequence}. Machines "
+    own_sums = {path: values[0] for path, values in sums.items()}
+    uniform = all(set(values) == {own_sums[path]} for path, values in sums.items())
+    digest = hashlib.sha256(json.dumps(own_sums).encode()).hexdigest()
+    if set(distributed.allgather_texts(f"{digest} {uniform}")) == {f"{digest} True"}:
+        return own_sums
+    sums_by_process = [json.loads(text) for text in distributed.allgather_texts(json.dumps(sums))]
+    differing = {path: [f"device {k} of process {i}" if len(set(values[path])) > 1 else f"process {i}"
+                    for i, values in enumerate(sums_by_process) for k, value in enumerate(values[path]) if value != reference]
+             for path, (reference, *_) in sums_by_process[0].items()}
+    differing = {path: list(dict.fromkeys(holders)) for path, holders in differing.items() if holders}
+    names = "; ".join(f"{path}: {', '.join(holders[:MAX_ARRAYS_NAMED])}" for path, holders in list(differing.items())[:MAX_ARRAYS_NAMED])
+    more = f"; and {len(differing) - MAX_ARRAYS_NAMED} more arrays" if len(differing) > MAX_ARRAYS_NAMED else ""
+    raise RunError(f"replicas differ from those of device 0 of process 0 ({names}{more}): {consequence}. Machines "
                    "round differently, or one is broken: run the same command again on machines, libraries and XLA "
-                   "flags that are alike; it goes on from the last checkpoint", agreed=True)
+                   "flags that are alike; it goes on from the last checkpoint", on_all_processes=True)
 
 
 def check_start() -> None:
@@ -61,7 +61,7 @@ def check_start() -> None:
     versions, flags and, on CPUs, processors: what differs is named."""
     if jax.process_count() > 1:
         _check_devices(jax.devices())  # first: processes with unequal numbers of devices cannot exchange texts
-        distributed.check_same(surroundings(), "environment", DIFFERS)
+        distributed.assert_equal_across_processes(numeric_environment(), "environment", USE_ALIKE)
 
 
 def _check_devices(devices: Sequence[Any]) -> None:
@@ -70,26 +70,26 @@ def _check_devices(devices: Sequence[Any]) -> None:
     for i, count in sorted(counts.items()):
         if (count, kinds[i]) != (counts[0], kinds[0]):
             raise UserError(f"process {i} has {count} x {kinds[i]}, process 0 has {counts[0]} x {kinds[0]}: start all "
-                            "processes on equally many devices of one kind", agreed=True)
+                            "processes on equally many devices of one kind", on_all_processes=True)
 
 
 def check_program(lower: Callable[[], jax.stages.Lowered]) -> None:
     """UserError on all processes unless they all lower the same program."""
     if jax.process_count() > 1:
         text = re.sub(r'backend_config = "[^"]*"', "", lower().as_text())  # of a kernel: names files of its host
-        distributed.check_same({"hash": hashlib.sha256(text.encode()).hexdigest()[:12]}, "training step", DIFFERS)
+        distributed.assert_equal_across_processes({"hash": hashlib.sha256(text.encode()).hexdigest()[:12]}, "training step", USE_ALIKE)
 
 
-def surroundings() -> dict[str, Any]:
+def numeric_environment() -> dict[str, Any]:
     """What decides how this process rounds, as JSON values by name."""
-    found = {package: _version(package) for package in PACKAGES}
-    found["code of bd3lm_jax"] = _hash_of_code(Path(str(resources.files("bd3lm_jax"))))
-    found |= {name: " ".join(sorted(re.sub(HARMLESS_FLAGS, "", os.environ.get(name, "")).split()))
+    environment = {package: _version(package) for package in PACKAGES}
+    environment["code of bd3lm_jax"] = _hash_of_code(Path(str(resources.files("bd3lm_jax"))))
+    environment |= {name: " ".join(sorted(re.sub(HARMLESS_FLAGS, "", os.environ.get(name, "")).split()))
               for name in VARIABLES}
-    found |= {name: str(getattr(jax.config, name, None)) for name in SETTINGS}
+    environment |= {name: str(getattr(jax.config, name, None)) for name in SETTINGS}
     if jax.default_backend() == "cpu":
-        found["processor"] = _processor()
-    return found
+        environment["processor"] = _processor()
+    return environment
 
 
 def _version(package: str) -> str | None:

@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from bd3lm_jax import distributed, files, plots, sealed
+from bd3lm_jax import distributed, files, plots, checksummed
 from bd3lm_jax.config import Config
 from bd3lm_jax.data.corpora import join_documents, load_documents
-from bd3lm_jax.data.sized import Sized, changed_documents, warn_if_changed
+from bd3lm_jax.data.token_bytes import RowsWithBytes, count_lossy_documents, warn_if_lossy
 from bd3lm_jax.errors import UserError, command_line
 from bd3lm_jax.evaluation import textmetrics
-from bd3lm_jax.log import busy, counted, note, note_once, save, table
+from bd3lm_jax.log import spinner, pluralize, note, note_once, save, table
 from bd3lm_jax.stats import format_interval, format_number
 from bd3lm_jax.sweeps import paired
 
@@ -26,7 +26,7 @@ BYTE_ORDERS = (3, 4, 5)
 COUNTED_TOKENS = 20_000_000  # of a split up to which count models sort it, and all documents are decoded again
 
 
-def closing(run: Any, weights: Any, valid: dict, evaluator: Any) -> None:
+def write_report(run: Any, weights: Any, valid: dict, evaluator: Any) -> None:
     """The report after `train`: valid (and, for the embedded corpus, test) beside count models, samples, plots.
 
     valid is {} for a model without a bound. Of many processes all call it, and the first one writes."""
@@ -35,8 +35,8 @@ def closing(run: Any, weights: Any, valid: dict, evaluator: Any) -> None:
     if not valid:
         note(f"an objective of kind '{config.diffusion.kind}' has no bound on the likelihood: none is reported")
     if valid and config.data.source == "austen":
-        rows = distributed.first_then_others(lambda: _test_rows(run))
-        with busy("measuring the test split"):
+        rows = distributed.process0_first(lambda: _test_rows(run))
+        with spinner("measuring the test split"):
             estimate = evaluator.run(weights, rows, estimator=valid["estimator"], draws=config.eval.draws,
                                      seed=config.seed, num_rows=config.eval.report_rows)
         splits["test"] = (rows, estimate)
@@ -45,14 +45,14 @@ def closing(run: Any, weights: Any, valid: dict, evaluator: Any) -> None:
     for split, (rows, estimate) in list(splits.items()):
         _likelihood_table(run, split, rows, estimate)
         if rows.meta["tokens"] <= COUNTED_TOKENS:
-            changed = changed_documents(load_documents(config.data, split), run.tokenizer)
-            warn_if_changed(changed, rows.meta["documents"], split)
+            changed = count_lossy_documents(load_documents(config.data, split), run.tokenizer)
+            warn_if_lossy(changed, rows.meta["documents"], split)
             splits[split] = rows, estimate | {"bits_per_byte_comparable": not changed, "changed_documents": changed}
     if valid and len(valid["nll_by_count"]) > 1:
         points = zip(*sorted(valid["nll_by_count"].items()))
         plots.nll_by_count(Path(run.workdir) / "plots" / "nll_by_count.png", *points)
     plots.loss_curve(run.workdir)
-    if hasattr(config.schedule, "law"):
+    if hasattr(config.schedule, "distribution"):
         plots.noise_over_steps(run.workdir)
     if config.eval.samples and jax.process_count() > 1:
         note(f"no samples of a run of many processes: {command_line('sample')} --workdir={run.workdir}")
@@ -64,7 +64,7 @@ def closing(run: Any, weights: Any, valid: dict, evaluator: Any) -> None:
     save(Path(run.workdir) / REPORT, {"step": config.train.steps, **numbers, **settings})  # last: the run is finished
 
 
-def finished(run: Any) -> dict | None:
+def read_finished_report(run: Any) -> dict | None:
     """The stored report of a run at its last step, which people are told of, if it was made with the present settings;
     else None."""
     path, steps = Path(run.workdir), run.config.train.steps
@@ -95,19 +95,19 @@ def read(workdir: str | os.PathLike) -> dict | None:
     if not path.exists():
         return None
     try:
-        found = sealed.unseal(path.read_bytes())
-        whole = type(found.get("step")) is int and all(type(found[name]) is dict for name in found if name != "step")
-    except sealed.Damaged:
-        whole = False
-    if not whole:
+        found = checksummed.verify_checksum(path.read_bytes())
+        is_valid = type(found.get("step")) is int and all(type(found[name]) is dict for name in found if name != "step")
+    except checksummed.ChecksumError:
+        is_valid = False
+    if not is_valid:
         note_once(f"warning: {path} is damaged and passed over: the command that trained the run writes it again")
-    return found if whole else None
+    return found if is_valid else None
 
 
 def _test_rows(run):
     from bd3lm_jax.data.prepare import prepare
 
-    return Sized(prepare(run.config.data, "test", run.config.block_size, run.tokenizer), run.tokenizer)
+    return RowsWithBytes(prepare(run.config.data, "test", run.config.block_size, run.tokenizer), run.tokenizer)
 
 
 def _likelihood_table(run, split: str, rows, estimate: dict) -> None:
@@ -116,7 +116,7 @@ def _likelihood_table(run, split: str, rows, estimate: dict) -> None:
               format_interval(estimate["bits_per_byte_ci95"], ".3f"), format_number(estimate["nll"], ".4f"),
               format_number(estimate["ppl"], ".1f"))]
     try:
-        with busy(f"counting models for comparison, {split}"):
+        with spinner(f"counting models for comparison, {split}"):
             count_models = _count_models(run, split, rows)
     except UserError as error:
         note(f"no count models: {error}")
@@ -124,7 +124,7 @@ def _likelihood_table(run, split: str, rows, estimate: dict) -> None:
     lines += [(name, f"{bits:.3f}", "", f"{bits * per_token:.4f}", f"{np.exp(bits * per_token):.1f}")
               for name, bits in count_models.items()]
     kind = "NLL" if estimate["estimator"] == "nll" else "bound on the NLL"
-    table(f"{split}: {kind}, {counted(estimate['documents'], 'document')}, {estimate['tokens']} tokens",
+    table(f"{split}: {kind}, {pluralize(estimate['documents'], 'document')}, {estimate['tokens']} tokens",
           ("model", "bits/byte", "95 % interval", "nats/token", "perplexity"), lines)
     if "ci95_missing" in estimate:
         note(estimate["ci95_missing"])
@@ -156,9 +156,9 @@ def _samples(run, weights) -> None:
         weights = jax.device_put(weights, jax.local_devices()[0])
     lm = LM(run.config, weights, run.tokenizer, run.program.model, run.config.data.length)
     length = min(run.config.eval.sample_length, lm.context)
-    with busy("writing samples"):
+    with spinner("writing samples"):
         samples = lm.generate(num=run.config.eval.samples, length=length, seed=run.config.seed)
-    note(f"{counted(len(samples), 'sample')}:")
+    note(f"{pluralize(len(samples), 'sample')}:")
     for sample in samples:
         note("  " + sample.text.replace("\n", "\n  "))
         note("  --")

@@ -6,21 +6,21 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from bd3lm_jax import compile_cache, hf, jax_settings, models, parameters, passes, rundir, sharding
+from bd3lm_jax import compile_cache, hf, jax_settings, models, parameters, forward, rundir, sharding
 from bd3lm_jax.adaptation import lora
 from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.config import SECTIONS, ComputeConfig, Config, DataConfig, EvalConfig
 from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import Backbone
-from bd3lm_jax.published import Described
-from bd3lm_jax.published.leaf import check_mask
-from bd3lm_jax.step_choice import LATEST
+from bd3lm_jax.published import ModelSpec
+from bd3lm_jax.published.mapping import check_mask
+from bd3lm_jax.checkpoint_selection import LATEST
 
 PUBLISHED_LENGTH, PUBLISHED_BATCH = 1024, 8  # tokens a row at most, and rows a pass, where nobody says
 
 
-class Restored(NamedTuple):
+class RestoredModel(NamedTuple):
     config: Config
     tokenizer: Tokenizer
     model: Backbone
@@ -30,7 +30,7 @@ class Restored(NamedTuple):
 
 
 def restore(workdir: str | os.PathLike, weights: str, dtype: str | None, mesh: Mesh | None,
-            step: int | str = LATEST) -> Restored:
+            step: int | str = LATEST) -> RestoredModel:
     """A checkpoint of a run, by default the newest that can be read.
 
     weights: "ema" or "params" ("ema" means "params" if no average was kept). dtype: of the computation, None for the
@@ -40,7 +40,7 @@ def restore(workdir: str | os.PathLike, weights: str, dtype: str | None, mesh: M
     """
     compile_cache.enable()
     config, tokenizer = rundir.read(workdir)
-    model = models.build(config.model, passes.compute_dtype(dtype or config.compute.dtype))
+    model = models.build(config.model, forward.compute_dtype(dtype or config.compute.dtype))
     abstract = jax.eval_shape(lambda: parameters.init(model, config.diffusion, config.train.lora_rank,
                                                       jax_settings.key(0)))
     if mesh is not None:
@@ -48,7 +48,7 @@ def restore(workdir: str | os.PathLike, weights: str, dtype: str | None, mesh: M
     with Checkpoints(workdir, 1, read_only=True) as checkpoints:
         params, meta, found = checkpoints.restore_params(weights, abstract, step)
     rundir.check_tokenizer(tokenizer, meta["tokenizer"], f"the checkpoint in {workdir}")
-    return Restored(config, tokenizer, model, lora.merge(params, config.train), meta, found)
+    return RestoredModel(config, tokenizer, model, lora.merge_lora_jitted(params, config.train), meta, found)
 
 
 def refuse_step(path: str | os.PathLike, step: int | str) -> None:
@@ -57,20 +57,20 @@ def refuse_step(path: str | os.PathLike, step: int | str) -> None:
         raise UserError(f"{path} is a published checkpoint, which has no steps: leave --step={step} out")
 
 
-def restore_published(path: str | os.PathLike, weights: str, mesh: Mesh, length: int) -> Restored:
+def restore_published(path: str | os.PathLike, weights: str, mesh: Mesh, length: int) -> RestoredModel:
     """A published checkpoint as if it were a run of step 0 without a corpus of its own.
 
     length: tokens a row, 0 for its context or PUBLISHED_LENGTH, if that is less. A model with one block a row has
     blocks of that length. Raises UserError as `hf.read_model`, without a tokenizer or the mask token that the objective
     needs, and for a length that does not fit.
     """
-    dtype = passes.compute_dtype("auto")
+    dtype = forward.compute_dtype("auto")
     found, params = hf.read_model(path, dtype="float32", weights=weights, mesh=mesh)
     config, tokenizer = published_config(path, found, length)
-    return Restored(config, tokenizer, models.build(found.model, dtype), params, {"config_sha256": config.sha256()}, 0)
+    return RestoredModel(config, tokenizer, models.build(found.model, dtype), params, {"config_sha256": config.sha256()}, 0)
 
 
-def published_config(path: str | os.PathLike, found: Described, length: int) -> tuple[Config, Tokenizer]:
+def published_config(path: str | os.PathLike, found: ModelSpec, length: int) -> tuple[Config, Tokenizer]:
     """Config and tokenizer of `restore_published`, of what `hf.describe` found in a published checkpoint."""
     tokenizer = hf.read_tokenizer(path, found)
     if tokenizer is None:

@@ -5,9 +5,9 @@ from typing import Any
 
 from bd3lm_jax import log
 from bd3lm_jax.errors import UserError, command_line
-from bd3lm_jax.foreign import read_bytes
+from bd3lm_jax.untrusted_files import read_bytes
 from bd3lm_jax.lm import LM
-from bd3lm_jax.sealed import SEAL, Damaged, unseal
+from bd3lm_jax.checksummed import CHECKSUM_KEY, ChecksumError, verify_checksum
 
 FILE = "sampling.json"  # in the run directory, written by `python -m launch bench sampling --workdir=DIR`
 PREFERENCES = ("quality", "balanced", "speed")
@@ -40,14 +40,14 @@ def _from_file(lm: LM, path: Path, prefer: str) -> tuple[dict[str, Any], str]:
     if not prefer and not any(name in content for name in PREFERENCES):
         return content, str(path)
     prefer = prefer or "balanced"
-    chosen = content.get(prefer)
-    if not isinstance(chosen, dict):
+    preset = content.get(prefer)
+    if not isinstance(preset, dict):
         raise UserError(f"{path} has no settings for --prefer={prefer}: expected an object of that name, as bench "
                         "sampling writes it")
-    other = _measured_on_another(lm, content)
-    if other:
-        log.note(f"warning: {path} was measured {other}: {command_line('bench sampling')} measures again")
-    return chosen, f"{prefer} of {path}" + (f", measured {other}" if other else "")
+    mismatch = _measured_on_another(lm, content)
+    if mismatch:
+        log.note(f"warning: {path} was measured {mismatch}: {command_line('bench sampling')} measures again")
+    return preset, f"{prefer} of {path}" + (f", measured {mismatch}" if mismatch else "")
 
 
 def _measured_on_another(lm: LM, content: dict[str, Any]) -> str:
@@ -60,19 +60,19 @@ def _measured_on_another(lm: LM, content: dict[str, Any]) -> str:
     return "" if content["step"] == step else f"at step {content['step']}, and this is step {step}"
 
 
-def merged(chosen: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """`chosen` settings under `given` ones, which win; steps and threshold chosen for another sampler are left out."""
-    if given.get("sampler", chosen.get("sampler")) != chosen.get("sampler"):
-        chosen = {name: value for name, value in chosen.items() if name not in OF_SAMPLER}
-    return {**chosen, **given}
+def merge_settings(preset: dict[str, Any], explicit: dict[str, Any]) -> dict[str, Any]:
+    """`preset` settings under `explicit` ones, which win; steps and threshold chosen for another sampler are left out."""
+    if explicit.get("sampler", preset.get("sampler")) != preset.get("sampler"):
+        preset = {name: value for name, value in preset.items() if name not in OF_SAMPLER}
+    return {**preset, **explicit}
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file, without its checksum. UserError if there is none, or it is not what was written."""
     try:
-        return unseal(read_bytes(path))
+        return verify_checksum(read_bytes(path))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except Damaged as error:
-        raise UserError(f"{path} {error}: expected one JSON object; if it was edited on purpose delete its '{SEAL}'"
+    except ChecksumError as error:
+        raise UserError(f"{path} {error}: expected one JSON object; if it was edited on purpose delete its '{CHECKSUM_KEY}'"
                         ) from None

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.schema import MeshConfig
-from bd3lm_jax.state import TrainState, trained
+from bd3lm_jax.state import TrainState, trainable_params
 
 AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
@@ -72,13 +72,13 @@ def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> 
     if the sizes do not multiply to the number of devices, or if these lie in another number of slices.
     """
     devices = jax.devices() if devices is None else devices
-    slices = by_slice(mesh, devices)
-    data, *others = sizes_for(mesh, len(devices), len(slices))
-    placed = [_placed((data // len(slices), *others), slice_) for slice_ in slices]
-    return Mesh(np.concatenate(placed), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    slices = group_by_slice(mesh, devices)
+    data, *others = axis_sizes(mesh, len(devices), len(slices))
+    device_arrays = [_device_array((data // len(slices), *others), slice_) for slice_ in slices]
+    return Mesh(np.concatenate(device_arrays), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _placed(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+def _device_array(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
     """Devices of one slice, `[*sizes]`, neighbours along the axes being neighbours in the machine if they can."""
     try:
         return mesh_utils.create_device_mesh(sizes, devices)
@@ -86,39 +86,39 @@ def _placed(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
-def by_slice(mesh: MeshConfig, devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+def group_by_slice(mesh: MeshConfig, devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
     """The devices of every slice of the mesh. -1: as many as there are.
 
     Simulated devices are in no slices, so they are dealt out in order. GPUs, whose hosts count as slices, may be one.
     UserError if the devices lie in another number of slices, or in slices of several sizes.
     """
-    found: dict[int, list[jax.Device]] = {}
+    devices_by_slice: dict[int, list[jax.Device]] = {}
     for device in devices:
-        found.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
-    slices, platform = len(found) if mesh.slices == -1 else mesh.slices, devices[0].platform
-    sizes = sorted({len(slice_) for slice_ in found.values()})
-    if slices == len(found) and len(sizes) == 1:
-        return [found[index] for index in sorted(found)]
+        devices_by_slice.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    slices, platform = len(devices_by_slice) if mesh.slices == -1 else mesh.slices, devices[0].platform
+    sizes = sorted({len(slice_) for slice_ in devices_by_slice.values()})
+    if slices == len(devices_by_slice) and len(sizes) == 1:
+        return [devices_by_slice[index] for index in sorted(devices_by_slice)]
     if slices == 1 and platform != "tpu":
         return [list(devices)]
     if platform == "cpu" and len(devices) % slices == 0:
         part = len(devices) // slices
         return [list(devices[first:first + part]) for first in range(0, len(devices), part)]
-    unlike = f", of {' and '.join(map(str, sizes))} devices: slices must be alike" if len(sizes) > 1 else (
-        f": use mesh.slices={len(found)}, or -1 for as many as there are")
-    raise UserError(f"mesh.slices={slices}, but the {len(devices)} devices are in {len(found)}{unlike}")
+    reason = f", of {' and '.join(map(str, sizes))} devices: slices must be alike" if len(sizes) > 1 else (
+        f": use mesh.slices={len(devices_by_slice)}, or -1 for as many as there are")
+    raise UserError(f"mesh.slices={slices}, but the {len(devices)} devices are in {len(devices_by_slice)}{reason}")
 
 
-def sizes_for(mesh: MeshConfig, count: int, slices: int) -> tuple[int, ...]:
+def axis_sizes(mesh: MeshConfig, count: int, slices: int) -> tuple[int, ...]:
     """Sizes by axis for `count` devices in so many slices, -1 resolved. UserError if their product is not `count`."""
     sizes = [getattr(mesh, axis) for axis in AXES]
-    fixed = slices * math.prod(size for size in sizes if size != -1)
-    data, *others = (count // fixed if size == -1 else size for size in sizes)
+    known_product = slices * math.prod(size for size in sizes if size != -1)
+    data, *others = (count // known_product if size == -1 else size for size in sizes)
     if slices * data * math.prod(others) != count:
-        shown = {axis: size for axis, size in zip(AXES, sizes) if axis != "expert" or size != 1}
-        shown |= {"slices": slices} if slices > 1 else {}
-        wanted = ", ".join(f"mesh.{axis}={size}" for axis, size in shown.items())
-        raise UserError(f"{wanted} does not fit {count} devices: the product must be {count} (one size may be -1: "
+        named_sizes = {axis: size for axis, size in zip(AXES, sizes) if axis != "expert" or size != 1}
+        named_sizes |= {"slices": slices} if slices > 1 else {}
+        setting = ", ".join(f"mesh.{axis}={size}" for axis, size in named_sizes.items())
+        raise UserError(f"{setting} does not fit {count} devices: the product must be {count} (one size may be -1: "
                         "whatever is left)")
     return slices * data, *others
 
@@ -126,7 +126,7 @@ def sizes_for(mesh: MeshConfig, count: int, slices: int) -> tuple[int, ...]:
 def check_mesh(mesh: Mesh, model_config: Any, batch: int) -> None:
     """UserError unless "tensor" divides the heads, the axes that split rows divide `batch` (rows over all devices), and
     "expert", where it is not 1, splits experts that are there."""
-    expert, tensor, rows = mesh.shape["expert"], mesh.shape["tensor"], rows_over(mesh)
+    expert, tensor, rows = mesh.shape["expert"], mesh.shape["tensor"], num_row_shards(mesh)
     if model_config.heads % tensor:
         raise UserError(f"mesh.tensor={tensor} does not divide model.heads={model_config.heads}: "
                         f"use a divisor of {model_config.heads}")
@@ -144,7 +144,7 @@ def check_mesh(mesh: Mesh, model_config: Any, batch: int) -> None:
                         f"use a multiple of {rows}, e.g. {-(-batch // rows) * rows}")
 
 
-def rows_over(mesh: Any) -> int:
+def num_row_shards(mesh: Any) -> int:
     """Devices that the rows of a batch are split over."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
@@ -162,22 +162,22 @@ def param_specs(params: Any) -> Any:
 
 def param_shardings(params: Any, mesh: Mesh) -> Any:
     """Tree of NamedSharding: `param_specs`, with every axis that does not divide its dimension left out."""
-    return jax.tree.map(lambda leaf, spec: NamedSharding(mesh, _fit(spec, leaf.shape, mesh)),
+    return jax.tree.map(lambda leaf, spec: NamedSharding(mesh, _drop_indivisible(spec, leaf.shape, mesh)),
                         params, param_specs(params))
 
 
-def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
-    def parts(axes):
+def _drop_indivisible(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+    def num_shards(axes):
         return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
-    return P(*(axes if axes is not None and size % parts(axes) == 0 else None for axes, size in zip(spec, shape)))
+    return P(*(axes if axes is not None and size % num_shards(axes) == 0 else None for axes, size in zip(spec, shape)))
 
 
 def state_shardings(tx: optax.GradientTransformation, abstract_state: TrainState, mesh: Mesh) -> TrainState:
     """TrainState of NamedSharding for a state from `jax.eval_shape`: moments and average lie where their weights do."""
     params = param_shardings(abstract_state.params, mesh)
     replicated = NamedSharding(mesh, P())
-    opt_state = optax.tree_map_params(tx, lambda _, sharding: sharding, abstract_state.opt_state, trained(params),
+    opt_state = optax.tree_map_params(tx, lambda _, sharding: sharding, abstract_state.opt_state, trainable_params(params),
                                       transform_non_params=lambda _: replicated)
     noise = dict.fromkeys(abstract_state.noise, replicated)
     return TrainState(replicated, params, params if abstract_state.ema else {}, opt_state, noise)
@@ -197,16 +197,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_devices() -> int:
     """Devices that the rows of a batch are split over under `jax.set_mesh`; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else rows_over(mesh)
+    return 1 if mesh.empty else num_row_shards(mesh)
 
 
-def dividing(mesh: Any, axes: tuple[str, ...], size: int) -> tuple[str, ...] | None:
+def divisible_axes(mesh: Any, axes: tuple[str, ...], size: int) -> tuple[str, ...] | None:
     """Those of the axes that the mesh in use has, or None if there are none or their product does not divide `size`."""
     axes = tuple(axis for axis in axes if axis in mesh.auto_axes)
     return axes if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
 
 
-def settled(results: Any) -> Any:
+def block_until_ready_if_simulated(results: Any) -> Any:
     """`results`, once they are there if devices are simulated on a CPU; elsewhere at once.
 
     Simulated devices share a few threads: the collectives of two programs in flight can starve each other for ever.

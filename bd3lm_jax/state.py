@@ -7,7 +7,7 @@ import jax
 
 
 LORA = "lora"  # name of low-rank updates among the parameters (lora.py)
-LEARNT = "objective"  # name of the objective's own parameters among those of the network
+OBJECTIVE_PARAMS = "objective"  # name of the objective's own parameters among those of the network
 
 
 @flax.struct.dataclass
@@ -25,6 +25,6 @@ class TrainState:
     noise: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
 
 
-def trained(params: dict) -> dict:
+def trainable_params(params: dict) -> dict:
     """What is trained of the parameters: all of them, or where there are low-rank updates, not the network's own."""
-    return {name: x for name, x in params.items() if LORA not in params or name in (LORA, LEARNT)}
+    return {name: x for name, x in params.items() if LORA not in params or name in (LORA, OBJECTIVE_PARAMS)}

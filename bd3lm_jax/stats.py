@@ -78,19 +78,19 @@ def two_part_interval(documents_UxN: np.ndarray, rows_UxR: np.ndarray, denominat
     Arguments as in `Estimates`. The spread of the documents' means holds the noise of each document; what that noise
     explains is taken off, and what the draws leave in the total is added: mc_se**2.
     """
-    found = Estimates(*(np.asarray(x, np.float64) for x in (documents_UxN, rows_UxR, denominators_N)))
-    influence_UxN, rows_UxR = _influence(found), found.rows_UxR / found.denominators_N.sum()
-    return _interval(found.ratio(), influence_UxN.mean(0), _noise(influence_UxN), _noise(rows_UxR).sum(),
-                     found.denominators_N / found.denominators_N.sum(), level)
+    estimate = Estimates(*(np.asarray(x, np.float64) for x in (documents_UxN, rows_UxR, denominators_N)))
+    influence_UxN, rows_UxR = _influence(estimate), estimate.rows_UxR / estimate.denominators_N.sum()
+    return _interval(estimate.ratio(), influence_UxN.mean(0), _noise(influence_UxN), _noise(rows_UxR).sum(),
+                     estimate.denominators_N / estimate.denominators_N.sum(), level)
 
 
-def difference_interval(ours: Estimates, theirs: Estimates, same_rows: bool, level: float = 0.95) -> Interval:
+def difference_interval(model: Estimates, baseline: Estimates, same_rows: bool, level: float = 0.95) -> Interval:
     """The ratio of one model less that of another, paired by document; each with denominators of its own.
 
     Estimate u of one is paired with estimate u of the other, an exact one with all of them; of unequal numbers the
     noise is that of two separate runs. same_rows: row r of both is one row, scored on the same noise (or exactly).
     """
-    sides = [Estimates(*(np.asarray(x, np.float64) for x in side)) for side in (ours, theirs)]
+    sides = [Estimates(*(np.asarray(x, np.float64) for x in side)) for side in (model, baseline)]
     ratios, totals = [side.ratio() for side in sides], [side.denominators_N.sum() for side in sides]
     influences = [_influence(side) for side in sides]
     rows = [side.rows_UxR / total for side, total in zip(sides, totals)]
@@ -104,10 +104,10 @@ def difference_interval(ours: Estimates, theirs: Estimates, same_rows: bool, lev
     else:
         noise = sum(_noise(side).sum() for side in rows)
     value = ratios[0] - ratios[1]
-    found = _interval(value, influences[0].mean(0) - influences[1].mean(0), noise_N, noise,
+    estimate = _interval(value, influences[0].mean(0) - influences[1].mean(0), noise_N, noise,
                       sum(side.denominators_N / total for side, total in zip(sides, totals)) / 2, level)
     is_rounding = abs(value) <= ROUNDING * sum(map(abs, ratios))
-    return found._replace(p_value=1.0) if is_rounding and not found.missing else found
+    return estimate._replace(p_value=1.0) if is_rounding and not estimate.missing else estimate
 
 
 def _influence(estimates: Estimates) -> np.ndarray:
@@ -138,13 +138,13 @@ def _interval(value: float, influence_N: np.ndarray, noise_N: np.ndarray, mc_var
         return Interval(value, math.nan, math.nan, math.nan, mc_se, math.nan, reason)
     weight_N = 1 / (1 - share_N)
     variance = max(float(np.sum(weight_N * (influence_N**2 - noise_N))), 0.0)
-    se, freedom = math.sqrt(variance + mc_variance), _freedom(share_N, weight_N)
-    margin = float(stdtrit(freedom, (1 + level) / 2)) * se
-    p_value = t_p_value(value / se, freedom) if se > 0 else float(value == 0)
+    se, degrees_of_freedom = math.sqrt(variance + mc_variance), _degrees_of_freedom(share_N, weight_N)
+    margin = float(stdtrit(degrees_of_freedom, (1 + level) / 2)) * se
+    p_value = t_p_value(value / se, degrees_of_freedom) if se > 0 else float(value == 0)
     return Interval(value, value - margin, value + margin, math.sqrt(variance), mc_se, p_value)
 
 
-def _freedom(share_N: np.ndarray, weight_N: np.ndarray) -> float:
+def _degrees_of_freedom(share_N: np.ndarray, weight_N: np.ndarray) -> float:
     """Satterthwaite's degrees of freedom of sum(weight residual**2), where residuals vary like their share."""
     pairs = np.sum(weight_N * share_N**2) ** 2 - np.sum(weight_N**2 * share_N**4)
     return float(1 / (np.sum(share_N**2) + pairs))
@@ -157,10 +157,10 @@ def mc_margin(rows_UxR: np.ndarray, level: float = 0.95) -> float:
     """
     if len(rows_UxR) == 1:
         return 0.0
-    return float(stdtrit(mc_freedom(rows_UxR), (1 + level) / 2)) * monte_carlo_se(rows_UxR.T)
+    return float(stdtrit(mc_degrees_of_freedom(rows_UxR), (1 + level) / 2)) * monte_carlo_se(rows_UxR.T)
 
 
-def mc_freedom(rows_UxR: np.ndarray) -> float:
+def mc_degrees_of_freedom(rows_UxR: np.ndarray) -> float:
     """Satterthwaite's degrees of freedom of the variance of the draws: R (U - 1) where all rows vary alike, fewer where
     some vary more; inf for an exact number."""
     draws, rows = rows_UxR.shape
@@ -174,21 +174,21 @@ def mc_freedom(rows_UxR: np.ndarray) -> float:
     return float(relative_R.sum() ** 2 / np.sum(relative_R**2 / (draws + 1)))  # (U-1)/(U+1) s**4 estimates sigma**4
 
 
-def monte_carlo_se(views_NxM: np.ndarray) -> float:
+def monte_carlo_se(samples_NxM: np.ndarray) -> float:
     """Standard error of sum over N of the mean over M, where row n holds M independent estimates of the same quantity.
 
     sqrt(sum_n var_n / M) with the unbiased variance of each row; nan if M < 2.
     """
-    views_NxM = np.asarray(views_NxM, np.float64)
-    draws = views_NxM.shape[1]
+    samples_NxM = np.asarray(samples_NxM, np.float64)
+    draws = samples_NxM.shape[1]
     if draws < 2:
         return math.nan
-    return math.sqrt(float(np.sum(np.var(views_NxM, axis=1, ddof=1))) / draws)
+    return math.sqrt(float(np.sum(np.var(samples_NxM, axis=1, ddof=1))) / draws)
 
 
-def t_p_value(t: float, freedom: float) -> float:
+def t_p_value(t: float, degrees_of_freedom: float) -> float:
     """Probability that |T| >= |t| for Student's t."""
-    return float(2 * stdtr(freedom, -abs(t)))
+    return float(2 * stdtr(degrees_of_freedom, -abs(t)))
 
 
 def ppl_of(nats: float) -> float:

@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import optax
 
 from bd3lm_jax import jax_settings, optim
-from bd3lm_jax.adaptation import annealing, answers, lora
+from bd3lm_jax.adaptation import annealing, response_mask, lora
 from bd3lm_jax.config import Config
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.diffusion.running import RunningLoss
 from bd3lm_jax.models import Backbone
-from bd3lm_jax.score import SpecialIds, overflows, score, total_loss
+from bd3lm_jax.score import SpecialIds, exceeds_capacity, score, total_loss
 from bd3lm_jax.sharding import BATCH_AXES, constrain
-from bd3lm_jax.state import LEARNT, TrainState, trained
+from bd3lm_jax.state import OBJECTIVE_PARAMS, TrainState, trainable_params
 
-PREPARE = 0x70726570  # tells what an objective does to a batch from its noise
+PREPARE_FOLD = 0x70726570  # tells what an objective does to a batch from its noise
 
 
 def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation, special: SpecialIds):
@@ -32,15 +32,15 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
     objective, schedule = config.diffusion, config.schedule
     learns = schedule is not None and schedule.learns
 
-    def loss_of(ours, params, weight_BxMxL, rows):
-        params = lora.merged(params | ours, lora.scale_of(config.train))
+    def loss_of(trainable, params, weight_BxMxL, rows):
+        params = lora.merge_lora(params | trainable, lora.scale_of(config.train))
         keys = rows["dropout_keys"] if config.model.dropout > 0 else None
         noised = rows["noised"].replace(weight_BxMxL=weight_BxMxL)
         scored = score(model, params, objective, noised, rows["tokens"], rows["positions"], rows["segments"],
                        execution, keys, rows.get("sees"), special.end)
         token_loss = objective.token_loss
         if token_loss is not None and objective.learns:
-            token_loss = functools.partial(token_loss, learnt=params[LEARNT])
+            token_loss = functools.partial(token_loss, learned_params=params[OBJECTIVE_PARAMS])
         return scored.aux + total_loss(model, params, scored, special.mask, config.compute.loss_chunk, token_loss,
                                        objective.mean_term)
 
@@ -49,69 +49,69 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
         weights."""
         weight_BxMxL = rows["noised"].weight_BxMxL
         if not learns and not objective.learns:
-            return *jax.value_and_grad(loss_of)(trained(params), params, weight_BxMxL, rows), {}
-        total, (grads, losses_BxMxL) = jax.value_and_grad(loss_of, argnums=(0, 2))(trained(params), params,
+            return *jax.value_and_grad(loss_of)(trainable_params(params), params, weight_BxMxL, rows), {}
+        total, (grads, losses_BxMxL) = jax.value_and_grad(loss_of, argnums=(0, 2))(trainable_params(params), params,
                                                                                    weight_BxMxL, rows)
         if objective.learns:
-            own = objective.noise_gradient(told(params), rows["noised"], rows["tokens"], rows["segments"], losses_BxMxL)
-            grads = {**grads, LEARNT: jax.tree.map(jnp.add, grads[LEARNT], own)}
-        return total, grads, schedule.seen(losses_BxMxL, weight_BxMxL > 0, rows["tokens"]) if learns else {}
+            noise_grads = objective.noise_gradient(objective_params(params), rows["noised"], rows["tokens"], rows["segments"], losses_BxMxL)
+            grads = {**grads, OBJECTIVE_PARAMS: jax.tree.map(jnp.add, grads[OBJECTIVE_PARAMS], noise_grads)}
+        return total, grads, schedule.batch_statistics(losses_BxMxL, weight_BxMxL > 0, rows["tokens"]) if learns else {}
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax_settings.key(config.seed), state.step)
         noise_key, dropout_key = jax.random.split(key)
-        batch = objective.prepared(jax.random.fold_in(noise_key, PREPARE), batch, special.end)
+        batch = objective.prepare_batch(jax.random.fold_in(noise_key, PREPARE_FOLD), batch, special.end)
         tokens = batch["tokens"]
         noised = draw_noise(config, special, noise_key, batch, config.train.views, state.noise,
-                            told(state.params))
+                            objective_params(state.params))
         dropout_keys = jax.vmap(lambda row: jax.random.fold_in(dropout_key, row))(jnp.arange(tokens.shape[0]))
         rows = {**batch, "noised": noised, "dropout_keys": dropout_keys}
         if config.train.anneal_steps:
-            rows["sees"] = annealing.last_seen(key, state.step, config.train.anneal_steps, batch["positions"],
+            rows["sees"] = annealing.sample_max_visible_position(key, state.step, config.train.anneal_steps, batch["positions"],
                                                objective.block_size)
-        total, grads, seen = sum_over_rows(lambda part: gradients(state.params, part), rows,
+        total, grads, batch_statistics = sum_over_rows(lambda part: gradients(state.params, part), rows,
                                            config.compute.microbatch or tokens.shape[0])
-        scored = noised.weight_BxMxL > 0 if objective.causal else answers.maskable(objective, batch) != 0
+        scored = noised.weight_BxMxL > 0 if objective.causal else response_mask.maskable_segments(objective, batch) != 0
         count = config.train.views * jnp.maximum(jnp.sum(scored), 1).astype(jnp.float32)
         loss, grads = total / count, jax.tree.map(lambda g: g / count, grads)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         def update(params, ema, opt_state, noise):
-            updates, opt_state = tx.update(grads, opt_state, trained(params))
-            params = params | optax.apply_updates(trained(params), updates)
+            updates, opt_state = tx.update(grads, opt_state, trainable_params(params))
+            params = params | optax.apply_updates(trainable_params(params), updates)
             ema = optim.update_ema(ema, params, config.optim.ema, state.step + 1)
-            return params, ema, opt_state, schedule.learn(noise, seen) if learns else noise
+            return params, ema, opt_state, schedule.update_state(noise, batch_statistics) if learns else noise
 
         # A branch, not a selection: the new state is written over the old one, with no second copy.
         new = jax.lax.cond(finite, update, lambda *old: old, state.params, state.ema, state.opt_state, state.noise)
         metrics = {"loss": loss, "grad_norm": grad_norm, "finite": finite,
-                   "masked": jnp.sum(noised.weight_BxMxL > 0) / count, "overflow": jnp.any(overflows(noised))}
+                   "masked": jnp.sum(noised.weight_BxMxL > 0) / count, "overflow": jnp.any(exceeds_capacity(noised))}
         return TrainState(state.step + 1, *new), metrics
 
     return step
 
 
-def told(params: dict) -> dict | None:
+def objective_params(params: dict) -> dict | None:
     """What `corrupt` is told of the objective's own parameters; None if there are none."""
-    return {**params[LEARNT], "embedding": params["embed"]["embedding"]} if LEARNT in params else None
+    return {**params[OBJECTIVE_PARAMS], "embedding": params["embed"]["embedding"]} if OBJECTIVE_PARAMS in params else None
 
 
 def draw_noise(config: Config, special: SpecialIds, key, batch: dict, views: int, noise: dict,
-               learnt: dict | None = None) -> Noised:
+               learned_params: dict | None = None) -> Noised:
     """Noised views of a batch as training draws them when the schedule of the noise is in the state `noise`.
 
-    learnt: as `told` gives it.
+    learnt: as `objective_params` gives it.
     """
     objective, schedule = config.diffusion, config.schedule
-    arguments = key, batch["tokens"], answers.maskable(objective, batch), views, special.mask, special.end
-    needed = {name: batch[name] for name in config.batch_needs if name in objective.needs}
-    needed |= {} if learnt is None else {"learnt": learnt}
+    arguments = key, batch["tokens"], response_mask.maskable_segments(objective, batch), views, special.mask, special.end
+    corrupt_kwargs = {name: batch[name] for name in config.batch_arrays if name in objective.extra_batch_keys}
+    corrupt_kwargs |= {} if learned_params is None else {"learned_params": learned_params}
     if isinstance(schedule, RunningLoss):
-        needed["density"] = schedule.density(noise, batch["tokens"])
+        corrupt_kwargs["density"] = schedule.density(noise, batch["tokens"])
     if schedule is not None and not isinstance(schedule, RunningLoss):
-        arguments += schedule.law(noise, batch["tokens"].shape[1] // objective.block_size),
-    return answers.weighed(objective, batch, objective.corrupt(*arguments, **needed))
+        arguments += schedule.distribution(noise, batch["tokens"].shape[1] // objective.block_size),
+    return response_mask.zero_prompt_weights(objective, batch, objective.corrupt(*arguments, **corrupt_kwargs))
 
 
 def sum_over_rows(function: Callable[[dict], Any], rows: dict, microbatch: int) -> Any:
@@ -121,7 +121,7 @@ def sum_over_rows(function: Callable[[dict], Any], rows: dict, microbatch: int) 
         return function(rows)
     parts = batch // microbatch
 
-    def cut(x):
+    def split_microbatches(x):
         """Every part takes rows of every device: row r goes to part r mod parts."""
         x = x.reshape(microbatch, parts, *x.shape[1:]).swapaxes(0, 1)
         return constrain(x, None, BATCH_AXES, *(None,) * (x.ndim - 2))
@@ -129,7 +129,7 @@ def sum_over_rows(function: Callable[[dict], Any], rows: dict, microbatch: int) 
     def body(carry, part):
         return jax.tree.map(jnp.add, carry, function(part)), None
 
-    cut_rows = jax.tree.map(cut, rows)
-    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], cut_rows))
+    microbatches = jax.tree.map(split_microbatches, rows)
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], microbatches))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
-    return jax.lax.scan(body, zero, cut_rows)[0]
+    return jax.lax.scan(body, zero, microbatches)[0]

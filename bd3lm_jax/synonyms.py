@@ -129,28 +129,28 @@ _FLAGS = {  # flags of commands, and options of `LM.generate`
 }
 
 
-def _by_name(table: dict[str, str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for ours, names in table.items():
+def _invert(table: dict[str, str]) -> dict[str, list[str]]:
+    matches: dict[str, list[str]] = {}
+    for canonical, names in table.items():
         for name in names.split():
-            found.setdefault(name, []).append(ours)
-    return found
+            matches.setdefault(name, []).append(canonical)
+    return matches
 
 
-CONFIG, FLAGS = _by_name(_CONFIG), _by_name(_FLAGS)
+CONFIG, FLAGS = _invert(_CONFIG), _invert(_FLAGS)
 
 
-def config_key(name: str, known: Iterable[str] | None = None) -> str | None:
-    """The config key (of those `known`) that others call so; `name` may have a section. None if there is none."""
-    found = CONFIG.get(_plain(name.rpartition(".")[2]), ())
-    known = found if known is None else list(known)
-    return next((key for key in found if key in known), None)
+def config_key(name: str, valid_names: Iterable[str] | None = None) -> str | None:
+    """The config key (of those `valid_names`) that others call so; `name` may have a section. None if there is none."""
+    matches = CONFIG.get(_plain(name.rpartition(".")[2]), ())
+    valid_names = matches if valid_names is None else list(valid_names)
+    return next((key for key in matches if key in valid_names), None)
 
 
-def flag(name: str, known: Iterable[str]) -> str | None:
-    """The flag or option among those `known` that others call so; None if there is none."""
-    known = list(known)
-    return next((ours for ours in FLAGS.get(_plain(name), ()) if ours in known), None)
+def flag(name: str, valid_names: Iterable[str]) -> str | None:
+    """The flag or option among those `valid_names` that others call so; None if there is none."""
+    valid_names = list(valid_names)
+    return next((canonical for canonical in FLAGS.get(_plain(name), ()) if canonical in valid_names), None)
 
 
 def _plain(name: str) -> str:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import compile_cache, distributed, jax_settings, optim, passes, paths, replicas, report, rundir, sharding
+from bd3lm_jax import compile_cache, distributed, jax_settings, optim, forward, paths, replicas, report, rundir, sharding
 from bd3lm_jax.adaptation import adapt, lora
 from bd3lm_jax.checkpoint import Checkpoints, items_of
 from bd3lm_jax.config import Config
@@ -20,17 +20,17 @@ from bd3lm_jax.cost import memory, profiling
 from bd3lm_jax.cost.profiling import Profiler
 from bd3lm_jax.data.loader import Loader, prefetch
 from bd3lm_jax.data.prepare import Rows, prepare, prepare_tokenizer
-from bd3lm_jax.data.sized import Sized
+from bd3lm_jax.data.token_bytes import RowsWithBytes
 from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.errors import Preempted, RunError, UserError
 from bd3lm_jax.evaluation.estimators import has_bound
 from bd3lm_jax.evaluation.estimators import default_estimator
 from bd3lm_jax.evaluation.evaluate import Evaluator
-from bd3lm_jax.log import RunLog, busy, note, read_metrics
-from bd3lm_jax.noise import Chooser
+from bd3lm_jax.log import RunLog, spinner, note, read_metrics
+from bd3lm_jax.noise import NoiseSelector
 from bd3lm_jax.program import Program
 from bd3lm_jax.score import SpecialIds
-from bd3lm_jax.state import LEARNT, LORA, TrainState
+from bd3lm_jax.state import OBJECTIVE_PARAMS, LORA, TrainState
 from bd3lm_jax.stats import format_interval, format_number
 from bd3lm_jax.sweeps import paired
 from bd3lm_jax.typed import Nested, flatten
@@ -52,12 +52,12 @@ class Run:
     program: Program
 
     @functools.cached_property
-    def valid_rows(self) -> Sized:
+    def valid_rows(self) -> RowsWithBytes:
         """The validation split with the bytes of its tokens."""
-        return Sized(self.rows["valid"], self.tokenizer)
+        return RowsWithBytes(self.rows["valid"], self.tokenizer)
 
 
-@jax_settings.fixed()
+@jax_settings.pinned()
 def train(config: Config | Nested, workdir: str | os.PathLike, profile: bool = False,
           stuck_after: float = 0.0) -> dict[str, Any]:
     """Train to `config.train.steps`, going on from the newest checkpoint in `workdir` if there is one.
@@ -70,29 +70,29 @@ def train(config: Config | Nested, workdir: str | os.PathLike, profile: bool = F
     (with step and rows), memory runs out (with what would fit), a save fails or replicas differ, Preempted after
     SIGTERM once the state is saved (at once where nothing is: before the first step and in the closing report).
     """
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     config = Config.from_dict(adapt.resolve(config))
     compile_cache.enable()
-    with contextlib.ExitStack() as held:
-        stop = held.enter_context(distributed.termination())
-        run = set_up(config, paths.local(workdir, "workdir"), held)
+    with contextlib.ExitStack() as exit_stack:
+        stop = exit_stack.enter_context(distributed.stop_on_sigterm())
+        run = set_up(config, paths.local(workdir, "workdir"), exit_stack)
         valid, step_ms = _train(run, stop, profile, stuck_after)
     lines = read_metrics(run.workdir)
     return {"workdir": str(run.workdir), "step": run.config.train.steps, "train_nll": _last(lines, "train/nll"),
             "valid_nll": valid.get("nll"), "valid_ppl": valid.get("ppl"),
             "tokens_per_s": _last(lines, "train/tokens_per_s"), "step_ms": step_ms, "params": run.program.num_params,
-            "wall_s": time.perf_counter() - began}
+            "wall_s": time.perf_counter() - start_time}
 
 
 def _train(run: Run, stop: distributed.Stop, profile: bool, stuck_after: float) -> tuple[dict, float | None]:
     """All steps and the report -> last validation, median milliseconds a step. Of a finished run the stored report."""
-    program, kept = run.program, run.config.checkpoint
+    program, checkpoint_config = run.program, run.config.checkpoint
     with (jax.set_mesh(program.mesh), Watchdog(stuck_after, "no step finished") as watchdog,
-          Checkpoints(run.workdir, kept.keep, keep_best=kept.keep_best) as checkpoints):
-        state, losses = _first_state(run, checkpoints)
+          Checkpoints(run.workdir, checkpoint_config.keep, keep_best=checkpoint_config.keep_best) as checkpoints):
+        state, losses = _initial_or_restored_state(run, checkpoints)
         watchdog.done()
         start = int(state.step)
-        stored = distributed.of_first(report.finished(run)) if start == run.config.train.steps else None
+        stored = distributed.broadcast_from_process0(report.read_finished_report(run)) if start == run.config.train.steps else None
         if stored:
             return stored.get("valid", {}), None
         evaluator = Evaluator(run.config, program.model, program.special, program.mesh)
@@ -101,62 +101,62 @@ def _train(run: Run, stop: distributed.Stop, profile: bool, stuck_after: float) 
               Profiler(run.workdir, start + profiling.FIRST, profiling.STEPS if profile else 0) as profiler):
             state, step_ms, valid = _loop(run, state, losses, checkpoints, evaluator, log, stop, profiler, watchdog)
         weights = _weights(run, state)
-        valid = valid or _validate(run, evaluator, weights, whole=True)
-    report.closing(run, weights, valid, evaluator)
+        valid = valid or _validate(run, evaluator, weights, is_final=True)
+    report.write_report(run, weights, valid, evaluator)
     return valid, step_ms
 
 
-def set_up(config: Config, workdir: str | os.PathLike, held: contextlib.ExitStack) -> Run:
-    """Read the data, check everything that can be wrong and claim the run directory, which stays locked until `held` is
+def set_up(config: Config, workdir: str | os.PathLike, exit_stack: contextlib.ExitStack) -> Run:
+    """Read the data, check everything that can be wrong and claim the run directory, which stays locked until `exit_stack` is
     closed; nothing is computed yet."""
     replicas.check_start()
-    distributed.check_same(flatten(config.to_dict()), "configuration")
+    distributed.assert_equal_across_processes(flatten(config.to_dict()), "configuration")
     mesh = sharding.make_mesh(config.mesh)
-    tokenizer = adapt.masking(config, distributed.first_then_others(lambda: prepare_tokenizer(config.data)))
+    tokenizer = adapt.add_mask_token(config, distributed.process0_first(lambda: prepare_tokenizer(config.data)))
     config = rundir.resolve(config, tokenizer)
     program = Program.of(config, SpecialIds(tokenizer.mask_id, tokenizer.end_id), mesh,
-                         passes.compute_dtype(config.compute.dtype))
+                         forward.compute_dtype(config.compute.dtype))
     if config.train.init_from:
         adapt.check_source(config, tokenizer)
-    rows = distributed.first_then_others(lambda: {
-        split: prepare(config.data, split, config.block_size, tokenizer, _say) for split in ("train", "valid")})
+    rows = distributed.process0_first(lambda: {
+        split: prepare(config.data, split, config.block_size, tokenizer, _report_preparation) for split in ("train", "valid")})
     hashes = {name: split.meta["hash"] for name, split in rows.items()}
-    distributed.check_same(hashes | {"tokenizer": tokenizer.identity}, "text")
-    distributed.first_alone(lambda: rundir.claim(workdir, config, tokenizer, held))
-    distributed.check_shared(Path(workdir), lambda: rundir.visible(workdir))
+    distributed.assert_equal_across_processes(hashes | {"tokenizer": tokenizer.identity}, "text")
+    distributed.run_on_process0(lambda: rundir.create_or_validate(workdir, config, tokenizer, exit_stack))
+    distributed.assert_shared_directory(Path(workdir), lambda: rundir.shared_state(workdir))
     if rows["train"].has_density:
-        _say_density(rows["train"].meta["density_mean"])
+        _report_density(rows["train"].meta["density_mean"])
     return Run(config, Path(workdir), tokenizer, rows, program)
 
 
-def _say_density(mean: float) -> None:
-    alike = "; a block whose tokens are all alike is masked uniformly"
-    note(f"density: {mean:.1%} on average" + (alike if 0 < mean < 1 else ", everywhere: all masks are uniform"))
+def _report_density(mean: float) -> None:
+    uniform_note = "; a block whose tokens are all alike is masked uniformly"
+    note(f"density: {mean:.1%} on average" + (uniform_note if 0 < mean < 1 else ", everywhere: all masks are uniform"))
 
 
-def _say(documents: int, tokens: int) -> None:
+def _report_preparation(documents: int, tokens: int) -> None:
     note(f"preparing: {documents:,} documents, {tokens:,} tokens")
 
 
-def _first_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, list[float]]:
+def _initial_or_restored_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, list[float]]:
     """The newest checkpoint of this run and its latest losses, else the weights of `init_from`, else random ones."""
-    placed = run.program.arguments()[0]
+    abstract_state = run.program.arguments()[0]
     done = checkpoints.latest_step()
     if done is not None and done > run.config.train.steps:
         raise UserError(f"{run.workdir} is at step {done} already, train.steps={run.config.train.steps}: give at least "
                         f"{done}, or another --workdir")
     if done is not None:
-        state, meta = checkpoints.restore(placed)
+        state, meta = checkpoints.restore(abstract_state)
         rundir.check_tokenizer(run.tokenizer, meta["tokenizer"], f"the checkpoint in {run.workdir}")
         note(f"continuing from step {int(state.step)} of {run.workdir}")
         return state, meta["losses"]
-    with memory.explained(run.program):
-        with busy("making the first weights"):
+    with memory.explain_out_of_memory(run.program):
+        with spinner("making the first weights"):
             state = jax.block_until_ready(run.program.initial_state())
     if not run.config.train.init_from:
         return state, []
-    network = {name: x for name, x in placed.params.items() if name not in (LEARNT, LORA)}
-    params = state.params | adapt.first_weights(run.config, run.program.model, run.tokenizer, network,
+    network = {name: x for name, x in abstract_state.params.items() if name not in (OBJECTIVE_PARAMS, LORA)}
+    params = state.params | adapt.initial_weights(run.config, run.program.model, run.tokenizer, network,
                                                 run.program.mesh)  # an objective's own parameters begin anew
     ema = jax.tree.map(jnp.copy, params) if state.ema else {}
     return state.replace(params=params, ema=ema), []
@@ -172,8 +172,8 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
     tokens_a_step = config.train.batch * config.data.length
     pending, clock, valid = None, _Clock(), {}
     schedule, warmup = (make(config.optim, config.train.steps) for make in (optim.make_schedule, optim.warmup_steps))
-    choose_noise = Chooser(config, program.model, program.special, program.mesh)
-    window = _Window(config, tokens_a_step, schedule, losses)
+    choose_noise = NoiseSelector(config, program.model, program.special, program.mesh)
+    window = _MetricsWindow(config, tokens_a_step, schedule, losses)
     log.note(f"{program.num_params:,} parameters, {len(run.rows['train'])} rows of {config.data.length} tokens, "
              f"{program.mesh.size} x {jax.devices()[0].device_kind}; compiling the step")
     if warmup != config.optim.warmup_steps:
@@ -181,15 +181,15 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
                  f"{config.train.steps}: warming up over {warmup}")
     workers, compiled = config.data.workers, set()
     if config.train.init_from and not start:
-        window.begin(_validate(run, evaluator, _weights(run, state), whole=False), log)
+        window.log_initial_validation(_validate(run, evaluator, _weights(run, state), is_final=False), log)
         watchdog.done()
     batches = prefetch(loader.get, start, config.train.steps, workers, max(PREFETCH, workers))
-    with contextlib.closing(batches), stop.at_steps():
+    with contextlib.closing(batches), stop.defer_to_steps():
         for step, (ids, batch) in zip(range(start, config.train.steps), batches):
             profiler.step(step, state)
             phase = config.phase_at(step)
-            with memory.explained(program):
-                with contextlib.nullcontext() if phase in compiled else busy("compiling the step"):
+            with memory.explain_out_of_memory(program):
+                with contextlib.nullcontext() if phase in compiled else spinner("compiling the step"):
                     state, metrics = step_fns[phase](state, batch)
                 compiled.add(phase)
                 values = _read(run, pending, clock) if pending is not None else None
@@ -200,15 +200,15 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
             if values is not None:
                 window.add(*values, {}, {}, clock, log)
             pending, done = (step, ids, metrics), step + 1
-            last, stopping = done == config.train.steps, stop.reached(done)
+            last, stopping = done == config.train.steps, stop.should_stop(done)
             validating = last or done % config.eval.every == 0
             saving = last or stopping or done % config.checkpoint.every == 0
             if validating or saving:
                 values = _read(run, pending, clock)
                 valid, noise = {}, {}
                 if validating:
-                    valid = {} if stopping else stop.unless_told(
-                        lambda: _validate(run, evaluator, _weights(run, state), whole=last), {})
+                    valid = {} if stopping else stop.run_unless_stopped(
+                        lambda: _validate(run, evaluator, _weights(run, state), is_final=last), {})
                     stopping = stopping or stop.signalled.is_set()
                     saving = saving or stopping
                     state, noise = choose_noise(state, lambda at: loader.get(at)[1], done)
@@ -220,44 +220,44 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
                 checkpoints.save(done, state, {"tokenizer": run.tokenizer.identity, "config_sha256": config.sha256(),
                                                "losses": window.losses,
                                                "noise": choose_noise.shown(state)}, wait=last or stopping,
-                                 bound=_comparable(run, evaluator, state, valid, last))
+                                 bound=_best_checkpoint_bound(run, evaluator, state, valid, last))
                 watchdog.done()
             if stopping:
                 raise Preempted(f"stopped by SIGTERM after step {done}, which is saved in {run.workdir}: run the same "
-                                "command again to go on", agreed=True)
+                                "command again to go on", on_all_processes=True)
     return state, clock.median_ms(), valid
 
 
 def _weights(run: Run, state: TrainState) -> dict:
     """What is evaluated: the average if there is one, with low-rank updates in their matrices."""
-    return lora.merge(state.ema or state.params, run.config.train)
+    return lora.merge_lora_jitted(state.ema or state.params, run.config.train)
 
 
-def _validate(run: Run, evaluator: Evaluator, weights, whole: bool) -> dict:
+def _validate(run: Run, evaluator: Evaluator, weights, is_final: bool) -> dict:
     """The bound on the validation split; {} for a model that has none. whole: as in the report, `eval.report_rows` rows
     with all draws, which then stay in the run directory by document; else `eval.rows` rows from one draw."""
     if not has_bound(run.config):
         return {}
     settings, rows = run.config.eval, run.valid_rows
-    with busy("validating"):
+    with spinner("validating"):
         measured = evaluator.measure(weights, rows, estimator=default_estimator(run.config), target=None,
-                                     draws=settings.draws if whole else 1, seed=run.config.seed,
-                                     num_rows=settings.report_rows if whole else settings.rows)
-    if whole and jax.process_index() == 0:
+                                     draws=settings.draws if is_final else 1, seed=run.config.seed,
+                                     num_rows=settings.report_rows if is_final else settings.rows)
+    if is_final and jax.process_index() == 0:
         paired.save(run.workdir, measured, rows)
     return measured.summary(rows)
 
 
-def _comparable(run: Run, evaluator: Evaluator, state: TrainState, valid: dict, whole: bool) -> float | None:
+def _best_checkpoint_bound(run: Run, evaluator: Evaluator, state: TrainState, valid: dict, is_final: bool) -> float | None:
     """The bound that tells the best checkpoint: of the same rows with the same noise at every step.
 
     valid: the validation of this step, {} if there was none. whole: it was the last one, that of the report."""
     if not valid or not run.config.checkpoint.keep_best:
         return None
     settings, rows = run.config.eval, len(run.rows["valid"])
-    measured, usual = (min(count or rows, rows) for count in (settings.report_rows, settings.rows))
-    if whole and (settings.draws > 1 or measured != usual):
-        valid = _validate(run, evaluator, _weights(run, state), whole=False)
+    measured, regular_rows = (min(count or rows, rows) for count in (settings.report_rows, settings.rows))
+    if is_final and (settings.draws > 1 or measured != regular_rows):
+        valid = _validate(run, evaluator, _weights(run, state), is_final=False)
     return valid["nll"]
 
 
@@ -269,16 +269,16 @@ def _read(run: Run, pending, clock: "_Clock") -> tuple[int, dict]:
     if values["overflow"]:
         raise RunError(f"a row of step {step + 1} has more masked tokens than the capacity of its objective: "
                        f"{type(run.config.diffusion).__name__} draws more than it declares; the last checkpoint in "
-                       f"{run.workdir} is whole", agreed=True)
+                       f"{run.workdir} is whole", on_all_processes=True)
     if not values["finite"]:
         raise RunError(
             f"the loss of step {step + 1} is not finite (loss {values['loss']}, gradient norm {values['grad_norm']}; "
             f"rows {', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''} of the training split): lower "
-            f"optim.lr or raise optim.warmup_steps; the last checkpoint in {run.workdir} is whole", agreed=True)
+            f"optim.lr or raise optim.warmup_steps; the last checkpoint in {run.workdir} is whole", on_all_processes=True)
     return step + 1, values
 
 
-class _Window:
+class _MetricsWindow:
     """Averages what is logged over `every` steps."""
 
     def __init__(self, config: Config, tokens_a_step: int, schedule, losses: list[float]):
@@ -302,17 +302,17 @@ class _Window:
             if self.objective.is_bound and not getattr(self.config.model, "balance", 0):
                 line["train/nll"] = loss
         if valid:
-            line |= self._validated(step, valid, log)
+            line |= self._log_validation(step, valid, log)
             line |= {f"noise/{name}": value for name, value in noise.items()}
         if line:
             log.metrics(step, line)
 
-    def begin(self, valid: dict, log: RunLog) -> None:
+    def log_initial_validation(self, valid: dict, log: RunLog) -> None:
         """Log what foreign weights are worth before the first step."""
         if valid:
-            log.metrics(0, self._validated(0, valid, log))
+            log.metrics(0, self._log_validation(0, valid, log))
 
-    def _validated(self, step: int, valid: dict, log: RunLog) -> dict:
+    def _log_validation(self, step: int, valid: dict, log: RunLog) -> dict:
         by_count, size, (low, high) = valid["nll_by_count"], self.objective.block_size, valid["nll_ci95"]
         shown = [k for k in by_count if size <= SHOWN_COUNTS or k == size or k & (k - 1) == 0]
         nll = f"{format_number(valid['nll'], '.4f')} ({format_interval((low, high), '.4f')})"

@@ -22,8 +22,8 @@ def from_json(text: str | bytes) -> Any:
     except json.JSONDecodeError:
         raise
     except (RecursionError, ValueError) as error:
-        said = "nested too deep" if isinstance(error, RecursionError) else str(error)
-        raise json.JSONDecodeError(said, str(text), 0) from None
+        reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise json.JSONDecodeError(reason, str(text), 0) from None
 
 
 def check_characters(text: str, what: str) -> None:
@@ -50,22 +50,22 @@ def as_mapping(name: str, value: Any) -> Mapping:
     return value
 
 
-def same_keys(prefix: str, mapping: Mapping, known: list[str]) -> None:
+def check_known_keys(prefix: str, mapping: Mapping, allowed_keys: list[str]) -> None:
     for key in mapping:
-        if key not in known:
-            usual = synonyms.config_key(str(key), [prefix + name for name in known]) or synonyms.config_key(str(key))
-            near = f"did you mean '{usual}'?" if usual else nearest(key, known)
-            raise UserError(f"unknown config key '{prefix}{key}': {near}")
-    missing = [key for key in known if key not in mapping]
+        if key not in allowed_keys:
+            synonym = synonyms.config_key(str(key), [prefix + name for name in allowed_keys]) or synonyms.config_key(str(key))
+            suggestion = f"did you mean '{synonym}'?" if synonym else nearest(key, allowed_keys)
+            raise UserError(f"unknown config key '{prefix}{key}': {suggestion}")
+    missing = [key for key in allowed_keys if key not in mapping]
     check(not missing, f"missing config key '{prefix}{missing[0] if missing else ''}'")
 
 
-def as_section(name: str, given: Any, kind: type) -> Any:
+def as_section(name: str, values: Any, kind: type) -> Any:
     """A section of a config as the dataclass `kind`. UserError for an unknown, missing or ill-typed key."""
-    given = dict(as_mapping(name, given).items())
+    values = dict(as_mapping(name, values).items())
     fields = {field.name: field.type for field in dataclasses.fields(kind)}
-    same_keys(f"{name}.", given, list(fields))
-    return kind(**{key: as_type(f"{name}.{key}", given[key], fields[key]) for key in fields})
+    check_known_keys(f"{name}.", values, list(fields))
+    return kind(**{key: as_type(f"{name}.{key}", values[key], fields[key]) for key in fields})
 
 
 def as_type(key: str, value: Any, kind: type) -> Any:
@@ -74,10 +74,10 @@ def as_type(key: str, value: Any, kind: type) -> Any:
         return float(value)
     if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
         return tuple(as_type(key, item, inner) for item, inner in zip(value, _kinds(key, value, get_args(kind))))
-    plain = get_origin(kind) or kind
-    right = isinstance(value, plain) and not (plain is int and isinstance(value, bool))
-    wanted = getattr(kind, "__name__", kind)
-    check(right, f"config key '{key}' is {value!r} ({type(value).__name__}), expected {wanted}")
+    base_type = get_origin(kind) or kind
+    is_valid = isinstance(value, base_type) and not (base_type is int and isinstance(value, bool))
+    expected = getattr(kind, "__name__", kind)
+    check(is_valid, f"config key '{key}' is {value!r} ({type(value).__name__}), expected {expected}")
     return value
 
 

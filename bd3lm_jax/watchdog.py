@@ -6,9 +6,9 @@ import sys
 import threading
 import time
 
-from bd3lm_jax.errors import Stuck
+from bd3lm_jax.errors import WatchdogTimeout
 
-LOOKS = 50  # at the clock within the time limit
+CHECKS = 50  # at the clock within the time limit
 
 
 class Watchdog:
@@ -20,7 +20,7 @@ class Watchdog:
 
     def __init__(self, seconds: float, what: str):
         self._seconds, self._what = seconds, what
-        self._news, self._closed, self._thread = threading.Event(), threading.Event(), None
+        self._progress, self._closed, self._thread = threading.Event(), threading.Event(), None
 
     def __enter__(self) -> "Watchdog":
         if self._seconds:
@@ -35,24 +35,24 @@ class Watchdog:
 
     def done(self) -> None:
         """Something finished: the time runs anew."""
-        self._news.set()
+        self._progress.set()
 
     def _watch(self) -> None:
-        interval = self._seconds / LOOKS
+        interval = self._seconds / CHECKS
         waited, last = 0.0, time.monotonic()
         while not self._closed.wait(interval):
             now = time.monotonic()
             waited, last = waited + min(now - last, 5 * interval), now
-            if self._news.is_set():
-                self._news.clear()
+            if self._progress.is_set():
+                self._progress.clear()
                 waited = 0.0
             if waited >= self._seconds:
-                self._end()
+                self._terminate()
 
-    def _end(self) -> None:
+    def _terminate(self) -> None:
         print("stacks of all threads:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         print(f"error: {self._what} within {self._seconds:g} s: run the same command again", file=sys.stderr)
         sys.stderr.flush()
         sys.stdout.flush()
-        os._exit(Stuck.exit_code)
+        os._exit(WatchdogTimeout.exit_code)

@@ -23,37 +23,37 @@ def directory(path: Path, work: str) -> Iterator[Path]:
 
     Waits for another process that does the same; `work` says what that is. Raises OSError.
     """
-    with lock.in_turn(lock_file(path), work):
-        for leftover in abandoned(path):
+    with lock.hold_waiting(lock_file(path), work):
+        for leftover in abandoned_builds(path):
             shutil.rmtree(leftover, ignore_errors=True)
-        made = path.with_name(f"{path.name}.part-{files.unique()}")
-        made.mkdir()
+        build_path = path.with_name(f"{path.name}.part-{files.unique()}")
+        build_path.mkdir()
         try:
-            yield made
+            yield build_path
         finally:
-            shutil.rmtree(made, ignore_errors=True)
+            shutil.rmtree(build_path, ignore_errors=True)
 
 
-def publish(made: Path, path: Path) -> None:
+def rename_into_place(build_path: Path, path: Path) -> None:
     """Give a directory of `directory` its name, on the disk with all that is in it. OSError if the name is taken."""
-    files.sync_tree(made)
-    made.rename(path)
+    files.sync_tree(build_path)
+    build_path.rename(path)
     files.sync(path.parent)
 
 
-def tidy(path: Path) -> None:
+def remove_leftovers(path: Path) -> None:
     """Remove what killed processes have left beside `path`, which is done, unless somebody builds it anew."""
-    leftovers = [*abandoned(path), *([parts(path)] if parts(path).exists() else [])]
+    leftovers = [*abandoned_builds(path), *([parts(path)] if parts(path).exists() else [])]
     if leftovers:
-        with contextlib.suppress(OSError), lock.in_turn(lock_file(path), "", wait=False) as is_held:
+        with contextlib.suppress(OSError), lock.hold_waiting(lock_file(path), "", wait=False) as is_held:
             for leftover in leftovers if is_held else ():
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
-def abandoned(path: Path) -> list[Path]:
+def abandoned_builds(path: Path) -> list[Path]:
     """Directories in which nobody builds `path` any more."""
-    found = [entry for entry in path.parent.iterdir() if entry.name.startswith(f"{path.name}.part-")]
-    return [entry for entry in found if is_abandoned(entry)]
+    candidates = [entry for entry in path.parent.iterdir() if entry.name.startswith(f"{path.name}.part-")]
+    return [entry for entry in candidates if is_abandoned(entry)]
 
 
 def is_abandoned(entry: Path, idle_s: float = IDLE_S) -> bool:
@@ -61,7 +61,7 @@ def is_abandoned(entry: Path, idle_s: float = IDLE_S) -> bool:
 
     Of another host, or a name without process (earlier versions): whether nothing in it has changed for so long.
     """
-    host, part = re.escape(socket.gethostname()), re.escape(files.PART)
+    host, part = re.escape(socket.gethostname()), re.escape(files.TEMPORARY_SUFFIX)
     process = re.search(rf"[.-]{host}-(\d+)-[0-9a-f]+({part})?$", entry.name)
     return not files.is_alive(int(process[1])) if process else age_s(entry) > idle_s
 

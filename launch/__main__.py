@@ -8,7 +8,7 @@ import sys
 
 from launch import streams
 
-STOPPED = 42  # Preempted.exit_code, which takes a moment to import
+EXIT_PREEMPTED = 42  # Preempted.exit_code, which takes a moment to import
 COMMANDS = {
     "train": "train a model, or go on with a run",
     "eval": "likelihood of a split, with its error bar",
@@ -37,7 +37,7 @@ Examples:
 People read stderr; the last line of stdout is the result as one JSON object.
 Exit codes: 0 done, 1 failed, 2 wrong usage, 42 preempted and saved, 75 stuck (both: run the same command again)."""
 HELP = ("--help", "-h")
-COMPUTED_WITH = {  # settings of JAX that would change results; jax_settings.py holds to them in Python
+JAX_SETTINGS = {  # settings of JAX that would change results; jax_settings.py holds to them in Python
     "JAX_ENABLE_X64": "0", "JAX_THREEFRY_PARTITIONABLE": "1", "JAX_NUMPY_DTYPE_PROMOTION": "standard",
     "JAX_NUMPY_RANK_PROMOTION": "allow", "JAX_DEFAULT_PRNG_IMPL": "threefry2x32",
 }
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in HELP:
         commands = "\n".join(f"  {name:<9} {line}" for name, line in COMMANDS.items())
         return streams.show(_as_typed(USAGE.format(commands=commands)))
-    from bd3lm_jax.errors import UserError, command_line, nearest, one_line, visible
+    from bd3lm_jax.errors import UserError, command_line, nearest, one_line, escape_control_characters
 
     name, rest = argv[0], argv[1:]
     try:
@@ -60,19 +60,19 @@ def main(argv: list[str]) -> int:
         return _run(command, rest)
     except UserError as error:
         print("error:", one_line(error), file=sys.stderr, flush=True)
-        if error.agreed:
+        if error.on_all_processes:
             from bd3lm_jax import distributed
 
-            distributed.leave()
+            distributed.wait_and_shut_down()
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        print(f"error: the package '{visible(str(error.name))}' is not installed: pip install -e .", file=sys.stderr)
+        print(f"error: the package '{escape_control_characters(str(error.name))}' is not installed: pip install -e .", file=sys.stderr)
         return 1
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in streams.FULL:
+        if isinstance(error, OSError) and error.errno in streams.DISK_FULL_ERRNOS:
             print(f"error: cannot write {error.filename or 'a file'}: {error.strerror}; free some space, or choose "
                   "another place", file=sys.stderr)
             return 1
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
             return 2
         import traceback
 
-        print(visible(traceback.format_exc()), end="", file=sys.stderr)
+        print(escape_control_characters(traceback.format_exc()), end="", file=sys.stderr)
         return _code_of(error)
 
 
@@ -97,7 +97,7 @@ def _no_backend(error: Exception) -> bool:
 
 def _fix_settings() -> None:
     """Before JAX is imported: what it computes with, whatever its variables say."""
-    for name, value in COMPUTED_WITH.items():
+    for name, value in JAX_SETTINGS.items():
         if os.environ.get(name, value).lower() not in (value, {"0": "false", "1": "true"}.get(value)):
             print(f"note: {name}={os.environ[name]} is not used, it would change results", file=sys.stderr)
         os.environ[name] = value
@@ -108,12 +108,12 @@ def _code_of(error: Exception) -> int:
     if "bd3lm_jax.distributed" not in sys.modules:
         return 1
     from bd3lm_jax import distributed
-    from bd3lm_jax.errors import Stuck
+    from bd3lm_jax.errors import WatchdogTimeout
 
-    if not distributed.lost_peer(error):
+    if not distributed.is_lost_peer(error):
         return 1
     print("error: another process of this run is gone: run the same command again", file=sys.stderr)
-    return Stuck.exit_code
+    return WatchdogTimeout.exit_code
 
 
 def _run(command, argv: list[str]) -> int:
@@ -156,7 +156,7 @@ def _as_typed(text: str) -> str:
 def _stop_at_once(*_: object) -> None:
     """SIGTERM where nothing listens to it that could save: while libraries load, processes join, texts are written."""
     os.write(2, b"error: stopped by SIGTERM: run the same command again\n")
-    os._exit(STOPPED)
+    os._exit(EXIT_PREEMPTED)
 
 
 def launch(argv: list[str] | None = None) -> None:

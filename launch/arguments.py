@@ -57,9 +57,9 @@ def parse_flags(define: Callable[[flags.FlagValues], None], argv: Sequence[str],
 
 def _unknown_flag(error: flags.UnrecognizedFlagError, known: list[str], takes_config: bool) -> str:
     """What is said of a flag that is none: the one that others call so, else the closest, else how keys are written."""
-    usual, key = synonyms.flag(error.flagname, known), synonyms.config_key(error.flagname)
-    if usual or key and takes_config:
-        return f"Unknown command line flag '{error.flagname}'. Did you mean: {usual or f'--config.{key}'}"
+    suggestion, key = synonyms.flag(error.flagname, known), synonyms.config_key(error.flagname)
+    if suggestion or key and takes_config:
+        return f"Unknown command line flag '{error.flagname}'. Did you mean: {suggestion or f'--config.{key}'}"
     near = "Did you mean" in str(error)
     return _one_line(error) + ("" if near else ": see --help; keys of a config are written --config.train.steps=100")
 
@@ -132,12 +132,12 @@ def define_processes(values: flags.FlagValues) -> None:
 
 def check_processes(args: flags.FlagValues) -> None:
     """UserError for flags of many processes that do not fit together."""
-    told = [name for name in ("coordinator", "processes", "process_id") if args[name].present]
+    named_flags = [name for name in ("coordinator", "processes", "process_id") if args[name].present]
     if not args.distributed:
-        if told:
-            raise UserError(f"--{told[0]} goes with --distributed: add it")
-    elif told and len(told) < 3:
-        raise UserError(f"--{told[0]} needs its companions: --coordinator=HOST:PORT --processes=N --process_id=I")
+        if named_flags:
+            raise UserError(f"--{named_flags[0]} goes with --distributed: add it")
+    elif named_flags and len(named_flags) < 3:
+        raise UserError(f"--{named_flags[0]} needs its companions: --coordinator=HOST:PORT --processes=N --process_id=I")
 
 
 def join_processes(args: flags.FlagValues) -> None:
@@ -233,7 +233,7 @@ def load_config(spec: str, overrides: Sequence[str]):
 
     UserError for a missing file, bad args, key or value.
     """
-    from bd3lm_jax import ineffective
+    from bd3lm_jax import unused_keys
     from bd3lm_jax.adaptation import adapt
     from bd3lm_jax.config import Config
 
@@ -251,7 +251,7 @@ def load_config(spec: str, overrides: Sequence[str]):
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(_one_line(error)) from None
     result = Config.from_dict(adapt.resolve(values.config))
-    ineffective.check(result, {override_key(word) for word in overrides})
+    unused_keys.check(result, {override_key(word) for word in overrides})
     return result
 
 
@@ -387,9 +387,9 @@ def _nearest_key(key: str, known: list[str]) -> str:
     the closest section."""
     section, leaf = key.partition(".")[0], key.rpartition(".")[2]
     same_name = [name for name in known if name.rpartition(".")[2] == leaf]
-    usual = synonyms.config_key(key, known)
-    if usual and not same_name:
-        return f"did you mean '{usual}'?"
+    suggestion = synonyms.config_key(key, known)
+    if suggestion and not same_name:
+        return f"did you mean '{suggestion}'?"
     same_section = [name for name in known if name.startswith(f"{section}.")]
     sections = {name.partition(".")[0] for name in known}
     return nearest(key, same_name or same_section) if same_name or same_section else nearest(section, sections)

@@ -48,9 +48,9 @@ def main(args: flags.FlagValues) -> dict:
         if args.against or args["out"].present:
             raise UserError("sampling with --workdir writes to the run directory and runs against nothing: leave --out "
                             "and --against out")
-        from bd3lm_jax.evaluation.autopilot import autopilot
+        from bd3lm_jax.evaluation.tune_sampling import tune_sampling
 
-        return autopilot(args.workdir, scorer=args.scorer, rounds=args.rounds, texts=args.texts)
+        return tune_sampling(args.workdir, scorer=args.scorer, rounds=args.rounds, texts=args.texts)
     if args.scorer or args["texts"].present:
         raise UserError("--scorer and --texts are for: bench sampling --workdir=DIR")
     from bd3lm_jax.bench import BENCHES, bench

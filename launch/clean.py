@@ -36,9 +36,9 @@ def main(args: flags.FlagValues) -> dict:
     for path in directories:
         if not path.is_dir() and (args.workdir or args.cache_dir):
             raise UserError(f"{path} is no directory: give that of a run, or that of prepared data")
-    found = sorted(clean.find([path.absolute() for path in directories], args.idle_hours * 3600))
+    leftovers = sorted(clean.find([path.absolute() for path in directories], args.idle_hours * 3600))
     entries = [{"path": str(x.path), "kind": x.kind, "bytes": x.num_bytes, "age_s": round(x.age_s, 1),
-                "removed": args.remove and clean.remove(x)} for x in found]
+                "removed": args.remove and clean.remove(x)} for x in leftovers]
     if entries:
         log.table("Left behind", ["path", "what", "bytes", "hours old", ""],
                   [[x["path"], x["kind"], f"{x['bytes']:,}", f"{x['age_s'] / 3600:.1f}",

@@ -46,5 +46,5 @@ def main(args: flags.FlagValues) -> dict:
 
     source, target = required(args, "from"), required(args, "to")
     names = ("dtype", "check", "max_shard", "weights", "tokenizer", "length", "allow_pickle")
-    given = {name: args[name].value for name in names}
-    return convert(source, target, form=args.format, base=base().to_dict(), **given)
+    options = {name: args[name].value for name in names}
+    return convert(source, target, form=args.format, base=base().to_dict(), **options)

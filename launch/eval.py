@@ -149,27 +149,27 @@ def main(args: flags.FlagValues) -> dict:
     if args.watch:
         return _watch(args)
     join_processes(args)
-    from bd3lm_jax.log import busy
+    from bd3lm_jax.log import spinner
 
-    with busy("measuring"):
+    with spinner("measuring"):
         return _likelihood(args)
 
 
 def check(args: flags.FlagValues) -> None:
     """UserError for what needs no run to be seen: flags that do not go together, and words that mean nothing."""
-    from bd3lm_jax.data.corpus import SPLITS, WHOLE
+    from bd3lm_jax.data.corpus import SPLITS, ALL_SPLITS
 
     if args.samples and args.task:
         raise UserError("--samples and --task are two evaluations: give one of them")
-    if args.split not in (*SPLITS, WHOLE):
+    if args.split not in (*SPLITS, ALL_SPLITS):
         raise UserError(f"unknown split '{args.split}': {nearest(args.split, SPLITS)}")
     if args.samples:
-        _allow(args, "--samples", ("samples", *QUALITY))
+        _check_only(args, "--samples", ("samples", *QUALITY))
         return
     if args.task:
         from bd3lm_jax.tasks import TASKS
 
-        _allow(args, "--task", ("workdir", "task", *TASK, *SAMPLER))
+        _check_only(args, "--task", ("workdir", "task", *TASK, *SAMPLER))
         lookup(TASKS, args.task, "task")
     else:
         _check_likelihood(args)
@@ -177,18 +177,18 @@ def check(args: flags.FlagValues) -> None:
 
 
 def _check_likelihood(args: flags.FlagValues) -> None:
-    from bd3lm_jax.data.windows import Convention
+    from bd3lm_jax.data.windows import ScoringConvention
     from bd3lm_jax.evaluation.estimators import ESTIMATORS
 
-    _allow(args, "a likelihood (neither --samples nor --task)",
+    _check_only(args, "a likelihood (neither --samples nor --task)",
            ("workdir", "data", "against", "target_ci", "block_size", "length", "curve", "within", "step",
             "watch", "watch_for", *LIKELIHOOD, *PROCESSES))
     if args.watch:
-        _allow(args, "--watch", ("workdir", "watch", *WATCH))
+        _check_only(args, "--watch", ("workdir", "watch", *WATCH))
     elif args["watch_for"].present:
         raise UserError("--watch_for goes with --watch: add it")
     if args.curve:
-        _allow(args, "--curve", ("workdir", "curve", "within", *CURVE, *PROCESSES))
+        _check_only(args, "--curve", ("workdir", "curve", "within", *CURVE, *PROCESSES))
     if args.data == "all" and not args.watch:
         if args.against:
             raise UserError("--against does not go with --data=all: give --workdir=A,B instead")
@@ -197,13 +197,13 @@ def _check_likelihood(args: flags.FlagValues) -> None:
                 raise UserError(f"--{name} does not go with --data=all: give one --data at a time")
     if args.estimator:
         lookup(ESTIMATORS, args.estimator, "estimator")
-    Convention(args.chunks, args.stride, args.first_token or "skip", args.end_token)
+    ScoringConvention(args.chunks, args.stride, args.first_token or "skip", args.end_token)
     _fraction(args.target_ci)
     step_of(args)
     check_processes(args)
 
 
-def _allow(args: flags.FlagValues, what: str, names: tuple[str, ...]) -> None:
+def _check_only(args: flags.FlagValues, what: str, names: tuple[str, ...]) -> None:
     """UserError for a flag that was given and means nothing here."""
     for name in args:
         if args[name].present and name not in names:
@@ -235,10 +235,10 @@ def _likelihood(args: flags.FlagValues) -> dict:
         return evaluate_suite(paths.split(workdir), target_ci=target_ci, length=args["length"].value or 0, **common)
     from bd3lm_jax.evaluation.evaluate_run import evaluate_run
 
-    at = {name: args[name].value for name in ("block_size", "length") if args[name].value}
+    overrides = {name: args[name].value for name in ("block_size", "length") if args[name].value}
     if args["step"].present:
-        at["step"] = step_of(args)
-    return evaluate_run(workdir, data=args.data, against=args.against, target_ci=target_ci, **at, **common)
+        overrides["step"] = step_of(args)
+    return evaluate_run(workdir, data=args.data, against=args.against, target_ci=target_ci, **overrides, **common)
 
 
 def _watch(args: flags.FlagValues) -> dict:

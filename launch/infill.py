@@ -51,14 +51,14 @@ def main(args: flags.FlagValues) -> dict:
     lm = bd3lm_jax.load(workdir, weights=args.weights)
     sampler = {name: args[name].value for name in ("steps", "threshold", "temperature", "top_k", "top_p")}
     options = make_options(sampler=args.sampler, seed=args.seed, **sampler)
-    with log.busy("compiling and filling"):
+    with log.spinner("compiling and filling"):
         filled = infill.infill(lm, texts, options, draws=args.draws)
     for one in filled:
         log.note(one.text)
     return {
         "texts": [{"input": text, "text": one.text, "nfe": one.nfe, "score": one.score,
-                   "holes": [{"start": hole.start, "num_tokens": len(hole.tokens), "text": hole.text}
-                             for hole in one.holes]} for text, one in zip(texts, filled)],
+                   "holes": [{"start": span.start, "num_tokens": len(span.tokens), "text": span.text}
+                             for span in one.spans]} for text, one in zip(texts, filled)],
         "nfe": sum(one.nfe for one in filled),
         "criterion": infill.CRITERION if any(one.score is not None for one in filled) else None,
         "seed": args.seed, "sampler": {"name": args.sampler, **sampler},
@@ -69,8 +69,8 @@ def read_texts(path: str) -> list[str]:
     """The lines of a file, which may be packed, that are not empty. UserError if it cannot be read."""
     from bd3lm_jax.data import text_files
     from bd3lm_jax.errors import UserError
-    from bd3lm_jax.foreign import LARGE
+    from bd3lm_jax.untrusted_files import MAX_TEXT_FILE
 
     if not Path(path).exists():
         raise UserError(f"--file={path} does not exist: give a text file, one text with holes a line")
-    return [line for _, line in text_files.lines(Path(path), LARGE) if line.strip()]
+    return [line for _, line in text_files.lines(Path(path), MAX_TEXT_FILE) if line.strip()]

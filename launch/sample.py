@@ -114,34 +114,34 @@ def main(args: flags.FlagValues) -> dict:
 
     workdir, step = required(args, "workdir"), step_of(args)
     _check_outputs(args)
-    others = _others(args)
+    other_traces = _traces_beside(args)
     import bd3lm_jax
-    from bd3lm_jax.log import busy
+    from bd3lm_jax.log import spinner
     from bd3lm_jax.writing import sample_files
     from bd3lm_jax.writing.options import make_options
 
     lm = bd3lm_jax.load(workdir, weights=args.weights, step=step)
     chosen, source = _choose(args, lm)
-    lm, chosen = lm.fitted(chosen)
+    lm, chosen = lm.resolve_block_size(chosen)
     length, options = args.length or min(256, lm.context), make_options(**chosen)
-    lm = lm.on_canvas(length)
+    lm = lm.at_length(length)
     start = time.perf_counter()
     if args.animate or args.trace:
-        samples = _watch(args, lm, length, options, others)
+        samples = _watch(args, lm, length, options, other_traces)
     else:
-        with busy("compiling and writing"):
+        with spinner("compiling and writing"):
             samples = lm.generate(args.prompt, num=args.num, length=length, **chosen)
     seconds = time.perf_counter() - start
-    sampler = _used(lm, options) | {"source": source}
+    sampler = _sampler_settings(lm, options) | {"source": source}
     origins = [(index, prompt) for index, prompt in enumerate(args.prompt or ()) for _ in range(args.num)]
     origins = origins or [(None, None)] * len(samples)
-    _tell(samples, origins, sampler)
-    found = [{"prompt_index": index, "prompt": prompt, "text": sample.text, "num_tokens": len(sample.tokens),
+    _print_samples(samples, origins, sampler)
+    entries = [{"prompt_index": index, "prompt": prompt, "text": sample.text, "num_tokens": len(sample.tokens),
               "nfe": sample.nfe, "stop": sample.stop} for sample, (index, prompt) in zip(samples, origins)]
     if args.out:
-        sample_files.write(args.out, found)
+        sample_files.write(args.out, entries)
     tokens = sum(len(sample.tokens) for sample in samples)
-    return {"samples": found, "tokens_per_s": tokens / seconds,
+    return {"samples": entries, "tokens_per_s": tokens / seconds,
             "nfe_per_token": sum(sample.nfe for sample in samples) / max(1, tokens), "seed": options.seed,
             "sampler": sampler}
 
@@ -158,7 +158,7 @@ def _check_outputs(args: flags.FlagValues) -> None:
             raise UserError(f"cannot write --{name}={args[name].value}: it is a directory, expected the name of a file")
 
 
-def _others(args: flags.FlagValues) -> list[dict]:
+def _traces_beside(args: flags.FlagValues) -> list[dict]:
     """Records of the pages of --beside."""
     from bd3lm_jax.writing import trace
     from bd3lm_jax.errors import UserError
@@ -173,18 +173,18 @@ def _choose(args: flags.FlagValues, lm) -> tuple[dict, str]:
     from bd3lm_jax import settings
     from bd3lm_jax.errors import UserError
 
-    given = {name: args[name].value for name in OPTIONS if args[name].present}
-    if "block_size" in given:
-        given["block_size"] = _block_size(given["block_size"])
+    set_options = {name: args[name].value for name in OPTIONS if args[name].present}
+    if "block_size" in set_options:
+        set_options["block_size"] = _block_size(set_options["block_size"])
     if args.json_schema:
         if args.constraint is not None:
             raise UserError("--constraint and --json_schema are two constraints: give one of them")
-        given["constraint"] = settings.read_object(args.json_schema)
+        set_options["constraint"] = settings.read_object(args.json_schema)
     if args.forced:
-        given["forced"] = _forced(args.forced)
+        set_options["forced"] = _forced(args.forced)
     chosen, source = settings.settings_for(lm, args.workdir, args.settings, args.prefer or "")
     usual = {"seed": args.seed, "sampler": lm.config.diffusion.sampler}
-    return usual | settings.merged(chosen, given), source
+    return usual | settings.merge_settings(chosen, set_options), source
 
 
 def _block_size(word: str) -> int | str:
@@ -200,16 +200,16 @@ def _forced(words: list[str]) -> dict[str, str]:
     """["12: said"] -> {"12": " said"}"""
     from bd3lm_jax.errors import UserError
 
-    found = {}
+    entries = {}
     for word in words:
         place, colon, text = word.partition(":")
-        if not colon or not text or place in found:
+        if not colon or not text or place in entries:
             raise UserError(f"--forced={word}: expected PLACE:TEXT, each place once, e.g. --forced='12: said'")
-        found[place] = text
-    return found
+        entries[place] = text
+    return entries
 
 
-def _watch(args: flags.FlagValues, lm, length: int, options, others: list[dict]) -> list:
+def _watch(args: flags.FlagValues, lm, length: int, options, other_traces: list[dict]) -> list:
     """The samples, shown as they are written, and their trace."""
     from rich.console import Console
 
@@ -221,22 +221,22 @@ def _watch(args: flags.FlagValues, lm, length: int, options, others: list[dict])
     events = list(events)
     if args.trace:
         record = trace.make_record(events, lm, f"{args.workdir}, {options.sampler}")
-        trace.write_html(args.trace, [record, *others])
+        trace.write_html(args.trace, [record, *other_traces])
     done = [event for event in events if event.sample is not None]
     return [event.sample for event in sorted(done, key=lambda event: event.number)]
 
 
-def _used(lm, options) -> dict:
+def _sampler_settings(lm, options) -> dict:
     """Every setting with the values that the sampler saw."""
     import jax.numpy as jnp
 
-    from bd3lm_jax.evaluation import cache_price
+    from bd3lm_jax.evaluation import cache_cost
     from bd3lm_jax.writing import generation
     plan, values = generation.make_plan(lm, options, lm.context), dataclasses.asdict(options)
-    threshold = generation.WRITERS[options.sampler].threshold if options.threshold is None else options.threshold
+    threshold = generation.ALL_SAMPLERS[options.sampler].threshold if options.threshold is None else options.threshold
     dtype = jnp.dtype(lm.model.dtype).name if options.cache_dtype == "compute" else options.cache_dtype
     cached = not lm.is_bidirectional or options.approximate_cache
-    sizes = {name: cache_price.bytes_per_token(lm, name) for name in cache_price.DTYPES} if cached else None
+    sizes = {name: cache_cost.bytes_per_token(lm, name) for name in cache_cost.DTYPES} if cached else None
     if not plan.sizes:
         del values["block_confidence"]
     values |= {"name": values.pop("sampler"), "steps": plan.settings.steps, "threshold": threshold,
@@ -246,14 +246,14 @@ def _used(lm, options) -> dict:
     return values
 
 
-def _tell(samples, origins, sampler: dict) -> None:
+def _print_samples(samples, origins, sampler: dict) -> None:
     """Texts and settings, for people. origins: index and text of each sample's prompt, None where there was none."""
     from bd3lm_jax import log
 
     for i, sample in enumerate(samples):
         origin = "" if origins[i][0] is None else " of prompt {} {!r}".format(*origins[i])
-        log.note(f"--- sample {i}{origin}: {log.counted(len(sample.tokens), 'token')}, "
-                 f"{log.counted(sample.nfe, 'network call')}, stop: "
+        log.note(f"--- sample {i}{origin}: {log.pluralize(len(sample.tokens), 'token')}, "
+                 f"{log.pluralize(sample.nfe, 'network call')}, stop: "
                  f"{sample.stop}\n{sample.tokens if sample.text is None else sample.text}\n")
     log.note(f"sampler {sampler['name']}, steps {sampler['steps']}, threshold {sampler['threshold']:g}, block size "
              f"{sampler['block_size']}; {sampler['source']}")

@@ -6,10 +6,10 @@ import os
 import sys
 from typing import TextIO
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # what disks without room say
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # what disks without room say
 
 
-class Forgiving:
+class BestEffortStream:
     """A text stream for people: what it cannot write is lost, from the first failure on without trying."""
 
     def __init__(self, stream: TextIO):
@@ -53,7 +53,7 @@ def open_all() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest that is free
-    sys.stderr = Forgiving(sys.stderr or open(os.devnull, "w", encoding="utf-8"))
+    sys.stderr = BestEffortStream(sys.stderr or open(os.devnull, "w", encoding="utf-8"))
 
 
 @contextlib.contextmanager
@@ -62,16 +62,16 @@ def result():
     from bd3lm_jax.errors import RunError
 
     if sys.stdout is None:
-        raise RunError(_lost("it is closed"))
+        raise RunError(_write_error("it is closed"))
     try:
         yield
         sys.stdout.flush()
     except OSError as error:
         discard(sys.stdout)
-        raise RunError(_lost(error.strerror or error)) from None
+        raise RunError(_write_error(error.strerror or error)) from None
 
 
-def _lost(why: object) -> str:
+def _write_error(why: object) -> str:
     return f"cannot write the result to stdout: {why}; what was to be done is done, the same command says it again"
 
 

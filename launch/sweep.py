@@ -46,12 +46,12 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(args: flags.FlagValues, spec: str, overrides: list[str]) -> dict:
-    from bd3lm_jax.sweeps.giving_up import Rule
+    from bd3lm_jax.sweeps.early_stopping import StoppingRule
     from bd3lm_jax.sweeps.sweep import sweep
 
     if args.give_up is None and args["give_up_after"].present:
         raise UserError("--give_up_after goes with --give_up: add it")
-    rule = None if args.give_up is None else Rule(args.give_up, args.give_up_after)
+    rule = None if args.give_up is None else StoppingRule(args.give_up, args.give_up_after)
     baseline = int(args.baseline) if args.baseline.isdecimal() else args.baseline
     points = load_points(spec, overrides)
     workdir = args.workdir or f"runs/sweeps/{arguments.config_name(spec)}"
@@ -72,9 +72,9 @@ def load_points(spec: str, overrides: list[str]) -> list:
     launch = (sys.argv[0],) if program() == "bd3lm" else ("-m", "launch")
     points = []
     for i, changes in enumerate(arguments.load_sweep(path)):
-        twice = sorted(fixed & changes.keys())
-        if twice:
-            raise UserError(f"'{twice[0]}' is given on the command line and by sweep() in '{path}': leave one out")
+        conflicts = sorted(fixed & changes.keys())
+        if conflicts:
+            raise UserError(f"'{conflicts[0]}' is given on the command line and by sweep() in '{path}': leave one out")
         try:
             changes = {key: _plain(key, value) for key, value in changes.items()}
             point_spec = f"{path}:{changes[ARG]}" if ARG in changes else spec
@@ -83,7 +83,7 @@ def load_points(spec: str, overrides: list[str]) -> list:
         except UserError as error:
             raise UserError(f"run {i} of sweep() in '{path}': {error}") from None
         command = (sys.executable, *launch, "train", f"--config={point_spec}", *words,
-                   *(f"--import={module}" for module in plugins.named()))
+                   *(f"--import={module}" for module in plugins.requested()))
         points.append(Point(changes, config, command))
     return points
 

@@ -53,10 +53,10 @@ def main(args: flags.FlagValues, words: list[str]) -> dict:
     from bd3lm_jax import clusters
     from bd3lm_jax.clusters import slices
 
-    part = slices.find(arguments.required(args, "accelerator"))
-    chips, hosts = part.chips * args.slices, part.hosts * args.slices
+    slice_type = slices.find(arguments.required(args, "accelerator"))
+    chips, hosts = slice_type.chips * args.slices, slice_type.hosts * args.slices
     words, points = check_command(words, chips, hosts, args.engine == "slurm", args.slices)
-    job = clusters.Job(name=args.name, slice=part, slices=args.slices, project=args.project, zone=args.zone,
+    job = clusters.Job(name=args.name, slice=slice_type, slices=args.slices, project=args.project, zone=args.zone,
                        cluster=args.cluster, shared=args.shared, spot=args.spot, restarts=args.restarts,
                        out=os.path.abspath(args.out or f"runs/clusters/{args.name}"), command=tuple(words),
                        points=points)
@@ -88,9 +88,9 @@ def check_command(words: list[str], chips: int, hosts: int, array: bool, slices:
     if hosts > 1 and not args.distributed:
         words, args = [*words, "--distributed"], arguments.parse_flags(command.define, [*argv, "--distributed"])
     if name == "eval":
-        alone = next((flag for flag in ("samples", "task", "watch") if args[flag].value), None)
-        if hosts > 1 and alone:
-            raise UserError(f"eval --{alone} has one host, and the accelerator has {hosts}: take a smaller one")
+        single_host_flag = next((flag for flag in ("samples", "task", "watch") if args[flag].value), None)
+        if hosts > 1 and single_host_flag:
+            raise UserError(f"eval --{single_host_flag} has one host, and the accelerator has {hosts}: take a smaller one")
         command.check(args)
     arguments.check_processes(args)
     return words, 0
@@ -113,7 +113,7 @@ def _check_mesh(config, chips: int, slices: int) -> None:
 
     from bd3lm_jax import sharding
 
-    sizes = sharding.sizes_for(config.mesh, chips, slices)
+    sizes = sharding.axis_sizes(config.mesh, chips, slices)
     if config.mesh.slices not in (-1, slices):
         raise UserError(f"--slices={slices}, but mesh.slices={config.mesh.slices}: add slices={slices} to --mesh "
                         "of the command, or slices=-1 for as many as there are")

@@ -223,7 +223,7 @@ def test_what_another_process_cannot_read_is_not_used_here_either(tmp_path, monk
         said.append(text)
         return [text, "cannot read it: OSError: input/output error" if len(said) == 1 else ""]
 
-    monkeypatch.setattr(distributed, "texts", texts)
+    monkeypatch.setattr(distributed, "allgather_texts", texts)
     state, _, (warning,) = restore(tmp_path)
     assert_equal(state, make_state(1))
     assert "checkpoints/2 is damaged (process 1 cannot read it: OSError: input/output error)" in warning
@@ -258,7 +258,7 @@ LATE = "DEADLINE_EXCEEDED: Barrier timed out. Id: async_write_complete"
 @pytest.mark.parametrize("call", ["save", "wait", "restore", "restore of a step", "close"])
 @pytest.mark.parametrize("message", [GONE, LATE])
 def test_a_lost_process_is_no_fault_of_the_files(tmp_path, monkeypatch, call, message):
-    """Of many processes the error stays what it is, which is told apart by `lost_peer`; of one it is one of files."""
+    """Of many processes the error stays what it is, which is told apart by `is_lost_peer`; of one it is one of files."""
     error = jax.errors.JaxRuntimeError(message)
     checkpoints = Checkpoints(tmp_path, 1)
     (checkpoints.directory / "1").mkdir()
@@ -269,10 +269,10 @@ def test_a_lost_process_is_no_fault_of_the_files(tmp_path, monkeypatch, call, me
     with pytest.raises(RunError, match="could not save|is damaged|can be read"):
         call()
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(distributed, "texts", lambda text: [text] if text.startswith("[") else Manager(error).fail())
+    monkeypatch.setattr(distributed, "allgather_texts", lambda text: [text] if text.startswith("[") else Manager(error).fail())
     with pytest.raises(ValueError) as caught:
         call()
-    assert caught.value.__cause__ is error and distributed.lost_peer(caught.value)
+    assert caught.value.__cause__ is error and distributed.is_lost_peer(caught.value)
 
 
 def test_what_is_in_flight_is_told_and_not_that_closing_failed_as_well(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from toy_runs import LENGTH, toy_config, write_text
 
 from bd3lm_jax import checkpoint, report
-from bd3lm_jax.checkpoint import Absent, Checkpoints
+from bd3lm_jax.checkpoint import CheckpointNotFound, Checkpoints
 from bd3lm_jax.errors import RunError, UserError
 from bd3lm_jax.log import read_metrics
 from bd3lm_jax.state import TrainState
@@ -72,7 +72,7 @@ def test_a_step_by_name_and_number(tmp_path):
             assert int(checkpoints.restore(ABSTRACT, which)[0].step) == step
             tree, _, found = checkpoints.restore_params("ema", ABSTRACT.ema, which)
             assert found == step and tree["w"][0] == step
-        with pytest.raises(Absent, match="no step 4 in .*: there are 1, 2, 3; give one of these as --step") as error:
+        with pytest.raises(CheckpointNotFound, match="no step 4 in .*: there are 1, 2, 3; give one of these as --step") as error:
             checkpoints.restore(ABSTRACT, 4)
         assert error.value.exit_code == 2
 
@@ -81,7 +81,7 @@ def test_without_validation_there_is_no_best(tmp_path):
     saved(tmp_path, (None, None), 2, 1)
     with Checkpoints(tmp_path, 2, read_only=True) as checkpoints:
         assert checkpoints.best_step() is None
-        with pytest.raises(Absent, match="was validated, so that none is the best: there are 1, 2; give one of these"):
+        with pytest.raises(CheckpointNotFound, match="was validated, so that none is the best: there are 1, 2; give one of these"):
             checkpoints.restore(ABSTRACT, "best")
 
 
@@ -109,7 +109,7 @@ def test_steps_of_earlier_versions_have_no_bound(tmp_path):
     path = tmp_path / "checkpoints" / "1" / "meta" / "metadata"
     record = json.loads(path.read_text())["record"]
     del record["bound"]
-    path.write_text(json.dumps(checkpoint._seal(record)))
+    path.write_text(json.dumps(checkpoint._with_hash(record)))
     with Checkpoints(tmp_path, 2, read_only=True) as checkpoints:
         assert checkpoints.best_step() == 2
         assert int(checkpoints.restore(ABSTRACT, 1)[0].step) == 1

@@ -78,7 +78,7 @@ def test_nothing_that_a_living_process_holds(tmp_path):
 def test_what_is_begun_after_it_was_found_stays(tmp_path):
     make(tmp_path / f"{ROWS}.parts" / "000000-a.npz", 2 * DAY)
     (leftover,) = clean.find([tmp_path], DAY)
-    code = BUILD.replace("workspace.directory(Path(sys.argv[1]), \"builds\")", "lock.in_turn(Path(sys.argv[1]), '')")
+    code = BUILD.replace("workspace.directory(Path(sys.argv[1]), \"builds\")", "lock.hold_waiting(Path(sys.argv[1]), '')")
     code = code.replace("import workspace", "import lock").replace("made.name", "made")
     with subprocess.Popen([sys.executable, "-c", code, str(leftover.lock)], cwd=ROOT, text=True,
                           stdout=subprocess.PIPE) as process:
@@ -113,7 +113,7 @@ def test_leftovers_of_runs(tmp_path, run):
                 f".report.json.{HOST}-{GONE}-0123abcd.tmp": clean.TEMPORARY,
                 f"hf.part-{HOST}-{GONE}-0123abcd": clean.WORK}
     assert found(tmp_path / "runs") == expected
-    with lock.held(run / "train.lock"):  # training goes on
+    with lock.hold(run / "train.lock"):  # training goes on
         other = "import sys; from pathlib import Path; from bd3lm_jax import clean; print([x.path.name for x in " \
                 "clean.find([Path(sys.argv[1])], 86400.0)])"
         done = subprocess.run([sys.executable, "-c", other, str(run)], cwd=ROOT, text=True, capture_output=True)

@@ -9,7 +9,7 @@ from toy_lm import END, MASK, make_ids, make_lm, masked
 from toy_runs import toy_config
 
 from bd3lm_jax import sharding
-from bd3lm_jax.data.windows import Given, Windows
+from bd3lm_jax.data.windows import ConditionedRows, Windows
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.evaluation.evaluate import Evaluator
 from bd3lm_jax.score import SpecialIds
@@ -65,7 +65,7 @@ def by_hand(lm, stride, first):
 @pytest.mark.parametrize("first", [False, True])
 def test_sliding_windows_of_an_autoregressive_model(tmp_path, stride, first):
     lm, measure = evaluator(tmp_path, AR(bos=True))
-    rows = Given(Windows(Lines(), stride, True, END), first=first, end=False, end_id=END)
+    rows = ConditionedRows(Windows(Lines(), stride, True, END), first=first, end=False, end_id=END)
     result = measure.run(lm.params, rows, estimator="nll", draws=1, seed=0)
     nats = by_hand(lm, stride, first)
     opened = 3 if stride == LENGTH else 1  # windows without context
@@ -75,7 +75,7 @@ def test_sliding_windows_of_an_autoregressive_model(tmp_path, stride, first):
 
 def test_an_end_that_is_given_counts_neither_nats_nor_bytes(tmp_path):
     lm, measure = evaluator(tmp_path, AR(bos=True))
-    rows = Given(Windows(Lines(), LENGTH, True, END), first=False, end=True, end_id=END)
+    rows = ConditionedRows(Windows(Lines(), LENGTH, True, END), first=False, end=True, end_id=END)
     nats = by_hand(lm, LENGTH, False)
     result = measure.run(lm.params, rows, estimator="nll", draws=1, seed=0)
     assert result["nll"] == pytest.approx(nats[:-1].mean(), rel=1e-5) and result["tokens"] == 59
@@ -99,7 +99,7 @@ def test_sliding_windows_of_a_block_model_score_their_last_blocks(tmp_path):
 def test_the_first_token_of_a_block_model_is_seen_and_never_masked(tmp_path):
     """The bound of the first block given its first token: over the masks of the other three, enumerated by hand."""
     lm, measure = evaluator(tmp_path, masked(4))
-    rows = Given(Windows(Lines(), LENGTH, True, END), first=True, end=False, end_id=END)
+    rows = ConditionedRows(Windows(Lines(), LENGTH, True, END), first=True, end=False, end_id=END)
     plain = Windows(Lines(), LENGTH, True, END)
     results = [measure.measure(lm.params, x, estimator="exact", draws=1, seed=0, target=None).rows_UxR.mean(0)
                for x in (rows, plain)]
@@ -125,7 +125,7 @@ def enumerate_block(lm, x0, maskable):
 
 def test_estimators_agree_on_given_tokens(tmp_path):
     lm, measure = evaluator(tmp_path, masked(4))
-    rows = Given(Windows(Lines(), 8, True, END), first=True, end=True, end_id=END)
+    rows = ConditionedRows(Windows(Lines(), 8, True, END), first=True, end=True, end_id=END)
     exact = measure.run(lm.params, rows, estimator="exact", draws=1, seed=0)
     for estimator in ("exact_count", "bernoulli"):
         found = measure.run(lm.params, rows, estimator=estimator, draws=64, seed=0)

@@ -160,7 +160,7 @@ def test_an_objective_and_a_form_of_ours_come_back(tmp_path):
     rewrite_config(tmp_path / "run", {"diffusion": {"corruption": "exact_count", "clip_low": 0.0, "clip_high": 1.0},
                                       "model": {"shifted": "block"}})
     converted(tmp_path / "run", tmp_path / "out")
-    found, ours = hf.describe(tmp_path / "out"), bd3lm_jax.load(tmp_path / "run").config
+    found, ours = hf.from_hf_config(tmp_path / "out"), bd3lm_jax.load(tmp_path / "run").config
     assert (found.objective, found.model) == (ours.diffusion, ours.model) and found.model.shifted == "block"
     assert load_file(tmp_path / "out" / "model.safetensors")["sampling_eps_min"] == np.float32(1e-3)
 
@@ -261,7 +261,7 @@ def test_the_card_names_what_was_adapted(source, rank, name, said):
     data = DataConfig(**values | {"tokenizer": source, "source": "text", "path": "/home/someone/a.txt"} if name
                       else values)
     origin = Origin("run", data, 3, {}, base_name(source) if source else "", rank)
-    text = card("named", hf.describe(GOLDEN / "bd3lm_block4"), 10, "float32", origin, True)
+    text = card("named", hf.from_hf_config(GOLDEN / "bd3lm_block4"), 10, "float32", origin, True)
     assert said in text and "/home" not in text and "/cache" not in text
     assert f'\nbase_model: "{name}"\n---' in text if name else "base_model" not in text
 

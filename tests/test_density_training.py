@@ -22,7 +22,7 @@ def test_the_config_of_the_objective_builds(arg):
     config = Config.from_dict(tiny.get_config(arg))
     assert config.diffusion.kind == "priority" and config.data.density == "unigram:0.5"
     assert config.block_size == (16 if "16" in arg else 128)
-    assert not config.diffusion.is_bound and config.diffusion.masks
+    assert not config.diffusion.is_bound and config.diffusion.uses_mask_token
     assert Config.from_dict(config.to_dict()) == config
 
 
@@ -67,7 +67,7 @@ def test_a_heuristic_loss_is_never_called_nll(tmp_path):
 @pytest.mark.parametrize("name", common.OBJECTIVES)
 def test_an_objective_that_needs_a_density_has_one_in_the_configs(name):
     config = Config.from_dict(tiny.get_config(f"algo={name}"))
-    assert bool(config.data.density) == ("density" in config.diffusion.needs)
+    assert bool(config.data.density) == ("density" in config.diffusion.extra_batch_keys)
 
 
 def test_the_running_loss_of_the_network_is_a_density(tmp_path):

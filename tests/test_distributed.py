@@ -14,7 +14,7 @@ from toy_fed import fed
 from toy_runs import environment, free_port, write_text
 
 from bd3lm_jax import distributed
-from bd3lm_jax.errors import Preempted, RunError, Stuck, UserError
+from bd3lm_jax.errors import Preempted, RunError, WatchdogTimeout, UserError
 
 CONFIG = """
 from pathlib import Path
@@ -208,7 +208,7 @@ def test_addresses_that_cannot_be(arguments, message):
         distributed.join(*arguments, within=1, heartbeat=10)
 
 
-@pytest.mark.parametrize(("said", "kind"), [("UNAVAILABLE: failed to connect to all addresses", Stuck),
+@pytest.mark.parametrize(("said", "kind"), [("UNAVAILABLE: failed to connect to all addresses", WatchdogTimeout),
                                             ("INVALID_ARGUMENT: unexpected task", RunError)])
 def test_a_process_that_is_gone_while_joining_is_a_reason_to_run_again(monkeypatch, said, kind):
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: fail(RuntimeError(said)))
@@ -276,13 +276,13 @@ def test_where_no_cluster_is_found_that_is_said(cluster, left):
 
 
 def test_a_single_process_agrees_with_itself():
-    assert distributed.texts("é") == ["é"]
-    distributed.check_same({"a": 1}, "configuration")
-    assert distributed.first_alone(lambda: 3) == 3 == distributed.first_then_others(lambda: 3)
+    assert distributed.allgather_texts("é") == ["é"]
+    distributed.assert_equal_across_processes({"a": 1}, "configuration")
+    assert distributed.run_on_process0(lambda: 3) == 3 == distributed.process0_first(lambda: 3)
     for kind in (UserError, RunError):
         with pytest.raises(kind, match="no") as caught:
-            distributed.first_alone(lambda: fail(kind("no")))
-        assert not caught.value.agreed
+            distributed.run_on_process0(lambda: fail(kind("no")))
+        assert not caught.value.on_all_processes
 
 
 def fail(error):
@@ -291,28 +291,28 @@ def fail(error):
 
 def test_two_processes_compare_by_key(monkeypatch):
     other = json.dumps({"a": 1, "b": [1, 2], "c": "x"})
-    monkeypatch.setattr(distributed, "texts", lambda text: [text, other])
-    distributed.check_same({"a": 1, "b": [1, 2], "c": "x"}, "text")
+    monkeypatch.setattr(distributed, "allgather_texts", lambda text: [text, other])
+    distributed.assert_equal_across_processes({"a": 1, "b": [1, 2], "c": "x"}, "text")
     with pytest.raises(UserError, match=r"another text than .* \(b: \[1\] != \[1, 2\]; d: 2 != None\)") as caught:
-        distributed.check_same({"a": 1, "b": [1], "c": "x", "d": 2}, "text")
-    assert caught.value.agreed
+        distributed.assert_equal_across_processes({"a": 1, "b": [1], "c": "x", "d": 2}, "text")
+    assert caught.value.on_all_processes
 
 
 def test_a_directory_that_another_process_does_not_see(monkeypatch, tmp_path):
     """Process 1 sees nothing there; then the same, but late."""
     here, nothing = {"config.json": "af", "newest checkpoint": 3}, {"config.json": None, "newest checkpoint": 3}
-    distributed.check_shared(tmp_path, lambda: fail(AssertionError("a single process looks")))
+    distributed.assert_shared_directory(tmp_path, lambda: fail(AssertionError("a single process looks")))
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(distributed, "SEEN_S", 1.0)
-    monkeypatch.setattr(distributed, "texts", lambda text: [text, json.dumps(["far", "/there", nothing])])
+    monkeypatch.setattr(distributed, "SHARED_VISIBLE_S", 1.0)
+    monkeypatch.setattr(distributed, "allgather_texts", lambda text: [text, json.dumps(["far", "/there", nothing])])
     message = r"process 1 on far does not find in /there what process 0 on .* \(config.json: None != 'af'\): is it"
     with pytest.raises(UserError, match=message) as caught:
-        distributed.check_shared(tmp_path, lambda: here)
-    assert caught.value.agreed
+        distributed.assert_shared_directory(tmp_path, lambda: here)
+    assert caught.value.on_all_processes
     seen = iter([nothing, nothing])
-    monkeypatch.setattr(distributed, "texts", lambda text: [
+    monkeypatch.setattr(distributed, "allgather_texts", lambda text: [
         json.dumps(here if text.startswith("{") else ["near", "/here", here]), text])
-    distributed.check_shared(tmp_path, lambda: next(seen, here))
+    distributed.assert_shared_directory(tmp_path, lambda: next(seen, here))
 
 
 def test_the_first_process_tells_the_others_what_is_wrong(monkeypatch):
@@ -320,37 +320,37 @@ def test_the_first_process_tells_the_others_what_is_wrong(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     for told, kind in ((json.dumps([True, "disk full"]), RunError), (json.dumps([False, "disk full"]), UserError)):
-        monkeypatch.setattr(distributed, "texts", lambda text, told=told: [told, text])
+        monkeypatch.setattr(distributed, "allgather_texts", lambda text, told=told: [told, text])
         with pytest.raises(UserError, match="disk full") as caught:
-            distributed.first_alone(lambda: fail(AssertionError("the work of process 0")))
-        assert type(caught.value) is kind and caught.value.agreed
-    monkeypatch.setattr(distributed, "texts", lambda text: ["", text])
-    assert distributed.first_alone(lambda: fail(AssertionError("the work of process 0"))) is None
-    assert distributed.first_then_others(lambda: 5) == 5
+            distributed.run_on_process0(lambda: fail(AssertionError("the work of process 0")))
+        assert type(caught.value) is kind and caught.value.on_all_processes
+    monkeypatch.setattr(distributed, "allgather_texts", lambda text: ["", text])
+    assert distributed.run_on_process0(lambda: fail(AssertionError("the work of process 0"))) is None
+    assert distributed.process0_first(lambda: 5) == 5
 
 
 def test_a_lost_peer_is_told_from_an_error_of_ours(monkeypatch):
     gone = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:53388")
-    assert not distributed.lost_peer(gone)
+    assert not distributed.is_lost_peer(gone)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert distributed.lost_peer(gone)
-    assert not distributed.lost_peer(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
-    assert not distributed.lost_peer(ValueError("Connection closed by peer"))
-    assert distributed.lost_peer(ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:1"))
+    assert distributed.is_lost_peer(gone)
+    assert not distributed.is_lost_peer(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
+    assert not distributed.is_lost_peer(ValueError("Connection closed by peer"))
+    assert distributed.is_lost_peer(ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:1"))
     around = ValueError("a save failed")
     around.__cause__ = gone
-    assert distributed.lost_peer(around)
+    assert distributed.is_lost_peer(around)
 
 
 def test_sigterm_stops_a_single_process_and_the_old_handler_comes_back():
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Preempted, match="nothing left to save"):
-        with distributed.termination() as stop:
-            with stop.at_steps():
-                assert not stop.reached(1)
+        with distributed.stop_on_sigterm() as stop:
+            with stop.defer_to_steps():
+                assert not stop.should_stop(1)
                 for _ in range(2):
                     os.kill(os.getpid(), signal.SIGTERM)
-                    assert stop.reached(2)
+                    assert stop.should_stop(2)
             raise AssertionError("the run goes on after its steps")
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -358,7 +358,7 @@ def test_sigterm_stops_a_single_process_and_the_old_handler_comes_back():
 def test_sigterm_where_nothing_is_to_be_saved_passes_every_error_handler():
     before, went_on = signal.getsignal(signal.SIGTERM), []
     with pytest.raises(Preempted) as caught:
-        with distributed.termination():
+        with distributed.stop_on_sigterm():
             try:
                 os.kill(os.getpid(), signal.SIGTERM)
                 went_on.append(True)
@@ -377,8 +377,8 @@ def test_work_that_can_be_left_out_ends_with_sigterm_and_other_work_does_not():
         return "done"
 
     with pytest.raises(Preempted):
-        with distributed.termination() as stop, stop.at_steps():
+        with distributed.stop_on_sigterm() as stop, stop.defer_to_steps():
             for tells, expected in ((False, "done"), (True, "left out"), (False, "left out")):
-                assert stop.unless_told(work, "left out") == expected
+                assert stop.run_unless_stopped(work, "left out") == expected
             tells = False
             assert work() == "done"

@@ -95,7 +95,7 @@ def home(tmp_path_factory):
         yield path
     OBJECTIVES.pop("spans", None)
     sys.modules.pop("my_objective", None)
-    plugins._named.clear()
+    plugins._requested.clear()
 
 
 def shortened(corpus):

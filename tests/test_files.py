@@ -18,7 +18,7 @@ def test_replaces_a_file_and_leaves_nothing_beside_it(tmp_path):
 def test_a_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "a.json"
     files.write(path, b"one")
-    with pytest.raises(OSError), files.replacing(path) as temporary:
+    with pytest.raises(OSError), files.atomic_replace(path) as temporary:
         temporary.write_bytes(b"hal")
         raise OSError(errno.ENOSPC, "No space left on device")
     assert path.read_bytes() == b"one" and os.listdir(tmp_path) == ["a.json"]

@@ -12,12 +12,12 @@ import pytest
 from places import GOLDEN, HF
 from rich.console import Console
 
-from bd3lm_jax import convert, foreign, hf, log, rundir
+from bd3lm_jax import convert, untrusted_files, hf, log, rundir
 from bd3lm_jax.constraints import automaton
 from bd3lm_jax.data import chat_template, corpus, dialogues, text_files
 from bd3lm_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from bd3lm_jax.density.file import Annotations
-from bd3lm_jax.errors import UserError, visible
+from bd3lm_jax.errors import UserError, escape_control_characters
 from bd3lm_jax.published.tensors import open_file
 from bd3lm_jax.settings import read_object
 from bd3lm_jax.tasks.math500 import MATH500, last_boxed
@@ -80,9 +80,9 @@ def test_corpora_are_regular_files(tmp_path, ending):
 
 def test_a_text_is_read_as_before(tmp_path):
     (tmp_path / "x").write_bytes("a\r\nb\rc\n\u2028é".encode())
-    assert foreign.read_text(tmp_path / "x") == "a\nb\nc\n\u2028é"
+    assert untrusted_files.read_text(tmp_path / "x") == "a\nb\nc\n\u2028é"
     with pytest.raises(OSError, match="more than 3 bytes"):
-        foreign.read_bytes(tmp_path / "x", 3)
+        untrusted_files.read_bytes(tmp_path / "x", 3)
 
 
 def test_links_that_leave_a_directory_are_not_copied(tmp_path):
@@ -144,8 +144,8 @@ HARMLESS = "a\n\tb é 漢字 \u00a0 👩\u200d💻 שלום"
 
 def test_what_steers_a_terminal_is_shown_escaped():
     for text, shown in STEERING.items():
-        assert visible(text) == shown
-    assert visible(HARMLESS) == HARMLESS
+        assert escape_control_characters(text) == shown
+    assert escape_control_characters(HARMLESS) == HARMLESS
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -169,7 +169,7 @@ def test_a_live_line_steers_no_terminal(monkeypatch):
     console = Console(file=out, force_terminal=True, color_system=None, width=200, _environ={"TERM": "xterm"})
     monkeypatch.setattr(log, "_console", console)
     for text, escaped in STEERING.items():
-        with log.busy(f"<{text}>"):
+        with log.spinner(f"<{text}>"):
             pass
         assert f"<{escaped}>" in out.getvalue() and f"<{text}>" not in out.getvalue()
 

@@ -85,9 +85,9 @@ def test_a_link_stays_one(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["link", "there"]
 
 
-@pytest.mark.parametrize("number, has_begun, kind", [(28, False, RunError), (30, False, UserError), (30, True, RunError),
+@pytest.mark.parametrize("number, work_started, kind", [(28, False, RunError), (30, False, UserError), (30, True, RunError),
                                                      (13, False, UserError)])
-def test_exit_codes_of_disks(number, has_begun, kind):
-    with pytest.raises(kind) as error, files.errors("a", "choose another --out", has_begun):
+def test_exit_codes_of_disks(number, work_started, kind):
+    with pytest.raises(kind) as error, files.errors("a", "choose another --out", work_started):
         raise OSError(number, "why")
     assert type(error.value) is kind and ("free some space" in str(error.value)) == (number == 28)

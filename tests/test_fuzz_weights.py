@@ -130,7 +130,7 @@ def test_configs(directory, data):
     written(directory / "config.json", content)
     weights = (GOLDEN / name / WEIGHTS_FILE).read_bytes()
     (directory / WEIGHTS_FILE).write_bytes(weights)
-    works_or_says_why(lambda: hf.describe(directory))
+    works_or_says_why(lambda: hf.from_hf_config(directory))
     works_or_says_why(lambda: hf.read_config(directory / "config.json"))
     works_or_says_why(lambda: hf.is_published(directory))
 

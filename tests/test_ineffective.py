@@ -3,7 +3,7 @@
 import pytest
 from toy_runs import rewrite_config, toy_config, write_text
 
-from bd3lm_jax import ineffective, rundir
+from bd3lm_jax import unused_keys, rundir
 from bd3lm_jax.config import Config
 from bd3lm_jax.data.tokenizers import ByteTokenizer
 from bd3lm_jax.errors import UserError
@@ -66,14 +66,14 @@ def test_keys_with_an_effect_and_what_presets_leave_behind(words):
 @pytest.mark.parametrize("algo", ("bd3lm", "mdlm", *common.OBJECTIVES))
 def test_presets_set_nothing_without_effect(algo):
     config = Config.from_dict(tiny.get_config(f"algo={algo}"))
-    named = {rule.key for rule in ineffective.RULES} - {"eval.rows"}  # of the preset, as no other is
-    ineffective.check(config, named)
+    named = {rule.key for rule in unused_keys.RULES} - {"eval.rows"}  # of the preset, as no other is
+    unused_keys.check(config, named)
 
 
 def test_rules_say_what_base_configs_hold():
     """The value that says that a key is not used is the one that it has when nobody sets it."""
     values, networks = flatten(common.base().to_dict()), common.MODELS["modernbert"]
-    for rule in ineffective.RULES:
+    for rule in unused_keys.RULES:
         section, _, name = rule.key.partition(".")
         kinds = [section for section, _ in common.OBJECTIVES.values() if name in section]
         usual = values.get(rule.key, kinds[0].get(name) if kinds else None)
@@ -84,9 +84,9 @@ def test_a_run_of_an_earlier_version_opens_and_goes_on(tmp_path):
     """Its config holds a schedule that it never used; the same run without that key is no other."""
     write_text(tmp_path / "text.txt", 40)
     config, tokenizer = toy_config(tmp_path).with_vocab(258), ByteTokenizer()
-    rundir.claim(tmp_path / "run", config, tokenizer)
+    rundir.create_or_validate(tmp_path / "run", config, tokenizer)
     rewrite_config(tmp_path / "run", {"diffusion": {"schedule": "cosine"}})
     assert rundir.read(tmp_path / "run")[0].diffusion.schedule == "cosine"
-    rundir.claim(tmp_path / "run", config, tokenizer)
+    rundir.create_or_validate(tmp_path / "run", config, tokenizer)
     with pytest.raises(UserError, match="optim.lr"):
-        rundir.claim(tmp_path / "run", toy_config(tmp_path, {"optim.lr": 0.5}).with_vocab(258), tokenizer)
+        rundir.create_or_validate(tmp_path / "run", toy_config(tmp_path, {"optim.lr": 0.5}).with_vocab(258), tokenizer)

@@ -62,7 +62,7 @@ def tells(monkeypatch, owner, name, when=lambda *_, **__: True):
 
 @pytest.mark.ci_slow
 @pytest.mark.parametrize(("moment", "saved"), [
-    ((training, "prepare"), []), ((program.Program, "initial_state"), []), ((training.report, "closing"), [3, 6])])
+    ((training, "prepare"), []), ((program.Program, "initial_state"), []), ((training.report, "write_report"), [3, 6])])
 def test_sigterm_with_nothing_to_save_ends_the_run_at_once(home, whole, tmp_path, monkeypatch, moment, saved):
     workdir = tmp_path / "run"
     if saved:

@@ -52,9 +52,9 @@ def test_settings_are_those_of_the_caller_between_the_items_of_a_stream():
 
 def test_commands_set_the_variables_before_jax_is_imported():
     """What is set otherwise is named; the processes that a command starts inherit the variables."""
-    code = ("from launch.__main__ import COMPUTED_WITH, _fix_settings; import os, sys; _fix_settings()\n"
+    code = ("from launch.__main__ import JAX_SETTINGS, _fix_settings; import os, sys; _fix_settings()\n"
             "assert 'jax' not in sys.modules\n"
-            "import jax; print([os.environ[name] for name in COMPUTED_WITH], jax.config.jax_enable_x64,"
+            "import jax; print([os.environ[name] for name in JAX_SETTINGS], jax.config.jax_enable_x64,"
             " jax.config.jax_threefry_partitionable, jax.config.jax_numpy_rank_promotion)")
     names = [name.upper() for name in SETTINGS]
     for environment, notes in ((dict(zip(names, ("rbg", "0", "True", "strict", "raise"))), 5), (

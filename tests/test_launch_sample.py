@@ -5,7 +5,7 @@ import json
 import pytest
 from toy_lm import LETTERS, make_lm, masked
 
-from bd3lm_jax.evaluation import cache_price
+from bd3lm_jax.evaluation import cache_cost
 from bd3lm_jax.writing import sample_files
 from launch.__main__ import main
 
@@ -48,7 +48,7 @@ def test_the_result(capsys, lm):
     assert set(used) == FIELDS
     assert (used["name"], used["top_k"], used["steps"], used["block_size"]) == ("first_hitting", 9, 4, 4)
     assert used["cache_dtype"] == "float32" and used["source"] == "defaults"
-    assert used["cache_bytes_per_token"] == {name: cache_price.bytes_per_token(lm, name)
+    assert used["cache_bytes_per_token"] == {name: cache_cost.bytes_per_token(lm, name)
                                              for name in ("float32", "bfloat16", "int8")}
     assert expected[0].text in err and "bytes a token: float32 512, bfloat16 256, int8 160" in err
 
@@ -158,7 +158,7 @@ def test_bad_flags(capsys, lm, flag, message):
 
 def test_bench_sampling_of_a_run(capsys, monkeypatch):
     calls = []
-    monkeypatch.setattr("bd3lm_jax.evaluation.autopilot.autopilot",
+    monkeypatch.setattr("bd3lm_jax.evaluation.tune_sampling.tune_sampling",
                         lambda *a, **k: calls.append((a, k)) or {"bench": "sampling"})
     assert main(["bench", "sampling", "--workdir=w", "--scorer=s", "--rounds=2", "--texts=5"]) == 0
     assert calls == [(("w",), {"scorer": "s", "rounds": 2, "texts": 5})]

@@ -8,7 +8,7 @@ import pytest
 from places import ROOT
 
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.sweeps.giving_up import Rule
+from bd3lm_jax.sweeps.early_stopping import StoppingRule
 from launch.__main__ import main
 from launch.sweep import load_points
 
@@ -122,7 +122,7 @@ def test_the_library_is_told_what_was_asked(monkeypatch, capsys):
                  "--baseline=best"]) == 1
     usual = {"parallel": 1, "index": None, "dry_run": False, "retries": 2, "give_up": None, "baseline": 0}
     assert calls == [(3, "runs/sweeps/tiny", usual | {"parallel": 2, "index": 1}), (3, "here", usual),
-                     (3, "here", usual | {"retries": 0, "give_up": Rule(0.1, 0.25), "baseline": "best"})]
+                     (3, "here", usual | {"retries": 0, "give_up": StoppingRule(0.1, 0.25), "baseline": "best"})]
 
 
 def test_missing_config_file():

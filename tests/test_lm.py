@@ -14,7 +14,7 @@ from scipy.special import log_softmax
 import bd3lm_jax
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.sampling.generate import Finished
+from bd3lm_jax.sampling.generate import PreviousBlock
 from bd3lm_jax.writing import stream
 from bd3lm_jax.writing.denoise import BlockDenoiser
 from bd3lm_jax.writing.options import make_options
@@ -212,7 +212,7 @@ def test_blocks_of_one_token_are_the_chain_rule():
     ask = jax.jit(lambda *args: denoiser(lm.params, *args))
     cache, expected = jax.jit(lambda: denoiser.prefill(lm.params, x0[:, :0], x0[:, :0], 0))(), []
     for i in range(7):
-        before = Finished(x0[:, max(i - 1, 0)][:, None], np.full((2, 1), i > 0))
+        before = PreviousBlock(x0[:, max(i - 1, 0)][:, None], np.full((2, 1), i > 0))
         logits, cache = ask(np.full((2, 1), MASK), i, before, np.zeros((2, 1), int), np.ones(2), cache)
         expected.append(nats(logits[:, 0], x0[:, i]))
     result = lm.nll(x0, draws=5)

@@ -20,7 +20,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from bd3lm_jax import lock
-with lock.held(Path(sys.argv[1])):
+with lock.hold(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -44,7 +44,7 @@ def holder(tmp_path):
 
 def test_another_process_is_named(tmp_path, holder):
     with pytest.raises(UserError) as error:
-        with lock.held(tmp_path / "train.lock"):
+        with lock.hold(tmp_path / "train.lock"):
             raise AssertionError("two hold it")
     host, pid = os.uname().nodename, holder.pid
     assert f"{tmp_path} is written by another run (pid {pid} on {host} since 20" in str(error.value)
@@ -53,9 +53,9 @@ def test_another_process_is_named(tmp_path, holder):
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path, holder):
     holder.send_signal(signal.SIGKILL)
-    with lock.held(tmp_path / "train.lock"):
+    with lock.hold(tmp_path / "train.lock"):
         assert json.loads((tmp_path / "train.lock").read_text())["pid"] == os.getpid()
-    with lock.held(tmp_path / "train.lock"):
+    with lock.hold(tmp_path / "train.lock"):
         pass
 
 
@@ -64,7 +64,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path, holder):
 def test_what_a_stale_file_says_blocks_nobody(tmp_path, text):
     """Process 1 is alive, and a clock that was wrong wrote a time in the future."""
     (tmp_path / "train.lock").write_text(text)
-    with lock.held(tmp_path / "train.lock"):
+    with lock.hold(tmp_path / "train.lock"):
         assert json.loads((tmp_path / "train.lock").read_text())["pid"] == os.getpid()
 
 
@@ -72,7 +72,7 @@ def test_a_holder_that_left_no_text_is_refused_as_well(tmp_path):
     with open(tmp_path / "train.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UserError, match=r"another run \(train.lock does not say which\)"):
-            with lock.held(tmp_path / "train.lock"):
+            with lock.hold(tmp_path / "train.lock"):
                 raise AssertionError("two hold it")
 
 
@@ -81,7 +81,7 @@ def test_where_files_cannot_be_locked_a_note_says_so(tmp_path, monkeypatch, caps
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with lock.held(tmp_path / "train.lock"):
+    with lock.hold(tmp_path / "train.lock"):
         assert "cannot be locked here (No locks available)" in capsys.readouterr().err
 
 

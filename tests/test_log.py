@@ -153,11 +153,11 @@ result({"step": 4})
 
 def test_work_without_steps_shows_that_it_goes_on(monkeypatch, capsys):
     monkeypatch.setattr(log, "BUSY_SECONDS", 0.05)
-    with log.busy("compiling [the step]"):
+    with log.spinner("compiling [the step]"):
         time.sleep(0.3)
     lines = capsys.readouterr().err.splitlines()
     assert 2 <= len(lines) <= 6 and set(lines) == {"compiling [the step]: 0m00s"}
-    with log.busy("short"):
+    with log.spinner("short"):
         pass
     assert capsys.readouterr().err == ""
 
@@ -167,7 +167,7 @@ def test_a_terminal_shows_seconds_while_nothing_else_moves(monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr(log, "_console", Console(file=screen, force_terminal=True, width=80, highlight=False,
                                                  _environ={"TERM": "xterm"}))
-    with log.busy("validating {all} [of it]"):
+    with log.spinner("validating {all} [of it]"):
         time.sleep(0.3)
         log.note("a note meanwhile")
     shown = screen.getvalue()

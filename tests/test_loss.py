@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from toy_runs import run_python
 
-from bd3lm_jax.loss import Output, chunk_positions, token_losses, weighted_total
+from bd3lm_jax.loss import OutputLayer, chunk_positions, token_losses, weighted_total
 
 GROUPS, POSITIONS, DEPTH, VOCAB, KNOWN, MASK = 2, 21, 16, 40, 37, 36
 
 
 def problem(dtype=jnp.float32):
     draw = np.random.default_rng(0)
-    output = Output(jnp.asarray(draw.normal(size=(DEPTH, VOCAB)), jnp.float32),
+    output = OutputLayer(jnp.asarray(draw.normal(size=(DEPTH, VOCAB)), jnp.float32),
                     jnp.asarray(draw.normal(size=VOCAB), jnp.float32))
     features = jnp.asarray(draw.normal(size=(GROUPS, POSITIONS, DEPTH)), dtype)
     target = jnp.asarray(draw.integers(0, MASK, size=(GROUPS, POSITIONS)), jnp.int32)
@@ -33,7 +33,7 @@ def all_at_once(output, features, target):
 @pytest.mark.parametrize("chunk", [0, 1, 4, 21, 100])
 def test_losses_of_tokens(chunk):
     output, features, target, _ = problem()
-    losses = token_losses(output.without(MASK, KNOWN), features, target, chunk)
+    losses = token_losses(output.exclude_tokens(MASK, KNOWN), features, target, chunk)
     np.testing.assert_allclose(losses, all_at_once(output, features, target)[0], rtol=1e-5, atol=1e-5)
 
 
@@ -42,11 +42,11 @@ def test_losses_of_tokens(chunk):
 def test_total_and_its_gradient(chunk, depth):
     """Softmax minus one-hot, by hand."""
     output, features, target, weight = problem()
-    output, features = Output(output.kernel_DxV[:depth], output.bias_V), features[..., :depth]
+    output, features = OutputLayer(output.kernel_DxV[:depth], output.bias_V), features[..., :depth]
     losses, p = all_at_once(output, features, target)
 
     def total(output, features, weight):
-        return 3 * weighted_total(output.without(MASK, KNOWN), features, target, weight, chunk)
+        return 3 * weighted_total(output.exclude_tokens(MASK, KNOWN), features, target, weight, chunk)
 
     value, (d_output, d_features, d_weight) = jax.jit(jax.value_and_grad(total, (0, 1, 2)))(output, features, weight)
     d_logits = 3 * np.asarray(weight)[..., None] * (p - (np.arange(VOCAB) == np.asarray(target)[..., None]))
@@ -59,9 +59,9 @@ def test_total_and_its_gradient(chunk, depth):
 
 def test_what_cannot_be_predicted_gets_no_gradient():
     output, features, target, weight = problem()
-    gradient = jax.grad(lambda out: weighted_total(out.without(MASK, KNOWN), features, target, weight, 4))(output)
+    gradient = jax.grad(lambda out: weighted_total(out.exclude_tokens(MASK, KNOWN), features, target, weight, 4))(output)
     assert np.all(np.asarray(gradient.kernel_DxV)[:, MASK:] == 0) and np.all(np.asarray(gradient.bias_V)[MASK:] == 0)
-    gradient = jax.grad(lambda out: weighted_total(out.without(-1, VOCAB), features, target, weight, 4))(output)
+    gradient = jax.grad(lambda out: weighted_total(out.exclude_tokens(-1, VOCAB), features, target, weight, 4))(output)
     assert np.all(np.any(np.asarray(gradient.kernel_DxV) != 0, axis=0))
 
 
@@ -81,7 +81,7 @@ def test_chunks_are_even_and_bounded():
 
 def test_memory_does_not_grow_with_the_positions():
     def temporary(positions):
-        shapes = (Output(jax.ShapeDtypeStruct((64, 5000), jnp.float32), jax.ShapeDtypeStruct((5000,), jnp.float32)),
+        shapes = (OutputLayer(jax.ShapeDtypeStruct((64, 5000), jnp.float32), jax.ShapeDtypeStruct((5000,), jnp.float32)),
                   jax.ShapeDtypeStruct((1, positions, 64), jnp.float32))
         def total(output, features):
             ids = jnp.zeros((1, positions), jnp.int32)

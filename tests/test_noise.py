@@ -11,12 +11,12 @@ import optax
 import pytest
 from toy_runs import AR, END, LENGTH, MASK, network, quick_jit, run_python, toy_config, toy_dict, write_text
 
-from bd3lm_jax import passes, program, sharding
+from bd3lm_jax import forward, program, sharding
 from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.log import read_metrics
-from bd3lm_jax.noise import Chooser, block_losses
-from bd3lm_jax.passes import PLAIN
+from bd3lm_jax.noise import NoiseSelector, block_losses
+from bd3lm_jax.forward import DEFAULT_EXECUTION
 from bd3lm_jax.score import SpecialIds, row_losses, score
 from bd3lm_jax.state import TrainState
 from bd3lm_jax.step import draw_noise, make_step
@@ -32,7 +32,7 @@ CLIP = {"noise.adapt": "clip", "diffusion.corruption": "bernoulli", "noise.clip_
 def make_batch(seed=0):
     """Rows of text-like ids; the last row ends in padding."""
     tokens = np.random.default_rng(seed).integers(97, 105, size=(BATCH, LENGTH)).astype(np.int32)
-    position, segment = (np.array(x) for x in passes.plain_rows(tokens))
+    position, segment = (np.array(x) for x in forward.single_document_rows(tokens))
     tokens[-1, -6:], position[-1, -6:], segment[-1, -6:] = END, 0, 0
     return {"tokens": jnp.asarray(tokens), "positions": jnp.asarray(position), "segments": jnp.asarray(segment)}
 
@@ -40,7 +40,7 @@ def make_batch(seed=0):
 def token_losses(model, params, objective, noised, batch):
     """Cross-entropy of every position `[B, M, L]`, none of them gathered; 0 where nothing is masked."""
     whole = noised.replace(capacity=LENGTH)
-    scored = score(model, params, objective, whole, batch["tokens"], batch["positions"], batch["segments"], PLAIN)
+    scored = score(model, params, objective, whole, batch["tokens"], batch["positions"], batch["segments"], DEFAULT_EXECUTION)
     return jnp.where(noised.weight_BxMxL > 0, row_losses(model, params, scored, MASK, 0), 0)
 
 
@@ -53,7 +53,7 @@ def test_steps_learn_the_squared_mean_losses_of_their_own_noise(microbatch):
     tx, traces = optax.sgd(0.1), []
     step = make_step(config, model, tx, SPECIAL)
     run = quick_jit(lambda state, batch: traces.append(1) or step(state, batch))
-    state = TrainState(jnp.int32(0), params, {}, tx.init(params), config.schedule.first())
+    state = TrainState(jnp.int32(0), params, {}, tx.init(params), config.schedule.init_state())
 
     def expected(state, batch):
         key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))[0]
@@ -89,7 +89,7 @@ def test_block_losses():
 
     def both(params, batch):
         noised = objective.corrupt(jax.random.key(1), batch["tokens"], batch["segments"], 2, MASK, END)
-        losses, real = block_losses(model, params, objective, SPECIAL, noised, batch, PLAIN)
+        losses, real = block_losses(model, params, objective, SPECIAL, noised, batch, DEFAULT_EXECUTION)
         return noised.weight_BxMxL * token_losses(model, params, objective, noised, batch), losses, real
 
     tokens, losses, real = quick_jit(both)(params, batch)
@@ -103,8 +103,8 @@ def test_block_losses():
 def chooser_and_state():
     config = toy_config(Path("unused"), {**CLIP, "noise.clip_batches": 2, "eval.every": 5, "train.batch": BATCH})
     model, params = network(config)
-    state = TrainState(jnp.int32(0), params, {}, (), config.schedule.first())
-    return Chooser(config, model, SPECIAL, sharding.make_mesh(config.mesh)), state
+    state = TrainState(jnp.int32(0), params, {}, (), config.schedule.init_state())
+    return NoiseSelector(config, model, SPECIAL, sharding.make_mesh(config.mesh)), state
 
 
 def test_a_search_sums_over_batches_and_chooses_the_least_relative_variance():
@@ -138,7 +138,7 @@ def test_moments_are_those_of_the_block_losses_of_training():
 
     def losses(params, batch):
         noised = draw_noise(config, SPECIAL, key, batch, 1, noise)
-        return block_losses(model, params, config.diffusion, SPECIAL, noised, batch, PLAIN)
+        return block_losses(model, params, config.diffusion, SPECIAL, noised, batch, DEFAULT_EXECUTION)
 
     values, real = (np.asarray(x) for x in quick_jit(losses)(state.params, batch))
     found = chooser._moments(state.params, key, noise, batch)

@@ -10,7 +10,7 @@ import bd3lm_jax
 from bd3lm_jax import report
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation.evaluate_run import evaluate_run
-from bd3lm_jax.state import LEARNT
+from bd3lm_jax.state import OBJECTIVE_PARAMS
 from bd3lm_jax.train import train
 from configs import common
 
@@ -51,7 +51,7 @@ def test_a_run_with_parameters_of_the_objective(tmp_path):
     result, lines = trained(tmp_path, "adversarial", **{"train.views": 2})
     assert result["train_nll"] is None and 0 < result["valid_nll"] < 8
     lm = bd3lm_jax.load(str(tmp_path / "run"))
-    assert set(lm.params[LEARNT]) == {"token", "place", "out"} and np.any(lm.params[LEARNT]["out"])
+    assert set(lm.params[OBJECTIVE_PARAMS]) == {"token", "place", "out"} and np.any(lm.params[OBJECTIVE_PARAMS]["out"])
     assert len(lm.generate(num=1, length=16)) == 1
     further, more = trained(tmp_path, "adversarial", **{"train.views": 2, "train.steps": 3})
     assert further["step"] == 3 and len(more) == len(lines) + 1

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from places import GOLDEN
 
-from bd3lm_jax import hf, passes
+from bd3lm_jax import hf, forward
 from bd3lm_jax.diffusion import Masked
 from bd3lm_jax.diffusion.masked import cross_entropy_subs
 from bd3lm_jax.models import build, trunk
 from bd3lm_jax.models.dit import DiTConfig
 from bd3lm_jax.models.trunk import Stream
-from bd3lm_jax.passes import PLAIN, Execution
+from bd3lm_jax.forward import DEFAULT_EXECUTION, Execution
 
 BLOCK_MODELS = ("bd3lm_block4", "bd3lm_time_conditioned", "bd3lm_block32_is_mdlm")
 TOLERANCE = 2e-5
@@ -53,15 +53,15 @@ STATIC = ("model", "block_size", "execution")
 
 @functools.partial(jax.jit, static_argnames=STATIC)
 def two_stream_logits(model, params, xt_BxMxL, x0_BxL, position, segment, *, block_size, sigma=None, clean_sigma=None,
-                      execution=PLAIN):
-    h = passes.two_stream(model, params, xt_BxMxL, x0_BxL, position, segment, block_size=block_size,
+                      execution=DEFAULT_EXECUTION):
+    h = forward.two_stream(model, params, xt_BxMxL, x0_BxL, position, segment, block_size=block_size,
                           sigma_BxMxn=sigma, clean_sigma_Bx1=clean_sigma, execution=execution)
     return trunk.logits(model, params, h, sigma)
 
 
 @functools.partial(jax.jit, static_argnames=(*STATIC, "rule"))
-def one_stream_logits(model, params, ids_BxL, position, segment, *, rule, block_size, sigma=None, execution=PLAIN):
-    h = passes.one_stream(model, params, ids_BxL, position, segment, rule=rule, block_size=block_size, sigma_Bxn=sigma,
+def one_stream_logits(model, params, ids_BxL, position, segment, *, rule, block_size, sigma=None, execution=DEFAULT_EXECUTION):
+    h = forward.one_stream(model, params, ids_BxL, position, segment, rule=rule, block_size=block_size, sigma_Bxn=sigma,
                           execution=execution)
     return trunk.logits(model, params, h, sigma)
 
@@ -76,7 +76,7 @@ def test_two_streams_equal_published(name, backend):
     model, params, objective, io = published(name)
     sigma = published_sigma(model, io)
     view_sigma = None if sigma is None else sigma[:, None]
-    logits = two_stream_logits(model, params, io["xt"][:, None], io["x0"], *passes.plain_rows(io["x0"]),
+    logits = two_stream_logits(model, params, io["xt"][:, None], io["x0"], *forward.single_document_rows(io["x0"]),
                                block_size=objective.block_size, sigma=view_sigma, clean_sigma=sigma,
                                execution=Execution(backend, "scan", "none", False))[:, 0]
     np.testing.assert_allclose(logits, io["logits"], atol=TOLERANCE, rtol=0)
@@ -96,7 +96,7 @@ def test_two_streams_equal_published(name, backend):
 def test_block_causal_stream_equals_published(name, backend):
     model, params, objective, io = published(name)
     ids = io["sample_input"]
-    logits = one_stream_logits(model, params, ids, *passes.plain_rows(ids), rule="block_causal",
+    logits = one_stream_logits(model, params, ids, *forward.single_document_rows(ids), rule="block_causal",
                                block_size=objective.block_size, sigma=published_sigma(model, io),
                                execution=Execution(backend, "unroll", "none", False))
     np.testing.assert_allclose(logits, io["sample_logits"], atol=TOLERANCE, rtol=0)
@@ -105,7 +105,7 @@ def test_block_causal_stream_equals_published(name, backend):
 @pytest.mark.parametrize("backend", ["dense", "blocked"])
 def test_autoregression_equals_published(backend):
     model, params, _, io = published("ar")
-    logits = one_stream_logits(model, params, io["x0"], *passes.plain_rows(io["x0"]), rule="causal", block_size=1,
+    logits = one_stream_logits(model, params, io["x0"], *forward.single_document_rows(io["x0"]), rule="causal", block_size=1,
                                execution=Execution(backend, "scan", "none", False))
     np.testing.assert_allclose(logits, io["logits"], atol=TOLERANCE, rtol=0)
     log_probs = jax.nn.log_softmax(jnp.where(jnp.arange(67) == io["mask_id"], -jnp.inf, logits))
@@ -117,7 +117,7 @@ def test_autoregression_equals_published(backend):
 
 def test_score_network_equals_published():
     model, params, objective, io = published("sedd")
-    logits = one_stream_logits(model, params, io["xt"], *passes.plain_rows(io["xt"]), rule="bidirectional",
+    logits = one_stream_logits(model, params, io["xt"], *forward.single_document_rows(io["xt"]), rule="bidirectional",
                                block_size=objective.block_size, sigma=io["sigma"][:, None])
     np.testing.assert_allclose(logits, io["logits"], atol=TOLERANCE, rtol=0)
 
@@ -125,7 +125,7 @@ def test_score_network_equals_published():
 def test_one_block_a_row_is_plain_masked_diffusion():
     model, params = network()
     x0 = make_ids(2, 12)
-    xt, rows = masked_somewhere(x0), passes.plain_rows(x0)
+    xt, rows = masked_somewhere(x0), forward.single_document_rows(x0)
     blocks = two_stream_logits(model, params, xt[:, None], x0, *rows, block_size=12)[:, 0]
     plain = one_stream_logits(model, params, xt, *rows, rule="bidirectional", block_size=12)
     np.testing.assert_allclose(blocks, plain, atol=1e-5)
@@ -135,7 +135,7 @@ def test_bound_at_block_size_one_is_the_chain_rule():
     """The oracle feeds one token at a time through the cache and asks a mask token for the next."""
     model, params = network()
     length, x0 = 9, make_ids(2, 9)
-    rows = passes.plain_rows(x0)
+    rows = forward.single_document_rows(x0)
     objective = Masked.uniform_counts(1)
     noised = objective.corrupt(jax.random.key(0), x0, rows[1], views=1, mask_id=MASK, end_id=-1)
     logits = two_stream_logits(model, params, noised.xt_BxMxL, x0, *rows, block_size=1)
@@ -144,7 +144,7 @@ def test_bound_at_block_size_one_is_the_chain_rule():
 
     @jax.jit
     def ask(cache, asked, before, write_at):
-        out = trunk.hidden(model, params, noised=asked, clean=before, cache=cache, write_at=write_at,
+        out = trunk.forward(model, params, noised=asked, clean=before, cache=cache, write_at=write_at,
                            rule="block_causal", block_size=1, execution=Execution("dense", "scan", "none", False),
                            dropout_keys=None)
         return trunk.logits(model, params, out.noised)[:, 0, 0], out.cache
@@ -167,7 +167,7 @@ def test_padded_and_packed_rows_equal_plain_ones(backend):
     run = functools.partial(two_stream_logits, model, params, block_size=4, execution=execution)
     first, second = make_ids(20)[:8], make_ids(20)[8:]
     documents = [(ids, masked_somewhere(ids)) for ids in (first, second)]
-    plain = [run(xt[None, None], x0[None], *passes.plain_rows(x0[None]))[0, 0] for x0, xt in documents]
+    plain = [run(xt[None, None], x0[None], *forward.single_document_rows(x0[None]))[0, 0] for x0, xt in documents]
 
     x0, xt = (np.concatenate(pair) for pair in zip(*documents))
     lengths = [8, 12, 4]
@@ -192,10 +192,10 @@ def test_views_equal_separate_passes(backend):
     sigma = np.random.default_rng(3).uniform(0.1, 2, size=(2, 3, 3)).astype(np.float32)
     execution = Execution(backend, "scan", "none", False)
     run = functools.partial(two_stream_logits, model, params, block_size=4, execution=execution)
-    together = run(xt, x0, *passes.plain_rows(x0), sigma=sigma)
+    together = run(xt, x0, *forward.single_document_rows(x0), sigma=sigma)
     for view in range(3):
         one = slice(view, view + 1)
-        alone = run(xt[:, one], x0, *passes.plain_rows(x0), sigma=sigma[:, one])
+        alone = run(xt[:, one], x0, *forward.single_document_rows(x0), sigma=sigma[:, one])
         np.testing.assert_allclose(together[:, one], alone, atol=1e-5)
 
 
@@ -207,7 +207,7 @@ def changed_blocks(first, second):
 def test_noise_level_acts_on_its_own_block():
     model, params = network(time_conditioning=True)
     x0 = make_ids(1, 12)
-    xt, rows = masked_somewhere(x0)[:, None], passes.plain_rows(x0)
+    xt, rows = masked_somewhere(x0)[:, None], forward.single_document_rows(x0)
     run = functools.partial(two_stream_logits, model, params, xt, x0, *rows, block_size=4)
     level = np.full((1, 1, 3), 0.5, np.float32)
     base = run(sigma=level, clean_sigma=np.zeros((1, 1), np.float32))
@@ -220,6 +220,6 @@ def test_noise_level_acts_on_its_own_block():
 
 
 def test_plain_rows():
-    position, segment = passes.plain_rows(make_ids(2, 3))
+    position, segment = forward.single_document_rows(make_ids(2, 3))
     np.testing.assert_array_equal(position, [[0, 1, 2]] * 2)
     np.testing.assert_array_equal(segment, np.ones((2, 3)))

@@ -76,7 +76,7 @@ SMALL = ("--config.model.layers=1", "--config.model.width=32", "--config.model.h
 def forget(name: str = "outside") -> None:
     """As in a process that has not imported the plug-in."""
     sys.modules.pop(name, None)
-    plugins._named.clear()
+    plugins._requested.clear()
     for registry in REGISTRIES:
         for key in ("halves", "small", "cubic", "rightmost", "numbers"):
             registry.pop(key, None)
@@ -175,19 +175,19 @@ def test_entry_points_and_the_variable_are_read_once(outside, monkeypatch, capsy
     entries = [importlib.metadata.EntryPoint("mine", "outside", plugins.GROUP),
                importlib.metadata.EntryPoint("broken", "no_such_module", plugins.GROUP)]
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries)
-    monkeypatch.setattr(plugins, "_looked", False)
+    monkeypatch.setattr(plugins, "_installed_loaded", False)
     with pytest.raises(UserError, match="unknown objective"):
         Config.from_dict({**toy_dict(outside, {}), "diffusion": {"kind": "halvse"}})
     assert "halves" in OBJECTIVES
     assert "warning: plug-in 'broken' (no_such_module) is passed over: ModuleNotFoundError" in capsys.readouterr().err
 
     forget()
-    monkeypatch.setattr(plugins, "_looked", False)
+    monkeypatch.setattr(plugins, "_installed_loaded", False)
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
     monkeypatch.setenv(plugins.VARIABLE, "outside")
     plugins.load_installed()
     assert "halves" in OBJECTIVES
-    monkeypatch.setattr(plugins, "_looked", False)
+    monkeypatch.setattr(plugins, "_installed_loaded", False)
     monkeypatch.setenv(plugins.VARIABLE, "nowhere")
     with pytest.raises(UserError, match="BD3LM_IMPORT=nowhere: no module nowhere"):
         plugins.load_installed()

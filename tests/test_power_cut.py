@@ -62,10 +62,10 @@ def test_a_step_is_on_the_disk_before_it_has_its_name_and_before_older_ones_go(t
 
 def test_files_of_a_run_that_goes_on_are_not_written_again(tmp_path, calls):
     config = rundir.resolve(toy_config(tmp_path), ByteTokenizer())
-    rundir.claim(tmp_path / "run", config, ByteTokenizer())
+    rundir.create_or_validate(tmp_path / "run", config, ByteTokenizer())
     assert [Path(target).name for kind, _, target in calls if kind == "name"] == ["tokenizer.json", "config.json"]
     calls.clear()
-    rundir.claim(tmp_path / "run", config, ByteTokenizer())
+    rundir.create_or_validate(tmp_path / "run", config, ByteTokenizer())
     assert not [call for call in calls if call[0] == "name"]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 from toy_runs import END, LENGTH, MASK, network, quick_jit, toy_config
 
-from bd3lm_jax import passes
+from bd3lm_jax import forward
 from bd3lm_jax.score import SpecialIds
 from bd3lm_jax.state import TrainState
 from bd3lm_jax.step import make_step
@@ -29,7 +29,7 @@ def measure(changes, **data):
 def make_batch(padding=0):
     """Rows of letters; the last `padding` tokens of the last row are not there."""
     tokens = np.random.default_rng(0).integers(97, 105, size=(4, LENGTH)).astype(np.int32)
-    position, segment = (np.array(x) for x in passes.plain_rows(tokens))
+    position, segment = (np.array(x) for x in forward.single_document_rows(tokens))
     if padding:
         tokens[-1, -padding:], position[-1, -padding:], segment[-1, -padding:] = END, 0, 0
     return {"tokens": jnp.asarray(tokens), "positions": jnp.asarray(position), "segments": jnp.asarray(segment)}

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from toy_runs import END, LENGTH, MASK, run_python, toy_config
 
-from bd3lm_jax import passes
+from bd3lm_jax import forward
 from bd3lm_jax.config import MeshConfig
-from bd3lm_jax.cost.plan import resolved
+from bd3lm_jax.cost.plan import resolve_config
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.program import Program, bytes_needed, bytes_per_device
 from bd3lm_jax.score import SpecialIds
@@ -19,7 +19,7 @@ ONE = MeshConfig(data=1, fsdp=1, tensor=1)
 
 
 def program(changes=None) -> Program:
-    config, special = resolved(toy_config(Path("unused"), changes))
+    config, special = resolve_config(toy_config(Path("unused"), changes))
     return Program.of(config, special, make_mesh(ONE, jax.devices()[:1]), jnp.float32)
 
 
@@ -27,7 +27,7 @@ def test_the_compiled_step_is_the_step_that_runs():
     toy = program()
     assert toy.special == SPECIAL
     tokens = np.random.default_rng(0).integers(97, 105, size=(8, LENGTH)).astype(np.int32)
-    position, segment = passes.plain_rows(jnp.asarray(tokens))
+    position, segment = forward.single_document_rows(jnp.asarray(tokens))
     batch = {"tokens": jnp.asarray(tokens), "positions": position, "segments": segment}
     with jax.set_mesh(toy.mesh):
         state = toy.initial_state()
@@ -68,4 +68,4 @@ def test_a_mesh_that_does_not_divide_is_refused():
     with pytest.raises(UserError, match="does not divide a batch of 7 rows"):
         run = toy_config(Path("unused"), {"train.batch": 7})
         mesh = jax.sharding.AbstractMesh((2, 1, 1, 1), AXES)
-        Program.of(resolved(run)[0], SPECIAL, mesh, jnp.float32)
+        Program.of(resolve_config(run)[0], SPECIAL, mesh, jnp.float32)

@@ -55,7 +55,7 @@ def test_replicas_on_the_devices_of_one_process(tmp_path):
 
 def test_processes_whose_arrays_differ_are_named_and_nothing_is_saved(tmp_path, monkeypatch):
     """Process 1 of two has another moment of the optimiser."""
-    original, asked = distributed.texts, []
+    original, asked = distributed.allgather_texts, []
 
     def texts(text):
         asked.append(text)
@@ -67,12 +67,12 @@ def test_processes_whose_arrays_differ_are_named_and_nothing_is_saved(tmp_path, 
 
     with Checkpoints(tmp_path, 1) as checkpoints:
         checkpoints.save(3, STATE, {}, wait=True)
-        monkeypatch.setattr(distributed, "texts", texts)
+        monkeypatch.setattr(distributed, "allgather_texts", texts)
         message = r"replicas differ .*\(opt/state/m: process 1\): nothing is saved at step 4\..*the last checkpoint"
         with pytest.raises(RunError, match=message) as caught:
             checkpoints.save(4, STATE, {})
-        assert caught.value.agreed and len(asked) == 2
-        monkeypatch.setattr(distributed, "texts", original)
+        assert caught.value.on_all_processes and len(asked) == 2
+        monkeypatch.setattr(distributed, "allgather_texts", original)
         assert checkpoints.steps() == [3]
 
 
@@ -83,18 +83,18 @@ def test_unequal_devices_are_named(devices, message):
     found = [types.SimpleNamespace(process_index=i, device_kind=kind) for i, kind in devices]
     with pytest.raises(UserError, match=f"{message}: start all processes on equally many devices") as caught:
         replicas._check_devices(found)
-    assert caught.value.agreed and caught.value.exit_code == 2
+    assert caught.value.on_all_processes and caught.value.exit_code == 2
     replicas._check_devices(found[:1] * 4)
 
 
 def test_flags_that_change_nothing_may_differ(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_b=2 --xla_dump_to=/here --xla_a --xla_force_host_platform_device_count=4")
-    first = replicas.surroundings()
+    first = replicas.numeric_environment()
     assert first["XLA_FLAGS"] == "--xla_a --xla_b=2" and first["jax"] == jax.__version__
     monkeypatch.setenv("XLA_FLAGS", "--xla_a --xla_b=2 --xla_dump_to=/there")
-    assert replicas.surroundings() == first == json.loads(json.dumps(first))
+    assert replicas.numeric_environment() == first == json.loads(json.dumps(first))
     monkeypatch.setenv("XLA_FLAGS", "--xla_a --xla_b=3")
-    assert replicas.surroundings() != first
+    assert replicas.numeric_environment() != first
 
 
 def test_another_program_is_named(monkeypatch):
@@ -102,8 +102,8 @@ def test_another_program_is_named(monkeypatch):
     replicas.check_program(lambda: pytest.fail("a single process compares nothing"))
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     sent = []
-    monkeypatch.setattr(distributed, "texts", lambda text: sent.append(text) or [sent[0], text])
+    monkeypatch.setattr(distributed, "allgather_texts", lambda text: sent.append(text) or [sent[0], text])
     replicas.check_program(lambda: lowered[0])
     with pytest.raises(UserError, match="process 1 has another training step than process 0 .hash: ") as caught:
         replicas.check_program(lambda: lowered[1])
-    assert caught.value.agreed
+    assert caught.value.on_all_processes

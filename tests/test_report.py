@@ -6,7 +6,7 @@ from toy_runs import WORDS, network, toy_config, write_text
 
 from bd3lm_jax import report
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
-from bd3lm_jax.data.sized import Sized
+from bd3lm_jax.data.token_bytes import RowsWithBytes
 from bd3lm_jax.log import RunLog
 
 ESTIMATE = {"nll": 1.5, "nll_ci95": [1.4, 1.6], "ppl": float(np.exp(1.5)), "bits_per_byte": 2.25,
@@ -27,7 +27,7 @@ def run(tmp_path_factory):
     model, params = network(config)
     config = toy_config(directory, {"eval.samples": 2, "eval.sample_length": 16, "model.vocab_size": 258})
     run = types.SimpleNamespace(config=config, workdir=directory / "run", tokenizer=tokenizer, rows=rows,
-                                valid_rows=Sized(rows["valid"], tokenizer),
+                                valid_rows=RowsWithBytes(rows["valid"], tokenizer),
                                 program=types.SimpleNamespace(model=model))
     with RunLog(run.workdir, 2) as log:
         for step in (1, 2):
@@ -37,7 +37,7 @@ def run(tmp_path_factory):
 
 def test_closing_leaves_plots_and_samples_and_a_table(run, capsys):
     run, params = run
-    report.closing(run, params, ESTIMATE, evaluator=None)
+    report.write_report(run, params, ESTIMATE, evaluator=None)
     for name in ("loss.png", "nll_by_count.png"):
         assert (run.workdir / "plots" / name).read_bytes().startswith(PNG)
     samples = (run.workdir / "samples" / "step_6.txt").read_text(encoding="utf-8")
@@ -99,7 +99,7 @@ def test_the_embedded_corpus_is_tested_too(run, capsys, monkeypatch):
     monkeypatch.setattr(report, "_test_rows", lambda run: run.rows["valid"])
     monkeypatch.setattr(report, "_count_models", lambda run, split, rows: {f"counts of {split}": 3.0})
     other = types.SimpleNamespace(**vars(run) | {"config": austen})
-    report.closing(other, params, ESTIMATE, types.SimpleNamespace(run=evaluate))
+    report.write_report(other, params, ESTIMATE, types.SimpleNamespace(run=evaluate))
     assert calls == [{"estimator": "exact_count", "draws": austen.eval.draws, "seed": austen.seed, "num_rows": 0}]
     shown = capsys.readouterr().err
     assert "test: bound on the NLL, 33 documents" in shown and "counts of test" in shown and "counts of valid" in shown

@@ -10,7 +10,7 @@ import pytest
 from bd3lm_jax import log, report
 from bd3lm_jax.errors import RunError, UserError
 from bd3lm_jax.log import RunLog, append, read_lines, read_metrics
-from bd3lm_jax.sealed import Damaged, seal, unseal
+from bd3lm_jax.checksummed import ChecksumError, add_checksum, verify_checksum
 from bd3lm_jax.settings import read_object
 from bd3lm_jax.sweeps import paired
 
@@ -27,22 +27,22 @@ def flipped(content: bytes):
 
 def test_the_checksum_is_that_of_the_json():
     text = '{"a": [1.5, null]}'
-    assert seal({"a": [1.5, None]}) == {"a": [1.5, None], "crc32": f"{zlib.crc32(text.encode()):08x}"}
-    assert unseal(json.dumps(seal(RECORD), indent=3)) == RECORD == unseal(json.dumps(RECORD))
+    assert add_checksum({"a": [1.5, None]}) == {"a": [1.5, None], "crc32": f"{zlib.crc32(text.encode()):08x}"}
+    assert verify_checksum(json.dumps(add_checksum(RECORD), indent=3)) == RECORD == verify_checksum(json.dumps(RECORD))
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b"3", b'{"a": 1', b"\xff", b'{"a": 1, "crc32": 5}', b"[" * 100_000])
 def test_what_is_no_sealed_object(content):
-    with pytest.raises(Damaged):
-        unseal(content)
+    with pytest.raises(ChecksumError):
+        verify_checksum(content)
 
 
 def test_no_flipped_bit_changes_a_value():
     found = 0
-    for content in flipped(json.dumps(seal(RECORD)).encode()):
+    for content in flipped(json.dumps(add_checksum(RECORD)).encode()):
         try:
-            record = unseal(content)
-        except Damaged:
+            record = verify_checksum(content)
+        except ChecksumError:
             found += 1
             continue
         assert {key: record.get(key) for key in RECORD} == RECORD  # a letter of the key "crc32"

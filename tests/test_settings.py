@@ -7,8 +7,8 @@ from toy_lm import make_lm, masked
 
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.lm import LM, Trained
-from bd3lm_jax.settings import FILE, PREFERENCES, PRESETS, merged, settings_for
+from bd3lm_jax.lm import LM, CheckpointId
+from bd3lm_jax.settings import FILE, PREFERENCES, PRESETS, merge_settings, settings_for
 from bd3lm_jax.writing.options import check_options, make_options
 
 MEASURED = {"quality": {"sampler": "first_hitting"}, "balanced": {"sampler": "factor", "threshold": 1.0},
@@ -45,8 +45,8 @@ def test_files_without_a_preference(tmp_path):
 
 
 @pytest.mark.parametrize("trained, said", [
-    (Trained(9, "abc"), ""), (None, ""), (Trained(18, "abc"), "measured at step 9, and this is step 18"),
-    (Trained(9, "xyz"), "measured on a model of another config")])
+    (CheckpointId(9, "abc"), ""), (None, ""), (CheckpointId(18, "abc"), "measured at step 9, and this is step 18"),
+    (CheckpointId(9, "xyz"), "measured on a model of another config")])
 def test_a_file_that_was_measured_on_another_checkpoint(tmp_path, capsys, trained, said):
     lm = make_lm(masked(4))
     lm = LM(lm.config, lm.params, None, lm.model, lm.context, trained)
@@ -70,7 +70,7 @@ def test_models_of_one_token_a_call_have_one_preset(objective):
     ({"sampler": "threshold"}, {"sampler": "threshold", "block_size": 8}),
     ({"sampler": "margin", "steps": 1}, {"sampler": "margin", "steps": 1, "block_size": 8})])
 def test_what_is_given_wins(given, expected):
-    assert merged({"sampler": "confidence", "steps": 2, "block_size": 8}, given) == expected
+    assert merge_settings({"sampler": "confidence", "steps": 2, "block_size": 8}, given) == expected
 
 
 @pytest.mark.parametrize("content, prefer, message", [

@@ -139,7 +139,7 @@ def test_simulated_devices_are_dealt_out():
     given = devices("cpu", *[None] * 6)
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1, tensor=1, slices=3), given)
     assert [[device.id for device in row] for row in mesh.devices[..., 0, 0]] == [[0, 1], [2, 3], [4, 5]]
-    assert sharding.by_slice(MeshConfig(data=1, fsdp=6, tensor=1, slices=-1), given) == [given]
+    assert sharding.group_by_slice(MeshConfig(data=1, fsdp=6, tensor=1, slices=-1), given) == [given]
 
 
 @pytest.mark.parametrize(("platform", "slices", "message"), [
@@ -159,7 +159,7 @@ def test_a_mesh_that_does_not_fit_slices_names_them():
     message = "mesh.data=2, mesh.fsdp=2, mesh.tensor=1, mesh.slices=2 does not fit 6 devices: the product must be 6"
     with pytest.raises(UserError, match=message):
         sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=1, slices=2), devices("tpu", *[0] * 3, *[1] * 3))
-    assert sharding.sizes_for(MeshConfig(data=-1, fsdp=3, tensor=1, slices=2), 6, 2) == (2, 3, 1, 1)
+    assert sharding.axis_sizes(MeshConfig(data=-1, fsdp=3, tensor=1, slices=2), 6, 2) == (2, 3, 1, 1)
 
 
 def test_check_mesh():
@@ -244,4 +244,4 @@ def test_eight_devices_hold_the_state_in_the_declared_parts():
 def test_batch_rows_go_to_data_fsdp_and_expert():
     mesh = abstract_mesh(2, 4, 1)
     assert sharding.batch_sharding(mesh) == NamedSharding(mesh, P(("data", "fsdp", "expert")))
-    assert sharding.rows_over(abstract_mesh(2, 4, 3, expert=5)) == 2 * 4 * 5
+    assert sharding.num_row_shards(abstract_mesh(2, 4, 3, expert=5)) == 2 * 4 * 5

@@ -7,7 +7,7 @@ from toy_intervals import bell_mccaffrey
 
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.stats import (
-    Estimates, difference_interval, format_interval, format_number, mc_freedom, mc_margin, monte_carlo_se,
+    Estimates, difference_interval, format_interval, format_number, mc_degrees_of_freedom, mc_margin, monte_carlo_se,
     ratio_interval, t_p_value, two_part_interval)
 
 
@@ -205,9 +205,9 @@ def test_a_difference_without_spread_is_certain():
 @pytest.mark.parametrize("scale_R, freedom", [(np.ones(200), 200 * 3), (np.array([100.0] + [1.0] * 199), 3)])
 def test_few_rows_that_vary_most_are_what_is_known_of_the_draws(scale_R, freedom):
     rng = np.random.default_rng(4)
-    found = [mc_freedom(scale_R * rng.standard_normal((4, 200))) for _ in range(400)]
+    found = [mc_degrees_of_freedom(scale_R * rng.standard_normal((4, 200))) for _ in range(400)]
     assert 1 / np.mean(1 / np.array(found)) == pytest.approx(freedom, rel=0.9 if freedom < 10 else 0.1)
-    assert mc_freedom(np.ones((1, 5))) == math.inf and mc_freedom(np.ones((3, 5))) == 10
+    assert mc_degrees_of_freedom(np.ones((1, 5))) == math.inf and mc_degrees_of_freedom(np.ones((3, 5))) == 10
 
 
 @pytest.mark.parametrize("freedom", [1, 1.5, 4, 50, 100_000])

@@ -9,10 +9,10 @@ import optax
 import pytest
 from toy_runs import AR, END, LENGTH, MASK, network, quick_jit, run_python, toy_config
 
-from bd3lm_jax import models, passes
+from bd3lm_jax import models, forward
 from bd3lm_jax.diffusion.noised import Noised
-from bd3lm_jax.passes import PLAIN, Execution
-from bd3lm_jax.score import SpecialIds, counted_positions, row_losses, score, total_loss
+from bd3lm_jax.forward import DEFAULT_EXECUTION, Execution
+from bd3lm_jax.score import SpecialIds, loss_positions, row_losses, score, total_loss
 from bd3lm_jax.state import TrainState
 from bd3lm_jax.step import make_step
 
@@ -34,7 +34,7 @@ OBJECTIVES = {
 def make_batch(seed=0, padding=0):
     """Rows of text-like ids; the last `padding` tokens of the last row are not there."""
     tokens = np.random.default_rng(seed).integers(97, 105, size=(BATCH, LENGTH)).astype(np.int32)
-    position, segment = (np.array(x) for x in passes.plain_rows(tokens))
+    position, segment = (np.array(x) for x in forward.single_document_rows(tokens))
     if padding:
         tokens[-1, -padding:], position[-1, -padding:], segment[-1, -padding:] = END, 0, 0
     return {"tokens": jnp.asarray(tokens), "positions": jnp.asarray(position), "segments": jnp.asarray(segment)}
@@ -82,12 +82,12 @@ def direct_loss(config, model, params, noised, batch):
     """The objective written out: all logits, probabilities without the mask token, weights token by token."""
     dense = Execution("dense", "unroll", "none", False)
     if config.diffusion.causal:
-        h = passes.one_stream(model, params, noised.xt_BxMxL[:, 0], batch["positions"], batch["segments"],
+        h = forward.one_stream(model, params, noised.xt_BxMxL[:, 0], batch["positions"], batch["segments"],
                               rule="causal", block_size=1, execution=dense)
         logits = model.head.apply({"params": params["head"]}, h, None)[:, None]
     else:
         sigma = noised.sigma_BxMxK if config.model.time_conditioning else jnp.zeros((1, 1, 1))
-        h = passes.two_stream(model, params, noised.xt_BxMxL, batch["tokens"], batch["positions"], batch["segments"],
+        h = forward.two_stream(model, params, noised.xt_BxMxL, batch["tokens"], batch["positions"], batch["segments"],
                               block_size=config.block_size, execution=dense,
                               sigma_BxMxn=sigma if config.model.time_conditioning else None)
         cond = model.condition.apply({"params": params["condition"]}, sigma)
@@ -146,7 +146,7 @@ def test_only_masked_positions_reach_the_head_and_nothing_is_lost(name):
     assert noised.capacity < LENGTH
 
     def by_token(noised):
-        losses, index = losses_of(it.config, it.model, it.state.params, noised, batch, PLAIN)
+        losses, index = losses_of(it.config, it.model, it.state.params, noised, batch, DEFAULT_EXECUTION)
         assert losses.shape == (BATCH, 1, noised.capacity)
         full = np.zeros((BATCH, 1, LENGTH), np.float32)
         np.put_along_axis(full, np.asarray(index), np.asarray(losses), axis=2)
@@ -164,7 +164,7 @@ def test_more_masked_tokens_than_the_capacity_are_never_counted_wrongly():
     def total(capacity):
         def run(params):
             scored = score(it.model, params, it.config.diffusion, noised.replace(capacity=capacity), batch["tokens"],
-                           batch["positions"], batch["segments"], PLAIN)
+                           batch["positions"], batch["segments"], DEFAULT_EXECUTION)
             return total_loss(it.model, params, scored, MASK, 0)
         return float(quick_jit(run)(it.state.params))
 
@@ -204,7 +204,7 @@ def test_the_gather_of_masked_positions_stays_on_its_device():
 
 def test_counted_positions_come_first_and_in_order():
     counted = jnp.asarray([[[False, True, False, True, True]], [[False] * 5]])
-    np.testing.assert_array_equal(counted_positions(counted, 4), [[[1, 3, 4, 0]], [[0, 1, 2, 3]]])
+    np.testing.assert_array_equal(loss_positions(counted, 4), [[[1, 3, 4, 0]], [[0, 1, 2, 3]]])
 
 
 @pytest.mark.ci_slow

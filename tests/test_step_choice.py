@@ -24,15 +24,15 @@ def save(workdir, steps, keep, bounds=None):
 
 def read(workdir, which, monkeypatch, meanwhile, at="params"):
     """(params, step, warnings) of a reader; `meanwhile()` happens once, before it reads an item of its first step."""
-    original, warnings = Checkpoints._restored, []
+    original, warnings = Checkpoints._restore_items, []
 
     def restored(self, step, **arguments):
         if at in arguments:
-            monkeypatch.setattr(Checkpoints, "_restored", original)
+            monkeypatch.setattr(Checkpoints, "_restore_items", original)
             meanwhile()
         return original(self, step, **arguments)
 
-    monkeypatch.setattr(Checkpoints, "_restored", restored)
+    monkeypatch.setattr(Checkpoints, "_restore_items", restored)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS)
     with Checkpoints(workdir, 1, read_only=True, warn=warnings.append) as checkpoints:
         params, _, step = checkpoints.restore_params("params", abstract, which)
@@ -72,13 +72,13 @@ def test_a_directory_that_goes_away_as_a_whole_has_no_checkpoint(tmp_path, monke
 def test_steps_that_never_stay_end_after_some_looks(tmp_path, monkeypatch):
     """Each is deleted when it is read, and a later one is there."""
     save(tmp_path, [1], keep=1)
-    original, coming = Checkpoints._restored, iter(range(2, 100))
+    original, coming = Checkpoints._restore_items, iter(range(2, 100))
 
     def restored(self, step, **arguments):
         save(tmp_path, [next(coming)], keep=1)
         return original(self, step, **arguments)
 
-    monkeypatch.setattr(Checkpoints, "_restored", restored)
+    monkeypatch.setattr(Checkpoints, "_restore_items", restored)
     with pytest.raises(UserError, match="was deleted while it was read, the last time 20: run the same command again"):
         with Checkpoints(tmp_path, 1, read_only=True) as checkpoints:
             checkpoints.restore_params("params", PARAMS)

@@ -81,7 +81,7 @@ config = toy_config(Path("unused"), {"model.layers": 3, "model.width": 128, "mod
 """
 
 STEP = RUN + """
-program = compilers.described_program(config, special, "v5e")
+program = compilers.tpu_program(config, special, "v5e")
 state, batch = program.arguments()
 found = figures(program.step(), program.mesh, state, batch)
 split = lambda x: "fsdp" in x.sharding.spec
@@ -97,7 +97,7 @@ print(json.dumps(found | {"weights": sorted(weights),
 SAMPLER = RUN + """
 model, rows = models.build(config.model, jnp.bfloat16), 48
 lm = SimpleNamespace(config=config, model=model, special=special, context=length, tokenizer=None)
-mesh = sharding.make_mesh(config.mesh, compilers.described("v5e", config.mesh.data, 1))
+mesh = sharding.make_mesh(config.mesh, compilers.tpu_devices("v5e", config.mesh.data, 1))
 
 def placed(tree):  # rows over devices, all else on each
     def place(x):

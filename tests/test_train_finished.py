@@ -23,7 +23,7 @@ def test_its_stored_report_at_once_or_again_where_other_settings_are_wanted(tmp_
     capsys.readouterr()
 
     closings = []
-    monkeypatch.setattr(report, "closing", lambda *run: closings.append(run))
+    monkeypatch.setattr(report, "write_report", lambda *run: closings.append(run))
     again = train(toy_config(tmp_path, changes), tmp_path / "run")
     shown = capsys.readouterr().err
     assert same(again) == same(first) and not closings
@@ -59,6 +59,6 @@ def test_what_belongs_to_a_finished_run_must_be_there(tmp_path):
     (path / report.REPORT).write_text(json.dumps({"step": 2, "valid": {"nll": 1.0, "bits_per_byte": 2.0},
                                                   "settings": report._settings(config)}))
     run = SimpleNamespace(config=config, workdir=path)
-    assert report.finished(run)["valid"]["nll"] == 1.0
+    assert report.read_finished_report(run)["valid"]["nll"] == 1.0
     (path / "documents.npz").unlink()
-    assert report.finished(run) is None
+    assert report.read_finished_report(run) is None

@@ -99,7 +99,7 @@ def test_the_looks_until_the_end(monkeypatch, late, news, looks):
         raise Ends
 
     monkeypatch.setattr("bd3lm_jax.watchdog.time.monotonic", lambda: now)
-    monkeypatch.setattr(Watchdog, "_end", end)
+    monkeypatch.setattr(Watchdog, "_terminate", end)
     watchdog._closed = Closed()
     with pytest.raises(Ends):
         watchdog._watch()

@@ -28,7 +28,7 @@ from pathlib import Path
 from bd3lm_jax import lock
 path = Path(sys.argv[1])
 for _ in range(50):
-    with lock.in_turn(path.with_name(".count.lock"), "counts"):
+    with lock.hold_waiting(path.with_name(".count.lock"), "counts"):
         number = int(path.read_text())
         time.sleep(0.0005)
         path.write_text(str(number + 1))
@@ -90,8 +90,8 @@ def test_who_waits_says_for_whom(tmp_path, builder, monkeypatch, capsys):
 
 def test_what_a_living_process_builds_stays(tmp_path, builder):
     process, name = builder
-    assert workspace.abandoned(tmp_path / "rows") == []
-    workspace.tidy(tmp_path / "rows")
+    assert workspace.abandoned_builds(tmp_path / "rows") == []
+    workspace.remove_leftovers(tmp_path / "rows")
     assert (tmp_path / name).is_dir()
 
 
@@ -104,13 +104,13 @@ def test_what_a_killed_process_left_goes_once_all_is_done(tmp_path, builder, loc
     process.wait()
     workspace.parts(tmp_path / "rows").mkdir()
     assert (tmp_path / name).is_dir()
-    workspace.tidy(tmp_path / "rows")
+    workspace.remove_leftovers(tmp_path / "rows")
     assert os.listdir(tmp_path) == []
 
 
 def test_parts_stay_while_somebody_builds(tmp_path, builder):
     workspace.parts(tmp_path / "rows").mkdir()
-    workspace.tidy(tmp_path / "rows")
+    workspace.remove_leftovers(tmp_path / "rows")
     assert workspace.parts(tmp_path / "rows").is_dir()
 
 
@@ -118,17 +118,17 @@ def test_parts_stay_while_somebody_builds(tmp_path, builder):
 def test_directories_of_other_hosts_and_earlier_versions_go_after_a_day(tmp_path, name):
     (tmp_path / name).mkdir()
     (tmp_path / name / "tokens.flat").write_text("a")
-    assert workspace.abandoned(tmp_path / "rows") == []
+    assert workspace.abandoned_builds(tmp_path / "rows") == []
     for path in (tmp_path / name, tmp_path / name / "tokens.flat"):
         os.utime(path, (time.time() - 25 * 3600,) * 2)
-    assert workspace.abandoned(tmp_path / "rows") == [tmp_path / name]
+    assert workspace.abandoned_builds(tmp_path / "rows") == [tmp_path / name]
     os.utime(tmp_path / name / "tokens.flat")  # somebody writes there
-    assert workspace.abandoned(tmp_path / "rows") == []
+    assert workspace.abandoned_builds(tmp_path / "rows") == []
 
 
 def test_names_that_only_begin_alike_are_left_alone(tmp_path):
     (tmp_path / f"rows-2.part-{socket.gethostname()}-{2**22 + 1}-0123abcd").mkdir()
-    assert workspace.abandoned(tmp_path / "rows") == []
+    assert workspace.abandoned_builds(tmp_path / "rows") == []
 
 
 def test_a_process_does_not_wait_for_itself(tmp_path):
@@ -142,7 +142,7 @@ def test_published_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "sync_tree", lambda path: order.append(("tree", path.exists())))
     monkeypatch.setattr(files, "sync", lambda path: order.append(("names", (tmp_path / "rows").exists())))
     with workspace.directory(tmp_path / "rows", "builds") as made:
-        workspace.publish(made, tmp_path / "rows")
+        workspace.rename_into_place(made, tmp_path / "rows")
     assert order == [("tree", True), ("names", True)] and os.listdir(tmp_path) == ["rows"]
 
 
@@ -157,5 +157,5 @@ def test_a_lock_file_of_another_user_is_waited_for_all_the_same(tmp_path, monkey
         return original(path, flags, *mode)
 
     monkeypatch.setattr(os, "open", refuse)
-    with lock.in_turn(tmp_path / ".rows.lock", "builds") as is_held:
+    with lock.hold_waiting(tmp_path / ".rows.lock", "builds") as is_held:
         assert is_held

@@ -14,16 +14,16 @@ import jax.numpy as jnp
 
 from bd3lm_jax.errors import UserError
 
-SEES = 0x73656573  # tells its random numbers from those of noise and dropout
+ANNEALING_FOLD = 0x73656573  # tells its random numbers from those of noise and dropout
 
 
-def last_seen(key: jax.Array, step: jax.Array, steps: int, position_BxL: jax.Array, block_size: int) -> jax.Array:
+def sample_max_visible_position(key: jax.Array, step: jax.Array, steps: int, position_BxL: jax.Array, block_size: int) -> jax.Array:
     """The last position that every token sees in the update after `step` updates, int32 `[B, L]`.
 
     key: that of the step; rows have numbers of their own, whatever the batch. Beyond the end of its block a token sees
     nothing, whatever this says.
     """
-    key, length = jax.random.fold_in(key, SEES), position_BxL.shape[1]
+    key, length = jax.random.fold_in(key, ANNEALING_FOLD), position_BxL.shape[1]
     rows = jnp.arange(position_BxL.shape[0])
     u_BxL = jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(key, row), (length,)))(rows)
     ahead_BxL = jnp.floor(jnp.minimum(step / steps, 1.0) * block_size + u_BxL)

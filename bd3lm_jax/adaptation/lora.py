@@ -1,7 +1,7 @@
 """Low-rank updates of frozen matrices (LoRA, arXiv 2106.09685): W + (alpha / r) A B, where only A and B are trained.
 
 They stand beside the network's parameters under LORA, by the path of their matrix: every kernel of a layer group that
-is no router or expert. `merged` puts them into the weights before a pass, so nothing that runs a network knows of them;
+is no router or expert. `merge_lora` puts them into the weights before a pass, so nothing that runs a network knows of them;
 B begins at zero, and with it the adapted network is the frozen one.
 """
 
@@ -16,7 +16,7 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import Backbone
 from bd3lm_jax.state import LORA
 
-DRAW = 0x6C6F7261  # tells their random numbers from those of the network
+LORA_FOLD = 0x6C6F7261  # tells their random numbers from those of the network
 
 
 def init(model: Backbone, params: dict, rank: int, key: jax.Array) -> dict:
@@ -26,16 +26,16 @@ def init(model: Backbone, params: dict, rank: int, key: jax.Array) -> dict:
     Where inputs end and outputs begin is where the two sides are nearest in size.
     """
     groups = {name: params[name] for name, *_ in model.groups}
-    kernels = {path: x for path, x in flatten_dict(groups).items() if path[-1] == "kernel" and _is_plain(path, x)}
-    found = {}
+    kernels = {path: x for path, x in flatten_dict(groups).items() if path[-1] == "kernel" and _takes_lora(path, x)}
+    lora_params = {}
     for index, (path, kernel) in enumerate(sorted(kernels.items())):
-        layers, inputs, outputs = _matrix(kernel.shape)
-        a = jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, DRAW), index), (layers, inputs, rank))
-        found[path] = {"a": a / math.sqrt(inputs), "b": jnp.zeros((layers, rank, outputs))}
-    return unflatten_dict({(*path, name): x for path, pair in found.items() for name, x in pair.items()})
+        layers, inputs, outputs = _matrix_shape(kernel.shape)
+        a = jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, LORA_FOLD), index), (layers, inputs, rank))
+        lora_params[path] = {"a": a / math.sqrt(inputs), "b": jnp.zeros((layers, rank, outputs))}
+    return unflatten_dict({(*path, name): x for path, pair in lora_params.items() for name, x in pair.items()})
 
 
-def merged(params: dict, scale: float) -> dict:
+def merge_lora(params: dict, scale: float) -> dict:
     """The parameters of the network with its updates in the weights, float32; those without updates as they are.
 
     scale: alpha / r.
@@ -51,9 +51,9 @@ def merged(params: dict, scale: float) -> dict:
     return unflatten_dict(flat)
 
 
-def merge(params: dict, train: Any) -> dict:
-    """`merged` as a program of its own, for a TrainConfig."""
-    return jax.jit(merged)(params, scale_of(train)) if LORA in params else params
+def merge_lora_jitted(params: dict, train: Any) -> dict:
+    """`merge_lora` as a program of its own, for a TrainConfig."""
+    return jax.jit(merge_lora)(params, scale_of(train)) if LORA in params else params
 
 
 def scale_of(train: Any) -> float:
@@ -70,11 +70,11 @@ def check(config: Any) -> None:
                         "optim.ema=0, noise.adapt='none' and an objective without parameters of its own")
 
 
-def _is_plain(path: tuple[str, ...], x) -> bool:
+def _takes_lora(path: tuple[str, ...], x) -> bool:
     return x.ndim >= 3 and not any("expert" in name or "router" in name for name in path)
 
 
-def _matrix(shape: tuple[int, ...]) -> tuple[int, int, int]:
+def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """Layers, inputs and outputs of a stacked kernel."""
     layers, *sizes = shape
     split = min(range(1, len(sizes)), key=lambda i: abs(math.log(math.prod(sizes[:i]) / math.prod(sizes[i:]))))

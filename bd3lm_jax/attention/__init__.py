@@ -59,9 +59,9 @@ def choose(backend: str, spec: MaskSpec, noised, clean, platform: str) -> Choice
         return Choice("dense", "decoding has few queries")
     if backend == "auto":
         return _fastest(spec, noised, clean, platform)
-    refused = _why_not(backend, spec, noised, clean, platform)
-    if refused:
-        raise UserError(f"compute.attention='{backend}' cannot run here: {refused}; use 'auto' or 'blocked'")
+    unsupported = _unsupported_reason(backend, spec, noised, clean, platform)
+    if unsupported:
+        raise UserError(f"compute.attention='{backend}' cannot run here: {unsupported}; use 'auto' or 'blocked'")
     if backend == "splash" and platform != "tpu":
         _warn_once("compute.attention='splash' is interpreted off a TPU, which is for tests: 'blocked' is far faster")
     return Choice(backend, "asked for")
@@ -74,30 +74,30 @@ def _fastest(spec, noised, clean, platform) -> Choice:
     best = FASTEST.get(platform)
     if best is None:
         return Choice("blocked", f"fastest on {platform}")
-    refused = _why_not(best, spec, noised, clean, platform)
-    if refused is None:
+    unsupported = _unsupported_reason(best, spec, noised, clean, platform)
+    if unsupported is None:
         return Choice(best, f"fastest on {platform}")
-    _warn_once(f"attention runs on 'blocked', not on '{best}': {refused}")
-    return Choice("blocked", f"'{best}' cannot run: {refused}")
+    _warn_once(f"attention runs on 'blocked', not on '{best}': {unsupported}")
+    return Choice("blocked", f"'{best}' cannot run: {unsupported}")
 
 
-def _why_not(name: str, spec, noised, clean, platform) -> str | None:
+def _unsupported_reason(name: str, spec, noised, clean, platform) -> str | None:
     """Why a backend cannot compute this call on this platform, in words; None when it can."""
     k = (noised or clean)[1]
     kv_heads, head_size = k.shape[-2:]
-    if name in FASTEST.values() and (spec.noised or spec.clean).sees is not None:
+    if name in FASTEST.values() and (spec.noised or spec.clean).max_visible_position is not None:
         return "what a token sees changes from step to step (train.anneal_steps)"
     if name == "splash":
         if platform == "gpu":
             return "it needs a TPU, and this is a GPU"
         from bd3lm_jax.attention import splash
 
-        return splash.why_not(spec, head_size, k.dtype, _length(noised, clean))
+        return splash.unsupported_reason(spec, head_size, k.dtype, _length(noised, clean))
     if name == "gpu":
         if platform != "gpu":
             return f"it needs an NVIDIA GPU, and this is a {platform.upper()}"
         q = noised[0] if noised is not None else clean[0]
-        return gpu.why_not(spec, head_size, k.dtype) or gpu.self_check(head_size, k.dtype, q.shape[-2] // kv_heads)
+        return gpu.unsupported_reason(spec, head_size, k.dtype) or gpu.self_check(head_size, k.dtype, q.shape[-2] // kv_heads)
     return None
 
 

@@ -6,9 +6,9 @@ Two parts (see `parts.py`): all queries against the clean keys, and noised block
 import functools
 
 from bd3lm_jax.attention.merged import merged_attention
-from bd3lm_jax.attention.parts import Own, Prefix, in_blocks
+from bd3lm_jax.attention.parts import OwnBlock, CleanPrefix, blockwise
 from bd3lm_jax.attention.spec import MaskSpec, allowed
-from bd3lm_jax.attention.tiles import all_tiles, flash, prefix_tiles, within
+from bd3lm_jax.attention.tiles import all_tiles, flash, prefix_tiles, restrict_to_window
 
 TILE = 128
 OWN_TILE = 32  # blocks smaller than this share a tile: on CPU many tiny products cost more than masked arithmetic
@@ -32,19 +32,19 @@ def check_training(spec: MaskSpec, noised, clean, cache) -> None:
 
 
 def _parts(spec: MaskSpec, noised, clean):
-    see = functools.partial(allowed, spec.rule, window=spec.window)
+    mask_fn = functools.partial(allowed, spec.rule, window=spec.window)
     parts = []
     if noised is not None:
-        parts.append(Own(spec, noised, own_flash(see, spec.block_size, OWN_TILE, spec.window)))
+        parts.append(OwnBlock(spec, noised, own_flash(mask_fn, spec.block_size, OWN_TILE, spec.window)))
     if clean is not None:
         rule = spec.rule if noised is None or spec.rule == "bidirectional" else "block_causal"
         tiles_of = functools.partial(prefix_tiles, rule, spec.block_size, spec.one_document, TILE)
         shift = 0 if noised is None else spec.block_size
-        parts.append(Prefix(spec, noised, clean, flash(see, within(spec.window, shift, tiles_of))))
+        parts.append(CleanPrefix(spec, noised, clean, flash(mask_fn, restrict_to_window(spec.window, shift, tiles_of))))
     return parts
 
 
-def own_flash(see, block_size: int, tile: int, window: int | None):
-    """Every block with itself; small blocks share problems of up to `tile` tokens. window: that of `see`."""
+def own_flash(mask_fn, block_size: int, tile: int, window: int | None):
+    """Every block with itself; small blocks share problems of up to `tile` tokens. window: that of `mask_fn`."""
     size = max(1, tile // block_size) * block_size
-    return in_blocks(flash(see, within(window, 0, functools.partial(all_tiles, min(size, TILE)))), size)
+    return blockwise(flash(mask_fn, restrict_to_window(window, 0, functools.partial(all_tiles, min(size, TILE)))), size)

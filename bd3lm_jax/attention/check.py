@@ -24,13 +24,13 @@ def example(rows: Sequence[Sequence[int]], length: int, block_size: int, heads: 
             position_BxL[row, end - size:end] = np.arange(size)
             segment_BxL[row, end - size:end] = index + 1
     noised = Tokens(position_BxL, position_BxL // block_size, segment_BxL, 1)
-    kept = length - block_size
-    clean = Tokens(*(x[:, :kept] for x in (noised.position, noised.block, noised.segment)), 0)
+    clean_length = length - block_size
+    clean = Tokens(*(x[:, :clean_length] for x in (noised.position, noised.block, noised.segment)), 0)
     spec = MaskSpec("block_causal", block_size, True, all(len(row) == 1 for row in rows), noised, clean, None)
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     def stream(*shape):
-        return tuple(jnp.asarray(draw.normal(size=(*shape, n, head_size)), dtype) for n in (heads, kv_heads, kv_heads))
-    return spec, stream(len(rows), 1, length), stream(len(rows), kept)
+        return tuple(jnp.asarray(rng.normal(size=(*shape, n, head_size)), dtype) for n in (heads, kv_heads, kv_heads))
+    return spec, stream(len(rows), 1, length), stream(len(rows), clean_length)
 
 
 def tolerance(dtype) -> float:
@@ -51,11 +51,11 @@ def largest_difference(attend: Callable, spec: MaskSpec, noised, clean) -> float
         gradients, outputs = jax.grad(projected, has_aux=True)(streams)
         return jax.tree.map(lambda x: x.astype(jnp.float32), (outputs, gradients))
 
-    def error(found, expected):
-        return jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected)
+    def error(actual, expected):
+        return jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected)
 
     with jax.default_matmul_precision("highest"):
         expected = jax.jit(lambda streams: run(dense_attention, streams))(
             jax.tree.map(lambda x: x.astype(jnp.float32), (noised, clean)))
-        found = jax.jit(lambda streams: run(attend, streams))((noised, clean))
-        return float(jnp.max(jnp.stack([error(*pair) for pair in zip(*map(jax.tree.leaves, (found, expected)))])))
+        actual = jax.jit(lambda streams: run(attend, streams))((noised, clean))
+        return float(jnp.max(jnp.stack([error(*pair) for pair in zip(*map(jax.tree.leaves, (actual, expected)))])))

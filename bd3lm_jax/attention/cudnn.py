@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 
-def why_missing() -> str | None:
+def missing_primitive_reason() -> str | None:
     """What this jax lacks of the two primitives, in words; None when they are there."""
     try:
         module = _private()

@@ -1,7 +1,7 @@
 """GPU: exact block diffusion attention on cuDNN's flash attention, which knows causal calls and key lengths only.
 
 Rows hold one document each. Noised views shifted by one block and the clean stream are query groups of one call over
-the clean keys (`parts.Prefix`). Small blocks: a plain *causal* call, plus for each block what it misses, the strict
+the clean keys (`parts.CleanPrefix`). Small blocks: a plain *causal* call, plus for each block what it misses, the strict
 upper triangle of the aligned clean block, plus the noised block itself. Large blocks: one unmasked call per block with
 its exact keys, and one for all noised blocks. All parts are merged and differentiated as one (`merged.py`).
 
@@ -19,43 +19,43 @@ import jax.numpy as jnp
 from bd3lm_jax.attention import check, cudnn, tiles
 from bd3lm_jax.attention.blocked import check_training, own_flash
 from bd3lm_jax.attention.merged import merged_attention
-from bd3lm_jax.attention.parts import Own, Prefix, in_blocks
+from bd3lm_jax.attention.parts import OwnBlock, CleanPrefix, blockwise
 from bd3lm_jax.attention.shards import per_device
 from bd3lm_jax.attention.spec import MaskSpec, Tokens, allowed
-from bd3lm_jax.attention.tiles import Flash, Grad
+from bd3lm_jax.attention.tiles import Flash, BackwardInputs
 
 LARGE_BLOCK = 256  # from here on the triangle that a causal call misses costs more than a call per block
-MOST_CALLS = 64  # calls per block in one program, forward and backward each
+MAX_CALLS = 64  # calls per block in one program, forward and backward each
 OWN_TILE = 16  # the smallest matrix product of a tensor core
 MAX_HEAD = 128
 XLA_TILE = 128
 
 
 def gpu_attention(spec: MaskSpec, noised, clean, cache):
-    """Same contract as `reference.dense_attention`, without a cache; ask `why_not` first.
+    """Same contract as `reference.dense_attention`, without a cache; ask `unsupported_reason` first.
 
-    Raises ValueError with a cache, streams that are not aligned or a mask that `why_not` refuses.
+    Raises ValueError with a cache, streams that are not aligned or a mask that `unsupported_reason` refuses.
     """
     check_training(spec, noised, clean, cache)
-    reason = _why_not_mask(spec)
+    reason = _unsupported_mask_reason(spec)
     if reason:
         raise ValueError(reason)
     return per_device(functools.partial(merged_attention, _parts), spec, noised, clean)
 
 
-def why_not(spec: MaskSpec, head_size: int, dtype) -> str | None:
+def unsupported_reason(spec: MaskSpec, head_size: int, dtype) -> str | None:
     """Why this call cannot run on cuDNN, in words; None when it can. The device itself is tried by `self_check`."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN computes in bfloat16 or float16, not in {jnp.dtype(dtype)}"
     if head_size % 8 or head_size > MAX_HEAD:
         return f"cuDNN takes head sizes 8, 16, ... {MAX_HEAD}, not {head_size}"
-    return _why_not_mask(spec) or cudnn.why_missing()
+    return _unsupported_mask_reason(spec) or cudnn.missing_primitive_reason()
 
 
-def _why_not_mask(spec: MaskSpec) -> str | None:
+def _unsupported_mask_reason(spec: MaskSpec) -> str | None:
     if spec.window is not None:
         return f"a layer sees {spec.window} tokens to either side, and cuDNN's calls here have no window"
-    if spec.smallest is not None:
+    if spec.min_block_size is not None:
         return "rows have blocks of several sizes, and cuDNN's calls are the same for all rows"
     if not spec.one_document:
         return "rows may hold several documents, and cuDNN's causal call knows no segments"
@@ -68,7 +68,7 @@ def _why_not_mask(spec: MaskSpec) -> str | None:
 
 
 @functools.cache
-def self_check(head_size: int, dtype, share: int) -> str | None:
+def self_check(head_size: int, dtype, group_size: int) -> str | None:
     """Small calls of both kinds on this process's GPU against the dense oracle: what is wrong, in words, or None.
 
     share: query heads a key head. May be called while a program is traced: it runs in a thread of its own.
@@ -78,44 +78,44 @@ def self_check(head_size: int, dtype, share: int) -> str | None:
     try:
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
             sizes = (LARGE_BLOCK // 4, LARGE_BLOCK)
-            found = list(thread.map(lambda size: _difference(size, head_size, dtype, share), sizes))
+            differences = list(thread.map(lambda size: _difference(size, head_size, dtype, group_size), sizes))
     except Exception as error:  # whatever cuDNN or the driver says, there is another backend
         return f"its check on this device failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-    if all(difference <= check.tolerance(dtype) for difference in found):  # NaN is not
+    if all(difference <= check.tolerance(dtype) for difference in differences):  # NaN is not
         return None
-    shown = " and ".join(f"{difference:.1e}" for difference in found)
-    return f"its check on this device is {shown} off, and at most {check.tolerance(dtype)} is rounding"
+    formatted = " and ".join(f"{difference:.1e}" for difference in differences)
+    return f"its check on this device is {formatted} off, and at most {check.tolerance(dtype)} is rounding"
 
 
-def _difference(block_size: int, head_size: int, dtype, share: int) -> float:
+def _difference(block_size: int, head_size: int, dtype, group_size: int) -> float:
     length = 3 * LARGE_BLOCK
     rows = [[length], [length - block_size - 3]]
-    example = check.example(rows, length, block_size, 2 * share, 2, head_size, dtype)
+    example = check.example(rows, length, block_size, 2 * group_size, 2, head_size, dtype)
     return check.largest_difference(gpu_attention, *example)
 
 
 def _parts(spec: MaskSpec, noised, clean):
     size, parts = spec.block_size, []
-    see = functools.partial(allowed, spec.rule)
+    mask_fn = functools.partial(allowed, spec.rule)
     full = _flash(causal=False)
     if noised is not None:
-        own = in_blocks(full, size) if size >= LARGE_BLOCK else own_flash(see, size, OWN_TILE, None)
-        parts.append(Own(spec, noised, own))
+        own = blockwise(full, size) if size >= LARGE_BLOCK else own_flash(mask_fn, size, OWN_TILE, None)
+        parts.append(OwnBlock(spec, noised, own))
     if clean is None:
         return parts
     if spec.rule == "bidirectional":
-        return [*parts, Prefix(spec, noised, clean, full)]
-    if spec.rule == "block_causal" and size >= LARGE_BLOCK and clean[1].shape[1] <= MOST_CALLS * size:
-        return [*parts, Prefix(spec, noised, clean, _block_causal(full, size))]
-    parts.append(Prefix(spec, noised, clean, _flash(causal=True)))
+        return [*parts, CleanPrefix(spec, noised, clean, full)]
+    if spec.rule == "block_causal" and size >= LARGE_BLOCK and clean[1].shape[1] <= MAX_CALLS * size:
+        return [*parts, CleanPrefix(spec, noised, clean, _block_causal(full, size))]
+    parts.append(CleanPrefix(spec, noised, clean, _flash(causal=True)))
     if size > 1 and (noised is not None or spec.rule == "block_causal"):
-        parts.append(Prefix(spec, noised, clean, own_flash(functools.partial(_missed, spec), size, OWN_TILE, None)))
+        parts.append(CleanPrefix(spec, noised, clean, own_flash(functools.partial(_mask_outside_causal, spec), size, OWN_TILE, None)))
     return parts
 
 
-def _missed(spec: MaskSpec, q: Tokens, kv: Tokens):
+def _mask_outside_causal(spec: MaskSpec, q: Tokens, kv: Tokens):
     """Who sees whom, less what the causal call over shifted rows has shown already (position = row index)."""
-    return allowed(spec.rule, q, kv) & (kv.position > q.position - spec.block_size * (q.view > 0))
+    return allowed(spec.rule, q, kv) & (kv.position > q.position - spec.block_size * (q.noise_sample > 0))
 
 
 def _flash(causal: bool) -> Flash:
@@ -127,14 +127,14 @@ def _flash(causal: bool) -> Flash:
         kv_heads, groups = k_BxPxKxD.shape[2], q_BxGxNxHxD.shape[1]
         out, lse = _by_device(cudnn.forward, _xla_forward, causal, _as_heads(q_BxGxNxHxD, kv_heads), k_BxPxKxD,
                               v_BxPxKxD, keys_of(kv_tokens))
-        return tiles.without_padding(q_tokens, *(_from_heads(x, groups, kv_heads) for x in (out, lse)))
+        return tiles.zero_padding(q_tokens, *(_from_heads(x, groups, kv_heads) for x in (out, lse)))
 
-    def backward(q_BxGxNxHxD, k_BxPxKxD, v_BxPxKxD, q_tokens: Tokens, kv_tokens: Tokens, grad: Grad):
+    def backward(q_BxGxNxHxD, k_BxPxKxD, v_BxPxKxD, q_tokens: Tokens, kv_tokens: Tokens, grad: BackwardInputs):
         dtype, kv_heads, groups = q_BxGxNxHxD.dtype, k_BxPxKxD.shape[2], q_BxGxNxHxD.shape[1]
-        out, d_out = (tiles.without_padding(q_tokens, x.astype(dtype), grad.lse)[0] for x in (grad.out, grad.d_out))
-        given = (_as_heads(x, kv_heads) for x in (tiles.never_weighted(grad.lse), out, d_out))
+        out, d_out = (tiles.zero_padding(q_tokens, x.astype(dtype), grad.lse)[0] for x in (grad.out, grad.d_out))
+        residuals = (_as_heads(x, kv_heads) for x in (tiles.lse_for_backward(grad.lse), out, d_out))
         dq, dk, dv = _by_device(cudnn.backward, _xla_backward, causal, _as_heads(q_BxGxNxHxD, kv_heads), k_BxPxKxD,
-                                v_BxPxKxD, keys_of(kv_tokens), *given)
+                                v_BxPxKxD, keys_of(kv_tokens), *residuals)
         return tuple(x.astype(jnp.float32) for x in (_from_heads(dq, groups, kv_heads), dk, dv))
 
     return Flash(forward, backward)
@@ -153,10 +153,10 @@ def _block_causal(full: Flash, size: int) -> Flash:
         results = zip(*(full.forward(*call) for _, call in calls(*arguments)))
         return tuple(jnp.concatenate(parts, axis=2) for parts in results)
 
-    def backward(q_BxGxN, k_BxP, v_BxP, q_tokens, kv_tokens, grad: Grad):
+    def backward(q_BxGxN, k_BxP, v_BxP, q_tokens, kv_tokens, grad: BackwardInputs):
         dqs, dk, dv = [], jnp.zeros(k_BxP.shape), jnp.zeros(v_BxP.shape)
         for rows, call in calls(q_BxGxN, k_BxP, v_BxP, q_tokens, kv_tokens):
-            dq, dk_part, dv_part = full.backward(*call, Grad(*(x[:, :, rows] for x in grad)))
+            dq, dk_part, dv_part = full.backward(*call, BackwardInputs(*(x[:, :, rows] for x in grad)))
             dqs.append(dq)
             dk, dv = (total.at[:, :x.shape[1]].add(x) for total, x in ((dk, dk_part), (dv, dv_part)))
         return jnp.concatenate(dqs, axis=2), dk, dv
@@ -164,10 +164,10 @@ def _block_causal(full: Flash, size: int) -> Flash:
     return Flash(forward, backward)
 
 
-def _by_device(on_cuda, elsewhere, causal, *arguments):
+def _by_device(on_cuda, default_fn, causal, *arguments):
     """Chosen when the program is lowered, so that it can be lowered for a GPU without having one."""
     return jax.lax.platform_dependent(*arguments, cuda=functools.partial(on_cuda, causal),
-                                      default=functools.partial(elsewhere, causal))
+                                      default=functools.partial(default_fn, causal))
 
 
 def _as_heads(x_BxGxNxH, kv_heads: int):
@@ -195,7 +195,7 @@ def _xla_backward(causal: bool, q_BxTxHxD, k_BxPxGxD, v_BxPxGxD, keys_B, lse_BxT
     """`cudnn.backward` in XLA."""
     flash, q_tokens, kv_tokens = _xla(causal, q_BxTxHxD, k_BxPxGxD, keys_B)
     d_out = d_out_BxTxHxD.astype(jnp.float32)
-    grad = Grad(out_BxTxHxD, lse_BxTxH, d_out, jnp.sum(d_out * out_BxTxHxD, axis=-1))
+    grad = BackwardInputs(out_BxTxHxD, lse_BxTxH, d_out, jnp.sum(d_out * out_BxTxHxD, axis=-1))
     dq, dk, dv = flash.backward(q_BxTxHxD[:, None], k_BxPxGxD, v_BxPxGxD, q_tokens, kv_tokens,
                                 jax.tree.map(lambda x: x[:, None], grad))
     return tuple(x.astype(q_BxTxHxD.dtype) for x in (dq[:, 0], dk, dv))

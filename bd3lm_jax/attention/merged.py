@@ -13,7 +13,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from bd3lm_jax.attention.spec import MaskSpec
-from bd3lm_jax.attention.tiles import Grad
+from bd3lm_jax.attention.tiles import BackwardInputs
 
 SAVED = "attended"  # checkpoint name of outputs and log-sum-exps: a remat policy that saves it recomputes no attention
 
@@ -48,8 +48,8 @@ def _merge(partial, dtype):
     return out.astype(dtype), lse
 
 
-def _merged_backward(parts_of, saved, d_outs):
-    spec, noised, clean, merged = saved
+def _merged_backward(parts_of, residuals, d_outs):
+    spec, noised, clean, merged = residuals
     grads = [_global(*result, d_out) for result, d_out in zip(merged, d_outs)]
     d_noised, d_clean = [None] * 3, [None] * 3
     for part in parts_of(spec, noised, clean):
@@ -61,11 +61,11 @@ def _merged_backward(parts_of, saved, d_outs):
 merged_attention.defvjp(_merged_forward, _merged_backward)
 
 
-def _global(out, lse, d_out) -> Grad | None:
+def _global(out, lse, d_out) -> BackwardInputs | None:
     if out is None:
         return None
     d_out = d_out.astype(jnp.float32)
-    return Grad(out, lse, d_out, jnp.sum(d_out * out, axis=-1))
+    return BackwardInputs(out, lse, d_out, jnp.sum(d_out * out, axis=-1))
 
 
 def _add(total, share):

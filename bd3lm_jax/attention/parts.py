@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 
 from bd3lm_jax.attention.spec import MaskSpec, Tokens
-from bd3lm_jax.attention.tiles import NEVER, Flash, Grad, pad_to
+from bd3lm_jax.attention.tiles import NEG_INF, Flash, BackwardInputs, pad_to
 
-NOTHING = (None, None, None)
+NO_GRADS = (None, None, None)
 
 
-class Prefix:
+class CleanPrefix:
     """All queries against the clean keys.
 
     Noised block b + 1 sees exactly the clean keys that clean block b sees: the noised views, shifted by one block, and
@@ -22,21 +22,21 @@ class Prefix:
         self.flash = flash
         clean_q, self.k, self.v = clean
         self.views, self.noised_length = (0, 0) if noised is None else noised[0].shape[1:3]
-        self.shift = (spec.smallest or spec.block_size) if self.views else 0
+        self.shift = (spec.min_block_size or spec.block_size) if self.views else 0
         self.clean_length = 0 if clean_q is None else clean_q.shape[1]
         self.length = max(self.noised_length - self.shift, self.k.shape[1])
         self.q = self._group(noised and noised[0], clean_q)
-        self.kv_tokens = of_view(spec.clean, 0)
-        noised_tokens = spread(of_view(spec.noised, 1), self.views) if self.views else self.kv_tokens
+        self.kv_tokens = with_noise_sample(spec.clean, 0)
+        noised_tokens = broadcast_noise_samples(with_noise_sample(spec.noised, 1), self.views) if self.views else self.kv_tokens
         self.q_tokens = jax.tree.map(self._group, noised_tokens, self.kv_tokens)
 
     def forward(self):
         out, lse = self.flash.forward(self.q, self.k, self.v, self.q_tokens, self.kv_tokens)
-        noised, clean = zip(self._ungroup(out, 0.0), self._ungroup(lse, NEVER))
+        noised, clean = zip(self._ungroup(out, 0.0), self._ungroup(lse, NEG_INF))
         return noised if self.views else None, clean if self.clean_length else None
 
-    def backward(self, noised: Grad | None, clean: Grad | None):
-        grad = Grad(*map(self._group, noised or clean, clean or noised))
+    def backward(self, noised: BackwardInputs | None, clean: BackwardInputs | None):
+        grad = BackwardInputs(*map(self._group, noised or clean, clean or noised))
         dq, dk, dv = self.flash.backward(self.q, self.k, self.v, self.q_tokens, self.kv_tokens, grad)
         dq_noised, dq_clean = self._ungroup(dq, 0.0)
         return (dq_noised, None, None), (dq_clean, dk, dv)
@@ -60,24 +60,24 @@ class Prefix:
         return noised, clean
 
 
-class Own:
+class OwnBlock:
     """Noised tokens against their own view; a view is a row of its own to `flash`."""
 
     def __init__(self, spec: MaskSpec, noised, flash: Flash):
         self.flash, self.shape = flash, noised[0].shape[:3]
         self.streams = tuple(map(self._rows, noised))
-        self.tokens = jax.tree.map(self._rows, spread(of_view(spec.noised, 1), self.shape[1]))
+        self.tokens = jax.tree.map(self._rows, broadcast_noise_samples(with_noise_sample(spec.noised, 1), self.shape[1]))
 
     def forward(self):
         q, k, v = self.streams
         results = self.flash.forward(q[:, None], k, v, self.tokens.expand(1), self.tokens)
         return tuple(self._views(x[:, 0]) for x in results), None
 
-    def backward(self, noised: Grad, clean: Grad | None):
+    def backward(self, noised: BackwardInputs, clean: BackwardInputs | None):
         q, k, v = self.streams
-        grad = Grad(*(self._rows(x)[:, None] for x in noised))
+        grad = BackwardInputs(*(self._rows(x)[:, None] for x in noised))
         dq, dk, dv = self.flash.backward(q[:, None], k, v, self.tokens.expand(1), self.tokens, grad)
-        return tuple(map(self._views, (dq[:, 0], dk, dv))), NOTHING
+        return tuple(map(self._views, (dq[:, 0], dk, dv))), NO_GRADS
 
     def _rows(self, x_BxMxT):
         return x_BxMxT.reshape(-1, *x_BxMxT.shape[2:])
@@ -86,7 +86,7 @@ class Own:
         return x_RxT.reshape(*self.shape, *x_RxT.shape[2:])
 
 
-def in_blocks(flash: Flash, size: int) -> Flash:
+def blockwise(flash: Flash, size: int) -> Flash:
     """Queries against the keys at the same row indices, `size` at a time: a batch of problems for `flash`."""
     def fold(x_BxN, blocks):
         return pad_to(x_BxN, 1, blocks * size).reshape(-1, size, *x_BxN.shape[2:])
@@ -110,21 +110,21 @@ def in_blocks(flash: Flash, size: int) -> Flash:
         results = flash.forward(*problems(q_BxGxN, *others)[1])
         return tuple(unfold_groups(x, q_BxGxN.shape[0], q_BxGxN.shape[2]) for x in results)
 
-    def backward(q_BxGxN, k_BxP, v_BxP, q_tokens, kv_tokens, grad: Grad):
+    def backward(q_BxGxN, k_BxP, v_BxP, q_tokens, kv_tokens, grad: BackwardInputs):
         blocks, arguments = problems(q_BxGxN, k_BxP, v_BxP, q_tokens, kv_tokens)
-        dq, dk, dv = flash.backward(*arguments, Grad(*(fold_groups(x, blocks) for x in grad)))
+        dq, dk, dv = flash.backward(*arguments, BackwardInputs(*(fold_groups(x, blocks) for x in grad)))
         batch, _, queries = q_BxGxN.shape[:3]
         return unfold_groups(dq, batch, queries), *(unfold(x, batch, k_BxP.shape[1]) for x in (dk, dv))
 
     return Flash(forward, backward)
 
 
-def of_view(tokens: Tokens, view: int) -> Tokens:
-    """The same tokens, `view` as an array like the others."""
-    return tokens.replace(view=jnp.full(tokens.segment.shape, view))
+def with_noise_sample(tokens: Tokens, noise_sample: int) -> Tokens:
+    """The same tokens, `noise_sample` as an array like the others."""
+    return tokens.replace(noise_sample=jnp.full(tokens.segment.shape, noise_sample))
 
 
-def spread(tokens: Tokens, views: int) -> Tokens:
+def broadcast_noise_samples(tokens: Tokens, views: int) -> Tokens:
     """`[B, T]` -> `[B, M, T]`."""
     def repeat(x):
         return jnp.broadcast_to(x[:, None], (x.shape[0], views, *x.shape[1:]))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from bd3lm_jax.attention.spec import MaskSpec, Tokens, allowed
 
-MASKED = -1e30  # finite, so that a query which sees nobody gives 0 and not NaN
+NEG_INF = -1e30  # finite, so that a query which sees nobody gives 0 and not NaN
 
 
 def dense_attention(spec: MaskSpec, noised, clean, cache):
@@ -29,10 +29,10 @@ def dense_attention(spec: MaskSpec, noised, clean, cache):
             q_tokens.append(spec.clean)
     if noised is not None:
         views = noised[0].shape[1]
-        queries.append(_flat_views(noised[0]))
-        keys.append(jnp.moveaxis(_flat_views(noised[1]), 1, -1))
-        values.append(jnp.moveaxis(_flat_views(noised[2]), 1, -1))
-        tokens = _view_tokens(spec.noised, views)
+        queries.append(_flatten_noise_samples(noised[0]))
+        keys.append(jnp.moveaxis(_flatten_noise_samples(noised[1]), 1, -1))
+        values.append(jnp.moveaxis(_flatten_noise_samples(noised[2]), 1, -1))
+        tokens = _noise_sample_tokens(spec.noised, views)
         q_tokens.append(tokens)
         kv_tokens.append(tokens)
     mask = allowed(spec.rule, _concat(q_tokens).expand(2), _concat(kv_tokens).expand(1), spec.window)
@@ -52,7 +52,7 @@ def _attend(q_BxQxHxD, keys, values, mask_BxQxP):
     scores = jnp.concatenate([jnp.einsum("bgdp,bqgrd->bgrqp", k, q, preferred_element_type=jnp.float32)
                               for k in keys], axis=-1) * size**-0.5  # keys first: the other way XLA transposes a cache
     mask = mask_BxQxP[:, None, None]
-    weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)
+    weights = jax.nn.softmax(jnp.where(mask, scores, NEG_INF), axis=-1)
     weights = jnp.where(mask.any(-1, keepdims=True), weights, 0.0).astype(values[0].dtype)
     ends = [sum(k.shape[-1] for k in keys[:i + 1]) for i in range(len(keys) - 1)]
     out = sum(jnp.einsum("bgrqp,bgdp->bqgrd", part, v, preferred_element_type=jnp.float32)
@@ -60,18 +60,18 @@ def _attend(q_BxQxHxD, keys, values, mask_BxQxP):
     return out.reshape(q_BxQxHxD.shape).astype(q_BxQxHxD.dtype)
 
 
-def _flat_views(x_BxMxTxHxD):
+def _flatten_noise_samples(x_BxMxTxHxD):
     batch, views, length, *rest = x_BxMxTxHxD.shape
     return x_BxMxTxHxD.reshape(batch, views * length, *rest)
 
 
-def _view_tokens(tokens: Tokens, views: int) -> Tokens:
+def _noise_sample_tokens(tokens: Tokens, views: int) -> Tokens:
     """Tokens `[B, T]` of one view -> `[B, M T]` of all views, numbered from 1."""
     batch, length = tokens.segment.shape
-    tiled = jax.tree.map(lambda x: jnp.tile(x, (1, views)), tokens.replace(view=tokens.segment))
-    return tiled.replace(view=jnp.broadcast_to(jnp.repeat(jnp.arange(1, views + 1), length), (batch, views * length)))
+    tiled = jax.tree.map(lambda x: jnp.tile(x, (1, views)), tokens.replace(noise_sample=tokens.segment))
+    return tiled.replace(noise_sample=jnp.broadcast_to(jnp.repeat(jnp.arange(1, views + 1), length), (batch, views * length)))
 
 
 def _concat(parts: list[Tokens]) -> Tokens:
-    full = [part.replace(view=jnp.broadcast_to(part.view, part.segment.shape)) for part in parts]
+    full = [part.replace(noise_sample=jnp.broadcast_to(part.noise_sample, part.segment.shape)) for part in parts]
     return jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), *full)

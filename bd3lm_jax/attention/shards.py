@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from bd3lm_jax.attention.spec import MaskSpec
-from bd3lm_jax.sharding import BATCH_AXES, dividing
+from bd3lm_jax.sharding import BATCH_AXES, divisible_axes
 
 
 def per_device(attend: Callable, spec: MaskSpec, noised, clean):
@@ -17,7 +17,7 @@ def per_device(attend: Callable, spec: MaskSpec, noised, clean):
     if not mesh.auto_axes:
         return attend(spec, noised, clean)
     keys = (noised or clean)[1]
-    rows, heads = dividing(mesh, BATCH_AXES, keys.shape[0]), dividing(mesh, ("tensor",), keys.shape[-2])
+    rows, heads = divisible_axes(mesh, BATCH_AXES, keys.shape[0]), divisible_axes(mesh, ("tensor",), keys.shape[-2])
     stream = {4: P(rows, None, heads), 5: P(rows, None, None, heads)}  # [B, C, H, Dh], [B, M, T, H, Dh]
     qkv = jax.tree.map(lambda x: stream[x.ndim], (noised, clean))
     tokens = jax.tree.map(lambda x: P(rows) if jnp.ndim(x) else P(), spec)

@@ -26,8 +26,8 @@ class Tokens:
     position: jax.Array
     block: jax.Array
     segment: jax.Array
-    view: jax.Array | int
-    sees: jax.Array | None = None
+    noise_sample: jax.Array | int
+    max_visible_position: jax.Array | None = None
 
     def expand(self, *axes: int) -> "Tokens":
         """New axes in every array (for broadcasting queries against keys)."""
@@ -53,7 +53,7 @@ class MaskSpec:
     noised: Tokens | None
     clean: Tokens | None
     cache: Tokens | None
-    smallest: int | None = flax.struct.field(pytree_node=False, default=None)
+    min_block_size: int | None = flax.struct.field(pytree_node=False, default=None)
     window: int | None = flax.struct.field(pytree_node=False, default=None)
 
 
@@ -64,21 +64,21 @@ def allowed(rule: str, q: Tokens, kv: Tokens, window: int | None = None) -> jax.
     noised; nobody sees another segment or padding. window: nor a token whose place in the document is more than so many
     tokens away, in either direction; None: however far.
     """
-    q_noised, kv_noised = jnp.asarray(q.view) > 0, jnp.asarray(kv.view) > 0
-    own_block = q_noised & (q.view == kv.view) & (q.block == kv.block)
+    q_noised, kv_noised = jnp.asarray(q.noise_sample) > 0, jnp.asarray(kv.noise_sample) > 0
+    own_block = q_noised & (q.noise_sample == kv.noise_sample) & (q.block == kv.block)
     earlier = q_noised & ~kv_noised & (kv.block < q.block)
     clean = ~q_noised & ~kv_noised
     if rule == "causal":
         clean &= kv.position <= q.position
     elif rule == "block_causal":
         clean &= kv.block <= q.block
-    seen = (q.segment == kv.segment) & (kv.segment > 0) & (own_block | earlier | clean)
-    if q.sees is not None:
-        seen &= kv.position <= q.sees
-    return seen if window is None else seen & (jnp.abs(q.position - kv.position) <= window)
+    visible = (q.segment == kv.segment) & (kv.segment > 0) & (own_block | earlier | clean)
+    if q.max_visible_position is not None:
+        visible &= kv.position <= q.max_visible_position
+    return visible if window is None else visible & (jnp.abs(q.position - kv.position) <= window)
 
 
-def seen_tiles(rule: str, block_size: int, queries: int, keys: int, tile: int) -> np.ndarray:
+def visible_tiles(rule: str, block_size: int, queries: int, keys: int, tile: int) -> np.ndarray:
     """Static superset of the (query tile, key tile) pairs that clean queries of one row can see: int32 [n, 2].
 
     Derived from row indices alone, so it holds for any segments. Sorted by query tile.
@@ -91,5 +91,5 @@ def seen_tiles(rule: str, block_size: int, queries: int, keys: int, tile: int) -
         last_key = (last_query // block_size + 1) * block_size - 1
     else:
         last_key = np.full_like(last_query, keys - 1)
-    seen = np.arange(k_tiles)[None, :] * tile <= last_key[:, None]
-    return np.argwhere(seen).astype(np.int32)
+    visible = np.arange(k_tiles)[None, :] * tile <= last_key[:, None]
+    return np.argwhere(visible).astype(np.int32)

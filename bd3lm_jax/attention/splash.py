@@ -28,25 +28,25 @@ MAX_HEAD, MAX_TOKENS = 256, 32768  # what the compilers for v4 to v6e were seen 
 
 
 def splash_attention(spec: MaskSpec, noised, clean, cache):
-    """Same contract as `reference.dense_attention`, without a cache; ask `why_not` first.
+    """Same contract as `reference.dense_attention`, without a cache; ask `unsupported_reason` first.
 
     Compiled on TPU, interpreted (slowly) on CPU: the platform that the program is lowered for decides. A remat policy
     that saves the name "attended" keeps what the kernel computed, so that it does not run forwards twice.
-    Raises ValueError with a cache, streams that are not aligned or what `why_not` refuses.
+    Raises ValueError with a cache, streams that are not aligned or what `unsupported_reason` refuses.
     """
     check_training(spec, noised, clean, cache)
     _, keys, _ = noised or clean
-    reason = why_not(spec, keys.shape[-1], keys.dtype, keys.shape[-3])
+    reason = unsupported_reason(spec, keys.shape[-1], keys.dtype, keys.shape[-3])
     if reason:
         raise ValueError(reason)
     return per_device(_attention, spec, noised, clean)
 
 
-def why_not(spec: MaskSpec, head_size: int, dtype, tokens: int) -> str | None:
+def unsupported_reason(spec: MaskSpec, head_size: int, dtype, tokens: int) -> str | None:
     """Why the kernel cannot run this call, in words; None when it can. tokens: length of a row."""
     if spec.window is not None:
         return f"a layer sees {spec.window} tokens to either side, and no window goes into splash attention here"
-    if spec.smallest is not None:
+    if spec.min_block_size is not None:
         return "rows have blocks of several sizes, and splash attention has one mask for all rows"
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         return f"splash attention computes in float32 or bfloat16, not in {jnp.dtype(dtype)}"
@@ -90,9 +90,9 @@ class _Layout:
     @classmethod
     def of(cls, spec: MaskSpec, noised, clean) -> "_Layout":
         views, length = (0, 0) if noised is None else noised[0].shape[1:3]
-        kept = 0 if clean is None else clean[1].shape[1]
-        tile = choose_tile(length, kept, views, spec.block_size)
-        return cls(spec.rule, spec.block_size, views, length, kept, kept > 0 and clean[0] is not None, tile)
+        clean_length = 0 if clean is None else clean[1].shape[1]
+        tile = choose_tile(length, clean_length, views, spec.block_size)
+        return cls(spec.rule, spec.block_size, views, length, clean_length, clean_length > 0 and clean[0] is not None, tile)
 
     def _padded(self, length: int) -> int:
         return -(-length // self.tile) * self.tile
@@ -126,11 +126,11 @@ class _Layout:
 
     def tokens(self) -> Tokens:
         """The joined keys, as if the row held one document."""
-        streams = [(view, self._padded(self.noised)) for view in range(1, self.views + 1)]
+        streams = [(noise_sample, self._padded(self.noised)) for noise_sample in range(1, self.views + 1)]
         streams.append((0, self._padded(self.clean)))
         row = np.concatenate([np.arange(length, dtype=np.int32) for _, length in streams])
-        view = np.concatenate([np.full(length, view, np.int32) for view, length in streams])
-        return Tokens(row, row // self.block_size, np.ones_like(row), view)
+        noise_sample = np.concatenate([np.full(length, noise_sample, np.int32) for noise_sample, length in streams])
+        return Tokens(row, row // self.block_size, np.ones_like(row), noise_sample)
 
 
 class _Mask(pallas.Mask):
@@ -139,8 +139,8 @@ class _Mask(pallas.Mask):
     def __init__(self, layout: _Layout):
         self.layout, self.tokens = layout, layout.tokens()
         keys = self.tokens.position.size
-        self.queries_and_keys = keys if layout.clean_queries else int((self.tokens.view > 0).sum()), keys
-        self.tiles, self.different = {}, {}
+        self.queries_and_keys = keys if layout.clean_queries else int((self.tokens.noise_sample > 0).sum()), keys
+        self.tiles, self.unique_tiles = {}, {}
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -151,7 +151,7 @@ class _Mask(pallas.Mask):
         if key not in self.tiles:
             q, kv = (jax.tree.map(lambda x: x[part], self.tokens) for part in index)
             tile = np.asarray(_allowed(self.layout.rule, q.expand(1), kv.expand(0)))
-            self.tiles[key] = self.different.setdefault(tile.tobytes(), tile)
+            self.tiles[key] = self.unique_tiles.setdefault(tile.tobytes(), tile)
         return self.tiles[key]
 
     def __eq__(self, other) -> bool:
@@ -173,8 +173,8 @@ def choose_tile(noised: int, clean: int, views: int, block_size: int) -> int:
     def cost(tile):
         noised_tiles, clean_tiles, own_tiles = (-(-n // tile) for n in (noised, clean, block_size))
         prefix_tiles = (clean_tiles + 1) / 2
-        seen = views * noised_tiles * (own_tiles + prefix_tiles) + clean_tiles * prefix_tiles
-        return seen * (tile**2 + 256**2)
+        tile_pairs = views * noised_tiles * (own_tiles + prefix_tiles) + clean_tiles * prefix_tiles
+        return tile_pairs * (tile**2 + 256**2)
     return min(TILES, key=cost)
 
 

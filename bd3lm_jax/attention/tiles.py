@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax.attention.spec import Tokens, seen_tiles
+from bd3lm_jax.attention.spec import Tokens, visible_tiles
 
-NEVER = -1e30  # stands for log 0; finite, so that differences are never NaN
+NEG_INF = -1e30  # stands for log 0; finite, so that differences are never NaN
 
 
-class Grad(NamedTuple):
+class BackwardInputs(NamedTuple):
     """What a flash backward needs of one stream, all of the whole attention (not of one part): output and its
     cotangent `[..., H, Dh]`, log-sum-exp `[..., H]` (NEVER: sees nobody), delta = sum(d output * output) `[..., H]`."""
 
@@ -45,96 +45,96 @@ class Tiles(NamedTuple):
     the tile. masked: all others of which anything may be seen."""
 
     size: int
-    whole: np.ndarray
+    unmasked: np.ndarray
     masked: np.ndarray
 
 
 def prefix_tiles(rule: str, block_size: int, one_document: bool, size: int, queries: int, keys: int) -> Tiles:
     """Tiles of clean queries (or what sees as they do) against the clean keys of their row."""
-    pairs = seen_tiles(rule, block_size, queries, keys, size)
+    pairs = visible_tiles(rule, block_size, queries, keys, size)
     q_start, k_end = pairs[:, 0] * size, (pairs[:, 1] + 1) * size
     # Keys before the query's block are seen, and real wherever the query is; later ones may be padding.
-    sure = q_start // block_size * block_size
-    whole = (k_end <= np.minimum(sure, keys)) & (one_document and rule != "bidirectional")
-    return Tiles(size, pairs[whole], pairs[~whole])
+    block_start = q_start // block_size * block_size
+    unmasked = (k_end <= np.minimum(block_start, keys)) & (one_document and rule != "bidirectional")
+    return Tiles(size, pairs[unmasked], pairs[~unmasked])
 
 
 def all_tiles(size: int, queries: int, keys: int) -> Tiles:
-    pairs = seen_tiles("bidirectional", 1, queries, keys, size)
+    pairs = visible_tiles("bidirectional", 1, queries, keys, size)
     return Tiles(size, pairs[:0], pairs)
 
 
-def within(window: int | None, shift: int, tiles_of: Callable[[int, int], Tiles]) -> Callable[[int, int], Tiles]:
+def restrict_to_window(window: int | None, shift: int, tiles_of: Callable[[int, int], Tiles]) -> Callable[[int, int], Tiles]:
     """`tiles_of` without the tiles that lie wholly outside the window of `spec.allowed`.
 
-    shift: queries may stand up to so many rows later than their index says (`parts.Prefix`).
+    shift: queries may stand up to so many rows later than their index says (`parts.CleanPrefix`).
     """
     if window is None:
         return tiles_of
 
-    def near(queries: int, keys: int) -> Tiles:
-        size, whole, masked = tiles_of(queries, keys)
-        pairs = np.concatenate([whole, masked])
+    def tiles_in_window(queries: int, keys: int) -> Tiles:
+        size, unmasked, masked = tiles_of(queries, keys)
+        pairs = np.concatenate([unmasked, masked])
         behind = (pairs[:, 0] - pairs[:, 1] - 1) * size + 1 > window
         ahead = (pairs[:, 1] - pairs[:, 0] - 1) * size + 1 > window + shift
-        return Tiles(size, whole[:0], pairs[~(behind | ahead)])
+        return Tiles(size, unmasked[:0], pairs[~(behind | ahead)])
 
-    return near
-
-
-def flash(see: Callable[[Tokens, Tokens], jax.Array], tiles_of: Callable[[int, int], Tiles]) -> Flash:
-    """Attention where `see` allows it, over the tiles that `tiles_of(queries, keys)` lists."""
-    return Flash(functools.partial(_forward, see, tiles_of), functools.partial(_backward, see, tiles_of))
+    return tiles_in_window
 
 
-def _forward(see, tiles_of, q_BxGxNxHxD, k_BxPxKxD, v_BxPxKxD, q_tokens: Tokens, kv_tokens: Tokens):
+def flash(mask_fn: Callable[[Tokens, Tokens], jax.Array], tiles_of: Callable[[int, int], Tiles]) -> Flash:
+    """Attention where `mask_fn` allows it, over the tiles that `tiles_of(queries, keys)` lists."""
+    return Flash(functools.partial(_forward, mask_fn, tiles_of), functools.partial(_backward, mask_fn, tiles_of))
+
+
+def _forward(mask_fn, tiles_of, q_BxGxNxHxD, k_BxPxKxD, v_BxPxKxD, q_tokens: Tokens, kv_tokens: Tokens):
     _, groups, length, heads, depth = q_BxGxNxHxD.shape
     scale, tiles = depth**-0.5, tiles_of(length, k_BxPxKxD.shape[1])
     q = _query_tiles(q_BxGxNxHxD, k_BxPxKxD.shape[2], tiles.size)
     k, v = _key_tiles(k_BxPxKxD, tiles.size), _key_tiles(v_BxPxKxD, tiles.size)
-    q_seen_by, kv_seen_by = _token_tiles(q_tokens, tiles.size), _token_tiles(kv_tokens, tiles.size)
+    q_token_tiles, kv_token_tiles = _token_tiles(q_tokens, tiles.size), _token_tiles(kv_tokens, tiles.size)
 
     def step(masked, carry, tile):
         i, j = tile
-        out, top, total = (x[i] for x in carry)
+        out, running_max, total = (x[i] for x in carry)
         scores = _product("bhqd,bhkd->bhqk", q[i], k[j])  # scaled inside exp: a pass less
         if masked:
-            scores = jnp.where(_mask(see, _at(q_seen_by, i), _at(kv_seen_by, j), scores), scores, NEVER)
-        new_top = jnp.maximum(top, scores.max(-1))
-        weights = jnp.exp(scale * (scores - new_top[..., None]))  # 1 before anything is seen: `shrink` removes it
-        shrink = jnp.exp(scale * (top - new_top))
+            scores = jnp.where(_mask(mask_fn, _at(q_token_tiles, i), _at(kv_token_tiles, j), scores), scores, NEG_INF)
+        new_max = jnp.maximum(running_max, scores.max(-1))
+        weights = jnp.exp(scale * (scores - new_max[..., None]))  # 1 before anything is seen: `rescale` removes it
+        rescale = jnp.exp(scale * (running_max - new_max))
         product = _product("bhqk,bhkd->bhqd", weights.astype(v.dtype), v[j])
-        new = (out * shrink[..., None] + product, new_top, total * shrink + weights.sum(-1))
+        new = (out * rescale[..., None] + product, new_max, total * rescale + weights.sum(-1))
         return tuple(x.at[i].set(y) for x, y in zip(carry, new)), None
 
     zeros = jnp.zeros(q.shape, jnp.float32)
-    carry = (zeros, jnp.full(q.shape[:-1], NEVER), zeros[..., 0])
-    out, top, total = _scan_tiles(step, tiles, carry)
-    saw = top > NEVER / 2
-    total = jnp.where(saw, total, 1.0)
-    out = jnp.where(saw[..., None], out / total[..., None], 0.0)
-    lse = jnp.where(saw, scale * top + jnp.log(total), NEVER)
+    carry = (zeros, jnp.full(q.shape[:-1], NEG_INF), zeros[..., 0])
+    out, running_max, total = _scan_tiles(step, tiles, carry)
+    any_visible = running_max > NEG_INF / 2
+    total = jnp.where(any_visible, total, 1.0)
+    out = jnp.where(any_visible[..., None], out / total[..., None], 0.0)
+    lse = jnp.where(any_visible, scale * running_max + jnp.log(total), NEG_INF)
     out, lse = (_from_query_tiles(x, groups, length, heads, tiles.size) for x in (out, lse))
-    return without_padding(q_tokens, out, lse)
+    return zero_padding(q_tokens, out, lse)
 
 
-def _backward(see, tiles_of, q_BxGxNxHxD, k_BxPxKxD, v_BxPxKxD, q_tokens: Tokens, kv_tokens: Tokens, grad: Grad):
+def _backward(mask_fn, tiles_of, q_BxGxNxHxD, k_BxPxKxD, v_BxPxKxD, q_tokens: Tokens, kv_tokens: Tokens, grad: BackwardInputs):
     _, groups, length, heads, depth = q_BxGxNxHxD.shape
     keys, kv_heads = k_BxPxKxD.shape[1:3]
     scale, tiles = depth**-0.5, tiles_of(length, keys)
-    stats = (q_BxGxNxHxD, never_weighted(grad.lse), grad.d_out.astype(q_BxGxNxHxD.dtype), grad.delta)
+    stats = (q_BxGxNxHxD, lse_for_backward(grad.lse), grad.d_out.astype(q_BxGxNxHxD.dtype), grad.delta)
     q, lse, d_out, delta = (_query_tiles(x, kv_heads, tiles.size) for x in stats)
     k, v = _key_tiles(k_BxPxKxD, tiles.size), _key_tiles(v_BxPxKxD, tiles.size)
     k_transposed = k.swapaxes(-1, -2)
-    q_seen_by, kv_seen_by = _token_tiles(q_tokens, tiles.size), _token_tiles(kv_tokens, tiles.size)
+    q_token_tiles, kv_token_tiles = _token_tiles(q_tokens, tiles.size), _token_tiles(kv_tokens, tiles.size)
 
     def step(masked, carry, tile):
         i, j = tile
         dq, dk, dv = carry
         scores = scale * _product("bhkd,bhqd->bhkq", k[j], q[i])
         if masked:
-            mask = _mask(see, _at(q_seen_by, i), _at(kv_seen_by, j), scores.swapaxes(-1, -2))
-            scores = jnp.where(mask.swapaxes(-1, -2), scores, NEVER)
+            mask = _mask(mask_fn, _at(q_token_tiles, i), _at(kv_token_tiles, j), scores.swapaxes(-1, -2))
+            scores = jnp.where(mask.swapaxes(-1, -2), scores, NEG_INF)
         weights = jnp.exp(scores - lse[i][..., None, :])
         d_weights = _product("bhkd,bhqd->bhkq", v[j], d_out[i])
         d_scores = (weights * (d_weights - delta[i][..., None, :])).astype(q.dtype)
@@ -149,27 +149,27 @@ def _backward(see, tiles_of, q_BxGxNxHxD, k_BxPxKxD, v_BxPxKxD, q_tokens: Tokens
     return dq, _from_key_tiles(scale * dk, keys), _from_key_tiles(dv, keys)
 
 
-def without_padding(q_tokens: Tokens, out_BxGxNxHxD, lse_BxGxNxH):
+def zero_padding(q_tokens: Tokens, out_BxGxNxHxD, lse_BxGxNxH):
     """Exactly nothing where the query is padding."""
     real = q_tokens.segment[..., None] > 0
-    return jnp.where(real[..., None], out_BxGxNxHxD, 0), jnp.where(real, lse_BxGxNxH, NEVER)
+    return jnp.where(real[..., None], out_BxGxNxHxD, 0), jnp.where(real, lse_BxGxNxH, NEG_INF)
 
 
-def never_weighted(lse):
+def lse_for_backward(lse):
     """Log-sum-exp for a backward pass: whoever sees nobody gets weights exp(score - 1e30) = 0 without a mask."""
-    return jnp.where(lse > NEVER / 2, lse, -NEVER)
+    return jnp.where(lse > NEG_INF / 2, lse, -NEG_INF)
 
 
 def _scan_tiles(step, tiles: Tiles, carry):
-    for masked, pairs in ((False, tiles.whole), (True, tiles.masked)):
+    for masked, pairs in ((False, tiles.unmasked), (True, tiles.masked)):
         if len(pairs):
             carry, _ = jax.lax.scan(functools.partial(step, masked), carry, (pairs[:, 0], pairs[:, 1]))
     return carry
 
 
-def _mask(see, q_tokens: Tokens, kv_tokens: Tokens, scores):
+def _mask(mask_fn, q_tokens: Tokens, kv_tokens: Tokens, scores):
     """Who sees whom in one tile: bool `[B, 1, G R T, T]` for scores `[B, Hkv, G R T, T]`."""
-    mask = see(q_tokens.expand(3), kv_tokens.expand(1, 2))  # [B, G, T, T]
+    mask = mask_fn(q_tokens.expand(3), kv_tokens.expand(1, 2))  # [B, G, T, T]
     batch, groups, length, keys = mask.shape
     rep = scores.shape[2] // (groups * length)
     return jnp.broadcast_to(mask[:, :, None], (batch, groups, rep, length, keys)).reshape(batch, 1, -1, keys)

@@ -19,7 +19,7 @@ import jax
 from bd3lm_jax import files, log, plots
 from bd3lm_jax.bench import (attention, data, density, evaluate, family, faults, loss, sampling, scaling, step,
                              variance)
-from bd3lm_jax.bench.runner import Limit, judged
+from bd3lm_jax.bench.runner import Limit, check_limits
 from bd3lm_jax.cost import compilers
 from bd3lm_jax.errors import UserError, lookup
 
@@ -86,13 +86,13 @@ def _show(title: str, note: str, rows: list[dict], limits: Sequence[Limit]) -> N
     log.note(f"{title}\n{note}")
     for case, baseline in dict.fromkeys((row["case"], row["baseline"]) for row in rows):
         inside = [row for row in rows if (row["case"], row["baseline"]) == (case, baseline)]
-        known = [key for key in COLUMNS if any(row.get(key) is not None for row in inside)]
-        shown = [key for key in known if key != "compile_s" or "median_ms" not in known]
-        if not shown:
+        measured_columns = [key for key in COLUMNS if any(row.get(key) is not None for row in inside)]
+        columns = [key for key in measured_columns if key != "compile_s" or "median_ms" not in measured_columns]
+        if not columns:
             continue  # nothing of COLUMNS: the benchmark has shown tables of its own
-        log.table(f"{case}: to {baseline}", ("variant", *(COLUMNS[key][0] for key in shown)),
-                  [(row["variant"], *(_cell(key, row.get(key)) for key in shown)) for row in inside])
-    for limit, row, met in judged(rows, limits):
+        log.table(f"{case}: to {baseline}", ("variant", *(COLUMNS[key][0] for key in columns)),
+                  [(row["variant"], *(_cell(key, row.get(key)) for key in columns)) for row in inside])
+    for limit, row, met in check_limits(rows, limits):
         log.note(f"{'met' if met else 'MISSED'}: {limit.variant} to {limit.baseline}: {limit.field} "
                  f"{_cell(limit.field, row[limit.field])}, at most {limit.value:g} ({row['case']})")
 

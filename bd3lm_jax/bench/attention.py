@@ -14,7 +14,7 @@ from bd3lm_jax.attention import BACKENDS, MaskSpec, Tokens, allowed, attend
 from bd3lm_jax.bench.runner import Limit, Variant, compare, compiled, row_of
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.log import note
-from bd3lm_jax.passes import compute_dtype
+from bd3lm_jax.forward import compute_dtype
 
 HEAD = 64  # size of a head
 PAIR_FLOPS = 12  # of a query, a key and one number of a head: two matrix products forward, four backward
@@ -68,7 +68,7 @@ def run_case(case: Case, rounds: int, against: str, interpret: bool) -> list[dic
     variants = []
     for backend, name in {"dense": "dense", "blocked": "blocked", **names}.items():
         try:
-            variants.append(ours(name, backend, case, spec, qkv, cotangents))
+            variants.append(backend_variant(name, backend, case, spec, qkv, cotangents))
         except UserError as error:
             note(f"{case}: {name} left out: {error}")
     pairs = ()
@@ -85,17 +85,17 @@ def run_case(case: Case, rounds: int, against: str, interpret: bool) -> list[dic
 
 def problem(case: Case) -> tuple[MaskSpec, tuple, tuple]:
     """The mask, (q, k, v) of both streams and a gradient of both outputs, random, in the dtype that training uses."""
-    kept = case.length - case.block_size
+    num_clean = case.length - case.block_size
     position = jnp.arange(case.length)[None]
     noised = Tokens(position, position // case.block_size, jnp.ones_like(position), 1)
-    clean = Tokens(*(x[:, :kept] for x in (noised.position, noised.block, noised.segment)), 0)
+    clean = Tokens(*(x[:, :num_clean] for x in (noised.position, noised.block, noised.segment)), 0)
     spec = MaskSpec(rule="block_causal", block_size=case.block_size, aligned=True, one_document=True, noised=noised,
                     clean=clean, cache=None)
 
     @jax.jit
     def draw():
         keys = jax.random.split(jax_settings.key(0), 8)
-        noised, clean = (1, 1, case.length, case.heads, HEAD), (1, kept, case.heads, HEAD)
+        noised, clean = (1, 1, case.length, case.heads, HEAD), (1, num_clean, case.heads, HEAD)
         arrays = [jax.random.normal(key, shape).astype(compute_dtype("auto"))
                   for key, shape in zip(keys, 4 * [noised] + 4 * [clean])]
         return (tuple(arrays[:3]), tuple(arrays[4:7])), (arrays[3], arrays[7])
@@ -103,7 +103,7 @@ def problem(case: Case) -> tuple[MaskSpec, tuple, tuple]:
     return spec, *draw()
 
 
-def ours(name: str, backend: str, case: Case, spec: MaskSpec, qkv: tuple, cotangents: tuple) -> Variant:
+def backend_variant(name: str, backend: str, case: Case, spec: MaskSpec, qkv: tuple, cotangents: tuple) -> Variant:
     """Gradients of the queries, keys and values of both streams by one backend."""
     def gradients(qkv, cotangents):
         return jax.vjp(lambda noised, clean: attend(backend, spec, noised, clean, None), *qkv)[1](cotangents)
@@ -124,7 +124,7 @@ def flat(qkv: tuple, cotangents: tuple) -> list[np.ndarray]:
 
 def dense_mask(spec: MaskSpec) -> np.ndarray:
     """Who sees whom among the tokens of `flat`: bool `[N, N]`."""
-    noised, clean = (x.replace(view=jnp.full_like(x.segment, x.view)) for x in (spec.noised, spec.clean))
+    noised, clean = (x.replace(noise_sample=jnp.full_like(x.segment, x.noise_sample)) for x in (spec.noised, spec.clean))
     tokens = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), noised, clean)
     return np.asarray(allowed(spec.rule, tokens.expand(2), tokens.expand(1)))[0]
 

@@ -63,7 +63,7 @@ def reading(case: Case, data: DataConfig, rounds: int) -> list[dict]:
     loader = Loader(prepared, case.batch, seed=0, sharding=None)
     ids = [loader.get(step)[0] for step in range(case.batches)]
     memory = prepared.tokens(np.arange(len(prepared)))
-    variants = _variants(memory=lambda: [memory[chosen] for chosen in ids],
+    variants = _variants(memory=lambda: [memory[row_ids] for row_ids in ids],
                          loader=lambda: [loader.get(step) for step in range(case.batches)])
     rows = compare(f"reading {case.batches} batches of {case.batch} x {case.length}, {data.layout}", variants, "memory",
                    rounds)

@@ -21,7 +21,7 @@ from bd3lm_jax.data.tokenizers import get_tokenizer
 from bd3lm_jax.evaluation import estimators
 from bd3lm_jax.evaluation.evaluate import Evaluator, score_views
 from bd3lm_jax.models import trunk
-from bd3lm_jax.passes import compute_dtype
+from bd3lm_jax.forward import compute_dtype
 from bd3lm_jax.score import SpecialIds
 
 SMALL = step.Case(layers=6, width=256, heads=4, batch=8, length=512, block_size=16, vocab=8192)

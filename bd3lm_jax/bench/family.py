@@ -7,7 +7,7 @@ autoregressive run judges the texts of all. `--rounds` are draws of the bound.
 import os
 from pathlib import Path
 
-from bd3lm_jax import paths, rundir, sealed
+from bd3lm_jax import paths, rundir, checksummed
 from bd3lm_jax.bench.runner import row_of
 from bd3lm_jax.errors import UserError, command_line
 from bd3lm_jax.evaluation import family
@@ -38,9 +38,9 @@ def runs_of(workdir: str) -> list[str]:
     if not status.exists():
         return paths.split(workdir)
     try:
-        entries = sealed.unseal(status.read_bytes())["runs"]
+        entries = checksummed.verify_checksum(status.read_bytes())["runs"]
         found = [str(Path(workdir) / entry["name"]) for entry in entries if entry["status"] == "finished"]
-    except (sealed.Damaged, KeyError, TypeError) as error:
+    except (checksummed.ChecksumError, KeyError, TypeError) as error:
         raise UserError(f"{status} is damaged ({error}): the sweep command writes it again") from None
     if not found:
         raise UserError(f"{workdir} is a sweep without a finished run: run it first, {command_line('sweep')}")

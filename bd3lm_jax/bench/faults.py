@@ -39,15 +39,15 @@ def run(rounds: int, against: str) -> list[dict]:
 
 
 def _faults(home: Path, rounds: int) -> Iterator[dict]:
-    alone = kills.Runs(home, processes=1)
-    yield from damage.campaign(alone, rounds, SEED)
-    yield from faults_files.campaign(alone, rounds, SEED)
-    yield kills.full_disk(alone)
-    yield kills.kill(alone, rounds, SEED)
-    yield power.power_cuts(alone, max(1, rounds // EVERY), SEED)
+    single = kills.Runs(home, processes=1)
+    yield from damage.campaign(single, rounds, SEED)
+    yield from faults_files.campaign(single, rounds, SEED)
+    yield kills.full_disk(single)
+    yield kills.kill(single, rounds, SEED)
+    yield power.power_cuts(single, max(1, rounds // EVERY), SEED)
     pair = kills.Runs(home, processes=2)
     yield kills.stop_one(pair)
-    yield kills.unlike(pair)
+    yield kills.mismatched_replicas(pair)
     yield kills.kill(pair, max(1, rounds // EVERY), SEED)
 
 

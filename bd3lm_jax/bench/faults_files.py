@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from bd3lm_jax.bench import at_once, full_disk
+from bd3lm_jax.bench import concurrent_prepare, full_disk
 from bd3lm_jax.bench.kills import TEXT, TOO_LONG_S, Runs
 from bd3lm_jax.checkpoint import TRASH, Checkpoints
 from bd3lm_jax.config import DataConfig
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.fingerprint import fingerprints
-from bd3lm_jax.step_choice import BEST, LATEST, Absent
+from bd3lm_jax.checkpoint_selection import BEST, LATEST, CheckpointNotFound
 
 KINDS = ("simultaneous prepare, some killed", "a step deleted while it is read", "full disk in a writer")
 PROCESSES, KILLED, WITHIN_S = 200, 20, 4.0  # that prepare at once
@@ -45,13 +45,13 @@ def prepare_at_once(home: Path, rounds: int, seed: int, processes: int, killed: 
     data = DataConfig(source="text", path=str(home / TEXT), name="", field="text", tokenizer=TOKENIZER, length=32,
                       layout="wrap", valid_fraction=0.1, cache_dir=str(home / "alone"), workers=1, density="",
                       density_fraction=1.0, mixture=())
-    expected = at_once.content(data)
+    expected = concurrent_prepare.content(data)
     for i in range(rounds):
         with tempfile.TemporaryDirectory(dir=home) as cache:
             there = dataclasses.replace(data, cache_dir=cache)
-            asked = {"data": dataclasses.asdict(there), "processes": processes, "killed": killed, "within_s": WITHIN_S,
+            arguments = {"data": dataclasses.asdict(there), "processes": processes, "killed": killed, "within_s": WITHIN_S,
                      "part_chars": full_disk.PART_CHARS, "seed": seed + i}
-            done = subprocess.run([sys.executable, "-m", at_once.__name__, json.dumps(asked)], capture_output=True,
+            done = subprocess.run([sys.executable, "-m", concurrent_prepare.__name__, json.dumps(arguments)], capture_output=True,
                                   text=True, timeout=TOO_LONG_S, env=os.environ | {"JAX_PLATFORMS": "cpu"})
             if done.returncode:
                 details.append(f"the program failed: {done.stderr[-500:]}")
@@ -59,7 +59,7 @@ def prepare_at_once(home: Path, rounds: int, seed: int, processes: int, killed: 
             found = json.loads(done.stdout.splitlines()[-1])
             outcomes["processes that got the rows"] += found["codes"].count(0)
             details += [f"a process failed: {error}" for error in found["errors"]]
-            if set(found["contents"]) != {expected} or at_once.content(there) != expected:
+            if set(found["contents"]) != {expected} or concurrent_prepare.content(there) != expected:
                 details.append("other rows than those of a process alone")
             if len(left := os.listdir(cache)) != 2:
                 details.append(f"left in the cache: {sorted(left)}")
@@ -80,7 +80,7 @@ def delete_while_reading(runs: Runs, times: int, seed: int) -> dict:
                 with Checkpoints(workdir, 1, read_only=True, warn=warnings.append) as checkpoints:
                     chosen = which if which != "number" else min(checkpoints.steps())
                     state, _ = checkpoints.restore(runs.abstract, chosen)
-            except Absent:
+            except CheckpointNotFound:
                 outcomes["told to be gone"] += 1
                 details += [] if which != LATEST else ["no latest step"]
                 continue

@@ -49,16 +49,16 @@ def outcome(name: str, place: Place) -> str:
     try:
         with full():
             WRITERS[name](place)
-        said = "it wrote as if there were room"
+        problem = "it wrote as if there were room"
     except RunError as error:
         line = one_line(error)
-        said = "" if "File too large" in line and "free some" in line.lower() else f"it does not say why: {line}"
+        problem = "" if "File too large" in line and "free some" in line.lower() else f"it does not say why: {line}"
     except UserError as error:
-        said = f"exit code {error.exit_code}: {one_line(error)}"
+        problem = f"exit code {error.exit_code}: {one_line(error)}"
     except Exception as error:
-        said = f"a traceback: {error!r}"
+        problem = f"a traceback: {error!r}"
     left = sorted(_content(place.directory).items() ^ before.items())
-    return said or (f"it left {left[0][0]}" if left and name not in GROWING else "")
+    return problem or (f"it left {left[0][0]}" if left and name not in GROWING else "")
 
 
 @contextlib.contextmanager
@@ -115,7 +115,7 @@ def _convert(place: Place, source: Path, form: str) -> None:
 @_writer("weights in several files")
 def _shards(place: Place) -> None:
     tensors = [write.Tensor(name, 4000, lambda: np.zeros(1000, np.float32)) for name in "ab"]
-    with write.whole(place.directory / "model") as work:
+    with write.atomic_directory(place.directory / "model") as work:
         write.write_tensors(work, tensors, 4000)
 
 
@@ -156,7 +156,7 @@ def _metrics(place: Place) -> None:
 @_writer("the files of a new run")
 def _claim(place: Place) -> None:
     config, tokenizer = rundir.read(place.run)
-    rundir.claim(place.directory / "run", dataclasses.replace(config, seed=config.seed + 1), tokenizer)
+    rundir.create_or_validate(place.directory / "run", dataclasses.replace(config, seed=config.seed + 1), tokenizer)
 
 
 def _old(place: Place) -> str:

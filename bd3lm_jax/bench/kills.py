@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from bd3lm_jax import passes, rundir, sharding
+from bd3lm_jax import forward, rundir, sharding
 from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.errors import RunError
 from bd3lm_jax.fingerprint import fingerprints
@@ -29,7 +29,7 @@ KINDS = ("disk full during a save", "SIGKILL", "SIGSTOP of one of two processes"
 LAUNCH = ("-m", "launch")
 OLDER = "--xla_cpu_max_isa=SSE4_2"  # code as for an older processor, which rounds differently
 UNCOMPARED = ("-c", "import sys; from bd3lm_jax import replicas; from launch.__main__ import launch; "
-              "replicas.surroundings = dict; launch(sys.argv[1:])")  # only the values show that processes differ
+              "replicas.numeric_environment = dict; launch(sys.argv[1:])")  # only the values show that processes differ
 STEPS = {1: 60, 2: 30}  # of a run, by processes
 SAVED_EVERY, KEPT = 2, 3
 SMALL = {"model.layers": 1, "model.width": 32, "model.heads": 2, "model.cond_dim": 16, "data.source": "text",
@@ -62,12 +62,12 @@ class Runs:
         self.start_s = time.monotonic() - began
         codes = [_code(process, TOO_LONG_S) for process in started]
         if any(codes):
-            raise RunError(f"the undisturbed run failed with {codes}: {self.said(self.whole)}")
+            raise RunError(f"the undisturbed run failed with {codes}: {self.last_output(self.whole)}")
         self.losses = logged_losses(self.whole)
         config, tokenizer = rundir.read(self.whole)
         special = SpecialIds(tokenizer.mask_id, tokenizer.end_id)
         mesh = sharding.make_mesh(dataclasses.replace(config.mesh, data=-1))  # the devices that are here
-        self.abstract = Program.of(config, special, mesh, passes.compute_dtype("float32")).arguments()[0]
+        self.abstract = Program.of(config, special, mesh, forward.compute_dtype("float32")).arguments()[0]
 
     def start(self, workdir: Path, *flags: str, last: Mapping[str, str] = MappingProxyType({}),
               program: Sequence[str] = LAUNCH) -> list[subprocess.Popen]:
@@ -100,11 +100,11 @@ class Runs:
             if any(process.poll() is not None for process in started):
                 return False
             if time.monotonic() > deadline:
-                raise RunError(f"no step within {TOO_LONG_S} s: {self.said(workdir)}")
+                raise RunError(f"no step within {TOO_LONG_S} s: {self.last_output(workdir)}")
             time.sleep(POLL_S)
         return True
 
-    def said(self, workdir: Path) -> str:
+    def last_output(self, workdir: Path) -> str:
         """The last words of all processes."""
         texts = [self._log(workdir, i).read_text(errors="replace") for i in range(self.processes)]
         return " | ".join(text[-500:] for text in texts)
@@ -163,7 +163,7 @@ class Runs:
     def faults_of_ended(self, workdir: Path, started: list[subprocess.Popen]) -> list[str]:
         """Wait for the end of a run; what is wrong then."""
         codes = [_code(process, TOO_LONG_S) for process in started]
-        return self.faults_at_end(workdir) if not any(codes) else [f"exit codes {codes}: {self.said(workdir)}"]
+        return self.faults_at_end(workdir) if not any(codes) else [f"exit codes {codes}: {self.last_output(workdir)}"]
 
 
 def kill(runs: Runs, times: int, seed: int) -> dict:
@@ -173,7 +173,7 @@ def kill(runs: Runs, times: int, seed: int) -> dict:
     workdir, killed, ended = runs.home / f"killed-{runs.processes}", 0, False
     while killed < times or not ended:
         started, before = runs.start(workdir), max(logged_losses(workdir), default=0)
-        ended = not _spared(runs, workdir, started, before, draw, for_ever=killed == times)
+        ended = not _reached_random_moment(runs, workdir, started, before, draw, for_ever=killed == times)
         if ended:
             found = runs.faults_of_ended(workdir, started)
             faults += found
@@ -191,7 +191,7 @@ def kill(runs: Runs, times: int, seed: int) -> dict:
     return result_of(KINDS[1 if runs.processes == 1 else 3], times, faults, outcomes, began, ends)
 
 
-def _spared(runs: Runs, workdir: Path, started: list[subprocess.Popen], before: int, draw: np.random.Generator,
+def _reached_random_moment(runs: Runs, workdir: Path, started: list[subprocess.Popen], before: int, draw: np.random.Generator,
             for_ever: bool) -> bool:
     """Wait for a random moment of the start or of training; whether all processes are still there."""
     if for_ever:
@@ -213,7 +213,7 @@ def stop_one(runs: Runs) -> dict:
     return result_of(KINDS[2], 1, faults, outcomes, began, ends)
 
 
-def unlike(runs: Runs) -> dict:
+def mismatched_replicas(runs: Runs) -> dict:
     """One of two processes rounds differently: refused with 2 when they start, and where their environments do not
     show it, with 1 before anything is saved; then the same command goes on."""
     began, outcomes, faults = time.monotonic(), collections.Counter(), []
@@ -222,8 +222,8 @@ def unlike(runs: Runs) -> dict:
         started = runs.start(workdir, last={"XLA_FLAGS": OLDER}, program=program)
         codes = [_code(process, TOO_LONG_S) for process in started]
         outcomes[f"exit codes {codes[0]} and {codes[1]}"] += 1
-        if codes != [expected] * 2 or words not in runs.said(workdir) or steps_of(workdir):
-            faults.append(f"exit codes {codes}, steps {steps_of(workdir)}: {runs.said(workdir)}")
+        if codes != [expected] * 2 or words not in runs.last_output(workdir) or steps_of(workdir):
+            faults.append(f"exit codes {codes}, steps {steps_of(workdir)}: {runs.last_output(workdir)}")
     faults += runs.faults_of_ended(workdir, runs.start(workdir))
     return result_of(KINDS[4], 2, faults, outcomes, began, [])
 
@@ -239,13 +239,13 @@ def full_disk(runs: Runs) -> dict:
     if in_time:
         resource.prlimit(started.pid, resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
         in_time = max(logged_losses(workdir)) < runs.steps - 2 * SAVED_EVERY  # there are saves to come
-    code, said = _code(started, TOO_LONG_S), runs.said(workdir)
+    code, last_output = _code(started, TOO_LONG_S), runs.last_output(workdir)
     if not in_time and code == 0:
         outcomes["ended before the disk was full"] += 1
         return result_of(KINDS[0], 1, faults, outcomes, began, [])
     outcomes[f"exit code {code}"] += 1
-    if code != 1 or "error: could not save a checkpoint to" not in said:
-        faults.append(f"exit code {code}: {said}")
+    if code != 1 or "error: could not save a checkpoint to" not in last_output:
+        faults.append(f"exit code {code}: {last_output}")
     faults += runs.faults_of(workdir, set(steps_of(workdir)))
     faults += runs.faults_of_ended(workdir, runs.start(workdir))
     return result_of(KINDS[0], 1, faults, outcomes, began, [])
@@ -263,7 +263,7 @@ def _left(runs: Runs, workdir: Path, started: list[subprocess.Popen], victim: in
         ends.append(time.monotonic() - began)
         outcomes[f"exit code {code} of the other"] += 1
         if code not in expected and not (code == 0 and runs.steps in steps_of(workdir)):
-            faults.append(f"the other process left with {code} after {ends[-1]:.0f} s: {runs.said(workdir)}")
+            faults.append(f"the other process left with {code} after {ends[-1]:.0f} s: {runs.last_output(workdir)}")
     started[victim].kill()
     for process in started:
         process.wait()

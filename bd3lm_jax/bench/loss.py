@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from bd3lm_jax import jax_settings
 from bd3lm_jax.bench.runner import Limit, compare, compiled
 from bd3lm_jax.diffusion.masked import cross_entropy_subs
-from bd3lm_jax.loss import Output, weighted_total
-from bd3lm_jax.passes import compute_dtype
+from bd3lm_jax.loss import OutputLayer, weighted_total
+from bd3lm_jax.forward import compute_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ def run_case(case: Case, rounds: int) -> list[dict]:
     return compare(str(case), variants, "naive", rounds)
 
 
-def problem(case: Case) -> tuple[Output, jax.Array, jax.Array, jax.Array]:
+def problem(case: Case) -> tuple[OutputLayer, jax.Array, jax.Array, jax.Array]:
     """Output layer, its input `[N, D]` in the dtype of training, targets and weights `[N]`, 0 at odd positions."""
     @jax.jit
     def draw():
@@ -57,7 +57,7 @@ def problem(case: Case) -> tuple[Output, jax.Array, jax.Array, jax.Array]:
         features = jax.random.normal(keys[1], (case.positions, case.width)).astype(compute_dtype("auto"))
         target = jax.random.randint(keys[2], (case.positions,), 0, case.vocab - 1)
         weight = jax.random.uniform(keys[3], (case.positions,)) * (jnp.arange(case.positions) % 2 == 0)
-        return Output(kernel, jnp.zeros(case.vocab)), features, target, weight
+        return OutputLayer(kernel, jnp.zeros(case.vocab)), features, target, weight
 
     return draw()
 
@@ -72,7 +72,7 @@ def losses(case: Case) -> dict:
         return jnp.sum(weight * cross_entropy_subs(logits, target, mask_id))
 
     def chunked(output, features, target, weight):
-        return weighted_total(output.without(mask_id, case.vocab), features[None], target[None], weight[None], 0)
+        return weighted_total(output.exclude_tokens(mask_id, case.vocab), features[None], target[None], weight[None], 0)
 
     def masked(loss):
         def gathered(output, features, target, weight):

@@ -74,9 +74,9 @@ def power_cuts(runs: Runs, times: int, seed: int) -> dict:
             workdir = disk.path / "run"
             while cuts < times:
                 started, before = runs.start(workdir), max(logged_losses(workdir), default=0)
-                spared = runs.wait_for_step(workdir, before + SAVED_EVERY, started) and pause(
+                still_running = runs.wait_for_step(workdir, before + SAVED_EVERY, started) and pause(
                     draw.uniform(0, SPAN_S), started)
-                if not spared:
+                if not still_running:
                     found = runs.faults_of_ended(workdir, started)
                     outcomes["runs that ended as undisturbed" if not found else "runs that ended otherwise"] += 1
                     faults += found

@@ -183,7 +183,7 @@ def _utilisation(variant: Variant, seconds: float | None) -> float | None:
     return hardware.utilisation(variant.flops_needed / variant.parts, seconds, jax.devices()[:1])
 
 
-def judged(rows: list[dict], limits: Sequence[Limit]) -> list[tuple[Limit, dict, bool]]:
+def check_limits(rows: list[dict], limits: Sequence[Limit]) -> list[tuple[Limit, dict, bool]]:
     """Every limit with each row that has a value for it, and whether it is met."""
     return [(limit, row, row[limit.field] <= limit.value) for limit in limits for row in rows
             if (row["variant"], row["baseline"]) == (limit.variant, limit.baseline) and limit.case in row["case"]

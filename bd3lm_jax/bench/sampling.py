@@ -20,9 +20,9 @@ from bd3lm_jax.diffusion import AR, Masked
 from bd3lm_jax.lm import LM
 from bd3lm_jax.models import trunk
 from bd3lm_jax.models.dit import DiTConfig
-from bd3lm_jax.passes import compute_dtype
-from bd3lm_jax.sampling import SAMPLERS, Asked, run_blocks, start
-from bd3lm_jax.sampling.generate import Finished
+from bd3lm_jax.forward import compute_dtype
+from bd3lm_jax.sampling import SAMPLERS, DenoiserContext, run_blocks, start
+from bd3lm_jax.sampling.generate import PreviousBlock
 from bd3lm_jax.writing import generation
 from bd3lm_jax.writing.denoise import UncachedDenoiser
 
@@ -69,7 +69,7 @@ def run_case(sizes: dict, length: int, size: int, batch: int, rounds: int) -> li
         Variant("fused", sampler(lm, options, batch)),
         Variant("fused_2", sampler(lm, generation.Options(sampler="random_order", steps=max(size // 2, 1)), batch)),
         Variant("fused_split", sampler(split, options, batch)),
-        Variant("cached", sampler(lm, options, batch, wrap=stored_apart)),
+        Variant("cached", sampler(lm, options, batch, wrap=separate_store)),
         Variant("no_cache", sampler(lm, options, batch, wrap=uncached)),
         Variant("forward", bare(lm, options, batch)),
     ]
@@ -100,27 +100,27 @@ def sampler(lm: LM, options: generation.Options, batch: int, wrap=None):
 
     @jax.jit
     def texts(params, tokens, request):
-        denoising = (wrap or fused)(lm, plan, trunk.unstacked(lm.model, params), batch)
-        asked = Asked(denoising.ask, SAMPLERS[plan.sampler], plan.settings)
-        progress = start(asked, request, tokens, 0, denoising.cache)
-        return run_blocks(asked, request, progress, tokens.shape[1] // plan.settings.block_size).tokens
+        denoising = (wrap or fused)(lm, plan, trunk.unstack_layers(lm.model, params), batch)
+        denoiser_context = DenoiserContext(denoising.ask, SAMPLERS[plan.sampler], plan.settings)
+        progress = start(denoiser_context, request, tokens, 0, denoising.cache)
+        return run_blocks(denoiser_context, request, progress, tokens.shape[1] // plan.settings.block_size).tokens
     return functools.partial(texts, lm.params, jnp.asarray(rows.tokens), request)
 
 
 def fused(lm: LM, plan, params, batch: int) -> Denoising:
     """As `LM.generate` does it."""
     denoiser = generation.make_denoiser(lm, plan)
-    nothing = jnp.zeros((batch, 0), jnp.int32)
-    return Denoising(functools.partial(denoiser, params), denoiser.prefill(params, nothing, nothing, 0))
+    no_tokens = jnp.zeros((batch, 0), jnp.int32)
+    return Denoising(functools.partial(denoiser, params), denoiser.prefill(params, no_tokens, no_tokens, 0))
 
 
-def stored_apart(lm: LM, plan, params, batch: int) -> Denoising:
+def separate_store(lm: LM, plan, params, batch: int) -> Denoising:
     """A call of its own stores the block before: S + 1 calls a block."""
     ask, cache = fused(lm, plan, params, batch)
 
-    def denoise(canvas, block, finished, positions, level, cache):
-        if finished is not None:
-            cache = ask(canvas, block, finished, positions[:, :1], level, cache)[1]
+    def denoise(canvas, block, previous, positions, level, cache):
+        if previous is not None:
+            cache = ask(canvas, block, previous, positions[:, :1], level, cache)[1]
         return ask(canvas, block, None, positions, level, cache)[0], cache
     return Denoising(denoise, cache)
 
@@ -128,8 +128,8 @@ def stored_apart(lm: LM, plan, params, batch: int) -> Denoising:
 def uncached(lm: LM, plan, params, batch: int) -> Denoising:
     """A pass over the whole row in every call."""
     denoiser = UncachedDenoiser(lm.model, plan.settings.block_size, lm.context)
-    nothing = jnp.zeros((batch, 0), jnp.int32)
-    return Denoising(functools.partial(denoiser, params), denoiser.prefill(params, nothing, nothing, 0))
+    no_tokens = jnp.zeros((batch, 0), jnp.int32)
+    return Denoising(functools.partial(denoiser, params), denoiser.prefill(params, no_tokens, no_tokens, 0))
 
 
 def bare(lm: LM, options: generation.Options, batch: int):
@@ -140,17 +140,17 @@ def bare(lm: LM, options: generation.Options, batch: int):
 
     @jax.jit
     def calls(params):
-        ask, cache = fused(lm, plan, trunk.unstacked(lm.model, params), batch)
+        ask, cache = fused(lm, plan, trunk.unstack_layers(lm.model, params), batch)
 
-        def call(block, finished, i, cache):
+        def call(block, previous, i, cache):
             positions = jnp.full((batch, 1), i, jnp.int32)
             canvas = jnp.where(jnp.arange(size) < i, i, blank)  # changes from call to call, as a text does
-            return ask(canvas, block, finished, positions, jnp.ones(batch), cache)
+            return ask(canvas, block, previous, positions, jnp.ones(batch), cache)
 
         def body(block, carry):
             total, cache = carry
-            finished = Finished(blank, jnp.broadcast_to(block > 0, blank.shape))
-            logits, cache = call(block, finished, 0, cache)
+            previous = PreviousBlock(blank, jnp.broadcast_to(block > 0, blank.shape))
+            logits, cache = call(block, previous, 0, cache)
             total = jax.lax.fori_loop(1, size, lambda i, total: total + call(block, None, i, cache)[0],
                                       total + logits)
             return total, cache

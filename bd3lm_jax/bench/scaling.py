@@ -16,7 +16,7 @@ from bd3lm_jax.bench.runner import Limit, row_of
 from bd3lm_jax.bench.step import Case, config_of
 from bd3lm_jax.config import Config, MeshConfig
 from bd3lm_jax.cost import flops, hlo
-from bd3lm_jax.cost.compilers import QUICK
+from bd3lm_jax.cost.compilers import FAST_COMPILE_OPTIONS
 from bd3lm_jax.program import Program
 from bd3lm_jax.score import SpecialIds
 
@@ -56,7 +56,7 @@ def measured(case: Case, kind: str, count: int) -> dict[str, Any]:
     program = Program.of(config, SpecialIds(mask=case.vocab - 1, end=0), mesh, jnp.float32)
     with jax.set_mesh(mesh):
         counted = flops.count(program.step(), *program.arguments())
-        compiled = program.step().lower(*program.arguments()).compile(QUICK)
+        compiled = program.step().lower(*program.arguments()).compile(FAST_COMPILE_OPTIONS)
     needed = flops.train_step(config.model, config.diffusion, batch=config.train.batch, length=case.length, views=1)
     sent = hlo.communication(compiled.as_text())
     return {"devices": count, "mflops_compiled": compiled.cost_analysis()["flops"] / 1e6,

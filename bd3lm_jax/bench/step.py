@@ -24,7 +24,7 @@ from bd3lm_jax.diffusion.masked import Masked
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.models import Backbone, trunk
 from bd3lm_jax.models.dit import DiTConfig
-from bd3lm_jax.passes import compute_dtype, plain_rows
+from bd3lm_jax.forward import compute_dtype, single_document_rows
 from bd3lm_jax.score import SpecialIds
 from bd3lm_jax.state import TrainState
 from bd3lm_jax.step import make_step
@@ -186,7 +186,7 @@ def setting(config: Config, abstract: bool) -> tuple[Backbone, optax.GradientTra
         params = trunk.init(model, jax_settings.key(0))
         shape = (config.train.batch, config.data.length)
         tokens = jax.random.randint(jax_settings.key(1), shape, 0, config.model.vocab_size - 1)
-        positions, segments = plain_rows(tokens)
+        positions, segments = single_document_rows(tokens)
         batch = {"tokens": tokens, "segments": segments, "positions": positions}
         return TrainState(jnp.zeros((), jnp.int32), params, {}, tx.init(params)), batch
 

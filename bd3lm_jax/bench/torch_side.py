@@ -43,15 +43,15 @@ def attention_variants(q_BxNxHxD: np.ndarray, k_BxNxHxD: np.ndarray, v_BxNxHxD: 
 def _flex(tokens: int, length: int, block_size: int):
     from torch.nn.attention import flex_attention as flex
 
-    seen = flex.create_block_mask(two_stream_mask(length, block_size), None, None, tokens, tokens, device=DEVICE)
+    visible = flex.create_block_mask(two_stream_mask(length, block_size), None, None, tokens, tokens, device=DEVICE)
     compiled = torch.compile(flex.flex_attention, dynamic=False)
-    return lambda q, k, v: compiled(q, k, v, block_mask=seen)
+    return lambda q, k, v: compiled(q, k, v, block_mask=visible)
 
 
 def two_stream_mask(length: int, block_size: int):
     """FlexAttention's `mask_mod` for `length` noised tokens followed by clean ones (BD3-LM appendix B.6)."""
 
-    def seen(batch, head, q, kv):
+    def visible(batch, head, q, kv):
         del batch, head
         q_clean, kv_clean = q >= length, kv >= length
         q_block, kv_block = (torch.where(clean, x - length, x) // block_size
@@ -60,7 +60,7 @@ def two_stream_mask(length: int, block_size: int):
         earlier = ~q_clean & kv_clean & (q_block > kv_block)
         return own | earlier | (q_clean & kv_clean & (q_block >= kv_block))
 
-    return seen
+    return visible
 
 
 class Published(torch.nn.Module):
@@ -88,8 +88,8 @@ class Published(torch.nn.Module):
         h = _norm(h, self.weights["head/norm/scale"]) * (1 + scale) + shift
         logits = (h @ self.weights["head/linear/kernel"] + self.weights["head/linear/bias"]).float()
         logits = logits[:, :self.length, :self.vocab]
-        hidden = torch.arange(self.vocab, device=DEVICE) == mask_id
-        return logits.masked_fill(hidden, -1e30).log_softmax(-1)
+        is_mask = torch.arange(self.vocab, device=DEVICE) == mask_id
+        return logits.masked_fill(is_mask, -1e30).log_softmax(-1)
 
     def _condition(self):
         w = self.weights

@@ -20,7 +20,7 @@ from bd3lm_jax.log import note
 
 ENGINES = {"gcloud": gcloud, "xpk": xpk, "skypilot": skypilot, "slurm": slurm}
 NAME = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"  # what all engines take
-MEANING = {"create": "the machines, and what is installed on them", "run": "the command",
+ACTION_HELP = {"create": "the machines, and what is installed on them", "run": "the command",
            "logs": "follow what it says", "resume": "after it has ended or its machines were taken: it goes on",
            "delete": "everything that create and run made, except what is on the shared file system"}
 SCRIPT = "cluster.sh"
@@ -44,7 +44,7 @@ def launch(engine: str, job: Job, action: str, execute: bool) -> dict[str, Any]:
     _write(texts)
     chosen = ACTIONS if action == "all" else (action,)
     for name in chosen:
-        note(f"# {name}: {MEANING[name]}")
+        note(f"# {name}: {ACTION_HELP[name]}")
         for argv in actions[name]:
             note(shlex.join(argv))
     if execute:
@@ -78,13 +78,13 @@ def script(engine: str, job: Job, actions: dict[str, list[Sequence[str]]]) -> st
     lines = ["#!/usr/bin/env bash", f"# {engine}: {job.name} on {job.slices} x {job.slice.name}, {job.hosts} hosts",
              "set -euo pipefail", 'case "${1:-}" in']
     for name in ACTIONS:
-        lines += [f"{name})  # {MEANING[name]}", *(f"  {shlex.join(argv)}" for argv in actions[name]), "  ;;"]
+        lines += [f"{name})  # {ACTION_HELP[name]}", *(f"  {shlex.join(argv)}" for argv in actions[name]), "  ;;"]
     return "\n".join([*lines, f'*) echo "usage: bash $0 {"|".join(ACTIONS)}" >&2; exit 2 ;;', "esac", ""])
 
 
 def _write(texts: dict[str, str]) -> None:
     for path, text in texts.items():
-        with files.errors(path, "choose another --out", has_begun=False):
+        with files.errors(path, "choose another --out", work_started=False):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             files.write(path, text.encode())
 

@@ -2,7 +2,7 @@
 
 import shlex
 
-from bd3lm_jax.clusters.job import AGAIN, Job, command_line, install, link_runs, no_bucket, pack
+from bd3lm_jax.clusters.job import RETRY_EXIT_CODES, Job, command_line, install, link_runs, reject_bucket, pack
 from bd3lm_jax.errors import UserError
 
 needs = ("project", "zone")
@@ -19,7 +19,7 @@ def check(job: Job) -> None:
     if (job.hosts > 1 or job.spot) and not job.shared:
         raise UserError("--shared is missing: several hosts, or machines that can be taken, keep runs/ in a directory "
                         "that all of them see, e.g. an NFS share that the image mounts")
-    no_bucket("gcloud", job)
+    reject_bucket("gcloud", job)
 
 
 def files(job: Job) -> dict[str, str]:
@@ -56,7 +56,7 @@ def _wait(job: Job) -> list[str]:
 
 def _start(job: Job) -> str:
     """Shell text for a host: the command, again after an exit code of AGAIN, cut loose from the connection."""
-    again = "|".join(map(str, AGAIN))
+    again = "|".join(map(str, RETRY_EXIT_CODES))
     loop = (f"for attempt in $(seq 0 {job.restarts}); do {command_line(job, '.venv/bin/python')}; code=$?; "
             f"case $code in {again}) sleep 10 ;; *) exit $code ;; esac; done; exit $code")
     running = f'[ -e ~/{PID} ] && kill -0 "$(cat ~/{PID})" 2>/dev/null'

@@ -8,7 +8,7 @@ from bd3lm_jax.errors import UserError
 
 ACTIONS = ("create", "run", "logs", "resume", "delete")
 # Exit codes of a run that goes on when started again: saved, stuck, a peer is gone, killed, SIGTERM before Python ran.
-AGAIN = (42, 75, 134, 137, 143)
+RETRY_EXIT_CODES = (42, 75, 134, 137, 143)
 PYTHON = "3.11"  # that constraints.txt was tested with; images of TPU VMs bring an older one
 VENV = ".venv"
 GRACE_S = 120  # between SIGTERM and SIGKILL: what a run needs to finish its step and save
@@ -57,7 +57,7 @@ def link_runs(directory: str) -> list[str]:
     return [f"mkdir -p {shlex.quote(directory)}", f"{{ {free}; }}", f"ln -sfn {shlex.quote(directory)} runs"]
 
 
-def no_bucket(engine: str, job: Job) -> None:
+def reject_bucket(engine: str, job: Job) -> None:
     if job.shared.startswith("gs://"):
         raise UserError(f"--shared={job.shared}: engine '{engine}' mounts no bucket, give the directory where it is "
                         "mounted")

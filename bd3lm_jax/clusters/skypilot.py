@@ -3,7 +3,7 @@
 import json
 import textwrap
 
-from bd3lm_jax.clusters.job import AGAIN, VENV, Job, command_line, install, link_runs
+from bd3lm_jax.clusters.job import RETRY_EXIT_CODES, VENV, Job, command_line, install, link_runs
 from bd3lm_jax.errors import UserError
 
 needs = ("shared",)
@@ -42,7 +42,7 @@ def _yaml(job: Job) -> str:
         lines.append(f"  infra: {json.dumps(f'gcp/{region}/{job.zone}', ensure_ascii=False)}")
     if tpu:
         lines += ["  accelerator_args:", f"    runtime_version: {json.dumps(job.slice.runtime)}"]
-    lines += ["  job_recovery:", f"    recover_on_exit_codes: {json.dumps(AGAIN)}"]
+    lines += ["  job_recovery:", f"    recover_on_exit_codes: {json.dumps(RETRY_EXIT_CODES)}"]
     if bucket:
         lines += ["file_mounts:", f"  {MOUNT}:", f"    source: {json.dumps(job.shared, ensure_ascii=False)}",
                   "    mode: MOUNT"]

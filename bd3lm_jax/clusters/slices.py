@@ -76,6 +76,6 @@ def find(name: str) -> Slice:
 
 def _nearest(name: str) -> str:
     """Of the whole names, which are many, only the closest; families and GPUs where none is close."""
-    told = nearest(name, [*KNOWN, *(f"{gpu}:{GPUS_A_HOST}" for gpu in GPUS)])
+    suggestion = nearest(name, [*KNOWN, *(f"{gpu}:{GPUS_A_HOST}" for gpu in GPUS)])
     examples = [f"{family.prefix}-{family.sizes[3]}" for family in TPUS] + [f"{gpu}:{GPUS_A_HOST}" for gpu in GPUS]
-    return told if told.startswith("did") else f"known are for example {', '.join(examples)}"
+    return suggestion if suggestion.startswith("did") else f"known are for example {', '.join(examples)}"

@@ -2,7 +2,7 @@
 
 import shlex
 
-from bd3lm_jax.clusters.job import AGAIN, GRACE_S, VENV, Job, command_line, install, link_runs
+from bd3lm_jax.clusters.job import RETRY_EXIT_CODES, GRACE_S, VENV, Job, command_line, install, link_runs
 from bd3lm_jax.errors import UserError
 
 needs = ()
@@ -42,7 +42,7 @@ def _script(job: Job) -> str:
     gpus = job.slice.chips // job.slice.hosts
     array, log = (f"#SBATCH --array=0-{job.points - 1}\n", "%A_%a") if job.points else ("", "%j")
     index = ' --index="$SLURM_ARRAY_TASK_ID"' if job.points else ""
-    again = "|".join(map(str, AGAIN))
+    again = "|".join(map(str, RETRY_EXIT_CODES))
     return f"""#!/usr/bin/env bash
 #SBATCH --job-name={job.name}
 #SBATCH --nodes={job.slice.hosts}

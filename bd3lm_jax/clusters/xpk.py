@@ -1,6 +1,6 @@
 """Workloads on GKE by `xpk`, which restarts them on exit codes 42 and 127 to 255, and on those it is told."""
 
-from bd3lm_jax.clusters.job import AGAIN, GRACE_S, PYTHON, Job, command_line, link_runs, no_bucket, pack
+from bd3lm_jax.clusters.job import RETRY_EXIT_CODES, GRACE_S, PYTHON, Job, command_line, link_runs, reject_bucket, pack
 from bd3lm_jax.errors import UserError
 
 needs = ("project", "zone", "shared")
@@ -12,7 +12,7 @@ IMAGE = f"python:{PYTHON}-slim-bookworm"
 def check(job: Job) -> None:
     if not job.slice.is_tpu:
         raise UserError(f"engine 'xpk' is set up for TPUs here, not {job.slice.name}: use skypilot or slurm")
-    no_bucket("xpk", job)
+    reject_bucket("xpk", job)
 
 
 def files(job: Job) -> dict[str, str]:
@@ -25,11 +25,11 @@ def actions(job: Job) -> dict[str, list[list[str]]]:
     run = [*_unpacked(job), _workload(job, where)]
     end = ["xpk", "workload", "delete", f"--workload={job.name}", *where, "--force"]
     size = [f"--tpu-type={job.slice.name}", f"--num-slices={job.slices}"]
-    made = [] if job.cluster else [["xpk", "cluster", "create", *where, *size, "--spot" if job.spot else "--on-demand"]]
-    gone = [] if job.cluster else [["xpk", "cluster", "delete", *where, "--force"]]
+    create = [] if job.cluster else [["xpk", "cluster", "create", *where, *size, "--spot" if job.spot else "--on-demand"]]
+    delete = [] if job.cluster else [["xpk", "cluster", "delete", *where, "--force"]]
     logs = ["kubectl", "logs", "--follow", "--prefix", "--all-containers", "--tail=200", "--max-log-requests=512",
             f"--selector=jobset.sigs.k8s.io/jobset-name={job.name}"]
-    return {"create": made, "run": run, "logs": [logs], "resume": [end, *run], "delete": [end, *gone]}
+    return {"create": create, "run": run, "logs": [logs], "resume": [end, *run], "delete": [end, *delete]}
 
 
 def _unpacked(job: Job) -> list[list[str]]:
@@ -39,10 +39,10 @@ def _unpacked(job: Job) -> list[list[str]]:
 
 
 def _workload(job: Job, where: list[str]) -> list[str]:
-    told = ",".join(str(code) for code in AGAIN if code not in DEFAULT_CODES)
+    exit_codes = ",".join(str(code) for code in RETRY_EXIT_CODES if code not in DEFAULT_CODES)
     return ["xpk", "workload", "create", f"--workload={job.name}", *where, f"--tpu-type={job.slice.name}",
             f"--num-slices={job.slices}", f"--base-docker-image={IMAGE}", f"--script-dir={job.out}/code",
-            f"--max-restarts={job.restarts}", f"--restart-on-exit-codes={told}",
+            f"--max-restarts={job.restarts}", f"--restart-on-exit-codes={exit_codes}",
             f"--termination-grace-period-seconds={GRACE_S}", f"--command={_text(job)}"]
 
 

@@ -107,13 +107,13 @@ class _Pieces:
 
 def _explore(dfa: Dfa, first: _Pieces, later: _Pieces) -> tuple[list[int], np.ndarray, np.ndarray]:
     """States between tokens (DEAD, the start, then those behind tokens), class of each token, a token of each class."""
-    states, known = [DEAD, START], {DEAD}
+    states, visited = [DEAD, START], {DEAD}
     class_V, members = np.zeros(len(first.order), np.int64), np.zeros(1, np.int64)
     done = 1
     while done < len(states):
         row_V = (first if done == 1 else later).after(dfa, states[done])
-        new = [state for state in np.unique(row_V).tolist() if state not in known]
-        known.update(new)
+        new = [state for state in np.unique(row_V).tolist() if state not in visited]
+        visited.update(new)
         states.extend(new)
         if len(states) > MAX_STATES:
             raise UserError(f"the constraint needs more than {MAX_STATES} states: make it simpler")
@@ -152,10 +152,10 @@ def _trim(transitions_QxC: np.ndarray, accepting_Q: np.ndarray) -> tuple[np.ndar
         steps += 1
         frontier = adjacency[:, frontier].any(axis=1) & (distance < 0)
         distance[frontier] = steps
-    kept = distance >= 0
-    kept[[DEAD, START]] = True
-    index = np.where(kept, np.cumsum(kept) - 1, DEAD)
-    return index[transitions_QxC[kept]], accepting_Q[kept], adjacency[np.ix_(kept, kept)], distance[kept]
+    alive = distance >= 0
+    alive[[DEAD, START]] = True
+    index = np.where(alive, np.cumsum(alive) - 1, DEAD)
+    return index[transitions_QxC[alive]], accepting_Q[alive], adjacency[np.ix_(alive, alive)], distance[alive]
 
 
 def _reachable(adjacency_QxQ: np.ndarray, accepting_Q: np.ndarray, tokens: int) -> np.ndarray:

@@ -94,13 +94,13 @@ class _Nfa:
 
     def closure(self, states: Iterable[int]) -> frozenset[int]:
         """The states and all that they lead to without a byte."""
-        found, waiting = set(states), list(states)
+        reachable, waiting = set(states), list(states)
         while waiting:
             for target in self.empty[waiting.pop()]:
-                if target not in found:
-                    found.add(target)
+                if target not in reachable:
+                    reachable.add(target)
                     waiting.append(target)
-        return frozenset(found)
+        return frozenset(reachable)
 
 
 def _utf8_ranges(low: int, high: int) -> list[list[tuple[int, int]]]:

@@ -32,27 +32,27 @@ def schema_node(schema: dict, where: str = "schema") -> Node:
     """The syntax tree of a schema; `where` names it in messages. UserError for what is wrong or not supported."""
     if not isinstance(schema, dict):
         raise UserError(f"{where} is {schema!r}, expected a JSON schema: an object with a type, enum, const or anyOf")
-    given = set(schema) - ANNOTATIONS
+    keywords = set(schema) - ANNOTATIONS
     kinds = schema["type"] if isinstance(schema.get("type"), list) else [schema["type"]] if "type" in schema else []
     for kind in kinds:
         lookup(KEYWORDS, kind, f"type in {where}")
     if "anyOf" in schema:
-        _check_keywords(given, {"anyOf"}, where)
+        _check_keywords(keywords, {"anyOf"}, where)
         options = _filled_list(schema["anyOf"], f"anyOf in {where}")
         return Either(tuple(schema_node(option, f"{where}.anyOf[{i}]") for i, option in enumerate(options)))
     if "enum" in schema or "const" in schema:
-        _check_keywords(given, {"type", "enum" if "enum" in schema else "const"}, where)
+        _check_keywords(keywords, {"type", "enum" if "enum" in schema else "const"}, where)
         values = _filled_list(schema["enum"], f"enum in {where}") if "enum" in schema else [schema["const"]]
-        return Either(tuple(_exactly(value, kinds, where) for value in values))
+        return Either(tuple(_literal_value(value, kinds, where) for value in values))
     if not kinds:
         raise UserError(f"{where} has none of type, enum, const, anyOf")
-    _check_keywords(given, {"type"}.union(*(KEYWORDS[kind] for kind in kinds)), where)
+    _check_keywords(keywords, {"type"}.union(*(KEYWORDS[kind] for kind in kinds)), where)
     return Either(tuple(_typed(kind, schema, where) for kind in kinds))
 
 
-def _check_keywords(given: set, known: set, where: str) -> None:
-    for keyword in sorted(given - known):
-        raise UserError(f"'{keyword}' in {where} is not supported here: {nearest(keyword, known)}")
+def _check_keywords(keywords: set, allowed: set, where: str) -> None:
+    for keyword in sorted(keywords - allowed):
+        raise UserError(f"'{keyword}' in {where} is not supported here: {nearest(keyword, allowed)}")
 
 
 def _filled_list(value, what: str) -> list:
@@ -61,7 +61,7 @@ def _filled_list(value, what: str) -> list:
     return value
 
 
-def _exactly(value, kinds: list[str], where: str) -> Node:
+def _literal_value(value, kinds: list[str], where: str) -> Node:
     """A value as it is written; `kinds`: the types that the schema allows, none for any."""
     kind = PYTHON_TYPES[type(value)]
     if kinds and kind not in kinds and not (kind == "integer" and "number" in kinds):
@@ -86,7 +86,7 @@ def _object(schema: dict, where: str) -> Node:
         raise UserError(f"{where} is an object without properties: name each with its schema")
     for name in schema.get("required", ()):
         lookup(properties, name, f"required property in {where}")
-    members = [Sequence((_exactly(name, [], where), literal(": "), schema_node(part, f"{where}.{name}")))
+    members = [Sequence((_literal_value(name, [], where), literal(": "), schema_node(part, f"{where}.{name}")))
                for name, part in properties.items()]
     return Sequence((literal("{"), *_separated(members), literal("}")))
 
@@ -121,8 +121,8 @@ def _quoted(node: Node) -> Node:
 def _escape(node: Node) -> Node:
     """The node of a text, for the text inside a JSON string. Control characters without a letter cannot occur."""
     if isinstance(node, Characters):
-        held = [c for c in ESCAPED if any(low <= ord(c) <= high for low, high in node.ranges)]
-        return Either((without(node, NEVER_BARE), *(literal(json.dumps(c)[1:-1]) for c in held)))
+        escaped = [c for c in ESCAPED if any(low <= ord(c) <= high for low, high in node.ranges)]
+        return Either((without(node, NEVER_BARE), *(literal(json.dumps(c)[1:-1]) for c in escaped)))
     if isinstance(node, Repeat):
         return Repeat(_escape(node.part), node.low, node.high)
     return type(node)(tuple(_escape(part) for part in node[0]))

@@ -110,9 +110,9 @@ class _Parser:
         return self.pattern[self.at:self.at + 1]
 
     def take(self, text: str) -> bool:
-        found = self.pattern.startswith(text, self.at)
-        self.at += len(text) * found
-        return found
+        matched = self.pattern.startswith(text, self.at)
+        self.at += len(text) * matched
+        return matched
 
     def either(self) -> Node:
         options = [self.sequence()]
@@ -130,21 +130,21 @@ class _Parser:
         if REPETITION.match(self.pattern, self.at):
             self.fail(f"'{self.peek()}' has nothing to repeat (a literal one: \\{self.peek()})")
         part = self.atom()
-        found = REPETITION.match(self.pattern, self.at)
-        if not found:
+        matched = REPETITION.match(self.pattern, self.at)
+        if not matched:
             return part
-        low, high = {"*": (0, None), "+": (1, None), "?": (0, 1)}.get(found[0]) or self.counts(found)
-        self.at = found.end()
+        low, high = {"*": (0, None), "+": (1, None), "?": (0, 1)}.get(matched[0]) or self.counts(matched)
+        self.at = matched.end()
         if REPETITION.match(self.pattern, self.at):
             self.fail(f"'{self.peek()}' after a repetition: lazy, possessive and repeated repetitions are not "
                       "supported, write (?:x*)* for the last")
         return Repeat(part, low, high)
 
-    def counts(self, found: re.Match) -> tuple[int, int | None]:
-        low = int(found["low"] or 0)
-        high = low if found["comma"] is None else int(found["high"]) if found["high"] else None
+    def counts(self, matched: re.Match) -> tuple[int, int | None]:
+        low = int(matched["low"] or 0)
+        high = low if matched["comma"] is None else int(matched["high"]) if matched["high"] else None
         if high is not None and high < low:
-            self.fail(f"{found[0]} repeats at least {low} and at most {high} times")
+            self.fail(f"{matched[0]} repeats at least {low} and at most {high} times")
         return low, high
 
     def atom(self) -> Node:
@@ -195,8 +195,8 @@ class _Parser:
 
     def bracket(self, start: int) -> Characters:
         negated, ranges = self.take("^"), []
-        begin = self.at
-        while self.at == begin or not self.take("]"):  # a first ] is a literal one
+        first_member = self.at
+        while self.at == first_member or not self.take("]"):  # a first ] is a literal one
             first = self.member(start)
             if self.peek() == "-" and self.pattern[self.at + 1:self.at + 2] not in ("", "]"):
                 self.at += 1

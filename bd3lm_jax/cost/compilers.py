@@ -33,16 +33,16 @@ SLICES = {  # slices of TPUs that can be described, by number of devices
     "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
 }
 SLICES |= {"v5p": SLICES["v4"], "v6e": SLICES["v5e"]}
-DESCRIBED = {  # what libtpu would ask a TPU machine for
+LIBTPU_ENVIRONMENT = {  # what libtpu would ask a TPU machine for
     "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu",
 }
 # The same HLO, hence the same figures, in half the time: only machine code suffers, which never runs.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+FAST_COMPILE_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 INSTALL = "pip install -e '.[tpu_compile]'"
 
 
-class Compiled(NamedTuple):
+class CompiledCost(NamedTuple):
     """What a compiler says of the step: bytes a device needs, what it sends (None: the compiler ran out of memory)."""
 
     total: int
@@ -64,9 +64,9 @@ def simulate(number: int) -> None:
     jax.config.update("jax_num_cpu_devices", number)
 
 
-def estimated(program: Program) -> Compiled:
+def compile_for_cpu(program: Program) -> CompiledCost:
     """What XLA for CPU says of a simulated program."""
-    return _compile(program, QUICK)
+    return _compile(program, FAST_COMPILE_OPTIONS)
 
 
 def tpu_for(number: int) -> str | None:
@@ -87,40 +87,40 @@ def check_tpu(target: str, number: int) -> None:
         raise UserError(f"the mesh has {number} devices, a slice of {target} has 1, {', '.join(map(str, shapes))}")
 
 
-def ask_tpu(config: Config, special: SpecialIds, target: str) -> Future:
+def compile_for_tpu(config: Config, special: SpecialIds, target: str) -> Future:
     """What the TPU compiler says: a Compiled, later. Its `result` raises RunError, with the reason, if libtpu fails."""
     question = json.dumps({"config": config.to_dict(), "special": dataclasses.astuple(special), "target": target})
     thread = ThreadPoolExecutor(1)
-    asked = thread.submit(_ask, [sys.executable, "-c", f"from {__name__} import answer; answer()"], question)
+    future = thread.submit(_ask, [sys.executable, "-c", f"from {__name__} import answer; answer()"], question)
     thread.shutdown(wait=False)
-    return asked
+    return future
 
 
 def answer() -> None:
-    """The other side of `ask_tpu`: question on stdin, answer as the last line of stdout."""
+    """The other side of `compile_for_tpu`: question on stdin, answer as the last line of stdout."""
     question = json.load(sys.stdin)
     config, special = Config.from_dict(question["config"], stored=True), SpecialIds(*question["special"])
-    print(json.dumps(_compile(described_program(config, special, question["target"]), None)))
+    print(json.dumps(_compile(tpu_program(config, special, question["target"]), None)))
 
 
-def described_program(config: Config, special: SpecialIds, target: str) -> Program:
+def tpu_program(config: Config, special: SpecialIds, target: str) -> Program:
     """The program of a config on slices of a TPU that are only described, in a process with libtpu and DESCRIBED."""
     number, slices = math.prod(dataclasses.astuple(config.mesh)), config.mesh.slices
-    return _program(config, special, described(target, number // slices, slices), on_tpu=True)
+    return _program(config, special, tpu_devices(target, number // slices, slices), on_tpu=True)
 
 
-def _ask(command: Sequence[str], question: str) -> Compiled:
+def _ask(command: Sequence[str], question: str) -> CompiledCost:
     library = str(Path(__file__).parents[1])
     path = os.pathsep.join([library, *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(command, input=question, text=True, capture_output=True,
-                          env=os.environ | DESCRIBED | {"PYTHONPATH": path})
+    process = subprocess.run(command, input=question, text=True, capture_output=True,
+                          env=os.environ | LIBTPU_ENVIRONMENT | {"PYTHONPATH": path})
     try:
-        total, communication, seconds = json.loads(done.stdout.splitlines()[-1])
+        total, communication, seconds = json.loads(process.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-        raise RunError(f"the TPU compiler failed: {said[-1][:200]}") from None
+        stderr_lines = [line.strip() for line in process.stderr.splitlines() if line.strip()] or [f"exit code {process.returncode}"]
+        raise RunError(f"the TPU compiler failed: {stderr_lines[-1][:200]}") from None
     traffic = communication and {kind: hlo.Traffic(*numbers) for kind, numbers in communication.items()}
-    return Compiled(total, traffic, seconds)
+    return CompiledCost(total, traffic, seconds)
 
 
 def _slices(target: str) -> dict[int, str]:
@@ -128,7 +128,7 @@ def _slices(target: str) -> dict[int, str]:
     return {math.prod(map(int, shape.split("x"))): shape for shape in lookup(SLICES, target, "TPU --for")}
 
 
-def described(target: str, number: int, slices: int) -> list[Any]:
+def tpu_devices(target: str, number: int, slices: int) -> list[Any]:
     """Devices of so many TPU slices of `number` each, which are not there."""
     from jax.experimental import topologies
 
@@ -151,17 +151,17 @@ def _program(config: Config, special: SpecialIds, devices: list, on_tpu: bool) -
     return Program.of(config, special, mesh, dtype)
 
 
-def _compile(program: Program, options: dict | None) -> Compiled:
-    began = time.perf_counter()
+def _compile(program: Program, options: dict | None) -> CompiledCost:
+    start_s = time.perf_counter()
     try:
         with jax.set_mesh(program.mesh):
             compiled = program.step().lower(*program.arguments()).compile(options)
     except jax.errors.JaxRuntimeError as error:
-        total = memory.needed_by(error, bytes_per_device(program.arguments()))
+        total = memory.bytes_from_error(error, bytes_per_device(program.arguments()))
         if total is None:
             raise
-        return Compiled(total, None, time.perf_counter() - began)
-    seconds = time.perf_counter() - began
+        return CompiledCost(total, None, time.perf_counter() - start_s)
+    seconds = time.perf_counter() - start_s
     slices = program.config.mesh.slices
     slice_size = program.mesh.size // slices if slices > 1 else None
-    return Compiled(bytes_needed(compiled), hlo.communication(compiled.as_text(), slice_size), seconds)
+    return CompiledCost(bytes_needed(compiled), hlo.communication(compiled.as_text(), slice_size), seconds)

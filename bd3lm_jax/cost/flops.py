@@ -53,8 +53,8 @@ def parts(model_config: Any, objective: Any, *, batch: int, length: int, views: 
     """
     model = models.build(model_config, jnp.float32)
     params = jax.eval_shape(lambda: trunk.init(model, jax_settings.key(0)))
-    each = [objective.at(size) for size in objective.sizes] if hasattr(objective, "sizes") else [objective]
-    layers, attention = np.mean([_body(model, params, one, batch, length, views) for one in each], axis=0)
+    objectives = [objective.at(size) for size in objective.sizes] if hasattr(objective, "sizes") else [objective]
+    layers, attention = np.mean([_body(model, params, one, batch, length, views) for one in objectives], axis=0)
     scored = scored_positions(objective, batch, length, views, schedule)
     return Parts(float(layers), float(attention), _head(model, params, (batch, views, scored)))
 
@@ -62,7 +62,7 @@ def parts(model_config: Any, objective: Any, *, batch: int, length: int, views: 
 def _body(model, params, objective, batch: int, length: int, views: int) -> tuple[float, float]:
     """FLOPs of the layers and of attention, of blocks of one size."""
     model_config = model.config
-    level = (batch, views, length // objective.block_size) if trunk.takes_level(model_config) else (1, 1)
+    level = (batch, views, length // objective.block_size) if trunk.is_time_conditioned(model_config) else (1, 1)
     clean, noised_views = (length, 0) if objective.causal else (length - objective.block_size, views)
     layers = attention = first = 0
     for index, (name, block, layer_count) in enumerate(model.groups):
@@ -76,10 +76,10 @@ def _body(model, params, objective, batch: int, length: int, views: int) -> tupl
         clean_pairs, noised_pairs = _pairs(objective, length, views, getattr(block, "window", None))
         layers += noised_layers * on_noised.all + (layer_count - peeled) * on_clean.all + peeled * on_clean.keys_values
         attention += 4 * batch * on_noised.width * (noised_layers * noised_pairs + (layer_count - peeled) * clean_pairs)
-    if objective.mixtures is not None:  # mixtures of tokens instead of ids
-        mixtures = jax.ShapeDtypeStruct((batch, views, length, model_config.vocab_size), jnp.float32)
-        places = jax.ShapeDtypeStruct(mixtures.shape[:-1], jnp.int32)
-        layers += count(lambda p, *x: model.embed.apply({"params": p}, *x), params["embed"], mixtures, places)
+    if objective.soft_inputs is not None:  # mixtures of tokens instead of ids
+        soft_inputs = jax.ShapeDtypeStruct((batch, views, length, model_config.vocab_size), jnp.float32)
+        places = jax.ShapeDtypeStruct(soft_inputs.shape[:-1], jnp.int32)
+        layers += count(lambda p, *x: model.embed.apply({"params": p}, *x), params["embed"], soft_inputs, places)
     return layers, attention
 
 
@@ -87,12 +87,12 @@ def scored_positions(objective: Any, batch: int, length: int, views: int, schedu
     """Positions of a view that reach the output layer: the static capacity of the objective's masks, or of those that
     a schedule may choose."""
     def noised(ids):
-        needed = {name: jnp.zeros(ids.shape) for name in objective.needs}
-        if hasattr(schedule, "law"):
-            needed["law"] = schedule.law(schedule.first(), length // objective.block_size)
+        arrays = {name: jnp.zeros(ids.shape) for name in objective.extra_batch_keys}
+        if hasattr(schedule, "distribution"):
+            arrays["distribution"] = schedule.distribution(schedule.init_state(), length // objective.block_size)
         if objective.learns:
-            needed["learnt"] = {**objective.init_learnt(jax_settings.key(0), 1, 1), "embedding": jnp.zeros((1, 1))}
-        return objective.corrupt(jax_settings.key(0), ids, ids, views=views, mask_id=0, end_id=0, **needed)
+            arrays["learned_params"] = {**objective.init_learned_params(jax_settings.key(0), 1, 1), "embedding": jnp.zeros((1, 1))}
+        return objective.corrupt(jax_settings.key(0), ids, ids, views=views, mask_id=0, end_id=0, **arrays)
 
     return min(jax.eval_shape(noised, jax.ShapeDtypeStruct((batch, length), jnp.int32)).capacity, length)
 
@@ -102,7 +102,7 @@ def count(function: Callable, *args: Any) -> int:
 
     Raises ValueError where the number cannot be known: a kernel, or a product in a loop of unknown length.
     """
-    return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+    return _jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 class _Layer(NamedTuple):
@@ -123,17 +123,17 @@ def _layer(model, block, layer, params, shape, level) -> _Layer:
         sigma = jax.ShapeDtypeStruct(level, jnp.float32)
         cond = jax.eval_shape(lambda p, x: model.condition.apply({"params": p}, x), params["condition"], sigma)
 
-    def pre(p, h, cond, rotary):
-        return block.apply({"params": p}, h, cond, rotary, True, method=block.pre)
+    def project_qkv(p, h, cond, rotary):
+        return block.apply({"params": p}, h, cond, rotary, True, method=block.project_qkv)
 
-    def post(p, h, attended, cond):
-        return block.apply({"params": p}, h, attended, cond, None, method=block.post)[0]
+    def attention_output_and_mlp(p, h, attended, cond):
+        return block.apply({"params": p}, h, attended, cond, None, method=block.attention_output_and_mlp)[0]
 
-    q = jax.eval_shape(pre, layer, h, cond, rotary)[0]
+    q = jax.eval_shape(project_qkv, layer, h, cond, rotary)[0]
     width = math.prod(q.shape[-2:])
-    before, after = count(pre, layer, h, cond, rotary), count(post, layer, h, q, cond)
-    if hasattr(block, "spare_flops"):
-        after -= block.spare_flops(math.prod(shape))
+    before, after = count(project_qkv, layer, h, cond, rotary), count(attention_output_and_mlp, layer, h, q, cond)
+    if hasattr(block, "padding_flops"):
+        after -= block.padding_flops(math.prod(shape))
     return _Layer(before + after, before - 2 * math.prod(h.shape) * width, width)
 
 
@@ -151,11 +151,11 @@ def _head(model, params, shape) -> int:
     """The output layer on positions `[B, M, C]`."""
     ids = jax.ShapeDtypeStruct(shape, jnp.int32)
     h = jax.eval_shape(lambda p, x: model.embed.apply({"params": p}, x, x), params["embed"], ids)
-    sigma = jax.ShapeDtypeStruct(ids.shape, jnp.float32) if trunk.takes_level(model.config) else None
+    sigma = jax.ShapeDtypeStruct(ids.shape, jnp.float32) if trunk.is_time_conditioned(model.config) else None
     return count(lambda p, h, sigma: trunk.logits(model, p, h, sigma), params, h, sigma)
 
 
-def _of_jaxpr(jaxpr) -> int:
+def _jaxpr_flops(jaxpr) -> int:
     total = 0
     for equation in jaxpr.eqns:
         name = equation.primitive.name
@@ -164,7 +164,7 @@ def _of_jaxpr(jaxpr) -> int:
             shape = equation.invars[0].aval.shape
             total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
             continue
-        inner = [_of_jaxpr(x) for x in _inner_jaxprs(equation.params)]
+        inner = [_jaxpr_flops(x) for x in _inner_jaxprs(equation.params)]
         if name == "pallas_call" or (name == "while" and any(inner)):
             raise ValueError(f"cannot count the FLOPs of {name}: how often it runs is not known")
         if name == "cond":

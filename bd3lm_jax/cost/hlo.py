@@ -9,13 +9,13 @@ import numpy as np
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8,
          "s64": 8, "u64": 8}
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-BETWEEN = " between slices"
+BETWEEN_SLICES = " between slices"
 CALL = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
 # How TPU programs send to other slices: by way of the host, the kind of collective being a note.
 HOSTS = re.compile(r" send\(.*_xla_megascale_target=\"\{([\d,]+)\}.*_xla_megascale_transfer_type=\"(\w+)\"")
 # What one device sends in a ring of n, as a part of the array that all of them hold together (of a device's own array
 # for the last three): a gather or a scatter passes n - 1 of n pieces on, a reduction does both.
-SENT = {"all-gather": lambda n: (n - 1) / n, "reduce-scatter": lambda n: (n - 1) / n,
+SENT_FRACTION = {"all-gather": lambda n: (n - 1) / n, "reduce-scatter": lambda n: (n - 1) / n,
         "all-reduce": lambda n: 2 * (n - 1) / n, "all-to-all": lambda n: (n - 1) / n, "collective-permute": lambda n: 1}
 
 
@@ -41,7 +41,7 @@ def communication(text: str, slice_size: int | None = None) -> dict[str, Traffic
             if hosts:
                 kind = hosts[2].lower().replace("_", "-")
                 size = times * _bytes(line.partition(" = ")[2].partition(", u32[]")[0])
-                found[kind + BETWEEN, line] = Traffic(times, size * SENT[kind](len(hosts[1].split(","))))
+                found[kind + BETWEEN_SLICES, line] = Traffic(times, size * SENT_FRACTION[kind](len(hosts[1].split(","))))
             if call is None:
                 continue
             kind, size = _kind_and_bytes(name, call, line)
@@ -49,11 +49,11 @@ def communication(text: str, slice_size: int | None = None) -> dict[str, Traffic
             if devices > 1:
                 channel = re.search(r"channel_id=(\d+)", line)
                 between = slice_size is not None and _crosses(line, slice_size)
-                key = kind + BETWEEN * between, channel[1] if channel else line
-                traffic = Traffic(times, times * size * SENT[kind](devices))
+                key = kind + BETWEEN_SLICES * between, channel[1] if channel else line
+                traffic = Traffic(times, times * size * SENT_FRACTION[kind](devices))
                 found[key] = max(found.get(key, traffic), traffic)
     return {kind: Traffic(*(sum(values) for values in zip(*(t for (k, _), t in found.items() if k == kind))))
-            for kind in (*KINDS, *(kind + BETWEEN for kind in KINDS)) if any(k == kind for k, _ in found)}
+            for kind in (*KINDS, *(kind + BETWEEN_SLICES for kind in KINDS)) if any(k == kind for k, _ in found)}
 
 
 def _computations(text: str) -> dict[str, list[str]]:
@@ -88,9 +88,9 @@ def _multiplicities(computations: dict[str, list[str]]) -> dict[str, int]:
 
 def _trip_count(line: str, computations: dict[str, list[str]]) -> int:
     """From the compiler's note, else from the loop's condition `counter < constant` (loops of jax count from 0)."""
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-    if known:
-        return int(known[1])
+    noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+    if noted:
+        return int(noted[1])
     condition = computations[re.search(r"condition=%([^\s,]+)", line)[1]]
     constants = [re.search(r"constant\((\d+)\)", other) for other in condition]
     constants = [int(constant[1]) for constant in constants if constant]
@@ -134,22 +134,22 @@ def _crosses(line: str, slice_size: int) -> bool:
 def _groups(line: str) -> list[list[int]] | None:
     """The devices that a collective runs among, each group by itself (of a permutation its pairs); None if it does not
     say."""
-    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", line)
-    if listed:
-        return [[int(device) for device in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
-    counted = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
-    if counted:
-        return _numbered(counted[3], counted[4]).reshape(int(counted[1]), int(counted[2])).tolist()
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? "
+    explicit = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", line)
+    if explicit:
+        return [[int(device) for device in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", explicit[1])]
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
+    if iota:
+        return _numbered(iota[3], iota[4]).reshape(int(iota[1]), int(iota[2])).tolist()
+    by_axis = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? "
                       r"\{([^}]*)\}", line)
-    if named is None:
+    if by_axis is None:
         return None
-    sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+    sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", by_axis[1])}
     shape = ",".join(map(str, sizes.values()))
-    devices = _numbered(named[2] or shape, named[3]).reshape(tuple(sizes.values()))
-    along = [list(sizes).index(axis) for axis in re.findall(r"'(\w+)'", named[4])]
-    count = math.prod(devices.shape[axis] for axis in along)
-    return np.moveaxis(devices, along, range(-len(along), 0)).reshape(-1, count).tolist()
+    devices = _numbered(by_axis[2] or shape, by_axis[3]).reshape(tuple(sizes.values()))
+    group_axes = [list(sizes).index(axis) for axis in re.findall(r"'(\w+)'", by_axis[4])]
+    count = math.prod(devices.shape[axis] for axis in group_axes)
+    return np.moveaxis(devices, group_axes, range(-len(group_axes), 0)).reshape(-1, count).tolist()
 
 
 def _numbered(shape: str, order: str | None) -> np.ndarray:

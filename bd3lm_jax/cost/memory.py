@@ -22,11 +22,11 @@ GIB = 2**30
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 EXHAUSTED = "RESOURCE_EXHAUSTED"
 LANES, SUBLANES = 128, 8  # a TPU holds arrays in tiles of float32 [8, 128]
-ENOUGH_LESS = 0.9  # what did not fit will not fit with less than a tenth off
+REQUIRED_RATIO = 0.9  # what did not fit will not fit with less than a tenth off
 
 
 @contextlib.contextmanager
-def explained(program: Program) -> Iterator[None]:
+def explain_out_of_memory(program: Program) -> Iterator[None]:
     """Turns running out of device memory within the block into a RunError that says what would fit."""
     try:
         yield
@@ -43,19 +43,19 @@ def advice(program: Program, limit_bytes: int) -> str:
     Tried in this order, each with those before: more remat, smaller microbatches, weights split over all devices
     (fsdp), fewer views.
     """
-    needed = _needed(program)
-    allowed = min(limit_bytes, ENOUGH_LESS * needed)
-    said = (f"out of memory: the step needs about {needed / GIB:.1f} GiB a device, there are "
+    needed = _bytes_needed(program)
+    allowed = min(limit_bytes, REQUIRED_RATIO * needed)
+    summary = (f"out of memory: the step needs about {needed / GIB:.1f} GiB a device, there are "
             f"{limit_bytes / GIB:.1f}")
     for config in _cheaper(program.config, program.mesh):
-        other = _changed(program, config)
+        other = _with_config(program, config)
         if bytes_per_device(other.arguments()) > allowed:
             continue
-        need = _needed(other)
-        if need <= allowed:
-            return f"{said}: {_flags(program.config, config)} would need {need / GIB:.1f}"
+        needed_bytes = _bytes_needed(other)
+        if needed_bytes <= allowed:
+            return f"{summary}: {_flags(program.config, config)} would need {needed_bytes / GIB:.1f}"
     state = bytes_per_device(program.arguments()[0])
-    return (f"{said}, and neither remat, microbatches, fsdp nor fewer views would do (weights and optimiser take "
+    return (f"{summary}, and neither remat, microbatches, fsdp nor fewer views would do (weights and optimiser take "
             f"{state / GIB:.1f}): use more devices, with mesh.fsdp, or a smaller model")
 
 
@@ -70,7 +70,7 @@ def limit(device: jax.Device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
 
 
-def needed_by(error: Exception, held: int) -> int | None:
+def bytes_from_error(error: Exception, argument_bytes: int) -> int | None:
     """Bytes a device that the TPU compiler says were needed, if that is what the error is about.
 
     held: bytes of the program's arguments, which one of its messages leaves out.
@@ -81,7 +81,7 @@ def needed_by(error: Exception, held: int) -> int | None:
     found = total or temporary
     if found is None:
         return None
-    return int(float(found[1]) * UNITS[found[2]]) + (0 if total else held)
+    return int(float(found[1]) * UNITS[found[2]]) + (0 if total else argument_bytes)
 
 
 def tpu_padding(program: Program) -> int:
@@ -97,7 +97,7 @@ def tpu_padding(program: Program) -> int:
     objective, compute, length = config.diffusion, config.compute, config.data.length
     if compute.attention not in ("auto", "splash") or length <= attention.SMALL:
         return 0
-    smallest = config.trained_sizes[0]
+    smallest = config.trained_block_sizes[0]
     views, clean = (0, length) if objective.causal else (config.train.views, length - smallest)
     tile = choose_tile(length if views else 0, clean, views, objective.block_size)
     real = views * length + clean
@@ -107,31 +107,31 @@ def tpu_padding(program: Program) -> int:
     lanes = -(-head // LANES) * LANES
     arrays = 4 if compute.remat == "none" else 1
     extra = arrays * size * (padded * lanes - real * head) + 4 * (padded * SUBLANES - real)
-    rows = (compute.microbatch or config.train.batch) // sharding.rows_over(mesh)
+    rows = (compute.microbatch or config.train.batch) // sharding.num_row_shards(mesh)
     layers = 1 if compute.remat == "full" else config.model.layers
     return rows * config.model.heads // mesh.shape["tensor"] * layers * extra
 
 
-def _needed(program: Program) -> float:
+def _bytes_needed(program: Program) -> float:
     """Bytes a device; infinite where the compiler gives up without a number."""
     try:
         return bytes_needed(program.compile())
     except jax.errors.JaxRuntimeError as error:
         if EXHAUSTED not in str(error):
             raise
-        return needed_by(error, bytes_per_device(program.arguments())) or float("inf")
+        return bytes_from_error(error, bytes_per_device(program.arguments())) or float("inf")
 
 
 def _cheaper(config: Config, mesh: jax.sharding.Mesh) -> Iterator[Config]:
     """Configs that need less memory, the cheapest first."""
-    slices = len(sharding.by_slice(config.mesh, list(mesh.devices.flat)))
+    slices = len(sharding.group_by_slice(config.mesh, list(mesh.devices.flat)))
     data = mesh.shape["data"] // slices
     split = dataclasses.replace(config.mesh, data=1, fsdp=data * mesh.shape["fsdp"])
     policies = list(REMAT)[list(REMAT).index(config.compute.remat):]
     first = config.compute.microbatch or config.train.batch
     computed = [(policy, first) for policy in policies]
-    computed += [(policies[-1], rows) for rows in _halves(first, sharding.rows_over(mesh))[1:]]
-    for views in _halves(config.train.views, config.diffusion.view_group):
+    computed += [(policies[-1], rows) for rows in _halves(first, sharding.num_row_shards(mesh))[1:]]
+    for views in _halves(config.train.views, config.diffusion.noise_sample_multiple):
         for axes in [config.mesh, split] if data > 1 else [config.mesh]:
             for policy, rows in computed:
                 compute = dataclasses.replace(config.compute, remat=policy,
@@ -150,7 +150,7 @@ def _halves(number: int, unit: int) -> list[int]:
     return found
 
 
-def _changed(program: Program, config: Config) -> Program:
+def _with_config(program: Program, config: Config) -> Program:
     mesh = sharding.make_mesh(config.mesh, list(program.mesh.devices.flat))
     return Program.of(config, program.special, mesh, program.model.dtype)
 

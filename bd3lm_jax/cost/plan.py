@@ -15,7 +15,7 @@ from bd3lm_jax import log, rundir
 from bd3lm_jax.adaptation import adapt
 from bd3lm_jax.config import Config
 from bd3lm_jax.cost import compilers, flops, memory
-from bd3lm_jax.cost.compilers import SLICES, Compiled
+from bd3lm_jax.cost.compilers import SLICES, CompiledCost
 from bd3lm_jax.cost.hardware import ACCELERATORS, Accelerator
 from bd3lm_jax.data.tokenizers import NUM_BYTES, Tokenizer, get_tokenizer
 from bd3lm_jax.errors import RunError
@@ -42,7 +42,7 @@ def plan(config: Config | Nested, *, target: str, utilisation: float) -> dict[st
     """
     config = Config.from_dict(adapt.resolve(config))
     sizes = {axis: max(size, 1) for axis, size in dataclasses.asdict(config.mesh).items()}
-    config, special = resolved(dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes)))
+    config, special = resolve_config(dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes)))
     number = math.prod(sizes.values())
     if target in SLICES:
         compilers.check_tpu(target, number // config.mesh.slices)
@@ -52,14 +52,14 @@ def plan(config: Config | Nested, *, target: str, utilisation: float) -> dict[st
     config = config.in_phase(max(work, key=lambda size: work[size][1]), False)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, block_sizes=()))
     program = compilers.simulated_program(config, special)
-    found = _figures(program, target, _tpu_to_ask(target, number // config.mesh.slices))
+    compiled_by_name = _figures(program, target, _tpu_to_ask(target, number // config.mesh.slices))
     chosen = [ACCELERATORS[target]] if target else list(ACCELERATORS.values())
-    figures = {name: _by_kind(program, compiled) for name, compiled in found.items()}
+    figures = {name: _by_kind(program, compiled) for name, compiled in compiled_by_name.items()}
     best = next(iter(figures))
     result = {
         "params": program.num_params, "devices": number, "mesh": sizes, "flops_per_step": needed, "compiler": best,
         **figures[best], "estimate": figures.get(ESTIMATE),
-        "expected": [_expected(program, device, found, needed, utilisation) for device in chosen],
+        "expected": [_expected(program, device, compiled_by_name, needed, utilisation) for device in chosen],
     }
     _show(config, result, figures, utilisation)
     return result
@@ -67,16 +67,16 @@ def plan(config: Config | Nested, *, target: str, utilisation: float) -> dict[st
 
 def phases(config: Config) -> dict[int, tuple[float, float]]:
     """By block size of the curriculum the part of the run's steps, and the FLOPs of one; else all with the one size."""
-    pairs, steps, found = config.train.block_sizes or ((0, config.block_size),), config.train.steps, {}
+    pairs, steps, compiled_by_name = config.train.block_sizes or ((0, config.block_size),), config.train.steps, {}
     for (first, size), end in zip(pairs, [*(start for start, _ in pairs[1:]), steps]):
-        part = found.get(size, (0.0, 0.0))[0] + max(min(end, steps) - first, 0) / steps
+        part = compiled_by_name.get(size, (0.0, 0.0))[0] + max(min(end, steps) - first, 0) / steps
         at = config.in_phase(size, False)
-        found[size] = part, flops.train_step(at.model, at.diffusion, batch=at.train.batch, length=at.data.length,
+        compiled_by_name[size] = part, flops.train_step(at.model, at.diffusion, batch=at.train.batch, length=at.data.length,
                                              views=at.train.views, schedule=at.schedule)
-    return {size: both for size, both in found.items() if both[0]}
+    return {size: both for size, both in compiled_by_name.items() if both[0]}
 
 
-def resolved(config: Config) -> tuple[Config, SpecialIds]:
+def resolve_config(config: Config) -> tuple[Config, SpecialIds]:
     """The config with its vocabulary size, and the special ids, without reading the corpus."""
     spec = config.data.tokenizer
     size = spec.removeprefix("bpe:")
@@ -100,21 +100,21 @@ def _tpu_to_ask(target: str, number: int) -> str | None:
     return tpu
 
 
-def _figures(program: Program, target: str, tpu: str | None) -> dict[str, Compiled]:
+def _figures(program: Program, target: str, tpu: str | None) -> dict[str, CompiledCost]:
     """What compilers say, by name, the best first; both work at once."""
     log.note(f"{program.num_params:,} parameters on {_mesh_text(program.mesh.shape)}; compiling the step "
              f"{f'for {tpu}, with the TPU compiler' if tpu else 'for CPU, as an estimate'}")
-    asked = compilers.ask_tpu(program.config, program.special, tpu) if tpu else None
-    found = {ESTIMATE: compilers.estimated(program)} if target not in SLICES else {}
-    if asked is not None:
+    future = compilers.compile_for_tpu(program.config, program.special, tpu) if tpu else None
+    compiled_by_name = {ESTIMATE: compilers.compile_for_cpu(program)} if target not in SLICES else {}
+    if future is not None:
         try:
-            return {tpu: asked.result(), **found}
+            return {tpu: future.result(), **compiled_by_name}
         except RunError as error:
             log.note(f"{error}; its figures are estimated")
-    return found or {ESTIMATE: compilers.estimated(program)}
+    return compiled_by_name or {ESTIMATE: compilers.compile_for_cpu(program)}
 
 
-def _by_kind(program: Program, compiled: Compiled) -> dict[str, Any]:
+def _by_kind(program: Program, compiled: CompiledCost) -> dict[str, Any]:
     """Bytes a device, and what it sends; gradients are part of the compiler's temporaries and shown apart."""
     state, batch = program.arguments()
     kinds = {"params": bytes_per_device(state.params), "optimiser": bytes_per_device(state.opt_state),
@@ -125,14 +125,14 @@ def _by_kind(program: Program, compiled: Compiled) -> dict[str, Any]:
     return {"bytes_per_device": kinds, "communication": sent, "compile_s": compiled.seconds}
 
 
-def _expected(program: Program, accelerator: Accelerator, found: dict[str, Compiled], needed: float,
+def _expected(program: Program, accelerator: Accelerator, compiled_by_name: dict[str, CompiledCost], needed: float,
               utilisation: float) -> dict[str, Any]:
     """Whether the step fits, and data tokens a second over all devices: compute or links, whichever takes longer."""
     config = program.config
-    name = next(name for name in found if accelerator.name in SLICES or name == ESTIMATE)
-    total = found[name].total + (memory.tpu_padding(program) if name == ESTIMATE and accelerator.name in SLICES else 0)
-    known = [x.communication for x in (found[name], *found.values()) if x.communication is not None]
-    sent = sum(traffic.bytes for traffic in known[0].values()) if known else 0
+    name = next(name for name in compiled_by_name if accelerator.name in SLICES or name == ESTIMATE)
+    total = compiled_by_name[name].total + (memory.tpu_padding(program) if name == ESTIMATE and accelerator.name in SLICES else 0)
+    traffics = [x.communication for x in (compiled_by_name[name], *compiled_by_name.values()) if x.communication is not None]
+    sent = sum(traffic.bytes for traffic in traffics[0].values()) if traffics else 0
     compute_s = needed / (program.mesh.size * accelerator.peak_flops * utilisation)
     links_s = sent / accelerator.links_bandwidth
     return {"device": accelerator.name, "compiler": name, "bytes_needed": total,

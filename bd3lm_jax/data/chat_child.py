@@ -44,9 +44,9 @@ def make_environment(now: str):
     return environment
 
 
-def render(template, variables: dict, messages: list, more: bool, characters: int) -> str:
+def render(template, variables: dict, messages: list, prompts_answer: bool, characters: int) -> str:
     parts, size = [], 0
-    for part in template.generate(messages=messages, add_generation_prompt=more, **variables):
+    for part in template.generate(messages=messages, add_generation_prompt=prompts_answer, **variables):
         size += len(part)
         if size > characters:
             raise OverflowError(f"more than {characters:,} characters of text")
@@ -54,7 +54,7 @@ def render(template, variables: dict, messages: list, more: bool, characters: in
     return "".join(parts)
 
 
-def described(error: BaseException) -> dict:
+def error_record(error: BaseException) -> dict:
     """The error and the line of the template that it comes from."""
     line, trace = getattr(error, "lineno", None), error.__traceback__
     while trace is not None:
@@ -92,7 +92,7 @@ def main() -> None:
         try:
             line = json.dumps(work())
         except Exception as error:  # whatever a program raises is its error
-            line = json.dumps(described(error))
+            line = json.dumps(error_record(error))
         answers.write(line + "\n")
         answers.flush()
 
@@ -106,8 +106,8 @@ def main() -> None:
     answer(compile_template)
     for line in sys.stdin:
         request = json.loads(line)
-        answer(lambda: {"texts": [render(template, variables, request["messages"][:count], more, limits["characters"])
-                                  for count, more in request["calls"]]})
+        answer(lambda: {"texts": [render(template, variables, request["messages"][:count], prompts_answer, limits["characters"])
+                                  for count, prompts_answer in request["calls"]]})
 
 
 if __name__ == "__main__":

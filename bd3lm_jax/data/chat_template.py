@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.foreign import read_text
+from bd3lm_jax.untrusted_files import read_text
 from bd3lm_jax.typed import from_json
 
 TEMPLATE_FILE, CONFIG_FILE, SPECIAL_FILE = "chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"
@@ -43,7 +43,7 @@ class ChatTemplate:
         directory = Path(directory)
         self.directory = directory if directory.is_dir() else directory.parent
         config, templates = templates_in(self.directory)
-        self.source = _chosen(self.directory, templates, name)
+        self.source = _choose(self.directory, templates, name)
         if importlib.util.find_spec("jinja2") is None:
             raise UserError("chat templates need jinja2: pip install jinja2, or use data.name='plain'")
         self._setup = {"template": self.source, "variables": _special_tokens(config), "now": _now().isoformat(),
@@ -74,11 +74,11 @@ class ChatTemplate:
             line = _line(process.stdout.fileno(), time.monotonic() + WALL_S)
         except BrokenPipeError:
             line = b""
-        whole = line.endswith(b"\n")
-        answer = json.loads(line) if whole else {"error": (
+        is_complete = line.endswith(b"\n")
+        answer = json.loads(line) if is_complete else {"error": (
             f"it was stopped after {LIMITS['cpu_s']} s of processor time, {WALL_S} s or {LIMITS['memory_mib']} MiB, "
             "the most that a dialogue may take"), "line": None}
-        if not whole or "error" in answer and request is self._setup:
+        if not is_complete or "error" in answer and request is self._setup:
             _end(process)
             self._process = None
         if "error" in answer:
@@ -119,12 +119,12 @@ def _now() -> datetime.datetime:
 def templates_in(directory: Path) -> tuple[dict, dict[str, str]]:
     """Config of a tokenizer's directory, {} without one; and its chat templates by name, the usual one "default"."""
     config = _read_config(directory / SPECIAL_FILE) | _read_config(directory / CONFIG_FILE)
-    inside = config.get("chat_template")
-    found = {"default": inside}
-    if isinstance(inside, list):  # [{"name": ..., "template": ...}, ...]
-        found = {x.get("name"): x.get("template") for x in inside if isinstance(x, dict)}
-    elif isinstance(inside, dict):
-        found = inside
+    in_config = config.get("chat_template")
+    found = {"default": in_config}
+    if isinstance(in_config, list):  # [{"name": ..., "template": ...}, ...]
+        found = {x.get("name"): x.get("template") for x in in_config if isinstance(x, dict)}
+    elif isinstance(in_config, dict):
+        found = in_config
     for path in sorted((directory / "additional_chat_templates").glob("*.jinja")):
         found[path.stem] = _read_text(path)
     if (path := directory / TEMPLATE_FILE).exists():
@@ -132,7 +132,7 @@ def templates_in(directory: Path) -> tuple[dict, dict[str, str]]:
     return config, {name: text for name, text in found.items() if isinstance(name, str) and isinstance(text, str)}
 
 
-def _chosen(directory: Path, templates: dict[str, str], name: str) -> str:
+def _choose(directory: Path, templates: dict[str, str], name: str) -> str:
     if not templates:
         raise UserError(f"{directory} holds no chat template (chat_template in tokenizer_config.json): use data.name="
                         "'plain'")
@@ -145,9 +145,9 @@ def _chosen(directory: Path, templates: dict[str, str], name: str) -> str:
 
 
 def _special_tokens(config: dict) -> dict[str, Any]:
-    named = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()
+    special = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()
              if key.endswith("_token")}
-    return {"tools": None, "documents": None} | {key: x for key, x in named.items() if isinstance(x, str)}
+    return {"tools": None, "documents": None} | {key: x for key, x in special.items() if isinstance(x, str)}
 
 
 def _read_text(path: Path) -> str:

@@ -63,15 +63,15 @@ def _versions() -> list[list[str]]:
 def _code() -> dict[str, list[str]]:
     """Documents by split. What stands in several modules counts once, for the first: no split holds it again."""
     found = {split: [] for split in ("train", *HELD_OUT)}
-    seen = set()
+    earlier = set()
     for name, _ in _versions():
         root = Path(importlib.util.find_spec(name).origin).parent
         for path in sorted(root.rglob("*.py")):
             module = f"{name}/{path.relative_to(root).as_posix()}"
             if any(word in module for word in LEFT_OUT):
                 continue
-            new = [document for document in dict.fromkeys(_definitions(path)) if document not in seen]
-            seen.update(new)
+            new = [document for document in dict.fromkeys(_definitions(path)) if document not in earlier]
+            earlier.update(new)
             found[_split_of(module)] += new
     return found
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bd3lm_jax import density
 from bd3lm_jax.data import code, dialogues, mixture, text_files
-from bd3lm_jax.data.corpus import SPLIT_NAMES, SPLITS, WHOLE, Corpus, json_lines, local_files
+from bd3lm_jax.data.corpus import SPLIT_NAMES, SPLITS, ALL_SPLITS, Corpus, json_lines, local_files
 from bd3lm_jax.data.detokenize import detokenize, rules_of
 from bd3lm_jax.errors import UserError, lookup, nearest
 from bd3lm_jax.schema import DataConfig
@@ -26,7 +26,7 @@ AUSTEN_VALID_FRACTION = 0.05  # of each train novel: part of the definition of t
 
 def open_corpus(data: DataConfig, split: str) -> Corpus:
     """The split "train", "valid" or "test" of `data.source`, or "all" of local files. UserError if it is not there."""
-    if split not in SPLITS and not (split == WHOLE and data.path):
+    if split not in SPLITS and not (split == ALL_SPLITS and data.path):
         raise UserError(f"unknown split '{split}': {nearest(split, SPLITS)}")
     return lookup(SOURCES, data.source, "data.source")(data, split)
 
@@ -171,14 +171,14 @@ def tfds_is_prepared(name: str) -> bool:
 
 def _tfds_split(builder, split: str, data: DataConfig) -> str:
     """TFDS's name of a split; without a valid one the last `valid_fraction` of train stands in."""
-    known = builder.info.splits
-    named = next((name for name in known if SPLIT_NAMES.get(name) == split), None)
-    has_valid = any(SPLIT_NAMES.get(name) == "valid" for name in known)
-    if split == "test" or has_valid or "train" not in known:
-        if named is None:
-            raise UserError(f"TFDS data set '{data.name}' has no {split} split, it has {', '.join(known)}")
-        return named
-    total = known["train"].num_examples
+    tfds_splits = builder.info.splits
+    split_name = next((name for name in tfds_splits if SPLIT_NAMES.get(name) == split), None)
+    has_valid = any(SPLIT_NAMES.get(name) == "valid" for name in tfds_splits)
+    if split == "test" or has_valid or "train" not in tfds_splits:
+        if split_name is None:
+            raise UserError(f"TFDS data set '{data.name}' has no {split} split, it has {', '.join(tfds_splits)}")
+        return split_name
+    total = tfds_splits["train"].num_examples
     train = total - max(1, round(data.valid_fraction * total))
     return f"train[:{train}]" if split == "train" else f"train[{train}:]"
 

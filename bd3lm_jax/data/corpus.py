@@ -11,14 +11,14 @@ from pathlib import Path
 
 from bd3lm_jax.data import text_files
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.foreign import open_regular
+from bd3lm_jax.untrusted_files import open_regular
 from bd3lm_jax.log import note_once
 from bd3lm_jax.schema import DataConfig
 from bd3lm_jax.typed import from_json
 
 SPLITS = ("train", "valid", "test")
 HASHED_BYTES = 1 << 28  # of a source file
-WHOLE = "all"  # every document of local files, whatever their split
+ALL_SPLITS = "all"  # every document of local files, whatever their split
 SPLIT_NAMES = {split: split for split in SPLITS} | {"validation": "valid", "val": "valid", "dev": "valid"}
 
 
@@ -34,7 +34,7 @@ def local_files(data: DataConfig, split: str, suffix: str, read: Callable, key: 
     """A split of the files at `data.path`; read(path) yields documents, key says what they depend on beside files."""
     files = _split_files(Path(data.path), suffix)
     held_out = split in ("train", "valid") and not files["valid"]
-    chosen = sum(files.values(), []) if split == WHOLE else files["train"] if held_out else files[split]
+    chosen = sum(files.values(), []) if split == ALL_SPLITS else files["train"] if held_out else files[split]
     if not chosen:
         raise UserError(f"{data.path} has no {split} split: give data.path a directory that holds a file named "
                         f"{split}{suffix}")

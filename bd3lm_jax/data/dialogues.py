@@ -13,7 +13,7 @@ from pathlib import Path
 from bd3lm_jax.data.chat_template import CHAT_FILES, ChatTemplate, Messages, templates_in
 from bd3lm_jax.data.corpus import Corpus, json_lines, local_files
 from bd3lm_jax.errors import UserError, lookup
-from bd3lm_jax.foreign import read_inside
+from bd3lm_jax.untrusted_files import read_within
 from bd3lm_jax.schema import DataConfig
 from bd3lm_jax.typed import check_characters
 
@@ -64,9 +64,9 @@ def _read_messages(where: str, record: dict) -> Messages:
             raise UserError(f"{where} has no text '{missing[0]}': expected 'prompt' and 'response', or 'messages'")
         return [{"role": "user", "content": record["prompt"]}, {"role": ANSWERS, "content": record["response"]}]
     messages = record["messages"]
-    right = isinstance(messages, list) and all(
+    is_valid = isinstance(messages, list) and all(
         isinstance(x, dict) and x.get("role") in ROLES and isinstance(x.get("content"), str) for x in messages)
-    if not right:
+    if not is_valid:
         raise UserError(f"{where}: 'messages' is not a list of objects with \"content\" (text) and \"role\", one of "
                         f"{', '.join(ROLES)}")
     if not any(message["role"] == ANSWERS for message in messages):
@@ -99,13 +99,13 @@ def _chat(data: DataConfig):
         """An answer is what the template adds to the text that asks for it."""
         answers = [index for index, message in enumerate(messages) if message["role"] == ANSWERS]
         texts = template.render(messages, [call for i in answers for call in ((i, True), (i + 1, False))])
-        parts, done = [], ""
-        for asked, whole in zip(texts[::2], texts[1::2]):
-            if not (asked.startswith(done) and whole.startswith(asked)):
+        parts, previous_text = [], ""
+        for prompt_text, answered_text in zip(texts[::2], texts[1::2]):
+            if not (prompt_text.startswith(previous_text) and answered_text.startswith(prompt_text)):
                 raise UserError(f"the chat template of {data.tokenizer} changes what it wrote when a dialogue goes on: "
                                 "answers cannot be told from prompts; use data.name='plain'")
-            parts += [(asked[len(done):], False), (whole[len(asked):], True)]
-            done = whole
+            parts += [(prompt_text[len(previous_text):], False), (answered_text[len(prompt_text):], True)]
+            previous_text = answered_text
         return Dialogue(parts, special=True)
 
     return write, template.source
@@ -121,4 +121,4 @@ def chat_files(tokenizer: str | Path) -> dict[str, bytes]:
     directory = path if path.is_dir() else path.parent
     if not path.exists() or not templates_in(directory)[1]:
         return {}
-    return {name: read_inside(directory, name) for name in CHAT_FILES if (directory / name).exists()}
+    return {name: read_within(directory, name) for name in CHAT_FILES if (directory / name).exists()}

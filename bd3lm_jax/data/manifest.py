@@ -16,7 +16,7 @@ from typing import Any
 from bd3lm_jax.errors import RunError
 
 NAME = "meta.json"
-SEAL = "seal"
+CHECKSUM_KEY = "seal"
 HASHED_BYTES = 1 << 30  # enough to see damage, and never a long wait at start-up
 
 
@@ -24,7 +24,7 @@ def write(directory: Path, identity: dict, counts: dict, names: list[str]) -> di
     """Write and return the manifest of a directory that holds the files of these names."""
     meta = identity | counts | {"hash": digest(identity), "files": {name: _entry(directory / name) for name in names},
                                 "versions": _versions()}
-    meta[SEAL] = digest(meta)
+    meta[CHECKSUM_KEY] = digest(meta)
     (directory / NAME).write_text(json.dumps(meta, indent=1))
     return meta
 
@@ -40,11 +40,11 @@ def damage(directory: Path, identity: dict) -> str | None:
         meta = read(directory)
         wrong = [name for name, entry in meta["files"].items()
                  if _check(directory / name, HASHED_BYTES) != {key: entry[key] for key in ("size", "sha256")}]
-        sealed = meta.pop(SEAL, None)  # earlier versions wrote none
+        stored_checksum = meta.pop(CHECKSUM_KEY, None)  # earlier versions wrote none
         same = {key: meta.get(key) for key in identity} == json.loads(json.dumps(identity))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{NAME}: {error!r}"
-    if not same or sealed not in (None, digest(meta)):
+    if not same or stored_checksum not in (None, digest(meta)):
         return f"{NAME} is not what was written"
     return f"{wrong[0]} does not match {NAME}" if wrong else None
 
@@ -69,11 +69,11 @@ def _entry(path: Path) -> dict:
 def _check(path: Path, limit: int | None) -> dict:
     """Size of a file, and hash of its first `limit` bytes."""
     size, hashed = path.stat().st_size, hashlib.sha256()
-    left = size if limit is None else limit
+    remaining = size if limit is None else limit
     with open(path, "rb") as file:
-        while left > 0 and (part := file.read(min(left, 1 << 20))):
+        while remaining > 0 and (part := file.read(min(remaining, 1 << 20))):
             hashed.update(part)
-            left -= len(part)
+            remaining -= len(part)
     return {"size": size, "sha256": hashed.hexdigest()}
 
 

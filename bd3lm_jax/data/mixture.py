@@ -18,17 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from bd3lm_jax.data.order import enciphered_rows_at
+from bd3lm_jax.data.order import feistel_rows_at
 from bd3lm_jax.errors import UserError, nearest
 
 SOURCE = "mixture"
 ARGUMENTS = {"text": "path", "jsonl": "path", "tfds": "name"}  # the key of DataConfig that stands after the colon
-REFUSED = {"sft": "which knows prompts from answers and others do not", SOURCE: "which is what it stands in"}
+UNSUPPORTED_SOURCES = {"sft": "which knows prompts from answers and others do not", SOURCE: "which is what it stands in"}
 RESOLUTION = 1 << 24  # weights whose common denominator is larger are rounded to one part in this
 EXAMPLE = "(('austen', 0.7), ('text:my_texts', 0.3))"
 
 
-def check(source: str, mixture: tuple, given: dict[str, str], known: Sequence[str]) -> None:
+def check(source: str, mixture: tuple, other_keys: dict[str, str], sources: Sequence[str]) -> None:
     """UserError unless `data.mixture` fits `data.source`. given: other keys and values that say what is read."""
     if source != SOURCE:
         if mixture:
@@ -39,22 +39,22 @@ def check(source: str, mixture: tuple, given: dict[str, str], known: Sequence[st
         raise UserError(f"data.mixture is {mixture!r}, expected pairs (source, weight), e.g. {EXAMPLE}")
     specs = [spec for spec, _ in mixture]
     for spec, weight in mixture:
-        _check_source(spec, [name for name in known if name not in REFUSED])
+        _check_source(spec, [name for name in sources if name not in UNSUPPORTED_SOURCES])
         if not (math.isfinite(weight) and weight > 0):
             raise UserError(f"data.mixture: the weight of '{spec}' is {weight}, expected a positive number")
         if specs.count(spec) > 1:
             raise UserError(f"data.mixture names '{spec}' {specs.count(spec)} times: give it once, with all its weight")
-    for key, value in given.items():
+    for key, value in other_keys.items():
         if value:
             raise UserError(f"data.{key}={value!r} has no effect with data.source='{SOURCE}': use ''")
 
 
-def _check_source(spec: str, known: list[str]) -> None:
+def _check_source(spec: str, sources: list[str]) -> None:
     name, colon, argument = spec.partition(":")
-    if name in REFUSED:
-        raise UserError(f"data.mixture names '{spec}', {REFUSED[name]}: leave it out")
-    if name not in known:
-        raise UserError(f"data.mixture names an unknown source '{spec}': {nearest(name, known)}")
+    if name in UNSUPPORTED_SOURCES:
+        raise UserError(f"data.mixture names '{spec}', {UNSUPPORTED_SOURCES[name]}: leave it out")
+    if name not in sources:
+        raise UserError(f"data.mixture names an unknown source '{spec}': {nearest(name, sources)}")
     key = ARGUMENTS.get(name)
     if bool(key) != bool(argument) or colon and not key:
         raise UserError(f"data.mixture names '{spec}', expected " + (f"'{name}:{key.upper()}'" if key else f"'{name}'"))
@@ -62,15 +62,15 @@ def _check_source(spec: str, known: list[str]) -> None:
 
 def sections(data: Any) -> dict[str, Any]:
     """The DataConfig of each source of a mixture, by its name in `data.mixture`."""
-    found = {}
+    result = {}
     for spec, _ in data.mixture:
         name, _, argument = spec.partition(":")
-        own = {ARGUMENTS[name]: argument} if argument else {}
-        found[spec] = dataclasses.replace(data, **{"source": name, "path": "", "name": "", "mixture": ()} | own)
-    return found
+        argument_field = {ARGUMENTS[name]: argument} if argument else {}
+        result[spec] = dataclasses.replace(data, **{"source": name, "path": "", "name": "", "mixture": ()} | argument_field)
+    return result
 
 
-class Shares:
+class SourceSchedule:
     """Which of K sources each position takes, and how many before it did.
 
     The sources are the leaves of a Huffman tree of their weights; a node sends floor(p n + 1/2) of its first n
@@ -81,15 +81,15 @@ class Shares:
 
     def __init__(self, weights: Sequence[float]):
         self.parts = _whole_parts(weights)
-        ranked = [(part, k, k) for k, part in enumerate(self.parts)]
-        heapq.heapify(ranked)
-        for order in itertools.count(len(ranked)):
-            if len(ranked) == 1:
+        heap = [(part, k, k) for k, part in enumerate(self.parts)]
+        heapq.heapify(heap)
+        for order in itertools.count(len(heap)):
+            if len(heap) == 1:
                 break
-            small, large = heapq.heappop(ranked), heapq.heappop(ranked)
+            small, large = heapq.heappop(heap), heapq.heappop(heap)
             part = small[0] + large[0]
-            heapq.heappush(ranked, (part, order, (large[0], part, large[2], small[2])))
-        self._tree = ranked[0][2]
+            heapq.heappush(heap, (part, order, (large[0], part, large[2], small[2])))
+        self._tree = heap[0][2]
 
     def assign(self, position_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """int64 [N] twice: the source of each position, and how many positions before it have the same one."""
@@ -101,27 +101,27 @@ class Shares:
                 return
             share, whole, left, right = node
             before = _rounded(share, whole, position)
-            goes = _rounded(share, whole, position + 1) > before
-            walk(left, before[goes], where[goes])
-            walk(right, (position - before)[~goes], where[~goes])
+            goes_left = _rounded(share, whole, position + 1) > before
+            walk(left, before[goes_left], where[goes_left])
+            walk(right, (position - before)[~goes_left], where[~goes_left])
 
         walk(self._tree, position_N, np.arange(len(position_N)))
         return source_N, index_N
 
     def counts(self, number: int) -> list[int]:
         """How many of the first `number` positions each source has."""
-        found = [0] * len(self.parts)
+        result = [0] * len(self.parts)
 
         def walk(node, number: int) -> None:
             if isinstance(node, int):
-                found[node] = number
+                result[node] = number
                 return
             share, whole, left, right = node
             walk(left, _rounded(share, whole, number))
             walk(right, number - _rounded(share, whole, number))
 
         walk(self._tree, number)
-        return found
+        return result
 
 
 def _rounded(share: int, whole: int, number):
@@ -147,7 +147,7 @@ class MixedRows:
     def __init__(self, parts: dict[str, Any], weights: Sequence[float]):
         """parts: the `Rows` of each source, in the order of the weights."""
         self.names, self.parts, self.weights = list(parts), list(parts.values()), list(weights)
-        self.shares, self.length, self.path = Shares(weights), self.parts[0].length, self.parts[0].path.parent
+        self.shares, self.length, self.path = SourceSchedule(weights), self.parts[0].length, self.parts[0].path.parent
         self._first_K = np.cumsum([0, *map(len, self.parts)])
         metas = [part.meta for part in self.parts]
         self._first_document_K = np.cumsum([0, *(meta["documents"] for meta in metas)])
@@ -164,11 +164,11 @@ class MixedRows:
         source_N, index_N = self.shares.assign(position_N)
         ids_N = np.zeros_like(position_N)
         for k, part in enumerate(self.parts):
-            mine = source_N == k
-            ids_N[mine] = self._first_K[k] + enciphered_rows_at(len(part), _seed_of(seed, k), index_N[mine])
+            from_source = source_N == k
+            ids_N[from_source] = self._first_K[k] + feistel_rows_at(len(part), _seed_of(seed, k), index_N[from_source])
         return ids_N
 
-    def seen(self, positions: int) -> list[dict]:
+    def usage(self, positions: int) -> list[dict]:
         """What the first `positions` rows of a run read of each source: rows, and how often all that it has."""
         return [{"source": name, "weight": weight, "rows": len(part), "tokens": part.meta["tokens"],
                  "rows_seen": count, "epochs": count / len(part), "path": str(part.path)}
@@ -189,8 +189,8 @@ class MixedRows:
 
     def documents(self, row_ids: np.ndarray) -> np.ndarray:
         """int32 [n, L]: index of the document, those of the first source first; -1 = padding."""
-        found = self._read("documents", row_ids)
-        return found + (found >= 0) * self._first_document_K[self._source(row_ids)].astype(np.int32)[:, None]
+        result = self._read("documents", row_ids)
+        return result + (result >= 0) * self._first_document_K[self._source(row_ids)].astype(np.int32)[:, None]
 
     def scored(self, row_ids: np.ndarray) -> np.ndarray:
         """bool [n, L]: tokens that evaluation counts."""
@@ -205,10 +205,10 @@ class MixedRows:
 
     def _read(self, name: str, row_ids: np.ndarray) -> np.ndarray:
         row_ids, source = np.asarray(row_ids), self._source(row_ids)
-        found = np.zeros((len(row_ids), self.length), np.int32)
+        result = np.zeros((len(row_ids), self.length), np.int32)
         for k in np.unique(source):
-            found[source == k] = getattr(self.parts[k], name)(row_ids[source == k] - self._first_K[k])
-        return found
+            result[source == k] = getattr(self.parts[k], name)(row_ids[source == k] - self._first_K[k])
+        return result
 
 
 def _seed_of(seed: int, source: int) -> int:

@@ -17,18 +17,18 @@ ROUNDS = 8
 
 def rows_at(num_rows: int, seed: int, position_N: np.ndarray) -> np.ndarray:
     """int64 [N]: rows at rising positions. Every epoch, `num_rows` positions, is a new permutation of all rows."""
-    permuted = _sorted if num_rows <= SORTED_ROWS else enciphered
-    return _by_epoch(permuted, num_rows, seed, position_N)
+    permutation = _sorted if num_rows <= SORTED_ROWS else feistel_permutation
+    return _by_epoch(permutation, num_rows, seed, position_N)
 
 
-def enciphered_rows_at(num_rows: int, seed: int, position_N: np.ndarray) -> np.ndarray:
+def feistel_rows_at(num_rows: int, seed: int, position_N: np.ndarray) -> np.ndarray:
     """As `rows_at`, without memory at any size."""
-    return _by_epoch(enciphered, num_rows, seed, position_N)
+    return _by_epoch(feistel_permutation, num_rows, seed, position_N)
 
 
-def _by_epoch(permuted, num_rows: int, seed: int, position_N: np.ndarray) -> np.ndarray:
+def _by_epoch(permutation, num_rows: int, seed: int, position_N: np.ndarray) -> np.ndarray:
     epoch, index = np.divmod(position_N, num_rows)
-    parts = [permuted(num_rows, seed, int(e), index[epoch == e]) for e in np.unique(epoch)]
+    parts = [permutation(num_rows, seed, int(e), index[epoch == e]) for e in np.unique(epoch)]
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
@@ -42,7 +42,7 @@ def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(_random_bits(num_rows, seed, epoch), kind="stable")
 
 
-def enciphered(num_rows: int, seed: int, epoch: int, index_N: np.ndarray) -> np.ndarray:
+def feistel_permutation(num_rows: int, seed: int, epoch: int, index_N: np.ndarray) -> np.ndarray:
     """int64 [N]: where a keyed bijection of 0 .. num_rows - 1 sends the indices, each by itself in O(1).
 
     A Feistel network permutes the numbers of as many bits as `num_rows` takes; what falls outside is sent on until it
@@ -53,9 +53,9 @@ def enciphered(num_rows: int, seed: int, epoch: int, index_N: np.ndarray) -> np.
     result_N = index_N.astype(np.uint64)
     outside = np.arange(len(result_N))
     while len(outside):
-        sent = _feistel(result_N[outside], bits, keys)
-        result_N[outside] = sent
-        outside = outside[sent >= np.uint64(num_rows)]
+        mapped = _feistel(result_N[outside], bits, keys)
+        result_N[outside] = mapped
+        outside = outside[mapped >= np.uint64(num_rows)]
     return result_N.astype(np.int64)
 
 
@@ -66,13 +66,13 @@ def _feistel(number_N: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
     high_N, low_N = number_N >> low, number_N & low_mask
     for high_turn, key in zip([True, False] * (ROUNDS // 2), keys):
         if high_turn:
-            high_N = high_N ^ _mixed(low_N + key) & high_mask
+            high_N = high_N ^ _splitmix64(low_N + key) & high_mask
         else:
-            low_N = low_N ^ _mixed(high_N + key) & low_mask
+            low_N = low_N ^ _splitmix64(high_N + key) & low_mask
     return high_N << low | low_N
 
 
-def _mixed(number_N: np.ndarray) -> np.ndarray:
+def _splitmix64(number_N: np.ndarray) -> np.ndarray:
     """The finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) on uint64."""
     number_N = (number_N ^ number_N >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     number_N = (number_N ^ number_N >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)

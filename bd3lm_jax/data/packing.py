@@ -42,7 +42,7 @@ def pad(token_docs: Sequence, length: int, end_id: int) -> tuple[np.ndarray, np.
     return _rows("pad", token_docs, length, 1, end_id)
 
 
-def lay_out(layout: str, lengths_D: np.ndarray, length: int, block_size: int) -> Layout:
+def place_documents(layout: str, lengths_D: np.ndarray, length: int, block_size: int) -> Layout:
     """Place documents of `lengths_D` tokens (end included) in rows. Only "pack" reads the block size."""
     if layout == "pack" and length % block_size:
         raise UserError(f"block size {block_size} does not divide data.length={length}: choose a length that is a "
@@ -70,11 +70,11 @@ def fill_rows(flat: np.ndarray, layout: Layout, first: int, last: int, length: i
     chosen = slice(*np.searchsorted(layout.pieces_Px4[:, ROW], (first, last)))
     pieces, source = layout.pieces_Px4[chosen], layout.source_P[chosen]
     target = (pieces[:, ROW] - first).astype(np.int64) * length + pieces[:, START]
-    tokens[spans(target, pieces[:, LENGTH])] = flat[spans(source, pieces[:, LENGTH])]
+    tokens[expand_ranges(target, pieces[:, LENGTH])] = flat[expand_ranges(source, pieces[:, LENGTH])]
     return tokens.reshape(-1, length)
 
 
-def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def expand_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The integers start..start+length-1 of every pair, one after another."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
@@ -82,9 +82,9 @@ def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 def _rows(layout: str, token_docs: Sequence, length: int, block_size: int, end_id: int):
     documents = [np.append(np.asarray(document, np.int32), np.int32(end_id)) for document in token_docs]
-    placed = lay_out(layout, [len(document) for document in documents], length, block_size)
+    layout_of_rows = place_documents(layout, [len(document) for document in documents], length, block_size)
     flat = np.concatenate(documents) if documents else np.zeros(0, np.int32)
-    return fill_rows(flat, placed, 0, placed.num_rows, length, end_id), placed.pieces_Px4
+    return fill_rows(flat, layout_of_rows, 0, layout_of_rows.num_rows, length, end_id), layout_of_rows.pieces_Px4
 
 
 def _wrap_cuts(lengths_D: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -99,7 +99,7 @@ def _document_cuts(lengths_D: np.ndarray, length: int) -> tuple[np.ndarray, np.n
     """As `_wrap_cuts`, but rows are counted from the start of each document."""
     count = -(-lengths_D // length)
     document = np.repeat(np.arange(len(lengths_D)), count)
-    index = spans(np.zeros_like(count), count)
+    index = expand_ranges(np.zeros_like(count), count)
     return (np.cumsum(lengths_D) - lengths_D)[document] + index * length, document
 
 

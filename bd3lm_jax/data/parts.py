@@ -40,21 +40,21 @@ _WORKER: tuple = ()  # in a worker: its tokenizer and form
 Arrays = dict[str, np.ndarray]  # tokens [N], density and prompt [N] where asked for, lengths [D], bytes []
 
 
-class Form(NamedTuple):
+class ArraySpec(NamedTuple):
     """How documents become arrays. A document counts its UTF-8 bytes and one for the newline of its end token."""
 
     dtype: str  # of the token ids
     dialogues: bool  # the documents are Dialogues, with prompts
 
 
-def encode(documents: list[str], tokenizer: Tokenizer, form: Form, density: Annotation | None) -> Arrays:
+def encode(documents: list[str], tokenizer: Tokenizer, array_spec: ArraySpec, density: Annotation | None) -> Arrays:
     """The arrays of some documents, each with its end token."""
     found = collections.defaultdict(list)
     for text, (ids, offsets) in zip(documents, _encoded(documents, tokenizer, density)):
-        if form.dialogues:
-            ids, prompt = _of_parts(text, tokenizer)
+        if array_spec.dialogues:
+            ids, prompt = _encode_dialogue(text, tokenizer)
             found["prompt"].append(np.append(prompt, False).astype(np.uint8))
-        found["tokens"].append(np.append(ids, tokenizer.end_id).astype(form.dtype))
+        found["tokens"].append(np.append(ids, tokenizer.end_id).astype(array_spec.dtype))
         if density is not None:
             values = density.of(text, ids, offsets, tokenizer.end_id)
             found["density"].append(np.round(values * DENSITY_STEPS).astype(np.uint8))
@@ -63,7 +63,7 @@ def encode(documents: list[str], tokenizer: Tokenizer, form: Form, density: Anno
             "bytes": np.int64(sum(len(text.encode()) + 1 for text in documents))}
 
 
-def encode_all(documents: Iterable[str], tokenizer: Tokenizer, form: Form, density: Annotation | None,
+def encode_all(documents: Iterable[str], tokenizer: Tokenizer, array_spec: ArraySpec, density: Annotation | None,
                directory: Path, work: Path, workers: int) -> Iterator[Arrays]:
     """The arrays of all documents, part after part. Raises RunError if a worker is killed.
 
@@ -76,39 +76,39 @@ def encode_all(documents: Iterable[str], tokenizer: Tokenizer, form: Form, densi
     parts = itertools.chain(head, parts)
     if density is not None or len(head) < 2:
         for part in parts:
-            yield encode(part, tokenizer, form, density)
+            yield encode(part, tokenizer, array_spec, density)
         return
     directory.mkdir(exist_ok=True)
     if workers == 1:
         for index, part in enumerate(parts):
             path = _path(directory, index, part)
-            yield _load(path) or _encode_to(path, part, tokenizer, form)
+            yield _load(path) or _encode_to(path, part, tokenizer, array_spec)
         return
-    yield from _encode_with(workers, parts, tokenizer, form, directory, work)
+    yield from _encode_with(workers, parts, tokenizer, array_spec, directory, work)
 
 
-def _encode_with(workers: int, parts: Iterator[list[str]], tokenizer: Tokenizer, form: Form, directory: Path,
+def _encode_with(workers: int, parts: Iterator[list[str]], tokenizer: Tokenizer, array_spec: ArraySpec, directory: Path,
                  work: Path) -> Iterator[Arrays]:
     """As `encode_all`, by processes that read the texts from here and write the parts."""
     tokenizer.save(work / TOKENIZER)
     context = multiprocessing.get_context("spawn")  # forked threads of the parent could hold locks for ever
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start, (str(work / TOKENIZER), form))
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start, (str(work / TOKENIZER), array_spec))
     pending = collections.deque()
 
-    def oldest() -> Arrays:
+    def next_part() -> Arrays:
         path, future, part = pending.popleft()
         if future is not None:
             future.result()
-        return _load(path) or _encode_to(path, part, tokenizer, form)
+        return _load(path) or _encode_to(path, part, tokenizer, array_spec)
 
     try:
         for index, part in enumerate(parts):
             path = _path(directory, index, part)
             pending.append((path, None if path.exists() else pool.submit(_work, str(path), part), part))
             if len(pending) > 2 * workers:
-                yield oldest()
+                yield next_part()
         while pending:
-            yield oldest()
+            yield next_part()
     except BrokenProcessPool:
         raise RunError(f"one of {workers} workers was killed, perhaps for want of memory: run the same command again, "
                        "with fewer --workers; what is done is kept") from None
@@ -117,20 +117,20 @@ def _encode_with(workers: int, parts: Iterator[list[str]], tokenizer: Tokenizer,
         (work / TOKENIZER).unlink(missing_ok=True)
 
 
-def _start(tokenizer: str, form: Form) -> None:
+def _start(tokenizer: str, array_spec: ArraySpec) -> None:
     """In a worker: it has one core, and ends with its parent, even when that is killed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for number in (signal.SIGINT, signal.SIGTERM):  # are for the parent, which ends the workers
         signal.signal(number, signal.SIG_IGN)
     global _WORKER
-    _WORKER = load_tokenizer(tokenizer), form
+    _WORKER = load_tokenizer(tokenizer), array_spec
     parent = multiprocessing.parent_process().sentinel
 
-    def follow():
+    def exit_with_parent():
         multiprocessing.connection.wait([parent])
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def _work(path: str, documents: list[str]) -> None:
@@ -163,9 +163,9 @@ def _load(path: Path) -> Arrays | None:
         return None
 
 
-def _encode_to(path: Path, documents: list[str], tokenizer: Tokenizer, form: Form) -> Arrays:
+def _encode_to(path: Path, documents: list[str], tokenizer: Tokenizer, array_spec: ArraySpec) -> Arrays:
     """The arrays, stored as a whole unless nobody needs them there any more."""
-    arrays, content = encode(documents, tokenizer, form, None), io.BytesIO()
+    arrays, content = encode(documents, tokenizer, array_spec, None), io.BytesIO()
     np.savez(content, **arrays)
     with contextlib.suppress(FileNotFoundError):  # another process has finished, and removed the directory
         path.parent.mkdir(exist_ok=True)
@@ -180,7 +180,7 @@ def _encoded(documents: list[str], tokenizer: Tokenizer, density: Annotation | N
     return ((ids, None) for ids in tokenizer.encode_batch(documents))
 
 
-def _of_parts(dialogue, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def _encode_dialogue(dialogue, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Ids of a Dialogue, part by part, and which of them are prompt."""
     first, *others = [text for text, _ in dialogue.parts]
     parts = [tokenizer.encode_special(first) if dialogue.special else tokenizer.encode(first)]

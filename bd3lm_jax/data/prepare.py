@@ -28,7 +28,7 @@ from bd3lm_jax.schema import DataConfig
 
 FORMAT = 1  # raise it when the same documents would be stored differently
 CHUNK_TOKENS = 1 << 22  # tokens held in memory while rows are written
-STORED = {"tokens", "density", "prompt"}  # arrays with an entry a token
+TOKEN_ARRAYS = {"tokens", "density", "prompt"}  # arrays with an entry a token
 DAMAGED, ABSENT = "damaged", "absent"
 
 Progress = Callable[[int, int], None]  # called with the documents and tokens done so far
@@ -66,18 +66,18 @@ class Rows:
         """int32 [n, L]: tokens see only their own segment; 0 = padding."""
         chosen, target, index = self._places(row_ids)
         segment = np.ones_like(index) if self.meta["layout"] == "wrap" else index + 1
-        return self._paint(len(row_ids), chosen, target, segment, 0, 0)
+        return self._fill_pieces(len(row_ids), chosen, target, segment, 0, 0)
 
     def positions(self, row_ids: np.ndarray) -> np.ndarray:
         """int32 [n, L]: from 0 in each segment; 0 in padding."""
         chosen, target, _ = self._places(row_ids)
         start = chosen[:, packing.START] if self.meta["layout"] == "wrap" else np.zeros_like(target)
-        return self._paint(len(row_ids), chosen, target, start, 1, 0)
+        return self._fill_pieces(len(row_ids), chosen, target, start, 1, 0)
 
     def documents(self, row_ids: np.ndarray) -> np.ndarray:
         """int32 [n, L]: index of the document in the split; -1 = padding."""
         chosen, target, _ = self._places(row_ids)
-        return self._paint(len(row_ids), chosen, target, chosen[:, packing.DOCUMENT], 0, -1)
+        return self._fill_pieces(len(row_ids), chosen, target, chosen[:, packing.DOCUMENT], 0, -1)
 
     def scored(self, row_ids: np.ndarray) -> np.ndarray:
         """bool [n, L]: tokens that evaluation counts, here all but padding and prompts (fewer in windows.py)."""
@@ -91,22 +91,22 @@ class Rows:
         """
         pieces = self._pieces_Px4[np.lexsort((self._pieces_Px4[:, packing.ROW], self._pieces_Px4[:, packing.DOCUMENT]))]
         starts = pieces[:, packing.ROW].astype(np.int64) * self.length + pieces[:, packing.START]
-        return self._tokens_RxL.reshape(-1)[packing.spans(starts, pieces[:, packing.LENGTH])].astype(np.int32)
+        return self._tokens_RxL.reshape(-1)[packing.expand_ranges(starts, pieces[:, packing.LENGTH])].astype(np.int32)
 
     def _places(self, row_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pieces of the rows, where each starts in the flattened result, and its index in its row."""
         row_ids = np.asarray(row_ids)
         first = self._first_piece[row_ids]
         count = self._first_piece[row_ids + 1] - first
-        chosen = self._pieces_Px4[packing.spans(first, count)]
+        chosen = self._pieces_Px4[packing.expand_ranges(first, count)]
         target = np.repeat(np.arange(len(row_ids)) * self.length, count) + chosen[:, packing.START]
-        return chosen, target, packing.spans(np.zeros_like(count), count)
+        return chosen, target, packing.expand_ranges(np.zeros_like(count), count)
 
-    def _paint(self, num: int, chosen, target, value, step: int, padding: int) -> np.ndarray:
+    def _fill_pieces(self, num: int, chosen, target, value, step: int, padding: int) -> np.ndarray:
         """[num, L] with value, value + step, value + 2 step, ... in each piece."""
         size = chosen[:, packing.LENGTH]
         result = np.full(num * self.length, padding, np.int32)
-        within = packing.spans(np.zeros_like(target), size)
+        within = packing.expand_ranges(np.zeros_like(target), size)
         result[np.repeat(target, size) + within] = np.repeat(value, size) + step * within
         return result.reshape(num, self.length)
 
@@ -134,7 +134,7 @@ def prepare_tokenizer(data: DataConfig) -> Tokenizer:
     path = cache_directory(data) / f"tokenizer-{manifest.digest([FORMAT, data.tokenizer, corpus.fingerprint()])}.json"
     if _is_sealed(path):
         return load_tokenizer(path)
-    with _disk_errors(path.parent), lock.in_turn(workspace.lock_file(path), "trains the same tokenizer"):
+    with _disk_errors(path.parent), lock.hold_waiting(workspace.lock_file(path), "trains the same tokenizer"):
         if _is_sealed(path):  # another process was faster
             return load_tokenizer(path)
         if path.exists():
@@ -142,7 +142,7 @@ def prepare_tokenizer(data: DataConfig) -> Tokenizer:
                           stacklevel=2)
         tokenizer = get_tokenizer(data.tokenizer, corpus.documents)
         content = json.loads(tokenizer.to_bytes())
-        files.write(path, json.dumps(content | {manifest.SEAL: manifest.digest(content)}).encode())
+        files.write(path, json.dumps(content | {manifest.CHECKSUM_KEY: manifest.digest(content)}).encode())
     return tokenizer
 
 
@@ -150,7 +150,7 @@ def _is_sealed(path: Path) -> bool:
     """Whether a JSON object is what was written, by the hash in it."""
     try:
         content = json.loads(path.read_bytes())
-        return content.pop(manifest.SEAL) == manifest.digest(content)
+        return content.pop(manifest.CHECKSUM_KEY) == manifest.digest(content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
@@ -200,18 +200,18 @@ def prepare_corpus(corpus: Corpus, source: str, split: str, data: DataConfig, bl
     path = cache_directory(data) / f"{source}-{split}-{manifest.digest(identity)}"
     while (damage := _damage(path, identity)) is not None:
         with _disk_errors(path.parent), workspace.directory(path, "prepares the same rows") as work:
-            if path.exists() and (damage == ABSENT or not _put_away(path, identity, work)):
+            if path.exists() and (damage == ABSENT or not _discard_damaged(path, identity, work)):
                 continue  # another process was faster
-            kept = workspace.parts(path)
+            parts_directory = workspace.parts(path)
             try:
-                _build(work, corpus.documents(), identity, tokenizer, progress, density, kept, workers)
+                _build(work, corpus.documents(), identity, tokenizer, progress, density, parts_directory, workers)
             except UserError as error:
                 if not isinstance(error, RunError):  # another text has to be given, which these parts are not of
-                    shutil.rmtree(kept, ignore_errors=True)
+                    shutil.rmtree(parts_directory, ignore_errors=True)
                 raise
-            _publish(work, path, identity)
-            shutil.rmtree(kept, ignore_errors=True)
-    workspace.tidy(path)
+            _rename_into_place(work, path, identity)
+            shutil.rmtree(parts_directory, ignore_errors=True)
+    workspace.remove_leftovers(path)
     return Rows(path, manifest.read(path))
 
 
@@ -229,7 +229,7 @@ def _damage(path: Path, identity: dict) -> str | None:
     return manifest.damage(path, identity) if path.exists() else ABSENT
 
 
-def _put_away(path: Path, identity: dict, work: Path) -> bool:
+def _discard_damaged(path: Path, identity: dict, work: Path) -> bool:
     """Remove damaged rows; False if they are whole: another process, which saw the damage too, has built them anew."""
     damage = manifest.damage(path, identity)
     if damage is None:
@@ -242,7 +242,7 @@ def _put_away(path: Path, identity: dict, work: Path) -> bool:
 
 
 def _build(work: Path, documents: Iterable[str], identity: dict, tokenizer: Tokenizer,
-           progress: Progress | None, density: Annotation | None, kept: Path, workers: int) -> dict:
+           progress: Progress | None, density: Annotation | None, parts_directory: Path, workers: int) -> dict:
     """Write tokens.npy, density.npy, pieces.npy and meta.json of a split in the directory `work`."""
     flat = {"tokens.npy": (np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32), tokenizer.end_id)}
     if density is not None:
@@ -250,17 +250,17 @@ def _build(work: Path, documents: Iterable[str], identity: dict, tokenizer: Toke
     dialogues = identity["source"] == "sft"
     if dialogues:
         flat["prompt.npy"] = np.dtype(np.uint8), 0
-    form = parts.Form(flat["tokens.npy"][0].str, dialogues)
-    lengths, num_bytes = _tokenise(work, documents, tokenizer, progress, density, form, kept, workers)
+    array_spec = parts.ArraySpec(flat["tokens.npy"][0].str, dialogues)
+    lengths, num_bytes = _tokenise(work, documents, tokenizer, progress, density, array_spec, parts_directory, workers)
     if not len(lengths):
         raise UserError(f"the {identity['split']} split of '{identity['source']}' holds no documents")
     found = {}
     if density is not None:
         if identity["split"] == "train":
-            density.finished()
+            density.on_end()
         stored = np.memmap(_flat(work / "density.npy"), np.uint8, "r")
         found["density_mean"] = float(stored.mean()) / parts.DENSITY_STEPS
-    layout = packing.lay_out(identity["layout"], lengths, identity["length"], identity["block_size"])
+    layout = packing.place_documents(identity["layout"], lengths, identity["length"], identity["block_size"])
     for name, (dtype, padding) in flat.items():
         _write_rows(work / name, dtype, layout, identity["length"], padding)
     pieces = io.BytesIO()  # np.save to a file says not why it could not write
@@ -290,14 +290,14 @@ def _flat(path: Path) -> Path:
 
 
 def _tokenise(work: Path, documents: Iterable[str], tokenizer: Tokenizer, progress: Progress | None,
-              density: Annotation | None, form: parts.Form, kept: Path, workers: int) -> tuple[np.ndarray, int]:
+              density: Annotation | None, array_spec: parts.ArraySpec, parts_directory: Path, workers: int) -> tuple[np.ndarray, int]:
     """Write the ids of all documents, each with its end token, their densities and which tokens are prompts. Returns
     lengths [D] and bytes."""
     lengths, num_bytes, num_tokens, num_documents = [], 0, 0, 0
     with contextlib.ExitStack() as stack:
         files = {}
-        for arrays in parts.encode_all(documents, tokenizer, form, density, kept, work, workers):
-            for name in STORED & arrays.keys():
+        for arrays in parts.encode_all(documents, tokenizer, array_spec, density, parts_directory, work, workers):
+            for name in TOKEN_ARRAYS & arrays.keys():
                 if name not in files:
                     files[name] = stack.enter_context(open(_flat(work / f"{name}.npy"), "wb"))
                 files[name].write(arrays[name].tobytes())
@@ -310,10 +310,10 @@ def _tokenise(work: Path, documents: Iterable[str], tokenizer: Tokenizer, progre
     return np.concatenate(lengths) if lengths else np.zeros(0, np.int64), num_bytes
 
 
-def _publish(work: Path, path: Path, identity: dict) -> None:
+def _rename_into_place(work: Path, path: Path, identity: dict) -> None:
     """Rename into place; where files cannot be locked another process may have been faster with the same content."""
     try:
-        workspace.publish(work, path)
+        workspace.rename_into_place(work, path)
     except OSError:
         if _damage(path, identity) is not None:
             raise

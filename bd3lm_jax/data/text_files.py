@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.foreign import open_regular
+from bd3lm_jax.untrusted_files import open_regular
 
 OPENERS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
-PACKED = {b"\xfd7zXZ\x00": ".xz", b"\x1f\x8b": ".gz", b"BZh": ".bz2"}  # first bytes of what is read
-FOREIGN = {  # first bytes of what is not read: what it is, and how it becomes something that is
+COMPRESSED = {b"\xfd7zXZ\x00": ".xz", b"\x1f\x8b": ".gz", b"BZh": ".bz2"}  # first bytes of what is read
+UNSUPPORTED_FORMATS = {  # first bytes of what is not read: what it is, and how it becomes something that is
     b"PAR1": ("a Parquet file", "write its rows as JSON lines, e.g. with pyarrow.parquet.read_table(FILE).to_pylist()"),
     b"ARROW1": ("an Arrow file",
                 "write its rows as JSON lines, e.g. with pyarrow.feather.read_table(FILE).to_pylist()"),
@@ -30,11 +30,11 @@ FOREIGN = {  # first bytes of what is not read: what it is, and how it becomes s
     codecs.BOM_UTF16_LE: ("UTF-16 text", "write it as UTF-8: iconv -f UTF-16 -t UTF-8 FILE"),
     codecs.BOM_UTF16_BE: ("UTF-16 text", "write it as UTF-8: iconv -f UTF-16 -t UTF-8 FILE"),
 }
-NAMED = 5  # files in a message
-OF_SYSTEMS = ("__MACOSX", "lost+found", "Thumbs.db", "desktop.ini")  # beside names that begin with a dot
+MAX_NAMED = 5  # files in a message
+SYSTEM_FILES = ("__MACOSX", "lost+found", "Thumbs.db", "desktop.ini")  # beside names that begin with a dot
 
 
-def lines(path: Path, most: int = 1 << 62) -> Iterator[tuple[int, str]]:
+def lines(path: Path, max_bytes: int = 1 << 62) -> Iterator[tuple[int, str]]:
     """Line numbers from 1 and lines without their end, of a file that may be packed.
 
     most: bytes that it may hold unpacked. Raises UserError that names the byte offset where it is not UTF-8, and for
@@ -43,13 +43,13 @@ def lines(path: Path, most: int = 1 << 62) -> Iterator[tuple[int, str]]:
     offset = number = 0
     try:
         with open_regular(path) as raw, opener(path)(raw) as file:
-            if file is raw and os.fstat(raw.fileno()).st_size > most:
-                raise UserError(f"{path} holds more than {most:,} bytes")
-            while line := file.readline(most - offset + 1):
+            if file is raw and os.fstat(raw.fileno()).st_size > max_bytes:
+                raise UserError(f"{path} holds more than {max_bytes:,} bytes")
+            while line := file.readline(max_bytes - offset + 1):
                 if offset == 0:
                     check_head(path, line)
-                if len(line) > most - offset:
-                    raise UserError(f"{path} unpacks to more than {most:,} bytes")
+                if len(line) > max_bytes - offset:
+                    raise UserError(f"{path} unpacks to more than {max_bytes:,} bytes")
                 number += 1
                 yield number, _decode(path, line, offset)
                 offset += len(line)
@@ -65,13 +65,13 @@ def opener(path: Path):
     """What unpacks an open file, which its name says, or else its first bytes."""
     with open_regular(path) as file:
         head = file.read(8)
-    packed = next((suffix for start, suffix in PACKED.items() if head.startswith(start)), "")
-    return OPENERS.get(path.suffix.lower()) or OPENERS.get(packed, contextlib.nullcontext)
+    compression = next((suffix for start, suffix in COMPRESSED.items() if head.startswith(start)), "")
+    return OPENERS.get(path.suffix.lower()) or OPENERS.get(compression, contextlib.nullcontext)
 
 
 def check_head(path: Path, head: bytes) -> None:
     """UserError if a file begins as one of another kind, with how to make text of it."""
-    for start, (what, remedy) in FOREIGN.items():
+    for start, (what, remedy) in UNSUPPORTED_FORMATS.items():
         if head.startswith(start):
             raise UserError(f"{path} is {what}, which is not read here: {remedy}")
 
@@ -92,7 +92,7 @@ def unreadable(path: Path, error: OSError) -> UserError:
 
 def has_ending(path: Path, suffix: str) -> bool:
     """Whether a file is called *.suffix, also packed, in any case."""
-    return path.name.lower().endswith(tuple(suffix + packed for packed in ("", *OPENERS)))
+    return path.name.lower().endswith(tuple(suffix + compression for compression in ("", *OPENERS)))
 
 
 def find(directory: Path, suffix: str) -> tuple[list[Path], list[Path]]:
@@ -100,15 +100,15 @@ def find(directory: Path, suffix: str) -> tuple[list[Path], list[Path]]:
 
     Names that begin with a dot, AppleDouble files among them, and those of operating systems are neither.
     """
-    found, seen = [], set()
+    found, visited = [], set()
     for parent, folders, names in os.walk(directory, followlinks=True):
-        folders[:] = [name for name in folders if not _of_system(name)]
+        folders[:] = [name for name in folders if not _is_system_file(name)]
         where = os.path.realpath(parent)
-        if where in seen:  # a link that leads back
+        if where in visited:  # a link that leads back
             folders.clear()
             continue
-        seen.add(where)
-        found += [path for name in names if not _of_system(name) and (path := Path(parent, name)).is_file()]
+        visited.add(where)
+        found += [path for name in names if not _is_system_file(name) and (path := Path(parent, name)).is_file()]
     found.sort()
     chosen = [path for path in found if has_ending(path, suffix)]
     return chosen, [path for path in found if path not in set(chosen)]
@@ -116,8 +116,8 @@ def find(directory: Path, suffix: str) -> tuple[list[Path], list[Path]]:
 
 def describe(directory: Path, files: list[Path]) -> str:
     """Some files of a directory in words, with what to do with those of a known other kind."""
-    names = ", ".join(str(path.relative_to(directory)) for path in files[:NAMED])
-    more = f" and {len(files) - NAMED} more" if len(files) > NAMED else ""
+    names = ", ".join(str(path.relative_to(directory)) for path in files[:MAX_NAMED])
+    more = f" and {len(files) - MAX_NAMED} more" if len(files) > MAX_NAMED else ""
     remedy = next(filter(None, map(_remedy, files)), "")
     return names + more + f" ({remedy})" * bool(remedy)
 
@@ -133,5 +133,5 @@ def _remedy(path: Path) -> str:
     return ""
 
 
-def _of_system(name: str) -> bool:
-    return name.startswith(".") or name in OF_SYSTEMS
+def _is_system_file(name: str) -> bool:
+    return name.startswith(".") or name in SYSTEM_FILES

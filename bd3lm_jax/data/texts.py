@@ -9,7 +9,7 @@ import os
 import numpy as np
 
 
-def new_text(tokenizer, before, new) -> str:
+def decode_continuation(tokenizer, before, new) -> str:
     """What the tokens `new` add to the text of the tokens `before` them: both are decoded, and that text is cut off.
 
     Where the new tokens complete a character, all of it is new.
@@ -19,7 +19,7 @@ def new_text(tokenizer, before, new) -> str:
     return whole[len(os.path.commonprefix([old, whole])):]
 
 
-def certain_length(tokenizer, ids) -> int:
+def num_stable_tokens(tokenizer, ids) -> int:
     """How many of the tokens have a text that no later token changes: not the last single bytes, which may be parts of
     one character."""
     ids, single = np.asarray(ids), list(getattr(tokenizer, "byte_ids", ()))
@@ -30,11 +30,11 @@ def certain_length(tokenizer, ids) -> int:
 def encode_continuation(tokenizer, text: str, special: bool = False) -> np.ndarray:
     """Ids of a text that follows other text, int32 [n]; special: names of special tokens in it are these tokens."""
     encode = tokenizer.encode_special if special else tokenizer.encode
-    if not text or not getattr(tokenizer, "marks_beginning", False):
+    if not text or not getattr(tokenizer, "adds_space_prefix", False):
         return encode(text)
     for other in ("\n", ".", "a"):
         ids, whole = tokenizer.encode(other), encode(other + text)
         begins = len(ids) and ids.tolist() == whole[:len(ids)].tolist()
-        if begins and (special or new_text(tokenizer, ids, whole[len(ids):]) == text):  # special tokens have no text
+        if begins and (special or decode_continuation(tokenizer, ids, whole[len(ids):]) == text):  # special tokens have no text
             return whole[len(ids):]
     return encode(text)

@@ -14,7 +14,7 @@ from typing import Any
 from bd3lm_jax.data import sentence_pieces
 from bd3lm_jax.data.sentence_pieces import Unsupported
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.foreign import read_text
+from bd3lm_jax.untrusted_files import read_text
 from bd3lm_jax.typed import from_json
 
 TOKENIZER_JSON = "tokenizer.json"
@@ -66,7 +66,7 @@ def read_directory(directory: Path) -> tuple[str, str, dict] | None:
         kind = _class_of(path, config, SENTENCE_PIECE)
         content = sentence_pieces.read(path, bool(config.get("legacy", False)), kind is None,
                                        config.get("add_prefix_space"))
-        return path.name, _finished(path, library_form(path.name, json.dumps(content)), config), config
+        return path.name, _with_special_tokens(path, library_form(path.name, json.dumps(content)), config), config
     return None
 
 
@@ -81,14 +81,14 @@ def content_of(token: Any) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _class_of(path: Path, config: dict, known: tuple[str, ...]) -> str | None:
+def _class_of(path: Path, config: dict, supported: tuple[str, ...]) -> str | None:
     """The class that the config names; None if it names none. Unsupported if that reads the files in another way."""
     name = config.get("tokenizer_class")
     name = name.removesuffix("Fast") if isinstance(name, str) else None
     if name in (None, "PreTrainedTokenizer", "TokenizersBackend"):
         return None
-    if name not in known:
-        raise Unsupported(f"{path} is read by {name}, supported: {', '.join(known)}: put a tokenizer.json beside it "
+    if name not in supported:
+        raise Unsupported(f"{path} is read by {name}, supported: {', '.join(supported)}: put a tokenizer.json beside it "
                           "(AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers writes one)")
     return name
 
@@ -112,7 +112,7 @@ def _word_piece(path: Path, config: dict) -> str:
             handle_chinese_chars=config.get("tokenize_chinese_chars", True))
     tokenizer.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = library.decoders.WordPiece()
-    return _finished(path, tokenizer, config)
+    return _with_special_tokens(path, tokenizer, config)
 
 
 def _byte_level(path: Path, config: dict, split: str) -> str:
@@ -133,35 +133,35 @@ def _byte_level(path: Path, config: dict, split: str) -> str:
         tokenizer.pre_tokenizer = library.pre_tokenizers.Sequence([words, bytes_])
         tokenizer.normalizer = library.normalizers.NFC()
     tokenizer.decoder = library.decoders.ByteLevel()
-    return _finished(path, tokenizer, config)
+    return _with_special_tokens(path, tokenizer, config)
 
 
-def _finished(path: Path, tokenizer: Any, config: dict) -> str:
+def _with_special_tokens(path: Path, tokenizer: Any, config: dict) -> str:
     """Its JSON form, with the added tokens, and with those tokens marked that are never text: the ones that the config
     names, and the usual ones."""
     added = _added_tokens(path.parent, config)
     _add(path.name, tokenizer, added)
     vocab = tokenizer.get_vocab()
-    special = [name for name in dict.fromkeys((*_named(config), *USUAL_SPECIAL)) if name in vocab and name not in added]
+    special = [name for name in dict.fromkeys((*_special_names(config), *USUAL_SPECIAL)) if name in vocab and name not in added]
     AddedToken = load_library().AddedToken
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special])
     return tokenizer.to_str()
 
 
-def _named(config: dict) -> list[str]:
+def _special_names(config: dict) -> list[str]:
     """Special tokens by the names that a config has for them."""
-    named = [content_of(value) for key, value in config.items() if key.endswith("_token")]
+    special_names = [content_of(value) for key, value in config.items() if key.endswith("_token")]
     for key in SPECIAL_LISTS:
         tokens = config.get(key) or ()
-        named += map(content_of, tokens.values() if isinstance(tokens, dict) else tokens)
-    return [name for name in named if name]
+        special_names += map(content_of, tokens.values() if isinstance(tokens, dict) else tokens)
+    return [name for name in special_names if name]
 
 
 def _added_tokens(directory: Path, config: dict) -> dict[str, tuple[int, dict[str, bool]]]:
     """Content -> id and flags, of added_tokens.json and of the config's added_tokens_decoder, which says more."""
-    path, named = directory / "added_tokens.json", set(_named(config))
+    path, special_names = directory / "added_tokens.json", set(_special_names(config))
     plain = read_json(path) if path.exists() else {}
-    found = {content: (i, {"special": content in named, "normalized": content not in named})
+    found = {content: (i, {"special": content in special_names, "normalized": content not in special_names})
              for content, i in plain.items()}
     decoder = config.get("added_tokens_decoder") or {}
     wrong = f"{directory / CONFIGS[1]}: added_tokens_decoder is no object of ids and tokens with their content"

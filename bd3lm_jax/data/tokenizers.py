@@ -27,7 +27,7 @@ SPECS = ("bytes", *PRESETS, "bpe:N", "a path to a tokenizer.json, or to the dire
 # Names in use for the two special tokens, most telling first.
 END_TOKENS = (END_TOKEN, "</s>", "[SEP]", "<|end_of_text|>", "<eos>", "<|im_end|>")
 MASK_TOKENS = ("[MASK]", "<mask>", "<|mask|>", "<|mdm_mask|>")
-MOST_IDS = 1 << 24  # no vocabulary in use has as many
+MAX_IDS = 1 << 24  # no vocabulary in use has as many
 NUM_BYTES = 256
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 # For what is read elsewhere: hf.py registers here, which every command that opens tokenizers of others imports.
@@ -39,7 +39,7 @@ class Tokenizer:
     """Ids 0..size-1 are the vocabulary, `vocab_size` counts the mask as well."""
 
     unknown_id = -1  # what text outside the vocabulary becomes; -1: there is none, or it is left out
-    marks_beginning = False  # whether the same words have other ids at the beginning of a text, as if after a space
+    adds_space_prefix = False  # whether the same words have other ids at the beginning of a text, as if after a space
     byte_ids: frozenset[int] = frozenset()  # tokens that are single bytes among others that are whole characters
 
     def __init__(self, kind: str, size: int, end_id: int, mask_id: int):
@@ -145,14 +145,14 @@ class SubwordTokenizer(Tokenizer):
 
     def __init__(self, kind: str, model: str, end_id: int, mask_id: int | None):
         self.kind, self._model, self.end_id, self.mask_id = kind, model, end_id, -1 if mask_id is None else mask_id
-        self._tokenizer = self._reader_of_text()
+        self._tokenizer = self._text_tokenizer()
         size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
-        if not 0 < size <= MOST_IDS:
-            raise UserError(f"tokenizer '{kind}' has ids up to {size - 1}, expected 0 to {MOST_IDS - 1}")
+        if not 0 < size <= MAX_IDS:
+            raise UserError(f"tokenizer '{kind}' has ids up to {size - 1}, expected 0 to {MAX_IDS - 1}")
         super().__init__(kind, size, end_id, size if mask_id is None else mask_id)
         self.unknown_id = _unknown_id(self._tokenizer, model)
 
-    def _reader_of_text(self):
+    def _text_tokenizer(self):
         """The library's form for documents: "[MASK]" in them is text, not the mask, nor is the end one.
 
         The library leaves tokens alone that are marked as special; a file may not mark these two.
@@ -170,15 +170,15 @@ class SubwordTokenizer(Tokenizer):
     def with_mask(self, mask_id: int) -> "Tokenizer":
         other = super().with_mask(mask_id)
         if mask_id != self.mask_id:
-            other._tokenizer = other._reader_of_text()
+            other._tokenizer = other._text_tokenizer()
         return other
 
     @cached_property
-    def _reads_special(self):
+    def _special_tokenizer(self):
         return library_form(self.kind, self._model)
 
     @cached_property
-    def marks_beginning(self) -> bool:
+    def adds_space_prefix(self) -> bool:
         first, break_ = self.encode("a").tolist(), self.encode("\n").tolist()
         return self.encode("\na").tolist() != break_ + first
 
@@ -199,7 +199,7 @@ class SubwordTokenizer(Tokenizer):
 
     def _read_special(self, text: str) -> np.ndarray:
         with library_errors(self.kind, "cannot encode a text"):
-            return np.asarray(self._reads_special.encode(text, add_special_tokens=False).ids, np.int32)
+            return np.asarray(self._special_tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         with library_errors(self.kind, "cannot encode a text"):
@@ -257,11 +257,11 @@ BYTE_OF = _byte_of_character()
 def _decoded_pieces(library_tokenizer, ids: list[int], size: int) -> tuple[list[bytes], list[bytes]]:
     """`Tokenizer.token_bytes` of the given ids, by decoding each of them alone and behind another token."""
     first, later = [b""] * size, [b""] * size
-    alone = library_tokenizer.decode_batch([[i] for i in ids])
-    other, text = next(((i, text) for i, text in zip(ids, alone) if text.isalnum()), (None, ""))
+    single_texts = library_tokenizer.decode_batch([[i] for i in ids])
+    other, text = next(((i, text) for i, text in zip(ids, single_texts) if text.isalnum()), (None, ""))
     if other is None:
         raise UserError(f"none of the {len(ids)} tokens is a word: what each adds to a text cannot be told")
-    for i, own, pair in zip(ids, alone, library_tokenizer.decode_batch([[other, i] for i in ids])):
+    for i, own, pair in zip(ids, single_texts, library_tokenizer.decode_batch([[other, i] for i in ids])):
         first[i] = own.encode()
         later[i] = pair.removeprefix(text).encode() if pair.startswith(text) else b""
     return first, later
@@ -289,12 +289,12 @@ def get_tokenizer(spec: str, train_documents: Callable[[], Iterable[str]]) -> To
         return found
     if spec.endswith(".json") or Path(spec).exists():
         return load_tokenizer(spec)
-    near = nearest(spec, SPECS)
-    if "/" in spec or "did you mean" not in near:
+    suggestion = nearest(spec, SPECS)
+    if "/" in spec or "did you mean" not in suggestion:
         path = next((path for find in FINDERS if (path := find(spec)) != spec), None)
         if path is not None:
             return get_tokenizer(path, train_documents)
-    raise UserError(f"unknown data.tokenizer '{spec}': {near}")
+    raise UserError(f"unknown data.tokenizer '{spec}': {suggestion}")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -365,9 +365,9 @@ def _from_model(kind: str, model: str, config: dict) -> Tokenizer:
     """Reads the end and the mask from tokenizer_config.json where it names them, else from the usual names."""
     vocab = library_form(kind, model).get_vocab()
 
-    def find(keys: tuple, usual: tuple) -> int | None:
-        named = [tokenizer_files.content_of(config.get(key)) for key in keys]
-        return next((vocab[name] for name in (*named, *usual) if name in vocab), None)
+    def find(keys: tuple, default_names: tuple) -> int | None:
+        configured = [tokenizer_files.content_of(config.get(key)) for key in keys]
+        return next((vocab[name] for name in (*configured, *default_names) if name in vocab), None)
 
     end_id = find(("eos_token", "sep_token"), END_TOKENS)
     if end_id is None:

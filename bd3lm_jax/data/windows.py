@@ -10,14 +10,14 @@ import numpy as np
 
 from bd3lm_jax.data import packing
 from bd3lm_jax.data.prepare import Rows
-from bd3lm_jax.data.sized import Sized
+from bd3lm_jax.data.token_bytes import RowsWithBytes
 from bd3lm_jax.errors import UserError, nearest
 
 CHUNKS, FIRST_TOKENS, END_TOKENS = ("independent", "sliding"), ("predict", "skip"), ("count", "skip")
 
 
 @dataclasses.dataclass(frozen=True)
-class Convention:
+class ScoringConvention:
     """How a text is cut and which of its tokens count.
 
     chunks: "independent": every row is scored by itself. "sliding": rows start every `stride` tokens and only their
@@ -37,10 +37,10 @@ class Convention:
     end_token: str
 
     def __post_init__(self):
-        for name, known in (("chunks", CHUNKS), ("first_token", FIRST_TOKENS), ("end_token", END_TOKENS)):
+        for name, choices in (("chunks", CHUNKS), ("first_token", FIRST_TOKENS), ("end_token", END_TOKENS)):
             value = getattr(self, name)
-            if value not in known:
-                raise UserError(f"--{name}={value}: {nearest(str(value), known)}")
+            if value not in choices:
+                raise UserError(f"--{name}={value}: {nearest(str(value), choices)}")
         if self.stride < 0:
             raise UserError(f"--stride={self.stride}: expected a number of tokens, or 0 for half a row")
         if self.stride and self.chunks != "sliding":
@@ -66,22 +66,22 @@ class Windows:
     within_documents: every document is a text of its own, else all of them are one.
     """
 
-    def __init__(self, wrapped: Rows | Sized, stride: int, within_documents: bool, end_id: int):
+    def __init__(self, wrapped_rows: Rows | RowsWithBytes, stride: int, within_documents: bool, end_id: int):
         """wrapped: the same documents in the layout "wrap"."""
-        self.length, self._end_id = wrapped.length, end_id
-        ids = np.arange(len(wrapped))
-        documents = wrapped.documents(ids).reshape(-1)
+        self.length, self._end_id = wrapped_rows.length, end_id
+        ids = np.arange(len(wrapped_rows))
+        documents = wrapped_rows.documents(ids).reshape(-1)
         self._documents_N = documents[documents >= 0]
-        self._tokens_N = wrapped.tokens(ids).reshape(-1)[documents >= 0]
+        self._tokens_N = wrapped_rows.tokens(ids).reshape(-1)[documents >= 0]
         size = np.bincount(self._documents_N) if within_documents else np.array([len(self._tokens_N)])
         count = 1 + np.maximum(0, -(-(size - self.length) // stride))  # rows of each text
-        index = packing.spans(np.zeros_like(count), count)  # of a row in its text
+        index = packing.expand_ranges(np.zeros_like(count), count)  # of a row in its text
         ends = np.cumsum(size)
-        self._wrapped, self._start_R = wrapped, np.repeat(ends - size, count) + index * stride
+        self._wrapped, self._start_R = wrapped_rows, np.repeat(ends - size, count) + index * stride
         self._end_R = np.minimum(self._start_R + self.length, np.repeat(ends, count))
         self._context_R = np.where(index > 0, self.length - stride, 0)
-        identity = f"{wrapped.meta['hash']}-{stride}-{'documents' if within_documents else 'stream'}"
-        self.meta = {**wrapped.meta, "rows": len(index), "hash": identity}
+        identity = f"{wrapped_rows.meta['hash']}-{stride}-{'documents' if within_documents else 'stream'}"
+        self.meta = {**wrapped_rows.meta, "rows": len(index), "hash": identity}
 
     def __len__(self) -> int:
         return len(self._start_R)
@@ -107,7 +107,7 @@ class Windows:
         return self._inside(row_ids) & (np.arange(self.length) >= self._context_R[row_ids][:, None])
 
     def sizes(self, row_ids: np.ndarray) -> np.ndarray:
-        """float64 [n, L]: bytes of text, where `wrapped` is `sized.Sized`; 0 in padding."""
+        """float64 [n, L]: bytes of text, where `wrapped_rows` is `sized.RowsWithBytes`; 0 in padding."""
         index = np.minimum(self._index(row_ids), len(self._tokens_N) - 1)
         return np.where(self._inside(row_ids), self._sizes_N[index], 0)
 
@@ -127,10 +127,10 @@ class Windows:
         return np.where(self._inside(row_ids), source_N[index], padding).astype(np.int32)
 
 
-class Given:
+class ConditionedRows:
     """Rows or windows of which first or end tokens are given; like `Rows`."""
 
-    def __init__(self, rows: Rows | Sized | Windows, *, first: bool, end: bool, end_id: int):
+    def __init__(self, rows: Rows | RowsWithBytes | Windows, *, first: bool, end: bool, end_id: int):
         self._rows, self._first, self._end, self._end_id = rows, first, end, end_id
         self.length, self.meta = rows.length, rows.meta
         self.tokens, self.segments, self.positions = rows.tokens, rows.segments, rows.positions
@@ -149,12 +149,12 @@ class Given:
         return scored
 
     def sizes(self, row_ids: np.ndarray) -> np.ndarray:
-        """float64 [n, L]: bytes of text, where the rows are `sized.Sized`; 0 in padding."""
+        """float64 [n, L]: bytes of text, where the rows are `sized.RowsWithBytes`; 0 in padding."""
         return self._rows.sizes(row_ids)
 
 
-def arrange(rows: Rows | Sized, convention: Convention, *, within_documents: bool, block_size: int,
-            end_id: int) -> Rows | Sized | Windows | Given:
+def rows_to_score(rows: Rows | RowsWithBytes, convention: ScoringConvention, *, within_documents: bool, block_size: int,
+            end_id: int) -> Rows | RowsWithBytes | Windows | ConditionedRows:
     """The rows that an evaluation by `convention` scores; for sliding windows `rows` has the layout "wrap".
 
     Raises UserError for a stride that is no multiple of the block size, and if no token is left to score.
@@ -165,7 +165,7 @@ def arrange(rows: Rows | Sized, convention: Convention, *, within_documents: boo
     first, end = convention.first_token == "skip", convention.end_token == "skip"
     if not (first or end):
         return rows
-    rows = Given(rows, first=first, end=end, end_id=end_id)
+    rows = ConditionedRows(rows, first=first, end=end, end_id=end_id)
     if not any(rows.scored(np.arange(i, i + 1)).any() for i in range(len(rows))):
         raise UserError(f"no token is left to score: {rows.meta['documents']} documents of one token, which "
                         "--first_token=skip or --end_token=skip leaves out")

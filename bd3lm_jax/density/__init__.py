@@ -35,7 +35,7 @@ def check(spec: str, fraction: float) -> None:
 def check_config(config: Any) -> None:
     """UserError unless the data of a Config bring what its objective needs of every token, and nothing else."""
     objective, source = config.diffusion, config.data.density
-    needed = "density" in config.batch_needs
+    needed = "density" in config.batch_arrays
     if needed and not source:
         raise UserError(f"diffusion.kind='{objective.kind}' needs the density of every token: set data.density, one of "
                         f"{', '.join(SOURCES)}, or noise.adapt='running_loss'")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bd3lm_jax.density.source import Context, Span, Spans
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.foreign import LARGE, read_bytes
+from bd3lm_jax.untrusted_files import MAX_TEXT_FILE, read_bytes
 from bd3lm_jax.typed import from_json
 
 ARGUMENT, CONTINUOUS = "PATH", False
@@ -25,16 +25,16 @@ def check(argument: str) -> None:
 def build(argument: str, context: Context) -> Spans:
     del context
     annotations = Annotations(Path(argument))
-    return Spans(annotations.find, annotations.digest, annotations.uncovered, annotations.finished)
+    return Spans(annotations.find, annotations.digest, annotations.on_unmatched, annotations.on_end)
 
 
 class Annotations:
     """Spans by the hash of their text. UserError, naming file and line, for what cannot be read or does not fit."""
 
     def __init__(self, path: Path):
-        self.path, self.lines, self.documents, self.found = path, {}, 0, 0
+        self.path, self.lines, self.documents, self.num_matched = path, {}, 0, 0
         try:
-            content = read_bytes(path, LARGE)
+            content = read_bytes(path, MAX_TEXT_FILE)
             lines = content.decode().split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {path}: {error}") from None
@@ -46,18 +46,18 @@ class Annotations:
     def find(self, text: str) -> list[Span]:
         self.documents += 1
         number, spans = self.lines.get(_digest(text), (0, ()))
-        self.found += number > 0
+        self.num_matched += number > 0
         for start, end, *quoted in spans:
             self._check_span(number, text, start, end, quoted)
         return [(start, end) for start, end, *_ in spans]
 
-    def uncovered(self, text: str, span: Span) -> None:
+    def on_unmatched(self, text: str, span: Span) -> None:
         start, end = span
         number, _ = self.lines[_digest(text)]
         raise self._error(number, f"the span {start}..{end} ({text[start:end]!r}) holds no token")
 
-    def finished(self) -> None:
-        if self.documents and not self.found:
+    def on_end(self) -> None:
+        if self.documents and not self.num_matched:
             raise UserError(f"{self.path}: none of its {len(self.lines)} texts is among the documents that are "
                             "annotated: expected the documents of the corpus, character by character")
 

@@ -29,8 +29,8 @@ class Spans:
 
     find: Callable[[str], Sequence[Span]]
     identity: Any
-    uncovered: Callable[[str, Span], None] | None = None
-    finished: Callable[[], None] | None = None
+    on_unmatched: Callable[[str, Span], None] | None = None
+    on_end: Callable[[], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,29 +62,29 @@ class Annotation:
             if self._values_V is None:
                 self._values_V = np.asarray(self.source.values(), np.float32)
             return self._values_V[np.append(ids_N, end_id)]
-        dense_N = covered(text, offsets_Nx2, self.source.find(text), self.source.uncovered)
+        dense_N = dense_tokens(text, offsets_Nx2, self.source.find(text), self.source.on_unmatched)
         return np.append(dense_N, False).astype(np.float32)
 
-    def finished(self) -> None:
+    def on_end(self) -> None:
         """To be called when every document of a split has been read. UserError if the source fits none of them."""
-        if isinstance(self.source, Spans) and self.source.finished is not None:
-            self.source.finished()
+        if isinstance(self.source, Spans) and self.source.on_end is not None:
+            self.source.on_end()
 
 
-def covered(text: str, offsets_Nx2: np.ndarray, spans: Sequence[Span],
-            uncovered: Callable[[str, Span], None] | None = None) -> np.ndarray:
+def dense_tokens(text: str, offsets_Nx2: np.ndarray, spans: Sequence[Span],
+            on_unmatched: Callable[[str, Span], None] | None = None) -> np.ndarray:
     """bool [N]: tokens of which a character lies in a span; spaces in front of a token's first letter do not count."""
     start_N, end_N = offsets_Nx2[:, 0].copy(), offsets_Nx2[:, 1]
     for i, (start, end) in enumerate(offsets_Nx2.tolist()):
-        letters = text[start:end].lstrip()
-        if letters:
-            start_N[i] = end - len(letters)
+        stripped = text[start:end].lstrip()
+        if stripped:
+            start_N[i] = end - len(stripped)
     dense_N = np.zeros(len(start_N), bool)
     for start, end in spans:
-        touched = (start_N < end) & (end_N > start)
-        if uncovered is not None and not touched.any():
-            uncovered(text, (start, end))
-        dense_N |= touched
+        overlapping_N = (start_N < end) & (end_N > start)
+        if on_unmatched is not None and not overlapping_N.any():
+            on_unmatched(text, (start, end))
+        dense_N |= overlapping_N
     return dense_N
 
 

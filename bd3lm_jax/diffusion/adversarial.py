@@ -65,7 +65,7 @@ class Adversarial(Objective):
                             f"diffusion.block_size is {self.block_size}, expected at most {MAX_SUBSETS}")
 
     @property
-    def view_group(self) -> int:
+    def noise_sample_multiple(self) -> int:
         return 4 if self.complement else 2
 
     @property
@@ -73,30 +73,30 @@ class Adversarial(Objective):
         """Whether the weighted loss estimates the NELBO without bias: all counts, and weights for the choice."""
         return self.importance and self.rate == 0
 
-    def init_learnt(self, key: jax.Array, vocab_size: int, width: int) -> dict:
+    def init_learned_params(self, key: jax.Array, vocab_size: int, width: int) -> dict:
         """The scorer: one hidden layer over a token's embedding (`width` numbers) and its place in the block. All
         scores begin at 0: uniform masks."""
         del vocab_size
         draw = jax.random.normal(key, (width + self.block_size, self.hidden)) / math.sqrt(width)
         return {"token": draw[:width], "place": draw[width:], "out": jnp.zeros(self.hidden)}
 
-    def scores(self, learnt: dict, x0_BxL: jax.Array) -> jax.Array:
-        """Float32 `[B, L]` of the scorer `learnt`, which holds the network's `embedding` `[V', D]` besides."""
-        x_BxLxD = jax.lax.stop_gradient(learnt["embedding"]).astype(jnp.float32)[x0_BxL]
+    def scores(self, learned_params: dict, x0_BxL: jax.Array) -> jax.Array:
+        """Float32 `[B, L]` of the scorer `learned_params`, which holds the network's `embedding` `[V', D]` besides."""
+        x_BxLxD = jax.lax.stop_gradient(learned_params["embedding"]).astype(jnp.float32)[x0_BxL]
         x_BxLxD = x_BxLxD * jax.lax.rsqrt(jnp.mean(x_BxLxD**2, axis=-1, keepdims=True) + 1e-6)
-        place_LxF = jnp.tile(learnt["place"], (x0_BxL.shape[-1] // self.block_size, 1))
-        raw_BxL = jax.nn.gelu(x_BxLxD @ learnt["token"] + place_LxF) @ learnt["out"]
+        place_LxF = jnp.tile(learned_params["place"], (x0_BxL.shape[-1] // self.block_size, 1))
+        raw_BxL = jax.nn.gelu(x_BxLxD @ learned_params["token"] + place_LxF) @ learned_params["out"]
         return self.score_limit * jnp.tanh(raw_BxL / self.score_limit)
 
     def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, views: int, mask_id: int, end_id: int,
-                learnt: dict | None = None) -> Noised:
+                learned_params: dict | None = None) -> Noised:
         """`views` noised copies; arguments as for `Masked.corrupt`. learnt: as for `scores`; None: all scores are 0.
 
         Raises:
             UserError: the block size does not divide L, or there are no whole pairs of draws.
         """
         batch, length = x0_BxL.shape
-        group = self.view_group
+        group = self.noise_sample_multiple
         if views < 1 or views % group or length % self.block_size:
             raise UserError(f"{views} views of {length} tokens, expected a multiple of {group} views (pairs of draws"
                             f"{', each with its complement' if self.complement else ''}) and of diffusion.block_size="
@@ -106,13 +106,13 @@ class Adversarial(Objective):
         maskable_BxPxL = jnp.broadcast_to((segment_BxL != 0)[:, None], (batch, draws, length))
         n_BxPxK = corrupt.maskable_counts(maskable_BxPxL, self.block_size)
         counts_BxPxK, pi_BxPxK = self._counts(count_key, n_BxPxK)
-        score_BxL = jnp.zeros((batch, length)) if learnt is None else self.scores(learnt, x0_BxL)
+        score_BxL = jnp.zeros((batch, length)) if learned_params is None else self.scores(learned_params, x0_BxL)
         noise = jax.random.gumbel(order_key, maskable_BxPxL.shape)
         rank_BxPxL = self._rank(score_BxL[:, None] + noise, maskable_BxPxL)
         masked_BxPxL = maskable_BxPxL & (rank_BxPxL < self._tokens(counts_BxPxK))
         weight_BxPxK, other_BxPxK = self._weights(counts_BxPxK, n_BxPxK, pi_BxPxK)
         if self.importance:
-            ratio = self._ratio(score_BxL, masked_BxPxL, maskable_BxPxL, counts_BxPxK, n_BxPxK)
+            ratio = self._importance_ratio(score_BxL, masked_BxPxL, maskable_BxPxL, counts_BxPxK, n_BxPxK)
             weight_BxPxK, other_BxPxK = weight_BxPxK * ratio, other_BxPxK * ratio
         u_BxPxL = jax.random.uniform(level_key, maskable_BxPxL.shape)
         prob_BxPxK = self._level(u_BxPxL, counts_BxPxK, maskable_BxPxL)
@@ -127,9 +127,9 @@ class Adversarial(Objective):
                       sigma_BxMxK=-jnp.log1p(-jnp.minimum(prob_BxPxK, MASK_PROB_MAX)), capacity=capacity,
                       extra=rank_BxPxL)
 
-    def noise_gradient(self, learnt: dict, noised: Noised, x0_BxL: jax.Array, segment_BxL: jax.Array,
+    def noise_gradient(self, learned_params: dict, noised: Noised, x0_BxL: jax.Array, segment_BxL: jax.Array,
                        losses_BxMxL: jax.Array) -> dict:
-        """Gradient of minus the sum over rows and views of n f(M), by REINFORCE; a tree like `init_learnt`'s.
+        """Gradient of minus the sum over rows and views of n f(M), by REINFORCE; a tree like `init_learned_params`'s.
 
         losses_BxMxL: cross-entropy in nats of masked tokens, anything elsewhere; no gradient goes through them.
         """
@@ -141,13 +141,13 @@ class Adversarial(Objective):
         n_BxK = corrupt.maskable_counts(segment_BxL != 0, self.block_size)
         views = 2 * step  # that a pair of draws stands for
 
-        def loss(own):
-            score_BxL = self.scores({**learnt, **own}, x0_BxL)
+        def loss(scorer_params):
+            score_BxL = self.scores({**learned_params, **scorer_params}, x0_BxL)
             log_p_BxPxK = self.log_prob(score_BxL, noised.extra, counts_BxPxK, segment_BxL != 0)
             f_gap, log_p_gap = (x[:, ::2] - x[:, 1::2] for x in (f_BxPxK, log_p_BxPxK))
             return -views * jnp.sum(n_BxK[:, None] * f_gap * log_p_gap) / 2
 
-        return jax.grad(loss)({name: value for name, value in learnt.items() if name != "embedding"})
+        return jax.grad(loss)({name: value for name, value in learned_params.items() if name != "embedding"})
 
     def log_prob(self, score_BxL, rank_BxPxL, counts_BxPxK, maskable_BxL) -> jax.Array:
         """Log-probability that the tokens of the first `counts` ranks were drawn in that order, float32 [B, P, K]."""
@@ -177,7 +177,7 @@ class Adversarial(Objective):
         number = self._blocks(masked_BxPxL) @ (1 << np.arange(size))
         return jnp.take_along_axis(prob, number[..., None], axis=-1)[..., 0]
 
-    def _ratio(self, score_BxL, masked_BxPxL, maskable_BxPxL, counts_BxPxK, n_BxPxK):
+    def _importance_ratio(self, score_BxL, masked_BxPxL, maskable_BxPxL, counts_BxPxK, n_BxPxK):
         """Probability of the set under uniform masks of its count, over that under the scorer's."""
         ways = np.array([[math.comb(n, k) for k in range(self.block_size + 1)] for n in range(self.block_size + 1)])
         uniform = 1 / jnp.asarray(np.maximum(ways, 1), jnp.float32)[n_BxPxK, counts_BxPxK]

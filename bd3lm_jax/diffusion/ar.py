@@ -22,7 +22,7 @@ class AR(Objective):
     kind: ClassVar[str] = "ar"
     title: ClassVar[str] = "AR"
     causal: ClassVar[bool] = True
-    masks: ClassVar[bool] = False
+    uses_mask_token: ClassVar[bool] = False
     block_size: ClassVar[int] = 1
     bos: bool
 

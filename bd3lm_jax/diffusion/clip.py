@@ -1,6 +1,6 @@
 """Noise chosen from data while training: the clip search of BD3-LM, and a law of the count from running averages.
 
-Both are small objects with a state, a dict of arrays that a run carries from step to step, and `law(state, blocks)`,
+Both are small objects with a state, a dict of arrays that a run carries from step to step, and `distribution(state, blocks)`,
 what `Masked.corrupt` draws from. Laws change without a new program: they are traced, only capacities are static, and
 these hold for every state.
 """
@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax.diffusion.corrupt import ClipLaw, CountLaw, truncated_capacity
+from bd3lm_jax.diffusion.corrupt import ClippedRange, MaskCountDistribution, truncated_capacity
 
 RESOLUTION = 2**20  # count probabilities are whole parts of this
-MOST_MASKED = 1.25  # mean count of a count schedule, over that of uniform counts: what the output layer has room for
+MAX_MEAN_COUNT_RATIO = 1.25  # mean count of a count schedule, over that of uniform counts: what the output layer has room for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,25 +39,25 @@ class ClipSearch:
     @property
     def candidates(self) -> np.ndarray:
         """Intervals `[I, 2]`, float64; the whole range if no width fits into it."""
-        found = []
+        intervals_found = []
         for width in self.widths:
             starts = math.floor((self.high - self.low - width) / self.stride + 1e-6) + 1
-            found += [(self.low + i * self.stride, self.low + i * self.stride + width) for i in range(max(starts, 0))]
-        return np.round(found or [(self.low, self.high)], 6)
+            intervals_found += [(self.low + i * self.stride, self.low + i * self.stride + width) for i in range(max(starts, 0))]
+        return np.round(intervals_found or [(self.low, self.high)], 6)
 
-    def first(self) -> dict[str, np.ndarray]:
-        return self.chosen(np.array([self.low, self.high]))
+    def init_state(self) -> dict[str, np.ndarray]:
+        return self.state_for_interval(np.array([self.low, self.high]))
 
-    def chosen(self, interval: np.ndarray) -> dict[str, np.ndarray]:
+    def state_for_interval(self, interval: np.ndarray) -> dict[str, np.ndarray]:
         """The state in which the noise is clipped to an interval `[2]`."""
         return {"low": np.float32(interval[0]), "high": np.float32(interval[1])}
 
-    def law(self, state: dict, blocks: int) -> ClipLaw:
+    def distribution(self, state: dict, blocks: int) -> ClippedRange:
         intervals = [(self.low, self.high), *self.candidates.tolist()]
         most = max(truncated_capacity(low, high, self.block_size) for low, high in intervals)
-        return ClipLaw(state["low"], state["high"], blocks * most)
+        return ClippedRange(state["low"], state["high"], blocks * most)
 
-    def shown(self, state: dict) -> dict[str, list[float]]:
+    def as_metrics(self, state: dict) -> dict[str, list[float]]:
         return {"clip": [round(float(state[end]), 6) for end in ("low", "high")]}
 
 
@@ -82,19 +82,19 @@ class CountSchedule:
     floor: float  # every count keeps at least this part of its probability under uniform counts
     decay: float  # of the running averages, a step
 
-    def first(self) -> dict[str, jax.Array]:
+    def init_state(self) -> dict[str, jax.Array]:
         return {"squares_S": jnp.zeros(self.block_size), "blocks_S": jnp.zeros(self.block_size)}
 
-    def law(self, state: dict, blocks: int) -> CountLaw:
+    def distribution(self, state: dict, blocks: int) -> MaskCountDistribution:
         size = self.block_size
-        capacity = min(math.ceil(blocks * self._most()) + size - 1, blocks * size)
+        capacity = min(math.ceil(blocks * self._max_mean_count()) + size - 1, blocks * size)
         # Every count gets one part, and what rounding leaves goes to the first: the mean never grows.
-        whole_S = 1 + jnp.floor(self._probs(state) * (RESOLUTION - size))
-        whole_S = whole_S.at[0].add(RESOLUTION - whole_S.sum())
-        return CountLaw(whole_S, capacity, blocks * (size - 1))
+        integer_S = 1 + jnp.floor(self._probs(state) * (RESOLUTION - size))
+        integer_S = integer_S.at[0].add(RESOLUTION - integer_S.sum())
+        return MaskCountDistribution(integer_S, capacity, blocks * (size - 1))
 
-    def _most(self) -> float:
-        return min(MOST_MASKED * (self.block_size + 1) / 2, self.block_size)
+    def _max_mean_count(self) -> float:
+        return min(MAX_MEAN_COUNT_RATIO * (self.block_size + 1) / 2, self.block_size)
 
     def _probs(self, state):
         squares_S, blocks_S = state["squares_S"], state["blocks_S"]
@@ -103,10 +103,10 @@ class CountSchedule:
         best_S /= best_S.sum()
         middle = (self.block_size + 1) / 2
         above = jnp.sum(best_S * jnp.arange(1, self.block_size + 1)) - middle
-        part = jnp.minimum(1 - self.floor, (self._most() - middle) / jnp.maximum(above, 1e-6))
+        part = jnp.minimum(1 - self.floor, (self._max_mean_count() - middle) / jnp.maximum(above, 1e-6))
         return part * best_S + (1 - part) / self.block_size
 
-    def seen(self, losses_BxMxL: jax.Array, masked_BxMxL: jax.Array, tokens_BxL=None) -> dict[str, jax.Array]:
+    def batch_statistics(self, losses_BxMxL: jax.Array, masked_BxMxL: jax.Array, tokens_BxL=None) -> dict[str, jax.Array]:
         """What some rows tell: by count, the sum over blocks of squared mean losses, and the number of blocks."""
         del tokens_BxL  # whichever they are
         shape = (*losses_BxMxL.shape[:2], -1, self.block_size)
@@ -117,12 +117,12 @@ class CountSchedule:
         return {"squares_S": jnp.sum(square_BxMxK[..., None] * is_count, axis=(0, 1, 2)),
                 "blocks_S": jnp.sum(is_count, axis=(0, 1, 2), dtype=jnp.float32)}
 
-    def learn(self, state: dict, seen: dict) -> dict[str, jax.Array]:
+    def update_state(self, state: dict, batch_statistics: dict) -> dict[str, jax.Array]:
         """The state after a step."""
-        return jax.tree.map(lambda old, new: self.decay * old + new, state, seen)
+        return jax.tree.map(lambda old, new: self.decay * old + new, state, batch_statistics)
 
-    def shown(self, state: dict) -> dict[str, list[float]]:
-        return {"count_probs": (np.asarray(self.law(state, 1).probs_S) / RESOLUTION).tolist()}
+    def as_metrics(self, state: dict) -> dict[str, list[float]]:
+        return {"count_probs": (np.asarray(self.distribution(state, 1).probs_S) / RESOLUTION).tolist()}
 
 
 def relative_variance(blocks: np.ndarray, total: np.ndarray, squares: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from jax.scipy.special import gammaln, xlog1py, xlogy
 COUNT_SLACK = 1e-3
 
 
-class CountLaw(NamedTuple):
+class MaskCountDistribution(NamedTuple):
     """A law of the count: `probs_S`, whole relative probabilities of the counts 1..S (traced if it changes while
     training), and the most tokens that a row of systematic counts masks, and that it leaves unmasked."""
 
@@ -24,7 +24,7 @@ class CountLaw(NamedTuple):
     complement_capacity: int
 
 
-class ClipLaw(NamedTuple):
+class ClippedRange(NamedTuple):
     """A clipped schedule: its mask probabilities (traced if they change), and the most tokens that a row masks."""
 
     low: jax.Array | float
@@ -63,7 +63,7 @@ def counts_from_probs(u_BxK: jax.Array, probs_S: jax.Array, n_BxK: jax.Array) ->
     Returns:
         counts int32 [B, K], and the probability of each drawn count, float32 [B, K].
     """
-    counts_BxK = jnp.where(n_BxK > 0, _draw(u_BxK, _restricted(probs_S, n_BxK)) + 1, 0)
+    counts_BxK = jnp.where(n_BxK > 0, _sample_categorical(u_BxK, _restricted(probs_S, n_BxK)) + 1, 0)
     return counts_BxK, jnp.where(n_BxK > 0, count_probability(counts_BxK, probs_S, n_BxK), 1)
 
 
@@ -97,11 +97,11 @@ def complement_capacity(probs_S: np.ndarray, blocks: int) -> int:
     The j-th smallest uniform lies at or above j / K, j from 0; a block of n maskable tokens leaves n less its quantile
     there.
     """
-    def left(n, j):
+    def unmasked_count(n, j):
         probs = probs_S[:n] if probs_S[:n].sum() else np.ones(n)
         below = np.cumsum(probs.astype(np.int64))
         return n - 1 - int(np.searchsorted(below * blocks, j * below[-1], side="right"))
-    return sum(max(left(n, j) for n in range(1, len(probs_S) + 1)) for j in range(blocks))
+    return sum(max(unmasked_count(n, j) for n in range(1, len(probs_S) + 1)) for j in range(blocks))
 
 
 def truncated_binomial_counts(u_BxK: jax.Array, prob_BxK: jax.Array, n_BxK: jax.Array, low: float, high: float,
@@ -118,7 +118,7 @@ def truncated_binomial_counts(u_BxK: jax.Array, prob_BxK: jax.Array, n_BxK: jax.
     log_ways = gammaln(n + 1.0) - gammaln(k + 1.0) - gammaln(jnp.maximum(n - k, 0) + 1.0)
     log_prob = jnp.where(inside, log_ways + xlogy(k, prob) + xlog1py(n - k, -prob), -jnp.inf)
     some_BxK = inside.any(-1)
-    drawn_BxK = _draw(u_BxK, jnp.exp(log_prob - jnp.where(some_BxK, log_prob.max(-1), 0)[..., None]))
+    drawn_BxK = _sample_categorical(u_BxK, jnp.exp(log_prob - jnp.where(some_BxK, log_prob.max(-1), 0)[..., None]))
     nearest_BxK = jnp.floor(prob_BxK * n_BxK + 0.5).astype(jnp.int32)
     return jnp.where(some_BxK, drawn_BxK, jnp.minimum(jnp.maximum(nearest_BxK, 1), n_BxK))
 
@@ -142,7 +142,7 @@ def _blocks(array_BxL, blocks):
     return array_BxL.reshape(*array_BxL.shape[:-1], blocks, -1)
 
 
-def _draw(u, probs):
+def _sample_categorical(u, probs):
     """Index of the outcome whose slice of the cumulative distribution (last axis, unnormalised) holds u."""
     below = jnp.cumsum(probs, axis=-1)
     index = (below <= u[..., None] * below[..., -1:]).sum(-1, dtype=jnp.int32)

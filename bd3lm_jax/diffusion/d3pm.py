@@ -48,8 +48,8 @@ class D3PM(Objective):
                 end_id: int) -> Noised:
         """`views` noised copies of a batch, stratified over rows, views and blocks; arguments as for `Masked.corrupt`.
         """
-        drawn = independent.draw(key, x0_BxL.shape, views, self.block_size)
-        i_BxMxK = jnp.minimum(jnp.floor(drawn.time_BxMxK * self.steps) + 1, self.steps)
+        noise_draw = independent.sample_noise(key, x0_BxL.shape, views, self.block_size)
+        i_BxMxK = jnp.minimum(jnp.floor(noise_draw.time_BxMxK * self.steps) + 1, self.steps)
         prob_BxMxK = i_BxMxK / self.steps
-        return independent.masked_views(drawn.order_BxMxL, prob_BxMxK, 1 / prob_BxMxK + self.hybrid,
-                                        independent.level(prob_BxMxK), x0_BxL, segment_BxL, mask_id)
+        return independent.apply_masks(noise_draw.order_BxMxL, prob_BxMxK, 1 / prob_BxMxK + self.hybrid,
+                                        independent.sigma_of_mask_prob(prob_BxMxK), x0_BxL, segment_BxL, mask_id)

@@ -13,7 +13,7 @@ from bd3lm_jax.diffusion.objective import Objective, check_rows
 from bd3lm_jax.diffusion.schedule import stratified_uniform
 from bd3lm_jax.errors import UserError
 
-KEPT_MOST = 0.999  # every token is masked at least so rarely: 1 - alpha, and with it the weight, stays finite
+ALPHA_MAX = 0.999  # every token is masked at least so rarely: 1 - alpha, and with it the weight, stays finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class DiffusionBERT(Objective):
 
     kind: ClassVar[str] = "diffusionbert"
     title: ClassVar[str] = "DiffusionBERT"
-    needs: ClassVar[tuple[str, ...]] = ("density",)
+    extra_batch_keys: ClassVar[tuple[str, ...]] = ("density",)
     block_size: int
     strength: float  # lambda; 0 is the uniform schedule
 
@@ -72,7 +72,7 @@ def spindle(t, deviation, strength: float) -> tuple[jax.Array, jax.Array]:
     """alpha(t) and its derivative in t (before the clip), for times and f - mean f of shapes that broadcast."""
     alpha = 1 - t + strength * jnp.sin(jnp.pi * t) * deviation
     slope = -1 + strength * jnp.pi * jnp.cos(jnp.pi * t) * deviation
-    return jnp.clip(alpha, 0, KEPT_MOST), slope
+    return jnp.clip(alpha, 0, ALPHA_MAX), slope
 
 
 def _from_block_mean(density_BxL, maskable_BxL, block_size: int):

@@ -34,7 +34,7 @@ class GenMD4(Objective):
 
     kind: ClassVar[str] = "genmd4"
     title: ClassVar[str] = "GenMD4"
-    view_group: ClassVar[int] = 2
+    noise_sample_multiple: ClassVar[int] = 2
     learns: ClassVar[bool] = True
     bound: ClassVar[None] = None  # for a network alone, without w
     block_size: int  # tokens a block
@@ -52,13 +52,13 @@ class GenMD4(Objective):
     def is_bound(self) -> bool:
         return self.eps == 0
 
-    def init_learnt(self, key: jax.Array, vocab_size: int, width: int) -> dict[str, jax.Array]:
+    def init_learned_params(self, key: jax.Array, vocab_size: int, width: int) -> dict[str, jax.Array]:
         """log w of every token, float32 `[V]`."""
         del key, width
         return {"log_w": jnp.full(vocab_size, math.log(self.power), jnp.float32)}
 
     def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, views: int, mask_id: int, end_id: int,
-                learnt: dict[str, jax.Array]) -> Noised:
+                learned_params: dict[str, jax.Array]) -> Noised:
         """`views` noised copies of a batch, each two at the same times; further arguments as for `Masked.corrupt`.
 
         Raises UserError for an odd number of views.
@@ -66,24 +66,24 @@ class GenMD4(Objective):
         if views % 2:
             raise UserError(f"views is {views}, diffusion.kind='genmd4' needs an even number")
         time_key, order_key = jax.random.split(key)
-        times = independent.draw(time_key, x0_BxL.shape, views // 2, self.block_size).time_BxMxK
+        times = independent.sample_noise(time_key, x0_BxL.shape, views // 2, self.block_size).time_BxMxK
         t_BxMxK = jnp.repeat(times, 2, axis=1)
         order_BxMxL = jax.random.uniform(order_key, (x0_BxL.shape[0], views, x0_BxL.shape[1]))
-        prob_BxMxL = jnp.exp(self._log_mask_prob(learnt, x0_BxL, t_BxMxK))
-        return independent.masked_views(order_BxMxL, prob_BxMxL, 1 / t_BxMxK,
-                                        independent.level((1 - self.eps) * t_BxMxK), x0_BxL, segment_BxL, mask_id)
+        prob_BxMxL = jnp.exp(self._log_mask_prob(learned_params, x0_BxL, t_BxMxK))
+        return independent.apply_masks(order_BxMxL, prob_BxMxL, 1 / t_BxMxK,
+                                        independent.sigma_of_mask_prob((1 - self.eps) * t_BxMxK), x0_BxL, segment_BxL, mask_id)
 
     @staticmethod
     def token_loss(logits_NxV: jax.Array, target_N: jax.Array, xt_N: jax.Array, sigma_N: jax.Array, mask_id: int,
-                   learnt: dict[str, jax.Array]) -> jax.Array:
+                   learned_params: dict[str, jax.Array]) -> jax.Array:
         """What 1/t multiplies, float32 `[N]`; see `Objective.token_loss`."""
         log_mu_NxV = jnp.where(jnp.arange(logits_NxV.shape[-1]) == mask_id, -1e30, logits_NxV)
         log_mu_NxV = jax.nn.log_softmax(log_mu_NxV, axis=-1)
-        w_V = jnp.exp(learnt["log_w"])
+        w_V = jnp.exp(learned_params["log_w"])
         ce_N = -jnp.take_along_axis(log_mu_NxV, target_N[:, None], axis=-1)[:, 0]
         return w_V[target_N] * (ce_N - 1) + jnp.exp(log_mu_NxV) @ w_V
 
-    def noise_gradient(self, learnt: dict[str, jax.Array], noised: Noised, x0_BxL: jax.Array, segment_BxL: jax.Array,
+    def noise_gradient(self, learned_params: dict[str, jax.Array], noised: Noised, x0_BxL: jax.Array, segment_BxL: jax.Array,
                        losses_BxMxL: jax.Array) -> dict[str, jax.Array]:
         """The part of the gradient of the summed loss that comes from which tokens are masked."""
         batch, views, length = losses_BxMxL.shape
@@ -94,15 +94,15 @@ class GenMD4(Objective):
         masked_BxMxL = noised.weight_BxMxL > 0
         real_BxMxL = jnp.broadcast_to((segment_BxL != 0)[:, None], masked_BxMxL.shape)
 
-        def weighted(learnt):
-            log_prob_BxMxL = self._log_mask_prob(learnt, x0_BxL, t_BxMxK)
+        def weighted(learned_params):
+            log_prob_BxMxL = self._log_mask_prob(learned_params, x0_BxL, t_BxMxK)
             log_kept_BxMxL = jnp.log1p(-jnp.minimum(jnp.exp(log_prob_BxMxL), MASK_PROB_MAX))
             log_q_BxMxL = jnp.where(real_BxMxL, jnp.where(masked_BxMxL, log_prob_BxMxL, log_kept_BxMxL), 0)
             return jnp.sum(log_q_BxMxL * independent.per_token(ahead_BxMxK, length))
 
-        return jax.grad(weighted)({"log_w": learnt["log_w"]})
+        return jax.grad(weighted)({"log_w": learned_params["log_w"]})
 
-    def _log_mask_prob(self, learnt, x0_BxL, t_BxMxK):
+    def _log_mask_prob(self, learned_params, x0_BxL, t_BxMxK):
         """Of every token `[B, M, L]`."""
-        w_Bx1xL = jnp.exp(learnt["log_w"])[x0_BxL][:, None]
+        w_Bx1xL = jnp.exp(learned_params["log_w"])[x0_BxL][:, None]
         return math.log1p(-self.eps) + w_Bx1xL * jnp.log(independent.per_token(t_BxMxK, x0_BxL.shape[1]))

@@ -11,14 +11,14 @@ from bd3lm_jax.diffusion.objective import check_rows
 from bd3lm_jax.diffusion.schedule import stratified_uniform
 
 
-class Draw(NamedTuple):
+class NoiseDraw(NamedTuple):
     """time_BxMxK in (0, 1), stratified over all rows, views and blocks; order_BxMxL in [0, 1) decides on each token."""
 
     time_BxMxK: jax.Array
     order_BxMxL: jax.Array
 
 
-def draw(key: jax.Array, shape: tuple[int, int], views: int, block_size: int) -> Draw:
+def sample_noise(key: jax.Array, shape: tuple[int, int], views: int, block_size: int) -> NoiseDraw:
     """The random numbers of `views` noised views of a batch of `shape` [B, L].
 
     Raises UserError if the block size does not divide L, or `views` is not positive.
@@ -26,11 +26,11 @@ def draw(key: jax.Array, shape: tuple[int, int], views: int, block_size: int) ->
     batch, length = shape
     check_rows(views, length, block_size)
     time_key, order_key = jax.random.split(key)
-    return Draw(stratified_uniform(time_key, (batch, views, length // block_size)),
+    return NoiseDraw(stratified_uniform(time_key, (batch, views, length // block_size)),
                 jax.random.uniform(order_key, (batch, views, length)))
 
 
-def masked_views(order_BxMxL: jax.Array, prob_BxMxn: jax.Array, weight_BxMxn: jax.Array, sigma_BxMxK: jax.Array,
+def apply_masks(order_BxMxL: jax.Array, prob_BxMxn: jax.Array, weight_BxMxn: jax.Array, sigma_BxMxK: jax.Array,
                  x0_BxL: jax.Array, segment_BxL: jax.Array, mask_id: int) -> Noised:
     """Every token of a document masked with its probability. prob and weight: of each n-th part of the row."""
     prob_BxMxL, weight_BxMxL = (per_token(x, x0_BxL.shape[1]) for x in (prob_BxMxn, weight_BxMxn))
@@ -45,6 +45,6 @@ def per_token(x_BxMxn: jax.Array, length: int) -> jax.Array:
     return jnp.repeat(x_BxMxn, length // x_BxMxn.shape[-1], axis=-1)
 
 
-def level(mask_prob: jax.Array) -> jax.Array:
+def sigma_of_mask_prob(mask_prob: jax.Array) -> jax.Array:
     """Noise level sigma = -log(alpha) of a mask probability, finite."""
     return -jnp.log1p(-jnp.minimum(mask_prob, MASK_PROB_MAX))

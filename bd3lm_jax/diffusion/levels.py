@@ -15,7 +15,7 @@ from bd3lm_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Levels(Objective):
-    """Token n = 1 .. N of a block of N is masked at time t ~ U(0, 1) with probability f(n, t) of `level`, and counts
+    """Token n = 1 .. N of a block of N is masked at time t ~ U(0, 1) with probability f(n, t) of `mask_prob_and_slope`, and counts
     f'(n, t) / f(n, t) times its cross-entropy, f' = df / dt.
 
     The tokens are absorbed independently, each by a schedule alpha_n = 1 - f(n, t) of its own that runs from 1 to 0.
@@ -49,7 +49,7 @@ class Levels(Objective):
         time_key, token_key = jax.random.split(key)
         t_BxMxK = stratified_uniform(time_key, (batch, views, length // self.block_size))
         place_S = jnp.arange(1, self.block_size + 1)
-        prob_BxMxKxS, slope_BxMxKxS = level(place_S, t_BxMxK[..., None], self.block_size, self.ramp)
+        prob_BxMxKxS, slope_BxMxKxS = mask_prob_and_slope(place_S, t_BxMxK[..., None], self.block_size, self.ramp)
         prob_BxMxL, slope_BxMxL = (x.reshape(batch, views, length) for x in (prob_BxMxKxS, slope_BxMxKxS))
         masked_BxMxL = jax.random.uniform(token_key, prob_BxMxL.shape) < prob_BxMxL
         masked_BxMxL &= (segment_BxL != 0)[:, None]
@@ -61,7 +61,7 @@ class Levels(Objective):
         )
 
 
-def level(n, t, length: int, ramp: float) -> tuple[jax.Array, jax.Array]:
+def mask_prob_and_slope(n, t, length: int, ramp: float) -> tuple[jax.Array, jax.Array]:
     """f(n, t) = clip((T - t_s) / (2 N - n_s) (n - n_s) + t_s, 0, T) with T = 1, and its derivative in t.
 
     The line through (n_s, t_s) and (2 N, T): first (t < ramp) n_s falls from N to 0 with t_s = 0, noise comes in from

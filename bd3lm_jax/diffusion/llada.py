@@ -59,30 +59,30 @@ class LLaDA(Objective):
                             "diffusion.sft=True")
 
     @property
-    def needs(self) -> tuple[str, ...]:
+    def extra_batch_keys(self) -> tuple[str, ...]:
         return ("prompt",) if self.sft else ()
 
     @property
     def is_bound(self) -> bool:
         return not self.sft
 
-    def prepared(self, key: jax.Array, batch: dict, end_id: int) -> dict:
+    def prepare_batch(self, key: jax.Array, batch: dict, end_id: int) -> dict:
         """Cut to a random length; with `sft` padding becomes end tokens of the row's last document."""
         segment_BxL = batch["segments"]
         place_L = jnp.arange(segment_BxL.shape[1])
         if self.random_length:
             whether_key, length_key = jax.random.split(key)
-            kept = jax.random.randint(length_key, (), 1, len(place_L) + 1)
-            kept = jnp.where(jax.random.uniform(whether_key) < self.random_length, kept, len(place_L))
-            return {**batch, "segments": jnp.where(place_L < kept, segment_BxL, 0)}
+            cut_length = jax.random.randint(length_key, (), 1, len(place_L) + 1)
+            cut_length = jnp.where(jax.random.uniform(whether_key) < self.random_length, cut_length, len(place_L))
+            return {**batch, "segments": jnp.where(place_L < cut_length, segment_BxL, 0)}
         if not self.sft:
             return batch
         real_BxL = segment_BxL != 0
         last_BxL = jax.lax.cummax(jnp.where(real_BxL, place_L, 0), axis=1)  # of the real tokens so far
-        def of_last(x_BxL):
+        def gather_last_real(x_BxL):
             return jnp.take_along_axis(x_BxL, last_BxL, axis=1)
-        return {**batch, "tokens": jnp.where(real_BxL, batch["tokens"], end_id), "segments": of_last(segment_BxL),
-                "positions": of_last(batch["positions"]) + place_L - last_BxL,
+        return {**batch, "tokens": jnp.where(real_BxL, batch["tokens"], end_id), "segments": gather_last_real(segment_BxL),
+                "positions": gather_last_real(batch["positions"]) + place_L - last_BxL,
                 "prompt": (batch["prompt"] != 0) & real_BxL}
 
     def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, views: int, mask_id: int,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bd3lm_jax.diffusion import corrupt
-from bd3lm_jax.diffusion.corrupt import ClipLaw, CountLaw
+from bd3lm_jax.diffusion.corrupt import ClippedRange, MaskCountDistribution
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.diffusion.objective import Objective, check_rows
 from bd3lm_jax.diffusion.schedule import get_schedule, stratified_uniform, systematic_uniform
@@ -106,7 +106,7 @@ class Masked(Objective):
         return self.corruption == "exact_count" and all(p > 0 for p in self.count_probs)
 
     def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, views: int, mask_id: int,
-                end_id: int, law: CountLaw | ClipLaw | None = None) -> Noised:
+                end_id: int, distribution: MaskCountDistribution | ClippedRange | None = None) -> Noised:
         """`views` noised copies of a batch, independent but for stratification over all its rows, views and blocks,
         and for pairs of a mask and its complement.
 
@@ -126,20 +126,20 @@ class Masked(Objective):
         check_rows(views, length, self.block_size)
         _check(views % 2 == 0 or not self.complement, f"views is {views}, diffusion.complement needs an even number")
         parts = views // 2 if self.complement else views
-        law = law or self._own_law(length // self.block_size)
-        uniforms = self._uniforms(key, batch, parts, length, clipped=isinstance(law, ClipLaw))
-        return self.corrupt_with(uniforms, x0_BxL, segment_BxL, mask_id, law)
+        distribution = distribution or self._default_distribution(length // self.block_size)
+        uniforms = self._uniforms(key, batch, parts, length, clipped=isinstance(distribution, ClippedRange))
+        return self.corrupt_with(uniforms, x0_BxL, segment_BxL, mask_id, distribution)
 
     def corrupt_with(self, uniforms: Uniforms, x0_BxL: jax.Array, segment_BxL: jax.Array, mask_id: int,
-                     law: CountLaw | ClipLaw | None = None) -> Noised:
+                     distribution: MaskCountDistribution | ClippedRange | None = None) -> Noised:
         """As `corrupt`, from given uniforms: P views, or with `complement` P pairs of views.
 
         The capacity holds if every row of `exact_count` levels has one in each [j/K, (j+1)/K).
         """
         maskable_BxPxL = jnp.broadcast_to((segment_BxL != 0)[:, None], uniforms.order_BxPxL.shape)
         draw = self._exact_count if self.corruption == "exact_count" else self._bernoulli
-        law = law or self._own_law(uniforms.level_BxPxK.shape[-1])
-        masked_BxMxL, weight_BxMxK, prob_BxMxK, capacity = draw(uniforms, maskable_BxPxL, law)
+        distribution = distribution or self._default_distribution(uniforms.level_BxPxK.shape[-1])
+        masked_BxMxL, weight_BxMxK, prob_BxMxK, capacity = draw(uniforms, maskable_BxPxL, distribution)
         return Noised(
             xt_BxMxL=jnp.where(masked_BxMxL, mask_id, x0_BxL[:, None]).astype(jnp.int32),
             weight_BxMxL=jnp.where(masked_BxMxL, jnp.repeat(weight_BxMxK, self.block_size, axis=-1), 0),
@@ -147,16 +147,16 @@ class Masked(Objective):
             capacity=capacity,
         )
 
-    def _own_law(self, blocks: int) -> CountLaw | ClipLaw | None:
+    def _default_distribution(self, blocks: int) -> MaskCountDistribution | ClippedRange | None:
         """The law by the hyperparameters for rows of so many blocks; None for independent tokens."""
         if self.corruption == "exact_count":
-            probs_S = self._whole_count_probs()
-            return CountLaw(probs_S, corrupt.count_capacity(probs_S, blocks),
+            probs_S = self._integer_count_probs()
+            return MaskCountDistribution(probs_S, corrupt.count_capacity(probs_S, blocks),
                             corrupt.complement_capacity(probs_S, blocks) if self.complement else 0)
         if not self._clipped:
             return None
         most = corrupt.truncated_capacity(self.clip_low, self.clip_high, self.block_size)
-        return ClipLaw(self.clip_low, self.clip_high, blocks * most)
+        return ClippedRange(self.clip_low, self.clip_high, blocks * most)
 
     def _uniforms(self, key, batch, parts, length, clipped):
         blocks = length // self.block_size
@@ -169,30 +169,30 @@ class Masked(Objective):
             count = jax.random.uniform(count_key, level.shape) if clipped else None
         return Uniforms(level, jax.random.uniform(subset_key, (batch, parts, length)), count)
 
-    def _exact_count(self, uniforms, maskable_BxMxL, law):
+    def _exact_count(self, uniforms, maskable_BxMxL, distribution):
         """Counts k from pi of the law, weight 1 / (k pi(k))."""
         if self.complement:
-            return self._complementary(uniforms, maskable_BxMxL, law)
-        masked_BxMxL, counts_BxMxK, _, pi_BxMxK = self._draw_counts(uniforms, maskable_BxMxL, law)
+            return self._complementary(uniforms, maskable_BxMxL, distribution)
+        masked_BxMxL, counts_BxMxK, _, pi_BxMxK = self._draw_counts(uniforms, maskable_BxMxL, distribution)
         weight_BxMxK = 1 / (jnp.maximum(counts_BxMxK, 1) * pi_BxMxK)
-        return masked_BxMxL, weight_BxMxK, self._count_level(uniforms.order_BxPxL, masked_BxMxL), law.capacity
+        return masked_BxMxL, weight_BxMxK, self._count_level(uniforms.order_BxPxL, masked_BxMxL), distribution.capacity
 
-    def _complementary(self, uniforms, maskable_BxPxL, law):
+    def _complementary(self, uniforms, maskable_BxPxL, distribution):
         """As `_exact_count`, for P pairs: views 2p and 2p + 1 share out the maskable tokens of their blocks."""
         u = uniforms.order_BxPxL
-        masked, counts, n, pi = self._draw_counts(uniforms, maskable_BxPxL, law)
+        masked, counts, n, pi = self._draw_counts(uniforms, maskable_BxPxL, distribution)
         others = n - counts
-        pi_pair = pi + corrupt.count_probability(others, jnp.asarray(law.probs_S, jnp.float32), n)
+        pi_pair = pi + corrupt.count_probability(others, jnp.asarray(distribution.probs_S, jnp.float32), n)
         masks = masked, maskable_BxPxL & ~masked
         weights = (2 / (jnp.maximum(k, 1) * pi_pair) for k in (counts, others))
         levels = (self._count_level(order, mask) for order, mask in zip((u, 1 - u), masks))
-        capacity = max(law.capacity, law.complement_capacity)
+        capacity = max(distribution.capacity, distribution.complement_capacity)
         return *(corrupt.interleave(*pair) for pair in (masks, weights, levels)), capacity
 
-    def _draw_counts(self, uniforms, maskable_BxMxL, law):
+    def _draw_counts(self, uniforms, maskable_BxMxL, distribution):
         """The mask, and for each block count, maskable tokens and pi(count)."""
         n_BxMxK = corrupt.maskable_counts(maskable_BxMxL, self.block_size)
-        probs_S = jnp.asarray(law.probs_S, jnp.float32)
+        probs_S = jnp.asarray(distribution.probs_S, jnp.float32)
         counts_BxMxK, pi_BxMxK = corrupt.counts_from_probs(uniforms.level_BxPxK, probs_S, n_BxMxK)
         masked_BxMxL = corrupt.exact_count(uniforms.order_BxPxL, counts_BxMxK, maskable_BxMxL)
         return masked_BxMxL, counts_BxMxK, n_BxMxK, pi_BxMxK
@@ -201,25 +201,25 @@ class Masked(Objective):
         """Level given the count: Beta(k, n-k+1), the law of the k-th smallest uniform, whichever token."""
         return jnp.where(masked_BxMxL, u_BxMxL, 0).reshape(*u_BxMxL.shape[:2], -1, self.block_size).max(-1)
 
-    def _bernoulli(self, uniforms, maskable_BxMxL, law):
+    def _bernoulli(self, uniforms, maskable_BxMxL, distribution):
         """Times uniform between the mask probabilities max(eps, low) and high of the law."""
         u_BxMxL = uniforms.order_BxPxL
         schedule = get_schedule(self.schedule)
-        low, high = (0.0, 1.0) if law is None else (law.low, law.high)
+        low, high = (0.0, 1.0) if distribution is None else (distribution.low, distribution.high)
         t_low, t_high = schedule.inverse(jnp.maximum(self.eps, low)), schedule.inverse(high)
         t_BxMxK = t_low + (t_high - t_low) * uniforms.level_BxPxK
         prob_BxMxK = jnp.minimum(schedule.mask_prob(t_BxMxK), 1)  # rounding near t = 1
         weight_BxMxK = schedule.weight(t_BxMxK)
-        if law is None:
+        if distribution is None:
             masked_BxMxL = corrupt.bernoulli(u_BxMxL, prob_BxMxK, maskable_BxMxL)
             return masked_BxMxL, weight_BxMxK * (t_high - t_low), prob_BxMxK, u_BxMxL.shape[-1]
         counts_BxMxK = corrupt.truncated_binomial_counts(
             uniforms.count_BxPxK, prob_BxMxK, corrupt.maskable_counts(maskable_BxMxL, self.block_size), low, high,
             self.block_size)
         masked_BxMxL = corrupt.exact_count(u_BxMxL, counts_BxMxK, maskable_BxMxL)
-        return masked_BxMxL, weight_BxMxK, prob_BxMxK, law.capacity
+        return masked_BxMxL, weight_BxMxK, prob_BxMxK, distribution.capacity
 
-    def _whole_count_probs(self) -> np.ndarray:
+    def _integer_count_probs(self) -> np.ndarray:
         """`count_probs` as whole numbers, positive where they are positive."""
         if not self.count_probs:
             return np.ones(self.block_size, np.int64)

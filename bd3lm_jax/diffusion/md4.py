@@ -57,9 +57,9 @@ class MD4(Objective):
         """`views` noised copies of a batch, stratified over rows, views and blocks; arguments as for `Masked.corrupt`.
         """
         schedule = get_schedule(self._name)
-        drawn = independent.draw(key, x0_BxL.shape, views, self.block_size)
-        t_BxMxK, kept = drawn.time_BxMxK, 1 - 2 * self.clip
-        prob_BxMxK = self.clip + kept * schedule.mask_prob(t_BxMxK)
-        weight_BxMxK = kept * schedule.weight(t_BxMxK) * schedule.mask_prob(t_BxMxK) / prob_BxMxK
-        return independent.masked_views(drawn.order_BxMxL, prob_BxMxK, weight_BxMxK, independent.level(prob_BxMxK),
+        noise_draw = independent.sample_noise(key, x0_BxL.shape, views, self.block_size)
+        t_BxMxK, clip_scale = noise_draw.time_BxMxK, 1 - 2 * self.clip
+        prob_BxMxK = self.clip + clip_scale * schedule.mask_prob(t_BxMxK)
+        weight_BxMxK = clip_scale * schedule.weight(t_BxMxK) * schedule.mask_prob(t_BxMxK) / prob_BxMxK
+        return independent.apply_masks(noise_draw.order_BxMxL, prob_BxMxK, weight_BxMxK, independent.sigma_of_mask_prob(prob_BxMxK),
                                         x0_BxL, segment_BxL, mask_id)

@@ -58,17 +58,17 @@ class Mixed(Objective):
         Arguments and errors as for `Masked.corrupt`.
         """
         size_key, noise_key = jax.random.split(key)
-        which_B = self.drawn(size_key, x0_BxL.shape[0])
+        which_B = self.sample_size_index(size_key, x0_BxL.shape[0])
         each = [self._of_size(size, noise_key, x0_BxL, segment_BxL, views, mask_id, end_id) for size in self.sizes]
 
-        def chosen(*arrays_B):
+        def select(*arrays_B):
             return jax.vmap(lambda which, *rows: jnp.stack(rows)[which])(which_B, *arrays_B)
 
         capacity = max(noised.capacity for noised in each)
-        noised = jax.tree.map(chosen, *(noised.replace(capacity=capacity) for noised in each))
+        noised = jax.tree.map(select, *(noised.replace(capacity=capacity) for noised in each))
         return noised.replace(size_B=jnp.asarray(self.sizes)[which_B])
 
-    def drawn(self, key: jax.Array, rows: int) -> jax.Array:
+    def sample_size_index(self, key: jax.Array, rows: int) -> jax.Array:
         """The index of each row's size, int32 `[rows]`."""
         def of_row(row):
             return jax.random.randint(jax.random.fold_in(key, row), (), 0, len(self.sizes))

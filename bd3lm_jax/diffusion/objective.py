@@ -38,27 +38,27 @@ class Objective:
     scores: the network gives log scores, whose total over the tokens is a number of its own (see SEDD).
     redraws: the network gives probabilities of x0 where every token may be a wrong letter, for samplers that redraw.
     view_group: views come in multiples of this, 2 where a mask and its complement are a pair.
-    learns: the objective has parameters, `init_learnt(key, vocab_size, width)` -> dict of float32 arrays, which
+    learns: the objective has parameters, `init_learned_params(key, vocab_size, width)` -> dict of float32 arrays, which
     `corrupt` (with the network's table "embedding" `[V', width]` added) and `token_loss` take as `learnt`. They are
     trained, saved and averaged with those of the network, and not used after. As the noise depends on them, their
     gradient is that of the loss and `noise_gradient(learnt, noised, x0_BxL, segment_BxL, losses_BxMxL)`, a dict as of
-    `init_learnt`, summed over the rows given; learnt as for `corrupt`, losses as of `token_loss`, without a gradient.
+    `init_learned_params`, summed over the rows given; learnt as for `corrupt`, losses as of `token_loss`, without a gradient.
     """
 
     kind: ClassVar[str]
     title: ClassVar[str] = ""
     causal: ClassVar[bool] = False
-    masks: ClassVar[bool] = True
-    needs: ClassVar[tuple[str, ...]] = ()
+    uses_mask_token: ClassVar[bool] = True
+    extra_batch_keys: ClassVar[tuple[str, ...]] = ()
     token_loss: ClassVar[Callable[..., jax.Array] | None] = None
     mean_term: ClassVar[Callable[..., tuple[jax.Array, jax.Array]] | None] = None
-    mixtures: ClassVar[Callable[..., jax.Array] | None] = None
+    soft_inputs: ClassVar[Callable[..., jax.Array] | None] = None
     sampler: ClassVar[str] = "first_hitting"
     is_bound: ClassVar[bool] = False
-    needs_level: ClassVar[bool] = False
+    needs_time_conditioning: ClassVar[bool] = False
     sigma_max: ClassVar[float] = math.inf
-    scores: ClassVar[bool] = False
-    redraws: ClassVar[bool] = False
+    predicts_scores: ClassVar[bool] = False
+    can_resample_tokens: ClassVar[bool] = False
     learns: ClassVar[bool] = False
     block_size: int
 
@@ -71,11 +71,11 @@ class Objective:
         return self if self.is_bound else None
 
     @property
-    def view_group(self) -> int:
+    def noise_sample_multiple(self) -> int:
         return 2 if getattr(self, "complement", False) else 1
 
-    def prepared(self, key: jax.Array, batch: dict, end_id: int) -> dict:
-        """The batch as training reads it, before noise: `tokens`, `segments`, `positions` and what it `needs`, `[B, L]`
+    def prepare_batch(self, key: jax.Array, batch: dict, end_id: int) -> dict:
+        """The batch as training reads it, before noise: `tokens`, `segments`, `positions` and what it `extra_batch_keys`, `[B, L]`
         each. A function of the key, which is that of the step, and of the whole batch."""
         del key, end_id
         return batch

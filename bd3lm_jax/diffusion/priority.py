@@ -56,7 +56,7 @@ class Priority(Objective):
 
     kind: ClassVar[str] = "priority"
     title: ClassVar[str] = "priority masks"
-    needs: ClassVar[tuple[str, ...]] = ("density",)
+    extra_batch_keys: ClassVar[tuple[str, ...]] = ("density",)
     block_size: int  # tokens a block
     form: str  # "exact_count", "bernoulli"
     weight: float  # w: a dense token is masked so many times as often; below 1: less often
@@ -139,18 +139,18 @@ class Priority(Objective):
         """The first view's mask; block weights and levels of a view and of its complement; capacity."""
         probs_S, blocks = self._count_probs(), uniforms.level_BxPxK.shape[-1]
         n = corrupt.maskable_counts(maskable, self.block_size)
-        law_S = jnp.asarray(probs_S, jnp.float32)
-        counts, pi = corrupt.counts_from_probs(uniforms.level_BxPxK, law_S, n)
+        distribution_S = jnp.asarray(probs_S, jnp.float32)
+        counts, pi = corrupt.counts_from_probs(uniforms.level_BxPxK, distribution_S, n)
         masked = corrupt.exact_count(priority_order(uniforms.order_BxPxL, density, self.odds), counts, maskable)
         others = n - counts
-        pi_others = corrupt.count_probability(others, law_S, n) if self.complement else jnp.zeros_like(pi)
+        pi_others = corrupt.count_probability(others, distribution_S, n) if self.complement else jnp.zeros_like(pi)
         chance = pi + pi_others  # of a mask in either view, times its chance given the count under uniform masks
         if self.importance:
             chance = self._importance(masked, counts, maskable, density > 0, pi, pi_others)
         weights = [(2 if self.complement else 1) / (jnp.maximum(k, 1) * chance) for k in (counts, others)]
         uniform_mask = corrupt.exact_count(uniforms.spread_BxPxL, counts, maskable)
-        levels = [self._highest(uniforms.spread_BxPxL, uniform_mask),
-                  self._highest(1 - uniforms.spread_BxPxL, maskable & ~uniform_mask)]
+        levels = [self._max_uniform(uniforms.spread_BxPxL, uniform_mask),
+                  self._max_uniform(1 - uniforms.spread_BxPxL, maskable & ~uniform_mask)]
         capacity = corrupt.count_capacity(probs_S, blocks)
         if self.complement:
             capacity = max(capacity, corrupt.complement_capacity(probs_S, blocks))
@@ -165,15 +165,15 @@ class Priority(Objective):
         dense, n = (corrupt.maskable_counts(x, self.block_size) for x in (tags & maskable, maskable))
         drawn_dense = corrupt.maskable_counts(tags & masked, self.block_size)
 
-        def law(a, k, weight):
+        def distribution(a, k, weight):
             return dense_count_probability(a, k, dense, n - dense, weight, self.block_size)
 
-        chance = pi * law(drawn_dense, counts, self.weight)
+        chance = pi * distribution(drawn_dense, counts, self.weight)
         if self.complement:
-            chance += pi_others * law(dense - drawn_dense, n - counts, self.weight)
-        return chance / jnp.maximum(law(drawn_dense, counts, 1.0), jnp.finfo(jnp.float32).tiny)
+            chance += pi_others * distribution(dense - drawn_dense, n - counts, self.weight)
+        return chance / jnp.maximum(distribution(drawn_dense, counts, 1.0), jnp.finfo(jnp.float32).tiny)
 
-    def _highest(self, u_BxPxL, masked_BxPxL):
+    def _max_uniform(self, u_BxPxL, masked_BxPxL):
         """The largest u under a mask; of a uniform mask of k tokens Beta(k, n - k + 1): the level given the count."""
         return jnp.where(masked_BxPxL, u_BxPxL, 0).reshape(*u_BxPxL.shape[:2], -1, self.block_size).max(-1)
 
@@ -242,19 +242,19 @@ def dense_count_probability(dense_drawn: jax.Array, drawn: jax.Array, dense: jax
     dense_left = jnp.maximum(dense[..., None] - a, 0) * weight
 
     def draw(carry, done):
-        law, found = carry
+        distribution, result = carry
         other_left = jnp.maximum(others[..., None] - (done - a), 0)
         total = jnp.maximum(dense_left + other_left, TINY)
-        is_dense = law * dense_left / total
-        law = law * other_left / total + jnp.pad(is_dense, [(0, 0)] * (law.ndim - 1) + [(1, 0)])[..., :-1]
-        return (law, jnp.where(drawn == done + 1, at(law), found)), None
+        is_dense = distribution * dense_left / total
+        distribution = distribution * other_left / total + jnp.pad(is_dense, [(0, 0)] * (distribution.ndim - 1) + [(1, 0)])[..., :-1]
+        return (distribution, jnp.where(drawn == done + 1, at(distribution), result)), None
 
-    def at(law):
-        return jnp.take_along_axis(law, jnp.clip(dense_drawn, 0, most)[..., None], axis=-1)[..., 0]
+    def at(distribution):
+        return jnp.take_along_axis(distribution, jnp.clip(dense_drawn, 0, most)[..., None], axis=-1)[..., 0]
 
-    law = jnp.broadcast_to((a == 0).astype(jnp.float32), (*dense.shape, most + 1))
-    (_, found), _ = jax.lax.scan(draw, (law, at(law)), jnp.arange(most))
-    return found
+    distribution = jnp.broadcast_to((a == 0).astype(jnp.float32), (*dense.shape, most + 1))
+    (_, result), _ = jax.lax.scan(draw, (distribution, at(distribution)), jnp.arange(most))
+    return result
 
 
 def _alternate(parts):

@@ -55,8 +55,8 @@ class RobertaDiffusion(Objective):
             raise UserError(f"diffusion.protected={self.protected} leaves none of the {length} tokens of a row to mask")
         rate_key, token_key = jax.random.split(key)
         rate = jax.random.choice(rate_key, jnp.asarray(self.rates, jnp.float32))
-        never = jnp.asarray([mask_id, end_id, *self.special_ids])
-        maskable_BxL = (segment_BxL != 0) & (jnp.arange(length) >= self.protected) & ~jnp.isin(x0_BxL, never)
+        protected_ids = jnp.asarray([mask_id, end_id, *self.special_ids])
+        maskable_BxL = (segment_BxL != 0) & (jnp.arange(length) >= self.protected) & ~jnp.isin(x0_BxL, protected_ids)
         masked_BxMxL = (jax.random.uniform(token_key, (batch, views, length)) < rate) & maskable_BxL[:, None]
         # The step divides by the tokens of all views: this makes it a mean over the masked ones.
         tokens = views * (segment_BxL != 0).sum()

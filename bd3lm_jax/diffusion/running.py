@@ -21,7 +21,7 @@ class RunningLoss:
     vocab_size: int
     decay: float  # of the running sums, a step
 
-    def first(self) -> dict[str, jax.Array]:
+    def init_state(self) -> dict[str, jax.Array]:
         return {"nats_V": jnp.zeros(self.vocab_size), "masked_V": jnp.zeros(self.vocab_size)}
 
     def density(self, state: dict, tokens_BxL: jax.Array) -> jax.Array:
@@ -30,19 +30,19 @@ class RunningLoss:
 
     def _dense_ids(self, state):
         mean = state["nats_V"].sum() / jnp.maximum(state["masked_V"].sum(), 1e-9)
-        seen_V = state["masked_V"] > 0
-        return seen_V & ((state["nats_V"] + mean) / (state["masked_V"] + 1) > mean)
+        observed_V = state["masked_V"] > 0
+        return observed_V & ((state["nats_V"] + mean) / (state["masked_V"] + 1) > mean)
 
-    def seen(self, losses_BxMxL: jax.Array, masked_BxMxL: jax.Array, tokens_BxL: jax.Array) -> dict[str, jax.Array]:
+    def batch_statistics(self, losses_BxMxL: jax.Array, masked_BxMxL: jax.Array, tokens_BxL: jax.Array) -> dict[str, jax.Array]:
         """What some rows tell: by id, the summed cross-entropy of its masked tokens, and their number."""
         ids = jnp.broadcast_to(tokens_BxL[:, None], masked_BxMxL.shape)
         zero_V = jnp.zeros(self.vocab_size)
         return {"nats_V": zero_V.at[ids].add(jnp.where(masked_BxMxL, losses_BxMxL, 0)),
                 "masked_V": zero_V.at[ids].add(masked_BxMxL.astype(jnp.float32))}
 
-    def learn(self, state: dict, seen: dict) -> dict[str, jax.Array]:
+    def update_state(self, state: dict, batch_statistics: dict) -> dict[str, jax.Array]:
         """The state after a step."""
-        return jax.tree.map(lambda old, new: self.decay * old + new, state, seen)
+        return jax.tree.map(lambda old, new: self.decay * old + new, state, batch_statistics)
 
-    def shown(self, state: dict) -> dict[str, list[float]]:
+    def as_metrics(self, state: dict) -> dict[str, list[float]]:
         return {"dense_ids": [float(self._dense_ids(state).mean())]}

@@ -37,8 +37,8 @@ class SEDD(Objective):
 
     kind: ClassVar[str] = "sedd"
     title: ClassVar[str] = "SEDD"
-    needs_level: ClassVar[bool] = True
-    scores: ClassVar[bool] = True
+    needs_time_conditioning: ClassVar[bool] = True
+    predicts_scores: ClassVar[bool] = True
     block_size: int  # tokens a block
     corruption: str  # "bernoulli" (as published), "exact_count"
     eps: float  # e
@@ -65,11 +65,11 @@ class SEDD(Objective):
         """As `Masked.corrupt`."""
         if self.corruption == "exact_count":
             return Masked(**self._masked()).corrupt(key, x0_BxL, segment_BxL, views, mask_id, end_id)
-        drawn = independent.draw(key, x0_BxL.shape, views, self.block_size)
-        t_BxMxK = self.eps + (1 - self.eps) * drawn.time_BxMxK
+        noise_draw = independent.sample_noise(key, x0_BxL.shape, views, self.block_size)
+        t_BxMxK = self.eps + (1 - self.eps) * noise_draw.time_BxMxK
         prob_BxMxK = (1 - self.eps) * t_BxMxK
-        return independent.masked_views(drawn.order_BxMxL, prob_BxMxK, (1 - self.eps) / t_BxMxK,
-                                        independent.level(prob_BxMxK), x0_BxL, segment_BxL, mask_id)
+        return independent.apply_masks(noise_draw.order_BxMxL, prob_BxMxK, (1 - self.eps) / t_BxMxK,
+                                        independent.sigma_of_mask_prob(prob_BxMxK), x0_BxL, segment_BxL, mask_id)
 
     @staticmethod
     def token_loss(logits_NxV: jax.Array, target_N: jax.Array, xt_N: jax.Array, sigma_N: jax.Array,

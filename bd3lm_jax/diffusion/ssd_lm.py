@@ -33,9 +33,9 @@ def alpha_bar(t):
 
 def noisy_logits(ids, eps, alpha_bar, scale: float) -> jax.Array:
     """w of tokens: ids int32 `[...]`, eps `[..., V]`, alpha_bar `[...]` -> float32 `[..., V]`."""
-    hit = jnp.arange(eps.shape[-1]) == ids[..., None]
+    is_target = jnp.arange(eps.shape[-1]) == ids[..., None]
     signal, noise = jnp.sqrt(alpha_bar)[..., None], jnp.sqrt(1 - alpha_bar)[..., None]
-    return scale * (jnp.where(hit, signal, -signal) + noise * eps)
+    return scale * (jnp.where(is_target, signal, -signal) + noise * eps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class SSDLM(Objective):
 
     kind: ClassVar[str] = "ssd_lm"
     title: ClassVar[str] = "SSD-LM"
-    masks: ClassVar[bool] = False
+    uses_mask_token: ClassVar[bool] = False
     sampler: ClassVar[str] = "simplex"
     block_size: int  # tokens a block; 25 in the paper
     scale: float  # K: logits of clean tokens are +-K; 5 in the paper
@@ -83,7 +83,7 @@ class SSDLM(Objective):
                       sigma_BxMxK=-jnp.log(jnp.maximum(alpha_bar(t_BxMxK), ALPHA_BAR_MIN)), capacity=length,
                       extra=jax.vmap(jax.vmap(lambda n: jax.random.fold_in(noise_key, n)))(number))
 
-    def mixtures(self, noised: Noised, x0_BxL: jax.Array, vocab_size: int) -> jax.Array:
+    def soft_inputs(self, noised: Noised, x0_BxL: jax.Array, vocab_size: int) -> jax.Array:
         """softmax(w_t) of every token and view, float32 `[B, M, L, V]`."""
         length = x0_BxL.shape[-1]
         def eps(key):

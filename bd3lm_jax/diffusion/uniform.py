@@ -32,8 +32,8 @@ class Uniform(Objective):
 
     kind: ClassVar[str] = "uniform"
     title: ClassVar[str] = "uniform-state (DUO)"
-    masks: ClassVar[bool] = False
-    redraws: ClassVar[bool] = True
+    uses_mask_token: ClassVar[bool] = False
+    can_resample_tokens: ClassVar[bool] = True
     sampler: ClassVar[str] = "uniform"
     block_size: int  # tokens a block
     vocab_size: int  # ids, the mask token's among them; -1: the model's
@@ -62,16 +62,16 @@ class Uniform(Objective):
         """
         if self.vocab_size == -1:
             raise UserError("diffusion.vocab_size is -1, which a run takes from its tokenizer: give the number of ids")
-        draw_key, letter_key = jax.random.split(key)
-        drawn = independent.draw(draw_key, x0_BxL.shape, views, self.block_size)
+        draw_key, random_token_key = jax.random.split(key)
+        noise_draw = independent.sample_noise(draw_key, x0_BxL.shape, views, self.block_size)
         stretch = 1 - 2 * self.eps
-        alpha_BxMxK = jnp.maximum(1 - self.eps - stretch * drawn.time_BxMxK, ALPHA_MIN)
-        real_BxMxL = jnp.broadcast_to((segment_BxL != 0)[:, None], drawn.order_BxMxL.shape)
-        changed_BxMxL = (drawn.order_BxMxL >= independent.per_token(alpha_BxMxK, x0_BxL.shape[1])) & real_BxMxL
-        letter_BxMxL = jax.random.randint(letter_key, changed_BxMxL.shape, 0, self.vocab_size - (mask_id >= 0))
-        letter_BxMxL += (letter_BxMxL >= mask_id) & (mask_id >= 0)
+        alpha_BxMxK = jnp.maximum(1 - self.eps - stretch * noise_draw.time_BxMxK, ALPHA_MIN)
+        real_BxMxL = jnp.broadcast_to((segment_BxL != 0)[:, None], noise_draw.order_BxMxL.shape)
+        changed_BxMxL = (noise_draw.order_BxMxL >= independent.per_token(alpha_BxMxK, x0_BxL.shape[1])) & real_BxMxL
+        random_token_BxMxL = jax.random.randint(random_token_key, changed_BxMxL.shape, 0, self.vocab_size - (mask_id >= 0))
+        random_token_BxMxL += (random_token_BxMxL >= mask_id) & (mask_id >= 0)
         weight_BxMxL = independent.per_token(stretch / alpha_BxMxK, x0_BxL.shape[1])
-        return Noised(xt_BxMxL=jnp.where(changed_BxMxL, letter_BxMxL, x0_BxL[:, None]).astype(jnp.int32),
+        return Noised(xt_BxMxL=jnp.where(changed_BxMxL, random_token_BxMxL, x0_BxL[:, None]).astype(jnp.int32),
                       weight_BxMxL=jnp.where(real_BxMxL, weight_BxMxL, 0), sigma_BxMxK=-jnp.log(alpha_BxMxK),
                       capacity=x0_BxL.shape[1])
 
@@ -79,18 +79,18 @@ class Uniform(Objective):
     def token_loss(logits_NxV: jax.Array, target_N: jax.Array, xt_N: jax.Array, sigma_N: jax.Array,
                    mask_id: int) -> jax.Array:
         """What b multiplies, float32 `[N]`; see `Objective.token_loss`."""
-        letters, count = _letters(logits_NxV, mask_id)
-        p_NxV = jax.nn.softmax(jnp.where(letters, logits_NxV, -jnp.inf), axis=-1)
+        valid_tokens, count = _valid_tokens(logits_NxV, mask_id)
+        p_NxV = jax.nn.softmax(jnp.where(valid_tokens, logits_NxV, -jnp.inf), axis=-1)
         alpha_N, rest_N = jnp.exp(-sigma_N), -jnp.expm1(-sigma_N)
-        guess_NxV = count * alpha_N[:, None] * p_NxV + rest_N[:, None]
-        guess_here_N = _at(guess_NxV, xt_N)
+        predicted_q_NxV = count * alpha_N[:, None] * p_NxV + rest_N[:, None]
+        predicted_q_xt_N = _at(predicted_q_NxV, xt_N)
         truth, truth_other = count * alpha_N + rest_N, rest_N
-        here_N = jnp.where(xt_N == target_N, truth, truth_other)
-        log_NxV = jnp.log(here_N / guess_here_N)[:, None] + jnp.log(guess_NxV)
+        true_q_xt_N = jnp.where(xt_N == target_N, truth, truth_other)
+        log_NxV = jnp.log(true_q_xt_N / predicted_q_xt_N)[:, None] + jnp.log(predicted_q_NxV)
         is_target = jnp.arange(logits_NxV.shape[-1]) == target_N[:, None]
         q_NxV = jnp.where(is_target, truth[:, None], truth_other[:, None])
-        terms_NxV = jnp.where(letters, q_NxV * (jnp.log(q_NxV) - log_NxV), 0)
-        return 1 / guess_here_N - 1 / here_N + terms_NxV.sum(-1) / (count * here_N)
+        terms_NxV = jnp.where(valid_tokens, q_NxV * (jnp.log(q_NxV) - log_NxV), 0)
+        return 1 / predicted_q_xt_N - 1 / true_q_xt_N + terms_NxV.sum(-1) / (count * true_q_xt_N)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,25 +103,25 @@ class SEDDUniform(Uniform):
 
     kind: ClassVar[str] = "sedd_uniform"
     title: ClassVar[str] = "SEDD, uniform"
-    needs_level: ClassVar[bool] = True
-    scores: ClassVar[bool] = True
+    needs_time_conditioning: ClassVar[bool] = True
+    predicts_scores: ClassVar[bool] = True
     sampler: ClassVar[str] = "uniform_scores"
 
     @staticmethod
     def token_loss(logits_NxV: jax.Array, target_N: jax.Array, xt_N: jax.Array, sigma_N: jax.Array,
                    mask_id: int) -> jax.Array:
         """What sigma' multiplies, float32 `[N]`; see `Objective.token_loss`."""
-        letters, count = _letters(logits_NxV, mask_id)
+        valid_tokens, count = _valid_tokens(logits_NxV, mask_id)
         ids = jnp.arange(logits_NxV.shape[-1])
         rest_N = -jnp.expm1(-sigma_N)
         truth_N = count * jnp.exp(-sigma_N) + rest_N
-        here_N = jnp.where(xt_N == target_N, truth_N, rest_N)
-        r_NxV = jnp.where(ids == target_N[:, None], truth_N[:, None], rest_N[:, None]) / here_N[:, None]
+        true_q_xt_N = jnp.where(xt_N == target_N, truth_N, rest_N)
+        r_NxV = jnp.where(ids == target_N[:, None], truth_N[:, None], rest_N[:, None]) / true_q_xt_N[:, None]
         terms_NxV = jnp.exp(logits_NxV) - r_NxV * logits_NxV + r_NxV * (jnp.log(r_NxV) - 1)
-        return jnp.where(letters & (ids != xt_N[:, None]), terms_NxV, 0).sum(-1) / count
+        return jnp.where(valid_tokens & (ids != xt_N[:, None]), terms_NxV, 0).sum(-1) / count
 
 
-def _letters(logits_NxV, mask_id: int):
+def _valid_tokens(logits_NxV, mask_id: int):
     """Which ids are letters, bool `[V]`, and how many."""
     vocab = logits_NxV.shape[-1]
     return jnp.arange(vocab) != mask_id, vocab - (0 <= mask_id < vocab)

@@ -5,17 +5,17 @@ from typing import Any
 
 from bd3lm_jax import jax_settings, log
 from bd3lm_jax.data.prepare import prepare
-from bd3lm_jax.data.sized import Sized
+from bd3lm_jax.data.token_bytes import RowsWithBytes
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation.estimators import default_estimator
-from bd3lm_jax.evaluation.evaluate import Opened, open_run
+from bd3lm_jax.evaluation.evaluate import LoadedRun, open_run
 from bd3lm_jax.lm import load
 from bd3lm_jax.stats import format_interval
 
 TEXTS, SAMPLER, THRESHOLD = 8, "threshold", 0.9  # how the texts are written on which calls and tokens are counted
 
 
-@jax_settings.fixed()
+@jax_settings.pinned()
 def curve(workdir: str, *, split: str, estimator: str, draws: int, seed: int, weights: str, batch: int,
           within: float) -> dict[str, Any]:
     """Rows by block size: the bound with its interval, network calls a token and tokens a second of texts.
@@ -25,14 +25,14 @@ def curve(workdir: str, *, split: str, estimator: str, draws: int, seed: int, we
     a size are compiled for and not timed. Raises UserError for a model of one block size.
     """
     began, lm = time.perf_counter(), load(workdir, weights=weights)
-    sizes = lm.config.trained_sizes
+    sizes = lm.config.trained_block_sizes
     if len(sizes) < 2:
         raise UserError(f"{workdir} was trained with blocks of {sizes[0]} tokens only: a curve needs a model of "
                         "diffusion.kind='mixed'")
-    text, rows = Sized(prepare(lm.corpus(workdir), split, lm.config.block_size, lm.tokenizer), lm.tokenizer), []
+    text, rows = RowsWithBytes(prepare(lm.corpus(workdir), split, lm.config.block_size, lm.tokenizer), lm.tokenizer), []
     for size in sizes:
-        found = _likelihood(open_run(workdir, weights, batch, size), text, estimator, draws, seed)
-        rows.append({"block_size": size, **found, **_speed(lm.at_block_size(size), seed)})
+        bound = _likelihood(open_run(workdir, weights, batch, size), text, estimator, draws, seed)
+        rows.append({"block_size": size, **bound, **_speed(lm.at_block_size(size), seed)})
     best = recommended(rows, within)
     rule = f"the largest block size whose nll is at most {within:.2%} above the best"
     log.table(f"{workdir}, {split}: by block size (texts: sampler {SAMPLER} {THRESHOLD})",
@@ -52,10 +52,10 @@ def recommended(rows: list[dict[str, Any]], within: float) -> int:
     return max(row["block_size"] for row in rows if row["nll"] <= limit)
 
 
-def _likelihood(run: Opened, text: Sized, estimator: str, draws: int, seed: int) -> dict[str, Any]:
-    found = run.evaluator.run(run.params, text, estimator=estimator or default_estimator(run.config), draws=draws,
+def _likelihood(run: LoadedRun, text: RowsWithBytes, estimator: str, draws: int, seed: int) -> dict[str, Any]:
+    bound = run.evaluator.run(run.params, text, estimator=estimator or default_estimator(run.config), draws=draws,
                               seed=seed)
-    return {name: found[name] for name in ("estimator", "nll", "nll_ci95", "nll_mc_se", "ppl", "ppl_ci95",
+    return {name: bound[name] for name in ("estimator", "nll", "nll_ci95", "nll_mc_se", "ppl", "ppl_ci95",
                                            "bits_per_byte", "bits_per_byte_ci95", "tokens", "documents")}
 
 

@@ -16,15 +16,15 @@ from bd3lm_jax.config import Config
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import estimators
 from bd3lm_jax.evaluation.domains import Text, open_text
-from bd3lm_jax.evaluation.evaluate import Measured, Opened
+from bd3lm_jax.evaluation.evaluate import LikelihoodResult, LoadedRun
 from bd3lm_jax.stats import Estimates, format_interval, format_number
 
 
-def against(run: Opened, text: Text, ours: Measured, other: Opened, which: dict[str, Any], draws: int) -> dict:
+def against(run: LoadedRun, text: Text, candidate: LikelihoodResult, other: LoadedRun, text_arguments: dict[str, Any], draws: int) -> dict:
     """The "against" object of the `eval` command.
 
     ours: what `run` scored on `text`. which: arguments of `domains.open_text` that opened it. draws: of a round of
-    `other`, which has as many rounds as `ours`. Nats per token where both have one tokenizer and score the same tokens,
+    `other`, which has as many rounds as `candidate`. Nats per token where both have one tokenizer and score the same tokens,
     else bits per byte.
 
     Returns `workdir`, `estimator`, `step`, `config_sha256` and `wall_s` of the other run, its `bits_per_byte` (and
@@ -36,22 +36,22 @@ def against(run: Opened, text: Text, ours: Measured, other: Opened, which: dict[
     """
     config = other.config
     same_corpus = dataclasses.replace(run.config.data, length=config.data.length, layout=config.data.layout)
-    other_text = open_text(dataclasses.replace(config, data=same_corpus), other.tokenizer, **which)
+    other_text = open_text(dataclasses.replace(config, data=same_corpus), other.tokenizer, **text_arguments)
     other_rows = other_text.rows
-    estimator = _counterpart(ours.estimator, config)
+    estimator = _counterpart(candidate.estimator, config)
     same_rows = other_rows.meta["hash"] == text.rows.meta["hash"]
-    same_masks = same_rows and estimator is ours.estimator and estimator.replicates > 1
-    theirs = other.evaluator.measure(
+    same_masks = same_rows and estimator is candidate.estimator and estimator.replicates > 1
+    baseline = other.evaluator.measure(
         other.params, other_rows, estimator=estimator,
-        draws=ours.round_draws if same_masks else draws, rounds=ours.rounds, target=None,
-        seed=ours.seed if same_rows else ours.seed + 1)  # other rows: noise of their own
+        draws=candidate.round_draws if same_masks else draws, rounds=candidate.rounds, target=None,
+        seed=candidate.seed if same_rows else candidate.seed + 1)  # other rows: noise of their own
     same_tokenizer, comparable = text.tokenizer == other_text.tokenizer, text.comparable_with(other_text)
-    if same_tokenizer and np.array_equal(ours.tokens_N, theirs.tokens_N):
-        sides, unit = (ours.per_token(), theirs.per_token()), "nats per token"
+    if same_tokenizer and np.array_equal(candidate.tokens_N, baseline.tokens_N):
+        sides, unit = (candidate.per_token(), baseline.per_token()), "nats per token"
     else:
-        sides, unit = (ours.per_byte(text.rows), theirs.per_byte(other_rows)), "bits per byte"
+        sides, unit = (candidate.per_byte(text.rows), baseline.per_byte(other_rows)), "bits per byte"
     found = difference(*sides, same_rows)
-    summary = theirs.summary(other_rows)
+    summary = baseline.summary(other_rows)
     gain = _gain(*sides, found)
     result = {
         "workdir": other.workdir, "estimator": summary["estimator"], "step": other.step,
@@ -59,17 +59,17 @@ def against(run: Opened, text: Text, ours: Measured, other: Opened, which: dict[
         **({"nll": summary["nll"]} if same_tokenizer else {}), "unit": unit, **as_result(found, comparable),
         "difference_mc_se": found.mc_se if comparable else None,
         "unpaired_se": math.hypot(*(_se(side) for side in sides)), "same_masks": same_masks,
-        "draws_saved": round(max(gain - 1, 0) * ours.draws) if math.isfinite(gain) else None, "wall_s": theirs.wall_s}
+        "draws_saved": round(max(gain - 1, 0) * candidate.draws) if math.isfinite(gain) else None, "wall_s": baseline.wall_s}
     _show(run.workdir, result, found, same_tokenizer)
     return result
 
 
-def difference(ours: Estimates, theirs: Estimates, same_rows: bool) -> stats.Interval:
+def difference(candidate: Estimates, baseline: Estimates, same_rows: bool) -> stats.Interval:
     """One model less another, document by document; `stats.difference_interval` where the last documents of a text may
     have no scored token in one of them."""
-    documents = max(len(side.denominators_N) for side in (ours, theirs))
+    documents = max(len(side.denominators_N) for side in (candidate, baseline))
     sides = []
-    for side in (ours, theirs):
+    for side in (candidate, baseline):
         absent = documents - len(side.denominators_N)
         sides.append(Estimates(np.pad(side.documents_UxN, ((0, 0), (0, absent))), side.rows_UxR,
                                np.pad(side.denominators_N, (0, absent))))
@@ -96,9 +96,9 @@ def _counterpart(estimator: Any, config: Config) -> Any:
     return estimator if shares else other
 
 
-def _gain(ours: Estimates, theirs: Estimates, found: stats.Interval) -> float:
+def _gain(candidate: Estimates, baseline: Estimates, found: stats.Interval) -> float:
     """Monte-Carlo variance of the difference of two separate runs over that of the paired one; 1 if both are exact."""
-    separate = [stats.monte_carlo_se(side.rows_UxR.T) / side.denominators_N.sum() for side in (ours, theirs)
+    separate = [stats.monte_carlo_se(side.rows_UxR.T) / side.denominators_N.sum() for side in (candidate, baseline)
                 if len(side.rows_UxR) > 1]
     variance = sum(se**2 for se in separate)
     if found.mc_se == 0:
@@ -130,4 +130,4 @@ def _show(workdir: str, result: dict, found: stats.Interval, same_tokenizer: boo
     elif result["unit"] == "bits per byte":
         log.note("the models score different tokens of these documents: bits per byte of those that each scores")
     if result["draws_saved"]:
-        log.note(f"the same masks saved {log.counted(result['draws_saved'], 'draw')}")
+        log.note(f"the same masks saved {log.pluralize(result['draws_saved'], 'draw')}")

@@ -31,7 +31,7 @@ from bd3lm_jax.errors import UserError, lookup
 from bd3lm_jax.evaluation import estimators, evaluate
 from bd3lm_jax.evaluation import greedy as greedy_decoding
 from bd3lm_jax.evaluation.predictions import Rows, predictions
-from bd3lm_jax.published.leaf import check_beginning
+from bd3lm_jax.published.mapping import check_bos
 from bd3lm_jax.score import SpecialIds
 
 GOLDEN = 2654435769  # 2^32 times the golden ratio less 1: its multiples spread evenly, however many are taken
@@ -138,7 +138,7 @@ def encode_pair(tokenizer: Tokenizer, prompt: str, continuation: str,
 def _request(lm: Any, prompt: Any, continuation: Any, noise: Any) -> Request:
     """Checked ids of a pair of texts or of lists of ids; noise: text or ids whose content the masks are keyed by."""
     objective = lm.config.diffusion
-    if not (objective.causal or objective.masks):
+    if not (objective.causal or objective.uses_mask_token):
         raise UserError(f"a model of kind '{objective.kind}' predicts no masked tokens, so that no continuation can be "
                         "scored: use eval")
     if not len(continuation):
@@ -163,8 +163,8 @@ def _ids(ids, vocab: int) -> np.ndarray:
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise UserError(f"token ids have shape {ids.shape} and type {ids.dtype}, expected a list of integers")
     if ids.size and (ids.min() < 0 or ids.max() >= vocab):
-        wrong = ids.min() if ids.min() < 0 else ids.max()
-        raise UserError(f"token id {wrong} is out of range, expected 0 to {vocab - 1}")
+        bad_id = ids.min() if ids.min() < 0 else ids.max()
+        raise UserError(f"token id {bad_id} is out of range, expected 0 to {vocab - 1}")
     return ids.astype(np.int32)
 
 
@@ -177,13 +177,13 @@ def _check(lm, request: Request) -> None:
                         f"expected at most {lm.context}, what the model was trained on: shorten the prompt")
     if (request.prompt == mask).any() or (request.continuation == mask).any():
         raise UserError(f"prompt or continuation hold the mask token {mask}, which is never part of a text")
-    check_beginning(objective, lm.config.model, lm.special.end)
+    check_bos(objective, lm.config.model, lm.special.end)
     if objective.causal and not objective.bos and not len(request.prompt):
         raise UserError("this autoregressive model has no beginning token: give it a prompt of at least one token")
 
 
-def _content(given: Any) -> bytes:
-    return given.encode() if isinstance(given, str) else np.asarray(given, np.int32).tobytes()
+def _content(text_or_ids: Any) -> bytes:
+    return text_or_ids.encode() if isinstance(text_or_ids, str) else np.asarray(text_or_ids, np.int32).tobytes()
 
 
 def _bytes(tokenizer: Tokenizer | None, option: Any) -> int:
@@ -194,8 +194,8 @@ def _bytes(tokenizer: Tokenizer | None, option: Any) -> int:
     return max(len(tokenizer.decode(option).encode()), 1)
 
 
-def _described(given: Any) -> str:
-    return "a text" if isinstance(given, str) else f"{len(given)} of them"
+def _described(text_or_ids: Any) -> str:
+    return "a text" if isinstance(text_or_ids, str) else f"{len(text_or_ids)} of them"
 
 
 def _score(request: Request, nats_U: np.ndarray, greedy: bool | None) -> Score:
@@ -210,7 +210,7 @@ def _mc_se(estimates_U: np.ndarray) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class Keyed:
+class PositionKeyed:
     """`exact_count` (see `estimators.py`) with uniforms that depend on nothing before or after a place.
 
     Two replicates a draw, each a mask and its complement. The levels of consecutive blocks are multiples of the golden
@@ -220,7 +220,7 @@ class Keyed:
     replicates: ClassVar[int] = 2
     measure: Masked
 
-    def passes(self, draws: int) -> int:
+    def num_passes(self, draws: int) -> int:
         return draws
 
     def noised(self, key, index, draws: int, tokens_L, segments_L, special: SpecialIds) -> Noised:
@@ -252,20 +252,20 @@ def _measure(lm, requests: list[Request], name: str, draws: int, seed: int, gree
     if estimator.replicates > 1:
         if name != "exact_count":
             raise UserError(f"estimator '{name}' does not score continuations: use exact_count or exact")
-        estimator = Keyed(dataclasses.replace(Masked.uniform_counts(lm.config.block_size), complement=True))
+        estimator = PositionKeyed(dataclasses.replace(Masked.uniform_counts(lm.config.block_size), complement=True))
     static = lm.model, lm.config.diffusion, lm.special
     key, found = jax_settings.key(seed), {}
     for members, rows, capacity in _batches(lm, requests, batch):
         parts = [_views(*static, estimator, capacity, lm.params, key, index, rows)
-                 for index in range(estimator.passes(draws))]
+                 for index in range(estimator.num_passes(draws))]
         nats_PxRxB = np.stack([np.asarray(nats, np.float64) for nats, _ in parts])
-        independent = isinstance(estimator, Keyed)
+        independent = isinstance(estimator, PositionKeyed)
         nats_UxB = nats_PxRxB.reshape(-1, nats_PxRxB.shape[-1]) if independent else nats_PxRxB.mean(0)
         greedy_B = [None] * len(members)
         if estimators.is_exact(lm.config):
             greedy_B = np.asarray(parts[0][1]).tolist()
         elif greedy:
-            greedy_B = greedy_decoding.writes(lm, capacity, rows, [requests[i].length for i in members]).tolist()
+            greedy_B = greedy_decoding.is_greedy_decoded(lm, capacity, rows, [requests[i].length for i in members]).tolist()
         for place, member in enumerate(members):
             found[member] = requests[member], nats_UxB[:, place], greedy_B[place]
     return [found[i] for i in range(len(requests))]
@@ -308,9 +308,9 @@ def _views(model, objective, special, estimator, capacity: int, params, key, ind
 
     segments = rows.segment_BxL if objective.causal else jnp.where(rows.scored_BxL, rows.segment_BxL, 0)
     noised = jax.vmap(noise)(rows.noise_B, rows.tokens_BxL, segments)
-    said = predictions(model, objective, special, capacity, params, noised, rows)
-    nats_BxM = jnp.where(said.weight_BxMxC == 0, 0, said.loss_BxMxC * said.weight_BxMxC).sum(-1)
+    predicted = predictions(model, objective, special, capacity, params, noised, rows)
+    nats_BxM = jnp.where(predicted.weight_BxMxC == 0, 0, predicted.loss_BxMxC * predicted.weight_BxMxC).sum(-1)
     text_BxMxL = jnp.broadcast_to(rows.tokens_BxL[:, None], noised.xt_BxMxL.shape)
-    hit_BxMxC = said.token_BxMxC == jnp.take_along_axis(text_BxMxL, said.index_BxMxC, axis=2)
-    hit_B = (hit_BxMxC | (said.weight_BxMxC == 0)).all((1, 2))
+    hit_BxMxC = predicted.token_BxMxC == jnp.take_along_axis(text_BxMxL, predicted.index_BxMxC, axis=2)
+    hit_B = (hit_BxMxC | (predicted.weight_BxMxC == 0)).all((1, 2))
     return nats_BxM.reshape(len(nats_BxM), estimator.replicates, -1).mean(-1).T, hit_B

@@ -64,10 +64,10 @@ def study(workdirs: list[str], *, split: str, batch: int, draws: int, seed: int)
 def _check(runs: dict[str, LM]) -> None:
     first_dir, first = next(iter(runs.items()))
     for workdir, lm in runs.items():
-        if lm.config.diffusion.causal or trunk.takes_level(lm.config.model):
+        if lm.config.diffusion.causal or trunk.is_time_conditioned(lm.config.model):
             raise UserError(f"{workdir} predicts no masked tokens without a noise level: give masked models with "
                             "model.time_conditioning=False")
-        if "density" in lm.config.diffusion.needs and not lm.corpus(workdir).density:
+        if "density" in lm.config.diffusion.extra_batch_keys and not lm.corpus(workdir).density:
             raise UserError(f"{workdir} learnt its densities (noise.adapt='running_loss'), which are not measured "
                             "here: give runs with data.density")
         same = (lm.config.block_size, lm.config.model, lm.tokenizer.identity)
@@ -87,7 +87,7 @@ def _tags(configs: list[Config]) -> str:
 def describe(config: Config) -> str:
     """The masks of a run in words."""
     objective, words = config.diffusion, []
-    if "density" in objective.needs:
+    if "density" in objective.extra_batch_keys:
         words = ["hard" if getattr(objective, "hard", False) else f"w={getattr(objective, 'weight', 1):g}",
                  f"{config.data.density_fraction:.0%} of documents tagged"]
         words += ["importance weights"] * getattr(objective, "importance", False)
@@ -95,7 +95,7 @@ def describe(config: Config) -> str:
     return ", ".join([objective.kind, *words])
 
 
-class Tagged:
+class TaggedRows:
     """Rows in which every part of a document that lies in one row is two: its dense tokens and its others."""
 
     def __init__(self, rows: Rows):
@@ -142,7 +142,7 @@ def _bounds(workdir: str, tags: str, split: str, draws: int, seed: int) -> dict[
     parts = DOMAINS.get(data.source, (data.source,)) if tags in BY_TEXT else (data.source,)
     found = {}
     for source in parts:
-        tagged = Tagged(prepare(dataclasses.replace(data, source=source), split, run.config.block_size, run.tokenizer))
+        tagged = TaggedRows(prepare(dataclasses.replace(data, source=source), split, run.config.block_size, run.tokenizer))
         measured = run.evaluator.measure(run.params, tagged, estimator=default_estimator(run.config), draws=draws,
                                          seed=seed, target=None)
         found[source] = tagged.intervals(measured.documents_UxN, measured.tokens_N)
@@ -159,7 +159,7 @@ def _noise(lm: LM, first: LM, measure, split: str, batch: int, draws: int, seed:
     for step in range(draws):
         rows = loader.get(step)[1]
         key = jax.random.fold_in(jax_settings.key(seed), step)
-        needed = {name: rows.pop(name) for name in objective.needs}
+        needed = {name: rows.pop(name) for name in objective.extra_batch_keys}
         noised = draw(key, rows["tokens"], rows["segments"], views, lm.special.mask, lm.special.end, **needed)
         lengths.append(masked_runs(np.asarray(noised.weight_BxMxL) > 0))
         nats, gradient = measure(first.params, noised, rows)

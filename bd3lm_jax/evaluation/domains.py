@@ -14,12 +14,12 @@ import numpy as np
 
 from bd3lm_jax import stats
 from bd3lm_jax.data import corpora, mixture, text_files
-from bd3lm_jax.data.corpus import WHOLE, Corpus
+from bd3lm_jax.data.corpus import ALL_SPLITS, Corpus
 from bd3lm_jax.data.detokenize import detokenize, rules_of
 from bd3lm_jax.data.prepare import prepare_corpus
-from bd3lm_jax.data.sized import Sized, changed_documents, warn_if_changed
+from bd3lm_jax.data.token_bytes import RowsWithBytes, count_lossy_documents, warn_if_lossy
 from bd3lm_jax.data.tokenizers import Tokenizer
-from bd3lm_jax.data.windows import Convention, arrange
+from bd3lm_jax.data.windows import ScoringConvention, rows_to_score
 from bd3lm_jax.errors import UserError, nearest
 from bd3lm_jax.schema import DataConfig
 from bd3lm_jax.stats import ppl_of
@@ -30,7 +30,7 @@ LOCAL_NAMES = tuple(kind + packed for kind in (".txt", ".jsonl") for packed in (
 SAMPLE_DOCUMENTS, SAMPLE_CHARS = 200, 2000  # that show whether a tokenizer knows a text
 
 
-class Missing(UserError):
+class MissingText(UserError):
     """A known domain whose text is not on this machine; the message says how to get it."""
 
 
@@ -66,7 +66,7 @@ DOMAINS = {
 class Text(NamedTuple):
     """A text as the rows that an evaluation scores.
 
-    rows: `sized.Sized`, or windows of them (windows.py). words_D: of the documents as they are distributed, each end of
+    rows: `sized.RowsWithBytes`, or windows of them (windows.py). words_D: of the documents as they are distributed, each end of
     a document counted as one more; None where the field reports no perplexity a word. tokenizer: its identity. changed:
     how many documents the tokenizer does not give back as they were.
     """
@@ -75,14 +75,14 @@ class Text(NamedTuple):
     split: str
     corpus: Corpus
     rows: Any
-    convention: Convention
+    convention: ScoringConvention
     stride: int
     words_D: np.ndarray | None
     tokenizer: str
     changed: int
 
     def describe(self, measured: Any) -> dict:
-        """The numbers of the `eval` command: what `evaluate.Measured` found here, with what was scored and how.
+        """The numbers of the `eval` command: what `evaluate.LikelihoodResult` found here, with what was scored and how.
 
         `word_ppl` is exp(all nats / words); of a document that is scored in part, as many of its words count as of its
         bytes. `bits_per_byte_comparable`: whether the tokenizer gives every document back, so that the bits are those
@@ -113,20 +113,20 @@ class Text(NamedTuple):
 
 
 def convention_for(configs: Iterable[Any], *, chunks: str, stride: int, first_token: str,
-                   end_token: str) -> Convention:
+                   end_token: str) -> ScoringConvention:
     """The convention asked for, for models with these Configs; first_token "" is "predict" if all of them can.
 
     UserError where one cannot do what first_token says.
     """
-    can = all(not config.diffusion.causal or config.diffusion.bos for config in configs)
-    if first_token == "predict" and not can:
+    all_predict = all(not config.diffusion.causal or config.diffusion.bos for config in configs)
+    if first_token == "predict" and not all_predict:
         raise UserError("--first_token=predict: an autoregressive model here has no beginning token "
                         "(diffusion.bos=False) and cannot predict the first token: use --first_token=skip")
-    return Convention(chunks, stride, first_token or ("predict" if can else "skip"), end_token)
+    return ScoringConvention(chunks, stride, first_token or ("predict" if all_predict else "skip"), end_token)
 
 
 def open_text(config: Any, tokenizer: Tokenizer, *, data: str, split: str, data_dir: str,
-              convention: Convention) -> Text:
+              convention: ScoringConvention) -> Text:
     """A text as rows for the model of a Config, tokenised and laid out as in its training.
 
     data: OWN for the run's own corpus, a source of its mixture as it is written there, a name in DOMAINS, a .txt or
@@ -152,26 +152,26 @@ def open_text(config: Any, tokenizer: Tokenizer, *, data: str, split: str, data_
         end = convention.end_token == "count"
         words_D = np.array([len(document.split()) + end for document in _not_blank(found.corpus, found.style)],
                            np.float64)
-    rows = Sized(rows, tokenizer, _bytes_of(corpus))
-    rows = arrange(rows, convention, within_documents=config.data.layout != "wrap", block_size=config.block_size,
+    rows = RowsWithBytes(rows, tokenizer, _bytes_of(corpus))
+    rows = rows_to_score(rows, convention, within_documents=config.data.layout != "wrap", block_size=config.block_size,
                    end_id=tokenizer.end_id)
-    changed = changed_documents(corpus.documents(), tokenizer)
-    warn_if_changed(changed, rows.meta["documents"], name)
+    changed = count_lossy_documents(corpus.documents(), tokenizer)
+    warn_if_lossy(changed, rows.meta["documents"], name)
     return Text(name, found.split, corpus, rows, convention, stride, words_D, tokenizer.identity, changed)
 
 
 def check_overlap(documents: Iterable[str], tokenizer: Tokenizer, source: str) -> None:
     """UserError if less than half of the characters of the first documents survive encoding and decoding."""
     sample = [document[:SAMPLE_CHARS] for document in itertools.islice(documents, SAMPLE_DOCUMENTS)]
-    known = [tokenizer.decode(ids[ids != tokenizer.unknown_id]) for ids in tokenizer.encode_batch(sample)]
-    there, back = (sum(len("".join(text.split())) for text in texts) for texts in (sample, known))
-    if 2 * back < there:
-        raise UserError(f"the tokenizer ('{tokenizer.kind}') does not know the text of '{source}': of {there} "
-                        f"characters {back} come back from its tokens; evaluate a text in the language and script that "
+    decoded = [tokenizer.decode(ids[ids != tokenizer.unknown_id]) for ids in tokenizer.encode_batch(sample)]
+    num_characters, num_recovered = (sum(len("".join(text.split())) for text in texts) for texts in (sample, decoded))
+    if 2 * num_recovered < num_characters:
+        raise UserError(f"the tokenizer ('{tokenizer.kind}') does not know the text of '{source}': of {num_characters} "
+                        f"characters {num_recovered} come back from its tokens; evaluate a text in the language and script that "
                         "the model was trained on")
 
 
-class _Found(NamedTuple):
+class _Source(NamedTuple):
     source: str
     split: str
     corpus: Corpus  # as distributed
@@ -179,40 +179,40 @@ class _Found(NamedTuple):
     word_ppl: bool = False
 
 
-def _find(own: DataConfig, data: str, split: str, data_dir: str) -> _Found:
+def _find(own: DataConfig, data: str, split: str, data_dir: str) -> _Source:
     if data in (OWN, own.source):
-        return _Found(own.source, split, corpora.open_corpus(own, split))
+        return _Source(own.source, split, corpora.open_corpus(own, split))
     if data == "austen":
         austen = dataclasses.replace(own, source="austen", path="", mixture=())
-        return _Found(data, split, corpora.open_corpus(austen, split))
+        return _Source(data, split, corpora.open_corpus(austen, split))
     if data in DOMAINS:
         domain = DOMAINS[data]
         split, corpus = _open_domain(own, data, domain, data_dir)
-        return _Found(data, split, corpus, domain.style, domain.word_ppl)
+        return _Source(data, split, corpus, domain.style, domain.word_ppl)
     sources = mixture.sections(own)
     if data in sources:
-        return _Found(sources[data].source, split, corpora.open_corpus(sources[data], split))
+        return _Source(sources[data].source, split, corpora.open_corpus(sources[data], split))
     path = Path(data)
     if not path.exists():
         raise UserError(f"--data={data} is no file or directory of .txt or .jsonl text, and no named text: "
                         f"{nearest(data, (*DOMAINS, ALL))}")
-    split = WHOLE if path.is_file() else split
-    section = _local(own, path)
-    return _Found(section.source, split, corpora.open_corpus(section, split))
+    split = ALL_SPLITS if path.is_file() else split
+    section = _local_section(own, path)
+    return _Source(section.source, split, corpora.open_corpus(section, split))
 
 
 def _open_domain(own: DataConfig, name: str, domain: Domain, data_dir: str) -> tuple[str, Corpus]:
     """Split and corpus of a domain: packaged, from a file of `data_dir`, or from TFDS."""
     if domain.resource:
-        return WHOLE, corpora.embedded(domain.resource)
+        return ALL_SPLITS, corpora.embedded(domain.resource)
     if data_dir and not Path(data_dir).is_dir():
         raise UserError(f"--data_dir={data_dir} is not a directory")
     files = [Path(data_dir, name + ending) for ending in LOCAL_NAMES if data_dir]
     path = next((path for path in files if path.is_file()), None)
     if path is not None:
-        return WHOLE, corpora.open_corpus(dataclasses.replace(_local(own, path), field="text"), WHOLE)
+        return ALL_SPLITS, corpora.open_corpus(dataclasses.replace(_local_section(own, path), field="text"), ALL_SPLITS)
     if not (domain.tfds and corpora.tfds_is_prepared(domain.tfds)):
-        raise Missing(_how_to_get(name, domain, data_dir))
+        raise MissingText(_download_hint(name, domain, data_dir))
     sections = [dataclasses.replace(own, source="tfds", path="", name=domain.tfds, field=field, mixture=())
                 for field in domain.fields]
     parts = [corpora.open_corpus(section, "test") for section in sections]
@@ -220,7 +220,7 @@ def _open_domain(own: DataConfig, name: str, domain: Domain, data_dir: str) -> t
                           lambda: " ".join(part.fingerprint() for part in parts))
 
 
-def _how_to_get(name: str, domain: Domain, data_dir: str) -> str:
+def _download_hint(name: str, domain: Domain, data_dir: str) -> str:
     message = (f"{domain.title} is not here: put {domain.file} in {data_dir or 'a directory'} as {name}.txt "
                f"(or .jsonl){'' if data_dir else ' and give --data_dir=DIRECTORY'}")
     if domain.tfds:
@@ -229,7 +229,7 @@ def _how_to_get(name: str, domain: Domain, data_dir: str) -> str:
     return message
 
 
-def _local(own: DataConfig, path: Path) -> DataConfig:
+def _local_section(own: DataConfig, path: Path) -> DataConfig:
     jsonl = bool(text_files.find(path, ".jsonl")[0]) if path.is_dir() else text_files.has_ending(path, ".jsonl")
     return dataclasses.replace(own, source="jsonl" if jsonl else "text", path=str(path), name="", mixture=())
 

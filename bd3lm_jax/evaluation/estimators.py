@@ -22,9 +22,9 @@ one pass of four views, whichever it is, so that equal draws cost the same. In e
 systematic sample: u_b = (permutation(b) + o) / K with one offset o, and draw d of D uses (u_b + d / D) mod 1, so they
 are stratified over the blocks of every draw and over the draws of every block.
 
-An estimator has `name`, `block_size`, `learns` (whether `learn` makes it from a pilot), `token_loss` (None: the
+An estimator has `name`, `block_size`, `needs_pilot` (whether `from_pilot` makes it from a pilot), `token_loss` (None: the
 cross-entropy of masked tokens, else as `Objective.token_loss`); `views` of a pass, `replicates`
-that share them in equal parts, one after the other, `passes(draws)`; and `noised(key, index, draws, tokens_L,
+that share them in equal parts, one after the other, `num_passes(draws)`; and `noised(key, index, draws, tokens_L,
 segments_L, special)`: the views of pass `index` of one row, a `Noised` without batch dimension. The mean over the
 passes and the views of a replicate is an estimate of the row's nats. The noise is a function of the row's key,
 replicate and draw alone. To add one, write its class and a line in ESTIMATORS.
@@ -47,16 +47,16 @@ from bd3lm_jax.models import trunk
 from bd3lm_jax.score import SpecialIds
 
 EPS = 1e-3  # of bernoulli, as published
-MAX_ENUMERATED, MAX_VIEWS = 8, 16  # block size of `exact`; views of one pass
+MAX_EXHAUSTIVE, MAX_VIEWS = 8, 16  # block size of `exact`; views of one pass
 PILOT_PAIRS = 64  # pairs of views that a standard deviation of the pilot is read from, at least
 PI_STEPS, PI_FLOOR = 16, 0.25  # learnt probabilities are sixteenths of their mean, and not below a quarter
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampled:
+class MonteCarlo:
     """Two replicates of two views each, from uniforms that are stratified over blocks and draws."""
 
-    learns: ClassVar[bool] = False
+    needs_pilot: ClassVar[bool] = False
     token_loss: ClassVar[None] = None
     replicates: ClassVar[int] = 2
     views: ClassVar[int] = 4
@@ -67,7 +67,7 @@ class Sampled:
     def block_size(self) -> int:
         return self.measure.block_size
 
-    def passes(self, draws: int) -> int:
+    def num_passes(self, draws: int) -> int:
         return draws
 
     def noised(self, key, index, draws: int, tokens_L, segments_L, special: SpecialIds) -> Noised:
@@ -87,22 +87,22 @@ class Sampled:
 
 
 @dataclasses.dataclass(frozen=True)
-class Importance(Sampled):
+class Importance(MonteCarlo):
     """The pilot of Sampled with a count law that is learnt; itself uniform."""
 
-    learns: ClassVar[bool] = True
+    needs_pilot: ClassVar[bool] = True
 
-    def learn(self, counts_NxM: np.ndarray, means_NxM: np.ndarray) -> Sampled:
+    def from_pilot(self, counts_NxM: np.ndarray, means_NxM: np.ndarray) -> MonteCarlo:
         """The estimator for a split, from masked tokens and their mean cross-entropy in N blocks of pilot views.
 
         Neyman's law for pairs of a mask and its complement: pi(k) ~ sd of the pair's mean. Neighbouring counts share an
         estimate until each has PILOT_PAIRS pairs. Blocks with padding are left out.
         """
         size = self.block_size
-        counts, others = counts_NxM[:, ::2].ravel(), counts_NxM[:, 1::2].ravel()
-        nats = (means_NxM[:, ::2] + means_NxM[:, 1::2]).ravel() / np.where(others > 0, 2, 1)
-        whole = counts + others == size
-        larger, nats = np.maximum(counts, others)[whole], nats[whole]
+        counts, complement_counts = counts_NxM[:, ::2].ravel(), counts_NxM[:, 1::2].ravel()
+        nats = (means_NxM[:, ::2] + means_NxM[:, 1::2]).ravel() / np.where(complement_counts > 0, 2, 1)
+        is_full_block = counts + complement_counts == size
+        larger, nats = np.maximum(counts, complement_counts)[is_full_block], nats[is_full_block]
         k_S = np.arange(1, size + 1)
         class_S, sd_S = np.maximum(k_S, size - k_S), np.full(size, np.nan)
         classes = np.unique(class_S)
@@ -113,14 +113,14 @@ class Importance(Sampled):
         mean = np.nanmean(sd_S) if np.nansum(sd_S) > 0 else 1.0
         relative_S = np.maximum(np.nan_to_num(sd_S / mean, nan=1.0), PI_FLOOR)
         probs = tuple(float(p) for p in np.round(PI_STEPS * relative_S))
-        return Sampled(self.name, dataclasses.replace(self.measure, count_probs=probs))
+        return MonteCarlo(self.name, dataclasses.replace(self.measure, count_probs=probs))
 
 
 @dataclasses.dataclass(frozen=True)
-class Enumerated:
+class Exhaustive:
     """Every mask of every block; block b of view j has mask number (j + b), so that all views mask about the same."""
 
-    learns: ClassVar[bool] = False
+    needs_pilot: ClassVar[bool] = False
     token_loss: ClassVar[None] = None
     name: ClassVar[str] = "exact"
     replicates: ClassVar[int] = 1
@@ -130,13 +130,13 @@ class Enumerated:
     def views(self) -> int:
         return min(MAX_VIEWS, 2**self.block_size - 1)
 
-    def passes(self, draws: int) -> int:
+    def num_passes(self, draws: int) -> int:
         del draws
         return -(-(2**self.block_size - 1) // self.views)
 
     def noised(self, key, index, draws: int, tokens_L, segments_L, special: SpecialIds) -> Noised:
         del key
-        size, all_views = self.block_size, self.passes(draws) * self.views
+        size, all_views = self.block_size, self.num_passes(draws) * self.views
         blocks = tokens_L.shape[0] // size
         pattern_JxK = self._patterns(all_views, blocks)
         pattern_MxK = jax.lax.dynamic_slice_in_dim(jnp.asarray(pattern_JxK), index * self.views, self.views)
@@ -160,10 +160,10 @@ class Enumerated:
 
 
 @dataclasses.dataclass(frozen=True)
-class Single:
+class SinglePass:
     """One pass, in which nothing is random."""
 
-    learns: ClassVar[bool] = False
+    needs_pilot: ClassVar[bool] = False
     token_loss: ClassVar[None] = None
     name: ClassVar[str] = "nll"
     replicates: ClassVar[int] = 1
@@ -174,7 +174,7 @@ class Single:
     def block_size(self) -> int:
         return self.objective.block_size
 
-    def passes(self, draws: int) -> int:
+    def num_passes(self, draws: int) -> int:
         del draws
         return 1
 
@@ -186,10 +186,10 @@ class Single:
 
 
 @dataclasses.dataclass(frozen=True)
-class Native:
+class OwnObjective:
     """Two replicates of two views each as the objective draws them, under its own loss."""
 
-    learns: ClassVar[bool] = False
+    needs_pilot: ClassVar[bool] = False
     name: ClassVar[str] = "native"
     replicates: ClassVar[int] = 2
     views: ClassVar[int] = 4
@@ -203,7 +203,7 @@ class Native:
     def token_loss(self):
         return self.objective.token_loss
 
-    def passes(self, draws: int) -> int:
+    def num_passes(self, draws: int) -> int:
         return draws
 
     def noised(self, key, index, draws: int, tokens_L, segments_L, special: SpecialIds) -> Noised:
@@ -238,20 +238,20 @@ def lattice(key, index, number: int, blocks: int) -> jax.Array:
 def is_exact(config: Config) -> bool:
     """Whether one pass gives the likelihood itself: AR, and blocks of one token without a noise level as input."""
     objective = config.diffusion
-    return objective.causal or (objective.masks and config.block_size == 1 and not trunk.takes_level(config.model))
+    return objective.causal or (objective.uses_mask_token and config.block_size == 1 and not trunk.is_time_conditioned(config.model))
 
 
 def default_estimator(config: Config) -> str:
     """"nll" where the likelihood is exact, "exact_count" for networks that predict masked tokens, else "native"."""
     if is_exact(config):
         return "nll"
-    return "exact_count" if config.diffusion.masks else "native"
+    return "exact_count" if config.diffusion.uses_mask_token else "native"
 
 
 def has_bound(config: Config) -> bool:
     """Whether the likelihood of such a model can be bounded at all."""
     objective = config.diffusion
-    return objective.causal or objective.masks or objective.bound is not None
+    return objective.causal or objective.uses_mask_token or objective.bound is not None
 
 
 def make(name: str, config: Config):
@@ -264,7 +264,7 @@ def make(name: str, config: Config):
     if not has_bound(config):
         raise UserError(f"a model of kind '{objective.kind}' has no bound on its likelihood, so there is nothing to "
                         f"measure: look at its samples ({command_line('sample')})")
-    if not (objective.masks or objective.causal or name == "native"):
+    if not (objective.uses_mask_token or objective.causal or name == "native"):
         raise UserError(f"estimator '{name}' masks tokens, which a model of kind '{objective.kind}' does not predict: "
                         "use native")
     return build(config)
@@ -278,30 +278,30 @@ def _counts(name: str, kind: type):
     return build
 
 
-def _bernoulli(config: Config) -> Sampled:
+def _bernoulli(config: Config) -> MonteCarlo:
     if config.diffusion.causal:
         raise UserError("estimator 'bernoulli' masks tokens, which an autoregressive model does not: use nll")
-    return Sampled("bernoulli", dataclasses.replace(Masked.uniform_counts(config.block_size), corruption="bernoulli",
+    return MonteCarlo("bernoulli", dataclasses.replace(Masked.uniform_counts(config.block_size), corruption="bernoulli",
                                                     eps=EPS))
 
 
 def _exact(config: Config):
     if is_exact(config):
         return _nll(config)
-    if trunk.takes_level(config.model):
+    if trunk.is_time_conditioned(config.model):
         raise UserError("estimator 'exact' enumerates masks, but this model also sees the noise level, which is "
                         "continuous: use exact_count")
-    if config.block_size > MAX_ENUMERATED:
+    if config.block_size > MAX_EXHAUSTIVE:
         raise UserError(f"estimator 'exact' scores all 2^S - 1 masks of a block, this model has block size "
-                        f"{config.block_size}, expected at most {MAX_ENUMERATED}: use exact_count")
-    return Enumerated(config.block_size)
+                        f"{config.block_size}, expected at most {MAX_EXHAUSTIVE}: use exact_count")
+    return Exhaustive(config.block_size)
 
 
-def _nll(config: Config) -> Single:
+def _nll(config: Config) -> SinglePass:
     if not is_exact(config):
         raise UserError(f"estimator 'nll' is exact only for AR and for block size 1 without time conditioning, this "
                         f"model has block size {config.block_size}: use exact_count")
-    return Single(config.diffusion if config.diffusion.causal else Masked.uniform_counts(1))
+    return SinglePass(config.diffusion if config.diffusion.causal else Masked.uniform_counts(1))
 
 
 def _native(config: Config):
@@ -311,11 +311,11 @@ def _native(config: Config):
     if objective.bound is None:
         raise UserError(f"estimator 'native' is the training loss, which is no bound on the likelihood for this model "
                         f"of kind '{objective.kind}': use exact_count")
-    if objective.needs:
-        raise UserError(f"estimator 'native' needs {', '.join(objective.needs)} of every token, which a text to be "
+    if objective.extra_batch_keys:
+        raise UserError(f"estimator 'native' needs {', '.join(objective.extra_batch_keys)} of every token, which a text to be "
                         "measured does not bring: use exact_count")
-    return Native(objective.bound)
+    return OwnObjective(objective.bound)
 
 
-ESTIMATORS = {"exact_count": _counts("exact_count", Sampled), "importance": _counts("importance", Importance),
+ESTIMATORS = {"exact_count": _counts("exact_count", MonteCarlo), "importance": _counts("importance", Importance),
               "bernoulli": _bernoulli, "exact": _exact, "nll": _nll, "native": _native}

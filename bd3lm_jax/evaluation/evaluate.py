@@ -26,9 +26,9 @@ from bd3lm_jax.errors import RunError, UserError
 from bd3lm_jax.evaluation import estimators
 from bd3lm_jax.hf import is_published, local
 from bd3lm_jax.models import Backbone
-from bd3lm_jax.passes import Execution
+from bd3lm_jax.forward import Execution
 from bd3lm_jax.restore import refuse_step, restore, restore_published
-from bd3lm_jax.score import SpecialIds, overflows, row_losses, score
+from bd3lm_jax.score import SpecialIds, exceeds_capacity, row_losses, score
 from bd3lm_jax.sharding import batch_sharding
 from bd3lm_jax.stats import ppl_of
 
@@ -36,7 +36,7 @@ MIN_FREEDOM = 120  # degrees of freedom of the draws before a target is judged: 
 CHUNK_TOKENS = 1 << 20  # whose bytes are counted at a time
 QUEUE = 2  # batches in flight: the device goes on while the host reads rows and adds up
 PILOT_ROWS, PILOT_ROUND = 32, 2**32 - 1  # what "importance" learns from; a round that is never scored
-HOPELESS = 4  # a target that seems to need so many times --max_draws is given up before they are drawn
+GIVE_UP_FACTOR = 4  # a target that seems to need so many times --max_draws is given up before they are drawn
 
 
 class Target(NamedTuple):
@@ -82,7 +82,7 @@ def score_views(model: Backbone, params: dict, objective: Any, noised: Any, toke
     losses = jnp.where(scored.weight_BxMxC == 0, 0, row_losses(model, params, scored, special.mask, 0, token_loss))
     place = jax.vmap(jax.vmap(lambda losses, index: jnp.zeros(tokens_BxL.shape[1]).at[index].add(losses)))
     losses_BxMxL = jnp.where(scored_BxL[:, None], place(losses, scored.index_BxMxC), 0)
-    nats_BxMxL = losses_BxMxL * noised.weight_BxMxL + jnp.where(overflows(noised), jnp.nan, 0)[..., None]
+    nats_BxMxL = losses_BxMxL * noised.weight_BxMxL + jnp.where(exceeds_capacity(noised), jnp.nan, 0)[..., None]
     batch, views, length = nats_BxMxL.shape
     nats_BxRxL = nats_BxMxL.reshape(batch, replicates, views // replicates, length).mean(2)
     blocks = (batch, views, -1, objective.block_size)
@@ -90,7 +90,7 @@ def score_views(model: Backbone, params: dict, objective: Any, noised: Any, toke
     return nats_BxRxL, counts_BxMxK, losses_BxMxL.reshape(blocks).sum(-1) / jnp.maximum(counts_BxMxK, 1)
 
 
-class Opened(NamedTuple):
+class LoadedRun(NamedTuple):
     """A run that is ready to be measured."""
 
     workdir: str
@@ -103,7 +103,7 @@ class Opened(NamedTuple):
 
 
 def open_run(workdir: str, weights: str, batch: int, block_size: int = 0, length: int = 0,
-             step: int | str = "latest") -> Opened:
+             step: int | str = "latest") -> LoadedRun:
     """A checkpoint of a run (`step`: as for `restore.restore`), or a published one (`hf.local`), over all devices.
 
     weights: "ema" or "params"; batch: rows a pass, 0 for the run's own; block_size: one that it was trained with, 0 for
@@ -114,10 +114,10 @@ def open_run(workdir: str, weights: str, batch: int, block_size: int = 0, length
         run = restore_published(path, weights, mesh, length)
     else:
         run = restore(path, weights, None, mesh, step)
-    config = run.config.at_trained_size(block_size) if block_size else run.config
+    config = run.config.at_trained_block_size(block_size) if block_size else run.config
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch=batch or config.eval.batch))
     evaluator = Evaluator(config, run.model, SpecialIds(run.tokenizer.mask_id, run.tokenizer.end_id), mesh)
-    return Opened(workdir, config, run.tokenizer, run.params, evaluator, run.step, run.meta["config_sha256"])
+    return LoadedRun(workdir, config, run.tokenizer, run.params, evaluator, run.step, run.meta["config_sha256"])
 
 
 class Evaluator:
@@ -126,7 +126,7 @@ class Evaluator:
     def __init__(self, config: Config, model: Backbone, special: SpecialIds, mesh):
         self.config, self.model, self.special, self.mesh = config, model, special, mesh
         self.execution = dataclasses.replace(config.execution, remat="none")
-        devices = sharding.rows_over(mesh)
+        devices = sharding.num_row_shards(mesh)
         self.batch = -(-config.eval.batch // devices) * devices
         self.sharding = batch_sharding(mesh)
         self._programs = {}
@@ -135,7 +135,7 @@ class Evaluator:
     def run(self, params, rows: Rows, *, estimator: str, draws: int, seed: int, num_rows: int = 0) -> dict:
         """NLL of the first `num_rows` rows (0: all) in nats per token, with intervals.
 
-        rows: `sized.Sized`, or windows of them. Returns the numbers of the `eval` command, and `nll_by_count`: mean
+        rows: `sized.RowsWithBytes`, or windows of them. Returns the numbers of the `eval` command, and `nll_by_count`: mean
         cross-entropy of the masked tokens of blocks with k of them, by k. Deterministic in (params, rows, seed, draws),
         whatever the devices.
         """
@@ -143,7 +143,7 @@ class Evaluator:
                             num_rows=num_rows).summary(rows)
 
     def measure(self, params, rows: Rows, *, estimator: Any, draws: int, seed: int, target: Target | None,
-                num_rows: int = 0, rounds: int = 1) -> "Measured":
+                num_rows: int = 0, rounds: int = 1) -> "LikelihoodResult":
         """As `run`, as sums by row and document. estimator: a name, or an estimator (say, one that has learnt).
 
         `rounds` rounds of `draws` draws, or with a target until it is met. Raises RunError if `max_draws` do not meet
@@ -155,25 +155,25 @@ class Evaluator:
         with jax.set_mesh(self.mesh):
             if isinstance(estimator, str):
                 estimator = estimators.make(estimator, self.config)
-            if estimator.learns:
-                estimator = self._learn(estimator, params, rows, ids[:PILOT_ROWS], seed)
+            if estimator.needs_pilot:
+                estimator = self._run_pilot(estimator, params, rows, ids[:PILOT_ROWS], seed)
             draws = draws if estimator.replicates > 1 else 1
-            total = Measured(estimator, draws, seed, self.config.block_size, ids, self._documents)
+            total = LikelihoodResult(estimator, draws, seed, self.config.block_size, ids, self._documents)
             for round_ in itertools.count():
                 for batch, passes in self._batches(estimator, params, rows, ids, draws, seed, round_):
                     total.add(round_, passes, self._documents(rows, batch))
                     self.alive()
                 total.wall_s = time.perf_counter() - began
-                if target is None and round_ + 1 == rounds or target is not None and _met(total, target):
+                if target is None and round_ + 1 == rounds or target is not None and _target_reached(total, target):
                     return total
 
-    def _learn(self, estimator, params, rows, ids, seed):
+    def _run_pilot(self, estimator, params, rows, ids, seed):
         """The estimator with the count law of a pilot, whose noise and rows depend on nothing but seed and split."""
         parts = [part for _, passes in self._batches(estimator, params, rows, ids, 1, seed, PILOT_ROUND)
                  for part in passes]
         counts, means = (np.concatenate([part[i].swapaxes(1, 2).reshape(-1, estimator.views) for part in parts])
                          for i in (1, 2))
-        return estimator.learn(counts, means)
+        return estimator.from_pilot(counts, means)
 
     def _batches(self, estimator, params, rows, ids, draws: int, seed: int, round_: int):
         """Yields row ids and the passes of their scores (NumPy, see `make_scores`) batch by batch, a few in flight."""
@@ -198,14 +198,14 @@ class Evaluator:
         key = jax.random.fold_in(jax_settings.key(seed), round_)
         program = self._program(estimator, draws)
         batch = arrays["tokens"], arrays["positions"], arrays["segments"], scored
-        return [sharding.settled(program(params, key, index, row_ids, *batch))
-                for index in range(estimator.passes(draws))]
+        return [sharding.block_until_ready_if_simulated(program(params, key, index, row_ids, *batch))
+                for index in range(estimator.num_passes(draws))]
 
     def _program(self, estimator, draws: int):
         if (estimator, draws) not in self._programs:
             scores = make_scores(self.model, self.config.diffusion, estimator, self.special, self.execution, draws)
-            everywhere = NamedSharding(self.mesh, P())
-            self._programs[estimator, draws] = jax.jit(scores, out_shardings=(everywhere,) * 3)
+            replicated = NamedSharding(self.mesh, P())
+            self._programs[estimator, draws] = jax.jit(scores, out_shardings=(replicated,) * 3)
         return self._programs[estimator, draws]
 
     def _documents(self, rows: Rows, ids) -> np.ndarray:
@@ -220,27 +220,27 @@ def _fetch(ids, passes):
     return ids, [tuple(np.asarray(x)[:len(ids)] for x in part) for part in passes]
 
 
-def _met(total: "Measured", target: Target) -> bool:
+def _target_reached(total: "LikelihoodResult", target: Target) -> bool:
     """Whether the Monte-Carlo part is as tight as it should be. Raises RunError where it will not be."""
-    half, freedom = stats.mc_margin(total.rows_UxR) / total.rows_UxR.mean(0).sum(), stats.mc_freedom(total.rows_UxR)
+    half, freedom = stats.mc_margin(total.rows_UxR) / total.rows_UxR.mean(0).sum(), stats.mc_degrees_of_freedom(total.rows_UxR)
     is_last = total.draws + total.round_draws > target.max_draws
     if freedom < MIN_FREEDOM and not is_last:
         return False
     reached = (f"the Monte-Carlo part of the 95 % interval is +- {half:.3%} of the nll after "
-               f"{log.counted(total.draws, 'draw')}")
+               f"{log.pluralize(total.draws, 'draw')}")
     log.note(f"{reached}, wanted: {target.ci:.3%}; more draws cannot shrink the part that comes from the choice of "
              "documents")
     if half <= target.ci:
         return True
     needed = total.draws * (half / target.ci) ** 2
-    if is_last or needed > HOPELESS * target.max_draws:
+    if is_last or needed > GIVE_UP_FACTOR * target.max_draws:
         nll = total.rows_UxR.mean(0).sum() / total.tokens_N.sum()
         raise RunError(f"{reached} (nll {nll:.4f}), wanted: {target.ci:.3%}, which takes about {math.ceil(needed)} "
                        f"draws and --max_draws is {target.max_draws}: raise --max_draws or --target_ci")
     return False
 
 
-class Measured:
+class LikelihoodResult:
     """Sums over rows on the host, in float64: U independent estimates (rounds x replicates) of every row and document.
     """
 
@@ -278,17 +278,17 @@ class Measured:
         real = documents_BxL >= 0
         documents = documents_BxL[real]
         if round_ == 0:
-            self.tokens_N = _grow(self.tokens_N, np.bincount(documents))
+            self.tokens_N = _add_padded(self.tokens_N, np.bincount(documents))
         for replicate in range(replicates):
             nats, unit = nats_BxRxL[:, replicate], round_ * replicates + replicate
-            self._documents[unit] = _grow(self._documents[unit], np.bincount(documents, nats[real]))
+            self._documents[unit] = _add_padded(self._documents[unit], np.bincount(documents, nats[real]))
             self._rows[unit].extend(nats.sum(-1))
         for _, counts, means in passes:
             self.count_nats += np.bincount(counts.ravel(), means.ravel(), self.block_size + 1)
             self.count_blocks += np.bincount(counts.ravel(), minlength=self.block_size + 1)
 
     def bytes_N(self, rows: Any) -> np.ndarray:
-        """Bytes of text of the scored tokens of every document, as `tokens_N`. rows: those measured, `sized.Sized`."""
+        """Bytes of text of the scored tokens of every document, as `tokens_N`. rows: those measured, `sized.RowsWithBytes`."""
         bytes_N, step = np.zeros(len(self.tokens_N)), max(1, CHUNK_TOKENS // rows.length)
         for first in range(0, len(self._row_ids), step):
             ids = self._row_ids[first:first + step]
@@ -312,21 +312,21 @@ class Measured:
                 if self.count_blocks[k]}
 
     def summary(self, rows: Any) -> dict:
-        """The numbers of the `eval` command, and nll_by_count. rows: those measured, `sized.Sized`."""
+        """The numbers of the `eval` command, and nll_by_count. rows: those measured, `sized.RowsWithBytes`."""
         nll = stats.two_part_interval(*self.per_token()).non_negative()
         bits = stats.two_part_interval(*self.per_byte(rows)).non_negative()
-        law = {"count_probs": self.estimator.measure.count_probs} if self.estimator.name == "importance" else {}
+        count_distribution = {"count_probs": self.estimator.measure.count_probs} if self.estimator.name == "importance" else {}
         missing = {"ci95_missing": nll.missing or bits.missing} if nll.missing or bits.missing else {}
         return {"nll": nll.value, "nll_ci95": [nll.low, nll.high], **missing, "nll_mc_se": nll.mc_se,
                 "nll_document_se": nll.document_se, "ppl": ppl_of(nll.value),
                 "ppl_ci95": [ppl_of(nll.low), ppl_of(nll.high)],
                 "bits_per_byte": bits.value, "bits_per_byte_ci95": [bits.low, bits.high],
                 "tokens": int(self.tokens_N.sum()), "documents": int(np.count_nonzero(self.tokens_N)),
-                "nll_by_count": self.nll_by_count, "estimator": self.estimator.name, **law, "draws": self.draws,
+                "nll_by_count": self.nll_by_count, "estimator": self.estimator.name, **count_distribution, "draws": self.draws,
                 "seed": self.seed, "wall_s": self.wall_s}
 
 
-def _grow(total: np.ndarray, part: np.ndarray) -> np.ndarray:
+def _add_padded(total: np.ndarray, part: np.ndarray) -> np.ndarray:
     """Sum of two lists by index, as long as the longer one."""
     if len(part) > len(total):
         total = np.pad(total, (0, len(part) - len(total)))

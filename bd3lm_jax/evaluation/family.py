@@ -18,7 +18,7 @@ import numpy as np
 from bd3lm_jax import log, plots, rundir
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import estimators, suite
-from bd3lm_jax.evaluation.autopilot import judged, write
+from bd3lm_jax.evaluation.tune_sampling import text_metrics, generate_texts
 from bd3lm_jax.evaluation.domains import OWN, Text, convention_for, open_text
 from bd3lm_jax.evaluation.evaluate import open_run
 from bd3lm_jax.evaluation.scorer import Scorer
@@ -43,7 +43,7 @@ def compare(workdirs: Sequence[str], *, split: str, scorer: str, texts: int, dra
     (why)}. The intervals are over documents and draws (texts), not over trainings. Raises UserError for runs of
     different corpora and for a scorer that does not fit.
     """
-    judge = Scorer(_model(scorer), scorer, 0) if scorer else None
+    scorer_model = Scorer(_model(scorer), scorer, 0) if scorer else None
     configs = [rundir.read(workdir)[0] for workdir in workdirs]
     convention = convention_for(configs, chunks="independent", stride=0, first_token="", end_token="count")
     rows, first = [], None
@@ -64,7 +64,7 @@ def compare(workdirs: Sequence[str], *, split: str, scorer: str, texts: int, dra
                                 "runs of one corpus")
             found = suite.difference(scored, first)
             row |= {"difference": found["difference"], "difference_ci95": found["difference_ci95"]}
-        row |= _training(workdir) | _texts(run, judge, texts, seed)
+        row |= _training(workdir) | _texts(run, scorer_model, texts, seed)
         log.note(f"{row['name']}: measured in {time.perf_counter() - began:.0f} s")
         rows.append(row)
     return rows
@@ -87,7 +87,7 @@ def _bounds(run, text: Text, draws: int, seed: int) -> dict[str, Any]:
     common, objective = estimators.default_estimator(run.config), run.config.diffusion
     row = dict.fromkeys(("estimator", "bound", "bound_ci95", "difference", "difference_ci95", "native", "native_ci95",
                          "scored"))
-    for name in dict.fromkeys([common, *["native"] * _has_native(objective)]):
+    for name in dict.fromkeys([common, *["native"] * _has_own_bound(objective)]):
         measured = run.evaluator.measure(run.params, text.rows, estimator=name, draws=draws, seed=seed, target=None)
         result = text.describe(measured)
         if name == common:
@@ -98,9 +98,9 @@ def _bounds(run, text: Text, draws: int, seed: int) -> dict[str, Any]:
     return row
 
 
-def _has_native(objective: Any) -> bool:
+def _has_own_bound(objective: Any) -> bool:
     """Whether its own bound is another than the common one and can be measured on any text."""
-    return objective.bound is not None and not (objective.causal or objective.needs or objective.kind == "masked")
+    return objective.bound is not None and not (objective.causal or objective.extra_batch_keys or objective.kind == "masked")
 
 
 def _training(workdir: str) -> dict[str, float | None]:
@@ -112,16 +112,16 @@ def _training(workdir: str) -> dict[str, float | None]:
             "train_tokens_per_s": float(np.median(rates)) if rates else None}
 
 
-def _texts(run, judge: Scorer | None, texts: int, seed: int) -> dict[str, Any]:
+def _texts(run, scorer_model: Scorer | None, texts: int, seed: int) -> dict[str, Any]:
     row = dict.fromkeys(("gen_ppl", "gen_ppl_ci95", "entropy", "entropy_ci95", "tokens_per_call", "no_texts"))
-    if judge is None:
+    if scorer_model is None:
         return row
     lm = LM(run.config, run.params, run.tokenizer, run.evaluator.model, run.config.data.length)
     try:
-        samples = write(lm, {}, texts, lm.context, lm.context, seed)
+        samples = generate_texts(lm, {}, texts, lm.context, lm.context, seed)
     except UserError as error:
         return row | {"no_texts": str(error)}
-    found = judged(lm, samples, judge)
+    found = text_metrics(lm, samples, scorer_model)
     calls = sum(sample.nfe for sample in samples)
     return row | {key: found[key] for key in ("gen_ppl", "gen_ppl_ci95", "entropy", "entropy_ci95")} | {
         "tokens_per_call": sum(len(sample.tokens) for sample in samples) / calls}

@@ -12,7 +12,7 @@ from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.evaluation.predictions import Rows, predictions
 
 
-def writes(lm, capacity: int, rows: Rows, lengths: list[int]) -> np.ndarray:
+def is_greedy_decoded(lm, capacity: int, rows: Rows, lengths: list[int]) -> np.ndarray:
     """Whether greedy decoding writes the scored tokens, bool `[B]`.
 
     lengths: of the texts, prompts included; further rows, which fill the batch up, are the last one again.
@@ -35,8 +35,8 @@ def writes(lm, capacity: int, rows: Rows, lengths: list[int]) -> np.ndarray:
 
 
 def _canvases(lm, rows: Rows, lengths: list[int]) -> Rows:
-    """The rows as `LM.generate` writes them: where its canvas ends with the text (`LM.on_canvas`) nothing is behind."""
-    if lm.on_canvas(1) is lm:
+    """The rows as `LM.generate` writes them: where its canvas ends with the text (`LM.at_length`) nothing is behind."""
+    if lm.at_length(1) is lm:
         return rows
     lengths = np.array(lengths + lengths[-1:] * (len(rows.noise_B) - len(lengths)))
     return rows.replace(segment_BxL=rows.segment_BxL * (np.arange(rows.tokens_BxL.shape[1]) < lengths[:, None]))
@@ -51,10 +51,10 @@ def _reveal(model, objective, special, capacity: int, params, masked_BxL, canvas
     level_BxK = blocks(masked_BxL).sum(-1) / jnp.maximum(blocks(rows.scored_BxL).sum(-1), 1)
     noised = Noised(xt_BxMxL=canvas_BxL[:, None], weight_BxMxL=masked_BxL[:, None].astype(jnp.float32),
                     sigma_BxMxK=-jnp.log1p(-jnp.minimum(level_BxK, MASK_PROB_MAX))[:, None], capacity=capacity)
-    said = predictions(model, objective, special, capacity, params, noised, rows)
-    at = jnp.arange(len(masked_BxL))[:, None], said.index_BxMxC[:, 0]
-    confidence_BxL = jnp.zeros(masked_BxL.shape).at[at].set(jnp.exp(-said.best_BxMxC[:, 0]))
-    token_BxL = jnp.zeros_like(canvas_BxL).at[at].set(said.token_BxMxC[:, 0])
+    predicted = predictions(model, objective, special, capacity, params, noised, rows)
+    at = jnp.arange(len(masked_BxL))[:, None], predicted.index_BxMxC[:, 0]
+    confidence_BxL = jnp.zeros(masked_BxL.shape).at[at].set(jnp.exp(-predicted.best_BxMxC[:, 0]))
+    token_BxL = jnp.zeros_like(canvas_BxL).at[at].set(predicted.token_BxMxC[:, 0])
     first = jax.vmap(jax.vmap(lambda confidence, masked: ranking.probability_rank(confidence, masked) == 0))
     new_BxL = first(blocks(confidence_BxL), blocks(masked_BxL)).reshape(masked_BxL.shape) & masked_BxL
     return masked_BxL & ~new_BxL, jnp.where(new_BxL, token_BxL, canvas_BxL)

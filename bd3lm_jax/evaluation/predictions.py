@@ -6,11 +6,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from bd3lm_jax import passes
+from bd3lm_jax import forward
 from bd3lm_jax.diffusion.noised import Noised
-from bd3lm_jax.loss import Output
+from bd3lm_jax.loss import OutputLayer
 from bd3lm_jax.models import trunk
-from bd3lm_jax.ranking import first_best
+from bd3lm_jax.ranking import fast_argmax
 from bd3lm_jax.score import score
 
 
@@ -40,10 +40,10 @@ def predictions(model, objective, special, capacity: int, params, noised: Noised
     if not objective.causal or objective.bos:  # else the weights also say which inputs the network may see
         weight = jnp.where(rows.scored_BxL[:, None], noised.weight_BxMxL, 0)
         noised = noised.replace(weight_BxMxL=weight, capacity=capacity)
-    position, _ = passes.plain_rows(rows.tokens_BxL)
-    scored = score(model, params, objective, noised, rows.tokens_BxL, position, rows.segment_BxL, passes.PLAIN,
+    position, _ = forward.single_document_rows(rows.tokens_BxL)
+    scored = score(model, params, objective, noised, rows.tokens_BxL, position, rows.segment_BxL, forward.DEFAULT_EXECUTION,
                    end_id=special.end)
-    output = Output(*trunk.output_layer(model, params)).without(special.mask, model.config.vocab_size)
+    output = OutputLayer(*trunk.output_layer(model, params)).exclude_tokens(special.mask, model.config.vocab_size)
 
     def losses(xs):
         features_CxD, target_C = xs
@@ -51,7 +51,7 @@ def predictions(model, objective, special, capacity: int, params, noised: Noised
                              preferred_element_type=jnp.float32) + output.bias_V
         lse_C, best_C = jax.nn.logsumexp(logits_CxV, axis=-1), logits_CxV.max(-1)
         target_C = jnp.take_along_axis(logits_CxV, target_C[:, None], 1)[:, 0]
-        return lse_C - target_C, lse_C - best_C, first_best(logits_CxV)
+        return lse_C - target_C, lse_C - best_C, fast_argmax(logits_CxV)
 
     shape = scored.target_BxMxC.shape
     views = tuple(x.reshape(-1, *x.shape[2:]) for x in (scored.features_BxMxCxD, scored.target_BxMxC))

@@ -29,7 +29,7 @@ AVERAGING = {"gen_ppl": "exp(nats of all texts / tokens of all texts)",
              "intervals": "95 %, over texts"}
 
 
-@jax_settings.fixed()
+@jax_settings.pinned()
 def evaluate_samples(paths: Sequence[str], *, scorer: str, weights: str, split: str, reference: str, stride: int,
                      max_tokens: int, mauve: bool, plot: str) -> dict[str, Any]:
     """The `eval --samples` command: figures of the texts in each path (see `sample_files.read`).
@@ -53,12 +53,12 @@ def evaluate_samples(paths: Sequence[str], *, scorer: str, weights: str, split: 
     for note in dict.fromkeys(row.pop("mauve_note") for row in rows):
         if note:
             log.note(note)
-    how = {"scorer": scorer or None, "unit": tokens.unit, "window": tokens.window, "stride": tokens.stride,
+    settings = {"scorer": scorer or None, "unit": tokens.unit, "window": tokens.window, "stride": tokens.stride,
            "max_tokens": max_tokens or None, "first_token": "skip" if tokens.first else "predict",
            "averaging": AVERAGING}
-    show(rows, how, source)
-    drawn = _drawn(plot or _beside(paths[0]), rows) if len(rows) > 1 and scorer else None
-    return {**how, "rows": rows, "reference": source, "plot": drawn, "wall_s": time.perf_counter() - began}
+    show(rows, settings, source)
+    plot_path = _save_plot(plot or _beside(paths[0]), rows) if len(rows) > 1 and scorer else None
+    return {**settings, "rows": rows, "reference": source, "plot": plot_path, "wall_s": time.perf_counter() - began}
 
 
 def figures(texts: Sequence[np.ndarray], nats: Sequence[np.ndarray] | None, first: int, window: int | None) -> dict:
@@ -121,11 +121,11 @@ def _row(file: sample_files.Texts, name: str, tokens: Any, real: Sequence[str] |
     row = {"name": name, "path": file.path, "block_size": file.block_size, "nfe_per_token": file.nfe_per_token,
            "stops": file.stops, "empty": len(encoded) - len(texts),
            **figures(texts, tokens.nats(texts), tokens.first, tokens.window)}
-    alike = None if real is None else cut_like([len(ids) for ids in texts], real, tokens)
-    row["reference"] = None if alike is None else figures(alike, tokens.nats(alike), tokens.first, tokens.window)
+    same_lengths = None if real is None else cut_to_lengths([len(ids) for ids in texts], real, tokens)
+    row["reference"] = None if same_lengths is None else figures(same_lengths, tokens.nats(same_lengths), tokens.first, tokens.window)
     row["mauve"], row["mauve_note"] = None, ""
     if mauve:
-        row["mauve"], row["mauve_note"] = _mauve(texts, alike, tokens)
+        row["mauve"], row["mauve_note"] = _mauve(texts, same_lengths, tokens)
     return row
 
 
@@ -150,7 +150,7 @@ def _real_texts(tokens: Any, reference: str, split: str) -> tuple[list[str] | No
     return documents, f"{data.source}, {split}"
 
 
-def cut_like(sizes: Sequence[int], documents: Sequence[str], tokens: Any) -> list[np.ndarray]:
+def cut_to_lengths(sizes: Sequence[int], documents: Sequence[str], tokens: Any) -> list[np.ndarray]:
     """Tokens of real text, one piece of each size: it begins with a document and goes on with the next ones.
 
     The beginnings are spread evenly over the documents. A piece is shorter only if all documents are.
@@ -166,15 +166,15 @@ def cut_like(sizes: Sequence[int], documents: Sequence[str], tokens: Any) -> lis
     return pieces
 
 
-def _mauve(texts, alike, tokens) -> tuple[float | None, str]:
+def _mauve(texts, same_lengths, tokens) -> tuple[float | None, str]:
     """MAUVE of texts against real ones (Pillutla et al. 2021, arXiv 2102.01454), or None and why not."""
-    if alike is None or tokens.unit == "words":
+    if same_lengths is None or tokens.unit == "words":
         return None, "no MAUVE: it needs a scorer and real text to compare with"
     try:
         import mauve
     except ImportError:
         return None, "no MAUVE: pip install mauve-text torch transformers"
-    real, written = ([tokens.lm.tokenizer.decode(ids) for ids in side] for side in (alike, texts))
+    real, written = ([tokens.lm.tokenizer.decode(ids) for ids in side] for side in (same_lengths, texts))
     try:
         return float(mauve.compute_mauve(p_text=real, q_text=written, verbose=False).mauve), ""
     except (ImportError, OSError, RuntimeError, ValueError) as error:  # its own network could not be had
@@ -185,15 +185,15 @@ def _beside(path: str) -> Path:
     return Path(path) / "plots" / "quality.png" if Path(path).is_dir() else Path(path).parent / "quality.png"
 
 
-def show(rows: Sequence[dict], how: dict[str, Any], source: str | None) -> None:
+def show(rows: Sequence[dict], settings: dict[str, Any], source: str | None) -> None:
     """Tables for people: perplexity beside entropy, then diversity and lengths; real text under each row."""
     lines = []
     for row in rows:
         lines += [row] if row["reference"] is None else [row, row["reference"] | {"name": "  real"}]
-    unit = how["unit"]
-    title = (f"{unit} of {how['scorer']}, windows of {how['window']} every {how['stride']}" if how["scorer"] else
+    unit = settings["unit"]
+    title = (f"{unit} of {settings['scorer']}, windows of {settings['window']} every {settings['stride']}" if settings["scorer"] else
              "no --scorer: words, no perplexity")
-    title += f", first {how['max_tokens']} {unit}" if how["max_tokens"] else ""
+    title += f", first {settings['max_tokens']} {unit}" if settings["max_tokens"] else ""
     log.table(f"{title}; real text: {source or 'none'}",
               ("text", "texts", "gen. PPL (95 %)", "mean PPL", "entropy", "below 4", "NFE"),
               [(line["name"], line["samples"], *_perplexities(line), f"{line['entropy']:.2f}",
@@ -218,31 +218,31 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def _drawn(path: str | Path, rows: Sequence[dict]) -> str | None:
+def _save_plot(path: str | Path, rows: Sequence[dict]) -> str | None:
     try:
-        drawn = draw(path, rows)
+        plot_path = draw(path, rows)
     except OSError as error:  # the figures are worth more than their picture
         log.note(f"no plot: cannot write {path}: {error.strerror or error}; use --plot=FILE.png")
         return None
-    return None if drawn is None else str(drawn)
+    return None if plot_path is None else str(plot_path)
 
 
 def draw(path: str | Path, rows: Sequence[dict]) -> Path | None:
     """Generative perplexity against network calls a token, coloured by block size; None if no row has both."""
-    known = [row for row in rows if row["nfe_per_token"] is not None]
-    if not known:
+    plottable = [row for row in rows if row["nfe_per_token"] is not None]
+    if not plottable:
         return None
     figure, axes = plots.new_figure("Quality against network calls", "network calls a token",
                                     "generative perplexity (H: unigram entropy, nats)")
-    for size in sorted({row["block_size"] for row in known}, key=lambda size: (size is None, size)):
-        points = [row for row in known if row["block_size"] == size]
+    for size in sorted({row["block_size"] for row in plottable}, key=lambda size: (size is None, size)):
+        points = [row for row in plottable if row["block_size"] == size]
         ppl = np.array([row["gen_ppl"] for row in points])
         bars = np.abs(np.array([row["gen_ppl_ci95"] for row in points]).T - ppl)
         axes.errorbar([row["nfe_per_token"] for row in points], ppl, yerr=bars, fmt="o", capsize=3, markersize=5,
                       label="block size not known" if size is None else f"block size {size}")
         for row in points:
             axes.annotate(f" {row['name']}, H {row['entropy']:.2f}", (row["nfe_per_token"], row["gen_ppl"]), fontsize=8)
-    real = next((row["reference"] for row in known if row["reference"]), None)
+    real = next((row["reference"] for row in plottable if row["reference"]), None)
     if real:
         axes.axhline(real["gen_ppl"], color="black", linestyle="--", linewidth=1,
                      label=f"real text, H {real['entropy']:.2f}")

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from bd3lm_jax import hf, jax_settings, log, plots, rundir
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import compare
-from bd3lm_jax.evaluation.domains import DOMAINS, OWN, Missing, Text, convention_for, open_text
+from bd3lm_jax.evaluation.domains import DOMAINS, OWN, MissingText, Text, convention_for, open_text
 from bd3lm_jax.evaluation.estimators import default_estimator
-from bd3lm_jax.evaluation.evaluate import Measured, Opened, Target, open_run
+from bd3lm_jax.evaluation.evaluate import LikelihoodResult, LoadedRun, Target, open_run
 from bd3lm_jax.restore import published_config
 from bd3lm_jax.stats import format_interval
 
@@ -24,11 +24,11 @@ class Scored(NamedTuple):
 
     workdir: str
     text: Text
-    measured: Measured
+    measured: LikelihoodResult
     result: dict[str, Any]
 
 
-@jax_settings.fixed()
+@jax_settings.pinned()
 def evaluate_suite(workdirs: Sequence[str], *, split: str, data_dir: str, chunks: str, stride: int, first_token: str,
                    end_token: str, estimator: str, draws: int, seed: int, weights: str, batch: int, target_ci: float,
                    max_draws: int, length: int = 0) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def evaluate_suite(workdirs: Sequence[str], *, split: str, data_dir: str, chunks
     own = [path for path in paths if not hf.is_published(path)]
     if length and len(own) == len(paths):
         raise UserError(f"--length={length} is for published checkpoints: runs have the length they were trained with")
-    runs = [rundir.read(path) if path in own else published_config(path, hf.describe(path), length) for path in paths]
+    runs = [rundir.read(path) if path in own else published_config(path, hf.from_hf_config(path), length) for path in paths]
     convention = convention_for([config for config, _ in runs], chunks=chunks, stride=stride, first_token=first_token,
                                 end_token=end_token)
     skipped, texts = {}, {}
@@ -59,7 +59,7 @@ def evaluate_suite(workdirs: Sequence[str], *, split: str, data_dir: str, chunks
                 text = open_text(config, tokenizer, data=name, split=split, data_dir=data_dir, convention=convention)
                 texts.setdefault(workdir, []).append(text)
             except UserError as error:
-                if name != OWN and not isinstance(error, Missing):
+                if name != OWN and not isinstance(error, MissingText):
                     raise
                 skipped[name or config.data.source] = str(error)
     for name, reason in skipped.items():
@@ -85,10 +85,10 @@ def _names(runs, own_corpora: int) -> list[str]:
     return [*own, *DOMAINS]
 
 
-def _score(run: Opened, texts: Sequence[Text], estimator: str, draws: int, seed: int, target) -> list[Scored]:
+def _score(run: LoadedRun, texts: Sequence[Text], estimator: str, draws: int, seed: int, target) -> list[Scored]:
     scored = []
     for text in texts:
-        log.note(f"{run.workdir}: {text.name}, {log.counted(len(text.rows), 'row')}")
+        log.note(f"{run.workdir}: {text.name}, {log.pluralize(len(text.rows), 'row')}")
         measured = run.evaluator.measure(run.params, text.rows, estimator=estimator or default_estimator(run.config),
                                          draws=draws, seed=seed, target=target)
         result = {**text.describe(measured), "workdir": run.workdir, "step": run.step,
@@ -97,15 +97,15 @@ def _score(run: Opened, texts: Sequence[Text], estimator: str, draws: int, seed:
     return scored
 
 
-def difference(ours: Scored, theirs: Scored) -> dict[str, Any]:
+def difference(candidate: Scored, baseline: Scored) -> dict[str, Any]:
     """Bits per byte of one run less those of another on the same documents, paired by document.
 
     Negative where the first is better. Numbers are None where the bits of the two tokenizers do not compare.
     """
-    same_rows = ours.text.rows.meta["hash"] == theirs.text.rows.meta["hash"]
-    found = compare.difference(*(side.measured.per_byte(side.text.rows) for side in (ours, theirs)), same_rows)
-    return {"workdir": theirs.workdir, "unit": "bits per byte",
-            **compare.as_result(found, ours.text.comparable_with(theirs.text))}
+    same_rows = candidate.text.rows.meta["hash"] == baseline.text.rows.meta["hash"]
+    found = compare.difference(*(side.measured.per_byte(side.text.rows) for side in (candidate, baseline)), same_rows)
+    return {"workdir": baseline.workdir, "unit": "bits per byte",
+            **compare.as_result(found, candidate.text.comparable_with(baseline.text))}
 
 
 def points(results: Sequence[dict]) -> dict[str, dict[str, tuple[float, float, float]]]:
@@ -129,11 +129,11 @@ def show(results: Sequence[dict]) -> None:
     order = list(dict.fromkeys(result["data"] for result in results))
     lines = [_line(result) for data in order for result in results if result["data"] == data]
     compared = any("against" in result for result in results)
-    log.table(f"{_how(results[0])}", columns if compared else columns[:-1],
+    log.table(f"{_convention_title(results[0])}", columns if compared else columns[:-1],
               [line if compared else line[:-1] for line in lines])
 
 
-def _how(result: dict) -> str:
+def _convention_title(result: dict) -> str:
     cut = "independent rows" if result["chunks"] == "independent" else f"windows every {result['stride']} tokens"
     words = {"predict": "predicted", "count": "counted", "skip": "given"}
     return (f"Zero-shot: {cut} of {result['length']} tokens, first tokens {words[result['first_token']]}, ends of "

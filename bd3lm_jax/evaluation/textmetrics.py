@@ -120,8 +120,8 @@ def _interpolate(codes: np.ndarray, test_codes: np.ndarray, history_bits: int, l
     totals = np.add.reduceat(counts[order], np.cumsum(kinds) - kinds)
     count = _look_up(ngrams, counts, test_codes)
     kind, total = (_look_up(histories, values, test_codes & mask) for values in (kinds, totals))
-    seen = total > 0
-    return np.where(seen, (count + kind * lower) / np.where(seen, total + kind, 1), lower)
+    has_history = total > 0
+    return np.where(has_history, (count + kind * lower) / np.where(has_history, total + kind, 1), lower)
 
 
 def _runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -130,7 +130,7 @@ def _runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values[first], np.diff(first, append=len(values))
 
 
-def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """values[keys == wanted], 0 where `wanted` is not among the sorted keys."""
-    place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[place] == wanted, values[place], 0)
+def _look_up(keys: np.ndarray, values: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """values[keys == wanted], 0 where `queries` is not among the sorted keys."""
+    place = np.minimum(np.searchsorted(keys, queries), len(keys) - 1)
+    return np.where(keys[place] == queries, values[place], 0)

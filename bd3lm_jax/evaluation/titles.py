@@ -24,8 +24,8 @@ def run_titles(configs: Sequence[Config]) -> list[str]:
     flat = [_flat(config.to_dict()) for config in configs]
     titles = []
     for group, values in zip(groups, flat):
-        alike = [other for name, other in zip(groups, flat) if name == group]
-        parts = [phrase(key, value) for key, value in values.items() if _tells(key, value, alike)]
+        same_group = [other for name, other in zip(groups, flat) if name == group]
+        parts = [phrase(key, value) for key, value in values.items() if _is_distinguishing(key, value, same_group)]
         titles.append(", ".join([group, *parts]))
     return titles
 
@@ -38,11 +38,11 @@ def _objective(config: Config) -> str:
     return f"{name}, S = {size}" if 1 < size < config.data.length else name
 
 
-def _tells(key: str, value: Any, alike: Sequence[dict]) -> bool:
-    counts = Counter(repr(other.get(key)) for other in alike)
+def _is_distinguishing(key: str, value: Any, same_group: Sequence[dict]) -> bool:
+    counts = Counter(repr(other.get(key)) for other in same_group)
     if len(counts) == 1:
         return False
-    return 2 * len(counts) > len(alike) or repr(value) != counts.most_common(1)[0][0]
+    return 2 * len(counts) > len(same_group) or repr(value) != counts.most_common(1)[0][0]
 
 
 def _flat(values: dict, prefix: str = "") -> dict[str, Any]:

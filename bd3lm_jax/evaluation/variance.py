@@ -70,7 +70,7 @@ def study(workdir: str, *, split: str, batch: int, draws: int, seed: int) -> lis
     batches = [loader.get(step)[1] for step in range(draws)]
     measure = jax.jit(make_measure(lm))
     uniform = Masked.uniform_counts(size)
-    objectives = {**{name: sampled(name, size) for name in BERNOULLI}, UNIFORM: uniform}
+    objectives = {**{name: bernoulli_objective(name, size) for name in BERNOULLI}, UNIFORM: uniform}
     best = _best_counts(uniform, lm, measure, batches, seed + 1)
     objectives[OPTIMAL] = dataclasses.replace(uniform, count_probs=best)
     gradients = {}
@@ -79,24 +79,24 @@ def study(workdir: str, *, split: str, batch: int, draws: int, seed: int) -> lis
         gradients[name] = [float(gradient) for *_, gradient in measured]
         if name == UNIFORM:
             sums_RxSx3 = np.array([_sums(noised, rows, losses, size) for noised, rows, losses, _ in measured])
-    laws = {name: weight_moments(objective) for name, objective in objectives.items()}
-    result = _compare(sums_RxSx3, laws, gradients, PUBLISHED.get(size, {}))
+    moments = {name: weight_moments(objective) for name, objective in objectives.items()}
+    result = _compare(sums_RxSx3, moments, gradients, PUBLISHED.get(size, {}))
     _show(result, f"{workdir}, {split}, block size {size}: loss of a block in nats a token, {draws} x {batch} rows")
     return [{**row, "block_size": size} for row in result]
 
 
 def _check(lm: LM, workdir: str, batch: int, draws: int) -> None:
-    if not lm.config.diffusion.masks:
+    if not lm.config.diffusion.uses_mask_token:
         kind = "an autoregressive" if lm.config.diffusion.causal else f"a '{lm.config.diffusion.kind}'"
         raise UserError(f"{workdir} is {kind} model, which has no schedule of masks: give a masked one")
-    if trunk.takes_level(lm.config.model):
+    if trunk.is_time_conditioned(lm.config.model):
         raise UserError(f"{workdir} sees the noise level, so that its loss does not depend on the mask alone: give a "
                         "model with model.time_conditioning=False")
     if batch < 2 or batch % 2 or draws < 2:
         raise UserError(f"batch is {batch} and draws {draws}, expected an even batch of at least 2 and 2 draws")
 
 
-def sampled(name: str, block_size: int) -> Masked:
+def bernoulli_objective(name: str, block_size: int) -> Masked:
     """The objective of a name in BERNOULLI."""
     objective = dataclasses.replace(Masked.uniform_counts(block_size), corruption="bernoulli", **BERNOULLI[name])
     eps = get_schedule(objective.schedule).mask_prob(jnp.float32(FIRST_TIME))
@@ -117,10 +117,10 @@ def weight_moments(objective: Masked) -> np.ndarray:
     part_T = t_T * math.log(high / low) / points / (high - low)  # of the times' probability
     prob_T, weight_T = (np.asarray(f(t_T.astype(np.float32)), np.float64) for f in
                         (schedule.mask_prob, schedule.weight))
-    law = _truncated if clipped else _binomial
-    law_TxS = law(np.minimum(prob_T, 1), size, objective.clip_low, objective.clip_high)
+    distribution = _truncated if clipped else _binomial
+    probs_TxS = distribution(np.minimum(prob_T, 1), size, objective.clip_low, objective.clip_high)
     weight_T = weight_T if clipped else weight_T * (high - low)
-    return np.array([(part_T * weight_T**power) @ law_TxS for power in (1, 2)])
+    return np.array([(part_T * weight_T**power) @ probs_TxS for power in (1, 2)])
 
 
 def _binomial(prob_T, size, low, high):
@@ -187,17 +187,17 @@ def _sums(noised, rows: dict, losses_Bx1xL, size: int) -> np.ndarray:
 def _best_counts(uniform: Masked, lm: LM, measure, batches: list[dict], seed: int) -> tuple[float, ...]:
     """pi* (diffusion/clip.py) by other noise than that it is judged by."""
     schedule = CountSchedule(uniform.block_size, FLOOR, decay=1.0)
-    state = schedule.first()
+    state = schedule.init_state()
     for noised, _, losses_BxMxL, _ in _draws(uniform, lm, measure, batches, seed):
-        state = schedule.learn(state, schedule.seen(losses_BxMxL, noised.weight_BxMxL > 0))
-    return tuple(schedule.shown(state)["count_probs"])
+        state = schedule.update_state(state, schedule.batch_statistics(losses_BxMxL, noised.weight_BxMxL > 0))
+    return tuple(schedule.as_metrics(state)["count_probs"])
 
 
-def _compare(sums_RxSx3: np.ndarray, laws: dict[str, np.ndarray], gradients: dict[str, list[float]],
+def _compare(sums_RxSx3: np.ndarray, moments: dict[str, np.ndarray], gradients: dict[str, list[float]],
              published: dict[str, float]) -> list[dict[str, Any]]:
     """The rows of `study` from R batches."""
-    gradients_RxN = np.array([gradients[name] for name in laws], np.float64).T
-    linear = list(laws).index(LINEAR)
+    gradients_RxN = np.array([gradients[name] for name in moments], np.float64).T
+    linear = list(moments).index(LINEAR)
 
     def numbers(sums_Sx3, gradient_N):
         """mean, variance, gradient and RATIOS of every schedule, `[6, N]`."""
@@ -205,18 +205,18 @@ def _compare(sums_RxSx3: np.ndarray, laws: dict[str, np.ndarray], gradients: dic
         if not blocks_S.all():
             raise UserError(f"the rows hold {blocks_S.sum():.0f} blocks, too few for each of the {len(blocks_S)} "
                             "counts of masked tokens: take larger batches or more draws")
-        mean_N = np.array([a @ (first_S / blocks_S) for a, _ in laws.values()])
-        variance_N = np.array([b @ (second_S / blocks_S) for _, b in laws.values()]) - mean_N**2
+        mean_N = np.array([a @ (first_S / blocks_S) for a, _ in moments.values()])
+        variance_N = np.array([b @ (second_S / blocks_S) for _, b in moments.values()]) - mean_N**2
         relative_N, relative_gradient_N = variance_N / mean_N**2, gradient_N / mean_N**2
         ratios = [x / x[linear] for x in (variance_N, relative_N, relative_gradient_N)]
         return np.array([mean_N, variance_N, gradient_N, *ratios])
 
     found_6xN = numbers(sums_RxSx3.sum(0), gradients_RxN.mean(0))
-    others = [np.delete(np.arange(len(sums_RxSx3)), batch) for batch in range(len(sums_RxSx3))]
-    without_Rx6xN = np.array([numbers(sums_RxSx3[kept].sum(0), gradients_RxN[kept].mean(0)) for kept in others])
+    jackknife_groups = [np.delete(np.arange(len(sums_RxSx3)), batch) for batch in range(len(sums_RxSx3))]
+    without_Rx6xN = np.array([numbers(sums_RxSx3[group].sum(0), gradients_RxN[group].mean(0)) for group in jackknife_groups])
     low_3xN, high_3xN = jackknife(found_6xN[3:], without_Rx6xN[:, 3:])
     rows = []
-    for i, name in enumerate(laws):
+    for i, name in enumerate(moments):
         row = {"schedule": name, **dict(zip(("mean", "variance", "gradient", *RATIOS), found_6xN[:, i].tolist()))}
         row |= {f"{ratio}_ci95": [float(low_3xN[j, i]), float(high_3xN[j, i])] for j, ratio in enumerate(RATIOS)}
         rows.append({**row, "published_ratio": published[name] / published[LINEAR] if name in published else None})

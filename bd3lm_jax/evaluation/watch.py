@@ -18,7 +18,7 @@ from bd3lm_jax.evaluation.evaluate import open_run
 from bd3lm_jax.restore import restore
 from bd3lm_jax.signals import Signals
 from bd3lm_jax.stats import format_interval, format_number
-from bd3lm_jax.step_choice import Absent
+from bd3lm_jax.checkpoint_selection import CheckpointNotFound
 
 FILE = "watch.jsonl"  # of the run directory: a line an evaluation
 POLL_S = 2.0  # between looks at the directory
@@ -29,78 +29,78 @@ def _is_evaluation(line: dict) -> bool:
     return type(line.get("step")) is int and {"asked", "config_sha256"} <= line.keys()
 
 
-class _Stopped(Exception):
+class _Interrupted(Exception):
     """A signal came while a checkpoint was evaluated."""
 
 
-@jax_settings.fixed()
+@jax_settings.pinned()
 def watch(workdir: str, *, watch_for: float, data: str, split: str, data_dir: str, chunks: str, stride: int,
           first_token: str, end_token: str, estimator: str, draws: int, seed: int, weights: str, batch: int,
           block_size: int) -> dict[str, Any]:
     """Evaluate each newest checkpoint of a run once, until that of its last step (`train.steps`) is done.
 
     watch_for: seconds without a new checkpoint after which the watch ends, 0 for never. The other arguments as for
-    `evaluate_run`. A line of `watch.jsonl` holds the step, the figures of `eval` and `asked`, these arguments:
+    `evaluate_run`. A line of `watch.jsonl` holds the step, the figures of `eval` and `arguments`, these arguments:
     what stands there for the same arguments and config is not evaluated again. A checkpoint that is deleted while it is
     read is passed over, a damaged one with a warning, until it is saved anew; if it is the last one, the watch waits
     for that.
 
-    Returns the last line, `ended` ("last step", "nothing new", or the name of the signal that came) and `watched`: all
+    Returns the last line, `ended` ("last step", "nothing new", or the name of the signal that came) and `follower`: all
     lines of these arguments. Raises UserError for a published checkpoint and wrong arguments, RunError if no checkpoint
     came in time.
     """
     if hf.is_published(workdir):
         raise UserError(f"{workdir} is a published checkpoint: --watch follows a run that trains")
-    asked = {"data": data, "split": split, "data_dir": data_dir, "chunks": chunks, "stride": stride,
+    arguments = {"data": data, "split": split, "data_dir": data_dir, "chunks": chunks, "stride": stride,
              "first_token": first_token, "end_token": end_token, "estimator": estimator, "draws": draws, "seed": seed,
              "weights": weights, "block_size": block_size}
     with Signals() as signals:
-        watched = _Watched(Path(workdir), asked, batch, signals)
-        ended = _follow(watched, watch_for, signals)
-    if not watched.lines and ended == NOTHING_NEW:
+        follower = _RunFollower(Path(workdir), arguments, batch, signals)
+        ended = _follow(follower, watch_for, signals)
+    if not follower.lines and ended == NOTHING_NEW:
         raise RunError(f"no checkpoint came in {workdir} within {watch_for:g} s: is anything training there?")
-    return {**(watched.lines[-1] if watched.lines else {}), "workdir": workdir, "ended": ended,
-            "watched": watched.lines}
+    return {**(follower.lines[-1] if follower.lines else {}), "workdir": workdir, "ended": ended,
+            "watched": follower.lines}
 
 
-def _follow(watched: "_Watched", watch_for: float, signals: Signals) -> str:
+def _follow(follower: "_RunFollower", watch_for: float, signals: Signals) -> str:
     """Evaluate what comes; returns why it ended."""
-    last_news = time.monotonic()
+    last_progress = time.monotonic()
     while not signals.received:
-        step = watched.newest()
+        step = follower.newest()
         if step is not None:
             try:
-                watched.evaluate(step)
-            except _Stopped:
+                follower.evaluate(step)
+            except _Interrupted:
                 break
-            last_news = time.monotonic()
-        elif watched.finished():
+            last_progress = time.monotonic()
+        elif follower.finished():
             return LAST
-        elif watch_for and time.monotonic() - last_news > watch_for:
+        elif watch_for and time.monotonic() - last_progress > watch_for:
             return NOTHING_NEW
         else:
             signals.wait(POLL_S)
     return signal.Signals(signals.received[0]).name
 
 
-class _Watched:
+class _RunFollower:
     """A run directory, which need not be there yet, and what is known of its checkpoints."""
 
-    def __init__(self, workdir: Path, asked: dict[str, Any], batch: int, signals: Signals):
-        self._workdir, self._asked, self._batch, self._signals = workdir, asked, batch, signals
+    def __init__(self, workdir: Path, arguments: dict[str, Any], batch: int, signals: Signals):
+        self._workdir, self._arguments, self._batch, self._signals = workdir, arguments, batch, signals
         self._text = self._run = None  # from when the run is there, and from the first checkpoint on
-        self._started, self._sha256, self._seen, self.lines = False, "", set(), []
+        self._started, self._sha256, self._done_steps, self.lines = False, "", set(), []
         self._damaged = set()  # as `_version`
         if not (workdir / rundir.CONFIG).exists():
             log.note(f"waiting for a run in {workdir}")
 
     def newest(self) -> int | None:
         """The newest checkpoint, if it is later than all that were evaluated and not one that was found damaged."""
-        if not self._begin():
+        if not self._open_when_present():
             return None
         with Checkpoints(self._workdir, 1, read_only=True) as checkpoints:
             step = checkpoints.latest_step()
-        if step is None or step <= max(self._seen, default=-1) or self._version(step) in self._damaged:
+        if step is None or step <= max(self._done_steps, default=-1) or self._version(step) in self._damaged:
             return None
         return step
 
@@ -112,59 +112,59 @@ class _Watched:
 
     def finished(self) -> bool:
         """Whether the last step that the run was told to do was evaluated."""
-        return self._started and max(self._seen, default=-1) >= rundir.planned_steps(self._workdir)
+        return self._started and max(self._done_steps, default=-1) >= rundir.planned_steps(self._workdir)
 
     def evaluate(self, step: int) -> None:
         """Add a line for a checkpoint, unless it is gone or damaged."""
         version = self._version(step)
         try:
             params = self._read(step)
-        except Absent:
+        except CheckpointNotFound:
             return
         except RunError as error:
             log.note(f"warning: {error}")
             self._damaged.add(version)
             return
-        asked = self._asked
+        arguments = self._arguments
         measured = self._run.evaluator.measure(
-            params, self._text.rows, estimator=asked["estimator"] or default_estimator(self._run.config),
-            draws=asked["draws"], seed=asked["seed"], target=None)
+            params, self._text.rows, estimator=arguments["estimator"] or default_estimator(self._run.config),
+            draws=arguments["draws"], seed=arguments["seed"], target=None)
         result = self._text.describe(measured)
-        line = {"step": step, **result, "config_sha256": self._sha256, "asked": asked}
+        line = {"step": step, **result, "config_sha256": self._sha256, "asked": arguments}
         log.append(self._workdir / FILE, line)
-        self._seen.add(step)
+        self._done_steps.add(step)
         self.lines.append(line)
         nll, bits = (f"{format_number(result[key], '.4f')} ({format_interval(result[f'{key}_ci95'], '.4f')})"
                      for key in ("nll", "bits_per_byte"))
         log.note(f"step {step}: nll {nll}, {bits} bits per byte")
 
-    def _begin(self) -> bool:
+    def _open_when_present(self) -> bool:
         """Whether there is a run. When it is first there: refuse what does not fit, learn what was done before."""
         if not self._started and (self._workdir / rundir.CONFIG).exists():
-            asked, (config, tokenizer) = self._asked, rundir.read(self._workdir)
+            arguments, (config, tokenizer) = self._arguments, rundir.read(self._workdir)
             self._sha256 = config.sha256()
-            config = config.at_trained_size(asked["block_size"]) if asked["block_size"] else config
-            estimators.make(asked["estimator"] or default_estimator(config), config)
-            convention = domains.convention_for([config], **{name: asked[name] for name in (
+            config = config.at_trained_block_size(arguments["block_size"]) if arguments["block_size"] else config
+            estimators.make(arguments["estimator"] or default_estimator(config), config)
+            convention = domains.convention_for([config], **{name: arguments[name] for name in (
                 "chunks", "stride", "first_token", "end_token")})
             self._text = domains.open_text(config, tokenizer, convention=convention,
-                                           **{name: asked[name] for name in ("data", "split", "data_dir")})
+                                           **{name: arguments[name] for name in ("data", "split", "data_dir")})
             self.lines = [line for line in log.read_lines(self._workdir / FILE, _is_evaluation)
-                          if line["asked"] == self._asked and line["config_sha256"] == self._sha256]
-            self._seen = {line["step"] for line in self.lines}
+                          if line["asked"] == self._arguments and line["config_sha256"] == self._sha256]
+            self._done_steps = {line["step"] for line in self.lines}
             self._started = True
         return self._started
 
     def _read(self, step: int) -> Any:
         """The weights of a step. The network and its programs are made once."""
-        asked = self._asked
+        arguments = self._arguments
         if self._run is not None:
-            return restore(self._workdir, asked["weights"], None, self._run.evaluator.mesh, step).params
-        run = open_run(str(self._workdir), asked["weights"], self._batch, asked["block_size"], step=step)
-        run.evaluator.alive = self._stop_if_told
+            return restore(self._workdir, arguments["weights"], None, self._run.evaluator.mesh, step).params
+        run = open_run(str(self._workdir), arguments["weights"], self._batch, arguments["block_size"], step=step)
+        run.evaluator.alive = self._raise_if_signalled
         self._run = run._replace(params=None)  # one checkpoint's at a time
         return run.params
 
-    def _stop_if_told(self) -> None:
+    def _raise_if_signalled(self) -> None:
         if self._signals.received:
-            raise _Stopped
+            raise _Interrupted

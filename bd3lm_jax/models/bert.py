@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.models.shared import check_config, drop, logits_of, of_tokens, padded, tied_kernel
+from bd3lm_jax.models.shared import check_config, row_dropout, logits_of, embed_tokens, pad_vocab_size, tied_kernel
 from bd3lm_jax.models.trunk import Backbone
 
 NORMAL = nn.initializers.normal(0.02)  # the published recipe's
@@ -40,7 +40,7 @@ class BertConfig:
 
     @property
     def padded_vocab(self) -> int:
-        return padded(self.vocab_size)
+        return pad_vocab_size(self.vocab_size)
 
 
 def build(config: BertConfig, dtype: Any) -> Backbone:
@@ -58,13 +58,13 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self, ids, position):
-        """Tokens as `shared.of_tokens` takes them, int32 positions `[..., T]` -> `[..., T, D]`."""
+        """Tokens as `shared.embed_tokens` takes them, int32 positions `[..., T]` -> `[..., T, D]`."""
         config, dtype = self.config, self.dtype
         rows = config.unused_positions + config.positions
         tokens = self.param("embedding", NORMAL, (config.padded_vocab, config.width))
         places = self.param("position", NORMAL, (rows, config.width))
         types = self.param("token_type", NORMAL, (config.token_types, config.width))
-        h = of_tokens(tokens, ids, dtype) + of_tokens(places, position + config.unused_positions, dtype)
+        h = embed_tokens(tokens, ids, dtype) + embed_tokens(places, position + config.unused_positions, dtype)
         return _norm(config, dtype, name="norm")(h + types[0].astype(dtype))
 
 
@@ -86,21 +86,21 @@ class Block(nn.Module):
 
     def __call__(self, h, cond, rotary):
         """All parameters once, for `init`."""
-        q, k, v = self.pre(h, cond, rotary, True)
-        return self.post(h, q + k + v, cond, None)
+        q, k, v = self.project_qkv(h, cond, rotary, True)
+        return self.attention_output_and_mlp(h, q + k + v, cond, None)
 
-    def pre(self, h, cond, rotary, queries: bool):
+    def project_qkv(self, h, cond, rotary, queries: bool):
         """h `[..., T, D]` -> q (None without `queries`), k, v `[..., T, H, Dh]`."""
         del cond, rotary
         return self.q(h) if queries else None, self.k(h), self.v(h)
 
-    def post(self, h, attended, cond, dropout_keys):
+    def attention_output_and_mlp(self, h, attended, cond, dropout_keys):
         """h and attention output `[..., T, H, Dh]` -> the next h, auxiliary loss (none)."""
         del cond
         rate = self.config.dropout
-        h = self.norm1(h + drop(self.out(attended), dropout_keys, 0, rate))
+        h = self.norm1(h + row_dropout(self.out(attended), dropout_keys, 0, rate))
         inner = nn.gelu(self.mlp_in(h), approximate=False)
-        return self.norm2(h + drop(self.mlp_out(inner), dropout_keys, 1, rate)), 0.0
+        return self.norm2(h + row_dropout(self.mlp_out(inner), dropout_keys, 1, rate)), 0.0
 
 
 class Head(nn.Module):

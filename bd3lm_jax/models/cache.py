@@ -47,22 +47,22 @@ class Cache:
                 return jax.vmap(lambda *row: jax.lax.dynamic_update_slice_in_dim(*row, axis=-1))(buffer, new, start)
             return jax.lax.dynamic_update_slice_in_dim(buffer, new, start, axis=-1)
         def put_all(buffers, which):
-            return {name: tuple(jax.tree.map(put, buffer, packed(jnp.moveaxis(pair[which][i], 1, -1), buffer))
+            return {name: tuple(jax.tree.map(put, buffer, quantize_like(jnp.moveaxis(pair[which][i], 1, -1), buffer))
                                 for i, buffer in enumerate(buffers[name])) for name, pair in stored.items()}
         info = {name: put(getattr(self, name), getattr(stream, name)) for name in ("position", "block", "segment")}
         return Cache(keys=put_all(self.keys, 0), values=put_all(self.values, 1), empty=False, **info)
 
-    def forget(self, start, count: int) -> "Cache":
+    def invalidate(self, start, count: int) -> "Cache":
         """Nobody attends to slots `start` to `start` + `count` - 1 any more."""
-        nobody = jnp.zeros((self.segment.shape[0], count), jnp.int32)
-        return self.replace(segment=jax.lax.dynamic_update_slice_in_dim(self.segment, nobody, start, axis=1))
+        no_segment = jnp.zeros((self.segment.shape[0], count), jnp.int32)
+        return self.replace(segment=jax.lax.dynamic_update_slice_in_dim(self.segment, no_segment, start, axis=1))
 
-    def rolled(self, shift) -> "Cache":
+    def shift_slots(self, shift) -> "Cache":
         """Slot i moves to slot i + `shift`, the last ones to the front."""
         return jax.tree.map(lambda x: jnp.roll(x, shift, axis=-1), self)
 
 
-def packed(x, like):
+def quantize_like(x, like):
     """Keys or values as the cache keeps them."""
     if not isinstance(like, Int8):
         return x
@@ -70,8 +70,8 @@ def packed(x, like):
     return Int8(jnp.round(x.astype(jnp.float32) / scale), scale)
 
 
-def unpacked(stored, dtype):
-    """Inverse of `packed`, in the dtype that is computed in."""
+def dequantize(stored, dtype):
+    """Inverse of `quantize_like`, in the dtype that is computed in."""
     if isinstance(stored, Int8):
         return (stored.integers.astype(jnp.float32) * stored.scale).astype(dtype)
     return stored.astype(dtype)

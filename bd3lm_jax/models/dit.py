@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.models.shared import drop, of_tokens, padded, queries_keys_values
+from bd3lm_jax.models.shared import row_dropout, embed_tokens, pad_vocab_size, queries_keys_values
 from bd3lm_jax.models.trunk import Backbone
 
 LEVEL_FEATURES = 256  # sinusoidal features of the noise level
@@ -54,7 +54,7 @@ class DiTConfig:
 
     @property
     def padded_vocab(self) -> int:
-        return padded(self.vocab_size)
+        return pad_vocab_size(self.vocab_size)
 
 
 def build(config: DiTConfig, dtype: Any) -> Backbone:
@@ -86,7 +86,7 @@ class Embed(nn.Module):
         shape = (self.config.padded_vocab, self.config.width)
         bound = 1 / math.sqrt(self.config.width)
         table = self.param("embedding", lambda key: jax.random.uniform(key, shape, jnp.float32, -bound, bound))
-        return of_tokens(table, ids, self.dtype)
+        return embed_tokens(table, ids, self.dtype)
 
 
 class Condition(nn.Module):
@@ -126,23 +126,23 @@ class Block(nn.Module):
 
     def __call__(self, h, cond, rotary):
         """All parameters once, for `init`."""
-        q, k, v = self.pre(h, cond, rotary, True)
-        return self.post(h, q + k + v, cond, None)
+        q, k, v = self.project_qkv(h, cond, rotary, True)
+        return self.attention_output_and_mlp(h, q + k + v, cond, None)
 
-    def pre(self, h, cond, rotary, queries: bool):
+    def project_qkv(self, h, cond, rotary, queries: bool):
         """h `[..., T, D]` -> q (None without `queries`), k, v `[..., T, H, Dh]`, rotated."""
         shift, scale = self._modulate(h, cond, 0, 1)
         x = _affine(self.norm1(h), shift, scale)
         q, k, v = queries_keys_values(self.qkv, x, queries, self.dtype)
         return rotate(q, rotary) if queries else None, rotate(k, rotary), v
 
-    def post(self, h, attended, cond, dropout_keys):
+    def attention_output_and_mlp(self, h, attended, cond, dropout_keys):
         """h and attention output `[..., T, H, Dh]` -> the next h, auxiliary loss (none)."""
         gate1, shift, scale, gate2 = self._modulate(h, cond, 2, 3, 4, 5)
         rate = self.config.dropout
-        h = h + _gated(drop(self.out(attended), dropout_keys, 0, rate), gate1)
+        h = h + _gated(row_dropout(self.out(attended), dropout_keys, 0, rate), gate1)
         inner = nn.gelu(self.mlp_in(_affine(self.norm2(h), shift, scale)), approximate=True)
-        return h + _gated(drop(self.mlp_out(inner), dropout_keys, 1, rate), gate2), 0.0
+        return h + _gated(row_dropout(self.mlp_out(inner), dropout_keys, 1, rate), gate2), 0.0
 
     def _modulate(self, h, cond, *parts):
         if not self.config.adaln:

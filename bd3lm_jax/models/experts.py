@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from bd3lm_jax.sharding import BATCH_AXES, EXPERT_AXES, dividing
+from bd3lm_jax.sharding import BATCH_AXES, EXPERT_AXES, divisible_axes
 
 
 TILES = 3  # of an expert that a chunk has room for: what it needs when all are chosen alike, and half as many again
@@ -42,15 +42,15 @@ def route(logits, bias_E, *, groups: int, top_groups: int, top_k: int, scale: fl
     grouped = ranked.reshape(*ranked.shape[:-1], groups, ranked.shape[-1] // groups)
     best_two = jax.lax.top_k(grouped, 2)[0].sum(-1)
     chosen_groups = jax.lax.top_k(best_two, top_groups)[1]
-    open_ = jax.nn.one_hot(chosen_groups, groups, dtype=jnp.bool_).any(-2)
-    choice = jax.lax.top_k(jnp.where(open_[..., None], grouped, -jnp.inf).reshape(ranked.shape), top_k)[1]
+    group_allowed = jax.nn.one_hot(chosen_groups, groups, dtype=jnp.bool_).any(-2)
+    choice = jax.lax.top_k(jnp.where(group_allowed[..., None], grouped, -jnp.inf).reshape(ranked.shape), top_k)[1]
     weight = jnp.take_along_axis(score, choice, axis=-1)
     if top_k > 1:
         weight = weight / (weight.sum(-1, keepdims=True) + 1e-20)
     return Routing(choice, weight * scale, score)
 
 
-def imbalance(routing: Routing, real) -> jax.Array:
+def load_balancing_loss(routing: Routing, real) -> jax.Array:
     """How unevenly the tokens of a row load the experts, times its tokens, summed over rows: float32 scalar.
 
     sum_e f_e P_e over a row, f_e = E / k times the part of its choices that fell on e, P_e the mean share of e in the
@@ -71,29 +71,29 @@ def tile_shape(assignments: int, experts: int) -> tuple[int, int]:
     return min(assignments, assignments // size + experts), size
 
 
-def mix(x, routing: Routing, gate, up, down) -> jax.Array:
+def moe_ffn(x, routing: Routing, gate, up, down) -> jax.Array:
     """Sum over a token's experts of weight * SwiGLU: x `[B, ..., D]` -> `[B, ..., D]`.
 
     gate, up `[E, D, F]`, down `[E, F, D]`, in the dtype of x. Sums are float32.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.auto_axes:
-        return _mix(x, routing.choice, routing.weight, gate, up, down)
-    rows = dividing(mesh, BATCH_AXES, x.shape[0])
-    split = dividing(mesh, EXPERT_AXES, gate.shape[0]) or ()
-    meet = "expert" in split and "expert" in (rows or ()) and mesh.shape["expert"] > 1
+        return _moe_ffn(x, routing.choice, routing.weight, gate, up, down)
+    rows = divisible_axes(mesh, BATCH_AXES, x.shape[0])
+    split = divisible_axes(mesh, EXPERT_AXES, gate.shape[0]) or ()
+    gathers_tokens = "expert" in split and "expert" in (rows or ()) and mesh.shape["expert"] > 1
 
     def local(x, choice, weight, gate, up, down):
-        if meet:
+        if gathers_tokens:
             x, choice, weight = (jax.lax.all_gather(a, "expert", tiled=True) for a in (x, choice, weight))
         first = jax.lax.axis_index(split) * gate.shape[0] if split else 0
-        shares = math.prod(mesh.shape[axis] for axis in split)
-        mixed = _mix if shares == 1 else functools.partial(_mix_share, shares)
-        out = mixed(x, choice - first, weight, gate, up, down)
-        if meet:
+        num_shards = math.prod(mesh.shape[axis] for axis in split)
+        ffn = _moe_ffn if num_shards == 1 else functools.partial(_moe_ffn_shard, num_shards)
+        out = ffn(x, choice - first, weight, gate, up, down)
+        if gathers_tokens:
             out = jax.lax.psum_scatter(out, "expert", tiled=True)
-        apart = tuple(axis for axis in split if not (meet and axis == "expert"))
-        return jax.lax.psum(out, apart) if apart else out
+        psum_axes = tuple(axis for axis in split if not (gathers_tokens and axis == "expert"))
+        return jax.lax.psum(out, psum_axes) if psum_axes else out
 
     tokens, kernels = P(rows), P(split or None)
     return jax.shard_map(local, in_specs=(tokens,) * 3 + (kernels,) * 3, out_specs=tokens,
@@ -101,8 +101,8 @@ def mix(x, routing: Routing, gate, up, down) -> jax.Array:
                                                                           down)
 
 
-def _mix(x, choice, weight, gate, up, down):
-    """As `mix` on one device, which has all experts."""
+def _moe_ffn(x, choice, weight, gate, up, down):
+    """As `moe_ffn` on one device, which has all experts."""
     k, experts, shape = choice.shape[-1], gate.shape[0], x.shape
     tokens = math.prod(shape[:-1])
     x_NxD, weight_NxK = x.reshape(tokens, shape[-1]), weight.reshape(tokens, k)
@@ -116,31 +116,31 @@ def _mix(x, choice, weight, gate, up, down):
     return jnp.einsum("nkd,nk->nd", out_NxKxD.astype(jnp.float32), weight_NxK).astype(x.dtype).reshape(shape)
 
 
-def _mix_share(shares: int, x, choice, weight, gate, up, down):
-    """As `_mix` on one of so many devices that share the experts; choices outside 0 .. E - 1 are other devices'.
+def _moe_ffn_shard(num_shards: int, x, choice, weight, gate, up, down):
+    """As `_moe_ffn` on one of so many devices that share the experts; choices outside 0 .. E - 1 are other devices'.
 
-    Every choice may be of these experts, one in `shares` is: tiles come in chunks, of which empty ones cost nothing.
+    Every choice may be of these experts, one in `num_shards` is: tiles come in chunks, of which empty ones cost nothing.
     A chunk is computed again for its gradient, so that memory does not grow with the devices.
     """
-    k, experts, (*_, width), none = choice.shape[-1], gate.shape[0], x.shape, choice.size
+    k, experts, (*_, width), num_assignments = choice.shape[-1], gate.shape[0], x.shape, choice.size
     x_NxD, weight_A, chunk = x.reshape(-1, width), weight.reshape(-1), TILES * experts
-    size = tile_shape(none, experts * shares)[1]
-    tiles = -(-(none // size + experts) // chunk) * chunk
+    size = tile_shape(num_assignments, experts * num_shards)[1]
+    tiles = -(-(num_assignments // size + experts) // chunk) * chunk
     slot_A, expert_t = _slots(choice.reshape(-1), experts, tiles, size)
-    held_txs = jnp.full(tiles * size, none).at[slot_A].set(jnp.arange(none), mode="drop").reshape(tiles, size)
+    assignment_txs = jnp.full(tiles * size, num_assignments).at[slot_A].set(jnp.arange(num_assignments), mode="drop").reshape(tiles, size)
 
     @jax.checkpoint
-    def of_chunk(x_NxD, weight_A, kernels, held_txs, expert_t):
-        token_txs = held_txs // k  # where nothing is held token N, which is not there
+    def chunk_output(x_NxD, weight_A, kernels, assignment_txs, expert_t):
+        token_txs = assignment_txs // k  # where nothing is held token N, which is not there
         out = _swiglu(x_NxD.at[token_txs].get(mode="fill", fill_value=0), expert_t, *kernels).astype(jnp.float32)
-        out = out * weight_A.at[held_txs].get(mode="fill", fill_value=0)[..., None]
+        out = out * weight_A.at[assignment_txs].get(mode="fill", fill_value=0)[..., None]
         return jnp.zeros(x_NxD.shape, jnp.float32).at[token_txs].add(out, mode="drop")
 
     def add(total, part):
         arguments = x_NxD, weight_A, (gate, up, down), *part
-        return jax.lax.cond((part[0] < none).any(), lambda: total + of_chunk(*arguments), lambda: total), None
+        return jax.lax.cond((part[0] < num_assignments).any(), lambda: total + chunk_output(*arguments), lambda: total), None
 
-    chunks = held_txs.reshape(-1, chunk, size), expert_t.reshape(-1, chunk)
+    chunks = assignment_txs.reshape(-1, chunk, size), expert_t.reshape(-1, chunk)
     total, _ = jax.lax.scan(add, jnp.zeros(x_NxD.shape, jnp.float32), chunks)
     return total.astype(x.dtype).reshape(x.shape)
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 
-from bd3lm_jax.models.shared import (check_config, drop, logits_of, of_tokens, padded, queries_keys_values,
+from bd3lm_jax.models.shared import (check_config, row_dropout, logits_of, embed_tokens, pad_vocab_size, queries_keys_values,
                                      tied_kernel)
 from bd3lm_jax.models.trunk import Backbone
 
@@ -37,7 +37,7 @@ class GPT2Config:
 
     @property
     def padded_vocab(self) -> int:
-        return padded(self.vocab_size)
+        return pad_vocab_size(self.vocab_size)
 
 
 def build(config: GPT2Config, dtype: Any) -> Backbone:
@@ -55,11 +55,11 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self, ids, position):
-        """Tokens as `shared.of_tokens` takes them, int32 positions `[..., T]` -> `[..., T, D]`."""
+        """Tokens as `shared.embed_tokens` takes them, int32 positions `[..., T]` -> `[..., T, D]`."""
         config = self.config
         tokens = self.param("embedding", NORMAL, (config.padded_vocab, config.width))
         places = self.param("position", NORMAL, (config.positions, config.width))
-        return of_tokens(tokens, ids, self.dtype) + of_tokens(places, position, self.dtype)
+        return embed_tokens(tokens, ids, self.dtype) + embed_tokens(places, position, self.dtype)
 
 
 class Block(nn.Module):
@@ -79,21 +79,21 @@ class Block(nn.Module):
 
     def __call__(self, h, cond, rotary):
         """All parameters once, for `init`."""
-        q, k, v = self.pre(h, cond, rotary, True)
-        return self.post(h, q + k + v, cond, None)
+        q, k, v = self.project_qkv(h, cond, rotary, True)
+        return self.attention_output_and_mlp(h, q + k + v, cond, None)
 
-    def pre(self, h, cond, rotary, queries: bool):
+    def project_qkv(self, h, cond, rotary, queries: bool):
         """h `[..., T, D]` -> q (None without `queries`), k, v `[..., T, H, Dh]`."""
         del cond, rotary
         return queries_keys_values(self.qkv, self.norm1(h), queries, self.dtype)
 
-    def post(self, h, attended, cond, dropout_keys):
+    def attention_output_and_mlp(self, h, attended, cond, dropout_keys):
         """h and attention output `[..., T, H, Dh]` -> the next h, auxiliary loss (none)."""
         del cond
         rate = self.config.dropout
-        h = h + drop(self.out(attended), dropout_keys, 0, rate)
+        h = h + row_dropout(self.out(attended), dropout_keys, 0, rate)
         inner = nn.gelu(self.mlp_in(self.norm2(h)), approximate=True)
-        return h + drop(self.mlp_out(inner), dropout_keys, 1, rate), 0.0
+        return h + row_dropout(self.mlp_out(inner), dropout_keys, 1, rate), 0.0
 
 
 class Head(nn.Module):

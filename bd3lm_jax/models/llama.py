@@ -14,7 +14,7 @@ import numpy as np
 
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.models.dit import rotate
-from bd3lm_jax.models.shared import check_ranges, drop, logits_of, of_tokens, padded, tied_kernel
+from bd3lm_jax.models.shared import check_ranges, row_dropout, logits_of, embed_tokens, pad_vocab_size, tied_kernel
 from bd3lm_jax.models.trunk import Backbone
 
 INIT = nn.initializers.normal(0.02)  # of every matrix, as in the published training codes
@@ -52,7 +52,7 @@ class LlamaConfig:
 
     @property
     def padded_vocab(self) -> int:
-        return padded(self.vocab_size)
+        return pad_vocab_size(self.vocab_size)
 
 
 def check_sizes(config: Any, positive: tuple[str, ...]) -> None:
@@ -77,17 +77,17 @@ def build(config: LlamaConfig, dtype: Any) -> Backbone:
                     tied=config.tied)
 
 
-def rope_frequencies(turned: int, base: float) -> np.ndarray:
-    """Radians a position of each pair among the `turned` numbers of a head (arXiv 2104.09864): float64 `[turned / 2]`.
+def rope_frequencies(rotary_dims: int, base: float) -> np.ndarray:
+    """Radians a position of each pair among the `rotary_dims` numbers of a head (arXiv 2104.09864): float64 `[rotary_dims / 2]`.
     """
-    return base ** (-np.arange(0, turned, 2) / turned)
+    return base ** (-np.arange(0, rotary_dims, 2) / rotary_dims)
 
 
 def llama3_frequencies(frequencies, factor: float, low: float, high: float, context: float) -> np.ndarray:
     """Frequencies for a longer context (Llama 3.1, arXiv 2407.21783): those that turn less than `low` times in the
     original context are divided by `factor`, those above `high` times kept, and between them both are mixed."""
-    kept = np.clip((context * frequencies / (2 * math.pi) - low) / (high - low), 0, 1)
-    return (kept + (1 - kept) / factor) * frequencies
+    high_frequency_weight = np.clip((context * frequencies / (2 * math.pi) - low) / (high - low), 0, 1)
+    return (high_frequency_weight + (1 - high_frequency_weight) / factor) * frequencies
 
 
 def make_rotary(frequencies: np.ndarray):
@@ -110,7 +110,7 @@ class Embed(nn.Module):
         """int32 `[..., T]`, or weights of the vocabulary's tokens float `[..., T, V]` -> `[..., T, D]`."""
         del position  # enters by RoPE
         table = self.param("embedding", INIT, (self.config.padded_vocab, self.config.width), jnp.float32)
-        return of_tokens(table, ids, self.dtype)
+        return embed_tokens(table, ids, self.dtype)
 
 
 class Block(nn.Module):
@@ -122,21 +122,21 @@ class Block(nn.Module):
     def setup(self):
         config, dtype = self.config, self.dtype
         self.norm1, self.norm2 = (rms_norm(config.norm_eps, dtype) for _ in range(2))
-        self.q = heads_of(config.heads, config.head_dim, config.qkv_bias, dtype)
-        self.k = heads_of(config.kv_heads, config.head_dim, config.qkv_bias, dtype)
-        self.v = heads_of(config.kv_heads, config.head_dim, config.qkv_bias, dtype)
+        self.q = head_projection(config.heads, config.head_dim, config.qkv_bias, dtype)
+        self.k = head_projection(config.kv_heads, config.head_dim, config.qkv_bias, dtype)
+        self.v = head_projection(config.kv_heads, config.head_dim, config.qkv_bias, dtype)
         if config.qk_norm:
             self.q_norm, self.k_norm = (rms_norm(config.norm_eps, dtype) for _ in range(2))
-        self.out = joined_heads(config.width, dtype)
-        self.gate, self.up = (matrix(config.hidden, dtype) for _ in range(2))
-        self.down = matrix(config.width, dtype)
+        self.out = output_projection(config.width, dtype)
+        self.gate, self.up = (dense(config.hidden, dtype) for _ in range(2))
+        self.down = dense(config.width, dtype)
 
     def __call__(self, h, cond, rotary):
         """All parameters once, for `init`."""
-        q = self.pre(h, cond, rotary, True)[0]
-        return self.post(h, q, cond, None)
+        q = self.project_qkv(h, cond, rotary, True)[0]
+        return self.attention_output_and_mlp(h, q, cond, None)
 
-    def pre(self, h, cond, rotary, queries: bool):
+    def project_qkv(self, h, cond, rotary, queries: bool):
         """h `[..., T, D]` -> q `[..., T, H, Dh]` (None without `queries`), k, v `[..., T, Hkv, Dh]`, rotated."""
         x = self.norm1(h)
         q, k = self.q(x) if queries else None, self.k(x)
@@ -144,12 +144,12 @@ class Block(nn.Module):
             q, k = self.q_norm(q) if queries else None, self.k_norm(k)
         return rotate(q, rotary) if queries else None, rotate(k, rotary), self.v(x)
 
-    def post(self, h, attended, cond, dropout_keys):
+    def attention_output_and_mlp(self, h, attended, cond, dropout_keys):
         """h and attention output `[..., T, H, Dh]` -> the next h, auxiliary loss (none)."""
         rate = self.config.dropout
-        h = h + drop(self.out(attended), dropout_keys, 0, rate)
+        h = h + row_dropout(self.out(attended), dropout_keys, 0, rate)
         x = self.norm2(h)
-        return h + drop(self.down(nn.silu(self.gate(x)) * self.up(x)), dropout_keys, 1, rate), 0.0
+        return h + row_dropout(self.down(nn.silu(self.gate(x)) * self.up(x)), dropout_keys, 1, rate), 0.0
 
 
 class Head(nn.Module):
@@ -192,15 +192,15 @@ def rms_norm(eps: float, dtype: Any) -> nn.RMSNorm:
     return nn.RMSNorm(epsilon=eps, dtype=dtype)
 
 
-def matrix(outputs: int, dtype: Any) -> nn.Dense:
+def dense(outputs: int, dtype: Any) -> nn.Dense:
     return nn.Dense(outputs, use_bias=False, dtype=dtype, kernel_init=INIT)
 
 
-def heads_of(heads: int, size: int, bias: bool, dtype: Any) -> nn.DenseGeneral:
+def head_projection(heads: int, size: int, bias: bool, dtype: Any) -> nn.DenseGeneral:
     """`[..., D]` -> `[..., heads, size]`."""
     return nn.DenseGeneral((heads, size), use_bias=bias, dtype=dtype, kernel_init=INIT)
 
 
-def joined_heads(width: int, dtype: Any) -> nn.DenseGeneral:
+def output_projection(width: int, dtype: Any) -> nn.DenseGeneral:
     """`[..., H, Dh]` -> `[..., width]`."""
     return nn.DenseGeneral(width, axis=(-2, -1), use_bias=False, dtype=dtype, kernel_init=INIT)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.models.dit import rotate
-from bd3lm_jax.models.shared import (check_config, drop, logits_of, of_tokens, padded, queries_keys_values,
+from bd3lm_jax.models.shared import (check_config, row_dropout, logits_of, embed_tokens, pad_vocab_size, queries_keys_values,
                                      tied_kernel)
 from bd3lm_jax.models.trunk import Backbone
 
@@ -46,7 +46,7 @@ class ModernBertConfig:
 
     @property
     def padded_vocab(self) -> int:
-        return padded(self.vocab_size)
+        return pad_vocab_size(self.vocab_size)
 
     def runs(self) -> tuple[tuple[str, range, bool], ...]:
         """Neighbouring layers that are alike, which are stacked: name, their numbers, whether they see a window."""
@@ -78,10 +78,10 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self, ids, position):
-        """Tokens as `shared.of_tokens` takes them -> `[..., T, D]`."""
+        """Tokens as `shared.embed_tokens` takes them -> `[..., T, D]`."""
         del position  # enters by RoPE
         tokens = self.param("embedding", NORMAL, (self.config.padded_vocab, self.config.width))
-        return _norm(self.config, self.dtype, name="norm")(of_tokens(tokens, ids, self.dtype))
+        return _norm(self.config, self.dtype, name="norm")(embed_tokens(tokens, ids, self.dtype))
 
 
 class Block(nn.Module):
@@ -94,34 +94,34 @@ class Block(nn.Module):
 
     def setup(self):
         config, dtype = self.config, self.dtype
-        size, narrow = config.width // config.heads, nn.initializers.normal(0.02 / (2 * config.layers) ** 0.5)
+        size, scaled_init = config.width // config.heads, nn.initializers.normal(0.02 / (2 * config.layers) ** 0.5)
         if not self.first:
             self.norm1 = _norm(config, dtype)
         self.norm2 = _norm(config, dtype)
         self.qkv = nn.DenseGeneral((3, config.heads, size), use_bias=False, dtype=dtype, kernel_init=NORMAL)
-        self.out = nn.DenseGeneral(config.width, axis=(-2, -1), use_bias=False, dtype=dtype, kernel_init=narrow)
+        self.out = nn.DenseGeneral(config.width, axis=(-2, -1), use_bias=False, dtype=dtype, kernel_init=scaled_init)
         self.gated_in = nn.DenseGeneral((2, config.hidden), use_bias=False, dtype=dtype, kernel_init=NORMAL)
-        self.mlp_out = nn.Dense(config.width, use_bias=False, dtype=dtype, kernel_init=narrow)
+        self.mlp_out = nn.Dense(config.width, use_bias=False, dtype=dtype, kernel_init=scaled_init)
 
     def __call__(self, h, cond, rotary):
         """All parameters once, for `init`."""
-        q, k, v = self.pre(h, cond, rotary, True)
-        return self.post(h, q + k + v, cond, None)
+        q, k, v = self.project_qkv(h, cond, rotary, True)
+        return self.attention_output_and_mlp(h, q + k + v, cond, None)
 
-    def pre(self, h, cond, rotary, queries: bool):
+    def project_qkv(self, h, cond, rotary, queries: bool):
         """h `[..., T, D]` -> q (None without `queries`), k, v `[..., T, H, Dh]`, rotated."""
         del cond
         rotary = rotary[self.window is not None]
         q, k, v = queries_keys_values(self.qkv, h if self.first else self.norm1(h), queries, self.dtype)
         return rotate(q, rotary) if queries else None, rotate(k, rotary), v
 
-    def post(self, h, attended, cond, dropout_keys):
+    def attention_output_and_mlp(self, h, attended, cond, dropout_keys):
         """h and attention output `[..., T, H, Dh]` -> the next h, auxiliary loss (none)."""
         del cond
         h = h + self.out(attended)
         x, gate = jnp.moveaxis(self.gated_in(self.norm2(h)), -2, 0)
         inner = nn.gelu(x, approximate=False) * gate
-        return h + self.mlp_out(drop(inner, dropout_keys, 0, self.config.dropout)), 0.0
+        return h + self.mlp_out(row_dropout(inner, dropout_keys, 0, self.config.dropout)), 0.0
 
 
 class Head(nn.Module):

@@ -15,9 +15,9 @@ from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import experts
 from bd3lm_jax.models.dit import rotate
 from bd3lm_jax.models.llama import (
-    INIT, Embed, Head, Kernel, check_sizes, joined_heads, make_rotary, matrix, rms_norm, rope_frequencies,
+    INIT, Embed, Head, Kernel, check_sizes, output_projection, make_rotary, dense, rms_norm, rope_frequencies,
 )
-from bd3lm_jax.models.shared import drop, padded
+from bd3lm_jax.models.shared import row_dropout, pad_vocab_size
 from bd3lm_jax.models.trunk import Backbone
 
 
@@ -42,7 +42,7 @@ class MoEConfig:
     groups: int  # of experts
     top_groups: int  # groups that a token may choose from
     routed_scale: float  # of the experts' sum
-    balance: float  # coefficient of the load-balancing loss (`experts.imbalance`) of every layer; 0: none
+    balance: float  # coefficient of the load-balancing loss (`experts.load_balancing_loss`) of every layer; 0: none
     dropout: float
     rope_base: float
     norm_eps: float
@@ -71,7 +71,7 @@ class MoEConfig:
 
     @property
     def padded_vocab(self) -> int:
-        return padded(self.vocab_size)
+        return pad_vocab_size(self.vocab_size)
 
 
 def build(config: MoEConfig, dtype: Any) -> Backbone:
@@ -93,14 +93,14 @@ class Block(nn.Module):
 
     def setup(self):
         config, dtype = self.config, self.dtype
-        share = config.heads // config.kv_heads
+        queries_per_kv = config.heads // config.kv_heads
         self.norm1, self.norm2 = (rms_norm(config.norm_eps, dtype) for _ in range(2))
         # By key head its queries, the key, the value: heads that belong together stay on one device.
-        self.grouped_qkv = nn.DenseGeneral((config.kv_heads, share + 2, config.head_dim), use_bias=False, dtype=dtype,
+        self.grouped_qkv = nn.DenseGeneral((config.kv_heads, queries_per_kv + 2, config.head_dim), use_bias=False, dtype=dtype,
                                            kernel_init=INIT)
         if config.qk_norm:
             self.q_norm, self.k_norm = (rms_norm(config.norm_eps, dtype) for _ in range(2))
-        self.out = joined_heads(config.width, dtype)
+        self.out = output_projection(config.width, dtype)
         if not self.sparse:
             self.mlp = SwiGLU(config.width, config.hidden, dtype)
             return
@@ -111,45 +111,45 @@ class Block(nn.Module):
 
     def __call__(self, h, cond, rotary):
         """All parameters once, for `init`."""
-        return self.post(h, self.pre(h, cond, rotary, True)[0], cond, None)
+        return self.attention_output_and_mlp(h, self.project_qkv(h, cond, rotary, True)[0], cond, None)
 
-    def pre(self, h, cond, rotary, queries: bool):
+    def project_qkv(self, h, cond, rotary, queries: bool):
         """h `[..., T, D]` -> q `[..., T, H, Dh]` (None without `queries`), k, v `[..., T, Hkv, Dh]`, rotated."""
         x, q = self.norm1(h), None
         if queries:
             qkv = self.grouped_qkv(x)
             q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
             q = q.reshape(*q.shape[:-3], self.config.heads, self.config.head_dim)
-            q = self._placed(q, "q_norm", rotary)
+            q = self._norm_and_rotate(q, "q_norm", rotary)
         else:
             kernel = self.grouped_qkv.variables["params"]["kernel"][..., -2:, :].astype(self.dtype)
             k, v = jnp.moveaxis(jnp.tensordot(x, kernel, 1), -2, 0)
-        return q, self._placed(k, "k_norm", rotary), v
+        return q, self._norm_and_rotate(k, "k_norm", rotary), v
 
-    def _placed(self, x, norm: str, rotary):
+    def _norm_and_rotate(self, x, norm: str, rotary):
         """Queries or keys, normed, their first numbers turned by position."""
-        x, turned = getattr(self, norm)(x) if self.config.qk_norm else x, self.config.rotary_dim
-        return jnp.concatenate([rotate(x[..., :turned], rotary), x[..., turned:]], axis=-1)
+        x, rotary_dims = getattr(self, norm)(x) if self.config.qk_norm else x, self.config.rotary_dim
+        return jnp.concatenate([rotate(x[..., :rotary_dims], rotary), x[..., rotary_dims:]], axis=-1)
 
-    def post(self, h, attended, cond, dropout_keys):
+    def attention_output_and_mlp(self, h, attended, cond, dropout_keys):
         """h and attention output `[..., T, H, Dh]` -> the next h, the load-balancing loss times its coefficient."""
         rate = self.config.dropout
-        h = h + drop(self.out(attended), dropout_keys, 0, rate)
+        h = h + row_dropout(self.out(attended), dropout_keys, 0, rate)
         x = self.norm2(h)
         if not self.sparse:
-            return h + drop(self.mlp(x), dropout_keys, 1, rate), 0.0
+            return h + row_dropout(self.mlp(x), dropout_keys, 1, rate), 0.0
         config, aux = self.config, 0.0
         routing = experts.route(*self.router(x), groups=config.groups, top_groups=config.top_groups,
                                 top_k=config.top_k, scale=config.routed_scale)
         if config.balance:
             real = jnp.any(attended != 0, axis=(-2, -1))  # padding sees nobody: exactly nothing
-            aux = config.balance * experts.imbalance(routing, real)
-        mixed = self.experts(x, routing)
+            aux = config.balance * experts.load_balancing_loss(routing, real)
+        expert_output = self.experts(x, routing)
         if config.shared_hidden:
-            mixed = mixed + self.shared(x)
-        return h + drop(mixed, dropout_keys, 1, rate), aux
+            expert_output = expert_output + self.shared(x)
+        return h + row_dropout(expert_output, dropout_keys, 1, rate), aux
 
-    def spare_flops(self, tokens: int) -> int:
+    def padding_flops(self, tokens: int) -> int:
         """FLOPs of the empty slots among the experts' tiles, which are computed and not needed."""
         if not self.sparse:
             return 0
@@ -165,8 +165,8 @@ class SwiGLU(nn.Module):
     dtype: Any
 
     def setup(self):
-        self.gate, self.up = (matrix(self.hidden, self.dtype) for _ in range(2))
-        self.down = matrix(self.width, self.dtype)
+        self.gate, self.up = (dense(self.hidden, self.dtype) for _ in range(2))
+        self.down = dense(self.width, self.dtype)
 
     def __call__(self, x):
         return self.down(nn.silu(self.gate(x)) * self.up(x))
@@ -186,7 +186,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """Their matrices, stacked, and `experts.mix`."""
+    """Their matrices, stacked, and `experts.moe_ffn`."""
 
     config: MoEConfig
     dtype: Any
@@ -197,4 +197,4 @@ class Experts(nn.Module):
         self.down = Kernel((number, hidden, width))
 
     def __call__(self, x, routing):
-        return experts.mix(x, routing, *(kernel().astype(self.dtype) for kernel in (self.gate, self.up, self.down)))
+        return experts.moe_ffn(x, routing, *(kernel().astype(self.dtype) for kernel in (self.gate, self.up, self.down)))

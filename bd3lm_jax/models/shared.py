@@ -27,12 +27,12 @@ def check_config(config: Any, positive: tuple[str, ...]) -> None:
         raise UserError(f"model.width={config.width} must be a multiple of model.heads={config.heads}")
 
 
-def padded(vocab_size: int) -> int:
+def pad_vocab_size(vocab_size: int) -> int:
     """Rows of a token table: a multiple of 128, which divides over devices; hidden from callers."""
     return -(-vocab_size // 128) * 128
 
 
-def of_tokens(table_VxD, ids, dtype) -> jax.Array:
+def embed_tokens(table_VxD, ids, dtype) -> jax.Array:
     """Rows of a table: int32 `[..., T]`, or weights of the vocabulary's tokens float `[..., T, V]` -> `[..., T, D]`."""
     table_VxD = table_VxD.astype(dtype)
     if jnp.issubdtype(ids.dtype, jnp.floating):
@@ -63,14 +63,14 @@ def logits_of(features, kernel_DxV, bias_V, vocab_size: int) -> jax.Array:
     return (logits + bias_V)[..., :vocab_size]
 
 
-def drop(x, row_keys, index: int, rate: float) -> jax.Array:
+def row_dropout(x, row_keys, index: int, rate: float) -> jax.Array:
     """Dropout with one key a row, so that the noise does not depend on how rows are grouped; index: of the place in the
     layer. Without keys or rate: `x`."""
     if row_keys is None or rate == 0:
         return x
-    kept = 1 - rate
+    keep_prob = 1 - rate
 
     def keep(key):
-        return jax.random.bernoulli(jax.random.fold_in(key, index), kept, x.shape[1:])
+        return jax.random.bernoulli(jax.random.fold_in(key, index), keep_prob, x.shape[1:])
 
-    return jnp.where(jax.vmap(keep)(row_keys), x / kept, 0)
+    return jnp.where(jax.vmap(keep)(row_keys), x / keep_prob, 0)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from bd3lm_jax.attention import MaskSpec, Tokens, attend
 from bd3lm_jax.errors import lookup
-from bd3lm_jax.models.cache import Cache, Int8, unpacked
+from bd3lm_jax.models.cache import Cache, Int8, dequantize
 from bd3lm_jax.sharding import BATCH_AXES, constrain
 
 
@@ -44,7 +44,7 @@ class Backbone(NamedTuple):
     """The leaf modules of a network; `models/dit.py` is the example to read.
 
     embed(ids or mixtures of them, positions) -> h. condition(sigma) -> cond, or None for a network that takes no noise
-    level. rotary(positions) -> whatever `pre` wants of positions. groups: (name, block, count) with block methods
+    level. rotary(positions) -> whatever `project_qkv` wants of positions. groups: (name, block, count) with block methods
     pre(h, cond, rotary, queries) -> q (None without queries), k, v and
     post(h, attended, cond, dropout_keys) -> h, aux. head(h, cond) -> logits, in two parts: head.features(h, cond) and
     head.output_layer() -> kernel, bias. tied: the head finds the parameters of `embed` among its own, as "embed".
@@ -76,13 +76,13 @@ class Stream:
     block: jax.Array
     segment: jax.Array
     sigma: jax.Array | None = None
-    sees: jax.Array | None = None
+    max_visible_position: jax.Array | None = None
 
     def tokens(self, noised: bool) -> Tokens:
-        return Tokens(self.position, self.block, self.segment, int(noised), self.sees)
+        return Tokens(self.position, self.block, self.segment, int(noised), self.max_visible_position)
 
 
-class Out(NamedTuple):
+class ForwardOutput(NamedTuple):
     """noised `[B, M, T, D]` and clean `[B, C, D]` hidden states before the head (None: absent or not wanted)."""
 
     noised: jax.Array | None
@@ -91,7 +91,7 @@ class Out(NamedTuple):
     aux: jax.Array
 
 
-def takes_level(model_config) -> bool:
+def is_time_conditioned(model_config) -> bool:
     """Whether a backbone of this config is told the noise level."""
     return getattr(model_config, "time_conditioning", False)
 
@@ -121,10 +121,10 @@ def init(model: Backbone, key) -> dict:
     return params
 
 
-def unstacked(model: Backbone, params: dict) -> dict:
-    """The parameters with each layer group as a tuple of its layers, which `hidden` takes as well.
+def unstack_layers(model: Backbone, params: dict) -> dict:
+    """The parameters with each layer group as a tuple of its layers, which `forward` takes as well.
 
-    For a loop around `hidden`: layers cut out of their stacks inside it would be copied in every turn, about as much
+    For a loop around `forward`: layers cut out of their stacks inside it would be copied in every turn, about as much
     work as a pass over one token. Outside, all of them are copied once, and held as long as the loop runs.
     """
     groups = {name: tuple(jax.tree.map(lambda x, i=i: x[i], params[name]) for i in range(count))
@@ -155,9 +155,9 @@ def _stored_shapes(model, params):
     return {name: k for name, (k, _) in stored.items()}
 
 
-def hidden(model: Backbone, params: dict, *, noised: Stream | None, clean: Stream | None, cache: Cache | None,
+def forward(model: Backbone, params: dict, *, noised: Stream | None, clean: Stream | None, cache: Cache | None,
            write_at, rule: str, block_size: int, execution: Execution, dropout_keys,
-           smallest: int | None = None, wanted_BxP=None) -> Out:
+           min_block_size: int | None = None, output_positions_BxP=None) -> ForwardOutput:
     """One pass of both streams through all layers.
 
     Noised tokens attend to cache, earlier clean blocks and their own block; clean tokens to cache and clean by `rule`
@@ -169,11 +169,11 @@ def hidden(model: Backbone, params: dict, *, noised: Stream | None, clean: Strea
     noised stream whose hidden states are returned, `[B, M, P, D]`; nothing else goes through the last layer's MLP.
     """
     h_noised, h_clean, stored, aux = _run(model, params, noised, clean, cache, rule=rule, block_size=block_size,
-                                          smallest=smallest, execution=execution, dropout_keys=dropout_keys,
-                                          wanted_BxP=wanted_BxP)
+                                          min_block_size=min_block_size, execution=execution, dropout_keys=dropout_keys,
+                                          output_positions_BxP=output_positions_BxP)
     if cache is not None and clean is not None:
         cache = cache.write(stored, clean, write_at)
-    return Out(h_noised, h_clean, cache, aux)
+    return ForwardOutput(h_noised, h_clean, cache, aux)
 
 
 def logits(model: Backbone, params: dict, h, sigma=None) -> jax.Array:
@@ -203,13 +203,13 @@ def _condition(model, params, sigma):
     return model.condition.apply({"params": params["condition"]}, sigma)
 
 
-def _run(model, params, noised, clean, cache, *, rule, block_size, execution, dropout_keys, smallest=None,
-         wanted_BxP=None):
+def _run(model, params, noised, clean, cache, *, rule, block_size, execution, dropout_keys, min_block_size=None,
+         output_positions_BxP=None):
     """Hidden states of both streams, by group the clean stream's keys and values (None without one), auxiliary loss."""
     spec = MaskSpec(rule=rule, block_size=block_size, aligned=cache is None, one_document=execution.one_document,
                     noised=None if noised is None else noised.tokens(True),
                     clean=None if clean is None else clean.tokens(False),
-                    cache=None if cache is None or cache.empty else cache.tokens(), smallest=smallest)
+                    cache=None if cache is None or cache.empty else cache.tokens(), min_block_size=min_block_size)
     streams = {name: stream for name, stream in (("noised", noised), ("clean", clean)) if stream is not None}
     position = {name: stream.position[:, None] if name == "noised" else stream.position
                 for name, stream in streams.items()}
@@ -218,8 +218,8 @@ def _run(model, params, noised, clean, cache, *, rule, block_size, execution, dr
     cond = {name: _condition(model, params, stream.sigma) for name, stream in streams.items()}
     rotary = {name: model.rotary(x) for name, x in position.items()}
     joined = 0
-    few = len(streams) == 2 and not spec.aligned and noised.ids.shape[1] == 1  # decoding
-    if few and noised.sigma is None and clean.sigma is None:
+    is_decoding = len(streams) == 2 and not spec.aligned and noised.ids.shape[1] == 1  # decoding
+    if is_decoding and noised.sigma is None and clean.sigma is None:
         joined = noised.position.shape[-1]
         cond["both"] = cond["clean"]
         rotary["both"] = jax.tree.map(lambda n, c: jnp.concatenate([n[:, 0], c], axis=1), rotary["noised"],
@@ -227,29 +227,29 @@ def _run(model, params, noised, clean, cache, *, rule, block_size, execution, dr
     aux, stored, first = jnp.zeros(()), {}, 0
     encoder = 0 if noised is None else encoder_layers(model.config)
     for index, (name, block, count) in enumerate(model.groups):
-        shortened = noised is not None and (clean is not None or wanted_BxP is not None)
-        peeled = shortened and index == len(model.groups) - 1
+        last_layer_is_partial = noised is not None and (clean is not None or output_positions_BxP is not None)
+        peeled = last_layer_is_partial and index == len(model.groups) - 1
         cached = None if spec.cache is None else list(zip(cache.keys[name], cache.values[name]))
         split, parts = min(max(encoder - first, 0), count), []
-        for start, stop, noised_too in ((0, split, False), (split, count, True)):
-            inputs = {stream: x for stream, x in h.items() if noised_too or stream == "clean"}
+        for start, stop, with_noised in ((0, split, False), (split, count, True)):
+            inputs = {stream: x for stream, x in h.items() if with_noised or stream == "clean"}
             if start == stop or not inputs:  # no such layers, or no clean tokens that would go through them
                 continue
-            seen = dataclasses.replace(spec, noised=spec.noised if noised_too else None,
+            layer_spec = dataclasses.replace(spec, noised=spec.noised if with_noised else None,
                                        window=getattr(block, "window", None))
-            layer = functools.partial(_layer, block, seen, cond, rotary, execution.backend, dropout_keys,
-                                      joined if noised_too else 0, wanted_BxP)
-            ours = params[name] if stop - start == count else _layers(params[name], start, stop)
-            outputs, kept, part_aux = _run_group(layer, ours, cached and cached[start:stop], inputs, first + start,
-                                                 stop - start, peeled and noised_too, execution)
-            h, aux, parts = h | outputs, aux + part_aux, [*parts, kept]
+            layer = functools.partial(_layer, block, layer_spec, cond, rotary, execution.backend, dropout_keys,
+                                      joined if with_noised else 0, output_positions_BxP)
+            group_params = params[name] if stop - start == count else _layers(params[name], start, stop)
+            outputs, group_kv, part_aux = _run_group(layer, group_params, cached and cached[start:stop], inputs, first + start,
+                                                 stop - start, peeled and with_noised, execution)
+            h, aux, parts = h | outputs, aux + part_aux, [*parts, group_kv]
         stored[name] = parts[0] if len(parts) == 1 else jax.tree.map(lambda *ys: jnp.concatenate(ys), *parts)
         first += count
     return h.get("noised"), h.get("clean") if noised is None else None, stored, aux
 
 
 def _layers(params, start: int, stop: int):
-    """Some layers of a group, stacked or as a tuple (`unstacked`)."""
+    """Some layers of a group, stacked or as a tuple (`unstack_layers`)."""
     return params[start:stop] if isinstance(params, tuple) else jax.tree.map(lambda x: x[start:stop], params)
 
 
@@ -286,7 +286,7 @@ def _run_group(layer, params, cached, h, first, count, peeled, execution: Execut
     return h, stored, aux.sum()
 
 
-def _layer(block, spec, cond, rotary, backend, dropout_keys, joined, wanted_BxP, params, cached, index, h, last):
+def _layer(block, spec, cond, rotary, backend, dropout_keys, joined, output_positions_BxP, params, cached, index, h, last):
     """One layer of both streams -> hidden states, the clean stream's (k, v) or None, auxiliary loss.
 
     joined: length of the noised stream when both go through the weights as one, else 0. last: of the clean stream
@@ -297,18 +297,18 @@ def _layer(block, spec, cond, rotary, backend, dropout_keys, joined, wanted_BxP,
     if joined and not last:
         h = {"both": _join(h["noised"], h["clean"])}
     qkv = {name: block.apply(variables, h[name], cond[name], rotary[name], not (last and name == "clean"),
-                             method=block.pre) for name in h}
+                             method=block.project_qkv) for name in h}
     if "both" in qkv:
         qkv = _split_all(qkv.pop("both"), joined)
     stored = qkv["clean"][1:] if "clean" in qkv else None
     if cached is not None:
-        cached = tuple(unpacked(x, next(iter(h.values())).dtype) for x in cached)
+        cached = tuple(dequantize(x, next(iter(h.values())).dtype) for x in cached)
     if last:
         h = {"noised": h["noised"]}
     attended = dict(zip(("noised", "clean"), attend(backend, spec, qkv.get("noised"), qkv.get("clean"), cached)))
-    if last and wanted_BxP is not None:
+    if last and output_positions_BxP is not None:
         h["noised"], attended["noised"] = (
-            jnp.take_along_axis(x, jnp.expand_dims(wanted_BxP, (1, *range(3, x.ndim))), axis=2)
+            jnp.take_along_axis(x, jnp.expand_dims(output_positions_BxP, (1, *range(3, x.ndim))), axis=2)
             for x in (h["noised"], attended["noised"]))
     if "both" in h:
         attended = {"both": _join(attended["noised"], attended["clean"])}
@@ -317,7 +317,7 @@ def _layer(block, spec, cond, rotary, backend, dropout_keys, joined, wanted_BxP,
         key = None
         if dropout_keys is not None:
             key = jax.vmap(lambda k, name=name: jax.random.fold_in(k, 2 * index + (name == "noised")))(dropout_keys)
-        result[name], extra = block.apply(variables, h[name], attended[name], cond[name], key, method=block.post)
+        result[name], extra = block.apply(variables, h[name], attended[name], cond[name], key, method=block.attention_output_and_mlp)
         aux = aux + extra
     if "both" in result:
         result = _split_all(result.pop("both"), joined)

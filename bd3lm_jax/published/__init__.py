@@ -14,11 +14,11 @@ and is one more line here, in NETWORKS as well if it is how networks of a kind a
 """
 
 from bd3lm_jax.published import bd3lm, bert, gpt2, llada, llama, modernbert, moe
-from bd3lm_jax.published.leaf import Described, Leaf
+from bd3lm_jax.published.mapping import ModelSpec, ParamMapping
 
 FORMATS = {kind: module for module in (bd3lm, llama, llada, bert, gpt2, modernbert, moe) for kind in module.MODEL_TYPES}
 NETWORKS = {"dit": bd3lm, "llama": llama, "bert": bert, "gpt2": gpt2, "modernbert": modernbert, "moe": moe}
 CAUSAL = ("llama", "mistral", "qwen2", "qwen3", "gpt2")  # model types whose other implementations see the tokens so far
-NETWORKS_OF_OURS = bd3lm.MODEL_TYPES  # ... whose published code reads the objective from config.json
+OWN_MODEL_TYPES = bd3lm.MODEL_TYPES  # ... whose published code reads the objective from config.json
 
-__all__ = ["CAUSAL", "FORMATS", "NETWORKS", "NETWORKS_OF_OURS", "Described", "Leaf"]
+__all__ = ["CAUSAL", "FORMATS", "NETWORKS", "OWN_MODEL_TYPES", "ModelSpec", "ParamMapping"]

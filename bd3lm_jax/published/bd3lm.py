@@ -6,8 +6,8 @@ import numpy as np
 from bd3lm_jax.diffusion import AR, SEDD, Masked
 from bd3lm_jax.models.dit import LEVEL_FEATURES, DiTConfig
 from bd3lm_jax.published.language import SHIFTED, read_shifted
-from bd3lm_jax.published.leaf import (
-    Described, Leaf, bias, check_keys, linear, named_objective, objective_keys, padded, require, same, vector,
+from bd3lm_jax.published.mapping import (
+    ModelSpec, ParamMapping, bias, check_keys, linear, objective_from_config, objective_to_config, padded, require, unchanged, vector,
 )
 
 MODEL_TYPES = ("bd3lm", "mdlm")
@@ -23,16 +23,16 @@ READ = ("algo", "attn_backend", "var_min", "sampling_eps_min", "sampling_eps_max
 CLIP = ("sampling_eps_min", "sampling_eps_max")
 
 
-def describe(path, published: dict, scalars: dict[str, float]) -> Described:
+def from_hf_config(path, published: dict, scalars: dict[str, float]) -> ModelSpec:
     """What config.json says. scalars: the tensors of the checkpoint that hold a single number."""
     if published["model_type"] == "mdlm":
         published = {**published, "block_size": published.get("model_length"), "adaln": True, "causal": False,
                      "cross_attn": False}
     check_keys(path, published, CONFIG_KEYS)
-    form, length, block_size = published.get("algo"), published["model_length"], published["block_size"]
-    require(form in (None, *FORMS), f"{path}: algo is {form!r}, supported: {', '.join(FORMS)}")
-    require(form is None or published["causal"] == (form == "ar"),
-            f"{path}: algo {form!r} does not go with causal={published['causal']}")
+    algo, length, block_size = published.get("algo"), published["model_length"], published["block_size"]
+    require(algo in (None, *FORMS), f"{path}: algo is {algo!r}, supported: {', '.join(FORMS)}")
+    require(algo is None or published["causal"] == (algo == "ar"),
+            f"{path}: algo {algo!r} does not go with causal={published['causal']}")
     require(length > 0 and block_size > 0 and length % block_size == 0,
             f"{path}: block_size={block_size} must divide model_length={length}")
     rope_base = published.get(ROPE_KEY, ROPE_BASE)
@@ -43,32 +43,32 @@ def describe(path, published: dict, scalars: dict[str, float]) -> Described:
         heads=published["n_heads"], mlp_ratio=MLP_RATIO, dropout=float(published["dropout"]),
         adaln=published["adaln"], cond_dim=published["cond_dim"], time_conditioning=published["time_conditioning"],
         rope_base=float(rope_base), shifted=read_shifted(path, published, ""))
-    objective = named_objective(path, published, _objective(published, scalars))
-    return Described(model, objective, length, model.vocab_size - 1)
+    objective = objective_from_config(path, published, _objective(published, scalars))
+    return ModelSpec(model, objective, length, model.vocab_size - 1)
 
 
-def publish(model: DiTConfig, objective, length: int) -> dict:
+def to_hf_config(model: DiTConfig, objective, length: int) -> dict:
     """The config.json of such a network. Raises UserError for one that the published code does not compute."""
-    require(objective.masks or objective.causal, f"diffusion.kind='{objective.kind}' does not mask tokens, as all "
+    require(objective.uses_mask_token or objective.causal, f"diffusion.kind='{objective.kind}' does not mask tokens, as all "
             "models in the layout of BD3-LM do: keep the run directory")
-    given = {"mlp_ratio": model.mlp_ratio, "decoder_layers": model.decoder_layers}
-    known = {"mlp_ratio": MLP_RATIO, "decoder_layers": 0}
-    other = [f"model.{key}={given[key]:g} (expected {known[key]:g})" for key in given if given[key] != known[key]]
-    require(not other, f"the layout of BD3-LM has no {', '.join(other)}: keep the run directory")
-    form = {"ar": {"algo": "ar"}, "sedd": {"algo": "sedd"}}.get(objective.kind, {})
+    model_values = {"mlp_ratio": model.mlp_ratio, "decoder_layers": model.decoder_layers}
+    supported_values = {"mlp_ratio": MLP_RATIO, "decoder_layers": 0}
+    unsupported = [f"model.{key}={model_values[key]:g} (expected {supported_values[key]:g})" for key in model_values if model_values[key] != supported_values[key]]
+    require(not unsupported, f"the layout of BD3-LM has no {', '.join(unsupported)}: keep the run directory")
+    algo = {"ar": {"algo": "ar"}, "sedd": {"algo": "sedd"}}.get(objective.kind, {})
     limits = constants(model, objective)
     config = {
-        "model_type": "bd3lm", "architectures": ["BD3LM"], **form, "vocab_size": model.vocab_size,
+        "model_type": "bd3lm", "architectures": ["BD3LM"], **algo, "vocab_size": model.vocab_size,
         "model_length": length, "block_size": objective.block_size, "hidden_dim": model.width,
         "cond_dim": model.cond_dim, "n_blocks": model.layers, "n_heads": model.heads, "dropout": model.dropout,
-        "adaln": model.adaln, "causal": objective.causal, "cross_attn": not form, "attn_backend": "sdpa",
+        "adaln": model.adaln, "causal": objective.causal, "cross_attn": not algo, "attn_backend": "sdpa",
         "time_conditioning": model.time_conditioning, "var_min": CLIP[0] in limits,
         **{name: round(float(limits[name]), 6) for name in CLIP if name in limits},
     }
-    ours = {SHIFTED: model.shifted} if model.shifted else {}
+    own_keys = {SHIFTED: model.shifted} if model.shifted else {}
     if model.rope_base != ROPE_BASE:
-        ours[ROPE_KEY] = model.rope_base
-    return config | ours | objective_keys(objective, _objective(config, limits))
+        own_keys[ROPE_KEY] = model.rope_base
+    return config | own_keys | objective_to_config(objective, _objective(config, limits))
 
 
 def constants(model: DiTConfig, objective) -> dict[str, np.ndarray]:
@@ -92,12 +92,12 @@ def _objective(published: dict, scalars: dict) -> Masked | AR | SEDD:
                   clip_low=low if low > TRAINING_EPS else 0.0, clip_high=high, eps=TRAINING_EPS)
 
 
-def layout(config: DiTConfig) -> dict[str, Leaf]:
+def layout(config: DiTConfig) -> dict[str, ParamMapping]:
     """Path of each of our parameters -> its published source."""
     width, cond, hidden, vocab = config.width, config.cond_dim, config.mlp_ratio * config.width, config.vocab_size
     heads, size, layers = config.heads, config.width // config.heads, range(config.layers)
     block, output = "backbone.blocks.{layer}.", "backbone.output_layer."
-    table = Leaf("backbone.vocab_embed.embedding", (vocab, width), same, same)
+    table = ParamMapping("backbone.vocab_embed.embedding", (vocab, width), unchanged, unchanged)
     leaves = {
         "embed.embedding": padded(table, 0, config.padded_vocab),
         "blocks.norm1.scale": vector(f"{block}norm1.weight", width, layers),
@@ -127,15 +127,15 @@ def layout(config: DiTConfig) -> dict[str, Leaf]:
     return leaves
 
 
-def held(config: DiTConfig, names: set[str]) -> dict[str, tuple[int, ...]]:
+def buffer_shapes(config: DiTConfig, names: set[str]) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the tensors beside parameters that a checkpoint with tensors of these names must hold. The
     limits of the clip may be absent, but not one of them alone."""
     limits = dict.fromkeys(CLIP, ()) if names & set(CLIP) else {}
     return {INV_FREQ: (config.width // config.heads // 2,)} | limits
 
 
-def check_held(path, config: DiTConfig, tensors: dict[str, np.ndarray]) -> None:
-    """UserError unless the tensors of `held` say what the network computes."""
+def check_buffers(path, config: DiTConfig, tensors: dict[str, np.ndarray]) -> None:
+    """UserError unless the tensors of `buffer_shapes` say what the network computes."""
     found, expected = tensors[INV_FREQ], _frequencies(config)
     require(np.allclose(found, expected, rtol=1e-5, atol=0),
             f"{path}: {INV_FREQ} is not that of RoPE base {config.rope_base:g} ('{ROPE_KEY}' in config.json, or else "

@@ -11,7 +11,7 @@ import numpy as np
 
 from bd3lm_jax.models.bert import BertConfig
 from bd3lm_jax.published import language
-from bd3lm_jax.published.leaf import Described, Leaf, bias, check_keys, linear, padded, require, same, vector
+from bd3lm_jax.published.mapping import ModelSpec, ParamMapping, bias, check_keys, linear, padded, require, unchanged, vector
 
 MODEL_TYPES = ("bert", "roberta")
 CONFIG_KEYS = {"vocab_size": int, "max_position_embeddings": int, "hidden_size": int, "num_hidden_layers": int,
@@ -19,7 +19,7 @@ CONFIG_KEYS = {"vocab_size": int, "max_position_embeddings": int, "hidden_size":
 CHOICES = {"hidden_act": ("gelu",), "position_embedding_type": ("absolute",), "add_cross_attention": (False,),
            "tie_word_embeddings": (True,)}
 READ = ("model_type", "is_decoder", "hidden_dropout_prob", "pad_token_id", language.BLOCK_SIZE)
-OLD = {".gamma": ".weight", ".beta": ".bias"}  # names of norms in the oldest files
+OLD_NORM_SUFFIXES = {".gamma": ".weight", ".beta": ".bias"}  # names of norms in the oldest files
 
 
 class Names(NamedTuple):
@@ -43,10 +43,10 @@ ROBERTA = Names("roberta", ("RobertaForMaskedLM", "RobertaForCausalLM"), "lm_hea
 def rename(name: str) -> str:
     """Norms of the oldest files had gamma and beta."""
     ending = name[name.rfind("."):]
-    return name.removesuffix(ending) + OLD[ending] if ending in OLD else name
+    return name.removesuffix(ending) + OLD_NORM_SUFFIXES[ending] if ending in OLD_NORM_SUFFIXES else name
 
 
-def describe(path, published: dict, scalars: dict[str, float]) -> Described:
+def from_hf_config(path, published: dict, scalars: dict[str, float]) -> ModelSpec:
     """What config.json says. RoBERTa's positions begin behind that of padding."""
     del scalars
     check_keys(path, published, CONFIG_KEYS)
@@ -64,12 +64,12 @@ def describe(path, published: dict, scalars: dict[str, float]) -> Described:
         dropout=float(published.get("hidden_dropout_prob", 0.0)), positions=length, unused_positions=unused,
         token_types=published["type_vocab_size"], norm_eps=float(published["layer_norm_eps"]))
     causal = published.get("is_decoder", False) is True
-    return Described(model, language.read_objective(path, published, length, causal), length,
+    return ModelSpec(model, language.read_objective(path, published, length, causal), length,
                      language.mask_id(path, published))
 
 
-def publish(model: BertConfig, objective, length: int) -> dict:
-    """Content of config.json, the inverse of `describe`. Raises UserError for an objective that it cannot say."""
+def to_hf_config(model: BertConfig, objective, length: int) -> dict:
+    """Content of config.json, the inverse of `from_hf_config`. Raises UserError for an objective that it cannot say."""
     del length  # the context is what positions were learned for
     names = _names(model)
     return {
@@ -83,17 +83,17 @@ def publish(model: BertConfig, objective, length: int) -> dict:
     }
 
 
-def layout(config: BertConfig) -> dict[str, Leaf]:
+def layout(config: BertConfig) -> dict[str, ParamMapping]:
     """Path of each of our parameters -> its published source."""
     width, hidden, layers, names = config.width, config.hidden, range(config.layers), _names(config)
     heads, size = config.heads, config.width // config.heads
     embeddings, block = f"{names.kind}.embeddings.", f"{names.kind}.encoder.layer.{{layer}}."
     rows = config.unused_positions + config.positions
-    table = Leaf(_table(names), (config.vocab_size, width), same, same)
+    table = ParamMapping(_table(names), (config.vocab_size, width), unchanged, unchanged)
     leaves = {
         "embed.embedding": padded(table, 0, config.padded_vocab),
-        "embed.position": Leaf(f"{embeddings}position_embeddings.weight", (rows, width), same, same),
-        "embed.token_type": Leaf(f"{embeddings}token_type_embeddings.weight", (config.token_types, width), same, same),
+        "embed.position": ParamMapping(f"{embeddings}position_embeddings.weight", (rows, width), unchanged, unchanged),
+        "embed.token_type": ParamMapping(f"{embeddings}token_type_embeddings.weight", (config.token_types, width), unchanged, unchanged),
         **_norm("embed.norm", f"{embeddings}LayerNorm", width),
         **_norm("blocks.norm1", f"{block}attention.output.LayerNorm", width, layers),
         **_norm("blocks.norm2", f"{block}output.LayerNorm", width, layers),
@@ -108,28 +108,28 @@ def layout(config: BertConfig) -> dict[str, Leaf]:
         **_norm("head.norm", names.norm, width),
         "head.bias": padded(vector(names.bias[0], config.vocab_size), 0, config.padded_vocab),
     }
-    for ours, theirs in (("q", "query"), ("k", "key"), ("v", "value")):
-        name = f"{block}attention.self.{theirs}"
-        leaves[f"blocks.{ours}.kernel"] = linear(f"{name}.weight", width, (heads, size), layers)
-        leaves[f"blocks.{ours}.bias"] = bias(f"{name}.bias", (heads, size), layers)
+    for own_name, hf_name in (("q", "query"), ("k", "key"), ("v", "value")):
+        name = f"{block}attention.self.{hf_name}"
+        leaves[f"blocks.{own_name}.kernel"] = linear(f"{name}.weight", width, (heads, size), layers)
+        leaves[f"blocks.{own_name}.bias"] = bias(f"{name}.bias", (heads, size), layers)
     return leaves
 
 
-def held(config: BertConfig, names: set[str]) -> dict[str, tuple[int, ...]]:
+def buffer_shapes(config: BertConfig, names: set[str]) -> dict[str, tuple[int, ...]]:
     """Name -> shape of tensors that may be there beside parameters."""
     width, parts, rows = config.width, _names(config), config.unused_positions + config.positions
-    known = {
+    optional_shapes = {
         f"{parts.kind}.embeddings.position_ids": (1, rows), f"{parts.kind}.embeddings.token_type_ids": (1, rows),
         f"{parts.kind}.pooler.dense.weight": (width, width), f"{parts.kind}.pooler.dense.bias": (width,),
         "cls.seq_relationship.weight": (2, width), "cls.seq_relationship.bias": (2,),
     }
-    again = ((parts.output, _table(parts), (config.vocab_size, width)), (*parts.bias[::-1], (config.vocab_size,)))
-    for name, source, shape in again:
-        known |= dict.fromkeys((name, source), shape) if name in names else {}
-    return {name: shape for name, shape in known.items() if name in names}
+    tied_pairs = ((parts.output, _table(parts), (config.vocab_size, width)), (*parts.bias[::-1], (config.vocab_size,)))
+    for name, source, shape in tied_pairs:
+        optional_shapes |= dict.fromkeys((name, source), shape) if name in names else {}
+    return {name: shape for name, shape in optional_shapes.items() if name in names}
 
 
-def check_held(path, config: BertConfig, tensors: dict[str, np.ndarray]) -> None:
+def check_buffers(path, config: BertConfig, tensors: dict[str, np.ndarray]) -> None:
     """UserError unless the output layer, where it is written once more, is the token table and its bias the bias."""
     names = _names(config)
     language.check_tied(path, tensors, names.output, _table(names))
@@ -144,6 +144,6 @@ def _table(names: Names) -> str:
     return f"{names.kind}.embeddings.word_embeddings.weight"
 
 
-def _norm(path: str, name: str, width: int, layers: Sequence[int] = ()) -> dict[str, Leaf]:
+def _norm(path: str, name: str, width: int, layers: Sequence[int] = ()) -> dict[str, ParamMapping]:
     return {f"{path}.scale": vector(f"{name}.weight", width, layers),
             f"{path}.bias": vector(f"{name}.bias", width, layers)}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bd3lm_jax.errors import command_line
-from bd3lm_jax.published.leaf import Described
+from bd3lm_jax.published.mapping import ModelSpec
 from bd3lm_jax.stats import format_interval, format_number
 
 HEAD = """---
@@ -55,7 +55,7 @@ def base_name(source: str) -> str:
     return cached[-1].replace("--", "/", 1) if cached else path.name
 
 
-def card(name: str, described: Described, num_params: int, dtype: str, origin: Origin, has_tokenizer: bool) -> str:
+def card(name: str, described: ModelSpec, num_params: int, dtype: str, origin: Origin, has_tokenizer: bool) -> str:
     """README.md of a directory called `name`, Markdown."""
     objective, model = described.objective, described.model
     if objective.causal:
@@ -82,11 +82,11 @@ def _training(origin: Origin) -> str:
     if origin.data is None:
         return f"Converted from `{origin.source}`, with the weights it had; see there for its data."
     data = origin.data
-    which = data.name or data.path and base_name(data.path)
-    corpus = f"the {data.source} corpus" + (f" (`{which}`)" if which else "")
+    corpus_name = data.name or data.path and base_name(data.path)
+    corpus = f"the {data.source} corpus" + (f" (`{corpus_name}`)" if corpus_name else "")
     rank = f" by updates of rank {origin.lora_rank} (LoRA), merged into its weights" if origin.lora_rank else ""
-    adapted = f"Adapted from `{origin.base}`{rank}. " if origin.base else ""
-    return (f"{adapted}Written from the run `{origin.source}`, trained for {origin.step:,} updates on {corpus}: rows "
+    origin_text = f"Adapted from `{origin.base}`{rank}. " if origin.base else ""
+    return (f"{origin_text}Written from the run `{origin.source}`, trained for {origin.step:,} updates on {corpus}: rows "
             f"of {data.length} tokens of the tokenizer `{base_name(data.tokenizer)}`, layout `{data.layout}`.")
 
 
@@ -104,5 +104,5 @@ def _results(results: dict[str, dict]) -> str:
                  str(found["documents"]))
         lines.append("| " + " | ".join(cells) + " |")
     bound = any(found["estimator"] != "nll" for found in results.values())
-    said = "\nThe figures of a diffusion model are upper bounds; intervals are over documents and draws.\n"
-    return "\n".join(lines) + "\n" + (said if bound else "")
+    footnote = "\nThe figures of a diffusion model are upper bounds; intervals are over documents and draws.\n"
+    return "\n".join(lines) + "\n" + (footnote if bound else "")

@@ -17,11 +17,11 @@ from bd3lm_jax.data import sentence_pieces
 from bd3lm_jax.data.tokenizer_files import SPLITS
 from bd3lm_jax.data.tokenizers import SubwordTokenizer, Tokenizer
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.foreign import open_regular
+from bd3lm_jax.untrusted_files import open_regular
 from bd3lm_jax.models.llama import llama3_frequencies, rope_frequencies
-from bd3lm_jax.published.leaf import require
+from bd3lm_jax.published.mapping import require
 from bd3lm_jax.published.llama import EMBED, HEAD, LLAMA3_KEYS, THETA
-from bd3lm_jax.published.tensors import AGAIN, Stored
+from bd3lm_jax.published.tensors import DOWNLOAD_AGAIN, LazyTensor
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 NAMES = {  # of GGUF -> published
@@ -55,7 +55,7 @@ WITHOUT_PRE = {"qwen2": "qwen2", "qwen3": "qwen2"}  # architecture -> what old f
 SUPPORTED = f"llama with scores, and gpt2 with {', '.join(PRE_TOKENIZERS)}"
 
 
-def open_gguf(path: Path) -> tuple[dict, dict[str, Stored]]:
+def open_gguf(path: Path) -> tuple[dict, dict[str, LazyTensor]]:
     """What a config.json would say, and the tensors by their published names, dequantised to float32 when read.
 
     Raises UserError for unreadable files, other architectures, missing keys and tensors of unknown meaning.
@@ -75,11 +75,11 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, Stored]]:
     stored = {}
     for name, (shape, tensor) in tensors.items():
         published_name, part = _published_name(path, name)
-        turn = {"attn_q": heads, "attn_k": kv_heads}.get(part) if kind == "llama" else None
-        stored[published_name] = Stored(shape, np.dtype(np.float32),
-                                        functools.partial(_dequantised, path, tensor, shape, turn))
+        interleaved_heads = {"attn_q": heads, "attn_k": kv_heads}.get(part) if kind == "llama" else None
+        stored[published_name] = LazyTensor(shape, np.dtype(np.float32),
+                                        functools.partial(_dequantised, path, tensor, shape, interleaved_heads))
     require(EMBED in stored and len(stored[EMBED].shape) == 2, f"{path}: tensor token_embd.weight "
-            f"{'is no matrix' if EMBED in stored else 'is missing'}: {AGAIN}; expected the embeddings of its tokens")
+            f"{'is no matrix' if EMBED in stored else 'is missing'}: {DOWNLOAD_AGAIN}; expected the embeddings of its tokens")
     published |= {
         "model_type": kind, "vocab_size": stored[EMBED].shape[0], "num_key_value_heads": kv_heads,
         "head_dim": value(f"{kind}.attention.key_length", int, published["hidden_size"] // heads),
@@ -101,13 +101,13 @@ def _rope_scaling(path: Path, kind: str, value: Callable, published: dict, facto
     if factors is None:
         return None
     head_dim, theta = published["head_dim"], published["rope_theta"]
-    known = head_dim % 2 == 0 and factors.shape == (head_dim // 2,) and np.all(factors >= 1) and theta > 1
-    scaled = {"rope_type": "llama3", **dict(zip(LLAMA3_KEYS, (float(factors.max()), *LLAMA3_VALUES)))} if known else {}
-    if known:
+    is_llama3 = head_dim % 2 == 0 and factors.shape == (head_dim // 2,) and np.all(factors >= 1) and theta > 1
+    scaled = {"rope_type": "llama3", **dict(zip(LLAMA3_KEYS, (float(factors.max()), *LLAMA3_VALUES)))} if is_llama3 else {}
+    if is_llama3:
         plain = rope_frequencies(head_dim, theta)
         expected = plain / llama3_frequencies(plain, *(scaled[key] for key in LLAMA3_KEYS))
-        known = np.allclose(factors, expected, rtol=1e-4)
-    require(known, f"{path}: {ROPE_FACTORS} is not the frequency scaling of Llama 3.1 to 3.3: take the safetensors of "
+        is_llama3 = np.allclose(factors, expected, rtol=1e-4)
+    require(is_llama3, f"{path}: {ROPE_FACTORS} is not the frequency scaling of Llama 3.1 to 3.3: take the safetensors of "
             "this model, whose config.json says what its scaling is")
     return scaled
 
@@ -248,7 +248,7 @@ def _read(path: Path) -> tuple[Any, Callable]:
         with open_regular(path), np.errstate(over="raise"):
             reader = Reader(path)
     except (ArithmeticError, LookupError, MemoryError, OSError, RecursionError, TypeError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({type(error).__name__}: {error}): {AGAIN}; expected a GGUF file"
+        raise UserError(f"cannot read {path} ({type(error).__name__}: {error}): {DOWNLOAD_AGAIN}; expected a GGUF file"
                         ) from None
 
     def value(key: str, kind: Any, *default: Any) -> Any:
@@ -257,15 +257,15 @@ def _read(path: Path) -> tuple[Any, Callable]:
         try:
             found = default[0] if field is None else field.contents()
         except (LookupError, ValueError) as error:
-            raise UserError(f"{path}: the key {key} cannot be read ({error}): {AGAIN}") from None
-        if field is not None and not _is(found, kind):
-            named = f"a list of {kind[0].__name__}" if isinstance(kind, list) else kind.__name__
-            raise UserError(f"{path}: the key {key} is {found!r:.60}, expected {named}")
+            raise UserError(f"{path}: the key {key} cannot be read ({error}): {DOWNLOAD_AGAIN}") from None
+        if field is not None and not _has_type(found, kind):
+            type_name = f"a list of {kind[0].__name__}" if isinstance(kind, list) else kind.__name__
+            raise UserError(f"{path}: the key {key} is {found!r:.60}, expected {type_name}")
         return found
     return reader, value
 
 
-def _is(x: Any, kind: Any) -> bool:
+def _has_type(x: Any, kind: Any) -> bool:
     if isinstance(kind, list):
         return isinstance(x, list) and all(type(item) is kind[0] for item in x)
     return type(x) is kind or kind is float and type(x) is int

@@ -7,7 +7,7 @@ import numpy as np
 
 from bd3lm_jax.models.gpt2 import GPT2Config
 from bd3lm_jax.published import language
-from bd3lm_jax.published.leaf import Described, Leaf, bias, check_keys, padded, require, same, vector
+from bd3lm_jax.published.mapping import ModelSpec, ParamMapping, bias, check_keys, padded, require, unchanged, vector
 
 MODEL_TYPES = (GPT2Config.kind,)
 CONFIG_KEYS = {"vocab_size": int, "n_positions": int, "n_embd": int, "n_layer": int, "n_head": int,
@@ -19,7 +19,7 @@ CHOICES = {
 READ = ("n_inner", "resid_pdrop", language.BLOCK_SIZE, language.SHIFTED)
 PREFIX, PARTS = "transformer.", ("wte.", "wpe.", "h.", "ln_f.")
 TABLE, OUTPUT = f"{PREFIX}wte.weight", "lm_head.weight"
-NEVER = -1e4  # what older files write over what a token must not see
+MASKED_BIAS_MAX = -1e4  # what older files write over what a token must not see
 
 
 def rename(name: str) -> str:
@@ -27,7 +27,7 @@ def rename(name: str) -> str:
     return PREFIX + name if name.startswith(PARTS) else name
 
 
-def describe(path, published: dict, scalars: dict[str, float]) -> Described:
+def from_hf_config(path, published: dict, scalars: dict[str, float]) -> ModelSpec:
     """What config.json says."""
     del scalars
     check_keys(path, published, CONFIG_KEYS)
@@ -39,12 +39,12 @@ def describe(path, published: dict, scalars: dict[str, float]) -> Described:
                        dropout=float(published.get("resid_pdrop", 0.0)), positions=length,
                        norm_eps=float(published["layer_norm_epsilon"]),
                        shifted=language.read_shifted(path, published, ""))
-    return Described(model, language.read_objective(path, published, length, causal=True), length,
+    return ModelSpec(model, language.read_objective(path, published, length, causal=True), length,
                      language.mask_id(path, published))
 
 
-def publish(model: GPT2Config, objective, length: int) -> dict:
-    """Content of config.json, the inverse of `describe`. Raises UserError for an objective that it cannot say."""
+def to_hf_config(model: GPT2Config, objective, length: int) -> dict:
+    """Content of config.json, the inverse of `from_hf_config`. Raises UserError for an objective that it cannot say."""
     del length  # the context is what positions were learned for
     return {
         "model_type": GPT2Config.kind, "architectures": ["GPT2LMHeadModel"], "vocab_size": model.vocab_size,
@@ -56,14 +56,14 @@ def publish(model: GPT2Config, objective, length: int) -> dict:
     }
 
 
-def layout(config: GPT2Config) -> dict[str, Leaf]:
+def layout(config: GPT2Config) -> dict[str, ParamMapping]:
     """Path of each of our parameters -> its published source."""
     width, hidden, layers = config.width, config.hidden, range(config.layers)
     heads, size, block = config.heads, config.width // config.heads, f"{PREFIX}h.{{layer}}."
-    table = Leaf(TABLE, (config.vocab_size, width), same, same)
+    table = ParamMapping(TABLE, (config.vocab_size, width), unchanged, unchanged)
     return {
         "embed.embedding": padded(table, 0, config.padded_vocab),
-        "embed.position": Leaf(f"{PREFIX}wpe.weight", (config.positions, width), same, same),
+        "embed.position": ParamMapping(f"{PREFIX}wpe.weight", (config.positions, width), unchanged, unchanged),
         **_norm("blocks.norm1", f"{block}ln_1", width, layers),
         **_norm("blocks.norm2", f"{block}ln_2", width, layers),
         "blocks.qkv.kernel": matrix(f"{block}attn.c_attn.weight", (width,), (3, heads, size), layers),
@@ -78,18 +78,18 @@ def layout(config: GPT2Config) -> dict[str, Leaf]:
     }
 
 
-def matrix(name: str, inputs: Sequence[int], outputs: Sequence[int], layers: Sequence[int]) -> Leaf:
+def matrix(name: str, inputs: Sequence[int], outputs: Sequence[int], layers: Sequence[int]) -> ParamMapping:
     """A matrix that is [in, out] in both."""
-    ours, shape = (*inputs, *outputs), (math.prod(inputs), math.prod(outputs))
-    return Leaf(name, shape, lambda w: w.reshape(ours), lambda w: w.reshape(shape), layers)
+    target_shape, shape = (*inputs, *outputs), (math.prod(inputs), math.prod(outputs))
+    return ParamMapping(name, shape, lambda w: w.reshape(target_shape), lambda w: w.reshape(shape), layers)
 
 
-def _norm(path: str, name: str, width: int, layers: Sequence[int] = ()) -> dict[str, Leaf]:
+def _norm(path: str, name: str, width: int, layers: Sequence[int] = ()) -> dict[str, ParamMapping]:
     return {f"{path}.scale": vector(f"{name}.weight", width, layers),
             f"{path}.bias": vector(f"{name}.bias", width, layers)}
 
 
-def held(config: GPT2Config, names: set[str]) -> dict[str, tuple[int, ...]]:
+def buffer_shapes(config: GPT2Config, names: set[str]) -> dict[str, tuple[int, ...]]:
     """Name -> shape of tensors that may be there beside parameters: the output layer, which is the token table, and
     what older versions kept for the causal mask."""
     masks = {}
@@ -100,12 +100,12 @@ def held(config: GPT2Config, names: set[str]) -> dict[str, tuple[int, ...]]:
     return tables | {name: shape for name, shape in masks.items() if name in names}
 
 
-def check_held(path, config: GPT2Config, tensors: dict[str, np.ndarray]) -> None:
-    """UserError unless the tensors of `held` say what the network computes."""
+def check_buffers(path, config: GPT2Config, tensors: dict[str, np.ndarray]) -> None:
+    """UserError unless the tensors of `buffer_shapes` say what the network computes."""
     language.check_tied(path, tensors, OUTPUT, TABLE)
-    for name in held(config, set(tensors)):
+    for name in buffer_shapes(config, set(tensors)):
         if name.endswith("attn.bias"):
-            seen = np.tril(np.ones((config.positions, config.positions)))
-            require(np.array_equal(tensors[name][0, 0], seen), f"{path}: {name} is not the causal mask")
+            causal_mask = np.tril(np.ones((config.positions, config.positions)))
+            require(np.array_equal(tensors[name][0, 0], causal_mask), f"{path}: {name} is not the causal mask")
         elif name.endswith("masked_bias"):
-            require(tensors[name] <= NEVER, f"{path}: {name} is {tensors[name]}, expected at most {NEVER:g}")
+            require(tensors[name] <= MASKED_BIAS_MAX, f"{path}: {name} is {tensors[name]}, expected at most {MASKED_BIAS_MAX:g}")

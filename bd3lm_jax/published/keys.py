@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from bd3lm_jax import log
-from bd3lm_jax.published.leaf import OBJECTIVE_KEY, require
+from bd3lm_jax.published.mapping import OBJECTIVE_KEY, require
 
 HARMLESS = frozenset("""
     model_type architectures auto_map transformers_version transformers.js_config _name_or_path name_or_path
@@ -34,23 +34,23 @@ HARMLESS = frozenset("""
     tf_legacy_loss language
     original_max_position_embeddings n_ctx alibi_bias_max attention_layer_norm_with_affine max_window_layers
 """.split())
-COMPUTES = re.compile("scal|multipli|softcap|rope|rotary|alibi|window|bias|norm|expert|moe|attn|attention|quant"
+CHANGES_COMPUTATION = re.compile("scal|multipli|softcap|rope|rotary|alibi|window|bias|norm|expert|moe|attn|attention|quant"
                       "|compress|layer|head|act|shift|clip|residual|embed|text_config|vision|audio|position|sparse|mup"
                       "|encoder_decoder")
 NEUTRAL = (None, False, "", [], {}, ())
 QUANTISED = ("quantization_config", "quantisation_config", "compression_config")
 QUANTISED_TENSORS = (".qweight", ".qzeros", ".SCB", ".absmax", ".quant_map", ".weight_scale_inv", ".weight_scale",
                      ".weight_packed", ".weight_format")
-TAKE = "take the release of the model that is not quantised, or a GGUF file of it"
+TAKE_UNQUANTISED = "take the release of the model that is not quantised, or a GGUF file of it"
 
 
 def check_unread(path, published: dict, read: Iterable[str]) -> None:
     """UserError for a key that changes the computation and is not among those that are `read`; a warning that names
     other unknown ones."""
-    known = HARMLESS | {OBJECTIVE_KEY, *read}
-    unknown = {key: value for key, value in published.items() if key not in known and not _is_neutral(key, value)}
+    allowed_keys = HARMLESS | {OBJECTIVE_KEY, *read}
+    unknown = {key: value for key, value in published.items() if key not in allowed_keys and not _is_neutral(key, value)}
     for key, value in unknown.items():
-        require(not COMPUTES.search(key), f"{path}: '{key}' is {value!r:.80}, which may change what the network "
+        require(not CHANGES_COMPUTATION.search(key), f"{path}: '{key}' is {value!r:.80}, which may change what the network "
                 f"computes and is not known for model_type '{published['model_type']}': remove it where you know that "
                 "it changes nothing")
     if unknown:
@@ -66,11 +66,11 @@ def _is_neutral(key: str, value: Any) -> bool:
 def check_quantised(path, published: dict, names: Iterable[str]) -> None:
     """UserError for a checkpoint whose weights are quantised, by its config or by the names of its tensors."""
     for key in QUANTISED:
-        given = published.get(key)
-        if given not in NEUTRAL:
-            method = given.get("quant_method", given.get("format", "?")) if isinstance(given, dict) else given
+        quantisation = published.get(key)
+        if quantisation not in NEUTRAL:
+            method = quantisation.get("quant_method", quantisation.get("format", "?")) if isinstance(quantisation, dict) else quantisation
             require(False, f"{path}: this checkpoint is quantised ('{key}' says {method!r}), and quantised safetensors "
-                    f"are not read: {TAKE}")
+                    f"are not read: {TAKE_UNQUANTISED}")
     found = next((name for name in names if name.endswith(QUANTISED_TENSORS)), None)
     require(found is None, f"{path}: this checkpoint is quantised (tensor {found}), and quantised safetensors are not "
-            f"read: {TAKE}")
+            f"read: {TAKE_UNQUANTISED}")

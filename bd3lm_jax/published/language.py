@@ -6,7 +6,7 @@ import numpy as np
 
 from bd3lm_jax.diffusion import AR, Masked
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.published.leaf import OBJECTIVE_KEY, named_objective, objective_keys, require
+from bd3lm_jax.published.mapping import OBJECTIVE_KEY, objective_from_config, objective_to_config, require
 
 BLOCK_SIZE = "block_size"  # our own key in config.json, for a network that became a block diffusion model
 SHIFTED = "shifted"  # ... whose outputs are one token ahead
@@ -17,7 +17,7 @@ def read_objective(path, published: dict, length: int, causal: bool) -> Any:
     """The next token for `causal` networks, masked tokens of a whole row for others; with BLOCK_SIZE in the config
     masked tokens of a block; with OBJECTIVE_KEY what that says."""
     if OBJECTIVE_KEY in published:
-        return named_objective(path, published, None)
+        return objective_from_config(path, published, None)
     if causal and BLOCK_SIZE not in published:
         return AR(bos=False)
     size = published.get(BLOCK_SIZE, length)
@@ -26,11 +26,11 @@ def read_objective(path, published: dict, length: int, causal: bool) -> Any:
     return Masked.uniform_counts(size)
 
 
-def read_shifted(path, published: dict, usual: str) -> str:
+def read_shifted(path, published: dict, default: str) -> str:
     """Our `model.shifted` of a network that became a diffusion model; usual: what it is where nobody says."""
-    found = published.get(SHIFTED, usual)
-    require(found in ("", "row", "block"), f"{path}: '{SHIFTED}' is {found!r}, expected '', 'row' or 'block'")
-    return found
+    value_read = published.get(SHIFTED, default)
+    require(value_read in ("", "row", "block"), f"{path}: '{SHIFTED}' is {value_read!r}, expected '', 'row' or 'block'")
+    return value_read
 
 
 def write_objective(kind: str, objective: Any, length: int, causal: bool) -> dict[str, Any]:
@@ -43,24 +43,24 @@ def write_objective(kind: str, objective: Any, length: int, causal: bool) -> dic
     if objective == AR(bos=False):
         return {}
     if objective != Masked.uniform_counts(objective.block_size):
-        return objective_keys(objective, None)
+        return objective_to_config(objective, None)
     return {BLOCK_SIZE: objective.block_size} if causal or objective.block_size != length else {}
 
 
 def mask_id(path, published: dict) -> int:
     """The mask token that config.json names, else -1."""
-    found = published.get(MASK_ID)
-    found = -1 if found is None else found
-    require(type(found) is int and -1 <= found, f"{path}: '{MASK_ID}' is {found!r}, expected a token id")
-    return found
+    value_read = published.get(MASK_ID)
+    value_read = -1 if value_read is None else value_read
+    require(type(value_read) is int and -1 <= value_read, f"{path}: '{MASK_ID}' is {value_read!r}, expected a token id")
+    return value_read
 
 
 def check_choices(path, published: dict, choices: dict[str, tuple]) -> None:
     """UserError if a key that is there has none of the values that the network here computes."""
     for key, supported in choices.items():
         if key in published and published[key] not in supported:
-            wanted = " or ".join(repr(value) for value in supported)
-            raise UserError(f"{path}: '{key}' is {published[key]!r}, supported: {wanted}")
+            expected = " or ".join(repr(value) for value in supported)
+            raise UserError(f"{path}: '{key}' is {published[key]!r}, supported: {expected}")
 
 
 def check_tied(path, tensors: dict[str, np.ndarray], name: str, source: str) -> None:

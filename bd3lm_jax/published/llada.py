@@ -5,7 +5,7 @@ import numpy as np
 from bd3lm_jax.models.llama import LlamaConfig
 from bd3lm_jax.published.language import (BLOCK_SIZE, check_choices, check_tied, mask_id, read_objective,
                                           write_objective)
-from bd3lm_jax.published.leaf import Described, Leaf, bias, check_keys, linear, padded, require, same, vector
+from bd3lm_jax.published.mapping import ModelSpec, ParamMapping, bias, check_keys, linear, padded, require, unchanged, vector
 
 MODEL_TYPES = ("llada",)
 CONFIG_KEYS = {
@@ -23,7 +23,7 @@ READ = ("embedding_size", "n_kv_heads", "mlp_hidden_size", "mlp_ratio", "multi_q
 EMBED, HEAD = "model.transformer.wte.weight", "model.transformer.ff_out.weight"
 
 
-def describe(path, published: dict, scalars: dict[str, float]) -> Described:
+def from_hf_config(path, published: dict, scalars: dict[str, float]) -> ModelSpec:
     """What config.json says."""
     check_keys(path, published, CONFIG_KEYS)
     check_choices(path, published, CHOICES)
@@ -37,10 +37,10 @@ def describe(path, published: dict, scalars: dict[str, float]) -> Described:
         rope_base=float(published["rope_theta"]), rope_scaling=(), norm_eps=float(published["rms_norm_eps"]),
         qkv_bias=published.get("include_qkv_bias", False), qk_norm=False, tied=published["weight_tying"])
     objective = read_objective(path, published, length, causal=False)
-    return Described(model, objective, length, mask_id(path, published))
+    return ModelSpec(model, objective, length, mask_id(path, published))
 
 
-def publish(model: LlamaConfig, objective, length: int) -> dict:
+def to_hf_config(model: LlamaConfig, objective, length: int) -> dict:
     """The config.json of such a network. Raises UserError for one that LLaDA's code does not compute."""
     require(not model.qk_norm and not model.rope_scaling and model.head_dim * model.heads == model.width,
             "LLaDA's layout has no model.qk_norm, no model.rope_scaling, and heads that fill the width: publish this "
@@ -54,12 +54,12 @@ def publish(model: LlamaConfig, objective, length: int) -> dict:
     }
 
 
-def layout(config: LlamaConfig) -> dict[str, Leaf]:
+def layout(config: LlamaConfig) -> dict[str, ParamMapping]:
     """Path of each of our parameters -> its published source."""
     width, hidden, vocab, layers = config.width, config.hidden, config.vocab_size, range(config.layers)
     block = "model.transformer.blocks.{layer}."
     leaves = {
-        "embed.embedding": padded(Leaf(EMBED, (vocab, width), same, same), 0, config.padded_vocab),
+        "embed.embedding": padded(ParamMapping(EMBED, (vocab, width), unchanged, unchanged), 0, config.padded_vocab),
         "blocks.norm1.scale": vector(f"{block}attn_norm.weight", width, layers),
         "blocks.norm2.scale": vector(f"{block}ff_norm.weight", width, layers),
         "head.norm.scale": vector("model.transformer.ln_f.weight", width),
@@ -78,12 +78,12 @@ def layout(config: LlamaConfig) -> dict[str, Leaf]:
     return leaves
 
 
-def held(config: LlamaConfig, names: set[str]) -> dict[str, tuple[int, ...]]:
+def buffer_shapes(config: LlamaConfig, names: set[str]) -> dict[str, tuple[int, ...]]:
     """An output layer that repeats a tied embedding (which is then read as well) may be there."""
     return dict.fromkeys((HEAD, EMBED), (config.vocab_size, config.width)) if config.tied and HEAD in names else {}
 
 
-def check_held(path, config: LlamaConfig, tensors: dict[str, np.ndarray]) -> None:
-    """UserError unless the tensors of `held` say what the network computes."""
+def check_buffers(path, config: LlamaConfig, tensors: dict[str, np.ndarray]) -> None:
+    """UserError unless the tensors of `buffer_shapes` say what the network computes."""
     if config.tied:
         check_tied(path, tensors, HEAD, EMBED)

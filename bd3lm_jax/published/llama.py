@@ -7,7 +7,7 @@ from bd3lm_jax.models.llama import LINEAR, LLAMA3, LlamaConfig, rope_frequencies
 from bd3lm_jax.published import keys
 from bd3lm_jax.published.language import (BLOCK_SIZE, SHIFTED, check_choices, check_tied, mask_id, read_objective,
                                           read_shifted, write_objective)
-from bd3lm_jax.published.leaf import Described, Leaf, bias, check_keys, linear, padded, require, same, vector
+from bd3lm_jax.published.mapping import ModelSpec, ParamMapping, bias, check_keys, linear, padded, require, unchanged, vector
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "Dream")
 CONFIG_KEYS = {
@@ -24,7 +24,7 @@ LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_po
 EMBED, HEAD, INV_FREQ = "model.embed_tokens.weight", "lm_head.weight", "rotary_emb.inv_freq"
 
 
-def describe(path, published: dict, scalars: dict[str, float]) -> Described:
+def from_hf_config(path, published: dict, scalars: dict[str, float]) -> ModelSpec:
     """What config.json says; a sliding window shorter than the context is the context, where it changes nothing."""
     check_keys(path, published, CONFIG_KEYS)
     kind, heads = published["model_type"], published["num_attention_heads"]
@@ -42,10 +42,10 @@ def describe(path, published: dict, scalars: dict[str, float]) -> Described:
     length = published["max_position_embeddings"]
     length = window_of(path, published, length)
     objective = read_objective(path, published, length, causal=kind != "Dream")
-    return Described(model, objective, length, mask_id(path, published))
+    return ModelSpec(model, objective, length, mask_id(path, published))
 
 
-def publish(model: LlamaConfig, objective, length: int) -> dict:
+def to_hf_config(model: LlamaConfig, objective, length: int) -> dict:
     """The config.json of such a network. Raises UserError for one that no published architecture computes."""
     require(not (model.qkv_bias and model.qk_norm), "no published architecture has both model.qkv_bias and "
             "model.qk_norm: use one of them")
@@ -86,35 +86,35 @@ def rope_of(path, published: dict) -> tuple[float, tuple[float, ...]]:
     require(theta == float(published.get("rope_theta") or theta), f"{path}: 'rope_theta' is "
             f"{published.get('rope_theta')!r} and rope_parameters says {theta!r}: remove the one that is wrong")
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    wanted = {"default": (), "linear": LLAMA3_KEYS[:1], "llama3": LLAMA3_KEYS}
-    require(kind in wanted, f"{path}: rope_type is {kind!r}, supported: {', '.join(wanted)}")
+    keys_by_type = {"default": (), "linear": LLAMA3_KEYS[:1], "llama3": LLAMA3_KEYS}
+    require(kind in keys_by_type, f"{path}: rope_type is {kind!r}, supported: {', '.join(keys_by_type)}")
     keys.check_unread(f"{path}: rope parameters", scaling | {"model_type": published["model_type"]},
-                      ("rope_theta", "rope_type", "type", PARTIAL, *wanted[kind]))
-    missing = [key for key in wanted[kind] if not isinstance(scaling.get(key), int | float)]
+                      ("rope_theta", "rope_type", "type", PARTIAL, *keys_by_type[kind]))
+    missing = [key for key in keys_by_type[kind] if not isinstance(scaling.get(key), int | float)]
     require(not missing, f"{path}: rope_type {kind!r} needs the number {', '.join(missing)}")
-    return theta, tuple(float(scaling[key]) for key in wanted[kind])
+    return theta, tuple(float(scaling[key]) for key in keys_by_type[kind])
 
 
 def _same_for_all_layers(path, published: dict) -> dict:
     """What is said of RoPE under either name, which newer files may say of each kind of layer."""
     found = []
     for name in ("rope_parameters", "rope_scaling"):
-        given = published.get(name) or {}
-        require(isinstance(given, dict), f"{path}: {name} is {given!r}, expected an object")
-        if given and all(isinstance(part, dict) for part in given.values()):
-            used = set(published.get("layer_types") or given)
-            missing = sorted(used - given.keys())
+        parameters = published.get(name) or {}
+        require(isinstance(parameters, dict), f"{path}: {name} is {parameters!r}, expected an object")
+        if parameters and all(isinstance(part, dict) for part in parameters.values()):
+            used = set(published.get("layer_types") or parameters)
+            missing = sorted(used - parameters.keys())
             require(not missing, f"{path}: {name} says nothing of '{''.join(missing[:1])}' layers")
-            parts = [given[kind] for kind in sorted(used)]
+            parts = [parameters[kind] for kind in sorted(used)]
             require(all(part == parts[0] for part in parts), f"{path}: {name} differs between kinds of layers, "
                     "expected one RoPE for all")
-            given = parts[0]
-        found += [given] if given else []
-    for key in {key for given in found for key in given}:
-        values = [given[key] for given in found if key in given]
+            parameters = parts[0]
+        found += [parameters] if parameters else []
+    for key in {key for parameters in found for key in parameters}:
+        values = [parameters[key] for parameters in found if key in parameters]
         require(all(value == values[0] for value in values), f"{path}: rope_parameters and rope_scaling contradict "
                 f"each other: '{key}' is {values[0]!r} and {values[-1]!r}")
-    return {key: value for given in found for key, value in given.items()}
+    return {key: value for parameters in found for key, value in parameters.items()}
 
 
 def partial_of(path, published: dict) -> float:
@@ -129,13 +129,13 @@ def partial_of(path, published: dict) -> float:
 def window_of(path, published: dict, length: int) -> int:
     """The context within which a sliding window of some layers changes nothing."""
     types = published.get("layer_types")
-    known = types is None or isinstance(types, list) and set(types) <= set(LAYERS)
-    require(known and (types is None or len(types) == published["num_hidden_layers"]), f"{path}: 'layer_types' is "
+    is_valid = types is None or isinstance(types, list) and set(types) <= set(LAYERS)
+    require(is_valid and (types is None or len(types) == published["num_hidden_layers"]), f"{path}: 'layer_types' is "
             f"{types!r:.80}, expected {published['num_hidden_layers']} of {', '.join(LAYERS)}")
     window = published.get("sliding_window")
-    on = published.get("use_sliding_window", published["model_type"] in ("llama", "mistral") or bool(types))
-    if not window or not on or types is not None and "sliding_attention" not in types:
-        require(types is None or "sliding_attention" not in types or not on, f"{path}: 'layer_types' names "
+    is_enabled = published.get("use_sliding_window", published["model_type"] in ("llama", "mistral") or bool(types))
+    if not window or not is_enabled or types is not None and "sliding_attention" not in types:
+        require(types is None or "sliding_attention" not in types or not is_enabled, f"{path}: 'layer_types' names "
                 "sliding_attention, and 'sliding_window' says no size")
         return length
     return min(length, window)
@@ -150,12 +150,12 @@ def head_dim_of(path, published: dict) -> int:
     return named or width // heads
 
 
-def layout(config: LlamaConfig) -> dict[str, Leaf]:
+def layout(config: LlamaConfig) -> dict[str, ParamMapping]:
     """Path of each of our parameters -> its published source."""
     width, vocab, layers = config.width, config.vocab_size, range(config.layers)
     block, attention = "model.layers.{layer}.", "model.layers.{layer}.self_attn."
     leaves = {
-        "embed.embedding": padded(Leaf(EMBED, (vocab, width), same, same), 0, config.padded_vocab),
+        "embed.embedding": padded(ParamMapping(EMBED, (vocab, width), unchanged, unchanged), 0, config.padded_vocab),
         "blocks.norm1.scale": vector(f"{block}input_layernorm.weight", width, layers),
         "blocks.norm2.scale": vector(f"{block}post_attention_layernorm.weight", width, layers),
         "head.norm.scale": vector("model.norm.weight", width),
@@ -174,13 +174,13 @@ def layout(config: LlamaConfig) -> dict[str, Leaf]:
     return leaves
 
 
-def swiglu(ours: str, theirs: str, width: int, hidden: int, layers, experts: int = 0) -> dict[str, Leaf]:
+def swiglu(prefix: str, hf_prefix: str, width: int, hidden: int, layers, experts: int = 0) -> dict[str, ParamMapping]:
     """The three matrices of an MLP, or of each of some experts."""
-    return {f"{ours}.{name}.kernel": linear(f"{theirs}{name}_proj.weight", *sizes, layers, experts)
+    return {f"{prefix}.{name}.kernel": linear(f"{hf_prefix}{name}_proj.weight", *sizes, layers, experts)
             for name, sizes in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width)))}
 
 
-def held(config: LlamaConfig, names: set[str]) -> dict[str, tuple[int, ...]]:
+def buffer_shapes(config: LlamaConfig, names: set[str]) -> dict[str, tuple[int, ...]]:
     """Tensors beside parameters that such a checkpoint may hold: an output layer that repeats a tied embedding (which
     is then read as well), frequencies of RoPE."""
     found = {name: (config.head_dim // 2,) for name in names if name.endswith(INV_FREQ)}
@@ -188,8 +188,8 @@ def held(config: LlamaConfig, names: set[str]) -> dict[str, tuple[int, ...]]:
     return found | (table if config.tied and HEAD in names else {})
 
 
-def check_held(path, config: LlamaConfig, tensors: dict[str, np.ndarray]) -> None:
-    """UserError unless the tensors of `held` say what the network computes."""
+def check_buffers(path, config: LlamaConfig, tensors: dict[str, np.ndarray]) -> None:
+    """UserError unless the tensors of `buffer_shapes` say what the network computes."""
     if config.tied:
         check_tied(path, tensors, HEAD, EMBED)
     expected = rope_frequencies(config.head_dim, config.rope_base)

@@ -5,7 +5,7 @@ import numpy as np
 
 from bd3lm_jax.models.modernbert import ModernBertConfig
 from bd3lm_jax.published import keys, language
-from bd3lm_jax.published.leaf import Described, Leaf, check_keys, linear, padded, require, same, vector
+from bd3lm_jax.published.mapping import ModelSpec, ParamMapping, check_keys, linear, padded, require, unchanged, vector
 
 MODEL_TYPES = (ModernBertConfig.kind,)
 CONFIG_KEYS = {"vocab_size": int, "max_position_embeddings": int, "hidden_size": int, "num_hidden_layers": int,
@@ -21,7 +21,7 @@ FULL, LOCAL = "full_attention", "sliding_attention"
 TABLE, OUTPUT = "model.embeddings.tok_embeddings.weight", "decoder.weight"
 
 
-def describe(path, published: dict, scalars: dict[str, float]) -> Described:
+def from_hf_config(path, published: dict, scalars: dict[str, float]) -> ModelSpec:
     """What config.json says."""
     del scalars
     check_keys(path, published, CONFIG_KEYS)
@@ -34,7 +34,7 @@ def describe(path, published: dict, scalars: dict[str, float]) -> Described:
         dropout=float(published.get("mlp_dropout", 0.0)), window=published["local_attention"] // 2,
         local_layers=_local_layers(path, published), rope_base=full_base, local_rope_base=local_base,
         norm_eps=float(published["norm_eps"]))
-    return Described(model, language.read_objective(path, published, length, causal=False), length,
+    return ModelSpec(model, language.read_objective(path, published, length, causal=False), length,
                      language.mask_id(path, published))
 
 
@@ -50,27 +50,27 @@ def _local_layers(path, published: dict) -> tuple[int, ...]:
 
 def _rope_bases(path, published: dict) -> tuple[float, float]:
     """Of layers that see everything, and of local ones."""
-    given = published.get("rope_parameters")
-    if given is None:
+    parameters = published.get("rope_parameters")
+    if parameters is None:
         check_keys(path, published, {"global_rope_theta": float})
         full = float(published["global_rope_theta"])
         return full, float(published.get("local_rope_theta") or full)
     bases = []
     for kind, key in ((FULL, "global_rope_theta"), (LOCAL, "local_rope_theta")):
-        part, place = given.get(kind, given), f"{path}: rope_parameters"
+        part, place = parameters.get(kind, parameters), f"{path}: rope_parameters"
         check_keys(place, part, {"rope_theta": float})
         language.check_choices(place, part, {"rope_type": ("default",), "partial_rotary_factor": (1, None)})
         keys.check_unread(place, part | {"model_type": ModernBertConfig.kind}, ("rope_theta", "rope_type", "type",
                                                                                "partial_rotary_factor"))
-        older = published.get(key)
-        require(older is None or older == part["rope_theta"], f"{path}: '{key}' is {older!r} and rope_parameters says "
+        old_value = published.get(key)
+        require(old_value is None or old_value == part["rope_theta"], f"{path}: '{key}' is {old_value!r} and rope_parameters says "
                 f"{part['rope_theta']!r} of '{kind}': remove the one that is wrong")
         bases.append(float(part["rope_theta"]))
     return bases[0], bases[1]
 
 
-def publish(model: ModernBertConfig, objective, length: int) -> dict:
-    """Content of config.json, the inverse of `describe`, with the keys of all versions. Raises UserError for an
+def to_hf_config(model: ModernBertConfig, objective, length: int) -> dict:
+    """Content of config.json, the inverse of `from_hf_config`, with the keys of all versions. Raises UserError for an
     objective that it cannot say."""
     types = [LOCAL if layer in model.local_layers else FULL for layer in range(model.layers)]
     bases = {FULL: model.rope_base, LOCAL: model.local_rope_base}
@@ -90,10 +90,10 @@ def publish(model: ModernBertConfig, objective, length: int) -> dict:
     }
 
 
-def layout(config: ModernBertConfig) -> dict[str, Leaf]:
+def layout(config: ModernBertConfig) -> dict[str, ParamMapping]:
     """Path of each of our parameters -> its published source."""
     width, hidden, heads, size = config.width, config.hidden, config.heads, config.width // config.heads
-    table = Leaf(TABLE, (config.vocab_size, width), same, same)
+    table = ParamMapping(TABLE, (config.vocab_size, width), unchanged, unchanged)
     leaves = {
         "embed.embedding": padded(table, 0, config.padded_vocab),
         "embed.norm.scale": vector("model.embeddings.norm.weight", width),
@@ -116,12 +116,12 @@ def layout(config: ModernBertConfig) -> dict[str, Leaf]:
     return leaves
 
 
-def held(config: ModernBertConfig, names: set[str]) -> dict[str, tuple[int, ...]]:
+def buffer_shapes(config: ModernBertConfig, names: set[str]) -> dict[str, tuple[int, ...]]:
     """Name -> shape of tensors that may be there beside parameters: the output layer, which is the token table."""
     return dict.fromkeys((OUTPUT, TABLE), (config.vocab_size, config.width)) if OUTPUT in names else {}
 
 
-def check_held(path, config: ModernBertConfig, tensors: dict[str, np.ndarray]) -> None:
+def check_buffers(path, config: ModernBertConfig, tensors: dict[str, np.ndarray]) -> None:
     """UserError unless the output layer, where it is written, is the token table."""
     del config
     language.check_tied(path, tensors, OUTPUT, TABLE)

@@ -5,7 +5,7 @@ import numpy as np
 from bd3lm_jax.models.moe import MoEConfig
 from bd3lm_jax.published.language import (BLOCK_SIZE, check_choices, check_tied, mask_id, read_objective,
                                           write_objective)
-from bd3lm_jax.published.leaf import Described, Leaf, check_keys, linear, padded, require, same, vector
+from bd3lm_jax.published.mapping import ModelSpec, ParamMapping, check_keys, linear, padded, require, unchanged, vector
 from bd3lm_jax.published.llama import head_dim_of, partial_of, rope_of, swiglu
 
 MODEL_TYPES = ("llada2_moe",)
@@ -27,7 +27,7 @@ BALANCE = "load_balance_coefficient"  # our own key, for a network that goes on 
 EMBED, HEAD = "model.word_embeddings.weight", "lm_head.weight"
 
 
-def describe(path, published: dict, scalars: dict[str, float]) -> Described:
+def from_hf_config(path, published: dict, scalars: dict[str, float]) -> ModelSpec:
     """What config.json says."""
     check_keys(path, published, CONFIG_KEYS)
     check_choices(path, published, CHOICES)
@@ -48,18 +48,18 @@ def describe(path, published: dict, scalars: dict[str, float]) -> Described:
         dropout=0.0, rope_base=theta, norm_eps=float(published["rms_norm_eps"]),
         qk_norm=published.get("use_qk_norm", True), tied=published.get("tie_word_embeddings", False))
     objective = read_objective(path, published, length, causal=False)
-    return Described(model, objective, length, mask_id(path, published))
+    return ModelSpec(model, objective, length, mask_id(path, published))
 
 
 def _rotary_dim(path, published: dict, head_dim: int) -> int:
-    found = int(head_dim * partial_of(path, published))
+    rotary_dim_from_factor = int(head_dim * partial_of(path, published))
     named = published.get("rotary_dim")
-    require(named in (None, found), f"{path}: 'rotary_dim' is {named!r} and partial_rotary_factor makes it {found}: "
+    require(named in (None, rotary_dim_from_factor), f"{path}: 'rotary_dim' is {named!r} and partial_rotary_factor makes it {rotary_dim_from_factor}: "
             "remove the one that is wrong")
-    return found
+    return rotary_dim_from_factor
 
 
-def publish(model: MoEConfig, objective, length: int) -> dict:
+def to_hf_config(model: MoEConfig, objective, length: int) -> dict:
     """The config.json of such a network. Raises UserError if its shared experts are no whole number of experts."""
     shared, rest = divmod(model.shared_hidden, model.expert_hidden)
     require(rest == 0, f"model.shared_hidden={model.shared_hidden} is no multiple of model.expert_hidden="
@@ -80,11 +80,11 @@ def publish(model: MoEConfig, objective, length: int) -> dict:
     }
 
 
-def layout(config: MoEConfig) -> dict[str, Leaf]:
+def layout(config: MoEConfig) -> dict[str, ParamMapping]:
     """Path of each of our parameters -> its published source."""
     width, vocab = config.width, config.vocab_size
     leaves = {
-        "embed.embedding": padded(Leaf(EMBED, (vocab, width), same, same), 0, config.padded_vocab),
+        "embed.embedding": padded(ParamMapping(EMBED, (vocab, width), unchanged, unchanged), 0, config.padded_vocab),
         "head.norm.scale": vector("model.norm.weight", width),
     }
     if not config.tied:
@@ -103,7 +103,7 @@ def layout(config: MoEConfig) -> dict[str, Leaf]:
     return leaves
 
 
-def _attention(group: str, config: MoEConfig, layers: range) -> dict[str, Leaf]:
+def _attention(group: str, config: MoEConfig, layers: range) -> dict[str, ParamMapping]:
     """All of a layer but its MLP."""
     block, width, heads = "model.layers.{layer}.", config.width, (config.heads, config.head_dim)
     leaves = {
@@ -113,12 +113,12 @@ def _attention(group: str, config: MoEConfig, layers: range) -> dict[str, Leaf]:
         f"{group}.out.kernel": linear(f"{block}attention.dense.weight", heads, width, layers),
     }
     if config.qk_norm:
-        leaves |= {f"{group}.{ours}_norm.scale": vector(f"{block}attention.{theirs}_layernorm.weight", config.head_dim,
-                                                        layers) for ours, theirs in (("q", "query"), ("k", "key"))}
+        leaves |= {f"{group}.{own_name}_norm.scale": vector(f"{block}attention.{hf_name}_layernorm.weight", config.head_dim,
+                                                        layers) for own_name, hf_name in (("q", "query"), ("k", "key"))}
     return leaves
 
 
-def _grouped(name: str, config: MoEConfig, layers: range) -> Leaf:
+def _grouped(name: str, config: MoEConfig, layers: range) -> ParamMapping:
     """All queries, all keys, all values as published; by key head its queries, the key and the value in ours."""
     width, size, pairs, share = config.width, config.head_dim, config.kv_heads, config.heads // config.kv_heads
     shape = ((config.heads + 2 * pairs) * size, width)
@@ -133,15 +133,15 @@ def _grouped(name: str, config: MoEConfig, layers: range) -> Leaf:
         parts = [x.reshape(width, -1, size) for x in (q, k, v)]
         return np.concatenate(parts, axis=1).reshape(width, -1).T
 
-    return Leaf(name, shape, read, write, layers)
+    return ParamMapping(name, shape, read, write, layers)
 
 
-def held(config: MoEConfig, names: set[str]) -> dict[str, tuple[int, ...]]:
+def buffer_shapes(config: MoEConfig, names: set[str]) -> dict[str, tuple[int, ...]]:
     """An output layer that repeats a tied embedding (which is then read as well) may be there."""
     return dict.fromkeys((HEAD, EMBED), (config.vocab_size, config.width)) if config.tied and HEAD in names else {}
 
 
-def check_held(path, config: MoEConfig, tensors: dict[str, np.ndarray]) -> None:
-    """UserError unless the tensors of `held` say what the network computes."""
+def check_buffers(path, config: MoEConfig, tensors: dict[str, np.ndarray]) -> None:
+    """UserError unless the tensors of `buffer_shapes` say what the network computes."""
     if config.tied:
         check_tied(path, tensors, HEAD, EMBED)

@@ -6,16 +6,16 @@ from pathlib import Path
 import numpy as np
 
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.foreign import open_regular
-from bd3lm_jax.published.leaf import require
+from bd3lm_jax.untrusted_files import open_regular
+from bd3lm_jax.published.mapping import require
 from bd3lm_jax.published.read import EMA
-from bd3lm_jax.published.tensors import Stored, of_array
+from bd3lm_jax.published.tensors import LazyTensor, lazy_tensor_of
 
 NESTED = ("state_dict", "model")  # where a training checkpoint keeps the tensors of its network
 BUFFERS = ("rotary_emb.inv_freq", "sampling_eps_min", "sampling_eps_max")  # tensors that no optimiser averages
 
 
-def open_pickles(paths: Sequence[Path]) -> tuple[Path, dict[str, Stored]]:
+def open_pickles(paths: Sequence[Path]) -> tuple[Path, dict[str, LazyTensor]]:
     """The first path, and the tensors of all files. Averages (`ema`, with `shadow_params` in the order of the
     parameters, as the training code of MDLM and BD3-LM saves them) get names that begin with "ema."."""
     tensors, owner = {}, {}
@@ -24,7 +24,7 @@ def open_pickles(paths: Sequence[Path]) -> tuple[Path, dict[str, Stored]]:
             require(name not in tensors, f"{path.parent}: tensor {name} is in two files, {owner.get(name)} and "
                     f"{path.name}")
             tensors[name], owner[name] = value, path.name
-    return paths[0], {name: of_array(value) for name, value in tensors.items()}
+    return paths[0], {name: lazy_tensor_of(value) for name, value in tensors.items()}
 
 
 def _load(path: Path) -> dict:

@@ -14,17 +14,17 @@ import ml_dtypes
 import numpy as np
 
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.foreign import open_regular
-from bd3lm_jax.published.leaf import require
+from bd3lm_jax.untrusted_files import open_regular
+from bd3lm_jax.published.mapping import require
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64,
           "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
-AGAIN = "download it again"
+DOWNLOAD_AGAIN = "download it again"
 GGUF = ".gguf"
 
 
-class Stored(NamedTuple):
+class LazyTensor(NamedTuple):
     """A tensor in a file. `read()` gives its values, mapped from the file where its format allows that."""
 
     shape: tuple[int, ...]
@@ -36,11 +36,11 @@ def is_gguf(path: Path) -> bool:
     return path.suffix.lower() == GGUF
 
 
-def of_array(x: np.ndarray) -> Stored:
-    return Stored(x.shape, x.dtype, lambda: x)
+def lazy_tensor_of(x: np.ndarray) -> LazyTensor:
+    return LazyTensor(x.shape, x.dtype, lambda: x)
 
 
-def open_file(path: Path) -> dict[str, Stored]:
+def open_file(path: Path) -> dict[str, LazyTensor]:
     """The tensors of a safetensors file. Its header is checked against its size; values are not read."""
     from safetensors import SafetensorError, safe_open
 
@@ -50,20 +50,20 @@ def open_file(path: Path) -> dict[str, Stored]:
             header = json.loads(file.read(start - 8))
         content = np.memmap(path, np.uint8, "r")[start:]
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path} ({error}): {AGAIN}; expected one safetensors file") from None
+        raise UserError(f"cannot read {path} ({error}): {DOWNLOAD_AGAIN}; expected one safetensors file") from None
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    foreign = [f"{name} ({entry['dtype']})" for name, entry in entries.items() if entry["dtype"] not in DTYPES]
-    require(not foreign, f"{path}: tensor {', '.join(foreign[:3])} has a dtype that is not supported (quantised "
+    untrusted_files = [f"{name} ({entry['dtype']})" for name, entry in entries.items() if entry["dtype"] not in DTYPES]
+    require(not untrusted_files, f"{path}: tensor {', '.join(untrusted_files[:3])} has a dtype that is not supported (quantised "
             f"weights?), expected one of {', '.join(DTYPES)}: take the release of the model that is not quantised")
     return {name: _mapped(content, entry) for name, entry in entries.items()}
 
 
-def _mapped(content: np.ndarray, entry: dict) -> Stored:
+def _mapped(content: np.ndarray, entry: dict) -> LazyTensor:
     (start, stop), shape, dtype = entry["data_offsets"], tuple(entry["shape"]), np.dtype(DTYPES[entry["dtype"]])
-    return Stored(shape, dtype, lambda: content[start:stop].view(dtype).reshape(shape))
+    return LazyTensor(shape, dtype, lambda: content[start:stop].view(dtype).reshape(shape))
 
 
-def converted(name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def cast_or_raise(name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """`x` in another dtype. UserError, naming the tensor, if a finite value becomes infinite."""
     if x.dtype == dtype:
         return x
@@ -71,9 +71,9 @@ def converted(name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
         y = x.astype(dtype)
     widens = np.can_cast(x.dtype, dtype) or x.dtype.itemsize < np.dtype(dtype).itemsize
     if not widens and np.isinf(y.astype(np.float32)).any():
-        lost = np.isinf(y.astype(np.float32)) & np.isfinite(x)
-        require(not lost.any(), f"tensor {name}: {lost.sum()} values overflow in {np.dtype(dtype).name}, the largest "
-                f"is {np.abs(x[lost]).max():g}: use float32 or bfloat16")
+        misplaced = np.isinf(y.astype(np.float32)) & np.isfinite(x)
+        require(not misplaced.any(), f"tensor {name}: {misplaced.sum()} values overflow in {np.dtype(dtype).name}, the largest "
+                f"is {np.abs(x[misplaced]).max():g}: use float32 or bfloat16")
     return y
 
 

@@ -4,19 +4,19 @@ import re
 from pathlib import Path
 
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.foreign import read_text
-from bd3lm_jax.published.leaf import require
+from bd3lm_jax.untrusted_files import read_text
+from bd3lm_jax.published.mapping import require
 from bd3lm_jax.published.pickles import open_pickles
-from bd3lm_jax.published.tensors import AGAIN, INDEX_FILE, WEIGHTS_FILE, Stored, open_file
+from bd3lm_jax.published.tensors import DOWNLOAD_AGAIN, INDEX_FILE, WEIGHTS_FILE, LazyTensor, open_file
 from bd3lm_jax.typed import from_json
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 WEIGHTS_PICKLE = re.compile(r"pytorch_model(-[0-9]+-of-[0-9]+)?\.bin")
 NUMBERED = re.compile(r"(.+)-[0-9]{5}-of-([0-9]{5})\.safetensors")
-BESIDE = ("adapter", "optimizer", "training", "rng", "scheduler", "consolidated")  # begin the names of other tensors
+NON_WEIGHT_PREFIXES = ("adapter", "optimizer", "training", "rng", "scheduler", "consolidated")  # begin the names of other tensors
 
 
-def open_directory(directory: Path, allow_pickle: bool) -> tuple[Path, dict[str, Stored]]:
+def open_directory(directory: Path, allow_pickle: bool) -> tuple[Path, dict[str, LazyTensor]]:
     """The weights of a directory: the file that names them, and the tensors by their names in it.
 
     Raises UserError for files that are not there or damaged, a tensor in two files, dtypes that NumPy lacks, and for
@@ -40,13 +40,13 @@ def _other_names(directory: Path) -> tuple[Path, Path]:
 
     Raises UserError where several files may be meant.
     """
-    usual = directory / WEIGHTS_FILE, directory / INDEX_FILE
+    default_paths = directory / WEIGHTS_FILE, directory / INDEX_FILE
     indices = sorted(directory.glob("*.safetensors.index.json"))
     if indices:
         require(len(indices) == 1, f"{directory} holds several indices of weights ({', '.join(x.name for x in indices)}"
                 f"): name one of them {INDEX_FILE}")
-        return usual[0], indices[0]
-    files = [path for path in sorted(directory.glob("*.safetensors")) if not path.name.startswith(BESIDE)]
+        return default_paths[0], indices[0]
+    files = [path for path in sorted(directory.glob("*.safetensors")) if not path.name.startswith(NON_WEIGHT_PREFIXES)]
     adapters = [path.name for path in sorted(directory.glob("adapter*.safetensors"))]
     require(files or not adapters, f"{directory} holds an adapter alone ({', '.join(adapters)}): merge it into its "
             "model and save that")
@@ -55,7 +55,7 @@ def _other_names(directory: Path) -> tuple[Path, Path]:
             "download the whole directory")
     require(len(files) < 2, f"{directory} holds several files of weights ({', '.join(x.name for x in files[:4])}) and "
             f"no {WEIGHTS_FILE}: name the one that is meant so")
-    return files[0] if files else usual[0], usual[1]
+    return files[0] if files else default_paths[0], default_paths[1]
 
 
 def _pickled(paths: list[Path]) -> list[Path]:
@@ -65,14 +65,14 @@ def _pickled(paths: list[Path]) -> list[Path]:
     return named or (training if len(training) == 1 else [path for path in paths if path.suffix in PICKLES])
 
 
-def _open_index(index: Path) -> dict[str, Stored]:
+def _open_index(index: Path) -> dict[str, LazyTensor]:
     try:
         places = from_json(read_text(index))["weight_map"]
         files = sorted(set(places.values()))
         if not all(isinstance(file, str) and Path(file).name == file for file in files):
             raise ValueError(f"it names {files[0]!r} and others, expected files beside it")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read {index} ({type(error).__name__}: {error}): {AGAIN}; expected a weight_map from "
+        raise UserError(f"cannot read {index} ({type(error).__name__}: {error}): {DOWNLOAD_AGAIN}; expected a weight_map from "
                         "tensors to files") from None
     absent = [file for file in files if not (index.parent / file).is_file()]
     require(not absent, f"{index} names {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not there: "
@@ -82,6 +82,6 @@ def _open_index(index: Path) -> dict[str, Stored]:
         for name, stored in open_file(index.parent / file).items():
             require(name not in tensors, f"{index.parent}: tensor {name} is in two files, {owner.get(name)} and {file}")
             tensors[name], owner[name] = stored, file
-    lost = [f"{name} ({file})" for name, file in places.items() if owner.get(name) != file]
-    require(not lost, f"{index} names tensors that are not in their files: {', '.join(lost[:6])}")
+    misplaced = [f"{name} ({file})" for name, file in places.items() if owner.get(name) != file]
+    require(not misplaced, f"{index} names tensors that are not in their files: {', '.join(misplaced[:6])}")
     return tensors

@@ -13,8 +13,8 @@ import numpy as np
 
 from bd3lm_jax import files, workspace
 from bd3lm_jax.data.tokenizers import MASK_TOKENS
-from bd3lm_jax.published.leaf import Leaf, require
-from bd3lm_jax.published.tensors import INDEX_FILE, WEIGHTS_FILE, converted, write_file
+from bd3lm_jax.published.mapping import ParamMapping, require
+from bd3lm_jax.published.tensors import INDEX_FILE, WEIGHTS_FILE, cast_or_raise, write_file
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 PLAIN = ("single_word", "lstrip", "rstrip", "normalized")  # of an added token: it is taken as it is written
@@ -41,31 +41,31 @@ def parse_size(text: str) -> int:
 
 
 @contextlib.contextmanager
-def whole(target: Path) -> Iterator[Path]:
+def atomic_directory(target: Path) -> Iterator[Path]:
     """A directory to fill, which becomes `target` if nothing fails and is gone otherwise, with the parents made for it.
 
     Raises UserError if `target` exists, RunError if the disk is full or cannot be written.
     """
-    made = [parent for parent in target.parents if not parent.exists()]
+    new_parents = [parent for parent in target.parents if not parent.exists()]
     try:
         with files.errors(target, "choose another directory"):
-            _refuse(target)
+            _require_absent(target)
             target.parent.mkdir(parents=True, exist_ok=True)
             with workspace.directory(target, "writes the same directory") as work:
-                _refuse(target)  # another process may have been faster
+                _require_absent(target)  # another process may have been faster
                 yield work
-                workspace.publish(work, target)
+                workspace.rename_into_place(work, target)
     finally:
-        for parent in made:
+        for parent in new_parents:
             with contextlib.suppress(OSError):  # not empty, as after a success
                 parent.rmdir()
 
 
-def _refuse(target: Path) -> None:
+def _require_absent(target: Path) -> None:
     require(not target.exists(), f"{target} exists and is never overwritten: choose another directory")
 
 
-def tensors_of(leaves: dict[str, Leaf], params: Mapping[str, jax.Array], dtype: np.dtype) -> list[Tensor]:
+def tensors_of(leaves: dict[str, ParamMapping], params: Mapping[str, jax.Array], dtype: np.dtype) -> list[Tensor]:
     """The published tensors of our parameters, in `dtype`. Each is cut out of its stack when it is made."""
     require(leaves.keys() == params.keys(), "the network has parameters that its published layout does not know: "
             f"{', '.join(sorted(params.keys() ^ leaves.keys())[:6])}")
@@ -73,12 +73,12 @@ def tensors_of(leaves: dict[str, Leaf], params: Mapping[str, jax.Array], dtype: 
     for path, leaf in leaves.items():
         for place, name in zip(np.ndindex(*leaf.stacked), leaf.sources(), strict=True):
             def make(path=path, leaf=leaf, place=place, name=name):
-                return converted(name, leaf.write(np.asarray(params[path][place])), dtype)
+                return cast_or_raise(name, leaf.write(np.asarray(params[path][place])), dtype)
             tensors.append(Tensor(name, math.prod(leaf.shape) * dtype.itemsize, make))
     return tensors
 
 
-def of_constants(constants: Mapping[str, np.ndarray]) -> list[Tensor]:
+def constant_tensors(constants: Mapping[str, np.ndarray]) -> list[Tensor]:
     """Tensors that keep their own dtype: rounded ones would say something else."""
     return [Tensor(name, x.nbytes, lambda x=x: x) for name, x in constants.items()]
 
@@ -122,9 +122,9 @@ def tokenizer_files(tokenizer: Any, masks: bool) -> dict[str, bytes]:
         vocabulary["added_tokens"] = [*(vocabulary.get("added_tokens") or ()), *(
             {"id": i, "content": token, "special": True, **dict.fromkeys(PLAIN, False)} for i, token in added.items())]
         tokens |= added
-    named = {"eos_token": tokens.get(tokenizer.end_id), "pad_token": tokens.get(tokenizer.end_id),
+    special_names = {"eos_token": tokens.get(tokenizer.end_id), "pad_token": tokens.get(tokenizer.end_id),
              "mask_token": tokens.get(tokenizer.mask_id)}
-    special = {key: token for key, token in named.items() if token}
+    special = {key: token for key, token in special_names.items() if token}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
     model = json.dumps(vocabulary, ensure_ascii=False) if added else content["model"]
     return {"tokenizer.json": model.encode(), "tokenizer_config.json": json.dumps(config, indent=2).encode(),

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bd3lm_jax.sampling.generate import (Asked, Finished, Progress, Request, Settings, close_block, open_block, reveal,
+from bd3lm_jax.sampling.generate import (DenoiserContext, PreviousBlock, Progress, Request, Settings, close_block, open_block, reveal,
                                          writing)
 from bd3lm_jax.sampling.steps import Sampler
 
@@ -29,7 +29,7 @@ class Sizes(NamedTuple):
     confidence: float
 
 
-class AutoAsked(NamedTuple):
+class AutoSizeContext(NamedTuple):
     """denoise(canvas_BxS, start_B, size_B, finished_start_B, finished, positions_BxP, level_B, cache) -> logits_BxPxV,
     cache: as in `generate.py`, with the place of every row's block, and of the block before, in place of an index."""
 
@@ -60,37 +60,37 @@ def first(request: Request, tokens_BxL, settings: Settings, cache) -> State:
     return State(tokens, start, zeros, zeros, zeros, zeros, cache)
 
 
-def run_blocks(sizes: Sizes, asked: AutoAsked, request: Request, state: State, blocks) -> State:
+def run_blocks(sizes: Sizes, context: AutoSizeContext, request: Request, state: State, blocks) -> State:
     """Write up to `blocks` more blocks in every row, or until all have stopped. Nothing returns to the host."""
-    canvas_size = asked.settings.block_size
+    canvas_size = context.settings.block_size
     given = jnp.pad(request.given, ((0, 0), (0, canvas_size)))
 
     def body(carry):
         count, state = carry
-        here = _Here(asked, request, state, _cut(given, state.start, canvas_size))
-        logits_BxSxV, cache = here.first_call(_cut(state.tokens, state.before, canvas_size))
-        size_B = chosen(sizes, logits_BxSxV, here.masked, request.forbidden)
-        local, progress = here.request(size_B), here.progress(cache)
-        known = asked_for(asked, lambda canvas, positions, level: jnp.take_along_axis(
+        block_inputs = _BlockInputs(context, request, state, _slice_rows(given, state.start, canvas_size))
+        logits_BxSxV, cache = block_inputs.first_call(_slice_rows(state.tokens, state.before, canvas_size))
+        size_B = choose_sizes(sizes, logits_BxSxV, block_inputs.masked, request.forbidden)
+        local, progress = block_inputs.request(size_B), block_inputs.progress(cache)
+        first_call_context = single_block_context(context, lambda canvas, positions, level: jnp.take_along_axis(
             logits_BxSxV, positions[..., None], axis=1))
-        block, _ = open_block(known, local, progress)
-        own = asked_for(asked, functools.partial(here.later_call, size_B, cache))
-        block = jax.lax.while_loop(lambda block: writing(asked.sampler, asked.settings, block).any(),
-                                   lambda block: reveal(own, local, progress, block, None), block)
-        closed = close_block(own, local, progress, block, None)
-        writes = ~_over(request, state)
-        tokens = jax.vmap(_put)(state.tokens, jnp.where(here.inside(size_B), closed.tokens, here.canvas), state.start)
-        return count + 1, State(tokens, jnp.where(writes, state.start + size_B, state.start),
-                                jnp.where(writes, state.start, state.before), jnp.where(writes, size_B, state.size),
-                                jnp.where(writes, closed.stopped, state.stopped), closed.nfe, cache)
+        block, _ = open_block(first_call_context, local, progress)
+        later_context = single_block_context(context, functools.partial(block_inputs.later_call, size_B, cache))
+        block = jax.lax.while_loop(lambda block: writing(context.sampler, context.settings, block).any(),
+                                   lambda block: reveal(later_context, local, progress, block, None), block)
+        closed = close_block(later_context, local, progress, block, None)
+        is_writing = ~_is_done(request, state)
+        tokens = jax.vmap(_write_at)(state.tokens, jnp.where(block_inputs.inside(size_B), closed.tokens, block_inputs.canvas), state.start)
+        return count + 1, State(tokens, jnp.where(is_writing, state.start + size_B, state.start),
+                                jnp.where(is_writing, state.start, state.before), jnp.where(is_writing, size_B, state.size),
+                                jnp.where(is_writing, closed.stopped, state.stopped), closed.nfe, cache)
 
     def more(carry):
-        return (carry[0] < blocks) & ~_over(request, carry[1]).all()
+        return (carry[0] < blocks) & ~_is_done(request, carry[1]).all()
 
     return jax.lax.while_loop(more, body, (jnp.zeros((), jnp.int32), state))[1]
 
 
-def chosen(sizes: Sizes, logits_BxSxV, masked_BxS, forbidden_V):
+def choose_sizes(sizes: Sizes, logits_BxSxV, masked_BxS, forbidden_V):
     """The size of each row's next block, int32 `[B]`; tokens that are given already count as sure."""
     p = jax.nn.softmax(jnp.where(forbidden_V, -jnp.inf, logits_BxSxV), axis=-1).max(-1)
     sure = jnp.where(masked_BxS, p, 1.0)
@@ -101,38 +101,38 @@ def chosen(sizes: Sizes, logits_BxSxV, masked_BxS, forbidden_V):
     return size.astype(jnp.int32)
 
 
-class _Here(NamedTuple):
+class _BlockInputs(NamedTuple):
     """All rows at their next blocks, each row as if its canvas were all of it."""
 
-    asked: AutoAsked
+    context: AutoSizeContext
     whole: Request
     state: State
     given: jax.Array
 
     @property
     def canvas(self):
-        return _cut(self.state.tokens, self.state.start, self.asked.settings.block_size)
+        return _slice_rows(self.state.tokens, self.state.start, self.context.settings.block_size)
 
     @property
     def masked(self):
-        return ~self.given & ~_over(self.whole, self.state)[:, None]
+        return ~self.given & ~_is_done(self.whole, self.state)[:, None]
 
     def inside(self, size_B):
-        return jnp.arange(self.asked.settings.block_size) < size_B[:, None]
+        return jnp.arange(self.context.settings.block_size) < size_B[:, None]
 
     def first_call(self, before_BxS):
         """Logits at every place of the largest canvas, and the cache with the block before."""
-        settings, state = self.asked.settings, self.state
+        settings, state = self.context.settings, self.state
         everywhere = jnp.broadcast_to(jnp.arange(settings.block_size), self.given.shape)
-        finished = Finished(before_BxS, self.inside(state.size))
+        previous = PreviousBlock(before_BxS, self.inside(state.size))
         level = jnp.mean(self.masked, axis=1, dtype=jnp.float32)
         whole = jnp.full_like(state.size, settings.block_size)
-        return self.asked.denoise(self.canvas, state.start, whole, state.before, finished, everywhere, level,
+        return self.context.denoise(self.canvas, state.start, whole, state.before, previous, everywhere, level,
                                   state.cache)
 
     def later_call(self, size_B, cache, canvas, positions, level):
         """Logits at some places of a block of its own size."""
-        return self.asked.denoise(canvas, self.state.start, size_B, None, None, positions, level, cache)[0]
+        return self.context.denoise(canvas, self.state.start, size_B, None, None, positions, level, cache)[0]
 
     def request(self, size_B) -> Request:
         """What is asked of the rows' blocks; noise is keyed by where they begin."""
@@ -145,20 +145,20 @@ class _Here(NamedTuple):
         return Progress(jnp.zeros((), jnp.int32), self.canvas, self.state.stopped, self.state.nfe, cache)
 
 
-def asked_for(asked: AutoAsked, logits_of: Callable) -> Asked:
+def single_block_context(context: AutoSizeContext, logits_of: Callable) -> DenoiserContext:
     """How `generate` asks about one block: logits_of(canvas_BxS, positions_BxP, level_B)."""
-    def denoise(canvas, block, finished, positions, level, cache):
+    def denoise(canvas, block, previous, positions, level, cache):
         return logits_of(canvas, positions, level), cache
-    return Asked(denoise, asked.sampler, asked.settings)
+    return DenoiserContext(denoise, context.sampler, context.settings)
 
 
-def _over(request: Request, state: State):
+def _is_done(request: Request, state: State):
     return (state.stopped > 0) | (state.start >= request.length)
 
 
-def _cut(x_BxN, start_B, size: int):
+def _slice_rows(x_BxN, start_B, size: int):
     return jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, size))(x_BxN, start_B)
 
 
-def _put(row, new, start):
+def _write_at(row, new, start):
     return jax.lax.dynamic_update_slice_in_dim(row, new, start, axis=0)

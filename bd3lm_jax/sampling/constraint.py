@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from bd3lm_jax.constraints.automaton import Automaton
 from bd3lm_jax.constraints.dfa import START
-from bd3lm_jax.sampling.filters import draw
+from bd3lm_jax.sampling.filters import sample_categorical
 
 
 class Constraint(NamedTuple):
@@ -28,27 +28,27 @@ class Constraint(NamedTuple):
     def advance(self, state_B, canvas_BxS, new_BxS) -> jax.Array:
         return advance(self.automaton, state_B, canvas_BxS, ~new_BxS)
 
-    def marginals(self, state_B, logits_BxSxV, canvas_BxS, masked_BxS, given_BxS, left_B) -> jax.Array:
+    def marginals(self, state_B, logits_BxSxV, canvas_BxS, masked_BxS, given_BxS, remaining_B) -> jax.Array:
         """What the network says once the constraint is known, for steps that choose by confidence, `[B, S, V]`."""
-        known = know_block(state_B, canvas_BxS, masked_BxS, given_BxS, left_B)
-        return constrained_marginals(logits_BxSxV, known, self.automaton)
+        block_state = make_block_state(state_B, canvas_BxS, masked_BxS, given_BxS, remaining_B)
+        return constrained_marginals(logits_BxSxV, block_state, self.automaton)
 
 
 def sample_block(constraint: Constraint, state_B, keys_BxS, filtered_BxSxV, logits_BxSxV, canvas_BxS, masked_BxS,
-                 given_BxS, left_B) -> jax.Array:
+                 given_BxS, remaining_B) -> jax.Array:
     """`Settings.draw_all` at a temperature above 0: canvases `[B, S]`. left: tokens wanted behind the block."""
-    known = know_block(state_B, canvas_BxS, masked_BxS, given_BxS, left_B)
-    return draw_constrained(keys_BxS, filtered_BxSxV, logits_BxSxV, known, constraint.automaton, greedy=False)[0]
+    block_state = make_block_state(state_B, canvas_BxS, masked_BxS, given_BxS, remaining_B)
+    return draw_constrained(keys_BxS, filtered_BxSxV, logits_BxSxV, block_state, constraint.automaton, greedy=False)[0]
 
 
 def best_block(constraint: Constraint, state_B, keys_BxS, filtered_BxSxV, logits_BxSxV, canvas_BxS, masked_BxS,
-               given_BxS, left_B) -> jax.Array:
+               given_BxS, remaining_B) -> jax.Array:
     """`Settings.draw_all` at temperature 0: the most probable accepted canvases `[B, S]`."""
-    known = know_block(state_B, canvas_BxS, masked_BxS, given_BxS, left_B)
-    return draw_constrained(keys_BxS, filtered_BxSxV, logits_BxSxV, known, constraint.automaton, greedy=True)[0]
+    block_state = make_block_state(state_B, canvas_BxS, masked_BxS, given_BxS, remaining_B)
+    return draw_constrained(keys_BxS, filtered_BxSxV, logits_BxSxV, block_state, constraint.automaton, greedy=True)[0]
 
 
-class Known(NamedTuple):
+class BlockState(NamedTuple):
     """What is known of a block before it is drawn.
 
     canvas int32 `[B, S]`; fixed bool `[B, S]`: positions that keep their token; outside bool `[B, S]`: positions that
@@ -64,19 +64,19 @@ class Known(NamedTuple):
     after: jax.Array
 
     @property
-    def kept(self) -> jax.Array:
+    def not_drawn(self) -> jax.Array:
         """Positions `[B, S]` that are not drawn."""
         return self.fixed | self.outside
 
 
-def know_block(state_B, canvas_BxS, masked_BxS, given_BxS, left_B) -> Known:
+def make_block_state(state_B, canvas_BxS, masked_BxS, given_BxS, remaining_B) -> BlockState:
     """left: tokens wanted behind the block; negative where the text ends inside it."""
     size = canvas_BxS.shape[1]
-    outside_BxS = given_BxS | (jnp.arange(size) >= size + left_B[:, None])
-    return Known(canvas_BxS, ~masked_BxS & ~outside_BxS, outside_BxS, state_B, jnp.maximum(left_B, 0))
+    outside_BxS = given_BxS | (jnp.arange(size) >= size + remaining_B[:, None])
+    return BlockState(canvas_BxS, ~masked_BxS & ~outside_BxS, outside_BxS, state_B, jnp.maximum(remaining_B, 0))
 
 
-def draw_constrained(keys_BxS, logp_BxSxV, unfiltered_BxSxV, known: Known, automaton: Automaton,
+def draw_constrained(keys_BxS, logp_BxSxV, unfiltered_BxSxV, block_state: BlockState, automaton: Automaton,
                      greedy: bool) -> tuple[jax.Array, jax.Array]:
     """Canvases int32 `[B, S]` of the law above, and the log of the total weight of all accepted ones, `[B]`.
 
@@ -91,31 +91,31 @@ def draw_constrained(keys_BxS, logp_BxSxV, unfiltered_BxSxV, known: Known, autom
     unfiltered = unfiltered_BxSxV.astype(jnp.float32)
 
     def messages(logp_BxSxV):
-        return _messages(automaton, _class_weights(automaton, logp_BxSxV, known, greedy), known, greedy)
+        return _messages(automaton, _class_weights(automaton, logp_BxSxV, block_state, greedy), block_state, greedy)
 
-    def total(found_TxBxQ):
-        return jnp.take_along_axis(found_TxBxQ[0], known.state[:, None], axis=1)[:, 0]
+    def total(message_TxBxQ):
+        return jnp.take_along_axis(message_TxBxQ[0], block_state.state[:, None], axis=1)[:, 0]
 
     logp = unfiltered if greedy else logp_BxSxV.astype(jnp.float32)
-    found = messages(logp)
+    log_weights = messages(logp)
     if not greedy:
-        lost_B = (total(found) == -jnp.inf) & ~known.kept.all(axis=1)
-        logp = jnp.where(lost_B[:, None, None], unfiltered, logp)
-        found = jax.lax.cond(lost_B.any(), messages, lambda _: found, logp)
+        infeasible_B = (total(log_weights) == -jnp.inf) & ~block_state.not_drawn.all(axis=1)
+        logp = jnp.where(infeasible_B[:, None, None], unfiltered, logp)
+        log_weights = jax.lax.cond(infeasible_B.any(), messages, lambda _: log_weights, logp)
 
     def step(state_B, position):
-        keys_B, logp_BxV, token_B, kept_B, outside_B, ahead_BxQ = position
+        keys_B, logp_BxV, token_B, not_drawn_B, outside_B, ahead_BxQ = position
         ahead_BxC = jnp.take_along_axis(ahead_BxQ, automaton.transitions[state_B], axis=1)
         scores_BxV = logp_BxV + ahead_BxC[:, automaton.token_class]
-        drawn_B = jnp.argmax(scores_BxV, axis=-1).astype(jnp.int32) if greedy else draw(keys_B, scores_BxV)
-        token_B = jnp.where(kept_B, token_B, drawn_B)
+        drawn_B = jnp.argmax(scores_BxV, axis=-1).astype(jnp.int32) if greedy else sample_categorical(keys_B, scores_BxV)
+        token_B = jnp.where(not_drawn_B, token_B, drawn_B)
         return _next_state(automaton, state_B, token_B, outside_B), token_B
 
-    positions = (keys_BxS.T, jnp.swapaxes(logp, 0, 1), known.canvas.T, known.kept.T, known.outside.T, found[1:])
-    return jax.lax.scan(step, known.state, positions)[1].T, total(found)
+    positions = (keys_BxS.T, jnp.swapaxes(logp, 0, 1), block_state.canvas.T, block_state.not_drawn.T, block_state.outside.T, log_weights[1:])
+    return jax.lax.scan(step, block_state.state, positions)[1].T, total(log_weights)
 
 
-def constrained_marginals(logp_BxSxV, known: Known, automaton: Automaton) -> jax.Array:
+def constrained_marginals(logp_BxSxV, block_state: BlockState, automaton: Automaton) -> jax.Array:
     """Log-probabilities `[B, S, V]` of the token at each position under the law above: what p_i becomes once the
     constraint and the fixed positions are known, so that a token that is forced has probability 1.
 
@@ -123,8 +123,8 @@ def constrained_marginals(logp_BxSxV, known: Known, automaton: Automaton) -> jax
     positions that are not drawn.
     """
     automaton, logp = jax.tree.map(jnp.asarray, automaton), logp_BxSxV.astype(jnp.float32)
-    weights_SxBxC = _class_weights(automaton, logp, known, greedy=False)
-    found_TxBxQ = _messages(automaton, weights_SxBxC, known, greedy=False)
+    weights_SxBxC = _class_weights(automaton, logp, block_state, greedy=False)
+    message_TxBxQ = _messages(automaton, weights_SxBxC, block_state, greedy=False)
     states = automaton.transitions.shape[0]
 
     def step(visited_BxQ, position):  # visited: probability of each state before this position
@@ -135,10 +135,10 @@ def constrained_marginals(logp_BxSxV, known: Known, automaton: Automaton) -> jax
         moved_BxQ = jax.ops.segment_sum(flow_BxQC.T, automaton.transitions.reshape(-1), states).T
         return jnp.where(outside_B[:, None], visited_BxQ, moved_BxQ), jax.nn.logsumexp(gain_BxQxC, axis=1)
 
-    positions = (weights_SxBxC, known.outside.T, found_TxBxQ[:-1], found_TxBxQ[1:])
-    gain_SxBxC = jax.lax.scan(step, jax.nn.one_hot(known.state, states), positions)[1]
+    positions = (weights_SxBxC, block_state.outside.T, message_TxBxQ[:-1], message_TxBxQ[1:])
+    gain_SxBxC = jax.lax.scan(step, jax.nn.one_hot(block_state.state, states), positions)[1]
     gain_BxSxV = jnp.swapaxes(gain_SxBxC, 0, 1)[..., automaton.token_class]
-    return jnp.where(known.kept[..., None], logp, logp + gain_BxSxV)
+    return jnp.where(block_state.not_drawn[..., None], logp, logp + gain_BxSxV)
 
 
 def advance(automaton: Automaton, state_B, tokens_BxS, outside_BxS) -> jax.Array:
@@ -155,7 +155,7 @@ def _next_state(automaton: Automaton, state_B, token_B, outside_B) -> jax.Array:
     return jnp.where(outside_B, state_B, automaton.transitions[state_B, automaton.token_class[token_B]])
 
 
-def _class_weights(automaton: Automaton, logp_BxSxV, known: Known, greedy: bool) -> jax.Array:
+def _class_weights(automaton: Automaton, logp_BxSxV, block_state: BlockState, greedy: bool) -> jax.Array:
     """Log of the summed probability of each class, or of its most probable token, `[S, B, C]`; 0 for the class of a
     fixed token and -inf for all others."""
     classes = automaton.transitions.shape[1]
@@ -165,20 +165,20 @@ def _class_weights(automaton: Automaton, logp_BxSxV, known: Known, greedy: bool)
         shift = jnp.where(weights_CxSxB == -jnp.inf, 0.0, weights_CxSxB)
         relative = jnp.exp(logp_VxSxB - shift[automaton.token_class])
         weights_CxSxB = jnp.log(jax.ops.segment_sum(relative, automaton.token_class, classes)) + shift
-    its_own = jnp.arange(classes)[:, None, None] == automaton.token_class[known.canvas.T]
-    return jnp.moveaxis(jnp.where(known.fixed.T, jnp.where(its_own, 0.0, -jnp.inf), weights_CxSxB), 0, 2)
+    is_own_class = jnp.arange(classes)[:, None, None] == automaton.token_class[block_state.canvas.T]
+    return jnp.moveaxis(jnp.where(block_state.fixed.T, jnp.where(is_own_class, 0.0, -jnp.inf), weights_CxSxB), 0, 2)
 
 
-def _messages(automaton: Automaton, weights_SxBxC, known: Known, greedy: bool) -> jax.Array:
+def _messages(automaton: Automaton, weights_SxBxC, block_state: BlockState, greedy: bool) -> jax.Array:
     """`[S + 1, B, Q]`: entry i is the log weight of all that positions i, i + 1, ... may hold, from each state."""
     collect = jnp.max if greedy else jax.nn.logsumexp
 
     def step(message_BxQ, position):
         weight_BxC, outside_B = position
-        seen_BxQ = collect(weight_BxC[:, None] + message_BxQ[:, automaton.transitions], axis=2)
-        message_BxQ = jnp.where(outside_B[:, None], message_BxQ, seen_BxQ)
+        summed_BxQ = collect(weight_BxC[:, None] + message_BxQ[:, automaton.transitions], axis=2)
+        message_BxQ = jnp.where(outside_B[:, None], message_BxQ, summed_BxQ)
         return message_BxQ, message_BxQ
 
-    last_BxQ = jnp.where(automaton.reachable[known.after], 0.0, -jnp.inf)
-    found_SxBxQ = jax.lax.scan(step, last_BxQ, (weights_SxBxC, known.outside.T), reverse=True)[1]
-    return jnp.concatenate([found_SxBxQ, last_BxQ[None]])
+    last_BxQ = jnp.where(automaton.reachable[block_state.after], 0.0, -jnp.inf)
+    message_SxBxQ = jax.lax.scan(step, last_BxQ, (weights_SxBxC, block_state.outside.T), reverse=True)[1]
+    return jnp.concatenate([message_SxBxQ, last_BxQ[None]])

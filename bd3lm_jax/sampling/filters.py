@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.ranking import first_best
+from bd3lm_jax.ranking import fast_argmax
 
 EXCLUDED = -jnp.inf
 SLACK = 1e-6  # relative: masses that differ by rounding alone count as equal
@@ -41,10 +41,10 @@ def check_filters(filters: Filters) -> None:
         raise UserError(f"repetition_penalty is {penalty}, expected above 0 (1: none)")
 
 
-def penalise(logits_NxV, seen_NxV, penalty: float) -> jax.Array:
+def apply_repetition_penalty(logits_NxV, present_NxV, penalty: float) -> jax.Array:
     """Logits of tokens that were seen, divided by the penalty when positive and multiplied by it when negative."""
     lowered = jnp.where(logits_NxV > 0, logits_NxV / penalty, logits_NxV * penalty)
-    return jnp.where(seen_NxV, lowered, logits_NxV)
+    return jnp.where(present_NxV, lowered, logits_NxV)
 
 
 def filter_logits(logits_NxV, filters: Filters) -> jax.Array:
@@ -56,7 +56,7 @@ def filter_logits(logits_NxV, filters: Filters) -> jax.Array:
     """
     logits = logits_NxV.astype(jnp.float32)
     if filters.temperature == 0:
-        return jnp.where(jnp.arange(logits.shape[-1]) == first_best(logits)[:, None], 0.0, EXCLUDED)
+        return jnp.where(jnp.arange(logits.shape[-1]) == fast_argmax(logits)[:, None], 0.0, EXCLUDED)
     logits = logits / filters.temperature
     if filters.top_k is not None and filters.top_k < logits.shape[-1]:
         threshold = jax.lax.top_k(logits, filters.top_k)[0][:, -1:]
@@ -81,7 +81,7 @@ def _first(logits_NxV, threshold_Nx1, count) -> jax.Array:
     return jnp.where(keep_NxV, logits_NxV, EXCLUDED)
 
 
-def draw(keys_N, logits_NxV) -> jax.Array:
+def sample_categorical(keys_N, logits_NxV) -> jax.Array:
     """One token from each row, int32 `[N]`, by float32 Gumbel noise with one key a row."""
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits_NxV.shape[-1:], jnp.float32))(keys_N)
-    return first_best(logits_NxV + noise)
+    return fast_argmax(logits_NxV + noise)

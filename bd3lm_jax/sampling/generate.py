@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bd3lm_jax.ranking import first_best
-from bd3lm_jax.sampling.filters import Filters, draw, filter_logits, penalise
-from bd3lm_jax.sampling.steps import Plan, Row, Said, Sampler
+from bd3lm_jax.ranking import fast_argmax
+from bd3lm_jax.sampling.filters import Filters, sample_categorical, filter_logits, apply_repetition_penalty
+from bd3lm_jax.sampling.steps import Plan, Row, TokenStats, Sampler
 
 STOPS = ("length", "end", "entropy")  # by the code in `Progress.stopped`; 0 also means: still writing
-FIRST = 2**32 - 1  # in the place of a step's number: keys a canvas of letters before the first one
+INITIAL_CANVAS = 2**32 - 1  # in the place of a step's number: keys a canvas of letters before the first one
 ENTROPY_TOKENS = 256  # the entropy test looks at so many last tokens (BD3-LM section 5.3)
 
 
@@ -75,7 +75,7 @@ class Progress(NamedTuple):
     state: Any = None
 
 
-class Finished(NamedTuple):
+class PreviousBlock(NamedTuple):
     """The block before, `[B, S]` ids, and which of its tokens are real (none before the first block)."""
 
     ids: jax.Array
@@ -97,7 +97,7 @@ class Block(NamedTuple):
     calls: jax.Array
 
 
-class Asked(NamedTuple):
+class DenoiserContext(NamedTuple):
     """How a loop asks its network: the pieces that stay the same."""
 
     denoise: Callable
@@ -105,74 +105,74 @@ class Asked(NamedTuple):
     settings: Settings
 
 
-def start(asked: Asked, request: Request, tokens_BxL, first_block, cache) -> Progress:
+def start(context: DenoiserContext, request: Request, tokens_BxL, first_block, cache) -> Progress:
     """Before anything is written. L is a multiple of the block size. first_block: the first that is not wholly given
     in every row; the blocks before its predecessor must be in the cache already."""
     batch = tokens_BxL.shape[0]
     zeros = jnp.zeros(batch, jnp.int32)
     state = None if request.constraint is None else request.constraint.start(batch)
-    tokens = jnp.where(request.given, tokens_BxL, asked.settings.mask_id)
+    tokens = jnp.where(request.given, tokens_BxL, context.settings.mask_id)
     return Progress(jnp.asarray(first_block, jnp.int32), tokens, zeros, zeros, cache, state)
 
 
-def run_blocks(asked: Asked, request: Request, progress: Progress, until) -> Progress:
+def run_blocks(context: DenoiserContext, request: Request, progress: Progress, until) -> Progress:
     """Write blocks up to the index `until`, or until every row has stopped. One program, nothing on the host."""
-    sampler, size = asked.sampler, asked.settings.block_size
+    sampler, size = context.sampler, context.settings.block_size
 
-    steady = not (sampler.idles or sampler.rewrites or sampler.redraw or sampler.scores)  # S calls a block at most
+    has_fixed_calls = not (sampler.may_skip_forward or sampler.can_remask or sampler.posterior or sampler.predicts_scores)  # S calls a block at most
 
     def body(progress: Progress) -> Progress:
         keys = None
-        if steady:  # those of all calls at once: on a CPU deriving a key takes long, deriving many hardly longer
+        if has_fixed_calls:  # those of all calls at once: on a CPU deriving a key takes long, deriving many hardly longer
             keys = jax.vmap(lambda calls: _call_keys(request, progress, calls))(jnp.arange(size))
-        block, cache = open_block(asked, request, progress, keys)
-        if size > 1 or not steady:  # else the opening call revealed the whole block
-            block = jax.lax.while_loop(lambda block: writing(sampler, asked.settings, block).any(),
-                                       lambda block: reveal(asked, request, progress, block, cache, keys), block)
-        return close_block(asked, request, progress, block, cache)
+        block, cache = open_block(context, request, progress, keys)
+        if size > 1 or not has_fixed_calls:  # else the opening call revealed the whole block
+            block = jax.lax.while_loop(lambda block: writing(sampler, context.settings, block).any(),
+                                       lambda block: reveal(context, request, progress, block, cache, keys), block)
+        return close_block(context, request, progress, block, cache)
 
-    return jax.lax.while_loop(lambda p: (p.block < until) & ~done(asked, request, p).all(), body, progress)
+    return jax.lax.while_loop(lambda p: (p.block < until) & ~done(context, request, p).all(), body, progress)
 
 
-def done(asked: Asked, request: Request, progress: Progress):
+def done(context: DenoiserContext, request: Request, progress: Progress):
     """Rows that have nothing left to write, bool `[B]`."""
-    return (progress.stopped > 0) | (progress.block * asked.settings.block_size >= request.length)
+    return (progress.stopped > 0) | (progress.block * context.settings.block_size >= request.length)
 
 
-def open_block(asked: Asked, request: Request, progress: Progress, keys=None) -> tuple[Block, Any]:
+def open_block(context: DenoiserContext, request: Request, progress: Progress, keys=None) -> tuple[Block, Any]:
     """The next block after its first step, whose network call stores the block before; and the cache. keys: of the
     block's calls, where they are derived already."""
-    settings, at = asked.settings, progress.block
-    given = _cut(settings, request.given, at)
-    masked = ~given & ~done(asked, request, progress)[:, None]
+    settings, at = context.settings, progress.block
+    given = _block_slice(settings, request.given, at)
+    masked = ~given & ~done(context, request, progress)[:, None]
     zeros = jnp.zeros_like(progress.nfe)
-    canvas = _cut(settings, progress.tokens, at)
-    if asked.sampler.redraw is not None:
-        canvas = jnp.where(masked, _random_letters(request, at, canvas.shape[1]), canvas)
+    canvas = _block_slice(settings, progress.tokens, at)
+    if context.sampler.posterior is not None:
+        canvas = jnp.where(masked, _random_tokens(request, at, canvas.shape[1]), canvas)
     block = Block(canvas, masked, masked.any(-1), jnp.ones(masked.shape),
                   jnp.ones(zeros.shape), zeros, progress.nfe, jnp.zeros((), jnp.int32))
-    before = _cut(settings, progress.tokens, jnp.maximum(at - 1, 0))
-    finished = Finished(before, jnp.broadcast_to(at > 0, before.shape))
-    return _step(asked, request, progress, block, finished, progress.cache, keys)
+    before = _block_slice(settings, progress.tokens, jnp.maximum(at - 1, 0))
+    previous = PreviousBlock(before, jnp.broadcast_to(at > 0, before.shape))
+    return _step(context, request, progress, block, previous, progress.cache, keys)
 
 
 def writing(sampler: Sampler, settings: Settings, block: Block):
     """Rows whose block is not finished, bool `[B]`: a mask is left, or steps of a sampler that may mask again."""
     left = block.masked.any(-1)
-    return left | (block.open & (block.index < settings.steps)) if sampler.rewrites else left
+    return left | (block.open & (block.index < settings.steps)) if sampler.can_remask else left
 
 
-def reveal(asked: Asked, request: Request, progress: Progress, block: Block, cache, keys=None) -> Block:
+def reveal(context: DenoiserContext, request: Request, progress: Progress, block: Block, cache, keys=None) -> Block:
     """One more step of every row. keys as in `open_block`."""
-    return _step(asked, request, progress, block, None, cache, keys)[0]
+    return _step(context, request, progress, block, None, cache, keys)[0]
 
 
-def close_block(asked: Asked, request: Request, progress: Progress, block: Block, cache) -> Progress:
+def close_block(context: DenoiserContext, request: Request, progress: Progress, block: Block, cache) -> Progress:
     """The finished block put in its place; rows that meet a stop are done."""
-    settings, at = asked.settings, progress.block
-    new = ~_cut(settings, request.given, at) & ~done(asked, request, progress)[:, None]
+    settings, at = context.settings, progress.block
+    new = ~_block_slice(settings, request.given, at) & ~done(context, request, progress)[:, None]
     stopped = jnp.where(((block.canvas == settings.end_id) & new).any(-1), STOPS.index("end"), progress.stopped)
-    canvas = jnp.where(done(asked, request, progress)[:, None], _cut(settings, progress.tokens, at), block.canvas)
+    canvas = jnp.where(done(context, request, progress)[:, None], _block_slice(settings, progress.tokens, at), block.canvas)
     tokens = jax.lax.dynamic_update_slice_in_dim(progress.tokens, canvas, at * settings.block_size, axis=1)
     if settings.min_entropy is not None and tokens.shape[1] >= ENTROPY_TOKENS:
         low = _low_entropy(settings, tokens, (at + 1) * settings.block_size) & new.any(-1)
@@ -189,116 +189,116 @@ def _call_keys(request: Request, progress: Progress, calls):
                     out_axes=1)(request.keys)
 
 
-def _step(asked: Asked, request: Request, progress: Progress, block: Block, finished, cache, keys_Sx2xB):
-    """One step of every row -> block, cache. `finished` as the network takes it. keys: of each call, or None."""
-    settings, sampler = asked.settings, asked.sampler
+def _step(context: DenoiserContext, request: Request, progress: Progress, block: Block, previous, cache, keys_Sx2xB):
+    """One step of every row -> block, cache. `previous` as the network takes it. keys: of each call, or None."""
+    settings, sampler = context.settings, context.sampler
     keys = _call_keys(request, progress, block.calls) if keys_Sx2xB is None else keys_Sx2xB[block.calls]
     plan_keys, draw_keys = keys
-    given = _cut(settings, request.given, progress.block)
+    given = _block_slice(settings, request.given, progress.block)
     window = _window(settings, block.masked, given)
     written = (window & ~block.masked & ~given
                & writing(sampler, settings, block)[:, None])
     rows = Row(window & block.masked, written, block.confidence, block.level, block.index)
     plan = jax.vmap(lambda key, row: sampler.plan(key, row, settings.steps, request.threshold))(plan_keys, rows)
-    positions_BxP = _positions(asked, plan.reveal, window)
+    positions_BxP = _positions(context, plan.reveal, window)
     whole = settings.window == settings.block_size
     level = plan.level if whole else jnp.mean(block.masked, axis=1, dtype=jnp.float32)
 
     def ask(cache):
-        logits, cache = asked.denoise(block.canvas, progress.block, finished, positions_BxP, level, cache)
-        return _draw(asked, request, progress, block, draw_keys, plan, positions_BxP, logits), cache
+        logits, cache = context.denoise(block.canvas, progress.block, previous, positions_BxP, level, cache)
+        return _draw(context, request, progress, block, draw_keys, plan, positions_BxP, logits), cache
 
-    if finished is None and sampler.idles:  # a step that reveals nothing needs no network
-        nothing = Said(*[jnp.zeros(positions_BxP.shape)] * (5 if sampler.scores else 3))
-        drawn, said = jax.lax.cond(plan.reveal.any(), lambda: ask(cache)[0],
-                                   lambda: (jnp.zeros_like(positions_BxP), nothing))
+    if previous is None and sampler.may_skip_forward:  # a step that reveals nothing needs no network
+        no_stats = TokenStats(*[jnp.zeros(positions_BxP.shape)] * (5 if sampler.predicts_scores else 3))
+        drawn, stats = jax.lax.cond(plan.reveal.any(), lambda: ask(cache)[0],
+                                   lambda: (jnp.zeros_like(positions_BxP), no_stats))
     else:
-        (drawn, said), cache = ask(cache)
+        (drawn, stats), cache = ask(cache)
     places = jnp.arange(positions_BxP.shape[0])[:, None], positions_BxP
-    said = jax.tree.map(lambda x: jnp.zeros(block.canvas.shape).at[places].set(x), said)
-    shown = plan.reveal
+    stats = jax.tree.map(lambda x: jnp.zeros(block.canvas.shape).at[places].set(x), stats)
+    revealed = plan.reveal
     if sampler.choose is not None:
-        shown = jax.vmap(lambda row, planned, said: sampler.choose(row, planned, said, settings.steps,
-                                                                   request.threshold))(rows, plan.reveal, said)
-    canvas = jnp.where(shown, block.canvas.at[places].set(drawn), block.canvas)
-    masked = (block.masked & ~shown) | plan.remask
-    same = (_window(settings, masked, given) == window).all(-1)  # a new window starts its clock anew
-    if sampler.redraw is None:
+        revealed = jax.vmap(lambda row, planned, stats: sampler.choose(row, planned, stats, settings.steps,
+                                                                   request.threshold))(rows, plan.reveal, stats)
+    canvas = jnp.where(revealed, block.canvas.at[places].set(drawn), block.canvas)
+    masked = (block.masked & ~revealed) | plan.remask
+    same_window = (_window(settings, masked, given) == window).all(-1)  # a new window starts its clock anew
+    if sampler.posterior is None:
         canvas = jnp.where(plan.remask, settings.mask_id, canvas)
     return Block(canvas, masked, block.open,
-                 jnp.where(shown, said.confidence, block.confidence), jnp.where(same, plan.next_level, 1.0),
-                 jnp.where(same, block.index + 1, 0), block.nfe + plan.reveal.any(-1), block.calls + 1), cache
+                 jnp.where(revealed, stats.confidence, block.confidence), jnp.where(same_window, plan.next_level, 1.0),
+                 jnp.where(same_window, block.index + 1, 0), block.nfe + plan.reveal.any(-1), block.calls + 1), cache
 
 
-def _draw(asked: Asked, request: Request, progress: Progress, block: Block, keys_B, plan: Plan, positions_BxP,
+def _draw(context: DenoiserContext, request: Request, progress: Progress, block: Block, keys_B, plan: Plan, positions_BxP,
           logits_BxPxV):
     """A token for every asked position, its noise keyed by the position, and what the network said of it."""
-    settings = asked.settings
+    settings = context.settings
     vocab = jnp.arange(logits_BxPxV.shape[-1])
     at = progress.block * settings.block_size + positions_BxP
     too_early = (at < request.earliest_end[:, None])[..., None] & (vocab == settings.end_id)
     excluded = request.forbidden | too_early
-    here = jnp.take_along_axis(block.canvas, positions_BxP, axis=1)
-    logits = by = logits_BxPxV.astype(jnp.float32)
-    if asked.sampler.laws is not None:  # what filters go by, and what remains of it is drawn from
-        one_row = jax.vmap(asked.sampler.laws, (0, 0, None, None))
-        by, logits = jax.vmap(one_row, (0, 0, None, 0))(logits, here, ~request.forbidden, plan.level)
-    logits, by = (jnp.where(excluded, -jnp.inf, x) for x in (logits, by))
+    current_tokens = jnp.take_along_axis(block.canvas, positions_BxP, axis=1)
+    logits = filter_input = logits_BxPxV.astype(jnp.float32)
+    if context.sampler.log_distributions is not None:  # what filters go by, and what remains of it is drawn from
+        one_row = jax.vmap(context.sampler.log_distributions, (0, 0, None, None))
+        filter_input, logits = jax.vmap(one_row, (0, 0, None, 0))(logits, current_tokens, ~request.forbidden, plan.level)
+    logits, filter_input = (jnp.where(excluded, -jnp.inf, x) for x in (logits, filter_input))
     log_total = jax.nn.logsumexp(logits, axis=-1) - jnp.log(vocab.shape[0] - 1)
     if settings.filters.repetition_penalty != 1:
-        seen = _seen(asked, request, progress, block, vocab)[:, None]
-        logits, by = (penalise(x, seen, settings.filters.repetition_penalty) for x in (logits, by))
+        present = _tokens_present(context, request, progress, block, vocab)[:, None]
+        logits, filter_input = (apply_repetition_penalty(x, present, settings.filters.repetition_penalty) for x in (logits, filter_input))
     flat = logits.reshape(-1, logits.shape[-1])
-    filtered = filter_logits(by.reshape(flat.shape), settings.filters).reshape(logits.shape)
-    if asked.sampler.laws is not None:
+    filtered = filter_logits(filter_input.reshape(flat.shape), settings.filters).reshape(logits.shape)
+    if context.sampler.log_distributions is not None:
         left = jnp.where(filtered == -jnp.inf, -jnp.inf, logits / (settings.filters.temperature or 1.0))
         filtered = jnp.where((left == -jnp.inf).all(-1, keepdims=True), filtered, left)
-    if asked.sampler.redraw is not None:
-        one_row = jax.vmap(asked.sampler.redraw, (0, 0, None, None, None))
-        filtered = jax.vmap(one_row, (0, 0, None, 0, 0))(filtered, here, ~request.forbidden, plan.level,
+    if context.sampler.posterior is not None:
+        one_row = jax.vmap(context.sampler.posterior, (0, 0, None, None, None))
+        filtered = jax.vmap(one_row, (0, 0, None, 0, 0))(filtered, current_tokens, ~request.forbidden, plan.level,
                                                          plan.next_level)
     keys = jax.vmap(lambda key, at: jax.vmap(lambda p: jax.random.fold_in(key, p))(at))(keys_B, positions_BxP)
     if settings.draw_all is None:
-        drawn = draw(keys.reshape(-1), filtered.reshape(flat.shape)).reshape(positions_BxP.shape)
+        drawn = sample_categorical(keys.reshape(-1), filtered.reshape(flat.shape)).reshape(positions_BxP.shape)
     else:
-        known = (block.canvas, block.masked, _cut(settings, request.given, progress.block),
+        block_inputs = (block.canvas, block.masked, _block_slice(settings, request.given, progress.block),
                  request.length - (progress.block + 1) * settings.block_size)
-        drawn = settings.draw_all(request.constraint, progress.state, keys, filtered, logits, *known)
-        if asked.sampler.choose is not None:
-            logits = request.constraint.marginals(progress.state, logits, *known)
-    said = _said(logits, drawn, asked.sampler.choose is not None)
-    if asked.sampler.scores:
-        coin = jax.vmap(jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1))))(keys)
-        said = said._replace(log_total=log_total, coin=coin)
-    return drawn, said
+        drawn = settings.draw_all(request.constraint, progress.state, keys, filtered, logits, *block_inputs)
+        if context.sampler.choose is not None:
+            logits = request.constraint.marginals(progress.state, logits, *block_inputs)
+    stats = _token_stats(logits, drawn, context.sampler.choose is not None)
+    if context.sampler.predicts_scores:
+        uniform = jax.vmap(jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1))))(keys)
+        stats = stats._replace(log_total=log_total, uniform=uniform)
+    return drawn, stats
 
 
-def _random_letters(request: Request, block, size: int):
+def _random_tokens(request: Request, block, size: int):
     """What a canvas of letters shows before anything is known `[B, S]`."""
     def row(key):
-        key = jax.random.fold_in(jax.random.fold_in(key, block), FIRST)
+        key = jax.random.fold_in(jax.random.fold_in(key, block), INITIAL_CANVAS)
         keys = jax.vmap(lambda p: jax.random.fold_in(key, p))(jnp.arange(size))
-        return draw(keys, jnp.where(request.forbidden, -jnp.inf, jnp.zeros((size, 1))))
+        return sample_categorical(keys, jnp.where(request.forbidden, -jnp.inf, jnp.zeros((size, 1))))
     return jax.vmap(row)(request.keys)
 
 
-def _said(logits_BxPxV, drawn_BxP, everything: bool) -> Said:
+def _token_stats(logits_BxPxV, drawn_BxP, everything: bool) -> TokenStats:
     log_p = jax.nn.log_softmax(logits_BxPxV, axis=-1)
     confidence = jnp.exp(jnp.take_along_axis(log_p, drawn_BxP[..., None], axis=-1)[..., 0])
     if not everything:
-        return Said(confidence, confidence, confidence)
+        return TokenStats(confidence, confidence, confidence)
     p = jnp.exp(log_p)
-    best = first_best(p)[..., None]
+    best = fast_argmax(p)[..., None]
     second = jnp.max(jnp.where(jnp.arange(p.shape[-1]) == best, 0.0, p), axis=-1)
     entropy = -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1)
-    return Said(confidence, jnp.max(p, axis=-1) - second, entropy)
+    return TokenStats(confidence, jnp.max(p, axis=-1) - second, entropy)
 
 
-def _seen(asked: Asked, request: Request, progress: Progress, block: Block, vocab_V):
+def _tokens_present(context: DenoiserContext, request: Request, progress: Progress, block: Block, vocab_V):
     """Which tokens the row holds so far, bool `[B, V]`."""
     tokens = jax.lax.dynamic_update_slice_in_dim(progress.tokens, block.canvas,
-                                                 progress.block * asked.settings.block_size, axis=1)
-    tokens = jnp.where(tokens < 0, asked.settings.mask_id, tokens)  # places that are none
+                                                 progress.block * context.settings.block_size, axis=1)
+    tokens = jnp.where(tokens < 0, context.settings.mask_id, tokens)  # places that are none
     rows = jnp.arange(tokens.shape[0])[:, None]
     return jnp.zeros((tokens.shape[0], vocab_V.shape[0]), bool).at[rows, tokens].set(True)
 
@@ -312,11 +312,11 @@ def _window(settings: Settings, masked_BxS, given_BxS):
     return (jnp.arange(settings.block_size) - start) // settings.window == (first - start) // settings.window
 
 
-def _positions(asked: Asked, reveal_BxS, window_BxS):
+def _positions(context: DenoiserContext, reveal_BxS, window_BxS):
     """What the network's head is asked for, `[B, P]`, each position once: those that the plan reveals where it is
     known to be few (filled up with others), else the window, or the whole block."""
-    settings = asked.settings
-    most = min(asked.sampler.most(settings.window, settings.steps), settings.window)
+    settings = context.settings
+    most = min(context.sampler.most(settings.window, settings.steps), settings.window)
     if settings.draw_all is not None:
         return jnp.broadcast_to(jnp.arange(settings.block_size), reveal_BxS.shape)
     if most == 1:
@@ -327,7 +327,7 @@ def _positions(asked: Asked, reveal_BxS, window_BxS):
     return first[:, None] + jnp.arange(settings.window)
 
 
-def _cut(settings: Settings, x_BxL, block):
+def _block_slice(settings: Settings, x_BxL, block):
     return jax.lax.dynamic_slice_in_dim(x_BxL, block * settings.block_size, settings.block_size, axis=1)
 
 

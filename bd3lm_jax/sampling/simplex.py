@@ -14,12 +14,12 @@ import numpy as np
 
 from bd3lm_jax.diffusion.ssd_lm import alpha_bar, noisy_logits
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.sampling.filters import draw, filter_logits, penalise
-from bd3lm_jax.sampling.generate import Asked, Block, Finished, Progress, Request, Settings, close_block, done
-from bd3lm_jax.sampling.steps import Sampler, every_mask
+from bd3lm_jax.sampling.filters import sample_categorical, filter_logits, apply_repetition_penalty
+from bd3lm_jax.sampling.generate import DenoiserContext, Block, PreviousBlock, Progress, Request, Settings, close_block, done
+from bd3lm_jax.sampling.steps import Sampler, all_masked
 
 NAME = "simplex"
-SAMPLER = Sampler(every_mask, rewrites=True, steps=100)  # what options know of it; its plan is never asked
+SAMPLER = Sampler(all_masked, can_remask=True, steps=100)  # what options know of it; its plan is never asked
 
 
 class Simplex(NamedTuple):
@@ -47,32 +47,32 @@ def levels(objective: Any, steps: int) -> Simplex:
     return Simplex(objective.scale, tuple(np.clip(grid, 0, 1).tolist()))
 
 
-def run_blocks(simplex: Simplex, asked: Asked, request: Request, progress: Progress, until) -> Progress:
+def run_blocks(simplex: Simplex, context: DenoiserContext, request: Request, progress: Progress, until) -> Progress:
     """As `generate.run_blocks`; a block costs a row `len(simplex.alpha_bar) - 1` calls."""
     steps = len(simplex.alpha_bar) - 1
 
     def body(progress: Progress) -> Progress:
         at = progress.block
-        writes = ~done(asked, request, progress) & ~_cut(asked.settings, request.given, at).all(-1)
-        canvas = _cut(asked.settings, progress.tokens, at)
-        block = Block(canvas, jnp.zeros(canvas.shape, bool), writes, jnp.ones(canvas.shape), jnp.ones(writes.shape),
-                      jnp.zeros_like(progress.nfe), progress.nfe + steps * writes, jnp.zeros((), jnp.int32))
-        before = _cut(asked.settings, progress.tokens, jnp.maximum(at - 1, 0))
-        finished = Finished(before, jnp.broadcast_to(at > 0, before.shape))
-        block, cache = _step(simplex, asked, request, progress, block, finished, progress.cache)
+        is_writing = ~done(context, request, progress) & ~_block_slice(context.settings, request.given, at).all(-1)
+        canvas = _block_slice(context.settings, progress.tokens, at)
+        block = Block(canvas, jnp.zeros(canvas.shape, bool), is_writing, jnp.ones(canvas.shape), jnp.ones(is_writing.shape),
+                      jnp.zeros_like(progress.nfe), progress.nfe + steps * is_writing, jnp.zeros((), jnp.int32))
+        before = _block_slice(context.settings, progress.tokens, jnp.maximum(at - 1, 0))
+        previous = PreviousBlock(before, jnp.broadcast_to(at > 0, before.shape))
+        block, cache = _step(simplex, context, request, progress, block, previous, progress.cache)
         block = jax.lax.fori_loop(
-            1, steps, lambda _, block: _step(simplex, asked, request, progress, block, None, cache)[0], block)
-        return close_block(asked, request, progress, block, cache)
+            1, steps, lambda _, block: _step(simplex, context, request, progress, block, None, cache)[0], block)
+        return close_block(context, request, progress, block, cache)
 
     def more(progress: Progress):
-        return (progress.block < until) & ~done(asked, request, progress).all()
+        return (progress.block < until) & ~done(context, request, progress).all()
 
     return jax.lax.while_loop(more, body, progress)
 
 
-def _step(simplex: Simplex, asked: Asked, request: Request, progress: Progress, block: Block, finished, cache):
+def _step(simplex: Simplex, context: DenoiserContext, request: Request, progress: Progress, block: Block, previous, cache):
     """One network call -> the block with tokens drawn anew, and the cache."""
-    settings, at = asked.settings, progress.block
+    settings, at = context.settings, progress.block
     places = at * settings.block_size + jnp.arange(settings.block_size)
     positions = jnp.broadcast_to(jnp.arange(settings.block_size), block.canvas.shape)
     keys = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, at), block.calls))(request.keys)
@@ -86,9 +86,9 @@ def _step(simplex: Simplex, asked: Asked, request: Request, progress: Progress, 
     alpha_bar = jnp.asarray(simplex.alpha_bar)[len(simplex.alpha_bar) - 1 - block.calls]
     w = noisy_logits(block.canvas, eps, jnp.broadcast_to(alpha_bar, block.canvas.shape), simplex.scale)
     level = jnp.broadcast_to(1 - alpha_bar, block.open.shape)
-    logits, cache = asked.denoise(jax.nn.softmax(w, axis=-1), at, finished, positions, level, cache)
+    logits, cache = context.denoise(jax.nn.softmax(w, axis=-1), at, previous, positions, level, cache)
     drawn = _draw(settings, request, progress, block, draw_keys, places, logits)
-    canvas = jnp.where(_cut(settings, request.given, at), block.canvas, drawn)
+    canvas = jnp.where(_block_slice(settings, request.given, at), block.canvas, drawn)
     return block._replace(canvas=canvas, calls=block.calls + 1), cache
 
 
@@ -99,12 +99,12 @@ def _draw(settings: Settings, request: Request, progress: Progress, block: Block
     logits = jnp.where(request.forbidden | too_early, -jnp.inf, logits_BxSxV)
     if settings.filters.repetition_penalty != 1:
         row = jax.lax.dynamic_update_slice_in_dim(progress.tokens, block.canvas, places_S[0], axis=1)
-        seen_BxV = jnp.zeros((len(row), len(vocab)), bool).at[jnp.arange(len(row))[:, None], row].set(True)
-        logits = penalise(logits, seen_BxV[:, None], settings.filters.repetition_penalty)
+        present_BxV = jnp.zeros((len(row), len(vocab)), bool).at[jnp.arange(len(row))[:, None], row].set(True)
+        logits = apply_repetition_penalty(logits, present_BxV[:, None], settings.filters.repetition_penalty)
     keys = jax.vmap(lambda key: jax.vmap(lambda place: jax.random.fold_in(key, place))(places_S))(keys_B)
     flat = logits.reshape(-1, len(vocab))
-    return draw(keys.reshape(-1), filter_logits(flat, settings.filters)).reshape(block.canvas.shape)
+    return sample_categorical(keys.reshape(-1), filter_logits(flat, settings.filters)).reshape(block.canvas.shape)
 
 
-def _cut(settings: Settings, x_BxL, block):
+def _block_slice(settings: Settings, x_BxL, block):
     return jax.lax.dynamic_slice_in_dim(x_BxL, block * settings.block_size, settings.block_size, axis=1)

@@ -40,7 +40,7 @@ class Plan(NamedTuple):
     next_level: jax.Array
 
 
-class Said(NamedTuple):
+class TokenStats(NamedTuple):
     """What the network said of each position `[S]`: probability of the token that was drawn, difference between the
     two likeliest tokens' probabilities, entropy in nats. Of its own law: before temperature and filters. Only for
     samplers that need log scores: log of the total of the tokens' scores times expm1(sigma) (0 for probabilities), and
@@ -50,7 +50,7 @@ class Said(NamedTuple):
     margin: jax.Array
     entropy: jax.Array
     log_total: jax.Array | None = None
-    coin: jax.Array | None = None
+    uniform: jax.Array | None = None
 
 
 class Planner(Protocol):
@@ -60,9 +60,9 @@ class Planner(Protocol):
 
 
 class Chooser(Protocol):
-    """`choose(row, planned [S] bool, said, steps, threshold) -> reveal [S] bool`, a part of what was planned."""
+    """`choose(row, planned [S] bool, stats, steps, threshold) -> reveal [S] bool`, a part of what was planned."""
 
-    def __call__(self, row: Row, planned, said: Said, steps: int, threshold) -> jax.Array: ...
+    def __call__(self, row: Row, planned, stats: TokenStats, steps: int, threshold) -> jax.Array: ...
 
 
 def first_hitting(key, row: Row, steps: int, threshold) -> Plan:
@@ -88,17 +88,17 @@ def random_order(key, row: Row, steps: int, threshold) -> Plan:
     """
     count = -(-row.masked.sum() // jnp.maximum(steps - row.index, 1))
     reveal = row.masked & (ranking.rank(jax.random.uniform(key, row.masked.shape), row.masked) < count)
-    return every_mask(key, row, steps, threshold)._replace(reveal=reveal)
+    return all_masked(key, row, steps, threshold)._replace(reveal=reveal)
 
 
-def uniform_grid(done):
-    """Mask probability after the part `done` of the steps."""
-    return 1 - done
+def uniform_grid(fraction):
+    """Mask probability after the part `fraction` of the steps."""
+    return 1 - fraction
 
 
-def cosine_grid(done):
+def cosine_grid(fraction):
     """Few tokens at first, many at the end (MD4, arXiv 2406.04329)."""
-    return jnp.cos(jnp.pi / 2 * done)
+    return jnp.cos(jnp.pi / 2 * fraction)
 
 
 def ancestral(grid, key, row: Row, steps: int, threshold) -> Plan:
@@ -121,25 +121,25 @@ def remdm(grid, sigma, key, row: Row, steps: int, threshold) -> Plan:
     last = row.index >= steps - 1
     s = jnp.where(last, 0.0, s)
     most = jnp.minimum(1.0, s / jnp.maximum(1 - t, 1e-9))
-    again = sigma(row, t, s, most, threshold)
+    remask_prob = sigma(row, t, s, most, threshold)
     reveal_key, mask_key = jax.random.split(key)
-    chance = (t - s + (1 - t) * again) / t
+    chance = (t - s + (1 - t) * remask_prob) / t
     reveal = row.masked & (last | (jax.random.uniform(reveal_key, row.masked.shape) < chance))
-    remask = row.written & ~last & (jax.random.uniform(mask_key, row.masked.shape) < again)
+    remask = row.written & ~last & (jax.random.uniform(mask_key, row.masked.shape) < remask_prob)
     return Plan(reveal, remask, t, s)
 
 
-def capped(row, t, s, most, eta):
+def cap_sigma(row, t, s, most, eta):
     """ReMDM-cap: at most eta."""
     return jnp.minimum(eta, most)
 
 
-def rescaled(row, t, s, most, eta):
+def rescale_sigma(row, t, s, most, eta):
     """ReMDM-rescale: the part eta of the largest."""
     return eta * most
 
 
-def by_probability(row, t, s, most, eta):
+def confidence_sigma(row, t, s, most, eta):
     """ReMDM-conf: the rescaled sigma shared out by softmax(-probability when drawn) over the written tokens; a masked
     position has none."""
     share = jnp.where(row.written, jnp.exp(-row.confidence), 0.0)
@@ -149,14 +149,14 @@ def by_probability(row, t, s, most, eta):
 LOOP_ON, LOOP_OFF, LOOP_LEVEL = 0.45, 0.95, 0.1  # parts of the steps, and mask probability between them
 
 
-def loop_grid(done):
+def loop_grid(fraction):
     """ReMDM-loop: down to a low mask probability, hold it while tokens are masked again, then finish."""
-    down = 1 - (1 - LOOP_LEVEL) * done / LOOP_ON
-    finish = LOOP_LEVEL * (1 - done) / (1 - LOOP_OFF)
-    return jnp.where(done < LOOP_ON, down, jnp.minimum(LOOP_LEVEL, finish))
+    down = 1 - (1 - LOOP_LEVEL) * fraction / LOOP_ON
+    finish = LOOP_LEVEL * (1 - fraction) / (1 - LOOP_OFF)
+    return jnp.where(fraction < LOOP_ON, down, jnp.minimum(LOOP_LEVEL, finish))
 
 
-def looped(row, t, s, most, eta):
+def loop_sigma(row, t, s, most, eta):
     """At most eta while the level is held, 0 before and after."""
     return jnp.where(jnp.isclose(t, s), jnp.minimum(eta, most), 0.0)
 
@@ -165,82 +165,82 @@ def iterative(key, row: Row, steps: int, threshold) -> Plan:
     """Every generated position is redrawn, then a random part of them is masked again that shrinks to none (RoBERTa
     diffusion, Barry 2025). For networks that predict unmasked positions too, as masked language models do."""
     generated = row.masked | row.written
-    left = 1 - (row.index + 1) / steps
+    masked_fraction = 1 - (row.index + 1) / steps
     chance = jnp.where(generated, jax.random.uniform(key, generated.shape), 2.0)
     rank = jnp.argsort(jnp.argsort(chance))
-    remask = generated & (rank < jnp.floor(left * generated.sum() + 1e-4))
-    return Plan(generated, remask, left + 1 / steps, left)
+    remask = generated & (rank < jnp.floor(masked_fraction * generated.sum() + 1e-4))
+    return Plan(generated, remask, masked_fraction + 1 / steps, masked_fraction)
 
 
-def every_mask(key, row: Row, steps: int, threshold) -> Plan:
+def all_masked(key, row: Row, steps: int, threshold) -> Plan:
     """All masked positions are candidates; the network is told the part of the block that is masked."""
     level = row.masked.sum() / jnp.maximum((row.masked | row.written).sum(), 1)
     return Plan(row.masked, jnp.zeros_like(row.masked), level, level)
 
 
-def quota(ranks, row: Row, planned, said: Said, steps: int, threshold):
+def topk_per_step(ranks, row: Row, planned, stats: TokenStats, steps: int, threshold):
     """The best by `ranks`, an equal number each of `steps` steps (LLaDA, arXiv 2502.09992; Dream, 2508.15487)."""
     count = jnp.ceil(planned.sum() / jnp.maximum(steps - row.index, 1) - 1e-4)
-    return planned & (ranks(said, planned) < count)
+    return planned & (ranks(stats, planned) < count)
 
 
-def above_threshold(row: Row, planned, said: Said, steps: int, threshold):
+def above_threshold(row: Row, planned, stats: TokenStats, steps: int, threshold):
     """All whose probability reaches the threshold, and always the likeliest (Fast-dLLM, arXiv 2505.22618)."""
-    return planned & ((said.confidence >= threshold) | (by_confidence(said, planned) == 0))
+    return planned & ((stats.confidence >= threshold) | (by_confidence(stats, planned) == 0))
 
 
-def factor(row: Row, planned, said: Said, steps: int, threshold):
+def factor(row: Row, planned, stats: TokenStats, steps: int, threshold):
     """Ranks r = 1, 2, ... while the r-th probability is at least 1 - f / (r + 1), f = threshold; always the first
     (Fast-dLLM, arXiv 2505.22618)."""
-    rank = by_confidence(said, planned)
-    bad = planned & (rank > 0) & (said.confidence < 1 - threshold / (rank + 2))
+    rank = by_confidence(stats, planned)
+    bad = planned & (rank > 0) & (stats.confidence < 1 - threshold / (rank + 2))
     return planned & (rank < jnp.min(jnp.where(bad, rank, planned.shape[0])))
 
 
-def entropy_bound(row: Row, planned, said: Said, steps: int, threshold):
+def entropy_bound(row: Row, planned, stats: TokenStats, steps: int, threshold):
     """The most certain ones as long as the sum of their entropies less the largest is at most the threshold, in nats:
     a bound on what is lost by drawing them independently (EB-Sampler, arXiv 2505.24857)."""
-    rank = by_entropy(said, planned)
-    entropy = jnp.where(planned, said.entropy, 0.0)
+    rank = by_entropy(stats, planned)
+    entropy = jnp.where(planned, stats.entropy, 0.0)
     before = jnp.sum(jnp.where(rank[None] < rank[:, None], entropy[None], 0.0), axis=1)
     return planned & ((before <= threshold) | (rank == 0))
 
 
-def every_mask_of_grid(key, row: Row, steps: int, threshold) -> Plan:
+def all_masked_on_grid(key, row: Row, steps: int, threshold) -> Plan:
     """All masked positions are candidates, on a grid of mask probabilities from 1 to 0."""
     t, s = uniform_grid(row.index / steps), uniform_grid((row.index + 1) / steps)
     return Plan(row.masked, jnp.zeros_like(row.masked), t, s)
 
 
-def analytic(row: Row, planned, said: Said, steps: int, threshold):
+def analytic(row: Row, planned, stats: TokenStats, steps: int, threshold):
     """SEDD's analytic step (Tweedie, arXiv 2310.16834, section 4.2): the staggered score times the transition reveals a
     mask with probability min(1, (e^dsigma - 1) sum_y s_y), as token y in proportion to s_y; the last step denoises.
 
     From mask probability t to s that is (t - s) / t times the total of the scores over the exact ones' alpha_t / t.
     """
     t, s = uniform_grid(row.index / steps), uniform_grid((row.index + 1) / steps)
-    return planned & ((row.index >= steps - 1) | (said.coin < (t - s) / t * jnp.exp(said.log_total)))
+    return planned & ((row.index >= steps - 1) | (stats.uniform < (t - s) / t * jnp.exp(stats.log_total)))
 
 
-def every_letter(most, key, row: Row, steps: int, threshold) -> Plan:
+def all_positions(most, key, row: Row, steps: int, threshold) -> Plan:
     """All positions are redrawn in every step, on a grid from noise level `most` to none."""
     t, s = most * uniform_grid(row.index / steps), most * uniform_grid((row.index + 1) / steps)
     last = row.index >= steps - 1
     return Plan(row.masked, row.masked & ~last, t, jnp.where(last, 0.0, s))
 
 
-def uniform_posterior(logits_V, token, letters_V, t, s):
+def uniform_posterior(logits_V, token, allowed_V, t, s):
     """Log-law of a token at noise level s given its letter at t, in uniform-state diffusion with x0 ~ p, the network's
     (D3PM, arXiv 2107.03006; DUO, 2506.10892): q(x_s = j | x_t, p) ~ q(x_t | x_s = j) (alpha_s p_j + (1 - alpha_s) / N).
 
     letters_V bool: the N ids that may be drawn.
     """
-    count, keep = letters_V.sum(), (1 - t) / (1 - s)
+    count, keep = allowed_V.sum(), (1 - t) / (1 - s)
     reached_V = keep * (jnp.arange(logits_V.shape[0]) == token) + (1 - keep) / count
-    return jnp.where(letters_V, jnp.log(reached_V * ((1 - s) * jax.nn.softmax(logits_V) + s / count)), -jnp.inf)
+    return jnp.where(allowed_V, jnp.log(reached_V * ((1 - s) * jax.nn.softmax(logits_V) + s / count)), -jnp.inf)
 
 
-def score_laws(scores_V, token, letters_V, t):
+def log_probs_from_scores(scores_V, token, allowed_V, t):
     """Log-laws of a letter given the others at noise level t, and of the letter without its noise, from the log scores
     of each letter over the one that is there (Tweedie, SEDD, arXiv 2310.16834, theorem 4.2); exact for exact scores.
 
@@ -249,26 +249,26 @@ def score_laws(scores_V, token, letters_V, t):
     at 1 - 1e-3, as published.
     """
     own_V = jnp.arange(scores_V.shape[0]) == token
-    noised_V = jax.nn.softmax(jnp.where(letters_V, jnp.where(own_V, 0.0, scores_V), -jnp.inf))
-    return jnp.log(noised_V), jnp.log(jnp.maximum(noised_V - letters_V * t / letters_V.sum(), 0.0))
+    noised_probs_V = jax.nn.softmax(jnp.where(allowed_V, jnp.where(own_V, 0.0, scores_V), -jnp.inf))
+    return jnp.log(noised_probs_V), jnp.log(jnp.maximum(noised_probs_V - allowed_V * t / allowed_V.sum(), 0.0))
 
 
-def by_confidence(said: Said, planned_S):
+def by_confidence(stats: TokenStats, planned_S):
     """Ranks of the positions by the probability of what was drawn."""
-    return ranking.probability_rank(said.confidence, planned_S)
+    return ranking.probability_rank(stats.confidence, planned_S)
 
 
-def by_margin(said: Said, planned_S):
+def by_margin(stats: TokenStats, planned_S):
     """Ranks by the difference of the two largest probabilities."""
-    return ranking.near_rank(said.margin, planned_S, ranking.largest(said.confidence, planned_S))
+    return ranking.near_rank(stats.margin, planned_S, ranking.largest(stats.confidence, planned_S))
 
 
-def by_entropy(said: Said, planned_S):
+def by_entropy(stats: TokenStats, planned_S):
     """Ranks by entropy, the smallest first."""
-    return ranking.near_rank(-said.entropy, planned_S, jnp.maximum(ranking.largest(said.entropy, planned_S), 1.0))
+    return ranking.near_rank(-stats.entropy, planned_S, jnp.maximum(ranking.largest(stats.entropy, planned_S), 1.0))
 
 
-def one(window: int, steps: int) -> int:
+def one_position(window: int, steps: int) -> int:
     """The most that a step reveals: one position."""
     return 1
 
@@ -287,7 +287,7 @@ class Sampler(NamedTuple):
     """choose: None reveals all that is planned. most(window, steps): positions that a plan reveals at most, for which
     the network's head runs. idles: a step may reveal nothing, and then asks nothing. rewrites: written tokens may
     change until the last of `steps`. steps: what is usual, 0: one a position of the window. threshold: what is usual.
-    scores: needs a network that gives log scores. laws: None, or what makes log-laws of them, see `score_laws`.
+    scores: needs a network that gives log scores. laws: None, or what makes log-laws of them, see `log_probs_from_scores`.
     redraw: None for samplers that write in the place of masks; else the canvas shows letters only, random ones at
     first, planned positions that are masked again keep theirs, and `redraw(logits [V], letter, allowed [V], level,
     next level)` gives the log-law of the next one."""
@@ -295,45 +295,45 @@ class Sampler(NamedTuple):
     plan: Planner
     choose: Chooser | None = None
     most: Callable[[int, int], int] = whole_window
-    idles: bool = False
-    rewrites: bool = False
+    may_skip_forward: bool = False
+    can_remask: bool = False
     steps: int = 0
     threshold: float = 0.0
-    scores: bool = False
-    redraw: Callable | None = None
-    laws: Callable | None = None
+    predicts_scores: bool = False
+    posterior: Callable | None = None
+    log_distributions: Callable | None = None
 
 
 def _by(ranks) -> Sampler:
-    return Sampler(every_mask, functools.partial(quota, ranks))
+    return Sampler(all_masked, functools.partial(topk_per_step, ranks))
 
 
 def _ancestral(grid) -> Sampler:
-    return Sampler(functools.partial(ancestral, grid), idles=True, steps=1000)
+    return Sampler(functools.partial(ancestral, grid), may_skip_forward=True, steps=1000)
 
 
 def _remdm(sigma, threshold: float, grid=uniform_grid) -> Sampler:
-    return Sampler(functools.partial(remdm, grid, sigma), idles=True, rewrites=True, threshold=threshold)
+    return Sampler(functools.partial(remdm, grid, sigma), may_skip_forward=True, can_remask=True, threshold=threshold)
 
 
 SAMPLERS = {
-    "first_hitting": Sampler(first_hitting, most=one),
+    "first_hitting": Sampler(first_hitting, most=one_position),
     "random_order": Sampler(random_order, most=equal_part),
     "ancestral": _ancestral(uniform_grid),
     "ancestral_cosine": _ancestral(cosine_grid),
-    "analytic": Sampler(every_mask_of_grid, analytic, steps=1000, scores=True),
+    "analytic": Sampler(all_masked_on_grid, analytic, steps=1000, predicts_scores=True),
     "confidence": _by(by_confidence),
     "margin": _by(by_margin),
     "entropy": _by(by_entropy),
-    "threshold": Sampler(every_mask, above_threshold, threshold=0.9),
-    "factor": Sampler(every_mask, factor, threshold=1.0),
-    "entropy_bound": Sampler(every_mask, entropy_bound, threshold=0.1),
-    "remdm_cap": _remdm(capped, 0.02),
-    "remdm_rescale": _remdm(rescaled, 0.05),
-    "remdm_confidence": _remdm(by_probability, 1.0),
-    "remdm_loop": _remdm(looped, 0.02, loop_grid),
-    "uniform": Sampler(functools.partial(every_letter, 1.0), steps=1000, redraw=uniform_posterior),
-    "uniform_scores": Sampler(functools.partial(every_letter, 1 - 1e-3), steps=1000, scores=True,
-                              redraw=uniform_posterior, laws=score_laws),
-    "iterative": Sampler(iterative, rewrites=True, steps=10),
+    "threshold": Sampler(all_masked, above_threshold, threshold=0.9),
+    "factor": Sampler(all_masked, factor, threshold=1.0),
+    "entropy_bound": Sampler(all_masked, entropy_bound, threshold=0.1),
+    "remdm_cap": _remdm(cap_sigma, 0.02),
+    "remdm_rescale": _remdm(rescale_sigma, 0.05),
+    "remdm_confidence": _remdm(confidence_sigma, 1.0),
+    "remdm_loop": _remdm(loop_sigma, 0.02, loop_grid),
+    "uniform": Sampler(functools.partial(all_positions, 1.0), steps=1000, posterior=uniform_posterior),
+    "uniform_scores": Sampler(functools.partial(all_positions, 1 - 1e-3), steps=1000, predicts_scores=True,
+                              posterior=uniform_posterior, log_distributions=log_probs_from_scores),
+    "iterative": Sampler(iterative, can_remask=True, steps=10),
 }

@@ -24,11 +24,11 @@ class Documents(NamedTuple):
 
 
 def save(workdir: str | os.PathLike, measured: Any, rows: Any) -> None:
-    """Keep what `evaluate.Measured` holds of `data.prepare.Rows`; all of it or nothing. RunError for a full disk."""
+    """Keep what `evaluate.LikelihoodResult` holds of `data.prepare.Rows`; all of it or nothing. RunError for a full disk."""
     path = Path(workdir) / DOCUMENTS
     text = hashlib.sha256(rows.stream().tobytes()).hexdigest()
     try:
-        with files.replacing(path) as temporary, open(temporary, "wb") as file:
+        with files.atomic_replace(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, nats=measured.documents_UxN.mean(0), tokens=measured.tokens_N, text=np.array(text))
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}; free some disk space and run the same command "
@@ -56,14 +56,14 @@ def read(workdir: str | os.PathLike) -> Documents | None:
         return None
 
 
-def difference(ours: Documents, theirs: Documents) -> tuple[float, float, float] | None:
+def difference(candidate: Documents, baseline: Documents) -> tuple[float, float, float] | None:
     """Nats per token of one run less those of another, paired by document, with its 95 % interval: (value, low, high).
 
     Negative where the first is better. The spread of the documents' differences holds the noise of the draws. low and
     high are nan for fewer than `stats.MIN_DOCUMENTS` documents. None where the runs score different tokens: other texts
     or tokenizers, or autoregression without diffusion.bos.
     """
-    if ours.text != theirs.text or not np.array_equal(ours.tokens_N, theirs.tokens_N):
+    if candidate.text != baseline.text or not np.array_equal(candidate.tokens_N, baseline.tokens_N):
         return None
-    kept = ours.tokens_N > 0
-    return stats.ratio_interval((ours.nats_N - theirs.nats_N)[kept], ours.tokens_N[kept])
+    has_tokens = candidate.tokens_N > 0
+    return stats.ratio_interval((candidate.nats_N - baseline.nats_N)[has_tokens], candidate.tokens_N[has_tokens])

@@ -54,7 +54,7 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
 
-    def last_words(self) -> str:
+    def last_error(self) -> str:
         """The last `error: ` line of its latest process, else the last line; "" if it wrote none."""
         with open(self.log, "rb") as log:
             log.seek(self._start)
@@ -136,7 +136,7 @@ def _lock(file: BinaryIO, kind: int, seconds: float) -> bool:
                 return False
             time.sleep(POLL_S / 4)
         except OSError as error:
-            if error.errno not in lock.WITHOUT_LOCKS:
+            if error.errno not in lock.LOCKS_UNSUPPORTED:
                 raise
             note_once(f"{file.name} cannot be locked here ({error.strerror}): see that no other process trains the "
                       "same sweep")

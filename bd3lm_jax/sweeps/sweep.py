@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from bd3lm_jax import report, rundir
-from bd3lm_jax.clusters.job import AGAIN
+from bd3lm_jax.clusters.job import RETRY_EXIT_CODES
 from bd3lm_jax.config import Config
-from bd3lm_jax.errors import Preempted, RunError, Stuck, UserError
-from bd3lm_jax.log import counted, note, note_once, save
-from bd3lm_jax.sealed import unseal
+from bd3lm_jax.errors import Preempted, RunError, WatchdogTimeout, UserError
+from bd3lm_jax.log import pluralize, note, note_once, save
+from bd3lm_jax.checksummed import verify_checksum
 from bd3lm_jax.signals import Signals
-from bd3lm_jax.sweeps.giving_up import Curve, Rule, alike
+from bd3lm_jax.sweeps.early_stopping import ValidationCurve, StoppingRule, comparable_key
 from bd3lm_jax.sweeps.pool import Job, exclusive, is_running, run_all
 from bd3lm_jax.sweeps.sweep_table import BEST, FILES, MEASURES, Table
 from bd3lm_jax.typed import flatten
@@ -51,7 +51,7 @@ class Point:
 
 
 def sweep(points: Sequence[Point], workdir: str, *, parallel: int, index: int | None, dry_run: bool, retries: int,
-          give_up: Rule | None, baseline: int | str) -> dict[str, Any]:
+          give_up: StoppingRule | None, baseline: int | str) -> dict[str, Any]:
     """Train all points that are not finished, or only number `index`, `parallel` at a time. dry_run: only list them.
 
     retries: how often a run is started again that was preempted, stuck or killed. give_up: which runs are stopped
@@ -73,21 +73,21 @@ def sweep(points: Sequence[Point], workdir: str, *, parallel: int, index: int | 
         raise UserError(f"parallel is {parallel}, expected at least 1")
     if retries < 0:
         raise UserError(f"retries is {retries}, expected at least 0")
-    board = _Board(Path(workdir), points, index, retries, give_up, baseline)
+    scheduler = _Scheduler(Path(workdir), points, index, retries, give_up, baseline)
     if dry_run:
-        board.show_commands()
-        return board.result() | {"ok": True}
+        scheduler.show_commands()
+        return scheduler.result() | {"ok": True}
     with _disk_errors(workdir), Signals() as signals:
-        board.save()
-        run_all(board.next_job, parallel, signals, board.changed, board.watch)
-        board.save(plot=True)
+        scheduler.save()
+        run_all(scheduler.next_job, parallel, signals, scheduler.changed, scheduler.watch)
+        scheduler.save(plot=True)
     if signal.SIGINT in signals.received:
         raise KeyboardInterrupt
     if signals.received:
         raise Preempted(f"stopped by {signal.Signals(signals.received[0]).name}; what was trained is saved in "
                         f"{workdir}: run the same command again to go on")
-    board.show()
-    return board.result()
+    scheduler.show()
+    return scheduler.result()
 
 
 def run_name(overrides: Mapping[str, Any]) -> str:
@@ -112,14 +112,14 @@ def run_name(overrides: Mapping[str, Any]) -> str:
 
 def _check_distinct(points: Sequence[Point]) -> None:
     """UserError for two runs of one config, two of one name, or a name that another file of the sweep has."""
-    seen, named = {}, {}
+    index_by_config, index_by_name = {}, {}
     for i, point in enumerate(points):
         name = run_name(point.overrides)
-        first = seen.setdefault(json.dumps(point.config.to_dict(), sort_keys=True), i)
+        first = index_by_config.setdefault(json.dumps(point.config.to_dict(), sort_keys=True), i)
         if first != i:
             raise UserError(f"runs {first} and {i} of the sweep are the same ({run_name(points[first].overrides)} and "
                             f"{name}): leave one out")
-        first = named.setdefault(name, i)
+        first = index_by_name.setdefault(name, i)
         if first != i:
             raise UserError(f"runs {first} and {i} of the sweep have the same name '{name}', and would share a "
                             f"directory ({dict(points[first].overrides)} and {dict(point.overrides)}): name one more "
@@ -151,16 +151,16 @@ class Run:
         log = directory / LOGS / f"{self.name}.log"
         self.job = Job(self.name, (*point.command, f"--workdir={self.workdir}"), log)
         self.status, self.error, self.measured = "waiting", None, {}
-        self.retries, self.hopeless, self.curve = 0, None, Curve(self.workdir)
+        self.retries, self.stop_reason, self.curve = 0, None, ValidationCurve(self.workdir)
 
-    def look(self, recorded: Mapping[str, Any]) -> None:
+    def refresh(self, recorded: Mapping[str, Any]) -> None:
         """Status from its directory and log, else the recorded one. UserError if the directory holds another config."""
         if (self.workdir / rundir.CONFIG).exists():
             self._check_config()
-        told = report.read(self.workdir)
+        summary = report.read(self.workdir)
         self.retries = max(self.retries, recorded.get("retries", 0))
-        if told and told["step"] == self.point.config.train.steps:
-            self.measured = {"step": told["step"]} | {ours: told.get("valid", {}).get(key)
+        if summary and summary["step"] == self.point.config.train.steps:
+            self.measured = {"step": summary["step"]} | {ours: summary.get("valid", {}).get(key)
                                                          for key, ours in MEASURES.items()}
             self.status, self.error = "finished", None
         elif is_running(self.job.log):
@@ -174,7 +174,7 @@ class Run:
 
     def give_up(self, reason: str) -> None:
         """Not to be started, or told to stop: then `changed` comes."""
-        self.hopeless = reason
+        self.stop_reason = reason
         if self.status == "running":
             note(f"{self.name}: told to stop: {reason}")
             self.job.signal(signal.SIGTERM)
@@ -189,7 +189,7 @@ class Run:
         elif self.job.state == "busy":
             self.status, self.error = "running", "another process trains it: run the same command again later"
         else:
-            self.look({})
+            self.refresh({})
             if self.job.code != 0 or self.status != "finished":
                 self.status, self.error = self._failure()
 
@@ -201,29 +201,29 @@ class Run:
     def may_retry(self) -> bool:
         """Whether its process left in a way that says nothing against starting it again."""
         code = self.job.code
-        return self.job.state == "ended" and self.status != GIVEN_UP and (128 - code if code < 0 else code) in AGAIN
+        return self.job.state == "ended" and self.status != GIVEN_UP and (128 - code if code < 0 else code) in RETRY_EXIT_CODES
 
     def values(self) -> dict[str, Any]:
         """All keys: what a point leaves out has the value of its config."""
         return flatten(self.point.config.to_dict()) | dict(self.point.overrides)
 
     def _failure(self) -> tuple[str, str]:
-        code, said = self.job.code, self.job.last_words() or "it wrote nothing"
-        if self.hopeless:
-            return GIVEN_UP, self.hopeless
-        if self.job.state == "stopped" or code in (Preempted.exit_code, Stuck.exit_code):
-            return "stopped", said
+        code, last_line = self.job.code, self.job.last_error() or "it wrote nothing"
+        if self.stop_reason:
+            return GIVEN_UP, self.stop_reason
+        if self.job.state == "stopped" or code in (Preempted.exit_code, WatchdogTimeout.exit_code):
+            return "stopped", last_line
         if code < 0:
-            return "failed", f"killed by {signal.Signals(-code).name}: {said}"
-        return "failed", said if code else f"exit code 0, but its directory holds no {report.REPORT}: {said}"
+            return "failed", f"killed by {signal.Signals(-code).name}: {last_line}"
+        return "failed", last_line if code else f"exit code 0, but its directory holds no {report.REPORT}: {last_line}"
 
     def _check_config(self) -> None:
-        there, _ = rundir.read(self.workdir)
+        existing, _ = rundir.read(self.workdir)
         vocab = self.point.config.model.vocab_size
         ours = self.point.config.with_vocab(vocab)
         if vocab == -1:  # the tokenizer's, known once training has started
-            there = there.with_vocab(-1)
-        differing = ours.differing_keys(there)
+            existing = existing.with_vocab(-1)
+        differing = ours.differing_keys(existing)
         if differing:
             raise UserError(f"{self.workdir} holds a run of another config ({'; '.join(differing)}; here != there): "
                             "choose another --workdir, or repeat the config it was started with")
@@ -236,7 +236,7 @@ def _recorded(path: Path) -> dict[str, dict[str, Any]]:
     try:
         recorded = {entry["name"]: {"status": str(entry["status"]), "error": entry["error"],
                                     "retries": int(entry.get("retries", 0))}
-                    for entry in unseal(path.read_bytes())["runs"]}
+                    for entry in verify_checksum(path.read_bytes())["runs"]}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         note_once(f"warning: {path} is damaged ({type(error).__name__}): what runs have reached is read from their "
                   "own directories")
@@ -244,25 +244,25 @@ def _recorded(path: Path) -> dict[str, dict[str, Any]]:
     return recorded
 
 
-class _Board:
+class _Scheduler:
     """All runs of a sweep; `chosen` are those to train here. Other processes may write in the same directory."""
 
-    def __init__(self, directory: Path, points: Sequence[Point], index: int | None, retries: int, rule: Rule | None,
+    def __init__(self, directory: Path, points: Sequence[Point], index: int | None, retries: int, rule: StoppingRule | None,
                  baseline: int | str):
         self.directory, self.retries, self.rule, self.baseline = directory, retries, rule, baseline
         self.runs = [Run(point, directory) for point in points]
         self.chosen = self.runs if index is None else [self.runs[index]]
         self.keys = list(dict.fromkeys(key for point in points for key in point.overrides))
-        self._coming, self._retried = collections.deque(self.chosen), collections.Counter()
+        self._queue, self._retried = collections.deque(self.chosen), collections.Counter()
         self._watched = 0.0
-        self._look(self.runs)
+        self._refresh(self.runs)
 
     def next_job(self) -> Job | None:
         """Of the next run that is neither finished nor hopeless when its turn comes."""
-        while self._coming:
-            run = self._coming.popleft()
-            run.look({})
-            if run.status == "waiting" and (reason := self._hopeless(run)):
+        while self._queue:
+            run = self._queue.popleft()
+            run.refresh({})
+            if run.status == "waiting" and (reason := self._stop_reason(run)):
                 run.give_up(reason)
             if run.status not in ("finished", GIVEN_UP):
                 return run.job
@@ -272,13 +272,13 @@ class _Board:
         run = self._of(job)
         run.changed()
         nll = run.measured.get("valid_nll")
-        told = run.error or (f"see {job.log}" if nll is None else f"valid nll {nll:.4f}")
+        summary = run.error or (f"see {job.log}" if nll is None else f"valid nll {nll:.4f}")
         if run.may_retry() and self._retried[job] < self.retries:
             self._retried[job] += 1
             run.retries += 1
-            self._coming.appendleft(run)
-            told += f"; starting it again ({self._retried[job]} of {self.retries} retries)"
-        note(f"{run.name}: {run.status}: {told}")
+            self._queue.appendleft(run)
+            summary += f"; starting it again ({self._retried[job]} of {self.retries} retries)"
+        note(f"{run.name}: {run.status}: {summary}")
         self.save()
 
     def watch(self, active: Sequence[Job]) -> None:
@@ -287,30 +287,30 @@ class _Board:
             return
         self._watched = time.monotonic()
         for run in map(self._of, active):
-            if not run.hopeless and (reason := self._hopeless(run)):
+            if not run.stop_reason and (reason := self._stop_reason(run)):
                 run.give_up(reason)
 
     def save(self, plot: bool = False) -> None:
         """Write status and table, with the latest state of what others train."""
         (self.directory / LOGS).mkdir(parents=True, exist_ok=True)
         with exclusive(self.directory / LOGS / ".lock"):
-            self._look([run for run in self.runs if run not in self.chosen])
-            found = self._table()
-            save(self.directory / STATUS, self._result(found))
-            found.write(self.directory)
+            self._refresh([run for run in self.runs if run not in self.chosen])
+            finished_table = self._table()
+            save(self.directory / STATUS, self._result(finished_table))
+            finished_table.write(self.directory)
             if plot:
-                found.draw(self.directory / PLOT)
+                finished_table.draw(self.directory / PLOT)
 
     def result(self) -> dict[str, Any]:
         return self._result(self._table())
 
-    def _result(self, found: Table) -> dict[str, Any]:
-        return {"sweep": self.directory.name, "runs": found.entries(),
+    def _result(self, finished_table: Table) -> dict[str, Any]:
+        return {"sweep": self.directory.name, "runs": finished_table.entries(),
                 "ok": all(run.status in ("finished", GIVEN_UP) for run in self.chosen)}
 
     def show(self) -> None:
         """The table for people, and what went wrong."""
-        self._table().show(f"{self.directory}: {counted(len(self.runs), 'run')}")
+        self._table().show(f"{self.directory}: {pluralize(len(self.runs), 'run')}")
         for run in self.chosen:
             if run.error:
                 note(f"{run.name}: {run.status}: {run.error}")
@@ -326,15 +326,15 @@ class _Board:
     def _of(self, job: Job) -> Run:
         return next(run for run in self.chosen if run.job is job)
 
-    def _hopeless(self, run: Run) -> str | None:
+    def _stop_reason(self, run: Run) -> str | None:
         if self.rule is None:
             return None
         config = run.point.config
         others = {other.name: other.curve.read() for other in self.runs
-                  if other is not run and alike(other.point.config) == alike(config)}
+                  if other is not run and comparable_key(other.point.config) == comparable_key(config)}
         return self.rule.verdict(config.train.steps, run.curve.read(), others)
 
-    def _look(self, runs: Sequence[Run]) -> None:
+    def _refresh(self, runs: Sequence[Run]) -> None:
         recorded = _recorded(self.directory / STATUS)
         for run in runs:
-            run.look(recorded.get(run.name, {}))
+            run.refresh(recorded.get(run.name, {}))

@@ -55,12 +55,12 @@ class Table:
         files.write(directory / MARKDOWN, f"{text}\n\n{self._caption()}\n".encode())
         with io.StringIO(newline="") as file:
             writer = csv.writer(file)
-            told = ("valid_nll", "valid_ppl", "bits_per_byte", "step", "status")
-            writer.writerow(["run", "name", *self.keys, *told, "low", "high", "difference", "difference_low",
+            result_columns = ("valid_nll", "valid_ppl", "bits_per_byte", "step", "status")
+            writer.writerow(["run", "name", *self.keys, *result_columns, "low", "high", "difference", "difference_low",
                              "difference_high"])
             for i, (run, entry) in enumerate(zip(self.runs, self.entries())):
                 values = run.values()
-                writer.writerow([i, run.name, *(values.get(key) for key in self.keys), *(entry[key] for key in told),
+                writer.writerow([i, run.name, *(values.get(key) for key in self.keys), *(entry[key] for key in result_columns),
                                  *(entry["nll_ci95"] or (None, None)), *self.differences.get(run.name, (None,) * 3)])
             files.write(directory / CSV, file.getvalue().encode())
 
@@ -71,27 +71,27 @@ class Table:
     def _caption(self) -> str:
         return CAPTION + INCOMPARABLE * any(_incomparable(run) for run in self.measured)
 
-    def _baseline(self, wanted: int | str) -> int | None:
+    def _baseline(self, choice: int | str) -> int | None:
         """None while that run is not finished."""
-        if wanted == BEST:
-            wanted = self.runs.index(min(self.measured, key=lambda run: run.measured["valid_nll"])) \
+        if choice == BEST:
+            choice = self.runs.index(min(self.measured, key=lambda run: run.measured["valid_nll"])) \
                 if self.measured else 0
-        return wanted if self.runs[wanted] in self.measured else None
+        return choice if self.runs[choice] in self.measured else None
 
     def _differences(self, baseline: Any) -> dict[str, tuple[float, float, float]]:
-        theirs = paired.read(baseline.workdir)
-        if theirs is None:
+        baseline_documents = paired.read(baseline.workdir)
+        if baseline_documents is None:
             return {}
-        ours = {run.name: paired.read(run.workdir) for run in self.measured if run is not baseline}
-        found = {name: paired.difference(documents, theirs) for name, documents in ours.items() if documents}
+        documents_by_run = {run.name: paired.read(run.workdir) for run in self.measured if run is not baseline}
+        found = {name: paired.difference(documents, baseline_documents) for name, documents in documents_by_run.items() if documents}
         return {name: difference for name, difference in found.items() if difference}
 
     def _lines(self) -> list[list[str]]:
         """For people: a heading and a row a run."""
         leaves = [key.rpartition(".")[2] for key in self.keys]
         headings = leaves if len(set(leaves)) == len(leaves) else self.keys
-        less = [f"less run {self.baseline}"] if self.differences else []
-        lines = [["run", *headings, "nats/token", "95 % interval", *less, "perplexity", "bits/byte", "status"]]
+        difference_heading = [f"less run {self.baseline}"] if self.differences else []
+        lines = [["run", *headings, "nats/token", "95 % interval", *difference_heading, "perplexity", "bits/byte", "status"]]
         for i, run in enumerate(self.runs):
             values, nll, interval, ppl, bits, difference = run.values(), "", "", "", "", ""
             if run.measured.get("valid_nll") is not None:
@@ -102,7 +102,7 @@ class Table:
             if run.name in self.differences:
                 value, low, _ = self.differences[run.name]
                 difference = f"{value:+.4f} ± {format_number(value - low, '.4f')}"
-            measured = [nll, interval, *([difference] if less else []), ppl, bits]
+            measured = [nll, interval, *([difference] if difference_heading else []), ppl, bits]
             lines.append([str(i), *(str(values.get(key, "")) for key in self.keys), *measured, run.status])
         return lines
 

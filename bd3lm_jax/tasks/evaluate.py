@@ -21,7 +21,7 @@ from bd3lm_jax.stats import format_interval, format_number
 from bd3lm_jax.tasks.task import Problem, Task, Verdict, cut, read_problems
 
 FOLDER = "tasks"  # of a run directory
-OURS = {"prompts", "num", "seed", "stop"}  # keywords of `LM.generate` that the task gives
+RESERVED_OPTIONS = {"prompts", "num", "seed", "stop"}  # keywords of `LM.generate` that the task gives
 LIMITS = sandbox.Limits(wall_s=20.0, cpu_s=10, memory_mib=1024, file_mib=16, processes=16)
 
 
@@ -35,7 +35,7 @@ class Completion(NamedTuple):
     stop: str
 
 
-@jax_settings.fixed()
+@jax_settings.pinned()
 def evaluate_task(workdir: str | os.PathLike, *, task: str, file: str, against: str, allow_code_execution: bool,
                   num_problems: int, draws_per_problem: int, shots: int, sampler: dict[str, Any], seed: int,
                   weights: str, unsafe_code_execution: bool = False) -> dict[str, Any]:
@@ -71,18 +71,18 @@ def evaluate_task(workdir: str | os.PathLike, *, task: str, file: str, against: 
                             "give a published checkpoint")
     examples, problems = source.problems[:shots], source.problems[shots:]
     problems = problems[:num_problems or len(problems)]
-    asked = {"task": task, "file": source.path.name, "file_sha256": source.sha256, "problems": len(problems),
+    task_settings = {"task": task, "file": source.path.name, "file_sha256": source.sha256, "problems": len(problems),
              "draws_per_problem": draws_per_problem, "prompt_format": chosen.prompt_format, "shots": shots,
              "stop": list(chosen.stop), "sampler": settings, "seed": seed, "weights": weights}
     prompts = [_prompt(examples, problem) for problem in problems]
-    run = _Run(chosen, problems, prompts, sampler, asked, _folder(workdir), mechanism)
-    ours = run.measure(workdir, "")
-    result = {"workdir": str(workdir), **asked, **ours.summary(), "metric": chosen.metric,
+    run = _TaskRun(chosen, problems, prompts, sampler, task_settings, _folder(workdir), mechanism)
+    candidate = run.measure(workdir, "")
+    result = {"workdir": str(workdir), **task_settings, **candidate.summary(), "metric": chosen.metric,
               "sandbox": {"limits": LIMITS._asdict(), "mechanism": mechanism} if chosen.runs_code else None}
     if against:
-        theirs = run.measure(against, f"-against-{Path(against).name}")
-        found = score.paired(ours.scores_N, theirs.scores_N)
-        result["against"] = {"workdir": against, **theirs.summary(), "difference": found.difference,
+        baseline = run.measure(against, f"-against-{Path(against).name}")
+        found = score.paired(candidate.scores_N, baseline.scores_N)
+        result["against"] = {"workdir": against, **baseline.summary(), "difference": found.difference,
                              "difference_ci95": [found.low, found.high], "p_value": found.p_value, "test": found.test}
     _show(result)
     return result | {"wall_s": time.perf_counter() - began}
@@ -96,10 +96,10 @@ def score_completions(task: Task, problems: Sequence[Problem], completions: Sequ
     """
     if len(problems) != len(completions):
         raise UserError(f"{len(completions)} completions of {len(problems)} problems: expected one for each")
-    return _judged(task, problems, completions, _check_execution(task, allow_code_execution, unsafe_code_execution))
+    return _verdicts(task, problems, completions, _check_execution(task, allow_code_execution, unsafe_code_execution))
 
 
-def _judged(task: Task, problems: Sequence[Problem], completions: Sequence[str], mechanism: str) -> list[Verdict]:
+def _verdicts(task: Task, problems: Sequence[Problem], completions: Sequence[str], mechanism: str) -> list[Verdict]:
     if not task.runs_code:
         return [task.judge(problem, completion) for problem, completion in zip(problems, completions)]
     programs = [task.program(problem, completion) for problem, completion in zip(problems, completions)]
@@ -108,7 +108,7 @@ def _judged(task: Task, problems: Sequence[Problem], completions: Sequence[str],
             for outcome in outcomes]
 
 
-class _Scored(NamedTuple):
+class _TaskScores(NamedTuple):
     scores_N: np.ndarray  # of the problems, mean over draws
     outcomes: dict[str, int]
     length: int  # the most tokens of prompt and completion
@@ -121,32 +121,32 @@ class _Scored(NamedTuple):
                 **self.trained, "lines": str(self.path)}
 
 
-class _Run(NamedTuple):
+class _TaskRun(NamedTuple):
     """What all models are asked."""
 
     task: Task
     problems: list[Problem]
     prompts: list[str]
     sampler: dict[str, Any]
-    asked: dict[str, Any]
+    task_settings: dict[str, Any]
     folder: Path
     mechanism: str  # of the sandbox, "" where no code is run
 
-    def measure(self, workdir: str | os.PathLike, suffix: str) -> _Scored:
+    def measure(self, workdir: str | os.PathLike, suffix: str) -> _TaskScores:
         """Load a model, let it complete all prompts, judge, and write the lines."""
         from bd3lm_jax.lm import load
 
-        draws = self.asked["draws_per_problem"]
-        lm = load(str(workdir), self.asked["weights"])
+        draws = self.task_settings["draws_per_problem"]
+        lm = load(str(workdir), self.task_settings["weights"])
         length = self.sampler.get("length", lm.context)
         completions = self._complete(lm, workdir, length)
         problems = [problem for problem in self.problems for _ in range(draws)]
-        verdicts = _judged(self.task, problems, [completion.text for completion in completions], self.mechanism)
+        verdicts = _verdicts(self.task, problems, [completion.text for completion in completions], self.mechanism)
         lines = [{"problem": problem.id, "draw": i % draws, "correct": verdict.correct, "outcome": verdict.outcome,
                   "detail": verdict.detail, "prompt": self.prompts[i // draws], "completion": completion.text,
                   "tokens": completion.tokens, "nfe": completion.nfe, "stop": completion.stop}
                  for i, (problem, completion, verdict) in enumerate(zip(problems, completions, verdicts))]
-        settings = json.dumps(self.asked, sort_keys=True, default=str)
+        settings = json.dumps(self.task_settings, sort_keys=True, default=str)
         path = self.folder / f"{self.task.name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}{suffix}.jsonl"
         with files.errors(path, "give another run directory"):
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -155,13 +155,13 @@ class _Run(NamedTuple):
         outcomes = collections.Counter("too long" if completion.stop == "too_long" else verdict.outcome
                                        for completion, verdict in zip(completions, verdicts))
         trained = lm.trained._asdict() if lm.trained else {"step": None, "config_sha256": None}
-        return _Scored(scores_N, dict(outcomes.most_common()), length, trained, path)
+        return _TaskScores(scores_N, dict(outcomes.most_common()), length, trained, path)
 
     def _complete(self, lm: Any, workdir: str | os.PathLike, length: int) -> list[Completion]:
         """Completions of all prompts, the draws of a prompt one after the other."""
         if lm.tokenizer is None:
             raise UserError(f"{workdir} has no tokenizer, which a task needs to write its prompts")
-        asked, draws = self.asked, self.asked["draws_per_problem"]
+        task_settings, draws = self.task_settings, self.task_settings["draws_per_problem"]
         settings = {**self.sampler, "length": length}
         sizes = [len(lm.tokenizer.encode(prompt)) for prompt in self.prompts]
         fitting = [i for i, size in enumerate(sizes) if size < length]
@@ -170,7 +170,7 @@ class _Run(NamedTuple):
                             f"the shortest of {len(sizes)} has {min(sizes)}; use a model with a longer context")
         log.note(f"{workdir}: {len(fitting)} of {len(sizes)} prompts leave room in {length} tokens; writes {draws} "
                  "completion(s) of each")
-        samples = lm.generate([self.prompts[i] for i in fitting], num=draws, seed=asked["seed"], stop=self.task.stop,
+        samples = lm.generate([self.prompts[i] for i in fitting], num=draws, seed=task_settings["seed"], stop=self.task.stop,
                               **settings)
         found = [[Completion("", 0, 0, "too_long")] * draws for _ in self.prompts]
         for place, i in enumerate(fitting):
@@ -196,11 +196,11 @@ def _sampler_settings(sampler: dict[str, Any]) -> dict[str, Any]:
     """All settings of the sampler, also those that were not given. UserError for unknown ones."""
     from bd3lm_jax.writing.options import make_options
 
-    if taken := OURS & sampler.keys():
-        raise UserError(f"sampler holds {', '.join(sorted(taken))}, which the task decides: leave it out")
-    given = {name: value for name, value in sampler.items() if name != "length"}
-    options = vars(make_options(**given))
-    return {"length": sampler.get("length"), **{name: options[name] for name in options if name not in OURS}}
+    if reserved := RESERVED_OPTIONS & sampler.keys():
+        raise UserError(f"sampler holds {', '.join(sorted(reserved))}, which the task decides: leave it out")
+    options_given = {name: value for name, value in sampler.items() if name != "length"}
+    options = vars(make_options(**options_given))
+    return {"length": sampler.get("length"), **{name: options[name] for name in options if name not in RESERVED_OPTIONS}}
 
 
 def _prompt(examples: Sequence[Problem], problem: Problem) -> str:
@@ -217,10 +217,10 @@ def _check_numbers(**numbers: tuple[int, int]) -> None:
 def _folder(workdir: str | os.PathLike) -> Path:
     """In a run directory; those of a GGUF file or of a model of the Hub's cache are in the working directory."""
     path = Path(workdir)
-    elsewhere = path.is_file() or any(part.startswith(HUB_CACHE) for part in path.absolute().parts)
-    folder = Path(FOLDER) / base_name(str(path)).replace("/", "--") if elsewhere else path / FOLDER
-    with files.errors(f"{folder}, where completions are kept", "change its permissions", has_begun=False):
-        folder.mkdir(parents=elsewhere, exist_ok=True)
+    is_outside_run = path.is_file() or any(part.startswith(HUB_CACHE) for part in path.absolute().parts)
+    folder = Path(FOLDER) / base_name(str(path)).replace("/", "--") if is_outside_run else path / FOLDER
+    with files.errors(f"{folder}, where completions are kept", "change its permissions", work_started=False):
+        folder.mkdir(parents=is_outside_run, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise UserError(f"cannot write in {folder}, where completions are kept: change its permissions")
     return folder
@@ -231,8 +231,8 @@ def _show(result: dict[str, Any]) -> None:
     for side in filter(None, (result, result.get("against"))):
         outcomes = ", ".join(f"{name} {count}" for name, count in side["outcomes"].items())
         rows.append((side["workdir"], f"{side['score']:.1%}", format_interval(side["score_ci95"], ".1%"), outcomes))
-    log.table(f"{result['task']}: {log.counted(result['problems'], 'problem')}, "
-              f"{log.counted(result['draws_per_problem'], 'draw')} each",
+    log.table(f"{result['task']}: {log.pluralize(result['problems'], 'problem')}, "
+              f"{log.pluralize(result['draws_per_problem'], 'draw')} each",
               ("model", result["metric"], "95 % interval", "outcomes"), rows)
     if "against" in result:
         other = result["against"]

@@ -29,12 +29,12 @@ UNIT = re.compile(r"\\(?:text|mbox)\{ .*")  # "5 \text{ cm}"
 
 def last_boxed(text: str) -> str | None:
     r"""What stands in the last \boxed{...} of `text`, None without one that is closed."""
-    found, closing, opened = None, {}, []  # closing: place of every { that is closed -> that of its }
+    found, closing, open_braces = None, {}, []  # closing: place of every { that is closed -> that of its }
     for place, sign in enumerate(text):
         if sign == "{":
-            opened.append(place)
-        elif sign == "}" and opened:
-            closing[opened.pop()] = place
+            open_braces.append(place)
+        elif sign == "}" and open_braces:
+            closing[open_braces.pop()] = place
     for start in OPEN.finditer(text):
         if start.group().endswith(" "):  # \boxed 5
             end = WORD_END.search(text, start.end())

@@ -94,7 +94,7 @@ def run(program: str, tests: Sequence[str], limits: Limits, mechanism: str) -> O
             if problem is None:
                 return Outcome(False, f"TimeLimit: not done after {limits.wall_s:g} s")
             if problem:
-                return Outcome(False, problem if problem != ENDED else _how_it_ended(process, limits))
+                return Outcome(False, problem if problem != ENDED else _end_reason(process, limits))
     return Outcome(True, "")
 
 
@@ -146,15 +146,15 @@ def _started(mechanism: str, directory: str, limits: Limits) -> Iterator[subproc
         raise RunError("filters are for ordinary users, and this is root")
     if mechanism == BWRAP and not shutil.which("bwrap"):
         raise RunError("bwrap is not installed")
-    places = _places()
-    filters = {"read": [*places, *DEVICES], "write": [directory, "/dev/null"]}
+    readable_paths = _readable_paths()
+    filters = {"read": [*readable_paths, *DEVICES], "write": [directory, "/dev/null"]}
     job = {"limits": limits._asdict(), "user": secrets.choice(USERS) if root and mechanism == BWRAP else None,
            "filters": filters if mechanism == FILTERS else None, "shared": mechanism != BWRAP}
     # Not -I, which would ignore the fixed order of sets: nothing else is inherited either.
     command = [sys.executable, "-s", "-P", "-X", "utf8", str(CHILD), json.dumps(job)]
     environment = {"PATH": "/usr/bin:/bin", "HOME": directory, "TMPDIR": directory, "PYTHONHASHSEED": "0",
                    "OPENBLAS_NUM_THREADS": "1"}
-    command = [*_bwrap(places, directory, root), *command] if mechanism == BWRAP else command
+    command = [*_bwrap(readable_paths, directory, root), *command] if mechanism == BWRAP else command
     try:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                    bufsize=0, cwd="/" if mechanism == BWRAP else directory, env=environment,
@@ -169,21 +169,21 @@ def _started(mechanism: str, directory: str, limits: Limits) -> Iterator[subproc
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def _bwrap(places: Sequence[str], directory: str, root: bool) -> list[str]:
+def _bwrap(readable_paths: Sequence[str], directory: str, root: bool) -> list[str]:
     """Namespaces of all kinds, and a file system of the system's programs and Python, to read only. Root needs no
     namespace of users, and gives itself up inside."""
     users = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--unshare-ipc",
              "--unshare-pid", "--unshare-net", "--unshare-uts"] if root else ["--unshare-all", "--unshare-user",
                                                                              "--disable-userns"]
-    shown = []
-    for bind, paths in (("--ro-bind", places), ("--dev-bind", DEVICES)):
+    binds = []
+    for bind, paths in (("--ro-bind", readable_paths), ("--dev-bind", DEVICES)):
         for path in paths:  # --dir: with parents that all may enter, whatever they are outside
-            shown += ["--dir", path if os.path.isdir(path) else os.path.dirname(path), bind, path, path]
-    return ["bwrap", *users, "--die-with-parent", "--new-session", *shown, "--perms", "0777", "--size",
+            binds += ["--dir", path if os.path.isdir(path) else os.path.dirname(path), bind, path, path]
+    return ["bwrap", *users, "--die-with-parent", "--new-session", *binds, "--perms", "0777", "--size",
             str(TEMPORARY_MIB << 20), "--tmpfs", directory, "--chdir", directory, "--remount-ro", "/"]
 
 
-def _places() -> list[str]:
+def _readable_paths() -> list[str]:
     """What a program may read: the system's programs and libraries, and this Python with what is installed in it."""
     packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     python = [sys.base_prefix, sys.prefix, os.path.dirname(os.path.realpath(sys.executable)), *packages, str(CHILD)]
@@ -217,7 +217,7 @@ def _wait_for_end(process: subprocess.Popen) -> None:
         os.close(descriptor)
 
 
-def _how_it_ended(process: subprocess.Popen, limits: Limits) -> str:
+def _end_reason(process: subprocess.Popen, limits: Limits) -> str:
     """Why no answer came. bwrap ends with 128 + the signal that ended its program."""
     _wait_for_end(process)
     status = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)

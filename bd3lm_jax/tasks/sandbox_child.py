@@ -96,10 +96,10 @@ def confine_files(read: list[str], write: list[str]) -> None:
     if version < LANDLOCK_VERSION:
         sys.exit(f"the kernel's Landlock is of version {max(version, 0)}, expected {LANDLOCK_VERSION} (Linux 6.2)")
     rules = libc.syscall(LANDLOCK_CREATE, ctypes.byref(ctypes.c_uint64(ALL_ACCESS)), 8, 0)
-    for paths, wanted in ((read, READ), (write, ALL_ACCESS)):
+    for paths, rights in ((read, READ), (write, ALL_ACCESS)):
         for path in paths:
             place = os.open(path, os.O_PATH)
-            access = wanted if os.path.isdir(path) else wanted & OF_FILES
+            access = rights if os.path.isdir(path) else rights & OF_FILES
             if libc.syscall(LANDLOCK_ADD, rules, 1, struct.pack("<Qi", access, place), 0):
                 sys.exit(f"Landlock does not take {path}: {os.strerror(ctypes.get_errno())}")
             os.close(place)
@@ -130,18 +130,18 @@ def execute(inbox, outbox: int, *, compile=compile, exec=exec, getpid=os.getpid,
             leave=os._exit, answer_bytes=400) -> None:
     """Run the source texts in one namespace and answer; a program that redefines a builtin changes none of ours."""
     module = sys.modules["program"] = types.ModuleType("program")
-    me = getpid()
+    own_pid = getpid()
     try:
         for line in iter(inbox.readline, b""):
             message = loads(line)
             exec(compile(message["part"], "<program>", "exec", dont_inherit=True), module.__dict__)
-            if getpid() != me:  # a process that the program forked
+            if getpid() != own_pid:  # a process that the program forked
                 break
             write(outbox, message["token"].encode() + b"\n")
     except BaseException as error:
-        if getpid() == me:
-            said = f"{type(error).__name__}: {error}".encode(errors="replace")[:answer_bytes]
-            write(outbox, said.replace(b"\n", b" ") + b"\n")
+        if getpid() == own_pid:
+            error_line = f"{type(error).__name__}: {error}".encode(errors="replace")[:answer_bytes]
+            write(outbox, error_line.replace(b"\n", b" ") + b"\n")
     finally:
         leave(0)
 

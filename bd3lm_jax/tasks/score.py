@@ -10,7 +10,7 @@ import numpy as np
 from bd3lm_jax import stats
 
 
-class Paired(NamedTuple):
+class PairedDifference(NamedTuple):
     """Ours less theirs. p_value: two-sided, that the difference is 0; NaN where there are too few problems."""
 
     difference: float
@@ -40,28 +40,28 @@ def wilson_interval(successes: int, trials: int, level: float = 0.95) -> tuple[f
     return p, min(p, max(0.0, centre - margin)), max(p, min(1.0, centre + margin))
 
 
-def paired(ours_N: Sequence[float], theirs_N: Sequence[float], level: float = 0.95) -> Paired:
+def paired(candidate_N: Sequence[float], baseline_N: Sequence[float], level: float = 0.95) -> PairedDifference:
     """Difference of two models' mean scores on the same problems.
 
     Scores that are all 0 or 1: exact McNemar test, interval of Bonett and Price (2012, the Wald interval after one
     problem was added to either kind that only one model solves). Else: paired t test and its interval.
     """
-    ours_N, theirs_N = (np.asarray(scores, np.float64) for scores in (ours_N, theirs_N))
-    n, difference_N = len(ours_N), ours_N - theirs_N
-    if not np.isin((ours_N, theirs_N), (0, 1)).all():
-        found = stats.two_part_interval(difference_N[None], difference_N[None], np.ones(n), level)
-        return Paired(found.value, max(found.low, -1.0), min(found.high, 1.0), found.p_value, "paired t")
-    only_ours, only_theirs = int((difference_N > 0).sum()), int((difference_N < 0).sum())
-    p, q = (only_ours + 1) / (n + 2), (only_theirs + 1) / (n + 2)
+    candidate_N, baseline_N = (np.asarray(scores, np.float64) for scores in (candidate_N, baseline_N))
+    n, difference_N = len(candidate_N), candidate_N - baseline_N
+    if not np.isin((candidate_N, baseline_N), (0, 1)).all():
+        interval = stats.two_part_interval(difference_N[None], difference_N[None], np.ones(n), level)
+        return PairedDifference(interval.value, max(interval.low, -1.0), min(interval.high, 1.0), interval.p_value, "paired t")
+    only_candidate, only_baseline = int((difference_N > 0).sum()), int((difference_N < 0).sum())
+    p, q = (only_candidate + 1) / (n + 2), (only_baseline + 1) / (n + 2)
     margin = _z(level) * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
-    return Paired((only_ours - only_theirs) / n, max(p - q - margin, -1.0), min(p - q + margin, 1.0),
-                  mcnemar_p_value(only_ours, only_theirs), "exact McNemar")
+    return PairedDifference((only_candidate - only_baseline) / n, max(p - q - margin, -1.0), min(p - q + margin, 1.0),
+                  mcnemar_p_value(only_candidate, only_baseline), "exact McNemar")
 
 
-def mcnemar_p_value(only_ours: int, only_theirs: int) -> float:
+def mcnemar_p_value(only_candidate: int, only_baseline: int) -> float:
     """Exact two-sided p-value that problems which only one model solves are as often ours as theirs (a fair coin)."""
-    total = only_ours + only_theirs
-    tail = sum(math.comb(total, k) for k in range(min(only_ours, only_theirs) + 1))
+    total = only_candidate + only_baseline
+    tail = sum(math.comb(total, k) for k in range(min(only_candidate, only_baseline) + 1))
     return min(1.0, 2 * tail / 2**total)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from bd3lm_jax.data import text_files
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.foreign import LARGE, read_bytes
+from bd3lm_jax.untrusted_files import MAX_TEXT_FILE, read_bytes
 from bd3lm_jax.typed import from_json
 
 
@@ -72,8 +72,8 @@ def read_problems(task: Task, file: str) -> ProblemFile:
         raise UserError(f"{task.name} is not packaged: give --file=FILE.jsonl, {task.source}")
     path = Path(file) if file else task.packaged
     try:
-        content = read_bytes(path, LARGE)
-        lines = list(text_files.lines(path, LARGE))
+        content = read_bytes(path, MAX_TEXT_FILE)
+        lines = list(text_files.lines(path, MAX_TEXT_FILE))
     except (OSError, UserError) as error:
         raise UserError(f"cannot read problems of {task.name} in {path} ({error}): expected {task.source}") from None
     problems = [_problem(task, path, number, line) for number, line in lines if line.strip()]

@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from bd3lm_jax import log
-from bd3lm_jax.errors import visible
+from bd3lm_jax.errors import escape_control_characters
 from bd3lm_jax.writing.stream import Event, piece
 
 UNSURE, EVEN, SURE = (215, 95, 0), (175, 175, 95), (0, 175, 175)  # colours that all eyes can tell apart
@@ -29,7 +29,7 @@ def colour(confidence: float) -> tuple[int, int, int]:
     return tuple(round(a + (b - a) * part) for a, b in zip(low, high))
 
 
-class Painted:
+class ColouredRow:
     """A row as it stands after the events that were applied: ids and confidence `[n]` (NaN: not drawn)."""
 
     def __init__(self, first: Event):
@@ -42,21 +42,21 @@ class Painted:
 
     def text(self, lm) -> Text:
         """Up to the first end token that was drawn."""
-        shown = Text()
+        styled = Text()
         for token, confidence in zip(self.ids.tolist(), self.confidence.tolist()):
             drawn = not np.isnan(confidence)
             style = "rgb({},{},{})".format(*colour(confidence)) if drawn else ""
-            shown.append(visible(piece(lm, token)), "dim" if token == lm.special.mask else style)
+            styled.append(escape_control_characters(piece(lm, token)), "dim" if token == lm.special.mask else style)
             if drawn and token == lm.special.end:
                 break
-        return shown
+        return styled
 
 
 def _live(events: Iterable[Event], lm, console: Console) -> Iterator[Event]:
     rows, panels = {}, {}
     with Live(console=console, auto_refresh=False) as live:
         for event in events:
-            row = rows.setdefault(event.number, Painted(event))
+            row = rows.setdefault(event.number, ColouredRow(event))
             row.apply(event)
             panels[event.number] = Panel(row.text(lm), title=_headline(event), title_align="left")
             live.update(Group(*panels.values()), refresh=True)
@@ -74,5 +74,5 @@ def _lines(events: Iterable[Event]) -> Iterator[Event]:
 
 
 def _headline(event: Event) -> str:
-    over = "" if event.sample is None else f", stop: {event.sample.stop}"
-    return f"sample {event.number}: block {event.block}, {event.nfe} network calls{over}"
+    ending = "" if event.sample is None else f", stop: {event.sample.stop}"
+    return f"sample {event.number}: block {event.block}, {event.nfe} network calls{ending}"

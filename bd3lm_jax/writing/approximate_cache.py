@@ -24,14 +24,14 @@ import jax.numpy as jnp
 from bd3lm_jax.models import Backbone, trunk
 from bd3lm_jax.models.cache import Cache
 from bd3lm_jax.models.trunk import Stream
-from bd3lm_jax.sampling.generate import Finished
+from bd3lm_jax.sampling.generate import PreviousBlock
 from bd3lm_jax.writing.denoise import UNROLLED, sigma_of
 
 KINDS = ("prefix", "dual")
-NOWHERE = -1
+NO_TOKEN = -1
 
 
-class Stored(NamedTuple):
+class CanvasCache(NamedTuple):
     """row: the canvas `[B, L]` without what is written in the present window. cache: of all L tokens, as they were when
     the window was begun."""
 
@@ -55,19 +55,19 @@ class ApproximateDenoiser(NamedTuple):
     dtype: str
     sigma_max: float = math.inf
 
-    def stored_before(self, first_block: int) -> int:
+    def num_prefilled(self, first_block: int) -> int:
         """Tokens for `prefill`: the whole canvas, masks where nothing is given."""
         return self.length
 
-    def prefill(self, params, ids_BxL, real_BxL, origin) -> Stored:
+    def prefill(self, params, ids_BxL, real_BxL, origin) -> CanvasCache:
         """Nothing is computed yet. What is not `real` is a mask; origin is 0."""
         cache = trunk.new_cache(self.model, params, ids_BxL.shape[0], self.length, self.dtype)
-        return Stored(jnp.where(real_BxL | (ids_BxL < 0), ids_BxL, self.mask_id), cache.replace(empty=False))
+        return CanvasCache(jnp.where(real_BxL | (ids_BxL < 0), ids_BxL, self.mask_id), cache.replace(empty=False))
 
-    def __call__(self, params, canvas_BxW, block, finished: Finished | None, positions_BxP, level_B, stored: Stored):
+    def __call__(self, params, canvas_BxW, block, previous: PreviousBlock | None, positions_BxP, level_B, stored: CanvasCache):
         start = block * self.window
-        if finished is not None:
-            before = jnp.where(finished.real | (finished.ids < 0), finished.ids, self.mask_id)
+        if previous is not None:
+            before = jnp.where(previous.real | (previous.ids < 0), previous.ids, self.mask_id)
             row = jax.lax.dynamic_update_slice_in_dim(stored.row, before, jnp.maximum(start - self.window, 0), axis=1)
             stored = stored._replace(row=row)
         row = jax.lax.dynamic_update_slice_in_dim(stored.row, canvas_BxW, start, axis=1)
@@ -75,7 +75,7 @@ class ApproximateDenoiser(NamedTuple):
             level_B = (row == self.mask_id).sum(1) / (row >= 0).sum(1)
         sigma = sigma_of(self.model, level_B, self.sigma_max)
         places = start + positions_BxP
-        if finished is not None:
+        if previous is not None:
             h, cache = self._compute(params, row, 0, self.length, 0, sigma, places, stored.cache.replace(empty=True))
             stored = stored._replace(cache=cache)
         else:
@@ -86,12 +86,12 @@ class ApproximateDenoiser(NamedTuple):
         """Hidden states at `places`, computed with what is kept from the window's beginning."""
         slot = jnp.arange(self.length)
         if self.kind == "dual":
-            kept = (slot < start) | (slot >= start + self.window)
-            return self._compute(params, row, start, self.window, start, sigma, places, _showing(cache, kept))[0]
-        cache, left = _showing(cache, slot < start), self.length - start
+            visible = (slot < start) | (slot >= start + self.window)
+            return self._compute(params, row, start, self.window, start, sigma, places, _with_visible(cache, visible))[0]
+        cache, num_remaining = _with_visible(cache, slot < start), self.length - start
         sizes = self.suffixes()
-        which = (jnp.array(sizes) >= left).sum() - 1
-        return jax.lax.switch(which, [functools.partial(self._suffix, params, size) for size in sizes],
+        branch = (jnp.array(sizes) >= num_remaining).sum() - 1
+        return jax.lax.switch(branch, [functools.partial(self._suffix, params, size) for size in sizes],
                               row, start, sigma, places, cache)
 
     def suffixes(self) -> list[int]:
@@ -110,14 +110,14 @@ class ApproximateDenoiser(NamedTuple):
         states at `places`, and the cache with all of them stored."""
         ids = jax.lax.dynamic_slice_in_dim(row, first, count, axis=1)
         slot, lead_Bx1 = first + jnp.arange(count), jnp.argmax(row >= 0, axis=1)[:, None]
-        seen = (slot >= real_from) & (ids >= 0)
+        is_visible = (slot >= real_from) & (ids >= 0)
         tokens = Stream(jnp.maximum(ids, 0), jnp.maximum(slot - lead_Bx1, 0), jnp.zeros_like(ids),
-                        seen.astype(jnp.int32), sigma)
-        out = trunk.hidden(self.model, params, noised=None, clean=tokens, cache=cache, write_at=first,
+                        is_visible.astype(jnp.int32), sigma)
+        out = trunk.forward(self.model, params, noised=None, clean=tokens, cache=cache, write_at=first,
                            rule="bidirectional", block_size=self.length, execution=UNROLLED, dropout_keys=None)
         return jnp.take_along_axis(out.clean, (places - first)[..., None], axis=1), out.cache
 
 
-def _showing(cache: Cache, kept_L) -> Cache:
+def _with_visible(cache: Cache, visible_L) -> Cache:
     """Of the stored tokens only the kept ones are seen."""
-    return cache.replace(segment=jnp.where(kept_L, cache.segment, 0))
+    return cache.replace(segment=jnp.where(visible_L, cache.segment, 0))

@@ -10,18 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from bd3lm_jax import jax_settings
-from bd3lm_jax.adaptation import shifted
+from bd3lm_jax.adaptation import target_shift
 from bd3lm_jax.constraints import automaton
-from bd3lm_jax.data.texts import new_text
+from bd3lm_jax.data.texts import decode_continuation
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.models.trunk import unstacked
-from bd3lm_jax.sampling import STOPS, Asked, Progress, Request, Settings, auto_size, run_blocks, simplex, start
+from bd3lm_jax.models.trunk import unstack_layers
+from bd3lm_jax.sampling import STOPS, DenoiserContext, Progress, Request, Settings, auto_size, run_blocks, simplex, start
 from bd3lm_jax.sampling.constraint import Constraint, best_block, sample_block
 from bd3lm_jax.writing.approximate_cache import ApproximateDenoiser
-from bd3lm_jax.writing.denoise import AutoSizeDenoiser, BlockDenoiser, CausalDenoiser, Guided, ShiftedDenoiser
-from bd3lm_jax.writing.fit import WRITERS
+from bd3lm_jax.writing.denoise import AutoSizeDenoiser, BlockDenoiser, CausalDenoiser, GuidedDenoiser, ShiftedDenoiser
+from bd3lm_jax.writing.compatibility import ALL_SAMPLERS
 from bd3lm_jax.writing.options import Options, check_options
-from bd3lm_jax.writing.prompts import BUCKET, Rows, aligned, encode_prompts, prompt_rows
+from bd3lm_jax.writing.prompts import BUCKET, Rows, align_to_windows, encode_prompts, prompt_rows
 
 ROWS = 64  # rows a batch at most; fewer are padded to a power of two
 CHECK_EVERY = 32  # tokens between two looks for stop strings
@@ -43,12 +43,12 @@ def generate(lm, prompts: Sequence | None, num: int, length: int, options: Optio
     prompts = encode_prompts(lm, prompts, num, length, options.window)
     rows = prompt_rows(lm, prompts, length, options)
     starts = [len(prompt) for prompt in prompts]
-    tokens, stopped, nfe = write(lm, options, rows)
-    return [finish(lm, options, row[begin:length], int(calls), STOPS[code], row[:begin])
+    tokens, stopped, nfe = fill_rows(lm, options, rows)
+    return [postprocess(lm, options, row[begin:length], int(calls), STOPS[code], row[:begin])
             for row, begin, calls, code in zip(tokens, starts, nfe, stopped)]
 
 
-def write(lm, options: Options, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def fill_rows(lm, options: Options, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Fill what is not given -> tokens `[B, L]`, stopped `[B]` (an index of STOPS), nfe `[B]`, in batches."""
     parts = [_write_batch(lm, options, Rows(*(x[first:first + ROWS] for x in rows)))
              for first in range(0, len(rows.tokens), ROWS)]
@@ -58,23 +58,23 @@ def write(lm, options: Options, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.
 
 def _write_batch(lm, options: Options, rows: Rows):
     count = len(rows.tokens)
-    spare = (1 << (count - 1).bit_length()) - count
-    rows = Rows(*(np.pad(x, [(0, spare)] + [(0, 0)] * (x.ndim - 1)) for x in rows))  # spare rows want 0 tokens
+    padding = (1 << (count - 1).bit_length()) - count
+    rows = Rows(*(np.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)) for x in rows))  # spare rows want 0 tokens
     if lm.is_bidirectional and rows.tokens.shape[1] > lm.config.block_size:
         if options.constraint is not None:
             raise UserError(f"a constraint works within {lm.config.block_size} tokens, all that this model sees")
-        result = _slide(lm, options, rows)
+        result = _sliding_window(lm, options, rows)
     else:
         result = _write_rows(lm, options, rows, 0)
     return tuple(x[:count] for x in result)
 
 
-def _write_rows(lm, options: Options, rows: Rows, turn: int):
+def _write_rows(lm, options: Options, rows: Rows, window_index: int):
     """One pass of the loop over the blocks of the rows; between stretches of blocks a look for stop strings (blocks of
-    chosen sizes: `finish` alone looks for them)."""
+    chosen sizes: `postprocess` alone looks for them)."""
     places = rows.tokens.shape[1]
-    rows, lead_B = aligned(rows, options)
-    job = begin(lm, options, rows, turn)
+    rows, lead_B = align_to_windows(rows, options)
+    job = begin(lm, options, rows, window_index)
     size = job.plan.settings.block_size
     progress, blocks = job.progress, rows.tokens.shape[1] // size
     if job.plan.sizes is not None:
@@ -91,37 +91,37 @@ def _write_rows(lm, options: Options, rows: Rows, turn: int):
 
 
 def _stop_at_strings(lm, options: Options, rows: Rows, progress: Progress, size: int) -> Progress:
-    """Rows whose new text holds a stop string in finished blocks of `size` write no more; `finish` cuts them."""
+    """Rows whose new text holds a stop string in finished blocks of `size` write no more; `postprocess` cuts them."""
     tokens, stopped = np.asarray(progress.tokens), np.array(progress.stopped)
     for i in np.flatnonzero((stopped == 0) & (rows.length > 0)):
         first = int(np.argmin(rows.given[i]))
         new = tokens[i, first:min(rows.length[i], int(progress.block) * size)]
-        text = new_text(lm.tokenizer, tokens[i, :first], new[new != lm.special.mask])
+        text = decode_continuation(lm.tokenizer, tokens[i, :first], new[new != lm.special.mask])
         if any(string in text for string in options.stop):
             stopped[i] = STOPS.index("end")
     return progress._replace(stopped=jnp.asarray(stopped))
 
 
-def _slide(lm, options: Options, rows: Rows):
+def _sliding_window(lm, options: Options, rows: Rows):
     """A bidirectional model beyond its length: the canvas moves by half, given what was written in the other half."""
     size, stride = lm.config.block_size, lm.config.block_size // 2
-    spare = ((0, 0), (0, size))  # so that the last canvas is whole
-    given = np.pad(rows.given, spare)
-    tokens = np.where(given, np.pad(rows.tokens, spare), lm.special.mask)
+    padding = ((0, 0), (0, size))  # so that the last canvas is whole
+    given = np.pad(rows.given, padding)
+    tokens = np.where(given, np.pad(rows.tokens, padding), lm.special.mask)
     stopped, nfe = np.zeros(len(tokens), np.int32), np.zeros(len(tokens), np.int32)
-    for turn, at in enumerate(range(0, max(int(rows.length.max()) - stride, 1), stride)):
+    for window_index, at in enumerate(range(0, max(int(rows.length.max()) - stride, 1), stride)):
         canvas = np.s_[:, at:at + size]
         length = np.where(stopped > 0, 0, np.maximum(rows.length - at, 0)).astype(np.int32)
-        writes = (~given[canvas] & (np.arange(size) < length[:, None])).any(1)
-        part = Rows(tokens[canvas], given[canvas], length * writes, rows.earliest_end - at, rows.number)
-        written, part_stopped, part_nfe = _write_rows(lm, options, part, turn)
-        tokens[canvas] = np.where(writes[:, None], written, tokens[canvas])
-        given[canvas] |= writes[:, None]
-        stopped, nfe = np.where(writes, part_stopped, stopped), nfe + part_nfe
+        is_writing = (~given[canvas] & (np.arange(size) < length[:, None])).any(1)
+        part = Rows(tokens[canvas], given[canvas], length * is_writing, rows.earliest_end - at, rows.number)
+        written, part_stopped, part_nfe = _write_rows(lm, options, part, window_index)
+        tokens[canvas] = np.where(is_writing[:, None], written, tokens[canvas])
+        given[canvas] |= is_writing[:, None]
+        stopped, nfe = np.where(is_writing, part_stopped, stopped), nfe + part_nfe
     return tokens[:, :-size], stopped, nfe
 
 
-class Job(NamedTuple):
+class BatchLoop(NamedTuple):
     """One batch in the loop. `run(progress, until)` writes blocks up to index `until`; `progress` is given away."""
 
     progress: Progress
@@ -144,19 +144,19 @@ class Plan(NamedTuple):
     sizes: auto_size.Sizes | None = None
 
 
-def begin(lm, options: Options, rows: Rows, turn: int) -> Job:
+def begin(lm, options: Options, rows: Rows, window_index: int) -> BatchLoop:
     """The rows ready for the loop, prompts in the cache. turn: of a sliding canvas, keys its noise."""
     plan = make_plan(lm, options, rows.tokens.shape[1])
     size = plan.settings.block_size
-    wanted = ~rows.given & (np.arange(rows.given.shape[1]) < rows.length[:, None])
-    first_block = int(np.argmax(wanted.any(0))) // size
+    to_fill = ~rows.given & (np.arange(rows.given.shape[1]) < rows.length[:, None])
+    first_block = int(np.argmax(to_fill.any(0))) // size
     if plan.sizes is None:
-        stored = make_denoiser(lm, plan).stored_before(first_block)
+        stored = make_denoiser(lm, plan).num_prefilled(first_block)
     else:
         stored = int(np.cumprod(rows.given, axis=1).sum(1).max())
     origin = -(-max(stored - plan.slots, 0) // size) * size
     prefill = min(plan.slots, -(-stored // BUCKET) * BUCKET)
-    request = make_request(lm, options, rows, turn)
+    request = make_request(lm, options, rows, window_index)
     scalars = (np.int32(first_block), np.int32(stored), np.int32(origin), np.float32(options.guidance))
     programs = lm.__dict__.setdefault("_programs", {})  # jitted once, compiled once per plan and shapes
     if not programs:
@@ -164,14 +164,14 @@ def begin(lm, options: Options, rows: Rows, turn: int) -> Job:
         programs["run"] = jax.jit(functools.partial(_run, lm), static_argnums=0, donate_argnums=4)
     progress = programs["start"](plan, prefill, lm.params, request, rows.tokens, *scalars)
     run = functools.partial(programs["run"], plan, lm.params, request, scalars[-1])
-    return Job(progress, lambda progress, until: run(progress, np.int32(until)), request, plan, first_block)
+    return BatchLoop(progress, lambda progress, until: run(progress, np.int32(until)), request, plan, first_block)
 
 
 def make_plan(lm, options: Options, row_length: int) -> Plan:
     """Static choices; a sliding window keeps as much context as the model was trained with."""
-    sampler, size, sizes = WRITERS[options.sampler], lm.config.block_size, None
+    sampler, size, sizes = ALL_SAMPLERS[options.sampler], lm.config.block_size, None
     if options.block_size == auto_size.AUTO:
-        sizes = auto_size.Sizes(lm.config.trained_sizes, options.block_confidence)
+        sizes = auto_size.Sizes(lm.config.trained_block_sizes, options.block_confidence)
         size = sizes.sizes[-1]
     window = size if sizes else min(options.block_size or size, size)
     draw_all = None
@@ -193,7 +193,7 @@ def make_denoiser(lm, plan: Plan):
     objective = lm.config.diffusion
     if objective.causal:
         return CausalDenoiser(lm.model, plan.slots, plan.cache_dtype, objective.bos, lm.special.end)
-    form = shifted.form_of(lm.config.model)
+    form = target_shift.target_shift_of(lm.config.model)
     if form and (plan.approximate_cache or plan.sizes):
         what = "approximate_cache" if plan.approximate_cache else f"block_size='{auto_size.AUTO}'"
         raise UserError(f"{what} is not there for networks with model.shifted='{form}': leave it out")
@@ -206,11 +206,11 @@ def make_denoiser(lm, plan: Plan):
     return ShiftedDenoiser(denoiser, form, lm.special.end) if form else denoiser
 
 
-def make_request(lm, options: Options, rows: Rows, turn: int) -> Request:
+def make_request(lm, options: Options, rows: Rows, window_index: int) -> Request:
     forbidden = np.zeros(lm.config.model.vocab_size, bool)
     forbidden[[i for i in (lm.special.mask, *options.forbidden) if i >= 0]] = True  # -1: no such token
-    threshold = WRITERS[options.sampler].threshold if options.threshold is None else options.threshold
-    key = jax.random.fold_in(jax_settings.key(options.seed), turn) if turn else jax_settings.key(options.seed)
+    threshold = ALL_SAMPLERS[options.sampler].threshold if options.threshold is None else options.threshold
+    key = jax.random.fold_in(jax_settings.key(options.seed), window_index) if window_index else jax_settings.key(options.seed)
     keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(jnp.asarray(rows.number))
     constraint = None
     if options.constraint is not None:
@@ -220,12 +220,12 @@ def make_request(lm, options: Options, rows: Rows, turn: int) -> Request:
     return Request(keys, rows.given, rows.length, rows.earliest_end, forbidden, np.float32(threshold), constraint)
 
 
-def make_asked(lm, plan: Plan, params, request: Request, guidance) -> Asked:
+def make_denoiser_context(lm, plan: Plan, params, request: Request, guidance) -> DenoiserContext:
     """The network as the loop asks it."""
-    denoise = functools.partial(make_denoiser(lm, plan), unstacked(lm.model, params))
+    denoise = functools.partial(make_denoiser(lm, plan), unstack_layers(lm.model, params))
     if plan.guided:
-        denoise = Guided(denoise, guidance, request.given, plan.settings.mask_id)
-    return Asked(denoise, WRITERS[plan.sampler], plan.settings)
+        denoise = GuidedDenoiser(denoise, guidance, request.given, plan.settings.mask_id)
+    return DenoiserContext(denoise, ALL_SAMPLERS[plan.sampler], plan.settings)
 
 
 def _start(lm, plan: Plan, prefill: int, params, request: Request, tokens_BxL, first_block, stored, origin, guidance):
@@ -242,19 +242,19 @@ def _start(lm, plan: Plan, prefill: int, params, request: Request, tokens_BxL, f
     if plan.guided:
         ids, real = jnp.concatenate([ids, ids]), jnp.concatenate([real, jnp.zeros_like(real)])
     cache = denoiser.prefill(params, ids, real, origin)
-    return start(make_asked(lm, plan, params, request, guidance), request, tokens_BxL, first_block, cache)
+    return start(make_denoiser_context(lm, plan, params, request, guidance), request, tokens_BxL, first_block, cache)
 
 
 def _run(lm, plan: Plan, params, request: Request, guidance, progress: Progress, until) -> Progress:
-    asked = make_asked(lm, plan, params, request, guidance)
+    denoiser_context = make_denoiser_context(lm, plan, params, request, guidance)
     if plan.sizes is not None:
-        return auto_size.run_blocks(plan.sizes, auto_size.AutoAsked(*asked), request, progress, until)
+        return auto_size.run_blocks(plan.sizes, auto_size.AutoSizeContext(*denoiser_context), request, progress, until)
     if plan.levels is not None:
-        return simplex.run_blocks(plan.levels, asked, request, progress, until)
-    return run_blocks(asked, request, progress, until)
+        return simplex.run_blocks(plan.levels, denoiser_context, request, progress, until)
+    return run_blocks(denoiser_context, request, progress, until)
 
 
-def finish(lm, options: Options, new, nfe: int, stop: str, before=()) -> Sample:
+def postprocess(lm, options: Options, new, nfe: int, stop: str, before=()) -> Sample:
     """The sample of the new tokens `[n]` behind the tokens `before`: cut at an end token or stop string, and where
     nothing was written."""
     new = np.asarray(new)
@@ -263,10 +263,10 @@ def finish(lm, options: Options, new, nfe: int, stop: str, before=()) -> Sample:
     if len(ends):
         stop = "end" if new[ends[0]] == lm.special.end else stop
         new = new[:ends[0]]
-    text = None if lm.tokenizer is None else new_text(lm.tokenizer, before, new)
+    text = None if lm.tokenizer is None else decode_continuation(lm.tokenizer, before, new)
     places = [text.index(string) for string in options.stop if string in text]
     if places:
         text, stop = text[:min(places)], "string"
-        while len(new_text(lm.tokenizer, before, new)) > len(text):
+        while len(decode_continuation(lm.tokenizer, before, new)) > len(text):
             new = new[:-1]
     return Sample(text, new.tolist(), nfe, stop)

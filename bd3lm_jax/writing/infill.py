@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bd3lm_jax.data.texts import new_text
+from bd3lm_jax.data.texts import decode_continuation
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import conditional
 from bd3lm_jax.writing import generation
@@ -27,19 +27,19 @@ from bd3lm_jax.writing.prompts import Rows, encode, padded_length
 
 MARKER = re.compile(r"\[MASK(?::(\d+)(?:-(\d+))?)?\]")
 MARKERS = "[MASK], [MASK:5] or [MASK:2-8]"
-MOST_LENGTHS = 64  # combinations of hole lengths of one text
+MAX_COMBINATIONS = 64  # combinations of hole lengths of one text
 CRITERION = "log-likelihood in nats (a bound, unless it is exact) of the fixed text after each hole, given all before"
-FOREIGN = ("stop", "min_length", "min_entropy", "window", "constraint", "forced")  # of texts that go on
+UNSUPPORTED_OPTIONS = ("stop", "min_length", "min_entropy", "window", "constraint", "forced")  # of texts that go on
 
 
-class Hole(NamedTuple):
-    """A hole as asked for: from `least` to `most` tokens."""
+class Span(NamedTuple):
+    """A hole as asked for: from `min_tokens` to `max_tokens` tokens."""
 
-    least: int
-    most: int
+    min_tokens: int
+    max_tokens: int
 
 
-class Filled(NamedTuple):
+class FilledSpan(NamedTuple):
     """A hole as filled: place of its first token in the text, its tokens and their text."""
 
     start: int
@@ -53,21 +53,21 @@ class Infill(NamedTuple):
 
     text: str | None
     tokens: list[int]
-    holes: list[Filled]
+    spans: list[FilledSpan]
     nfe: int
     score: float | None
 
 
-class Draft(NamedTuple):
+class Candidate(NamedTuple):
     """A text with lengths chosen: number of the text, ids with masks in the holes, (start, end) of each hole."""
 
     number: int
     ids: np.ndarray
-    holes: list[tuple[int, int]]
+    spans: list[tuple[int, int]]
 
     @property
     def open_end(self) -> bool:
-        return self.holes[-1][1] == len(self.ids)
+        return self.spans[-1][1] == len(self.ids)
 
 
 def infill(lm, texts: Sequence, options: Options, *, draws: int) -> list[Infill]:
@@ -86,38 +86,38 @@ def infill(lm, texts: Sequence, options: Options, *, draws: int) -> list[Infill]
     combinations of lengths, and what the model cannot see.
     """
     _check(lm, texts, options)
-    drafts = [draft for number, text in enumerate(texts) for draft in _drafts(lm, number, parse(lm, text))]
-    tokens, _, nfe = generation.write(lm, options, _rows(lm, drafts))
-    filled = [_cut_at_end(lm, draft, row) for draft, row in zip(drafts, tokens)]
-    of_text = [[] for _ in texts]
-    for i, draft in enumerate(drafts):
-        of_text[draft.number].append(i)
-    several = [i for members in of_text if len(members) > 1 for i in members]
-    scores = _scores(lm, drafts, filled, several, draws, options.seed)
+    candidates = [candidate for number, text in enumerate(texts) for candidate in _candidates(lm, number, parse(lm, text))]
+    tokens, _, nfe = generation.fill_rows(lm, options, _rows(lm, candidates))
+    filled = [_cut_at_end(lm, candidate, row) for candidate, row in zip(candidates, tokens)]
+    candidates_of_text = [[] for _ in texts]
+    for i, candidate in enumerate(candidates):
+        candidates_of_text[candidate.number].append(i)
+    several = [i for members in candidates_of_text if len(members) > 1 for i in members]
+    scores = _scores(lm, candidates, filled, several, draws, options.seed)
     results = []
-    for members in of_text:
+    for members in candidates_of_text:
         best = max(members, key=lambda i: scores.get(i, 0.0))  # the shortest of equals
-        results.append(_result(lm, drafts[best], filled[best], int(nfe[members].sum()), scores.get(best)))
+        results.append(_result(lm, candidates[best], filled[best], int(nfe[members].sum()), scores.get(best)))
     return results
 
 
-def parse(lm, text) -> list[np.ndarray | Hole]:
+def parse(lm, text) -> list[np.ndarray | Span]:
     """Fixed ids and holes of a text, in order. UserError for what is no text with holes."""
     ids = None if isinstance(text, str) else encode(lm, text)
     if not len(text):
         raise UserError(f"a text is empty, expected one with holes: {MARKERS}")
     if ids is not None:
         borders = np.flatnonzero(np.diff(ids == lm.special.mask)) + 1
-        parts = [Hole(len(run), len(run)) if run[0] == lm.special.mask else run for run in np.split(ids, borders)]
+        parts = [Span(len(run), len(run)) if run[0] == lm.special.mask else run for run in np.split(ids, borders)]
     else:
         parts = _parse_markers(lm, text)
-    if not any(isinstance(part, Hole) for part in parts):
+    if not any(isinstance(part, Span) for part in parts):
         raise UserError(f"the text {_short(text)} has no hole, expected {MARKERS}"
                         if isinstance(text, str) else f"the ids hold no mask token {lm.special.mask}: nothing to fill")
     return parts
 
 
-def _parse_markers(lm, text: str) -> list[np.ndarray | Hole]:
+def _parse_markers(lm, text: str) -> list[np.ndarray | Span]:
     parts, at, own_space = [], 0, None
     for match in (*MARKER.finditer(text), None):
         fixed = text[at:match.start()] if match else text[at:]
@@ -133,17 +133,17 @@ def _parse_markers(lm, text: str) -> list[np.ndarray | Hole]:
         if len(ids):
             parts.append(ids)
         if match:
-            parts.append(_hole(match))
+            parts.append(_span(match))
             at = match.end()
     return parts
 
 
-def _hole(match: re.Match) -> Hole:
-    least = int(match[1] or 1)
-    most = int(match[2] or least)
-    if most < max(least, 1):
+def _span(match: re.Match) -> Span:
+    min_tokens = int(match[1] or 1)
+    max_tokens = int(match[2] or min_tokens)
+    if max_tokens < max(min_tokens, 1):
         raise UserError(f"marker '{match[0]}' has no length of at least one token, expected {MARKERS}")
-    return Hole(least, most)
+    return Span(min_tokens, max_tokens)
 
 
 def _tokens_carry_space(lm) -> bool:
@@ -151,7 +151,7 @@ def _tokens_carry_space(lm) -> bool:
     if lm.tokenizer is None:
         return False
     ids = lm.tokenizer.encode("a a")
-    return len(ids) > 1 and new_text(lm.tokenizer, ids[:-1], ids[-1:]).startswith(" ")
+    return len(ids) > 1 and decode_continuation(lm.tokenizer, ids[:-1], ids[-1:]).startswith(" ")
 
 
 def _short(text: str) -> str:
@@ -160,92 +160,92 @@ def _short(text: str) -> str:
 
 def _check(lm, texts, options: Options) -> None:
     check_options(lm, options)
-    for name in FOREIGN:
+    for name in UNSUPPORTED_OPTIONS:
         if getattr(options, name) != getattr(Options(), name):
             raise UserError(f"option '{name}' is for texts that are written on: infill has no use for it")
     if isinstance(texts, str) or not len(texts):
         raise UserError(f"texts are {texts!r}, expected a list of one or more texts or lists of token ids")
 
 
-def _drafts(lm, number: int, parts: list[np.ndarray | Hole]) -> list[Draft]:
+def _candidates(lm, number: int, parts: list[np.ndarray | Span]) -> list[Candidate]:
     """One for every combination of lengths. UserError for too many and for what the model cannot fill."""
-    holes = [part for part in parts if isinstance(part, Hole)]
-    lengths = math.prod(hole.most - hole.least + 1 for hole in holes)
-    if lengths > MOST_LENGTHS:
+    spans = [part for part in parts if isinstance(part, Span)]
+    lengths = math.prod(span.max_tokens - span.min_tokens + 1 for span in spans)
+    if lengths > MAX_COMBINATIONS:
         raise UserError(f"the ranges of a text have {lengths} combinations of lengths, expected at most "
-                        f"{MOST_LENGTHS}: make them narrower")
-    longest = sum(part.most if isinstance(part, Hole) else len(part) for part in parts)
+                        f"{MAX_COMBINATIONS}: make them narrower")
+    longest = sum(part.max_tokens if isinstance(part, Span) else len(part) for part in parts)
     if longest > lm.context:
         raise UserError(f"a text has up to {longest} tokens with its holes, expected at most {lm.context}, what the "
                         "model was trained on: cut the text or the holes")
-    if isinstance(parts[-1], Hole) and parts[-1].least < parts[-1].most:
-        raise UserError(f"the text ends in a hole of {parts[-1].least} to {parts[-1].most} tokens, and no text after "
-                        f"it tells which length is best: write [MASK:{parts[-1].most}], an end token may come early")
-    if lm.config.diffusion.causal and any(isinstance(part, Hole) for part in parts[:-1]):
+    if isinstance(parts[-1], Span) and parts[-1].min_tokens < parts[-1].max_tokens:
+        raise UserError(f"the text ends in a hole of {parts[-1].min_tokens} to {parts[-1].max_tokens} tokens, and no text after "
+                        f"it tells which length is best: write [MASK:{parts[-1].max_tokens}], an end token may come early")
+    if lm.config.diffusion.causal and any(isinstance(part, Span) for part in parts[:-1]):
         raise UserError("an autoregressive model does not see what follows a hole: put the one hole at the end of the "
                         "text, or take a block or bidirectional model")
     if lm.config.diffusion.causal and not lm.config.diffusion.bos and len(parts) == 1:
         raise UserError("this autoregressive model has no beginning token: begin the text with at least one token")
-    return [_draft(lm, number, parts, iter(chosen))
-            for chosen in itertools.product(*(range(hole.least, hole.most + 1) for hole in holes))]
+    return [_candidate(lm, number, parts, iter(chosen))
+            for chosen in itertools.product(*(range(span.min_tokens, span.max_tokens + 1) for span in spans))]
 
 
-def _draft(lm, number: int, parts, lengths) -> Draft:
-    ids, holes = [], []
+def _candidate(lm, number: int, parts, lengths) -> Candidate:
+    ids, spans = [], []
     for part in parts:
         start = len(ids)
-        ids += [lm.special.mask] * next(lengths) if isinstance(part, Hole) else part.tolist()
-        if isinstance(part, Hole):
-            holes.append((start, len(ids)))
-    return Draft(number, np.array(ids, np.int32), holes)
+        ids += [lm.special.mask] * next(lengths) if isinstance(part, Span) else part.tolist()
+        if isinstance(part, Span):
+            spans.append((start, len(ids)))
+    return Candidate(number, np.array(ids, np.int32), spans)
 
 
-def _rows(lm, drafts: list[Draft]) -> Rows:
+def _rows(lm, candidates: list[Candidate]) -> Rows:
     """All but the holes is given, also the masks after the text."""
-    width = padded_length(lm, max(len(draft.ids) for draft in drafts))
-    tokens = np.full((len(drafts), width), lm.special.mask, np.int32)
+    width = padded_length(lm, max(len(candidate.ids) for candidate in candidates))
+    tokens = np.full((len(candidates), width), lm.special.mask, np.int32)
     given = np.ones(tokens.shape, bool)
-    for draft, row, fixed in zip(drafts, tokens, given):
-        row[:len(draft.ids)] = draft.ids
-        for start, end in draft.holes:
+    for candidate, row, fixed in zip(candidates, tokens, given):
+        row[:len(candidate.ids)] = candidate.ids
+        for start, end in candidate.spans:
             fixed[start:end] = False
-    last = np.array([draft.holes[-1][1] for draft in drafts], np.int32)
-    ends = np.array([draft.holes[-1][0] if draft.open_end else width for draft in drafts], np.int32)
-    return Rows(tokens, given, last, ends, np.array([draft.number for draft in drafts], np.int32))
+    last = np.array([candidate.spans[-1][1] for candidate in candidates], np.int32)
+    ends = np.array([candidate.spans[-1][0] if candidate.open_end else width for candidate in candidates], np.int32)
+    return Rows(tokens, given, last, ends, np.array([candidate.number for candidate in candidates], np.int32))
 
 
-def _cut_at_end(lm, draft: Draft, row_L) -> np.ndarray:
+def _cut_at_end(lm, candidate: Candidate, row_L) -> np.ndarray:
     """The written text; one with a hole at its end stops before the end token."""
-    ids = draft.ids.copy()
-    for start, end in draft.holes:
+    ids = candidate.ids.copy()
+    for start, end in candidate.spans:
         ids[start:end] = row_L[start:end]
-    if not draft.open_end:
+    if not candidate.open_end:
         return ids
-    start = draft.holes[-1][0]
+    start = candidate.spans[-1][0]
     ends = np.flatnonzero((ids[start:] == lm.special.end) | (ids[start:] == lm.special.mask))
     return ids[:start + ends[0]] if len(ends) else ids
 
 
-def _scores(lm, drafts, filled, members: list[int], draws: int, seed: int) -> dict[int, float]:
+def _scores(lm, candidates, filled, members: list[int], draws: int, seed: int) -> dict[int, float]:
     """CRITERION of some of the drafts, by index."""
     prompts, continuations, owners = [], [], []
     for i in members:
-        borders = [start for start, _ in drafts[i].holes[1:]] + [len(filled[i])]
-        for (_, start), end in zip(drafts[i].holes, borders):
+        borders = [start for start, _ in candidates[i].spans[1:]] + [len(filled[i])]
+        for (_, start), end in zip(candidates[i].spans, borders):
             if start < end:
                 prompts.append(filled[i][:start])
                 continuations.append(filled[i][start:end])
                 owners.append(i)
-    found = conditional.score(lm, prompts, continuations, estimator="exact_count", draws=draws, seed=seed,
+    scored = conditional.score(lm, prompts, continuations, estimator="exact_count", draws=draws, seed=seed,
                               greedy=False, batch=generation.ROWS, noise=continuations) if owners else []
     scores = dict.fromkeys(members, 0.0)
-    for owner, score in zip(owners, found):
+    for owner, score in zip(owners, scored):
         scores[owner] += score.nats
     return scores
 
 
-def _result(lm, draft: Draft, ids, nfe: int, score: float | None) -> Infill:
+def _result(lm, candidate: Candidate, ids, nfe: int, score: float | None) -> Infill:
     def text(start: int, end: int) -> str | None:
-        return None if lm.tokenizer is None else new_text(lm.tokenizer, ids[:start], ids[start:end])
-    holes = [Filled(start, ids[start:end].tolist(), text(start, end)) for start, end in draft.holes]
-    return Infill(text(0, len(ids)), ids.tolist(), holes, nfe, score)
+        return None if lm.tokenizer is None else decode_continuation(lm.tokenizer, ids[:start], ids[start:end])
+    spans = [FilledSpan(start, ids[start:end].tolist(), text(start, end)) for start, end in candidate.spans]
+    return Infill(text(0, len(ids)), ids.tolist(), spans, nfe, score)

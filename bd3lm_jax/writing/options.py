@@ -6,19 +6,19 @@ from typing import Any
 from bd3lm_jax import synonyms
 from bd3lm_jax.errors import UserError, lookup, nearest
 from bd3lm_jax.models import cache
-from bd3lm_jax.published.leaf import check_beginning
+from bd3lm_jax.published.mapping import check_bos
 from bd3lm_jax.sampling import Filters
 from bd3lm_jax.sampling.auto_size import AUTO
 from bd3lm_jax.sampling.filters import check_filters
 from bd3lm_jax.writing.approximate_cache import KINDS
-from bd3lm_jax.writing.fit import WRITERS, check_fit
+from bd3lm_jax.writing.compatibility import ALL_SAMPLERS, check_sampler_fits
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How texts are written; each is a keyword of `LM.generate`.
 
-    sampler: one of `fit.WRITERS`. temperature, top_k, top_p, min_p, repetition_penalty: see
+    sampler: one of `compatibility.ALL_SAMPLERS`. temperature, top_k, top_p, min_p, repetition_penalty: see
     `sampling/filters.py`. forbidden: ids never drawn. steps, threshold: of the sampler; None: its usual ones.
     block_size: what the model was trained with, or for a bidirectional model (MDLM, LLaDA) the stretch that is written
     at a time, left to right from the end of the prompt, the last one shorter where the length asks for it; None: all of
@@ -63,12 +63,12 @@ class Options:
 
 def make_options(**options) -> Options:
     """UserError for a name that is none."""
-    known = [field.name for field in dataclasses.fields(Options)]
+    field_names = [field.name for field in dataclasses.fields(Options)]
     for name in options:
-        if name not in known:
-            usual = synonyms.flag(name, (*known, "length", "num"))  # with those of `LM.generate` itself
+        if name not in field_names:
+            suggestion = synonyms.flag(name, (*field_names, "length", "num"))  # with those of `LM.generate` itself
             raise UserError(f"unknown option '{name}': "
-                            + (f"did you mean '{usual}'?" if usual else nearest(name, known)))
+                            + (f"did you mean '{suggestion}'?" if suggestion else nearest(name, field_names)))
     for name in ("stop", "forbidden"):  # lists from callers become hashable
         if name in options:
             value = options[name]
@@ -78,12 +78,12 @@ def make_options(**options) -> Options:
 
 def check_options(lm, options: Options) -> None:
     """UserError for options out of range or that do not fit the model."""
-    lookup(WRITERS, options.sampler, "sampler")
+    lookup(ALL_SAMPLERS, options.sampler, "sampler")
     check_filters(options.filters)
     if options.cache_dtype not in cache.DTYPES:
         lookup(dict.fromkeys(cache.DTYPES), options.cache_dtype, "cache_dtype")
     size = lm.config.block_size
-    check_fit(lm.config.diffusion, options)
+    check_sampler_fits(lm.config.diffusion, options)
     if options.steps is not None and options.steps < 1:
         raise UserError(f"steps is {options.steps}, expected at least 1")
     if options.threshold is not None and not options.threshold >= 0:
@@ -91,7 +91,7 @@ def check_options(lm, options: Options) -> None:
     if options.min_length < 0:
         raise UserError(f"min_length is {options.min_length}, expected at least 0")
     _check_block_size(lm, options)
-    if WRITERS[options.sampler].rewrites and options.block_size not in (None, size):
+    if ALL_SAMPLERS[options.sampler].can_remask and options.block_size not in (None, size):
         raise UserError(f"sampler '{options.sampler}' rewrites the whole block: leave block_size out")
     _check_approximate_cache(lm, options)
     vocab = lm.config.model.vocab_size
@@ -112,18 +112,18 @@ def check_options(lm, options: Options) -> None:
         raise UserError("stop strings need a tokenizer, and this checkpoint has none")
     if any(not text for text in options.stop):
         raise UserError("a stop string is empty, expected at least one character")
-    check_beginning(lm.config.diffusion, lm.config.model, lm.special.end)
+    check_bos(lm.config.diffusion, lm.config.model, lm.special.end)
 
 
 def _check_block_size(lm, options: Options) -> None:
-    asked, size = options.block_size, lm.config.block_size
-    if asked == AUTO and lm.config.diffusion.kind == "mixed":
+    requested, size = options.block_size, lm.config.block_size
+    if requested == AUTO and lm.config.diffusion.kind == "mixed":
         _check_auto_size(options)
     elif lm.is_bidirectional:
-        if asked is not None and not (isinstance(asked, int) and 0 < asked <= lm.context):
-            raise UserError(f"block_size is {asked}, expected 1 to {lm.context}, tokens that are written at a time")
-    elif asked not in (None, size):
-        raise UserError(f"block_size is {asked}, expected {size}, the one it was trained with")
+        if requested is not None and not (isinstance(requested, int) and 0 < requested <= lm.context):
+            raise UserError(f"block_size is {requested}, expected 1 to {lm.context}, tokens that are written at a time")
+    elif requested not in (None, size):
+        raise UserError(f"block_size is {requested}, expected {size}, the one it was trained with")
 
 
 def _check_auto_size(options: Options) -> None:
@@ -131,10 +131,10 @@ def _check_auto_size(options: Options) -> None:
         raise UserError(f"block_confidence is {options.block_confidence}, expected 0 to 1, a probability")
     refused = {"window": options.window, "constraint": options.constraint is not None, "guidance": options.guidance,
                "min_entropy": options.min_entropy is not None}
-    given = [name for name, value in refused.items() if value]
-    if given:
+    conflicting = [name for name, value in refused.items() if value]
+    if conflicting:
         raise UserError(f"block_size='{AUTO}' gives every row blocks of its own, which does not go with "
-                        f"{', '.join(given)}: leave that out, or name a block size")
+                        f"{', '.join(conflicting)}: leave that out, or name a block size")
 
 
 def _check_approximate_cache(lm, options: Options) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from bd3lm_jax.data.texts import encode_continuation
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.writing.approximate_cache import NOWHERE
+from bd3lm_jax.writing.approximate_cache import NO_TOKEN
 from bd3lm_jax.writing.options import Options
 
 BUCKET = 64  # rows of tokens and prompts are padded to multiples of this, so that few lengths compile
@@ -77,14 +77,14 @@ def prompt_rows(lm, prompts: list[np.ndarray], length: int, options: Options) ->
         row[:len(prompt)] = prompt
     starts = np.array([len(prompt) for prompt in prompts], np.int32)
     given, earliest_end = np.arange(tokens.shape[1]) < starts[:, None], starts + options.min_length
-    for i, forced in enumerate(_of_requests(options.forced, len(prompts))):
+    for i, forced in enumerate(_forced_by_request(options.forced, len(prompts))):
         for place, token in _forced_tokens(lm, forced, len(prompts[i]), length).items():
             tokens[i, place], given[i, place] = token, True
             earliest_end[i] = max(earliest_end[i], place + 1)
     return Rows(tokens, given, np.full_like(starts, length), earliest_end, np.arange(len(prompts), dtype=np.int32))
 
 
-def _of_requests(forced, count: int) -> list[Mapping]:
+def _forced_by_request(forced, count: int) -> list[Mapping]:
     """Forced tokens of each request."""
     if forced is None or isinstance(forced, Mapping):
         return [forced or {}] * count
@@ -96,13 +96,13 @@ def _of_requests(forced, count: int) -> list[Mapping]:
 
 def _forced_tokens(lm, forced: Mapping, prompt: int, length: int) -> dict[int, int]:
     """Ids by place; a text takes as many places as it has tokens."""
-    found, vocab = {}, lm.config.model.vocab_size
-    for place, what in forced.items():
+    token_at, vocab = {}, lm.config.model.vocab_size
+    for place, token_or_text in forced.items():
         try:
             first = int(place)
         except (TypeError, ValueError):
             raise UserError(f"forced place {place!r} is no number, expected {prompt} to {length - 1}") from None
-        ids = encode(lm, what, continues=first > 0).tolist() if isinstance(what, str) else [what]
+        ids = encode(lm, token_or_text, continues=first > 0).tolist() if isinstance(token_or_text, str) else [token_or_text]
         if not ids:
             raise UserError(f"the text forced at place {first} is empty, expected at least one token")
         for at, token in enumerate(ids, first):
@@ -113,9 +113,9 @@ def _forced_tokens(lm, forced: Mapping, prompt: int, length: int) -> dict[int, i
                 raise UserError(f"{token!r} is forced at place {at}, expected a text or a token id 0 to {vocab - 1}")
             if token == lm.special.mask:
                 raise UserError(f"the mask token {token} is forced at place {at}, and is never part of a text")
-            if found.setdefault(at, token) != token:
-                raise UserError(f"tokens {found[at]} and {token} are both forced at place {at}, expected one")
-    return found
+            if token_at.setdefault(at, token) != token:
+                raise UserError(f"tokens {token_at[at]} and {token} are both forced at place {at}, expected one")
+    return token_at
 
 
 def padded_length(lm, length: int) -> int:
@@ -124,7 +124,7 @@ def padded_length(lm, length: int) -> int:
     return -(-length // unit) * unit
 
 
-def aligned(rows: Rows, options: Options) -> tuple[Rows, np.ndarray]:
+def align_to_windows(rows: Rows, options: Options) -> tuple[Rows, np.ndarray]:
     """The rows with a window beginning where each prompt ends, and how many places `[B]` that has put before them."""
     length, window = rows.tokens.shape[1], options.block_size
     if not options.approximate_cache or window >= length:
@@ -134,6 +134,6 @@ def aligned(rows: Rows, options: Options) -> tuple[Rows, np.ndarray]:
     place_BxL = np.arange(size) - lead_B[:, None]
     inside_BxL, at_BxL = (place_BxL >= 0) & (place_BxL < length), np.clip(place_BxL, 0, length - 1)
     tokens, given = (np.take_along_axis(x, at_BxL, axis=1) for x in (rows.tokens, rows.given))
-    return rows._replace(tokens=np.where(inside_BxL, tokens, NOWHERE).astype(np.int32), given=given | ~inside_BxL,
+    return rows._replace(tokens=np.where(inside_BxL, tokens, NO_TOKEN).astype(np.int32), given=given | ~inside_BxL,
                          length=np.where(rows.length > 0, rows.length + lead_B, 0).astype(np.int32),
                          earliest_end=rows.earliest_end + lead_B), lead_B

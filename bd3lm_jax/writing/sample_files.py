@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from bd3lm_jax import files, rundir
 from bd3lm_jax.errors import UserError, command_line
-from bd3lm_jax.foreign import LARGE, read_text
+from bd3lm_jax.untrusted_files import MAX_TEXT_FILE, read_text
 from bd3lm_jax.typed import from_json
 
 SEPARATOR = "\n--\n"  # between the texts of a .txt file
@@ -72,7 +72,7 @@ def _newest(workdir: Path) -> Path:
 
 def _content(file: Path) -> str:
     try:
-        content = read_text(file, LARGE)
+        content = read_text(file, MAX_TEXT_FILE)
     except FileNotFoundError:
         raise UserError(f"no file {file}: expected {FORMS}") from None
     except UnicodeDecodeError as error:

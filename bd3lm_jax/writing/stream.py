@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax.data.texts import certain_length, new_text
+from bd3lm_jax.data.texts import num_stable_tokens, decode_continuation
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.sampling import SAMPLERS, STOPS, simplex
 from bd3lm_jax.sampling.auto_size import AUTO
@@ -20,7 +20,7 @@ from bd3lm_jax.sampling.generate import close_block, open_block, reveal, writing
 from bd3lm_jax.writing import generation
 from bd3lm_jax.writing.generation import Sample
 from bd3lm_jax.writing.options import Options, check_options
-from bd3lm_jax.writing.prompts import Rows, aligned, encode_prompts, prompt_rows
+from bd3lm_jax.writing.prompts import Rows, align_to_windows, encode_prompts, prompt_rows
 
 MASK_SIGN, END_SIGN = "░", "∎"
 
@@ -111,57 +111,57 @@ def piece(lm, token: int) -> str:
         return MASK_SIGN
     if token == lm.special.end:
         return END_SIGN
-    return f"{token} " if lm.tokenizer is None else new_text(lm.tokenizer, [token], [token])
+    return f"{token} " if lm.tokenizer is None else decode_continuation(lm.tokenizer, [token], [token])
 
 
-def steps(lm, options: Options, rows: Rows, begins: Sequence[int]) -> Iterator[Event]:
+def steps(lm, options: Options, rows: Rows, starts: Sequence[int]) -> Iterator[Event]:
     """Events of one batch of rows; begins: where the text of each row starts, in tokens.
 
     A step brings an event for each row that it changed, and the last step of a block one for every row of it.
     """
-    rows, lead_B = aligned(rows, options)
-    begins = np.asarray(begins) + lead_B
+    rows, lead_B = align_to_windows(rows, options)
+    starts = np.asarray(starts) + lead_B
     job = generation.begin(lm, options, rows, 0)
     size, progress, block = job.plan.settings.block_size, job.progress, job.first_block
-    ask = _programs(lm, job, options)
+    programs = _programs(lm, job, options)
     tokens, stopped = np.asarray(progress.tokens), np.zeros(len(rows.tokens), np.int32)
-    views = [_View(lm, options, rows, i, begin, size) for i, begin in enumerate(begins)]
-    for view, lead in zip(views, lead_B):
-        yield _moved(view.first(block, tokens), int(lead))
+    trackers = [_RowTracker(lm, options, rows, i, begin, size) for i, begin in enumerate(starts)]
+    for tracker, lead in zip(trackers, lead_B):
+        yield _without_lead(tracker.first(block, tokens), int(lead))
     while (writing := (stopped == 0) & (block * size < rows.length)).any():
-        here = np.s_[:, block * size:(block + 1) * size]
-        wanted = ~rows.given[here] & writing[:, None]
-        shown = np.flatnonzero(writing & ((block + 1) * size > np.asarray(begins)))  # also where all is forced
-        before = _Seen(tokens[here], wanted, np.ones(wanted.shape), None)
-        for step, (opened, cache) in enumerate(_calls(job, ask, progress), 1):
-            after = _Seen(*jax.device_get((opened.canvas, opened.masked, opened.confidence, opened.nfe)))
-            over = not _writing(job, opened)
-            if over:
-                progress = ask.close(progress, opened, cache)
+        columns = np.s_[:, block * size:(block + 1) * size]
+        to_fill = ~rows.given[columns] & writing[:, None]
+        visible_rows = np.flatnonzero(writing & ((block + 1) * size > np.asarray(starts)))  # also where all is forced
+        before = _BlockSnapshot(tokens[columns], to_fill, np.ones(to_fill.shape), None)
+        for step, (current, cache) in enumerate(_calls(job, programs, progress), 1):
+            after = _BlockSnapshot(*jax.device_get((current.canvas, current.masked, current.confidence, current.nfe)))
+            is_done = not _is_unfinished(job, current)
+            if is_done:
+                progress = programs.close(progress, current, cache)
                 tokens = np.asarray(progress.tokens)
-                progress, stopped = _stop_at_strings(lm, options, rows, begins, progress, (block + 1) * size)
-            for i in shown:
-                event = views[i].event(block, step, before, after, over, wanted, tokens, stopped[i])
-                if event.revealed or event.remasked or over:
-                    yield _moved(event, int(lead_B[i]))
+                progress, stopped = _stop_at_strings(lm, options, rows, starts, progress, (block + 1) * size)
+            for i in visible_rows:
+                event = trackers[i].event(block, step, before, after, is_done, to_fill, tokens, stopped[i])
+                if event.revealed or event.remasked or is_done:
+                    yield _without_lead(event, int(lead_B[i]))
             before = after
         block += 1
 
 
-def _calls(job: generation.Job, ask: "_Asks", progress):
+def _calls(job: generation.BatchLoop, programs: "_CompiledSteps", progress):
     """The next block after each of its steps, with the cache."""
-    block, cache = ask.open(progress)
+    block, cache = programs.open(progress)
     yield block, cache
-    while _writing(job, block):
-        block = ask.reveal(progress, block, cache)
+    while _is_unfinished(job, block):
+        block = programs.reveal(progress, block, cache)
         yield block, cache
 
 
-def _writing(job: generation.Job, block) -> bool:
+def _is_unfinished(job: generation.BatchLoop, block) -> bool:
     return bool(writing(SAMPLERS[job.plan.sampler], job.plan.settings, block).any())
 
 
-def _moved(event: Event, lead: int) -> Event:
+def _without_lead(event: Event, lead: int) -> Event:
     """An event with places counted from the `lead`-th on, where the text begins."""
     start = max(event.start - lead, 0)
     return event._replace(start=start, canvas=event.canvas[start + lead - event.start:],
@@ -169,7 +169,7 @@ def _moved(event: Event, lead: int) -> Event:
                           remasked=[place - lead for place in event.remasked])
 
 
-class _Seen(NamedTuple):
+class _BlockSnapshot(NamedTuple):
     """A block on the host, `[B, S]`; nfe `[B]`."""
 
     canvas: np.ndarray
@@ -178,7 +178,7 @@ class _Seen(NamedTuple):
     nfe: np.ndarray | None
 
 
-class _View:
+class _RowTracker:
     """One row of a batch, as events tell it."""
 
     def __init__(self, lm, options: Options, rows: Rows, row: int, begin: int, size: int):
@@ -191,21 +191,21 @@ class _View:
         return Event(self._number, block, 0, 0, canvas.tolist(), [], [], [], 0,
                      *self._texts(canvas[:end], 0), None)
 
-    def event(self, block: int, step: int, before: _Seen, after: _Seen, over: bool, wanted, tokens_BxL,
+    def event(self, block: int, step: int, before: _BlockSnapshot, after: _BlockSnapshot, is_done: bool, to_fill, tokens_BxL,
               stopped: int) -> Event:
         """over: all rows have finished the block. tokens: with all finished blocks, this one as well if it is over."""
         i, size = self._row, self._size
         start = block * size
         end = min(start + size, self._length)
-        inside = wanted[i] & (start + np.arange(size) < end)
+        inside = to_fill[i] & (start + np.arange(size) < end)
         drawn = before.masked[i] | (after.canvas[i] != before.canvas[i]) | (after.confidence[i] != before.confidence[i])
         revealed = np.flatnonzero(inside & drawn & ~after.masked[i])
         remasked = np.flatnonzero(inside & after.masked[i] & ~before.masked[i])
         row, nfe = tokens_BxL[i].copy(), int(after.nfe[i]) * self._calls
         row[start:start + size] = after.canvas[i]
-        sample, texts = None, self._texts(row[:end], (end if over else start) - self._begin)
-        if over and (stopped or end == self._length):
-            sample = generation.finish(self._lm, self._options, row[self._begin:self._length], nfe, STOPS[stopped],
+        sample, texts = None, self._texts(row[:end], (end if is_done else start) - self._begin)
+        if is_done and (stopped or end == self._length):
+            sample = generation.postprocess(self._lm, self._options, row[self._begin:self._length], nfe, STOPS[stopped],
                                        row[:self._begin])
             texts = sample.text, None if sample.text is None else ""
         return Event(self._number, block, step, start, row[start:end].tolist(),
@@ -219,8 +219,8 @@ class _View:
         if lm.tokenizer is None:
             return None, None
         before, new = row[:self._begin], row[self._begin:]
-        final = certain_length(lm.tokenizer, new[:max(final, 0)])
-        text = _certain(new_text(lm.tokenizer, before, new[:final]), self._options.stop)
+        final = num_stable_tokens(lm.tokenizer, new[:max(final, 0)])
+        text = _stable_text(decode_continuation(lm.tokenizer, before, new[:final]), self._options.stop)
         ends = np.flatnonzero(new == lm.special.end)
         new = new[:ends[0]] if len(ends) else new
         whole, before = "", before[before != lm.special.mask]
@@ -228,31 +228,31 @@ class _View:
             if len(run) and run[0] == lm.special.mask:
                 whole += MASK_SIGN * len(run)
             else:
-                whole += new_text(lm.tokenizer, before, run)
+                whole += decode_continuation(lm.tokenizer, before, run)
                 before = np.concatenate([before, run])
         return text, whole[len(text):]
 
 
-def _certain(text: str, stop: Sequence[str]) -> str:
+def _stable_text(text: str, stop: Sequence[str]) -> str:
     """Without an unfinished character at the end, and without what may become a stop string."""
     text = text.rstrip("\ufffd")
-    held = max((n for string in stop for n in range(1, len(string)) if text.endswith(string[:n])), default=0)
-    return text[:len(text) - held]
+    num_held = max((n for string in stop for n in range(1, len(string)) if text.endswith(string[:n])), default=0)
+    return text[:len(text) - num_held]
 
 
-def _stop_at_strings(lm, options: Options, rows: Rows, begins, progress, end: int):
+def _stop_at_strings(lm, options: Options, rows: Rows, starts, progress, end: int):
     """Rows with a stop string before place `end` write no more -> progress, why each row has stopped `[B]`."""
     tokens, stopped = np.asarray(progress.tokens), np.array(progress.stopped)
     if not options.stop:
         return progress, stopped
     for i in np.flatnonzero((stopped == 0) & (rows.length > 0)):
-        text = new_text(lm.tokenizer, tokens[i, :begins[i]], tokens[i, begins[i]:max(end, begins[i])])
+        text = decode_continuation(lm.tokenizer, tokens[i, :starts[i]], tokens[i, starts[i]:max(end, starts[i])])
         if any(string in text for string in options.stop):
             stopped[i] = STOPS.index("end")
     return progress._replace(stopped=jnp.asarray(stopped)), stopped
 
 
-class _Asks(NamedTuple):
+class _CompiledSteps(NamedTuple):
     """`open_block`, `reveal` and `close_block` of one job, compiled."""
 
     open: functools.partial
@@ -260,15 +260,15 @@ class _Asks(NamedTuple):
     close: functools.partial
 
 
-def _programs(lm, job: generation.Job, options: Options) -> _Asks:
-    known = lm.__dict__.setdefault("_stream_programs", {})  # jitted once, compiled once per plan and shapes
-    if not known:
+def _programs(lm, job: generation.BatchLoop, options: Options) -> _CompiledSteps:
+    jitted = lm.__dict__.setdefault("_stream_programs", {})  # jitted once, compiled once per plan and shapes
+    if not jitted:
         for name, function in (("open", open_block), ("reveal", reveal), ("close", close_block)):
-            known[name] = jax.jit(functools.partial(_call, lm, function), static_argnums=0)
+            jitted[name] = jax.jit(functools.partial(_call, lm, function), static_argnums=0)
     guidance = np.float32(options.guidance)
-    return _Asks(*(functools.partial(program, job.plan, lm.params, job.request, guidance)
-                   for program in known.values()))
+    return _CompiledSteps(*(functools.partial(program, job.plan, lm.params, job.request, guidance)
+                   for program in jitted.values()))
 
 
 def _call(lm, function, plan, params, request, guidance, *state):
-    return function(generation.make_asked(lm, plan, params, request, guidance), request, *state)
+    return function(generation.make_denoiser_context(lm, plan, params, request, guidance), request, *state)

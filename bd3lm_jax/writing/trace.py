@@ -8,7 +8,7 @@ from typing import Any
 
 from bd3lm_jax import files
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.foreign import LARGE, read_text
+from bd3lm_jax.untrusted_files import MAX_TEXT_FILE, read_text
 from bd3lm_jax.log import note
 from bd3lm_jax.typed import from_json
 from bd3lm_jax.writing.stream import Event, piece
@@ -59,30 +59,30 @@ def write_html(path: str | os.PathLike, records: Sequence[dict]) -> None:
 def read_html(path: str | os.PathLike) -> dict:
     """The record of a page that holds one. UserError if it is not such a page."""
     try:
-        _, _, rest = read_text(path, LARGE).partition(RECORD[0])
+        _, _, rest = read_text(path, MAX_TEXT_FILE).partition(RECORD[0])
         record = from_json(rest.partition(RECORD[1])[0])
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is no page that sample --trace wrote of one model ({error}): write it first") from None
-    wrong = _wrong(record)
-    if wrong:
-        raise UserError(f"{path} is no page that sample --trace wrote of one model ({wrong}): write it first")
+    problem = _problem(record)
+    if problem:
+        raise UserError(f"{path} is no page that sample --trace wrote of one model ({problem}): write it first")
     return record
 
 
-def _wrong(record: Any) -> str:
+def _problem(record: Any) -> str:
     """What of a record is not as `make_record` makes it, "" if all is."""
-    if not _is(record, {"title": str, "mask": int, "end": int, "pieces": dict, "samples": list}):
+    if not _has_types(record, {"title": str, "mask": int, "end": int, "pieces": dict, "samples": list}):
         return "its record lacks title, mask, end, pieces or samples"
     if not all(isinstance(text, str) for text in record["pieces"].values()):
         return "a piece is no text"
     for sample in record["samples"]:
-        if not _is(sample, {"number": int, "canvas": list, "steps": list, "stop": str | None, "nfe": int | None}):
+        if not _has_types(sample, {"number": int, "canvas": list, "steps": list, "stop": str | None, "nfe": int | None}):
             return "a sample lacks number, canvas, steps, stop or nfe"
         places = range(len(sample["canvas"]))
         if not all(type(token) is int for token in sample["canvas"]):
             return f"the canvas of sample {sample['number']} holds more than ids"
         for step in sample["steps"]:
-            if not _is(step, {"block": int, "step": int, "nfe": int, "revealed": list, "remasked": list}):
+            if not _has_types(step, {"block": int, "step": int, "nfe": int, "revealed": list, "remasked": list}):
                 return f"a step of sample {sample['number']} lacks block, step, nfe, revealed or remasked"
             drawn = all(isinstance(one, list) and len(one) == 3 and type(one[0]) is type(one[1]) is int
                         and type(one[2]) in (int, float) and one[0] in places for one in step["revealed"])
@@ -91,7 +91,7 @@ def _wrong(record: Any) -> str:
     return ""
 
 
-def _is(value: Any, kinds: dict[str, Any]) -> bool:
+def _has_types(value: Any, kinds: dict[str, Any]) -> bool:
     return isinstance(value, dict) and all(
         key in value and isinstance(value[key], kind) and not isinstance(value[key], bool)
         for key, kind in kinds.items())

@@ -96,7 +96,7 @@ def test_an_autoregressive_run_becomes_a_block_model(home, ar_run, tmp_path, cap
     np.testing.assert_allclose(table[others], there[others], atol=1e-9)
     np.testing.assert_allclose(new["blocks"]["qkv"]["kernel"], old["blocks"]["qkv"]["kernel"], atol=1e-9)
     mean, spread = there[:MASK].mean(0), there[:MASK].std(0)
-    z = (table[MASK] - mean) / (adapt.NOISE * spread)
+    z = (table[MASK] - mean) / (adapt.MASK_ROW_NOISE * spread)
     assert 0.6 < z.std() < 1.5 and abs(z.mean()) < 0.6 and np.abs(z).max() < 5  # 32 normal numbers
 
 
@@ -110,7 +110,7 @@ def test_the_row_of_the_mask_token_by_its_law():
     rows = np.asarray(table)[[0, 1, 2, 3, 4, 6]]  # row 7 is padding
     for x in (found["table"], found["kernel"].T):
         assert np.array_equal(np.delete(x, 5, 0), np.delete(table, 5, 0))
-        z = (np.asarray(x)[5] - rows.mean(0)) / (adapt.NOISE * rows.std(0))
+        z = (np.asarray(x)[5] - rows.mean(0)) / (adapt.MASK_ROW_NOISE * rows.std(0))
         assert abs(z.mean()) < 4 / np.sqrt(4000) and abs(z.std() - 1) < 4 / np.sqrt(8000)
     again = adapt.with_mask_row(params, {"kernel": 1, "other": -1, "table": 0}, 5, 7, seed=1)
     assert not np.array_equal(again["table"], found["table"])
@@ -120,10 +120,10 @@ def test_the_mask_token_is_that_of_the_source(home):
     """Golden LLaDA names id 58, which need not be the last one; what masks nothing is left as it is."""
     start_from = {"train.init_from": str(HF / "llada")}
     bytes_alone = ByteTokenizer().with_mask(-1)
-    assert adapt.masking(toy_config(home, start_from), ByteTokenizer()).mask_id == 58
-    assert adapt.masking(toy_config(home), ByteTokenizer()).mask_id == MASK
-    assert adapt.masking(toy_config(home), bytes_alone).mask_id == MASK == bytes_alone.size
-    assert adapt.masking(toy_config(home, {"diffusion": AR, "model.adaln": False}), bytes_alone).mask_id == -1
+    assert adapt.add_mask_token(toy_config(home, start_from), ByteTokenizer()).mask_id == 58
+    assert adapt.add_mask_token(toy_config(home), ByteTokenizer()).mask_id == MASK
+    assert adapt.add_mask_token(toy_config(home), bytes_alone).mask_id == MASK == bytes_alone.size
+    assert adapt.add_mask_token(toy_config(home, {"diffusion": AR, "model.adaln": False}), bytes_alone).mask_id == -1
 
 
 def test_axes_of_the_vocabulary():
@@ -155,23 +155,23 @@ def test_padding_is_no_mask_token(home, tmp_path, capsys):
     source = published(tmp_path / "llada", "hf/llada", 264)
     config = json.loads((source / "config.json").read_text())
     named = config.pop("mask_token_id")
-    assert hf.read_tokenizer(source, hf.describe(write_config(source, config))).mask_id == -1
+    assert hf.read_tokenizer(source, hf.from_hf_config(write_config(source, config))).mask_id == -1
     old = np.asarray(hf.read_model(source)[1]["embed"]["embedding"])
     found = {}
     for mask_id in (None, named):
         write_config(source, config | {"mask_token_id": mask_id})
         ours = parsed(start(home, source))
-        tokenizer = adapt.masking(ours, ByteTokenizer())
+        tokenizer = adapt.add_mask_token(ours, ByteTokenizer())
         model = models.build(ours.model, jnp.float32)
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(jax.devices()[0])),
             jax.eval_shape(lambda: trunk.init(model, jax.random.key(0))))
-        found[tokenizer.mask_id] = adapt.first_weights(ours, model, tokenizer, abstract, None)["embed"]["embedding"]
+        found[tokenizer.mask_id] = adapt.initial_weights(ours, model, tokenizer, abstract, None)["embed"]["embedding"]
         said = capsys.readouterr().err
         assert ("mask token 257: a row that was never read, now the mean of 257" in said) == (mask_id is None)
     np.testing.assert_array_equal(found[named], old)
     np.testing.assert_array_equal(np.delete(found[257], 257, 0), np.delete(old, 257, 0))
-    z = (np.asarray(found[257])[257] - old[:257].mean(0)) / (adapt.NOISE * old[:257].std(0))
+    z = (np.asarray(found[257])[257] - old[:257].mean(0)) / (adapt.MASK_ROW_NOISE * old[:257].std(0))
     assert 0.6 < z.std() < 1.5 and np.abs(z).max() < 5
 
 
@@ -186,7 +186,7 @@ def test_a_tokenizer_is_known_by_its_ids(home, tmp_path):
         other.write_text(json.dumps(content, indent=4))
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
         config = parsed(start(home, source, **{"data.tokenizer": str(other)}))
-        adapt.check_source(config, adapt.masking(config, load_tokenizer(other)))
+        adapt.check_source(config, adapt.add_mask_token(config, load_tokenizer(other)))
 
     content["truncation"] = {"max_length": 8, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}
     check(content, "<|endoftext|>")
@@ -245,9 +245,9 @@ def test_dream_is_cut_into_blocks(home, tmp_path):
     source = published(tmp_path / "dream", "hf/dream", 258)
     changes = {"data.length": 24, "train.batch": 4, "eval.rows": 4, "diffusion.block_size": 1}
     config = parsed(start(home, source, **changes) | {"model": {**SAME, "shifted": "source"}})
-    assert (hf.describe(source).model.shifted, config.model.shifted) == ("row", "block")
+    assert (hf.from_hf_config(source).model.shifted, config.model.shifted) == ("row", "block")
     train(config, str(tmp_path / "run"))
-    plain = hf.describe(source)
+    plain = hf.from_hf_config(source)
     model = dataclasses.replace(plain.model, shifted="")
     ar = bd3lm_jax.lm.published(plain._replace(model=model, objective=Autoregression(bos=True)),
                                 hf.read_model(source)[1], ByteTokenizer(), "float32")
@@ -255,7 +255,7 @@ def test_dream_is_cut_into_blocks(home, tmp_path):
     tokens = Loader(rows, 4, config.seed, None).get(0)[1]["tokens"]
     inputs = np.concatenate([np.full((4, 1), END), tokens[:, :-1]], axis=1)
     logits = np.array(ar.logits(inputs), np.float64)
-    logits[..., adapt.masking(config, ByteTokenizer()).mask_id] = -np.inf
+    logits[..., adapt.add_mask_token(config, ByteTokenizer()).mask_id] = -np.inf
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     nll = -np.take_along_axis(log_p, tokens[..., None], -1).mean()
     assert read_metrics(tmp_path / "run")[-1]["train/loss"] == pytest.approx(nll, rel=1e-5)
@@ -288,7 +288,7 @@ def test_what_does_not_fit_is_refused(home, ar_run, tmp_path):
     with pytest.raises(UserError, match="model.vocab_size=200 is smaller than the 258 ids of tokenizer 'bytes'"):
         train(start(home, small), str(tmp_path / "run"))
     config = rundir.resolve(toy_config(home), ByteTokenizer())
-    rundir.claim(tmp_path / "empty", config, ByteTokenizer())
+    rundir.create_or_validate(tmp_path / "empty", config, ByteTokenizer())
     with pytest.raises(UserError, match="holds no checkpoint: train it first"):
         train(parsed(start(home, tmp_path / "empty")), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -18,18 +18,18 @@ LENGTH, STEPS = 12, 10
 POSITION = np.tile(np.arange(LENGTH), (3, 1))
 
 
-def last_seen(step, size=4, position=POSITION, seed=0):
-    return np.asarray(annealing.last_seen(jax.random.key(seed), step, STEPS, position, size))
+def sample_max_visible_position(step, size=4, position=POSITION, seed=0):
+    return np.asarray(annealing.sample_max_visible_position(jax.random.key(seed), step, STEPS, position, size))
 
 
-def tokens(size, view, sees=None, segment=None):
+def tokens(size, noise_sample, max_visible_position=None, segment=None):
     ones = np.ones_like(POSITION)
-    return Tokens(POSITION, POSITION // size, ones if segment is None else segment, view * ones, sees)
+    return Tokens(POSITION, POSITION // size, ones if segment is None else segment, noise_sample * ones, max_visible_position)
 
 
-def dense(size, sees):
+def dense(size, max_visible_position):
     """Who sees whom in row 0: noised tokens first, then clean ones."""
-    both = [tokens(size, view, sees) for view in (1, 0)]
+    both = [tokens(size, noise_sample, max_visible_position) for noise_sample in (1, 0)]
     joined = jax.tree.map(lambda *xs: np.concatenate(xs, axis=1)[0], *both)
     return np.asarray(allowed("block_causal", joined.expand(1), joined.expand(0)))
 
@@ -37,7 +37,7 @@ def dense(size, sees):
 @pytest.mark.parametrize("size", [1, 4, 12])
 def test_causal_at_first_and_block_causal_at_the_end(size):
     """By enumeration over pairs of tokens, each stream and view."""
-    first, end, plain = dense(size, last_seen(0, size)), dense(size, last_seen(STEPS, size)), dense(size, None)
+    first, end, plain = dense(size, sample_max_visible_position(0, size)), dense(size, sample_max_visible_position(STEPS, size)), dense(size, None)
     for i in range(2 * LENGTH):
         for j in range(2 * LENGTH):
             (q, q_clean), (kv, kv_clean) = ((x % LENGTH, x >= LENGTH) for x in (i, j))
@@ -54,28 +54,28 @@ def test_causal_at_first_and_block_causal_at_the_end(size):
 def test_opens_at_the_stated_rate(step):
     """floor(p S + u): its mean over many tokens is p S, and it never decreases with the steps."""
     position = np.tile(np.arange(500), (40, 1))
-    ahead = last_seen(step, 4, position) - position
+    ahead = sample_max_visible_position(step, 4, position) - position
     assert set(np.unique(ahead)) <= {int(step / STEPS * 4), int(step / STEPS * 4) + 1}
     p = step / STEPS * 4 % 1
     assert abs(ahead.mean() - step / STEPS * 4) < 4 * np.sqrt(p * (1 - p) / ahead.size)
-    assert np.all(last_seen(step + 2, 4, position) - position >= ahead)  # the same u for the same key
+    assert np.all(sample_max_visible_position(step + 2, 4, position) - position >= ahead)  # the same u for the same key
 
 
 def test_rows_draw_for_themselves():
     wide = np.tile(np.arange(64), (5, 1))
-    assert np.array_equal(last_seen(4, 4, wide)[:2], last_seen(4, 4, wide[:2]))
-    assert not np.array_equal(last_seen(4, 4, wide)[0], last_seen(4, 4, wide)[1])
-    assert not np.array_equal(last_seen(4, 4, wide), last_seen(4, 4, wide, seed=1))
+    assert np.array_equal(sample_max_visible_position(4, 4, wide)[:2], sample_max_visible_position(4, 4, wide[:2]))
+    assert not np.array_equal(sample_max_visible_position(4, 4, wide)[0], sample_max_visible_position(4, 4, wide)[1])
+    assert not np.array_equal(sample_max_visible_position(4, 4, wide), sample_max_visible_position(4, 4, wide, seed=1))
 
 
 def test_tiles_see_what_the_dense_mask_sees():
     """Both streams half-way, outputs and gradients."""
     draw, size = np.random.default_rng(0), 4
-    sees = last_seen(4, size)
+    max_visible_position = sample_max_visible_position(4, size)
     segment = np.repeat([[1, 2, 0]], 3, 0).repeat(4, 1)
     kept = slice(0, LENGTH - size)
-    noised, clean = tokens(size, 1, sees, segment), jax.tree.map(lambda x: x[:, kept], tokens(size, 0, sees, segment))
-    spec = MaskSpec("block_causal", size, True, False, noised.replace(view=1), clean.replace(view=0), None)
+    noised, clean = tokens(size, 1, max_visible_position, segment), jax.tree.map(lambda x: x[:, kept], tokens(size, 0, max_visible_position, segment))
+    spec = MaskSpec("block_causal", size, True, False, noised.replace(noise_sample=1), clean.replace(noise_sample=0), None)
     streams = (tuple(draw.normal(size=(3, 2, LENGTH, 2, 4)).astype(np.float32) for _ in range(3)),
                tuple(draw.normal(size=(3, LENGTH - size, 2, 4)).astype(np.float32) for _ in range(3)))
 
@@ -87,7 +87,7 @@ def test_tiles_see_what_the_dense_mask_sees():
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), values(blocked_attention),
                  values(dense_attention))
-    closed = dense_attention(spec.replace(noised=spec.noised.replace(sees=None), clean=spec.clean.replace(sees=None)),
+    closed = dense_attention(spec.replace(noised=spec.noised.replace(max_visible_position=None), clean=spec.clean.replace(max_visible_position=None)),
                              *streams, None)
     assert not np.allclose(closed[0], values(dense_attention)[1][0])
 

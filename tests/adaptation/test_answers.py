@@ -110,5 +110,5 @@ def test_what_does_not_go_with_answers_is_refused(tmp_path):
     cap = {**toy_config(tmp_path).to_dict()["diffusion"], "kind": "cap", "coefficient": 1.0}
     with pytest.raises(UserError, match="weighs a term of its own by all tokens of a row, prompts too"):
         toy_config(tmp_path, SFT | {"diffusion": cap})
-    assert "prompt" in toy_config(tmp_path, SFT).batch_needs and "llada" in OBJECTIVES
+    assert "prompt" in toy_config(tmp_path, SFT).batch_arrays and "llada" in OBJECTIVES
     assert dataclasses.asdict(toy_config(tmp_path, SFT).data)["source"] == "sft"

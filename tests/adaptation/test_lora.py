@@ -10,7 +10,7 @@ from bd3lm_jax import parameters, rundir
 from bd3lm_jax.adaptation import lora
 from bd3lm_jax.checkpoint import Checkpoints
 from bd3lm_jax.data.prepare import prepare
-from bd3lm_jax.data.sized import Sized
+from bd3lm_jax.data.token_bytes import RowsWithBytes
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import evaluate
 from bd3lm_jax.restore import restore
@@ -59,9 +59,9 @@ def test_fresh_updates_change_no_bit(home):
     updates = lora.init(model, params, RANK, jax.random.key(0))
     assert set(paths(updates)) == {f"blocks/{name}/kernel/{part}" for part in "ab"
                                    for name in ("qkv", "out", "mlp_in", "mlp_out", "modulation")}
-    merged = lora.merged(params | {LORA: updates}, ALPHA / RANK)
-    assert LORA not in merged
-    jax.tree.map(np.testing.assert_array_equal, merged, params)
+    merge_lora = lora.merge_lora(params | {LORA: updates}, ALPHA / RANK)
+    assert LORA not in merge_lora
+    jax.tree.map(np.testing.assert_array_equal, merge_lora, params)
     a = paths(updates)["blocks/mlp_out/kernel/a"]
     assert a.shape == (1, 128, RANK) and abs(a.std() * np.sqrt(128) - 1) < 0.2
 
@@ -72,14 +72,14 @@ def test_the_product_by_hand(home):
     draw = np.random.default_rng(0)
     updates = jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape), jnp.float32),
                            lora.init(model, params, RANK, jax.random.key(0)))
-    merged = lora.merged(params | {LORA: updates}, ALPHA / RANK)["blocks"]
+    merge_lora = lora.merge_lora(params | {LORA: updates}, ALPHA / RANK)["blocks"]
     for name, inputs in (("qkv", 32), ("out", 32), ("mlp_in", 32), ("mlp_out", 128)):
         a, b = (np.asarray(updates["blocks"][name]["kernel"][part][0], np.float64) for part in "ab")
-        old, new = (np.asarray(tree[name]["kernel"][0], np.float64) for tree in (params["blocks"], merged))
+        old, new = (np.asarray(tree[name]["kernel"][0], np.float64) for tree in (params["blocks"], merge_lora))
         x = draw.normal(size=inputs)
         expected = x @ old.reshape(inputs, -1) + ALPHA / RANK * (x @ a) @ b
         np.testing.assert_allclose(x @ new.reshape(inputs, -1), expected, rtol=1e-4, atol=1e-3)
-    assert np.array_equal(merged["norm1"]["scale"], params["blocks"]["norm1"]["scale"])
+    assert np.array_equal(merge_lora["norm1"]["scale"], params["blocks"]["norm1"]["scale"])
 
 
 @pytest.mark.ci_slow
@@ -109,7 +109,7 @@ def test_evaluation_reads_the_merged_weights(home, runs):
     run = evaluate.open_run(str(updated), "ema", 0)
     for path, x in paths(run.params).items():
         np.testing.assert_allclose(x, by_hand[path], rtol=1e-5, atol=1e-6)
-    rows = Sized(prepare(run.config.data, "valid", 4, run.tokenizer), run.tokenizer)
+    rows = RowsWithBytes(prepare(run.config.data, "valid", 4, run.tokenizer), run.tokenizer)
     found = run.evaluator.run(run.params, rows, estimator="exact", draws=1, seed=0)
     assert found["nll"] == pytest.approx(result["valid_nll"], rel=0.05)
 
@@ -123,9 +123,9 @@ def test_a_stopped_run_goes_on_and_is_a_start_itself(home, runs, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, stored(tmp_path / "run"), stored(updated))
     train(toy_config(home, {"train.init_from": str(updated), "train.steps": 1, "optim.lr": 1e-12, "optim.ema": 0.0}),
           str(tmp_path / "again"))
-    merged, again = (paths(restore(x, "params", None, None).params) for x in (updated, tmp_path / "again"))
-    for path in merged:
-        np.testing.assert_allclose(again[path], merged[path], atol=1e-8)
+    merge_lora, again = (paths(restore(x, "params", None, None).params) for x in (updated, tmp_path / "again"))
+    for path in merge_lora:
+        np.testing.assert_allclose(again[path], merge_lora[path], atol=1e-8)
 
 
 def test_what_does_not_go_with_updates_is_refused(home):

@@ -12,13 +12,13 @@ from toy_lm import CONTEXT, END, LETTERS, MASK, VOCAB, make_ids, make_lm, masked
 from toy_runs import AR, toy_config
 
 import bd3lm_jax
-from bd3lm_jax import passes
-from bd3lm_jax.adaptation import shifted
+from bd3lm_jax import forward
+from bd3lm_jax.adaptation import target_shift
 from bd3lm_jax.diffusion import AR as Autoregression
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import build, trunk
-from bd3lm_jax.sampling.generate import Finished
+from bd3lm_jax.sampling.generate import PreviousBlock
 from bd3lm_jax.score import score
 from bd3lm_jax.writing.denoise import BlockDenoiser, ShiftedDenoiser
 
@@ -36,9 +36,9 @@ def shifted_lm(size, form="block"):
 def _logits(size, form, xt, x0):
     """Logits `[B, L, V]` for xt after clean x0 as training asks for them."""
     lm = shifted_lm(size, form)
-    position, segment = passes.plain_rows(x0)
+    position, segment = forward.single_document_rows(x0)
     noised = Noised(xt[:, None], jnp.ones(xt[:, None].shape), jnp.ones((len(xt), 1, 1)), xt.shape[1])
-    scored = score(lm.model, lm.params, lm.config.diffusion, noised, x0, position, segment, passes.PLAIN, end_id=END)
+    scored = score(lm.model, lm.params, lm.config.diffusion, noised, x0, position, segment, forward.DEFAULT_EXECUTION, end_id=END)
     kernel, bias = trunk.output_layer(lm.model, lm.params)
     return (scored.features_BxMxCxD[:, 0] @ kernel + bias)[..., :VOCAB]
 
@@ -92,7 +92,7 @@ def test_blocks_with_a_cache_are_asked_as_in_training(first_block):
     size, x0, xt = 4, make_ids(3, 16), make_ids(3, 16, seed=5)
     lm, expected = shifted_lm(size), logits(size, xt, x0)
     denoiser = ShiftedDenoiser(BlockDenoiser(lm.model, size, 12, "float32"), "block", END)
-    stored = denoiser.stored_before(first_block)
+    stored = denoiser.num_prefilled(first_block)
     ids = np.full((3, 7 if stored else 0), 5, np.int32)
     ids[:, :stored] = x0[:, :stored]
     cache = denoiser.prefill(lm.params, ids, np.broadcast_to(np.arange(ids.shape[1]) < stored, ids.shape), 0)
@@ -101,8 +101,8 @@ def test_blocks_with_a_cache_are_asked_as_in_training(first_block):
     for block in range(first_block, 4):
         at = slice(block * size, (block + 1) * size)
         before = x0[:, max(block - 1, 0) * size:][:, :size]
-        finished = Finished(before, np.full(before.shape, block > 0))
-        found, cache = ask(lm.params, xt[:, at], block, finished, positions, level, cache)
+        previous = PreviousBlock(before, np.full(before.shape, block > 0))
+        found, cache = ask(lm.params, xt[:, at], block, previous, positions, level, cache)
         np.testing.assert_allclose(found, expected[:, at], atol=1e-5)
         again, _ = ask(lm.params, xt[:, at], block, None, positions[:, 2:], level, cache)
         np.testing.assert_allclose(again, expected[:, at][:, 2:], atol=1e-5)
@@ -130,4 +130,4 @@ def test_forms_that_do_not_fit_are_refused(tmp_path):
         toy_config(tmp_path, {"model.shifted": "row"})
     with pytest.raises(UserError, match="model.shifted='block' has no effect with diffusion.kind='ar': use ''"):
         toy_config(tmp_path, {"model.shifted": "block", "diffusion": AR, "model.adaln": False})
-    assert shifted.form_of(toy_config(tmp_path, {"model.shifted": "block"}).model) == "block"
+    assert target_shift.target_shift_of(toy_config(tmp_path, {"model.shifted": "block"}).model) == "block"

@@ -9,15 +9,15 @@ from bd3lm_jax.attention import MaskSpec, Tokens, allowed, blocked, gpu, splash
 from bd3lm_jax.attention.blocked import blocked_attention
 
 
-def mixed_spec(sizes, documents, length, largest=None, smallest=None):
+def mixed_spec(sizes, documents, length, largest=None, min_block_size=None):
     """The training layout; the clean stream lacks its last smallest block."""
     rows = [make_tokens([documents], length, size, 1) for size in sizes]
     position, block, segment = (np.concatenate([getattr(row, name) for row in rows]) for name in (
         "position", "block", "segment"))
-    largest, smallest = largest or max(sizes), smallest or min(sizes)
-    clean = Tokens(*(x[:, :length - smallest] for x in (position, block, segment)), 0)
+    largest, min_block_size = largest or max(sizes), min_block_size or min(sizes)
+    clean = Tokens(*(x[:, :length - min_block_size] for x in (position, block, segment)), 0)
     return MaskSpec("block_causal", largest, True, len(documents) == 1, Tokens(position, block, segment, 1), clean,
-                    None, smallest)
+                    None, min_block_size)
 
 
 def test_each_row_has_the_mask_of_its_size():
@@ -25,8 +25,8 @@ def test_each_row_has_the_mask_of_its_size():
     sizes, length = (1, 2, 4), 8
     spec = mixed_spec(sizes, [length], length)
     for row, size in enumerate(sizes):
-        noised, clean = (Tokens(x.position[row], x.block[row], x.segment[row], view)
-                         for x, view in ((spec.noised, 1), (spec.clean, 0)))
+        noised, clean = (Tokens(x.position[row], x.block[row], x.segment[row], noise_sample)
+                         for x, noise_sample in ((spec.noised, 1), (spec.clean, 0)))
         for q in range(length):
             own = [k for k in range(length) if allowed("block_causal", at(noised, q), at(noised, k))]
             earlier = [k for k in range(length - 1) if allowed("block_causal", at(noised, q), at(clean, k))]
@@ -36,7 +36,7 @@ def test_each_row_has_the_mask_of_its_size():
 
 def at(tokens, i):
     return Tokens(jnp.asarray(tokens.position[i]), jnp.asarray(tokens.block[i]), jnp.asarray(tokens.segment[i]),
-                  tokens.view)
+                  tokens.noise_sample)
 
 
 @pytest.mark.ci_slow
@@ -58,12 +58,12 @@ def test_blocked_attention_is_dense_attention(monkeypatch, sizes, documents, len
 
 def test_a_batch_may_lack_some_of_the_sizes(monkeypatch):
     monkeypatch.setattr(blocked, "TILE", 16)
-    spec = mixed_spec((4, 4), [48], 48, largest=16, smallest=1)
+    spec = mixed_spec((4, 4), [48], 48, largest=16, min_block_size=1)
     assert_equal_to_dense(blocked_attention, spec, *streams_for(spec, 1, 1, 1, True))
 
 
 def test_kernels_with_one_mask_for_all_rows_refuse():
     spec = mixed_spec((1, 4), [64], 64)
-    for reason in (splash.why_not(spec, 64, jnp.float32, 64), gpu.why_not(spec, 64, jnp.bfloat16)):
+    for reason in (splash.unsupported_reason(spec, 64, jnp.float32, 64), gpu.unsupported_reason(spec, 64, jnp.bfloat16)):
         assert "blocks of several sizes" in reason
-    assert splash.why_not(spec.replace(smallest=None), 64, jnp.float32, 64) is None
+    assert splash.unsupported_reason(spec.replace(min_block_size=None), 64, jnp.float32, 64) is None

@@ -113,5 +113,5 @@ def test_decoding_is_refused():
     with pytest.raises(ValueError, match="no cache"):
         blocked_attention(MaskSpec("causal", 1, False, False, None, tokens, tokens), None, stream, stream[1:])
     with pytest.raises(ValueError, match="aligned"):
-        spec = MaskSpec("causal", 4, False, False, tokens.replace(view=1), tokens, None)
+        spec = MaskSpec("causal", 4, False, False, tokens.replace(noise_sample=1), tokens, None)
         blocked_attention(spec, tuple(x[:, None] for x in stream), stream, None)

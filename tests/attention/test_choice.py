@@ -84,10 +84,10 @@ def test_unknown_backend_names_the_nearest():
 
 
 def test_tpu_takes_splash_where_it_can(monkeypatch, said):
-    monkeypatch.setattr(splash, "why_not", lambda spec, head_size, dtype, tokens: None)
+    monkeypatch.setattr(splash, "unsupported_reason", lambda spec, head_size, dtype, tokens: None)
     assert choose("auto", "tpu") == ("splash", "fastest on tpu")
     assert not said.records
-    monkeypatch.setattr(splash, "why_not", lambda *arguments: f"no {arguments[1]}, {arguments[2]}, {arguments[3]}")
+    monkeypatch.setattr(splash, "unsupported_reason", lambda *arguments: f"no {arguments[1]}, {arguments[2]}, {arguments[3]}")
     assert choose("auto", "tpu") == ("blocked", "'splash' cannot run: no 64, bfloat16, 256")
     assert [record.getMessage() for record in said.records] == [
         "attention runs on 'blocked', not on 'splash': no 64, bfloat16, 256"]
@@ -96,7 +96,7 @@ def test_tpu_takes_splash_where_it_can(monkeypatch, said):
 
 
 def test_splash_off_a_tpu_is_slow_and_says_so(monkeypatch, said):
-    monkeypatch.setattr(splash, "why_not", lambda spec, head_size, dtype, tokens: None)
+    monkeypatch.setattr(splash, "unsupported_reason", lambda spec, head_size, dtype, tokens: None)
     assert [choose("splash", "cpu").name for _ in range(2)] == ["splash"] * 2
     assert len(said.records) == 1 and "interpreted off a TPU" in said.text
 

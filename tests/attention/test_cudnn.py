@@ -74,6 +74,6 @@ def test_one_stream_is_one_call(rule, block_size, mask_type):
 
 
 def test_jax_without_the_private_calls_is_noticed(monkeypatch):
-    assert cudnn.why_missing() is None
+    assert cudnn.missing_primitive_reason() is None
     monkeypatch.delattr(cudnn._private(), "_dot_product_attention_bwd_p_wrapper")
-    assert "has no cuDNN attention as this library knows it" in cudnn.why_missing()
+    assert "has no cuDNN attention as this library knows it" in cudnn.missing_primitive_reason()

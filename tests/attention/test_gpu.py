@@ -68,21 +68,21 @@ def test_padding_gives_exact_zeros(small, block_size):
 
 def test_as_many_calls_as_blocks_only_up_to_a_limit(small, monkeypatch):
     """Beyond it large blocks take the causal call too."""
-    monkeypatch.setattr(gpu, "MOST_CALLS", 1)
+    monkeypatch.setattr(gpu, "MAX_CALLS", 1)
     spec = two_stream_spec([[64]], 64, 16)
     assert_equal_to_dense(gpu_attention, spec, *streams_for(spec, 1, 1, 1, True))
 
 
 def test_what_cannot_run_is_said():
     spec = two_stream_spec([[32]], 32, 4)
-    assert gpu.why_not(spec, 64, jnp.bfloat16) is None
-    assert "not in float32" in gpu.why_not(spec, 64, jnp.float32)
-    assert "not 60" in gpu.why_not(spec, 60, jnp.bfloat16)
-    assert "not 256" in gpu.why_not(spec, 256, jnp.float16)
-    assert "segments" in gpu.why_not(spec.replace(one_document=False), 64, jnp.bfloat16)
-    assert "bidirectional" in gpu.why_not(spec.replace(rule="bidirectional"), 64, jnp.bfloat16)
-    short = spec.replace(clean=jax.tree.map(lambda x: x[:, :24], spec.clean.replace(view=None)).replace(view=0))
-    assert "28 clean tokens are needed" in gpu.why_not(short, 64, jnp.bfloat16)
+    assert gpu.unsupported_reason(spec, 64, jnp.bfloat16) is None
+    assert "not in float32" in gpu.unsupported_reason(spec, 64, jnp.float32)
+    assert "not 60" in gpu.unsupported_reason(spec, 60, jnp.bfloat16)
+    assert "not 256" in gpu.unsupported_reason(spec, 256, jnp.float16)
+    assert "segments" in gpu.unsupported_reason(spec.replace(one_document=False), 64, jnp.bfloat16)
+    assert "bidirectional" in gpu.unsupported_reason(spec.replace(rule="bidirectional"), 64, jnp.bfloat16)
+    short = spec.replace(clean=jax.tree.map(lambda x: x[:, :24], spec.clean.replace(noise_sample=None)).replace(noise_sample=0))
+    assert "28 clean tokens are needed" in gpu.unsupported_reason(short, 64, jnp.bfloat16)
     with pytest.raises(ValueError, match="28 clean tokens"):
         gpu_attention(short, *streams_for(short, 1, 1, 1, True), None)
 

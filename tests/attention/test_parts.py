@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from oracle import make_stream, make_tokens
 
-from bd3lm_jax.attention.parts import in_blocks
-from bd3lm_jax.attention.tiles import Flash, Grad
+from bd3lm_jax.attention.parts import blockwise
+from bd3lm_jax.attention.tiles import Flash, BackwardInputs
 
 SIZE, LENGTH = 4, 10  # the last block is ragged
 
@@ -25,10 +25,10 @@ def recorded(calls):
 
 def test_every_block_meets_its_own_keys():
     calls = []
-    flash = in_blocks(recorded(calls), SIZE)
+    flash = blockwise(recorded(calls), SIZE)
     q = np.stack([make_stream(seed, (2, LENGTH), 2, 1)[0] for seed in range(3)], axis=1)  # [B, G, N, H, Dh]
     _, k, v = make_stream(4, (2, LENGTH), 2, 1)
-    tokens = make_tokens([[LENGTH], [7]], LENGTH, SIZE, 0).replace(view=np.zeros((2, LENGTH), int))
+    tokens = make_tokens([[LENGTH], [7]], LENGTH, SIZE, 0).replace(noise_sample=np.zeros((2, LENGTH), int))
     q_tokens = jax.tree.map(lambda x: np.stack([x] * 3, axis=1), tokens)
     out, lse = flash.forward(q, k, v, q_tokens, tokens)
     np.testing.assert_array_equal(out, 2 * q)
@@ -45,7 +45,7 @@ def test_every_block_meets_its_own_keys():
             np.testing.assert_array_equal(folded_kv_tokens.segment[problem, :count], tokens.segment[row, inside])
             np.testing.assert_array_equal(folded_tokens.position[problem, 1, :count], tokens.position[row, inside])
             assert not folded_kv_tokens.segment[problem, count:].any()
-    grad = Grad(q, lse, np.cos(q), lse)
+    grad = BackwardInputs(q, lse, np.cos(q), lse)
     dq, dk, dv = flash.backward(q, k, v, q_tokens, tokens, grad)
     for found, expected in ((dq, q + np.cos(q)), (dk, 3 * k), (dv, 5 * v)):
         np.testing.assert_array_equal(found, expected)

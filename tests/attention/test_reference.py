@@ -52,11 +52,11 @@ def test_decoding_step_equals_loop(heads, kv_heads):
         for i in range(4):
             causal = np.concatenate([real["cache"], real["clean"] & (np.arange(4) <= i)]) & real["clean"][i]
             np.testing.assert_allclose(clean_out[b, i], one_query(clean[0][b, i], *before, causal), atol=1e-5)
-            for view in range(VIEWS):
-                keys, values = (np.concatenate([x, own[b, view]]) for x, own in zip(before, noised[1:]))
+            for noise_sample in range(VIEWS):
+                keys, values = (np.concatenate([x, own[b, noise_sample]]) for x, own in zip(before, noised[1:]))
                 visible = np.concatenate([real["cache"], real["clean"], real["noised"]])
-                np.testing.assert_allclose(noised_out[b, view, i],
-                                           one_query(noised[0][b, view, i], keys, values, visible), atol=1e-5)
+                np.testing.assert_allclose(noised_out[b, noise_sample, i],
+                                           one_query(noised[0][b, noise_sample, i], keys, values, visible), atol=1e-5)
 
 
 def test_query_that_sees_nobody_is_exactly_zero():

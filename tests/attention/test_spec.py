@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 from places import GOLDEN
 
-from bd3lm_jax.attention.spec import RULES, Tokens, allowed, seen_tiles
+from bd3lm_jax.attention.spec import RULES, Tokens, allowed, visible_tiles
 
 PRIMITIVES = np.load(GOLDEN / "primitives.npz")
 PUBLISHED = [name for name in PRIMITIVES if name.startswith("two_stream_mask/")]
 
 
-def row(documents, block_size, padding=0, view=0):
+def row(documents, block_size, padding=0, noise_sample=0):
     """Tokens [T] of documents (lengths) packed one after the other, each from position 0, then padding."""
     position = np.concatenate([np.arange(n) for n in documents] + [np.zeros(padding, int)])
     segment = np.repeat(range(1, len(documents) + 2), [*documents, padding])
     segment[segment > len(documents)] = 0
-    return Tokens(position, position // block_size, segment, np.full(position.shape, view))
+    return Tokens(position, position // block_size, segment, np.full(position.shape, noise_sample))
 
 
 def join(*parts):
@@ -36,7 +36,7 @@ def mask(rule, tokens):
 
 
 def two_stream(length, block_size):
-    return mask("block_causal", join(row([length], block_size, view=1), row([length], block_size)))
+    return mask("block_causal", join(row([length], block_size, noise_sample=1), row([length], block_size)))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -68,8 +68,8 @@ def sees(rule, block_size, q, kv):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("documents, block_size", [([8], 4), ([6, 4], 2), ([3, 1, 5], 1), ([4, 8], 4)])
 def test_packed_views_equal_enumeration(rule, documents, block_size):
-    tokens = join(*(row(documents, block_size, padding=2, view=view) for view in (1, 2, 0)))
-    listed = list(zip(tokens.segment.tolist(), tokens.position.tolist(), tokens.view.tolist()))
+    tokens = join(*(row(documents, block_size, padding=2, noise_sample=noise_sample) for noise_sample in (1, 2, 0)))
+    listed = list(zip(tokens.segment.tolist(), tokens.position.tolist(), tokens.noise_sample.tolist()))
     expected = [[sees(rule, block_size, q, kv) for kv in listed] for q in listed]
     np.testing.assert_array_equal(mask(rule, tokens), expected)
 
@@ -91,7 +91,7 @@ def tiles_of(dense, tile):
                          [(32, 4, 8), (32, 1, 8), (32, 8, 8), (32, 16, 8), (32, 32, 8), (30, 3, 8), (21, 7, 4),
                           (5, 1, 8)])
 def test_tiles_are_exactly_those_seen_by_one_document(rule, length, block_size, tile):
-    listed = seen_tiles(rule, block_size, length, length, tile).tolist()
+    listed = visible_tiles(rule, block_size, length, length, tile).tolist()
     assert {tuple(pair) for pair in listed} == tiles_of(mask(rule, row([length], block_size)), tile)
     assert listed == sorted(listed)
 
@@ -99,10 +99,10 @@ def test_tiles_are_exactly_those_seen_by_one_document(rule, length, block_size, 
 @pytest.mark.parametrize("rule", RULES)
 def test_tiles_cover_packed_rows(rule):
     packed = mask(rule, row([8, 12, 4], 4, padding=4))
-    listed = {tuple(pair) for pair in seen_tiles(rule, 4, 28, 28, 6).tolist()}
+    listed = {tuple(pair) for pair in visible_tiles(rule, 4, 28, 28, 6).tolist()}
     assert tiles_of(packed, 6) <= listed
 
 
 def test_tiles_of_fewer_keys_than_queries():
     dense = mask("block_causal", row([16], 4))[:, :12]
-    assert {tuple(p) for p in seen_tiles("block_causal", 4, 16, 12, 4).tolist()} == tiles_of(dense, 4)
+    assert {tuple(p) for p in visible_tiles("block_causal", 4, 16, 12, 4).tolist()} == tiles_of(dense, 4)

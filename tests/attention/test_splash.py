@@ -129,11 +129,11 @@ def test_a_remat_policy_can_keep_what_the_kernel_computed():
 
 def test_why_not():
     spec = two_stream_spec([[64]], 64, 16)
-    assert splash.why_not(spec, 64, jnp.bfloat16, 64) is None
-    assert splash.why_not(spec, 80, "float32", 32768) is None
-    assert "not in float16" in splash.why_not(spec, 64, jnp.float16, 64)
-    assert "up to 256, not 257" in splash.why_not(spec, 257, jnp.bfloat16, 64)
-    assert "up to 32768 tokens, not 32769" in splash.why_not(spec, 64, jnp.bfloat16, 32769)
+    assert splash.unsupported_reason(spec, 64, jnp.bfloat16, 64) is None
+    assert splash.unsupported_reason(spec, 80, "float32", 32768) is None
+    assert "not in float16" in splash.unsupported_reason(spec, 64, jnp.float16, 64)
+    assert "up to 256, not 257" in splash.unsupported_reason(spec, 257, jnp.bfloat16, 64)
+    assert "up to 32768 tokens, not 32769" in splash.unsupported_reason(spec, 64, jnp.bfloat16, 32769)
 
 
 def test_what_cannot_run_is_refused():

@@ -24,19 +24,19 @@ def seen(rule, tokens_q, tokens_kv):
 def test_lists_cover_what_is_seen_and_leave_out_masks_only_where_all_is_seen(rule, block_size, size, keys):
     """For clean queries and for noised ones one block on, over every number of padded tokens."""
     tiles = prefix_tiles(rule, block_size, True, size, LENGTH, keys)
-    whole, masked = (set(map(tuple, pairs.tolist())) for pairs in (tiles.whole, tiles.masked))
-    assert not whole & masked
+    unmasked, masked = (set(map(tuple, pairs.tolist())) for pairs in (tiles.unmasked, tiles.masked))
+    assert not unmasked & masked
     real = range(1, LENGTH + block_size + 1)
     rows = make_tokens([[n] for n in real], LENGTH + block_size, block_size, 0)
-    clean = jax.tree.map(lambda x: x[:, :LENGTH], rows.replace(view=None)).replace(view=0)
-    later = jax.tree.map(lambda x: x[:, block_size:], rows.replace(view=None)).replace(view=1)
-    kv = jax.tree.map(lambda x: x[:, :keys], clean.replace(view=None)).replace(view=0)
+    clean = jax.tree.map(lambda x: x[:, :LENGTH], rows.replace(noise_sample=None)).replace(noise_sample=0)
+    later = jax.tree.map(lambda x: x[:, block_size:], rows.replace(noise_sample=None)).replace(noise_sample=1)
+    kv = jax.tree.map(lambda x: x[:, :keys], clean.replace(noise_sample=None)).replace(noise_sample=0)
     for q in (clean,) if rule == "bidirectional" else (clean, later) if rule == "block_causal" else (clean,):
         visible, is_real = seen(rule, q, kv), q.segment > 0
         for i in range(-(-LENGTH // size)):
             for j in range(-(-keys // size)):
                 part = visible[:, i * size:(i + 1) * size, j * size:(j + 1) * size]
-                if (i, j) in whole:
+                if (i, j) in unmasked:
                     assert part.shape[2] == size and part[is_real[:, i * size:(i + 1) * size]].all()
                 else:
                     assert (i, j) in masked or not part.any()
@@ -44,8 +44,8 @@ def test_lists_cover_what_is_seen_and_leave_out_masks_only_where_all_is_seen(rul
 
 def test_only_the_diagonal_of_one_document_needs_masks():
     tiles = prefix_tiles("block_causal", 4, True, 8, LENGTH, LENGTH)
-    assert tiles.masked.tolist() == [[i, i] for i in range(6)] and len(tiles.whole) == 15
-    assert not len(prefix_tiles("block_causal", 4, False, 8, LENGTH, LENGTH).whole)
+    assert tiles.masked.tolist() == [[i, i] for i in range(6)] and len(tiles.unmasked) == 15
+    assert not len(prefix_tiles("block_causal", 4, False, 8, LENGTH, LENGTH).unmasked)
 
 
 def test_all_tiles():

@@ -12,7 +12,7 @@ from bd3lm_jax.attention import blocked, choose, gpu, splash
 from bd3lm_jax.attention.blocked import blocked_attention
 from bd3lm_jax.attention.reference import dense_attention
 from bd3lm_jax.attention.spec import RULES, allowed
-from bd3lm_jax.attention.tiles import all_tiles, prefix_tiles, within
+from bd3lm_jax.attention.tiles import all_tiles, prefix_tiles, restrict_to_window
 from bd3lm_jax.errors import UserError
 
 
@@ -65,27 +65,27 @@ def test_one_stream(small_tiles, rule, block_size):
 @pytest.mark.parametrize("shift", [0, 4])
 def test_tiles_are_exactly_those_with_a_pair_in_the_window(window, shift):
     """Clean queries stand at their row index, noised ones `shift` later."""
-    found = within(window, shift, functools.partial(all_tiles, 8))(40, 40)
+    found = restrict_to_window(window, shift, functools.partial(all_tiles, 8))(40, 40)
     i, j = np.arange(40)[:, None], np.arange(40)[None]
     seen = (abs(i - j) <= window) | (abs(i + shift - j) <= window)
     expected = {(a // 8, b // 8) for a, b in np.argwhere(seen)}
     listed = {tuple(pair) for pair in found.masked.tolist()}
-    assert len(found.whole) == 0 and expected <= listed
+    assert len(found.unmasked) == 0 and expected <= listed
     assert listed == expected or shift  # queries between the two streams' places may cost a tile more
     assert len(listed) < 25
 
 
 def test_work_grows_with_the_window_and_not_with_the_square_of_the_length():
     tiles_of = functools.partial(prefix_tiles, "causal", 1, True, 128)
-    assert len(within(128, 0, tiles_of)(8192, 8192).masked) == 2 * 64 - 1
-    assert within(None, 0, tiles_of) is tiles_of
+    assert len(restrict_to_window(128, 0, tiles_of)(8192, 8192).masked) == 2 * 64 - 1
+    assert restrict_to_window(None, 0, tiles_of) is tiles_of
 
 
 def test_other_backends_refuse():
     spec = one_stream_spec("bidirectional", [[80]], 80, 80).replace(window=4)
     streams = streams_for(spec, 1, 1, 0, True)
-    assert "4 tokens to either side" in splash.why_not(spec, 64, jnp.float32, 80)
-    assert "4 tokens to either side" in gpu.why_not(spec, 64, jnp.bfloat16)
+    assert "4 tokens to either side" in splash.unsupported_reason(spec, 64, jnp.float32, 80)
+    assert "4 tokens to either side" in gpu.unsupported_reason(spec, 64, jnp.bfloat16)
     with pytest.raises(UserError, match="'splash' cannot run here: a layer sees 4 tokens to either side"):
         choose("splash", spec, *streams, "cpu")
     for platform in ("cpu", "tpu", "gpu"):

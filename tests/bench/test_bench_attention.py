@@ -44,7 +44,7 @@ def test_the_mask_and_what_it_needs():
 @pytest.mark.parametrize("backend", ["dense", "blocked"])
 def test_variants_compute_the_gradients(backend, expected):
     spec, qkv, cotangents = problem(CASE)
-    noised, clean = module.ours("name", backend, CASE, spec, qkv, cotangents).run()
+    noised, clean = module.backend_variant("name", backend, CASE, spec, qkv, cotangents).run()
     for ours, *theirs in zip(expected, noised, clean):
         np.testing.assert_allclose(np.concatenate([theirs[0][:, 0], theirs[1]], axis=1), ours, atol=1e-5)
 
@@ -73,7 +73,7 @@ def test_rows():
         assert set(row) == {"case", "variant", "baseline", *FIELDS} and row["baseline"] == "dense"
         assert row["time_ratio"] > 0 and row["memory_ratio"] > 0 and row["flops_ratio"] > 0
     pairs = (2 * CASE.length - CASE.block_size) ** 2  # the dense mask computes all of them, 6 products each
-    assert module.ours("name", "dense", CASE, *problem(CASE)).flops == 6 * 2 * pairs * CASE.heads * 64
+    assert module.backend_variant("name", "dense", CASE, *problem(CASE)).flops == 6 * 2 * pairs * CASE.heads * 64
 
 
 def test_a_backend_that_cannot_run_is_left_out(monkeypatch, capsys):

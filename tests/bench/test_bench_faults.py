@@ -173,7 +173,7 @@ def test_two_kills_of_a_run(tmp_path, monkeypatch):
 def test_kills_and_stops_of_two_processes(tmp_path, monkeypatch):
     monkeypatch.setitem(kills.STEPS, 2, 20)
     runs = kills.Runs(tmp_path, 2)
-    for found in (kills.stop_one(runs), kills.unlike(runs), kills.kill(runs, 2, seed=0)):
+    for found in (kills.stop_one(runs), kills.mismatched_replicas(runs), kills.kill(runs, 2, seed=0)):
         assert found["wrong"] == 0, found
 
 

@@ -18,7 +18,7 @@ def test_variants_write_the_same_texts():
     lm.params = jax.tree.map(lambda x: x + 0.1 * draw.normal(size=x.shape).astype(np.float32), lm.params)
     options = generation.Options()
     fused, cached, uncached = (np.asarray(sampling.sampler(lm, options, 2, wrap=wrap)())
-                               for wrap in (None, sampling.stored_apart, sampling.uncached))
+                               for wrap in (None, sampling.separate_store, sampling.uncached))
     np.testing.assert_array_equal(cached, fused)
     np.testing.assert_array_equal(uncached, fused)
     written = [sample.tokens for sample in lm.generate(num=2, length=64)]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from bd3lm_jax.bench import runner
-from bd3lm_jax.bench.runner import FIELDS, Limit, Variant, compare, compiled, judged
+from bd3lm_jax.bench.runner import FIELDS, Limit, Variant, compare, compiled, check_limits
 
 
 @pytest.fixture
@@ -105,6 +105,6 @@ def test_compiled_counts_products_and_memory():
 def test_judged():
     rows = [runner.row_of("L=8, S=2", "b", "a", time_ratio=1.0), runner.row_of("L=8, S=2", "b", "c", time_ratio=9.0),
             runner.row_of("L=9, S=2", "b", "a", time_ratio=3.0), runner.row_of("L=8, S=2", "b", "a")]
-    result = judged(rows, [Limit("L=8", "b", "a", "time_ratio", 1.0), Limit("S=2", "b", "a", "time_ratio", 2.0)])
+    result = check_limits(rows, [Limit("L=8", "b", "a", "time_ratio", 1.0), Limit("S=2", "b", "a", "time_ratio", 2.0)])
     assert [(row["time_ratio"], limit.value, met) for limit, row, met in result] == [
         (1.0, 1.0, True), (1.0, 2.0, True), (3.0, 2.0, False)]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from toy_runs import quick_jit
 
-from bd3lm_jax import models, passes
+from bd3lm_jax import models, forward
 from bd3lm_jax.cost import flops
 from bd3lm_jax.diffusion.ar import AR
 from bd3lm_jax.diffusion.clip import ClipSearch, CountSchedule
@@ -88,7 +88,7 @@ def most_masked(objective, schedule, state, draws=20):
     """Masked tokens of the rows that mask most, among rows drawn as training draws them in a state of its noise."""
     ids = jnp.ones((4, LENGTH), jnp.int32)
     draw = quick_jit(lambda key: objective.corrupt(key, ids, ids, views=1, mask_id=0, end_id=0,
-                                                   law=schedule.law(state, LENGTH // objective.block_size)))
+                                                   distribution=schedule.distribution(state, LENGTH // objective.block_size)))
     return max(int((draw(jax.random.key(i)).weight_BxMxL > 0).sum(-1).max()) for i in range(draws))
 
 
@@ -110,19 +110,19 @@ def test_searched_clips_score_what_they_may_mask():
     clipped = dataclasses.replace(Masked.uniform_counts(16), corruption="bernoulli", clip_low=0.0, clip_high=0.9)
     search = ClipSearch(16, 0.0, 0.9, widths=(0.1,), stride=0.1)
     scored = flops.scored_positions(clipped, 4, LENGTH, 1, search)
-    assert 0.95 * scored < most_masked(clipped, search, search.chosen(np.array([0.8, 0.9]))) <= scored < LENGTH
+    assert 0.95 * scored < most_masked(clipped, search, search.state_for_interval(np.array([0.8, 0.9]))) <= scored < LENGTH
 
 
 def gradient(layers: int, size: int, views: int, time_conditioning: bool = False):
     """The gradient of the hidden states, unrolled, with dense attention; its abstract arguments."""
     config = dataclasses.replace(SMALL, layers=layers, time_conditioning=time_conditioning)
     model = models.build(config, jnp.float32)
-    execution = passes.Execution("dense", "unroll", "none", one_document=True)
+    execution = forward.Execution("dense", "unroll", "none", one_document=True)
 
     def loss(params, xt_BxMxL, x0_BxL):
-        position_BxL, segment_BxL = passes.plain_rows(x0_BxL)
+        position_BxL, segment_BxL = forward.single_document_rows(x0_BxL)
         sigma = jnp.ones((*xt_BxMxL.shape[:2], SHORT // size)) if time_conditioning else None
-        return passes.two_stream(model, params, xt_BxMxL, x0_BxL, position_BxL, segment_BxL, block_size=size,
+        return forward.two_stream(model, params, xt_BxMxL, x0_BxL, position_BxL, segment_BxL, block_size=size,
                                  sigma_BxMxn=sigma, execution=execution).sum()
 
     params = jax.eval_shape(lambda: trunk.init(model, jax.random.key(0)))

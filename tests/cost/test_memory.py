@@ -11,7 +11,7 @@ from toy_runs import run_python, toy_config
 
 from bd3lm_jax.config import Config, MeshConfig
 from bd3lm_jax.cost import hardware, memory
-from bd3lm_jax.cost.plan import resolved
+from bd3lm_jax.cost.plan import resolve_config
 from bd3lm_jax.errors import RunError
 from bd3lm_jax.program import Program, bytes_needed, bytes_per_device
 from bd3lm_jax.sharding import make_mesh
@@ -21,7 +21,7 @@ MIB = 2**20
 
 def program(changes, devices=1) -> Program:
     mesh = make_mesh(MeshConfig(data=devices, fsdp=1, tensor=1), jax.devices()[:devices])
-    config, special = resolved(toy_config(Path("unused"), changes))
+    config, special = resolve_config(toy_config(Path("unused"), changes))
     return Program.of(config, special, mesh, jnp.float32)
 
 
@@ -45,7 +45,7 @@ def said(monkeypatch, toy):
         return 100 * MIB * part * (compute.microbatch or 16) / 16 * views / 4
 
     monkeypatch.setattr(memory, "GIB", MIB)
-    monkeypatch.setattr(memory, "_needed", compiler)
+    monkeypatch.setattr(memory, "_bytes_needed", compiler)
     return advice
 
 
@@ -88,7 +88,7 @@ def test_weights_are_split_when_they_do_not_fit():
         from test_memory import *
         toy = program({"compute.remat": "full"}, devices=4)
         state, _ = toy.arguments()
-        memory._needed = lambda program: 10 + bytes_per_device(program.arguments())
+        memory._bytes_needed = lambda program: 10 + bytes_per_device(program.arguments())
         advice = memory.advice(toy, bytes_per_device(state) - 1)
         assert ": --config.mesh.data=1 --config.mesh.fsdp=4 would need" in advice, advice
     """, Path(__file__).parent, devices=4)
@@ -99,7 +99,7 @@ def kept(**changes) -> int:
     """Padding of attention with 12 layers of 4 heads of 64, 8 rows of 1024 tokens, in 16 bits."""
     base = {"model.layers": 12, "model.width": 256, "model.heads": 4, "train.batch": 8, "data.length": 1024,
             "diffusion.block_size": 16, "compute.remat": "attention", "mesh.data": 1}
-    config, special = resolved(toy_config(Path("unused"), base | changes))
+    config, special = resolve_config(toy_config(Path("unused"), base | changes))
     return memory.tpu_padding(Program.of(config, special, make_mesh(config.mesh, jax.devices()[:1]), jnp.float16))
 
 
@@ -124,11 +124,11 @@ def test_padding_is_that_of_kept_layers_and_of_a_microbatch():
 
 def test_errors_become_advice(toy, monkeypatch):
     monkeypatch.setattr(memory, "limit", lambda device: 1)
-    with pytest.raises(RunError, match="^out of memory: the step needs about"), memory.explained(toy):
+    with pytest.raises(RunError, match="^out of memory: the step needs about"), memory.explain_out_of_memory(toy):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 10 bytes.")
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory.explained(toy):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory.explain_out_of_memory(toy):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
-    with memory.explained(toy):
+    with memory.explain_out_of_memory(toy):
         pass
 
 
@@ -148,7 +148,7 @@ def test_limits_of_devices():
     ("Out of memory while trying to allocate 10 bytes.", None),
 ])
 def test_what_the_tpu_compiler_says(message, needed):
-    assert memory.needed_by(RuntimeError(f"RESOURCE_EXHAUSTED: {message}"), 1000) == needed
+    assert memory.bytes_from_error(RuntimeError(f"RESOURCE_EXHAUSTED: {message}"), 1000) == needed
 
 
 def test_every_change_is_one_that_train_accepts(toy):

@@ -61,7 +61,7 @@ def test_gradients_are_what_devices_send(four):
 
 def test_speed_is_flops_over_peak(four):
     config = load_config(CONFIG, SMALL)
-    needed = flops.train_step(plan.resolved(config)[0].model, config.diffusion, batch=16, length=64, views=1)
+    needed = flops.train_step(plan.resolve_config(config)[0].model, config.diffusion, batch=16, length=64, views=1)
     assert four["flops_per_step"] == needed
     assert [row["device"] for row in four["expected"]] == ["H100"]
     check_speeds(four, 0.5)
@@ -71,13 +71,13 @@ def test_a_curriculum_is_planned_by_its_parts():
     """Of 10 steps 2 with blocks of 4 tokens, 5 of 16 and 3 of 4 again."""
     flags = ("--config.train.steps=10", "--config.train.block_sizes=((0,4),(2,16),(7,4))",
              "--config.diffusion.block_size=4")
-    config = plan.resolved(load_config("configs/tiny.py", (*SMALL, *flags)))[0]
+    config = plan.resolve_config(load_config("configs/tiny.py", (*SMALL, *flags)))[0]
     found = plan.phases(config)
     assert {size: part for size, (part, _) in found.items()} == {4: pytest.approx(0.5), 16: pytest.approx(0.5)}
     for size, (_, work) in found.items():
         objective = dataclasses.replace(config.diffusion, block_size=size)
         assert work == flops.train_step(config.model, objective, batch=16, length=64, views=1)
-    plain = plan.resolved(load_config("configs/tiny.py", SMALL))[0]
+    plain = plan.resolve_config(load_config("configs/tiny.py", SMALL))[0]
     assert plan.phases(plain)[plain.block_size][0] == 1
     short = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2))
     assert set(plan.phases(short)) == {4}
@@ -150,7 +150,7 @@ def test_a_failing_tpu_compiler_leaves_the_estimate(monkeypatch, capsys, code, s
     """Whatever happens in its process; the plan goes on with one line."""
     ask = compilers._ask
     monkeypatch.setattr(compilers, "_ask", lambda command, question: ask([sys.executable, "-c", code], question))
-    monkeypatch.setattr(compilers, "estimated", lambda program: compilers.Compiled(10, {}, 0.0))
+    monkeypatch.setattr(compilers, "compile_for_cpu", lambda program: compilers.CompiledCost(10, {}, 0.0))
     program = SimpleNamespace(config=load_config(CONFIG, SMALL), special=SpecialIds(1, 0), num_params=1,
                               mesh=SimpleNamespace(shape={}))
     assert plan._figures(program, "", "v4") == plan._figures(program, "v4", "v4") == {"cpu": (10, {}, 0.0)}
@@ -164,7 +164,7 @@ def test_figures_of_tpus_and_gpus(monkeypatch):
     program = SimpleNamespace(config=config, mesh=SimpleNamespace(size=4))
     monkeypatch.setattr(memory, "tpu_padding", lambda program: 1000)
     sent = {"all-reduce": hlo.Traffic(1, 6e12)}
-    found = {"v4": compilers.Compiled(2**36, None, 0.0), "cpu": compilers.Compiled(2**34, sent, 0.0)}
+    found = {"v4": compilers.CompiledCost(2**36, None, 0.0), "cpu": compilers.CompiledCost(2**34, sent, 0.0)}
     rows = {name: plan._expected(program, hardware.ACCELERATORS[name], found, 1.0, 0.5)
             for name in ("v4", "v5p", "H100")}
     assert [(row["compiler"], row["fits"]) for row in rows.values()] == [("v4", False), ("v4", True), ("cpu", True)]
@@ -176,11 +176,11 @@ def test_figures_of_tpus_and_gpus(monkeypatch):
 
 def test_vocabularies_are_those_of_the_tokenizers():
     config = load_config("configs/owt.py", ())
-    assert plan.resolved(config)[0].model.vocab_size == 50258
+    assert plan.resolve_config(config)[0].model.vocab_size == 50258
     bpe = load_config("configs/tiny.py", ("--config.data.tokenizer=bpe:300",))
-    resolved, special = plan.resolved(bpe)
+    resolve_config, special = plan.resolve_config(bpe)
     trained = get_tokenizer("bpe:300", lambda: [" ".join(f"word{i} is {i * i}" for i in range(99))])
-    assert (resolved.model.vocab_size, special.mask, special.end) == (
+    assert (resolve_config.model.vocab_size, special.mask, special.end) == (
         trained.vocab_size, trained.mask_id, trained.end_id)
     assert owt.get_config().model.vocab_size == -1
 

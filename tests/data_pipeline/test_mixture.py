@@ -13,7 +13,7 @@ from bd3lm_jax.config import Config, DataConfig
 from bd3lm_jax.data import corpora
 from bd3lm_jax.data.corpora import load_documents
 from bd3lm_jax.data.loader import Loader
-from bd3lm_jax.data.mixture import MixedRows, Shares
+from bd3lm_jax.data.mixture import MixedRows, SourceSchedule
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
 from bd3lm_jax.data.tokenizers import ByteTokenizer
 from bd3lm_jax.errors import UserError
@@ -36,7 +36,7 @@ RATES = {
 def test_counts_never_leave_their_rates(weights):
     """Counted one by one: after n positions every source has fewer than 1.7 more or less than its weight of n."""
     number = 20_000
-    shares = Shares(weights)
+    shares = SourceSchedule(weights)
     source, index = shares.assign(np.arange(number))
     counts = np.cumsum(source[:, None] == np.arange(len(weights)), axis=0)
     np.testing.assert_array_equal(index, counts[np.arange(number), source] - 1)
@@ -49,15 +49,15 @@ def test_counts_never_leave_their_rates(weights):
 
 def test_rates_are_exact_as_written():
     for n in (10**9, 10**18):
-        assert Shares([0.7, 0.3]).counts(n) == [7 * n // 10, 3 * n // 10]
-        assert Shares([1.0, 2.0, 5.0]).counts(8 * n) == [n, 2 * n, 5 * n]
-    assert Shares([0.125, 0.25]).parts == [1, 2]
-    irrational = Shares([2**0.5, 1.0])
+        assert SourceSchedule([0.7, 0.3]).counts(n) == [7 * n // 10, 3 * n // 10]
+        assert SourceSchedule([1.0, 2.0, 5.0]).counts(8 * n) == [n, 2 * n, 5 * n]
+    assert SourceSchedule([0.125, 0.25]).parts == [1, 2]
+    irrational = SourceSchedule([2**0.5, 1.0])
     assert abs(irrational.counts(10**15)[0] / 10**15 - Fraction(2**0.5) / (1 + Fraction(2**0.5))) < 1e-7
 
 
 def test_far_positions_cost_nothing():
-    shares, far = Shares(RATES["random"]), 10**17
+    shares, far = SourceSchedule(RATES["random"]), 10**17
     source, index = shares.assign(np.arange(far, far + 1000))
     before, after = shares.counts(far), shares.counts(far + 1000)
     assert (np.array(after) - before).tolist() == np.bincount(source, minlength=50).tolist()
@@ -92,8 +92,8 @@ def test_every_source_goes_through_its_rows_epoch_after_epoch():
         orders[name] = [i - own[0] for i in found]
     assert orders["a"][:70] != orders["c"][:70]  # sources of the same size
     assert ids.tolist() != rows.ids_at(4, np.arange(1000)).tolist()
-    assert [x["rows_seen"] for x in rows.seen(1000)] == list(map(len, orders.values()))
-    assert rows.seen(1000)[1]["epochs"] == 200 / 5
+    assert [x["rows_seen"] for x in rows.usage(1000)] == list(map(len, orders.values()))
+    assert rows.usage(1000)[1]["epochs"] == 200 / 5
 
 
 def test_batches_depend_on_seed_and_place_alone():

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from bd3lm_jax.data import order
-from bd3lm_jax.data.order import SORTED_ROWS, enciphered, enciphered_rows_at, rows_at
+from bd3lm_jax.data.order import SORTED_ROWS, feistel_permutation, feistel_rows_at, rows_at
 
 SIZES = (1, 2, 3, 5, 8, 9, 31, 32, 33, 63, 64, 65, 1000, 4097, 65_537, 100_003)
 
@@ -17,7 +17,7 @@ SIZES = (1, 2, 3, 5, 8, 9, 31, 32, 33, 63, 64, 65, 1000, 4097, 65_537, 100_003)
 @pytest.mark.parametrize("size", SIZES)
 def test_every_row_once(size):
     for seed, epoch in ((0, 0), (0, 1), (-5, 7), (2**63, 2)):
-        found = enciphered(size, seed, epoch, np.arange(size))
+        found = feistel_permutation(size, seed, epoch, np.arange(size))
         assert found.dtype == np.int64
         np.testing.assert_array_equal(np.sort(found), np.arange(size))
 
@@ -48,12 +48,12 @@ def slow_bijection(size, keys, number):
 def test_against_whole_numbers(size):
     keys = [int(key) for key in np.random.Philox(key=[3, 4]).random_raw(order.ROUNDS)]
     index = np.unique(np.random.default_rng(0).integers(0, size, 40))
-    assert enciphered(size, 3, 4, index).tolist() == [slow_bijection(size, keys, int(i)) for i in index]
+    assert feistel_permutation(size, 3, 4, index).tolist() == [slow_bijection(size, keys, int(i)) for i in index]
 
 
 def test_order_never_changes():
     """A change here breaks exact resume of runs in progress."""
-    assert enciphered(10, 0, 0, np.arange(10)).tolist() == [1, 3, 7, 6, 2, 0, 4, 5, 8, 9]
+    assert feistel_permutation(10, 0, 0, np.arange(10)).tolist() == [1, 3, 7, 6, 2, 0, 4, 5, 8, 9]
     assert rows_at(SORTED_ROWS + 1, 0, np.arange(4)).tolist() == [2163783, 242728, 1640126, 1253528]
     assert order.SORTED_ROWS == 2**22 and order.ROUNDS == 8
 
@@ -64,19 +64,19 @@ def test_small_splits_are_sorted_as_ever_and_large_ones_enciphered():
     bits = [np.random.Philox(key=[5, epoch]).random_raw(100) for epoch in range(3)]
     assert rows_at(100, 5, position).tolist() == [i for row in bits for i in sorted(range(100), key=row.__getitem__)]
     size = SORTED_ROWS + 1
-    np.testing.assert_array_equal(rows_at(size, 5, position), enciphered_rows_at(size, 5, position))
-    np.testing.assert_array_equal(rows_at(size, 5, position + size), enciphered(size, 5, 1, position))
+    np.testing.assert_array_equal(rows_at(size, 5, position), feistel_rows_at(size, 5, position))
+    np.testing.assert_array_equal(rows_at(size, 5, position + size), feistel_permutation(size, 5, 1, position))
 
 
 @pytest.mark.filterwarnings("error")
 def test_large_and_negative_seeds_differ():
     seeds = (2**63, 2**63 + 1, 2**64 - 1, -2, -3)
     assert len({tuple(rows_at(100, seed, np.arange(100))) for seed in seeds}) == len(seeds)
-    assert len({tuple(enciphered(100, seed, 0, np.arange(100))) for seed in seeds}) == len(seeds)
+    assert len({tuple(feistel_permutation(100, seed, 0, np.arange(100))) for seed in seeds}) == len(seeds)
 
 
 def test_seeds_and_epochs_differ():
-    orders = [tuple(enciphered(200, seed, epoch, np.arange(200))) for seed in range(4) for epoch in range(4)]
+    orders = [tuple(feistel_permutation(200, seed, epoch, np.arange(200))) for seed in range(4) for epoch in range(4)]
     assert len({*orders, tuple(range(200))}) == 17
 
 
@@ -84,7 +84,7 @@ def test_seeds_and_epochs_differ():
 def test_what_comes_first_is_uniform(size, places):
     """Over seeds, the rows at the first `places` positions are any ordered choice with the same probability."""
     draws = 2000
-    found = [tuple(enciphered(size, seed, 0, np.arange(places)).tolist()) for seed in range(draws)]
+    found = [tuple(feistel_permutation(size, seed, 0, np.arange(places)).tolist()) for seed in range(draws)]
     cells = list(itertools.permutations(range(size), places))
     counts = np.array([found.count(cell) for cell in cells])
     assert counts.sum() == draws
@@ -95,11 +95,11 @@ def test_where_a_row_lands_is_uniform_at_large_sizes():
     """Positions of an epoch, in 64 equal parts, against the rows found there, in 64 equal parts."""
     size, draws = 10**9 + 7, 100_000
     index = np.random.default_rng(1).integers(0, size, draws)
-    found = enciphered(size, 8, 2, index)
+    found = feistel_permutation(size, 8, 2, index)
     table = np.histogram2d(index, found, bins=64, range=[[0, size], [0, size]])[0]
     assert stats.chisquare(table.ravel()).pvalue > 1e-3
     assert abs(np.corrcoef(index, found)[0, 1]) < 4 / np.sqrt(draws)
-    steps = np.diff(enciphered(size, 8, 2, np.arange(draws)).astype(float)) % size  # neighbours: no stride
+    steps = np.diff(feistel_permutation(size, 8, 2, np.arange(draws)).astype(float)) % size  # neighbours: no stride
     assert stats.kstest(steps / size, "uniform").pvalue > 1e-3
 
 

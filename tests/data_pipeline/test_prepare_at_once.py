@@ -14,7 +14,7 @@ import pytest
 from toy_runs import environment, write_text
 
 from bd3lm_jax import workspace
-from bd3lm_jax.bench import at_once
+from bd3lm_jax.bench import concurrent_prepare
 from bd3lm_jax.data import parts
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
 from bd3lm_jax.data.tokenizers import ByteTokenizer
@@ -34,13 +34,13 @@ def test_many_processes_some_of_them_killed(text_config, tmp_path, monkeypatch):
     data = text_config(tokenizer="bpe:270")
     asked = {"data": dataclasses.asdict(data), "processes": 24, "killed": 4, "within_s": 0.5, "part_chars": PART,
              "seed": 0}
-    done = subprocess.run([sys.executable, "-m", "bd3lm_jax.bench.at_once", json.dumps(asked)], env=environment(),
+    done = subprocess.run([sys.executable, "-m", "bd3lm_jax.bench.concurrent_prepare", json.dumps(asked)], env=environment(),
                           capture_output=True, text=True, timeout=300)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["errors"] == [] and found["codes"] == [0] * 20
     prepare(data, "train", 4, prepare_tokenizer(data))  # tidies up after the killed ones
     assert sorted(name.split("-")[0] for name in os.listdir(data.cache_dir)) == ["text", "tokenizer"]
-    assert found["contents"] == [at_once.content(text_config(tokenizer="bpe:270", cache_dir=str(tmp_path / "alone")))]
+    assert found["contents"] == [concurrent_prepare.content(text_config(tokenizer="bpe:270", cache_dir=str(tmp_path / "alone")))]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -4,7 +4,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from bd3lm_jax.data.prepare import prepare
-from bd3lm_jax.data.sized import Sized, changed_documents
+from bd3lm_jax.data.token_bytes import RowsWithBytes, count_lossy_documents
 from bd3lm_jax.data.tokenizers import SubwordTokenizer, get_tokenizer
 
 TEXTS = ["ab cab", "c", "b ca é ab", "cab cab cab cab"]
@@ -41,8 +41,8 @@ def by_token(sized) -> list[tuple[int, float]]:
 @pytest.mark.parametrize("layout", ["wrap", "pack", "pad"])
 def test_the_first_word_has_no_space_before_it(rows, layout, with_bytes):
     tokenizer = word_pieces()
-    assert changed_documents(TEXTS, tokenizer) == 0
-    found = Sized(rows(tokenizer, layout=layout), tokenizer,
+    assert count_lossy_documents(TEXTS, tokenizer) == 0
+    found = RowsWithBytes(rows(tokenizer, layout=layout), tokenizer,
                   np.array([len(text.encode()) + 1.0 for text in TEXTS]) if with_bytes else None)
     size = {"\u2581": 1, "é": 2, "\u2581c": 2, "\u2581ab": 3, "\u2581cab": 4, "</s>": 1, "a": 1, "b": 1}
     expected, first = [], True
@@ -56,16 +56,16 @@ def test_the_first_word_has_no_space_before_it(rows, layout, with_bytes):
 
 def test_a_tokenizer_that_loses_text_has_bytes_in_proportion(rows):
     tokenizer = word_pieces(normalizers.Replace("é", "a"))
-    assert changed_documents(TEXTS, tokenizer) == 1
+    assert count_lossy_documents(TEXTS, tokenizer) == 1
     whole = np.array([len(text.encode()) + 1.0 for text in TEXTS])
-    found = Sized(rows(tokenizer, layout="pad", length=32), tokenizer, whole)
+    found = RowsWithBytes(rows(tokenizer, layout="pad", length=32), tokenizer, whole)
     assert found.sizes(np.arange(4)).sum(1) == pytest.approx(whole)
     assert found.sizes(np.array([2]))[0].max() == pytest.approx(3 * whole[2] / (whole[2] - 1))  # " ca", " ab" of 3
-    without = Sized(rows(tokenizer, layout="pad", length=32), tokenizer)
+    without = RowsWithBytes(rows(tokenizer, layout="pad", length=32), tokenizer)
     assert without.sizes(np.arange(4)).sum() == pytest.approx(whole.sum())
 
 
 @pytest.mark.parametrize("text, changed", [("Anne", 1), ("anne had , said she", 1), ("anne", 0), ("anne  had", 1)])
 def test_which_documents_do_not_come_back(text, changed):
-    assert changed_documents([text], get_tokenizer("bert-base-uncased", tuple)) == changed
-    assert changed_documents([text], get_tokenizer("gpt2", tuple)) == 0
+    assert count_lossy_documents([text], get_tokenizer("bert-base-uncased", tuple)) == changed
+    assert count_lossy_documents([text], get_tokenizer("gpt2", tuple)) == 0

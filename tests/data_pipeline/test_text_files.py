@@ -14,7 +14,7 @@ from bd3lm_jax.data import text_files
 from bd3lm_jax.data.corpora import load_documents
 from bd3lm_jax.density.file import Annotations
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluation.domains import _local
+from bd3lm_jax.evaluation.domains import _local_section
 from bd3lm_jax.tasks.registry import TASKS
 from bd3lm_jax.tasks.task import read_problems
 from bd3lm_jax.writing import sample_files
@@ -132,7 +132,7 @@ def test_hidden_files_are_no_data(data_config, tmp_path, capsys):
     (tmp_path / "train.jsonl").unlink()
     with pytest.raises(UserError, match="is a directory without .*jsonl"):
         load_documents(data, "all")
-    assert _local(data, tmp_path).source == "text"  # an AppleDouble file says nothing of a directory
+    assert _local_section(data, tmp_path).source == "text"  # an AppleDouble file says nothing of a directory
 
 
 def test_folders_are_read_and_their_names_say_the_split(data_config, tmp_path):
@@ -141,7 +141,7 @@ def test_folders_are_read_and_their_names_say_the_split(data_config, tmp_path):
     data = data_config(source="jsonl", path=str(tmp_path))
     assert list(load_documents(data, "train")) == ["test/train-like.jsonl", "train/a.JSONL", "train/b/1.jsonl"]
     assert list(load_documents(data, "valid")) == ["validation/0.jsonl"]
-    assert _local(data, tmp_path).source == "jsonl"
+    assert _local_section(data, tmp_path).source == "jsonl"
 
 
 def test_a_folder_that_links_back_is_read_once(data_config, tmp_path):

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
-from bd3lm_jax.data.sized import Sized
+from bd3lm_jax.data.token_bytes import RowsWithBytes
 from bd3lm_jax.data.tokenizers import ByteTokenizer
-from bd3lm_jax.data.windows import Convention, Given, Windows, arrange
+from bd3lm_jax.data.windows import ScoringConvention, ConditionedRows, Windows, rows_to_score
 from bd3lm_jax.errors import UserError
 
-PLAIN = Convention("independent", 0, "predict", "count")
+PLAIN = ScoringConvention("independent", 0, "predict", "count")
 TEXTS = ["abcdefghijklmnopqrstuvwxyz", "", "hi", "0123456789012", "x" * 11, "é"]
 LENGTH, END = 12, 256
 
@@ -82,14 +82,14 @@ def test_first_and_end_tokens_are_given(wrapped, layout):
     segments, tokens = rows.segments(ids), rows.tokens(ids)
     before = np.pad(segments, ((0, 0), (1, 0)))[:, :-1]
     opens = (segments > 0) & (segments != before)
-    first, end = (Given(rows, first=f, end=not f, end_id=END).scored(ids) for f in (True, False))
+    first, end = (ConditionedRows(rows, first=f, end=not f, end_id=END).scored(ids) for f in (True, False))
     assert np.array_equal(first, (segments > 0) & ~opens)
     assert np.array_equal(end, (segments > 0) & (tokens != END))
     assert rows.scored(ids).sum() == rows.meta["tokens"]
 
 
 def test_ends_that_are_given_count_no_bytes(wrapped):
-    rows = Given(Sized(wrapped(), ByteTokenizer()), first=False, end=True, end_id=END)
+    rows = ConditionedRows(RowsWithBytes(wrapped(), ByteTokenizer()), first=False, end=True, end_id=END)
     ids = np.arange(len(rows))
     assert rows.sizes(ids)[rows.scored(ids)].sum() == sum(len(text.encode()) for text in TEXTS if text)
 
@@ -97,15 +97,15 @@ def test_ends_that_are_given_count_no_bytes(wrapped):
 def test_arrange(wrapped):
     rows = wrapped()
     options = {"within_documents": True, "block_size": 2, "end_id": END}
-    assert arrange(rows, PLAIN, **options) is rows
-    sliding = arrange(rows, Convention("sliding", 0, "skip", "count"), **options)
+    assert rows_to_score(rows, PLAIN, **options) is rows
+    sliding = rows_to_score(rows, ScoringConvention("sliding", 0, "skip", "count"), **options)
     ids = np.arange(len(sliding))
     inner = Windows(rows, 6, True, END)
     assert np.array_equal(sliding.scored(ids), inner.scored(ids) & (inner.positions(ids) > 0))
 
 
 def test_a_stride_is_a_number_of_blocks():
-    sliding = Convention("sliding", 0, "predict", "count")
+    sliding = ScoringConvention("sliding", 0, "predict", "count")
     assert sliding.stride_for(128, 4) == 64 and PLAIN.stride_for(128, 4) == 128
     with pytest.raises(UserError, match="stride of 64 .* 128 tokens in blocks of 128.*--chunks=independent"):
         sliding.stride_for(128, 128)
@@ -123,7 +123,7 @@ def test_a_stride_is_a_number_of_blocks():
 ])
 def test_bad_conventions(arguments, message):
     with pytest.raises(UserError, match=message):
-        Convention(*arguments)
+        ScoringConvention(*arguments)
 
 
 def test_nothing_left_to_score(data_config, tmp_path):
@@ -131,4 +131,4 @@ def test_nothing_left_to_score(data_config, tmp_path):
     data = data_config(source="text", path=str(tmp_path / "a.txt"), length=2)
     rows = prepare(data, "all", 1, prepare_tokenizer(data))
     with pytest.raises(UserError, match="no token is left to score"):
-        arrange(rows, Convention("independent", 0, "skip", "skip"), within_documents=True, block_size=1, end_id=END)
+        rows_to_score(rows, ScoringConvention("independent", 0, "skip", "skip"), within_documents=True, block_size=1, end_id=END)

@@ -5,7 +5,7 @@ import pytest
 
 from bd3lm_jax.data.tokenizers import get_tokenizer
 from bd3lm_jax.density import check, frequency, is_continuous, open_density, surprisal, unigram
-from bd3lm_jax.density.source import Annotation, Context, Spans, covered, hash_fraction
+from bd3lm_jax.density.source import Annotation, Context, Spans, dense_tokens, hash_fraction
 from bd3lm_jax.errors import UserError
 
 TEXT = "if naïve: café  42+1"
@@ -22,7 +22,7 @@ def dense_text(name, *words):
     tokenizer = tokenizer_of(name)
     ids, offsets = tokenizer.encode_offsets([TEXT])[0]
     spans = [(TEXT.index(word), TEXT.index(word) + len(word)) for word in words]
-    return [TEXT[s:e].strip() for (s, e), dense in zip(offsets, covered(TEXT, offsets, spans)) if dense]
+    return [TEXT[s:e].strip() for (s, e), dense in zip(offsets, dense_tokens(TEXT, offsets, spans)) if dense]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -50,16 +50,16 @@ def test_by_hand_with_bytes():
     tokenizer = tokenizer_of("bytes")
     ids, offsets = tokenizer.encode_offsets(["aï b"])[0]
     assert offsets.tolist() == [[0, 1], [1, 2], [1, 2], [2, 3], [3, 4]]
-    assert covered("aï b", offsets, [(1, 2)]).tolist() == [False, True, True, False, False]
-    assert covered("aï b", offsets, [(0, 1), (3, 4)]).tolist() == [True, False, False, False, True]
+    assert dense_tokens("aï b", offsets, [(1, 2)]).tolist() == [False, True, True, False, False]
+    assert dense_tokens("aï b", offsets, [(0, 1), (3, 4)]).tolist() == [True, False, False, False, True]
 
 
 def test_a_space_before_a_word_is_no_part_of_it():
     offsets = np.array([[0, 2], [2, 6], [6, 8]])  # "ab", " cde", "  "
-    assert covered("ab cde  ", offsets, [(0, 3)]).tolist() == [True, False, False]
-    assert covered("ab cde  ", offsets, [(5, 7)]).tolist() == [False, True, True]
+    assert dense_tokens("ab cde  ", offsets, [(0, 3)]).tolist() == [True, False, False]
+    assert dense_tokens("ab cde  ", offsets, [(5, 7)]).tolist() == [False, True, True]
     missed = []
-    covered("ab cde  ", offsets, [(2, 3), (3, 4)], lambda text, span: missed.append(span))
+    dense_tokens("ab cde  ", offsets, [(2, 3), (3, 4)], lambda text, span: missed.append(span))
     assert missed == [(2, 3)]
 
 

@@ -77,7 +77,7 @@ def annotate(path, documents, spec=None):
     for text, (ids, offsets) in zip(documents, tokenizer.encode_offsets(documents)):
         dense = annotation.of(text, ids, offsets, 256)[:-1]
         found.append("".join(text[s] for (s, e), tag in zip(offsets, dense) if tag))
-    annotation.finished()
+    annotation.on_end()
     return found
 
 

@@ -14,12 +14,12 @@ import optax
 import pytest
 from toy_runs import END, LENGTH, MASK, network, quick_jit, toy_config
 
-from bd3lm_jax import parameters, passes, sharding
+from bd3lm_jax import parameters, forward, sharding
 from bd3lm_jax.diffusion.adversarial import Adversarial
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.score import SpecialIds
-from bd3lm_jax.state import LEARNT, TrainState
+from bd3lm_jax.state import OBJECTIVE_PARAMS, TrainState
 from bd3lm_jax.step import make_step
 from configs import common
 
@@ -31,9 +31,9 @@ PLAIN = Adversarial(block_size=SIZE, rate=0.5, complement=False, importance=Fals
 def scorer(scale=0.8):
     """A scorer with weights everywhere, and the embedding table that it reads."""
     draw = np.random.default_rng(0)
-    learnt = {"token": draw.normal(size=(WIDTH, 5)), "place": draw.normal(size=(SIZE, 5)),
+    learned_params = {"token": draw.normal(size=(WIDTH, 5)), "place": draw.normal(size=(SIZE, 5)),
               "out": scale * draw.normal(size=5), "embedding": draw.normal(size=(VOCAB, WIDTH))}
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), learnt)
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), learned_params)
 
 
 def orders(odds, count):
@@ -70,11 +70,11 @@ def test_the_probability_of_a_set_is_the_sum_over_its_orders():
         assert found[b, view, k] == pytest.approx(expected, rel=1e-5)
 
 
-def drawn(it, views, number, learnt=None, seed=0):
+def drawn(it, views, number, learned_params=None, seed=0):
     """Views of `number` copies of one block of tokens, the third of which may not be masked."""
     x0 = np.broadcast_to(ROWS[0, :SIZE], (number, SIZE))
     segment = np.broadcast_to(np.array([1, 1, 0, 1]), x0.shape)
-    return quick_jit(lambda key: it.corrupt(key, x0, segment, views, VOCAB, END, learnt=learnt))(jax.random.key(seed))
+    return quick_jit(lambda key: it.corrupt(key, x0, segment, views, VOCAB, END, learned_params=learned_params))(jax.random.key(seed))
 
 
 @pytest.mark.parametrize("told", [False, True])
@@ -100,7 +100,7 @@ def test_the_rate_is_kept_exactly_and_complements_share_out(rate, counts):
     it = dataclasses.replace(PLAIN, rate=rate, complement=True)
     x0 = np.random.default_rng(1).integers(0, VOCAB, size=(6, 12)).astype(np.int32)
     segment = (np.arange(12) < np.array([12, 11, 10, 9, 5, 8])[:, None]).astype(np.int32)
-    noised = quick_jit(lambda: it.corrupt(jax.random.key(0), x0, segment, 4, VOCAB, END, learnt=scorer()))()
+    noised = quick_jit(lambda: it.corrupt(jax.random.key(0), x0, segment, 4, VOCAB, END, learned_params=scorer()))()
     masked = np.asarray(noised.xt_BxMxL) == VOCAB
     np.testing.assert_array_equal(masked, np.asarray(noised.weight_BxMxL) > 0)
     n = segment.reshape(6, 3, SIZE).sum(-1)
@@ -108,7 +108,7 @@ def test_the_rate_is_kept_exactly_and_complements_share_out(rate, counts):
         np.testing.assert_array_equal(masked[:, pair].astype(int) + masked[:, pair + 1], segment)
         np.testing.assert_array_equal(masked[:, pair].reshape(6, 3, SIZE).sum(-1), np.array(counts)[n])
     alone = dataclasses.replace(it, complement=False)
-    views = quick_jit(lambda: alone.corrupt(jax.random.key(0), x0, segment, 2, VOCAB, END, learnt=scorer()))()
+    views = quick_jit(lambda: alone.corrupt(jax.random.key(0), x0, segment, 2, VOCAB, END, learned_params=scorer()))()
     assert views.capacity == 3 * counts[SIZE] >= (np.asarray(views.weight_BxMxL) > 0).sum(-1).max()
 
 
@@ -123,10 +123,10 @@ def number_of(masked):
 def test_reinforce_is_the_derivative_of_the_enumerated_loss():
     """All pairs of ordered draws of two tokens of three, weighted by their probabilities; the derivative in every
     weight of the scorer by finite differences in float64."""
-    learnt = scorer()
+    learned_params = scorer()
 
     def expected_loss(own):
-        x = np.asarray(learnt["embedding"], np.float64)[ROWS[0, :SIZE]]
+        x = np.asarray(learned_params["embedding"], np.float64)[ROWS[0, :SIZE]]
         x = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6)
         raw = x @ own["token"] + own["place"]
         gelu = 0.5 * raw * (1 + np.tanh(np.sqrt(2 / np.pi) * (raw + 0.044715 * raw**3)))
@@ -137,7 +137,7 @@ def test_reinforce_is_the_derivative_of_the_enumerated_loss():
             total += p * CE[number_of(mask)][mask].mean()
         return total, odds
 
-    own = {name: np.asarray(x, np.float64) for name, x in learnt.items() if name != "embedding"}
+    own = {name: np.asarray(x, np.float64) for name, x in learned_params.items() if name != "embedding"}
     _, odds = expected_loss(own)
     both = list(itertools.product(orders(odds, 2), repeat=2))
     ranks, losses = np.full((len(both), 2, SIZE), SIZE - 1, np.int32), np.zeros((len(both), 2, SIZE))
@@ -151,7 +151,7 @@ def test_reinforce_is_the_derivative_of_the_enumerated_loss():
     noised = Noised(None, jnp.asarray(masked, jnp.float32), None, SIZE, extra=jnp.asarray(ranks))
     x0 = np.broadcast_to(ROWS[0, :SIZE], (len(both), SIZE))
     segment = np.broadcast_to(np.isin(np.arange(SIZE), REAL).astype(np.int32), x0.shape)
-    found = quick_jit(PLAIN.noise_gradient)(learnt, noised, x0, segment, jnp.asarray(losses, jnp.float32))
+    found = quick_jit(PLAIN.noise_gradient)(learned_params, noised, x0, segment, jnp.asarray(losses, jnp.float32))
     assert set(found) == set(own)
     for name, array in own.items():
         for index in list(np.ndindex(array.shape))[::3]:
@@ -218,7 +218,7 @@ def trained():
                                          "compute.microbatch": 4, "optim.ema": 0.0})
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=MASK + 1))
     model, params = network(config, scale=0.1)
-    params = params | {LEARNT: parameters.init(model, config.diffusion, 0, jax.random.key(0))[LEARNT]}
+    params = params | {OBJECTIVE_PARAMS: parameters.init(model, config.diffusion, 0, jax.random.key(0))[OBJECTIVE_PARAMS]}
     tx = optax.adam(2e-2)
     step = quick_jit(make_step(config, model, tx, SpecialIds(MASK, END)))
     state = TrainState(jnp.int32(0), params, {}, tx.init(params))
@@ -226,7 +226,7 @@ def trained():
     for seed in range(60):
         tokens = np.random.default_rng(seed).integers(97, 113, size=(8, LENGTH)).astype(np.int32)
         tokens[:, ::2] = 97
-        position, segment = passes.plain_rows(tokens)
+        position, segment = forward.single_document_rows(tokens)
         state, metrics = step(state, {"tokens": tokens, "positions": position, "segments": segment})
         losses.append(float(metrics["loss"]))
     return config, params, state, losses
@@ -235,13 +235,13 @@ def trained():
 @pytest.mark.ci_slow
 def test_the_adversary_learns_what_is_hard():
     config, params, state, losses = trained()
-    assert np.all(np.asarray(params[LEARNT]["out"]) == 0) and np.all(np.isfinite(losses))
+    assert np.all(np.asarray(params[OBJECTIVE_PARAMS]["out"]) == 0) and np.all(np.isfinite(losses))
     tokens = np.tile([97, 105], (1, LENGTH // 2)).astype(np.int32)
-    told = {**state.params[LEARNT], "embedding": state.params["embed"]["embedding"]}
+    told = {**state.params[OBJECTIVE_PARAMS], "embedding": state.params["embed"]["embedding"]}
     score = np.asarray(config.diffusion.scores(told, tokens))[0]
     assert score[1::2].mean() > score[::2].mean() + 0.5
 
 
 def test_its_parameters_are_replicated():
-    specs = sharding.param_specs({LEARNT: PLAIN.init_learnt(jax.random.key(0), VOCAB, WIDTH)})
-    assert all(not tuple(spec) for spec in jax.tree.leaves(specs[LEARNT]))
+    specs = sharding.param_specs({OBJECTIVE_PARAMS: PLAIN.init_learned_params(jax.random.key(0), VOCAB, WIDTH)})
+    assert all(not tuple(spec) for spec in jax.tree.leaves(specs[OBJECTIVE_PARAMS]))

@@ -10,7 +10,7 @@ import pytest
 from toy_law import LENGTH, ToyLaw, blocks, subsets
 
 from bd3lm_jax.diffusion.schedule import get_schedule
-from bd3lm_jax.evaluation.estimators import Enumerated
+from bd3lm_jax.evaluation.estimators import Exhaustive
 from bd3lm_jax.score import SpecialIds
 
 LAW, MASK = ToyLaw(), 9
@@ -34,8 +34,8 @@ def bound_in_steps(size: int, steps: int, schedule: str) -> np.ndarray:
 @pytest.mark.parametrize("size", SIZES)
 def test_enumeration_of_masks_is_the_likelihood(size):
     """The weights are the library's, the cross-entropies those of the law."""
-    estimator, total = Enumerated(size), np.zeros_like(LAW.probs)
-    for index in range(estimator.passes(1)):
+    estimator, total = Exhaustive(size), np.zeros_like(LAW.probs)
+    for index in range(estimator.num_passes(1)):
         noised = estimator.noised(jax.random.key(0), index, 1, jnp.arange(LENGTH), jnp.ones(LENGTH, int),
                                   SpecialIds(MASK, -1))
         for xt_L, weight_L in zip(np.asarray(noised.xt_BxMxL), np.asarray(noised.weight_BxMxL, np.float64)):
@@ -44,7 +44,7 @@ def test_enumeration_of_masks_is_the_likelihood(size):
                 start = i // size * size  # earlier blocks are clean, whatever is masked there
                 observed = set(range(start + size)) - {j for j in hidden if j >= start}
                 total += weight_L[i] * LAW.cross_entropy(i, observed)
-    np.testing.assert_allclose(total / (estimator.passes(1) * estimator.views), LAW.nats, rtol=1e-6)
+    np.testing.assert_allclose(total / (estimator.num_passes(1) * estimator.views), LAW.nats, rtol=1e-6)
 
 
 @pytest.mark.parametrize("schedule", ["loglinear", "cosine", "square"])

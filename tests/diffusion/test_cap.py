@@ -10,13 +10,13 @@ import optax
 import pytest
 from toy_runs import END, LENGTH, MASK, network, quick_jit, toy_config
 
-from bd3lm_jax import passes
+from bd3lm_jax import forward
 from bd3lm_jax.diffusion.cap import Cap
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import estimators
 from bd3lm_jax.models import trunk
-from bd3lm_jax.passes import PLAIN
-from bd3lm_jax.score import Scored, SpecialIds, total_loss
+from bd3lm_jax.forward import DEFAULT_EXECUTION
+from bd3lm_jax.score import LossInputs, SpecialIds, total_loss
 from bd3lm_jax.state import TrainState
 from bd3lm_jax.step import make_step
 from configs import common
@@ -38,7 +38,7 @@ def objective(**changes):
 def batch():
     """Rows of six letters, the last of which ends early."""
     tokens = np.random.default_rng(0).integers(97, 103, size=(BATCH, LENGTH)).astype(np.int32)
-    position, segment = (np.array(x) for x in passes.plain_rows(tokens))
+    position, segment = (np.array(x) for x in forward.single_document_rows(tokens))
     tokens[-1, -PADDING:], position[-1, -PADDING:], segment[-1, -PADDING:] = END, 0, 0
     return {"tokens": jnp.asarray(tokens), "positions": jnp.asarray(position), "segments": jnp.asarray(segment)}
 
@@ -80,8 +80,8 @@ def drawn_and_logits():
 
     def run(params):
         noised = config.diffusion.corrupt(key, rows["tokens"], rows["segments"], 2, MASK, END)
-        h = passes.two_stream(model, params, noised.xt_BxMxL, rows["tokens"], rows["positions"], rows["segments"],
-                              block_size=8, execution=PLAIN)
+        h = forward.two_stream(model, params, noised.xt_BxMxL, rows["tokens"], rows["positions"], rows["segments"],
+                              block_size=8, execution=DEFAULT_EXECUTION)
         return noised, trunk.logits(model, params, h), trunk.features(model, params, h)
 
     return quick_jit(run)(params)
@@ -105,7 +105,7 @@ def test_gradient_by_finite_differences():
     it, rows = objective(), batch()
     (model, params), (noised, logits, features) = model_of_letters(), drawn_and_logits()
     target = jnp.broadcast_to(rows["tokens"][:, None], noised.xt_BxMxL.shape)
-    scored = Scored(features, target, noised.weight_BxMxL, None, noised.xt_BxMxL, jnp.zeros(target.shape),
+    scored = LossInputs(features, target, noised.weight_BxMxL, None, noised.xt_BxMxL, jnp.zeros(target.shape),
                     (rows["segments"] != 0).sum(1))
 
     def loss(bias):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bd3lm_jax.diffusion.clip import MOST_MASKED, RESOLUTION, ClipSearch, CountSchedule, relative_variance
+from bd3lm_jax.diffusion.clip import MAX_MEAN_COUNT_RATIO, RESOLUTION, ClipSearch, CountSchedule, relative_variance
 from bd3lm_jax.diffusion.masked import Masked
 
 MASK, END, SIZE = 99, 0, 4
@@ -53,12 +53,12 @@ def truth(interval, losses_of_count):
     t = low + (high - low) * (np.arange(2000) + 0.5) / 2000
     first, second = np.zeros_like(t), np.zeros_like(t)
     n = len(losses_of_count) - 1
-    law = np.array([math.comb(n, k) * t**k * (1 - t)**(n - k) * (low * n - 1e-9 <= k <= high * n + 1e-9)
+    distribution = np.array([math.comb(n, k) * t**k * (1 - t)**(n - k) * (low * n - 1e-9 <= k <= high * n + 1e-9)
                     for k in range(n + 1)])
-    law /= law.sum(0)
+    distribution /= distribution.sum(0)
     for k in range(n + 1):
-        first += law[k] * losses_of_count[k] / t
-        second += law[k] * (losses_of_count[k] / t)**2
+        first += distribution[k] * losses_of_count[k] / t
+        second += distribution[k] * (losses_of_count[k] / t)**2
     return (second.mean() - first.mean()**2) / first.mean()**2
 
 
@@ -66,12 +66,12 @@ def test_the_interval_with_the_least_variance_is_found():
     """Each of k masked tokens costs 1 + k: the variance of every interval is an integral."""
     schedule = search(low=0.3, high=1.0, widths=(0.5, 0.6), stride=0.1)
     draw = jax.jit(lambda key, noise: CLIPPED.corrupt(key, TOKENS_BxL, TOKENS_BxL + 1, 8, MASK, END,
-                                                      schedule.law(noise, LENGTH // SIZE)))
+                                                      schedule.distribution(noise, LENGTH // SIZE)))
     costs = np.array([k * (1 + k) for k in range(SIZE + 1)], float)
     exact = [truth(interval, costs) for interval in schedule.candidates]
     moments = []
     for interval in schedule.candidates:
-        noised = draw(jax.random.key(0), schedule.chosen(interval))
+        noised = draw(jax.random.key(0), schedule.state_for_interval(interval))
         masked = np.asarray(noised.weight_BxMxL > 0).reshape(-1, SIZE)
         weight = np.asarray(noised.weight_BxMxL).reshape(-1, SIZE).max(-1)
         losses = weight * costs[masked.sum(-1)]
@@ -95,16 +95,16 @@ def test_every_candidate_fits_the_capacity_and_draws_inside_without_a_new_progra
     @jax.jit
     def draw(key, noise):
         traces.append(1)
-        return CLIPPED.corrupt(key, TOKENS_BxL, PADDED_BxL, 2, MASK, END, schedule.law(noise, LENGTH // SIZE))
+        return CLIPPED.corrupt(key, TOKENS_BxL, PADDED_BxL, 2, MASK, END, schedule.distribution(noise, LENGTH // SIZE))
 
     for i, interval in enumerate(schedule.candidates):
-        noised = draw(jax.random.key(i), schedule.chosen(interval))
+        noised = draw(jax.random.key(i), schedule.state_for_interval(interval))
         fraction = np.asarray(noised.weight_BxMxL > 0).reshape(-1, SIZE).sum(-1).reshape(ROWS, 2, -1)[1::2] / SIZE
         assert interval[0] - 1e-3 <= fraction.min() and fraction.max() <= interval[1] + 1e-3
         assert (np.asarray(noised.weight_BxMxL) > 0).sum(-1).max() <= noised.capacity
     assert len(traces) == 1
     narrow = search(low=0.3, high=0.8)
-    assert narrow.law(narrow.first(), 16).capacity == 16 * 3  # .8 of four tokens
+    assert narrow.distribution(narrow.first(), 16).capacity == 16 * 3  # .8 of four tokens
 
 
 def test_the_same_noise_as_a_fixed_clip():
@@ -112,8 +112,8 @@ def test_the_same_noise_as_a_fixed_clip():
     schedule = search()
     arguments = TOKENS_BxL, PADDED_BxL, 2, MASK, END
     left = jax.jit(lambda key: fixed.corrupt(key, *arguments))(jax.random.key(3))
-    right = jax.jit(lambda key, noise: CLIPPED.corrupt(key, *arguments, schedule.law(noise, LENGTH // SIZE)))(
-        jax.random.key(3), schedule.chosen(np.array([0.45, 0.95])))
+    right = jax.jit(lambda key, noise: CLIPPED.corrupt(key, *arguments, schedule.distribution(noise, LENGTH // SIZE)))(
+        jax.random.key(3), schedule.state_for_interval(np.array([0.45, 0.95])))
     np.testing.assert_array_equal(left.xt_BxMxL, right.xt_BxMxL)
     np.testing.assert_allclose(left.weight_BxMxL, right.weight_BxMxL, rtol=1e-6)
 
@@ -129,9 +129,9 @@ def counts(floor=0.1, decay=0.9, size=SIZE):
 def table_step(objective, schedule, key, state):
     """A training step without a network: the loss a block and view, the state after it, the masked tokens a row."""
     views = 2
-    noised = objective.corrupt(key, TOKENS_BxL, PADDED_BxL, views, MASK, END, schedule.law(state, LENGTH // SIZE))
+    noised = objective.corrupt(key, TOKENS_BxL, PADDED_BxL, views, MASK, END, schedule.distribution(state, LENGTH // SIZE))
     losses, masked = table_losses(noised.xt_BxMxL), noised.weight_BxMxL > 0
-    state = schedule.learn(state, schedule.seen(losses, masked))
+    state = schedule.update_state(state, schedule.batch_statistics(losses, masked))
     estimates = (losses * noised.weight_BxMxL).reshape(ROWS, views, -1, SIZE).sum(-1)
     return estimates, state, masked.sum(-1), noised
 
@@ -158,14 +158,14 @@ def enumerated_bound(n):
 def test_the_law_converges_to_the_best_one():
     schedule, best = counts(floor=0.1, decay=0.99), best_law()
     state = schedule.first()
-    np.testing.assert_array_equal(schedule.law(state, 1).probs_S, np.full(SIZE, RESOLUTION // SIZE))  # nothing known
+    np.testing.assert_array_equal(schedule.distribution(state, 1).probs_S, np.full(SIZE, RESOLUTION // SIZE))  # nothing known
     for step in range(150):
         _, state, _, _ = table_step(UNIFORM, schedule, jax.random.key(step), state)
     middle = (SIZE + 1) / 2
-    part = min(0.9, (MOST_MASKED - 1) * middle / max(best @ np.arange(1, SIZE + 1) - middle, 1e-9))
+    part = min(0.9, (MAX_MEAN_COUNT_RATIO - 1) * middle / max(best @ np.arange(1, SIZE + 1) - middle, 1e-9))
     expected = part * best + (1 - part) / SIZE
     assert np.abs(expected - 1 / SIZE).max() > 0.1
-    np.testing.assert_allclose(schedule.shown(state)["count_probs"], expected, rtol=0.03)
+    np.testing.assert_allclose(schedule.as_metrics(state)["count_probs"], expected, rtol=0.03)
 
 
 @pytest.mark.parametrize("complement", [False, True])
@@ -181,7 +181,7 @@ def test_the_loss_is_unbiased_while_the_law_changes(complement):
             key = jax.random.fold_in(jax.random.key(run), step)
             estimates, state, _, _ = table_step(objective, schedule, key, state)
             means.append(float(estimates.mean()))
-        moved.append(schedule.shown(state)["count_probs"])
+        moved.append(schedule.as_metrics(state)["count_probs"])
     error = np.std(means, ddof=1) / np.sqrt(len(means))
     assert np.abs(np.array(moved) - 1 / SIZE).max() > 0.1
     assert abs(np.mean(means) - expected) < 4 * error and error < 0.01 * expected
@@ -209,12 +209,12 @@ def test_no_state_overflows_the_capacity_or_drops_a_count(size, blocks, compleme
     segments = np.ones((ROWS, length), np.int32)
     segments[::2, length - length // 3:] = 0
     draw = jax.jit(lambda key, state: objective.corrupt(key, segments * 0, segments, 2, MASK, END,
-                                                        schedule.law(state, blocks)))
+                                                        schedule.distribution(state, blocks)))
     for end in (0, size // 2, size - 1):
         state = {"squares_S": jnp.zeros(size).at[end].set(1e12), "blocks_S": jnp.full(size, 1e3)}
-        probs = np.asarray(schedule.law(state, blocks).probs_S)
+        probs = np.asarray(schedule.distribution(state, blocks).probs_S)
         assert probs.sum() == RESOLUTION and probs.min() >= 0.99 * 0.1 * RESOLUTION / size
-        assert probs @ np.arange(1, size + 1) / RESOLUTION <= MOST_MASKED * (size + 1) / 2 + 1e-3
+        assert probs @ np.arange(1, size + 1) / RESOLUTION <= MAX_MEAN_COUNT_RATIO * (size + 1) / 2 + 1e-3
         for seed in range(3):
             noised = draw(jax.random.key(seed), state)
             totals = (np.asarray(noised.weight_BxMxL) > 0).sum(-1)
@@ -224,8 +224,8 @@ def test_no_state_overflows_the_capacity_or_drops_a_count(size, blocks, compleme
 def test_what_is_seen_is_the_squared_mean_of_masked_tokens_by_count():
     losses = jnp.asarray([[[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]]])
     masked = jnp.asarray([[[True, False, True, False, True, True, True, True]]])
-    seen = counts().seen(losses, masked)
-    np.testing.assert_allclose(seen["squares_S"], [0, 4, 0, 6.5**2])
-    np.testing.assert_array_equal(seen["blocks_S"], [0, 1, 0, 1])
-    again = counts(decay=0.5).learn(seen, counts().seen(losses, jnp.zeros_like(masked)))
+    batch_statistics = counts().batch_statistics(losses, masked)
+    np.testing.assert_allclose(batch_statistics["squares_S"], [0, 4, 0, 6.5**2])
+    np.testing.assert_array_equal(batch_statistics["blocks_S"], [0, 1, 0, 1])
+    again = counts(decay=0.5).update_state(batch_statistics, counts().batch_statistics(losses, jnp.zeros_like(masked)))
     np.testing.assert_allclose(again["squares_S"], [0, 2, 0, 6.5**2 / 2])

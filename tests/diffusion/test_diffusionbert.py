@@ -79,7 +79,7 @@ def test_tokens_of_one_density_have_the_uniform_schedule():
 
 
 def test_is_never_a_bound_and_needs_the_density():
-    assert not OBJECTIVE.is_bound and OBJECTIVE.masks and OBJECTIVE.needs == ("density",)
+    assert not OBJECTIVE.is_bound and OBJECTIVE.uses_mask_token and OBJECTIVE.extra_batch_keys == ("density",)
 
 
 @pytest.mark.parametrize("strength", [-0.1, 0.32, float("nan")])

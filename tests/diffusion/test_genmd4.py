@@ -14,7 +14,7 @@ from toy_runs import toy_config
 from bd3lm_jax.diffusion import MD4, GenMD4
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.passes import PLAIN, plain_rows
+from bd3lm_jax.forward import DEFAULT_EXECUTION, single_document_rows
 from bd3lm_jax.score import score, total_loss
 
 LETTERS, SIZE = 3, 2
@@ -28,7 +28,7 @@ def genmd4(block_size=SIZE, power=1.0, eps=0.0):
     return GenMD4(block_size=block_size, power=power, eps=eps)
 
 
-def learnt(w_V):
+def learned_params(w_V):
     return {"log_w": jnp.log(jnp.asarray([*w_V, 1.0], jnp.float32))}
 
 
@@ -54,7 +54,7 @@ def block_loss(x, masked, t, w_V, mu):
 def losses_of(x, masked, t, w_V, mu):
     """The same by the objective."""
     logits = jnp.pad(jnp.log(jnp.asarray(mu, jnp.float32)), ((0, 0), (0, 1)), constant_values=4.0)
-    losses = GenMD4.token_loss(logits, jnp.asarray(x), None, None, BLANK, learnt(w_V))
+    losses = GenMD4.token_loss(logits, jnp.asarray(x), None, None, BLANK, learned_params(w_V))
     return float(jnp.sum(jnp.where(jnp.asarray(masked), losses, 0)) / t)
 
 
@@ -103,7 +103,7 @@ def test_gradient_of_the_schedules_is_that_of_the_enumerated_bound(t):
         losses = objective.token_loss(logits.reshape(-1, LETTERS + 1), targets, None, None, BLANK, own)
         return losses.reshape(masked_PxMxL.shape) * prob_P[:, None, None]
 
-    own = learnt(W)
+    own = learned_params(W)
     direct = jax.grad(lambda own: jnp.sum(noised.weight_BxMxL * expected_losses(own)))(own)["log_w"]
     through_masks = objective.noise_gradient(own, noised, x0_PxL, np.ones_like(x0_PxL), expected_losses(own))["log_w"]
     found = np.asarray(direct + through_masks)[:LETTERS] / 2  # a mean over the views of a pair
@@ -119,12 +119,12 @@ def test_one_schedule_for_all_is_md4(power):
     """Loss and gradient of the network on the same masks; and MD4's weights and levels are these."""
     objective, plain = genmd4(4, power), MD4(block_size=4, schedule=f"polynomial:{power}", clip=0.0)
     lm, x0 = make_lm(plain), jnp.asarray(make_ids(3, 8))
-    position, segment = plain_rows(x0)
-    own = objective.init_learnt(None, MASK + 1, 0)
+    position, segment = single_document_rows(x0)
+    own = objective.init_learned_params(None, MASK + 1, 0)
     noised = objective.corrupt(jax.random.key(1), x0, segment, 2, MASK, -1, own)
 
     def total(params, noised, token_loss):
-        scored = score(lm.model, params, plain, noised, x0, position, segment, PLAIN)
+        scored = score(lm.model, params, plain, noised, x0, position, segment, DEFAULT_EXECUTION)
         return total_loss(lm.model, params, scored, MASK, 0, token_loss)
 
     t = -jnp.expm1(-noised.sigma_BxMxK)
@@ -148,7 +148,7 @@ def test_what_is_masked():
     """Both views of a pair at one time, token v with probability (1-e) t^w_v."""
     x0 = np.tile(np.arange(LETTERS), (4000, 2)).astype(np.int32)
     segment = np.tile(np.arange(6) < 5, (4000, 1)).astype(np.int32)
-    noised = genmd4(3, eps=0.2).corrupt(jax.random.key(0), x0, segment, 2, BLANK, 0, learnt(W))
+    noised = genmd4(3, eps=0.2).corrupt(jax.random.key(0), x0, segment, 2, BLANK, 0, learned_params(W))
     masked, sigma = np.asarray(noised.xt_BxMxL) == BLANK, np.asarray(noised.sigma_BxMxK, np.float64)
     np.testing.assert_array_equal(sigma[:, 0], sigma[:, 1])
     assert (masked[:, 0] != masked[:, 1]).any() and not masked[..., 5].any()
@@ -164,7 +164,7 @@ def test_what_is_masked():
     (lambda: genmd4(0), "diffusion.block_size is 0"),
     (lambda: genmd4(power=0.0), "diffusion.power is 0.0"),
     (lambda: genmd4(eps=0.5), "diffusion.eps is 0.5"),
-    (lambda: genmd4().corrupt(jax.random.key(0), np.zeros((1, 2)), np.ones((1, 2)), 1, 2, 0, learnt(W)),
+    (lambda: genmd4().corrupt(jax.random.key(0), np.zeros((1, 2)), np.ones((1, 2)), 1, 2, 0, learned_params(W)),
      "views is 1, diffusion.kind='genmd4' needs an even number"),
     (lambda: make_lm(genmd4(4)).nll(make_ids(1, 4), estimator="native"), "estimator 'native'.* use exact_count"),
     (lambda: toy_config(Path("unused"), {"diffusion": {"kind": "genmd4", "block_size": 4, "power": 1.0, "eps": 0.0}}),

@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 from toy_law import LENGTH, ToyLaw, blocks, subsets
 
-from bd3lm_jax.diffusion.levels import Levels, level
+from bd3lm_jax.diffusion.levels import Levels, mask_prob_and_slope
 from bd3lm_jax.errors import UserError
 
 LAW, MASK, RAMP = ToyLaw(), 99, 0.4
@@ -21,14 +21,14 @@ def published(n, time, length, steps):
 @pytest.mark.parametrize(("length", "steps"), [(8, 12.0), (128, 2000.0)])
 def test_levels_are_the_published_ones(length, steps):
     n, share = np.arange(1, length + 1), np.linspace(0, 1, 41)[:, None]
-    f, slope = level(n, share, length, length / (length + steps))
+    f, slope = mask_prob_and_slope(n, share, length, length / (length + steps))
     expected = published(n, share * (length + steps), length, steps) / steps
     np.testing.assert_allclose(f, expected, atol=2e-6)
     assert np.all(np.diff(np.asarray(f), axis=1) >= -1e-6)  # left tokens ahead of right ones
     assert np.all(f[0] == 0) and np.all(np.abs(f[-1] - 1) < 1e-6)
     inside, h = share[1:-1] + 0.003, 1e-6  # between the kinks
     change = [published(n, (inside + s) * (length + steps), length, steps) / steps for s in (-h, h)]
-    np.testing.assert_allclose(level(n, inside, length, length / (length + steps))[1],
+    np.testing.assert_allclose(mask_prob_and_slope(n, inside, length, length / (length + steps))[1],
                                (change[1] - change[0]) / (2 * h), rtol=1e-3, atol=1e-3)
 
 
@@ -40,7 +40,7 @@ def test_the_integral_over_times_is_the_likelihood(size):
     total = np.zeros_like(LAW.probs)
     for low, high in zip(kinks, kinks[1:]):
         for t, part in zip(low + (high - low) * (nodes + 1) / 2, node_weights * (high - low) / 2):
-            f, slope = (np.asarray(x, np.float64) for x in level(np.arange(1, size + 1), t, size, RAMP))
+            f, slope = (np.asarray(x, np.float64) for x in mask_prob_and_slope(np.arange(1, size + 1), t, size, RAMP))
             for places in blocks(size):
                 for hidden in subsets(places):
                     inside = [i - places.start for i in hidden]

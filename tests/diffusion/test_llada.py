@@ -71,8 +71,8 @@ def test_pairs_cover_each_token_once():
         draw(dataclasses.replace(PLAIN, block_size=12, complement=True), segment, 3)
 
 
-def prepared(objective, seed, batch):
-    return {name: np.asarray(x) for name, x in objective.prepared(jax.random.key(seed), batch, END).items()}
+def prepare_batch(objective, seed, batch):
+    return {name: np.asarray(x) for name, x in objective.prepare_batch(jax.random.key(seed), batch, END).items()}
 
 
 def rows_of(segment_BxL, **more):
@@ -84,13 +84,13 @@ def test_random_lengths_cut_whole_batches():
     """One length a batch, uniform, in the stated part of the batches; a function of the key alone."""
     objective, length = dataclasses.replace(PLAIN, random_length=0.25), 8
     batch = rows_of(np.ones((3, length), np.int32))
-    cut = jax.jit(jax.vmap(lambda key: objective.prepared(key, batch, END)["segments"]))
+    cut = jax.jit(jax.vmap(lambda key: objective.prepare_batch(key, batch, END)["segments"]))
     segments = np.asarray(cut(jax.random.split(jax.random.key(0), 4096)))
     kept = segments.sum(-1)
     assert np.all(kept == kept[:, :1]) and np.all(np.diff(segments, axis=-1) <= 0)
     expected = 4096 * (np.full(length, 0.25 / length) + 0.75 * (np.arange(length) == length - 1))
     assert stats.chisquare(np.bincount(kept[:, 0], minlength=length + 1)[1:], expected).pvalue > 1e-4
-    assert prepared(PLAIN, 0, batch)["segments"].all()
+    assert prepare_batch(PLAIN, 0, batch)["segments"].all()
 
 
 PROMPT = np.array([[1, 1, 1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 0]])
@@ -100,7 +100,7 @@ SEGMENT = np.array([[1, 1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1
 def test_padding_becomes_end_tokens_of_the_answer():
     batch = rows_of(SEGMENT, prompt=PROMPT)
     batch["positions"] = np.where(SEGMENT, batch["positions"], 0)  # whatever padding holds
-    done = prepared(ANSWERS, 0, batch)
+    done = prepare_batch(ANSWERS, 0, batch)
     np.testing.assert_array_equal(done["tokens"][0], [10, 11, 12, 13, 14, END, END, END])
     np.testing.assert_array_equal(done["positions"], np.tile(np.arange(8), (3, 1)))
     assert np.all(done["segments"] == 1)
@@ -121,7 +121,7 @@ def test_normalisations(normalise):
     lengths = np.array([5, 7, 1])
     by_hand = of_rows.sum() / lengths.sum() if normalise == "tokens" else (of_rows / lengths).mean()
     assert step == pytest.approx(by_hand, rel=1e-4)
-    assert not objective.is_bound and objective.needs == ("prompt",) and PLAIN.needs == ()
+    assert not objective.is_bound and objective.extra_batch_keys == ("prompt",) and PLAIN.extra_batch_keys == ()
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -53,7 +53,7 @@ def test_levels_and_capacity_hold_for_all_sizes(drawn):
 
 
 def test_it_is_no_bound_of_one_model():
-    assert not OBJECTIVE.is_bound and OBJECTIVE.masks
+    assert not OBJECTIVE.is_bound and OBJECTIVE.uses_mask_token
     assert OBJECTIVE.at(8).block_size == 8 and OBJECTIVE.at(8).is_bound
 
 

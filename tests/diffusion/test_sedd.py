@@ -14,7 +14,7 @@ from toy_lm import MASK, make_ids, make_lm
 from bd3lm_jax.config import Config
 from bd3lm_jax.diffusion import SEDD
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.passes import PLAIN, plain_rows
+from bd3lm_jax.forward import DEFAULT_EXECUTION, single_document_rows
 from bd3lm_jax.score import score, total_loss
 from configs import tiny
 
@@ -146,9 +146,9 @@ def test_padding_is_never_masked():
 def test_training_loss_is_the_published_formula_on_the_networks_output():
     objective = sedd()
     lm, x0 = make_lm(objective, time_conditioning=True), jnp.asarray(make_ids(3, 8))
-    position, segment = plain_rows(x0)
+    position, segment = single_document_rows(x0)
     noised = objective.corrupt(jax.random.key(2), x0, segment, 1, MASK, -1)
-    scored = score(lm.model, lm.params, objective, noised, x0, position, segment, PLAIN)
+    scored = score(lm.model, lm.params, objective, noised, x0, position, segment, DEFAULT_EXECUTION)
     total = total_loss(lm.model, lm.params, scored, MASK, 5, objective.token_loss)
     sigma = np.asarray(noised.sigma_BxMxK[:, 0], np.float64)
     net = np.asarray(lm.logits(noised.xt_BxMxL[:, 0], x0, sigma=sigma))

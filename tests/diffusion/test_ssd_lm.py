@@ -12,14 +12,14 @@ import optax
 import pytest
 from toy_runs import END, LENGTH, MASK, network, quick_jit, toy_config
 
-from bd3lm_jax import models, passes
+from bd3lm_jax import models, forward
 from bd3lm_jax.cost import flops
 from bd3lm_jax.diffusion.masked import Masked
 from bd3lm_jax.diffusion.ssd_lm import ALPHA_BAR_MIN, OFFSET, SSDLM, alpha_bar, noisy_logits
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import estimators
 from bd3lm_jax.models import trunk
-from bd3lm_jax.passes import PLAIN
+from bd3lm_jax.forward import DEFAULT_EXECUTION
 from bd3lm_jax.score import SpecialIds
 from bd3lm_jax.state import TrainState
 from bd3lm_jax.step import make_step
@@ -43,7 +43,7 @@ def drawn():
 
     def run(key):
         noised = IT.corrupt(key, X0, segment, VIEWS, VOCAB, END)
-        return noised, IT.mixtures(noised, X0, VOCAB)
+        return noised, IT.soft_inputs(noised, X0, VOCAB)
 
     return segment, *quick_jit(run)(jax.random.key(0))
 
@@ -107,7 +107,7 @@ def test_every_real_token_counts_once():
 @functools.cache
 def letters():
     tokens = np.random.default_rng(0).integers(97, 103, size=(BATCH, LENGTH)).astype(np.int32)
-    position, segment = (np.array(x) for x in passes.plain_rows(tokens))
+    position, segment = (np.array(x) for x in forward.single_document_rows(tokens))
     tokens[-1, -10:], position[-1, -10:], segment[-1, -10:] = END, 0, 0
     return {"tokens": jnp.asarray(tokens), "positions": jnp.asarray(position), "segments": jnp.asarray(segment)}
 
@@ -119,18 +119,18 @@ def loss_by_hand():
     model, params = network(config)
     key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))[0]
     noised = quick_jit(lambda: config.diffusion.corrupt(key, rows["tokens"], rows["segments"], VIEWS, MASK, END))()
-    p = np.asarray(quick_jit(lambda: config.diffusion.mixtures(noised, rows["tokens"], MASK + 1))())
+    p = np.asarray(quick_jit(lambda: config.diffusion.soft_inputs(noised, rows["tokens"], MASK + 1))())
     table = np.asarray(params["embed"]["embedding"])
     # The rows of a new table are the mixtures themselves, so that the network is asked with ids.
-    mixtures = (p.reshape(-1, MASK + 1) @ table[:MASK + 1]).astype(np.float32)
-    wide = models.build(dataclasses.replace(model.config, vocab_size=len(table) + len(mixtures)), jnp.float32)
+    soft_inputs = (p.reshape(-1, MASK + 1) @ table[:MASK + 1]).astype(np.float32)
+    wide = models.build(dataclasses.replace(model.config, vocab_size=len(table) + len(soft_inputs)), jnp.float32)
     model = model._replace(embed=wide.embed)
-    changed = {**params, "embed": {"embedding": jnp.concatenate([table, mixtures])}}
-    ids = len(table) + np.arange(len(mixtures)).reshape(BATCH, VIEWS, LENGTH).astype(np.int32)
+    changed = {**params, "embed": {"embedding": jnp.concatenate([table, soft_inputs])}}
+    ids = len(table) + np.arange(len(soft_inputs)).reshape(BATCH, VIEWS, LENGTH).astype(np.int32)
 
     def logits(params):
-        h = passes.two_stream(model, params, ids, rows["tokens"], rows["positions"], rows["segments"], block_size=BLOCK,
-                              sigma_BxMxn=noised.sigma_BxMxK, execution=PLAIN)
+        h = forward.two_stream(model, params, ids, rows["tokens"], rows["positions"], rows["segments"], block_size=BLOCK,
+                              sigma_BxMxn=noised.sigma_BxMxK, execution=DEFAULT_EXECUTION)
         return trunk.logits(model, params, h, noised.sigma_BxMxK)
 
     found = np.asarray(quick_jit(logits)(changed), np.float64)
@@ -155,7 +155,7 @@ def test_the_step_computes_the_formula(microbatch):
 
 def test_it_has_no_bound():
     config = make_config()
-    assert not IT.is_bound and not IT.masks and not estimators.has_bound(config)
+    assert not IT.is_bound and not IT.uses_mask_token and not estimators.has_bound(config)
     for name in ("native", "exact_count", "exact"):
         with pytest.raises(UserError, match="kind 'ssd_lm' has no bound on its likelihood"):
             estimators.make(name, config)

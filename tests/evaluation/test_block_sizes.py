@@ -10,13 +10,13 @@ import pytest
 from toy_lm import CONTEXT, MASK, make_ids, make_lm, masked
 from toy_runs import toy_config, write_text
 
-from bd3lm_jax import passes
+from bd3lm_jax import forward
 from bd3lm_jax.diffusion.mixed import Mixed
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import block_sizes
 from bd3lm_jax.evaluation.estimators import make
 from bd3lm_jax.evaluation.evaluate_run import evaluate_run
-from bd3lm_jax.passes import RowSizes
+from bd3lm_jax.forward import RowBlockSizes
 from bd3lm_jax.score import row_losses, score
 from bd3lm_jax.train import train
 
@@ -29,7 +29,7 @@ SECTION = {"kind": "mixed", **dataclasses.asdict(MIXED)}
 def test_a_token_of_each_row_depends_on_what_its_block_size_allows(backend):
     """Every clean and every noised token is changed in a row of its own: whose output moves, against BD3-LM's rules."""
     lm = make_lm(masked(4))
-    execution = dataclasses.replace(passes.PLAIN, backend=backend)
+    execution = dataclasses.replace(forward.DEFAULT_EXECUTION, backend=backend)
     base, views = make_ids(2, LENGTH)
     clean, noised, sizes = (np.repeat(x, 1 + 2 * LENGTH, axis=0) for x in (
         np.tile(base, (3, 1)), np.tile(views, (3, 1)), np.array(SIZES)))
@@ -38,10 +38,10 @@ def test_a_token_of_each_row_depends_on_what_its_block_size_allows(backend):
         stream = clean if token < LENGTH else noised
         if token >= 0:
             stream[row, token % LENGTH] = (stream[row, token % LENGTH] + 1) % MASK
-    position, segment = passes.plain_rows(clean)
-    h = jax.jit(lambda: passes.two_stream(
+    position, segment = forward.single_document_rows(clean)
+    h = jax.jit(lambda: forward.two_stream(
         lm.model, lm.params, noised[:, None], jnp.asarray(clean), position, segment, block_size=4,
-        sizes=RowSizes(jnp.asarray(sizes), 1), execution=execution))()
+        sizes=RowBlockSizes(jnp.asarray(sizes), 1), execution=execution))()
     h = np.asarray(h).reshape(3, 1 + 2 * LENGTH, LENGTH, -1)
     moved = np.abs(h[:, 1:] - h[:, :1]).max(-1) > 1e-5
     assert not np.any((np.abs(h[:, 1:] - h[:, :1]).max(-1) > 1e-6) & ~moved)
@@ -55,11 +55,11 @@ def test_a_token_of_each_row_depends_on_what_its_block_size_allows(backend):
 def test_the_loss_of_a_row_is_that_of_a_batch_of_its_size():
     """Of a network that is told the levels, which come for every smallest block."""
     lm = make_lm(masked(4), time_conditioning=True)
-    x0, (position, segment) = make_ids(6, LENGTH), passes.plain_rows(make_ids(6, LENGTH))
+    x0, (position, segment) = make_ids(6, LENGTH), forward.single_document_rows(make_ids(6, LENGTH))
     key = jax.random.key(5)
 
     def losses(objective, noised):
-        scored = score(lm.model, lm.params, objective, noised, x0, position, segment, passes.PLAIN)
+        scored = score(lm.model, lm.params, objective, noised, x0, position, segment, forward.DEFAULT_EXECUTION)
         return (row_losses(lm.model, lm.params, scored, MASK, 0) * scored.weight_BxMxC).sum((1, 2))
 
     noised = MIXED.corrupt(key, x0, segment, 2, MASK, 3)
@@ -126,9 +126,9 @@ def test_a_run_with_several_sizes_trains_and_gives_the_curve(run):
 
 def test_one_size_makes_no_curve():
     config = toy_config(Path("unused"))
-    assert config.trained_sizes == (4,) and config.at_trained_size(4) is config
+    assert config.trained_block_sizes == (4,) and config.at_trained_block_size(4) is config
     with pytest.raises(UserError, match="block_size is 2, expected 4, what the model was trained with"):
-        config.at_trained_size(2)
+        config.at_trained_block_size(2)
 
 
 @pytest.mark.parametrize(("changes", "words"), [

@@ -139,7 +139,7 @@ def test_scores_do_not_depend_on_batch_order_or_padding(objective, monkeypatch):
 
 @functools.partial(jax.jit, static_argnums=3)
 def draw_masks(key, index, segments_L, size=4):
-    keyed = conditional.Keyed(dataclasses.replace(masked(size), complement=True))
+    keyed = conditional.PositionKeyed(dataclasses.replace(masked(size), complement=True))
     noised = keyed.noised(key, index, 1, jnp.zeros(24, int), segments_L, SpecialIds(MASK, END))
     return noised.xt_BxMxL == MASK
 

@@ -8,11 +8,11 @@ from toy_runs import toy_config, write_text
 
 from bd3lm_jax.bench import bench
 from bd3lm_jax.data.prepare import prepare
-from bd3lm_jax.data.sized import Sized
+from bd3lm_jax.data.token_bytes import RowsWithBytes
 from bd3lm_jax.data.tokenizers import ByteTokenizer
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import density_study
-from bd3lm_jax.evaluation.density_study import Tagged, masked_runs, study
+from bd3lm_jax.evaluation.density_study import TaggedRows, masked_runs, study
 from bd3lm_jax.evaluation.evaluate import open_run
 from bd3lm_jax.train import train
 from configs import common
@@ -39,7 +39,7 @@ def test_bounds_of_both_kinds_add_up(runs, tmp_path):
     assert [row["masks"] for row in rows] == ["masked, pairs", "priority, hard, 100% of documents tagged, pairs"]
     for row in rows:
         run = open_run(row["run"], "ema", 0)
-        plain = Sized(prepare(run.config.data, "test", 4, run.tokenizer), run.tokenizer)
+        plain = RowsWithBytes(prepare(run.config.data, "test", 4, run.tokenizer), run.tokenizer)
         whole = run.evaluator.run(run.params, plain, estimator="exact_count", draws=1, seed=0)
         (parts,) = row["bounds"].values()
         assert sum(part["tokens"] for part in parts.values()) == whole["tokens"]
@@ -58,7 +58,7 @@ def test_bounds_of_both_kinds_add_up(runs, tmp_path):
 def test_parts_by_a_slow_loop(runs):
     run = open_run(runs[1], "ema", 0)
     rows = prepare(run.config.data, "test", 4, ByteTokenizer())
-    tagged, ids = Tagged(rows), np.arange(len(rows))
+    tagged, ids = TaggedRows(rows), np.arange(len(rows))
     values, documents, density = rows.tokens(ids) + 0.5, rows.documents(ids), rows.density(ids)
     parts = tagged.documents(ids)
     nats = np.array([scale * np.bincount(parts[parts >= 0], values[parts >= 0]) for scale in (1.0, 1.1)])

@@ -9,13 +9,13 @@ from bd3lm_jax.data import corpora
 from bd3lm_jax.data.corpora import Corpus
 from bd3lm_jax.data.prepare import prepare_tokenizer
 from bd3lm_jax.data.tokenizers import ByteTokenizer, get_tokenizer
-from bd3lm_jax.data.windows import Convention, Given, Windows
+from bd3lm_jax.data.windows import ScoringConvention, ConditionedRows, Windows
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import domains
-from bd3lm_jax.evaluation.domains import DOMAINS, Missing, check_overlap, convention_for, open_text
+from bd3lm_jax.evaluation.domains import DOMAINS, MissingText, check_overlap, convention_for, open_text
 from bd3lm_jax.stats import ratio_interval
 
-PLAIN = Convention("independent", 0, "predict", "count")
+PLAIN = ScoringConvention("independent", 0, "predict", "count")
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_a_local_file_is_detokenised_and_its_words_counted(opened, tmp_path):
     text = opened("wikitext2", data_dir=str(tmp_path))
     assert texts(text) == ["= Heading =", "It is a well-known <unk>."]
     assert text.words_D.tolist() == [3 + 1, 8 + 1]
-    without_ends = opened("wikitext2", data_dir=str(tmp_path), convention=Convention("independent", 0, "skip", "skip"))
+    without_ends = opened("wikitext2", data_dir=str(tmp_path), convention=ScoringConvention("independent", 0, "skip", "skip"))
     assert without_ends.words_D.tolist() == [3, 8]
     assert without_ends.document_bytes().tolist() == [len(line) for line in texts(text)]
 
@@ -87,7 +87,7 @@ def test_words_of_a_document_that_is_scored_in_part(opened, tmp_path):
     """Equal costs a byte are equal costs a word, whatever is scored."""
     (tmp_path / "ptb.txt").write_text("the price rose N times\n" * 9)
     found = [text.describe(Costs(lambda ids, sizes: 1.4 * sizes).measure(None, text.rows)) for text in (
-        opened("ptb", data_dir=str(tmp_path), convention=Convention("independent", 0, first, "count"),
+        opened("ptb", data_dir=str(tmp_path), convention=ScoringConvention("independent", 0, first, "count"),
                changes={"data.layout": "pad"}) for first in ("predict", "skip"))]
     assert found[1]["words"] < found[0]["words"]
     assert found[1]["word_ppl"] == pytest.approx(found[0]["word_ppl"])
@@ -109,10 +109,10 @@ def test_tfds_domains_join_their_fields(opened, monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name, domain in DOMAINS.items() if name != "austen" and not domain.resource])
 def test_what_is_missing_says_how_to_get_it(opened, tmp_path, name):
-    with pytest.raises(Missing, match=f"as {name}.txt .*--data_dir=DIRECTORY") as error:
+    with pytest.raises(MissingText, match=f"as {name}.txt .*--data_dir=DIRECTORY") as error:
         opened(name)
     assert ("tfds.builder" in str(error.value)) == bool(DOMAINS[name].tfds)
-    with pytest.raises(Missing, match=f"in {tmp_path} as {name}.txt"):
+    with pytest.raises(MissingText, match=f"in {tmp_path} as {name}.txt"):
         opened(name, data_dir=str(tmp_path))
 
 
@@ -143,9 +143,9 @@ def test_a_text_the_tokenizer_does_not_know():
 
 
 def test_windows_follow_the_layout_of_the_run(opened, tmp_path):
-    convention = Convention("sliding", 8, "skip", "count")
+    convention = ScoringConvention("sliding", 8, "skip", "count")
     stream = opened("", convention=convention)
-    assert isinstance(stream.rows, Given) and isinstance(stream.rows._rows, Windows)
+    assert isinstance(stream.rows, ConditionedRows) and isinstance(stream.rows._rows, Windows)
     assert stream.rows.meta["layout"] == "wrap" and stream.stride == 8
     documents = stream.rows.meta["documents"]
     ids = np.arange(len(stream.rows))

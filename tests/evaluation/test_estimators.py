@@ -24,9 +24,9 @@ TABLE_PxS = np.random.default_rng(7).exponential(2.0, (2**SIZE, SIZE)) * (1 + np
 COMPLEMENT = dataclasses.replace(Masked.uniform_counts(SIZE), complement=True)
 SHAPED = dataclasses.replace(COMPLEMENT, count_probs=(1.0, 5.0, 2.0, 8.0))
 SAMPLED = {
-    "exact_count": estimators.Sampled("exact_count", COMPLEMENT),
-    "importance": estimators.Sampled("importance", SHAPED),
-    "bernoulli": estimators.Sampled("bernoulli", dataclasses.replace(Masked.uniform_counts(SIZE),
+    "exact_count": estimators.MonteCarlo("exact_count", COMPLEMENT),
+    "importance": estimators.MonteCarlo("importance", SHAPED),
+    "bernoulli": estimators.MonteCarlo("bernoulli", dataclasses.replace(Masked.uniform_counts(SIZE),
                                                                      corruption="bernoulli", eps=1e-3)),
 }
 # Real tokens of the blocks of a row: whole ones, short ones, none.
@@ -67,7 +67,7 @@ def estimates(estimator, draws, seed):
         return nats.reshape(estimator.replicates, -1, BLOCKS).mean(1), over
 
     keys = jax.random.split(jax.random.key(seed), ROWS)
-    passes = jnp.arange(estimator.passes(draws))
+    passes = jnp.arange(estimator.num_passes(draws))
     nats, over = jax.vmap(lambda key: jax.vmap(functools.partial(one_pass, key))(passes))(keys)
     return nats.mean(1), over.max()
 
@@ -99,19 +99,19 @@ def test_replicates_are_independent():
 
 
 def test_enumeration_is_the_bound_of_every_row():
-    estimator = estimators.Enumerated(SIZE)
+    estimator = estimators.Exhaustive(SIZE)
     nats, over = estimates(estimator, 1, 0)
     np.testing.assert_allclose(nats[0, 0], [bound(n) for n in REAL_K], rtol=1e-5)
     np.testing.assert_array_equal(nats[0], nats[-1])  # nothing is random
-    assert over <= 0 and estimator.views == 15 and estimator.passes(1) == 1
+    assert over <= 0 and estimator.views == 15 and estimator.num_passes(1) == 1
 
 
 @pytest.mark.parametrize("size", range(1, 9))
 def test_enumeration_meets_every_mask_of_every_block_once(size):
     """For S = 8 the 255 masks come in 16 passes of 16 views; one view is left over."""
-    estimator = estimators.Enumerated(size)
+    estimator = estimators.Exhaustive(size)
     tokens, segments = jnp.zeros(4 * size, int), jnp.ones(4 * size, int)
-    views = [estimator.noised(None, i, 1, tokens, segments, SPECIAL) for i in range(estimator.passes(1))]
+    views = [estimator.noised(None, i, 1, tokens, segments, SPECIAL) for i in range(estimator.num_passes(1))]
     hidden = np.concatenate([np.asarray(view.xt_BxMxL) == SPECIAL.mask for view in views]).reshape(-1, 4, size)
     weight = np.concatenate([np.asarray(view.weight_BxMxL) for view in views]).reshape(-1, 4, size)
     assert len(hidden) <= 256 and estimator.views <= 16
@@ -156,14 +156,14 @@ def pilot(sd_by_class, pairs, size, seed=0):
 
 def test_the_law_follows_the_standard_deviations():
     first = estimators.Importance("importance", COMPLEMENT)
-    learnt = first.learn(*pilot({2: 1.0, 3: 2.0, 4: 4.0}, 40000, SIZE))
+    learnt = first.from_pilot(*pilot({2: 1.0, 3: 2.0, 4: 4.0}, 40000, SIZE))
     probs = np.array(learnt.measure.count_probs)
     np.testing.assert_allclose(probs / probs.sum(), np.array([2, 1, 2, 4]) / 9, atol=0.01)
-    assert not learnt.learns and learnt.measure.complement and np.all(probs == np.round(probs))
+    assert not learnt.needs_pilot and learnt.measure.complement and np.all(probs == np.round(probs))
 
 
 def test_no_count_is_left_out():
-    learnt = estimators.Importance("importance", COMPLEMENT).learn(*pilot({2: 0.0, 3: 0.0, 4: 9.0}, 4000, SIZE))
+    learnt = estimators.Importance("importance", COMPLEMENT).from_pilot(*pilot({2: 0.0, 3: 0.0, 4: 9.0}, 4000, SIZE))
     probs = np.array(learnt.measure.count_probs)
     assert probs.min() >= 0.2 * probs.mean()
 
@@ -173,7 +173,7 @@ def test_a_small_pilot_changes_nothing(size, pairs):
     """Too few pairs to tell counts apart: they share one standard deviation."""
     measure = dataclasses.replace(Masked.uniform_counts(size), complement=True)
     sds = {k: 1.0 + k for k in range(size + 1)}
-    probs = estimators.Importance("importance", measure).learn(*pilot(sds, pairs, size)).measure.count_probs
+    probs = estimators.Importance("importance", measure).from_pilot(*pilot(sds, pairs, size)).measure.count_probs
     assert len(probs) == size and len(set(probs)) == 1
 
 
@@ -181,8 +181,8 @@ def test_short_blocks_teach_nothing():
     counts, means = pilot({2: 1.0, 3: 2.0, 4: 4.0}, 4000, SIZE)
     short = np.array([[2, 1]] * 4000), np.array([[100.0, -100.0]] * 4000) * np.arange(4000)[:, None]
     first = estimators.Importance("importance", COMPLEMENT)
-    both = first.learn(np.concatenate([counts, short[0]]), np.concatenate([means, short[1]]))
-    assert both == first.learn(counts, means)
+    both = first.from_pilot(np.concatenate([counts, short[0]]), np.concatenate([means, short[1]]))
+    assert both == first.from_pilot(counts, means)
 
 
 # ---- which model takes which
@@ -198,7 +198,7 @@ def test_where_one_pass_is_exact_it_is_taken(name, objective, tmp_path):
     changes = {"diffusion": AR, "model.adaln": False} if objective == "ar" else {"diffusion.block_size": 1}
     config = toy_config(tmp_path, changes)
     estimator = estimators.make(name, config)
-    assert (estimator.name, estimator.passes(9), estimator.views) == ("nll", 1, 1)
+    assert (estimator.name, estimator.num_passes(9), estimator.views) == ("nll", 1, 1)
     assert estimators.default_estimator(config) == "nll"
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from toy_runs import AR, END, LENGTH, MASK, network, quick_jit, run_python, toy_config, write_text
 
-from bd3lm_jax import passes, sharding, stats
+from bd3lm_jax import forward, sharding, stats
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
-from bd3lm_jax.data.sized import Sized
+from bd3lm_jax.data.token_bytes import RowsWithBytes
 from bd3lm_jax.errors import RunError, UserError
 from bd3lm_jax.evaluation.evaluate import Evaluator, Target
 from bd3lm_jax.evaluation.evaluate_run import evaluate_run
@@ -42,7 +42,7 @@ def prepared(home):
             config = toy_config(home, changes)
             model, params = network(config, scale=0.15)
             tokenizer = prepare_tokenizer(config.data)
-            rows = Sized(prepare(config.data, split, config.block_size, tokenizer), tokenizer)
+            rows = RowsWithBytes(prepare(config.data, split, config.block_size, tokenizer), tokenizer)
             known[key] = Evaluator(config, model, SPECIAL, sharding.make_mesh(config.mesh)), model, params, rows
         return known[key]
 
@@ -71,8 +71,8 @@ def enumerated_bound(model, params, rows, size):
     patterns = np.array(list(itertools.product([False, True], repeat=size))[1:])
     masks = np.tile(patterns, LENGTH // size)  # [15, L]: every block in the same pattern; blocks do not see each other
     xt = np.where(masks[None] & (segment != 0)[:, None], MASK, tokens[:, None])
-    h = quick_jit(lambda p: passes.two_stream(model, p, xt, tokens, position, segment, block_size=size,
-                                            execution=passes.PLAIN))(params)
+    h = quick_jit(lambda p: forward.two_stream(model, p, xt, tokens, position, segment, block_size=size,
+                                            execution=forward.DEFAULT_EXECUTION))(params)
     nats = -log_probs(model, params, h, np.broadcast_to(tokens[:, None], xt.shape))
     total = np.zeros(len(tokens))
     for row, block in itertools.product(range(len(tokens)), range(LENGTH // size)):
@@ -136,8 +136,8 @@ def test_by_count_averages_what_the_bound_is_made_of(prepared, runs):
     assert set(runs[0]["nll_by_count"]) == {1, 2, 3, 4}
     masks = np.eye(4, dtype=bool)  # k = 1: each place of a block once
     xt = np.where(np.tile(masks, LENGTH // 4)[None] & (segment != 0)[:, None], MASK, tokens[:, None])
-    h = quick_jit(lambda p: passes.two_stream(model, p, xt, tokens, position, segment, block_size=4,
-                                              execution=passes.PLAIN))(params)
+    h = quick_jit(lambda p: forward.two_stream(model, p, xt, tokens, position, segment, block_size=4,
+                                              execution=forward.DEFAULT_EXECUTION))(params)
     nats = -log_probs(model, params, h, np.broadcast_to(tokens[:, None], xt.shape))
     alone = nats[(xt == MASK)].mean()
     found = [run["nll_by_count"][1] for run in runs]
@@ -148,8 +148,8 @@ def causal_nats(model, params, rows):
     """Nats of every token given those before it in its row, the end token before the first."""
     tokens, position, segment, _ = arrays(rows)
     before = np.concatenate([np.full((len(tokens), 1), END), tokens[:, :-1]], axis=1)
-    h = quick_jit(lambda p: passes.one_stream(model, p, before, position, segment, rule="causal", block_size=1,
-                                              execution=passes.PLAIN))(params)
+    h = quick_jit(lambda p: forward.one_stream(model, p, before, position, segment, rule="causal", block_size=1,
+                                              execution=forward.DEFAULT_EXECUTION))(params)
     return -log_probs(model, params, h, tokens)
 
 
@@ -180,8 +180,8 @@ def test_blocks_of_one_token_are_the_chain_rule(prepared):
     @quick_jit
     def ask(row):
         ids, segment = jnp.where(here, MASK, row), jnp.asarray(before | here, jnp.int32)
-        h = passes.one_stream(model, params, ids, position, segment, rule="block_causal", block_size=1,
-                              execution=passes.PLAIN)
+        h = forward.one_stream(model, params, ids, position, segment, rule="block_causal", block_size=1,
+                              execution=forward.DEFAULT_EXECUTION)
         return h[at, at]
 
     nats = [-log_probs(model, params, ask(row)[None], row[None]).sum() for row in tokens]

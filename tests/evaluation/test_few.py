@@ -31,7 +31,7 @@ def test_a_target_is_judged_when_enough_is_known(rows, spread, draws, monkeypatc
         for done in range(1, 65):
             total = types.SimpleNamespace(rows_UxR=estimates[:2 * done], draws=done, round_draws=1, tokens_N=np.ones(3))
             try:
-                if evaluate._met(total, target):
+                if evaluate._target_reached(total, target):
                     means.append(total.rows_UxR.mean(0).sum() / truth)
                     break
             except RunError:

@@ -10,16 +10,16 @@ from toy_costs import Costs, causal_config, opened
 
 from bd3lm_jax.data.prepare import prepare_tokenizer
 from bd3lm_jax.data.tokenizers import get_tokenizer
-from bd3lm_jax.data.windows import Convention
+from bd3lm_jax.data.windows import ScoringConvention
 from bd3lm_jax.evaluation import compare, suite
 from bd3lm_jax.evaluation.domains import open_text
 from bd3lm_jax.evaluation.suite import Scored
 from bd3lm_jax.stats import ratio_interval
 
-WHOLE, SKIP = (Convention("independent", 0, first, "count") for first in ("predict", "skip"))
-CONVENTIONS = {"whole": WHOLE, "skip": SKIP, "no ends": Convention("independent", 0, "skip", "skip"),
-               "sliding": Convention("sliding", 0, "skip", "count"),
-               "no ends in windows": Convention("sliding", 4, "predict", "skip")}
+WHOLE, SKIP = (ScoringConvention("independent", 0, first, "count") for first in ("predict", "skip"))
+CONVENTIONS = {"whole": WHOLE, "skip": SKIP, "no ends": ScoringConvention("independent", 0, "skip", "skip"),
+               "sliding": ScoringConvention("sliding", 0, "skip", "count"),
+               "no ends in windows": ScoringConvention("sliding", 4, "predict", "skip")}
 PER_BYTE = 1.4 / math.log(2)  # bits per byte of a model that costs 1.4 nats a byte
 
 

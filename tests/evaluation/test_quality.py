@@ -119,14 +119,14 @@ def test_long_texts_by_position():
 def test_real_text_is_cut_to_the_same_lengths():
     words = Words()
     documents = ["a b", "c", "d e f", "g"]
-    pieces = quality.cut_like([1, 3, 2, 99], documents, words)
+    pieces = quality.cut_to_lengths([1, 3, 2, 99], documents, words)
     assert [[list(words._numbers)[i] for i in piece] for piece in pieces] == [
         ["a"], ["c", "d", "e"], ["d", "e"], ["g", "a", "b", "c", "d", "e", "f"]]
 
 
 def test_documents_of_real_text_end(lm):
     scorer = quality.Scorer(lm, "toy", 0)
-    assert quality.cut_like([5], ["ab", "ca"], scorer)[0].tolist() == [0, 1, END, 2, 0]
+    assert quality.cut_to_lengths([5], ["ab", "ca"], scorer)[0].tolist() == [0, 1, END, 2, 0]
 
 
 def test_the_scorers_own_corpus_is_the_reference(tmp_path, monkeypatch, tables):

@@ -86,7 +86,7 @@ def test_differences_are_paired_by_document(home, both):
     for name in ("blocks", "ar"):
         run = open_run(str(home / name), "ema", 0)
         text = domains.open_text(run.config, run.tokenizer, data="far", split="test", data_dir=str(home),
-                                 convention=domains.Convention("independent", 0, "predict", "count"))
+                                 convention=domains.ScoringConvention("independent", 0, "predict", "count"))
         nats.append(run.evaluator.measure(run.params, text.rows, estimator=default_estimator(run.config), draws=1,
                                           seed=0, target=None).documents_UxN.mean(0))
     size = np.array([len(line) + 1 for line in (home / "far.txt").read_text().splitlines()])

@@ -19,13 +19,13 @@ from bd3lm_jax.diffusion.schedule import get_schedule
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import variance
 from bd3lm_jax.lm import load
-from bd3lm_jax.passes import PLAIN
+from bd3lm_jax.forward import DEFAULT_EXECUTION
 from bd3lm_jax.score import row_losses, score
 from bd3lm_jax.train import train
 
 BATCH, DRAWS = 8, 6
 UNIFORM = Masked.uniform_counts(4)
-OBJECTIVES = {name: variance.sampled(name, 4) for name in variance.BERNOULLI}
+OBJECTIVES = {name: variance.bernoulli_objective(name, 4) for name in variance.BERNOULLI}
 COUNTS = {"uniform": UNIFORM, "shaped": dataclasses.replace(UNIFORM, count_probs=(1.0, 5.0, 2.0, 8.0))}
 
 
@@ -98,7 +98,7 @@ def block_losses(lm, objective):
     @quick_jit
     def losses(params, noised, batch):
         scored = score(lm.model, params, lm.config.diffusion, noised, batch["tokens"], batch["positions"],
-                       batch["segments"], PLAIN)
+                       batch["segments"], DEFAULT_EXECUTION)
         return row_losses(lm.model, params, scored, lm.special.mask, 0)
 
     for step in range(DRAWS):
@@ -178,12 +178,12 @@ def test_wrong_input(monkeypatch, model, batch, draws, message):
 def test_ratios_and_their_intervals():
     """Two batches of blocks of one token, whose losses and gradients are known."""
     sums = np.array([[[2, 4.0, 10.0]], [[2, 8.0, 34.0]]])  # losses 1, 3 and 3, 5
-    laws = {"linear": np.array([[1.0], [2.0]]), "other": np.array([[0.5], [0.5]])}
-    linear, other = variance._compare(sums, laws, {"linear": [1.0, 3.0], "other": [1.0, 1.0]}, {"linear": 4.0})
+    moments = {"linear": np.array([[1.0], [2.0]]), "other": np.array([[0.5], [0.5]])}
+    linear, other = variance._compare(sums, moments, {"linear": [1.0, 3.0], "other": [1.0, 1.0]}, {"linear": 4.0})
     assert (linear["mean"], linear["variance"], linear["gradient"]) == (3.0, 22.0 - 9.0, 2.0)
     assert (other["mean"], other["variance"]) == (1.5, 5.5 - 2.25)
     assert other["variance_ratio"] == pytest.approx(0.25) and other["relative_ratio"] == pytest.approx(1.0)
     assert other["gradient_ratio"] == pytest.approx((1 / 2.25) / (2 / 9))
     assert linear["published_ratio"] == 1 and other["published_ratio"] is None
     with pytest.raises(UserError, match="4 blocks, too few for each of the 2 counts"):
-        variance._compare(np.pad(sums, ((0, 0), (0, 1), (0, 0))), laws, {"linear": [1.0] * 2, "other": [1.0] * 2}, {})
+        variance._compare(np.pad(sums, ((0, 0), (0, 1), (0, 0))), moments, {"linear": [1.0] * 2, "other": [1.0] * 2}, {})

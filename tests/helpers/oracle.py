@@ -10,7 +10,7 @@ from bd3lm_jax.attention.reference import dense_attention
 from bd3lm_jax.attention.spec import MaskSpec, Tokens
 
 
-def make_tokens(rows, length, block_size, view):
+def make_tokens(rows, length, block_size, noise_sample):
     """rows: for each row the lengths of its documents; the rest is padding."""
     position, segment = np.zeros((2, len(rows), length), np.int32)
     for row, documents in enumerate(rows):
@@ -19,7 +19,7 @@ def make_tokens(rows, length, block_size, view):
             position[row, start:start + size] = np.arange(size)
             segment[row, start:start + size] = index + 1
             start += size
-    return Tokens(position, position // block_size, segment, view)
+    return Tokens(position, position // block_size, segment, noise_sample)
 
 
 def one_stream_spec(rule, rows, length, block_size):

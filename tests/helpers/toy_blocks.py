@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from bd3lm_jax.sampling import SAMPLERS, Asked, Filters, Request, Settings, run_blocks, start
+from bd3lm_jax.sampling import SAMPLERS, DenoiserContext, Filters, Request, Settings, run_blocks, start
 
 LENGTH, SIZE, KINDS = 6, 3, 3
 MASK = KINDS
@@ -33,15 +33,15 @@ def conditional(known, i):
     return chances / chances.sum()
 
 
-def denoise(canvas_BxS, block, finished, positions_BxP, level_B, stored_BxL):
+def denoise(canvas_BxS, block, previous, positions_BxP, level_B, stored_BxL):
     """Logits of the exact conditionals, as a network gives them; the cache holds the tokens of finished blocks.
 
     The mask token has the largest logit of all, which the loop must not mind. Rows of another length: all tokens alike.
     """
     size, length = canvas_BxS.shape[1], stored_BxL.shape[1]
-    if finished is not None:
-        more = jax.lax.dynamic_update_slice_in_dim(stored_BxL, finished.ids, jnp.maximum(block - 1, 0) * size, axis=1)
-        stored_BxL = jnp.where(finished.real.all(), more, stored_BxL)
+    if previous is not None:
+        more = jax.lax.dynamic_update_slice_in_dim(stored_BxL, previous.ids, jnp.maximum(block - 1, 0) * size, axis=1)
+        stored_BxL = jnp.where(previous.real.all(), more, stored_BxL)
     if length != LENGTH:
         return jnp.zeros((*positions_BxP.shape, KINDS)) @ jnp.eye(KINDS, KINDS + 1), stored_BxL
     known_BxL = jax.lax.dynamic_update_slice_in_dim(stored_BxL, canvas_BxS, block * size, axis=1)
@@ -72,17 +72,17 @@ def make_request(keys_B, row_length, prompt=0, length=None, earliest_end=0, forb
 
 
 def ask(sampler, setting, network=denoise):
-    return Asked(network, SAMPLERS[sampler], setting)
+    return DenoiserContext(network, SAMPLERS[sampler], setting)
 
 
-def begin(asked, request, tokens_BxL, first_block=0):
+def begin(context, request, tokens_BxL, first_block=0):
     nothing_stored = jnp.full(tokens_BxL.shape, MASK)
-    return start(asked, request, jnp.asarray(tokens_BxL), first_block, nothing_stored)
+    return start(context, request, jnp.asarray(tokens_BxL), first_block, nothing_stored)
 
 
 def write(request, tokens_BxL, sampler, setting):
-    asked = ask(sampler, setting)
-    progress = run_blocks(asked, request, begin(asked, request, tokens_BxL), tokens_BxL.shape[1] // setting.block_size)
+    context = ask(sampler, setting)
+    progress = run_blocks(context, request, begin(context, request, tokens_BxL), tokens_BxL.shape[1] // setting.block_size)
     return progress.tokens, progress.stopped, progress.nfe
 
 

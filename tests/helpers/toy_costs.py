@@ -6,8 +6,8 @@ import numpy as np
 
 from bd3lm_jax.config import Config
 from bd3lm_jax.diffusion.ar import AR
-from bd3lm_jax.evaluation.estimators import Single
-from bd3lm_jax.evaluation.evaluate import Measured, Opened
+from bd3lm_jax.evaluation.estimators import SinglePass
+from bd3lm_jax.evaluation.evaluate import LikelihoodResult, LoadedRun
 from configs import tiny
 
 
@@ -17,10 +17,10 @@ class Costs:
     def __init__(self, cost):
         self.cost = cost
 
-    def measure(self, params, rows, **settings) -> Measured:
+    def measure(self, params, rows, **settings) -> LikelihoodResult:
         del params, settings
         ids = np.arange(len(rows))
-        measured = Measured(Single(AR(bos=True)), 1, 0, 1, ids, self.documents)
+        measured = LikelihoodResult(SinglePass(AR(bos=True)), 1, 0, 1, ids, self.documents)
         nats_BxL = np.where(rows.scored(ids), self.cost(rows.tokens(ids), rows.sizes(ids)), 0)
         blocks = np.zeros((*nats_BxL.shape[:1], 1, nats_BxL.shape[1]), int)
         measured.add(0, [(nats_BxL[:, None], blocks, blocks)], self.documents(rows, ids))
@@ -39,6 +39,6 @@ def causal_config(length: int, bos: bool, layout: str = "wrap") -> Config:
                                data=dataclasses.replace(config.data, length=length, layout=layout))
 
 
-def opened(name: str, config: Config, tokenizer, cost) -> Opened:
+def opened(name: str, config: Config, tokenizer, cost) -> LoadedRun:
     """A model as `evaluate.open_run` gives it."""
-    return Opened(name, config, tokenizer, None, Costs(cost), 1, "hash")
+    return LoadedRun(name, config, tokenizer, None, Costs(cost), 1, "hash")

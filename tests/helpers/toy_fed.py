@@ -47,14 +47,14 @@ def _hashes(batch: dict) -> dict[str, str]:
 
 def hide(hidden: int) -> None:
     """From now on this process cannot read step `hidden` of any run."""
-    restored = Checkpoints._restored
+    restored = Checkpoints._restore_items
 
     def reading(self, step, **arguments):
         if step == hidden:
             raise OSError("input/output error")
         return restored(self, step, **arguments)
 
-    Checkpoints._restored = reading
+    Checkpoints._restore_items = reading
 
 
 def fed(*paths) -> dict[int, dict[str, str]]:
@@ -73,5 +73,5 @@ if __name__ == "__main__":
     if "TOY_UNREADABLE" in os.environ:
         hide(int(os.environ["TOY_UNREADABLE"]))
     if "TOY_UNLIKE" in os.environ:
-        replicas.surroundings = dict
+        replicas.numeric_environment = dict
     launch(sys.argv[2:])

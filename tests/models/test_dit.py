@@ -63,8 +63,8 @@ def test_untrained_layer_is_the_identity():
     first_layer = {"params": jax.tree.map(lambda x: x[0], params["blocks"])}
     h = jax.random.normal(jax.random.key(1), (1, 3, 16))
     cond = jnp.ones((1, 1, 8))
-    q, _, _ = block.apply(first_layer, h, cond, model.rotary(jnp.arange(3)[None]), True, method=block.pre)
-    after, aux = block.apply(first_layer, h, q, cond, None, method=block.post)
+    q, _, _ = block.apply(first_layer, h, cond, model.rotary(jnp.arange(3)[None]), True, method=block.project_qkv)
+    after, aux = block.apply(first_layer, h, q, cond, None, method=block.attention_output_and_mlp)
     np.testing.assert_array_equal(after, h)
     assert aux == 0
 

@@ -79,7 +79,7 @@ def mix_in_numpy(x, choice, weight, gate, up, down):
 def test_products_in_numpy(kind, tokens, k):
     x = np.random.default_rng(4).normal(size=(tokens, D)).astype(np.float32)
     choice, weight = routings(kind, tokens, k)
-    found = jax.jit(experts.mix)(x, Routing(choice, weight, None), *matrices())
+    found = jax.jit(experts.moe_ffn)(x, Routing(choice, weight, None), *matrices())
     np.testing.assert_allclose(found, mix_in_numpy(x, choice, weight, *matrices()), atol=1e-5)
 
 
@@ -93,7 +93,7 @@ def test_gradients_are_those_of_all_experts_on_all_tokens():
         return jnp.einsum("btef,efd,bte->btd", inner, down, share)
 
     def sorted_(x, weight, *kernels):
-        return experts.mix(x, Routing(choice, weight, None), *kernels)
+        return experts.moe_ffn(x, Routing(choice, weight, None), *kernels)
 
     found, expected = (jax.jit(jax.grad(lambda *args, f=f: jnp.sum(jnp.sin(f(*args))), argnums=(0, 1, 2, 3, 4)))(
         x, weight, *matrices()) for f in (sorted_, dense))
@@ -121,10 +121,10 @@ def test_imbalance_by_hand():
     share = score / score.sum(-1, keepdims=True)
     first = E / 2 * (share[0, :, 0].mean() + share[0, :, 1].mean())  # f is E / 2 on two experts
     second = E / 4 * share[1, :2, :4].mean(0).sum()
-    found = experts.imbalance(Routing(jnp.asarray(choice), None, jnp.asarray(score)), jnp.asarray(real))
+    found = experts.load_balancing_loss(Routing(jnp.asarray(choice), None, jnp.asarray(score)), jnp.asarray(real))
     assert found == pytest.approx(3 * first + 2 * second, rel=1e-5)
     alike = Routing(jnp.arange(E).reshape(1, 4, 2), None, jnp.ones((1, 4, E)))
-    assert experts.imbalance(alike, jnp.ones((1, 4), bool)) == pytest.approx(4)
+    assert experts.load_balancing_loss(alike, jnp.ones((1, 4), bool)) == pytest.approx(4)
 
 
 def test_devices_share_out_rows_and_experts():

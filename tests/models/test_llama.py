@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from llama_oracle import network
 
-from bd3lm_jax import passes, sharding
+from bd3lm_jax import forward, sharding
 from bd3lm_jax.attention import blocked
 from bd3lm_jax.cost import flops
 from bd3lm_jax.diffusion import AR, Masked
@@ -36,15 +36,15 @@ def rows(seed=0):
 
 @functools.partial(jax.jit, static_argnames=("model", "execution"))
 def two_stream(model, params, xt, x0, execution=trunk.Execution("dense", "scan", "none", False)):
-    position, segment = passes.plain_rows(x0)
-    h = passes.two_stream(model, params, xt[:, None], x0, position, segment, block_size=BLOCK, execution=execution)
+    position, segment = forward.single_document_rows(x0)
+    h = forward.two_stream(model, params, xt[:, None], x0, position, segment, block_size=BLOCK, execution=execution)
     return trunk.logits(model, params, h)[:, 0]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "rule"))
 def one_stream(model, params, ids, rule):
-    position, segment = passes.plain_rows(ids)
-    h = passes.one_stream(model, params, ids, position, segment, rule=rule, block_size=BLOCK, execution=passes.PLAIN)
+    position, segment = forward.single_document_rows(ids)
+    h = forward.one_stream(model, params, ids, position, segment, rule=rule, block_size=BLOCK, execution=forward.DEFAULT_EXECUTION)
     return trunk.logits(model, params, h)
 
 
@@ -112,8 +112,8 @@ def part(ids, where):
 
 @functools.partial(jax.jit, static_argnames=("model", "rule", "block_size"))
 def cached(model, params, noised, clean, cache, write_at, rule, block_size):
-    return trunk.hidden(model, params, noised=noised, clean=clean, cache=cache, write_at=write_at, rule=rule,
-                        block_size=block_size, execution=passes.PLAIN, dropout_keys=None)
+    return trunk.forward(model, params, noised=noised, clean=clean, cache=cache, write_at=write_at, rule=rule,
+                        block_size=block_size, execution=forward.DEFAULT_EXECUTION, dropout_keys=None)
 
 
 def test_cached_blocks_equal_the_two_stream_pass():
@@ -164,7 +164,7 @@ def test_dropout_drops():
     _, block, _ = model.groups[0]
     p = {"params": jax.tree.map(lambda x: x[0], params["blocks"])}
     h, attended = jnp.ones((8, 4, 16)), jnp.ones((8, 4, 4, 6))
-    without, with_ = (block.apply(p, h, attended, None, keys, method=block.post)[0]
+    without, with_ = (block.apply(p, h, attended, None, keys, method=block.attention_output_and_mlp)[0]
                       for keys in (None, jax.random.split(jax.random.key(0), 8)))
     assert np.mean(np.asarray(with_ != without)) > 0.9
 

@@ -14,7 +14,7 @@ from llama_oracle import attention, network, rms, swiglu, turned
 from toy_runs import END, MASK, quick_jit, toy_config
 from toy_runs import network as toy_network
 
-from bd3lm_jax import passes, sharding
+from bd3lm_jax import forward, sharding
 from bd3lm_jax.cost import flops
 from bd3lm_jax.diffusion import Masked
 from bd3lm_jax.errors import UserError
@@ -78,8 +78,8 @@ def numpy_logits(config, params, ids, position, mask, seen=None):
 
 @functools.partial(jax.jit, static_argnames=("model", "execution"))
 def two_stream(model, params, xt, x0, execution=trunk.Execution("dense", "scan", "none", False)):
-    position, segment = passes.plain_rows(x0)
-    out = passes.two_stream_out(model, params, xt[:, None], x0, position, segment, block_size=BLOCK,
+    position, segment = forward.single_document_rows(x0)
+    out = forward.two_stream_out(model, params, xt[:, None], x0, position, segment, block_size=BLOCK,
                                 execution=execution)
     return trunk.logits(model, params, out.noised)[:, 0], out.aux
 
@@ -116,8 +116,8 @@ def test_two_streams_leak_nothing():
 
 @functools.partial(jax.jit, static_argnames=("model",))
 def cached(model, params, noised, clean, cache, write_at):
-    return trunk.hidden(model, params, noised=noised, clean=clean, cache=cache, write_at=write_at, rule="block_causal",
-                        block_size=BLOCK, execution=passes.PLAIN, dropout_keys=None)
+    return trunk.forward(model, params, noised=noised, clean=clean, cache=cache, write_at=write_at, rule="block_causal",
+                        block_size=BLOCK, execution=forward.DEFAULT_EXECUTION, dropout_keys=None)
 
 
 def part(ids, where):
@@ -172,8 +172,8 @@ def test_padding_does_not_count_in_the_balance():
     @jax.jit
     def aux(ids, segment):
         position = jnp.broadcast_to(jnp.arange(LENGTH), ids.shape)
-        return passes.one_stream_out(model, params, ids, position, segment, rule="causal", block_size=1,
-                                     execution=passes.PLAIN).aux
+        return forward.one_stream_out(model, params, ids, position, segment, rule="causal", block_size=1,
+                                     execution=forward.DEFAULT_EXECUTION).aux
 
     padded = np.where(np.arange(LENGTH) < 8, 1, 0) * np.ones_like(ids)
     np.testing.assert_allclose(aux(ids, padded), aux(np.where(padded > 0, ids, 5), padded), rtol=1e-6)
@@ -184,7 +184,7 @@ def test_padding_does_not_count_in_the_balance():
 def test_the_training_loss_holds_the_balance():
     """A whole step without and with it: the loss a token grows by the balance a token, and so do other gradients."""
     special, ids = SpecialIds(MASK, END), jnp.asarray(rows())
-    batch = {"tokens": ids, "segments": jnp.ones_like(ids), "positions": passes.plain_rows(ids)[0]}
+    batch = {"tokens": ids, "segments": jnp.ones_like(ids), "positions": forward.single_document_rows(ids)[0]}
     small = dict(layers=1, dense_layers=0, qk_norm=False)
     found = {}
     for balance in (0.0, 0.5):
@@ -202,7 +202,7 @@ def test_the_training_loss_holds_the_balance():
             noise_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))[0]
             noised = config.diffusion.corrupt(noise_key, ids, batch["segments"], views=1, mask_id=MASK, end_id=END)
             aux = quick_jit(lambda p: score(backbone, p, config.diffusion, noised, ids, batch["positions"],
-                                            batch["segments"], passes.PLAIN).aux)(params)
+                                            batch["segments"], forward.DEFAULT_EXECUTION).aux)(params)
     assert found[0.5][0] - found[0.0][0] == pytest.approx(float(aux) / ids.size, rel=1e-3) and aux > 0
     assert found[0.5][1]["kernel"] != found[0.0][1]["kernel"] and found[0.5][1]["bias"] == 0
 

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from toy_runs import quick_jit, toy_config
 
-from bd3lm_jax import passes
+from bd3lm_jax import forward
 from bd3lm_jax.cost import flops
 from bd3lm_jax.diffusion.masked import Masked
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import build, trunk
 from bd3lm_jax.models.dit import DiTConfig
-from bd3lm_jax.passes import Execution
-from bd3lm_jax.sampling import SAMPLERS, Asked, Filters, Request, Settings, run_blocks, start
-from bd3lm_jax.sampling.generate import Finished
+from bd3lm_jax.forward import Execution
+from bd3lm_jax.sampling import SAMPLERS, DenoiserContext, Filters, Request, Settings, run_blocks, start
+from bd3lm_jax.sampling.generate import PreviousBlock
 from bd3lm_jax.writing.denoise import BlockDenoiser, UncachedDenoiser
 
 VOCAB, MASK, END, BLOCK, LENGTH, VIEWS = 31, 30, 3, 4, 12, 2
@@ -40,8 +40,8 @@ def network(time_conditioning=True, **changes):
 
 
 def two_streams(model, params, layers="scan", remat="none", backend="dense", xt=XT, x0=X0, sigma=SIGMA):
-    position, segment = passes.plain_rows(x0)
-    h = passes.two_stream(model, params, xt, x0, position, segment, block_size=BLOCK, sigma_BxMxn=sigma,
+    position, segment = forward.single_document_rows(x0)
+    h = forward.two_stream(model, params, xt, x0, position, segment, block_size=BLOCK, sigma_BxMxn=sigma,
                           execution=Execution(backend, layers, remat, False))
     return trunk.logits(model, params, h, sigma)
 
@@ -62,19 +62,19 @@ def by_hand(model, params, decoder=CONFIG.decoder_layers):
     h, kept = table[X0], []
     cond = model.condition.apply({"params": params["condition"]}, jnp.zeros((1, 1)))
     for i in range(count):
-        query, key, value = block.apply(layer[i], h, cond, rotary, True, method=block.pre)
+        query, key, value = block.apply(layer[i], h, cond, rotary, True, method=block.project_qkv)
         kept.append((key, value))
         h, _ = block.apply(layer[i], h, attention(query, key, value, number[:, None] >= number), cond, None,
-                           method=block.post)
+                           method=block.attention_output_and_mlp)
     logits = []
     for view in range(VIEWS):
         h = table[XT[:, view]]
         cond = model.condition.apply({"params": params["condition"]}, jnp.repeat(SIGMA[:, view], BLOCK, axis=-1))
         for i in range(count - decoder, count):
-            query, key, value = block.apply(layer[i], h, cond, rotary, True, method=block.pre)
+            query, key, value = block.apply(layer[i], h, cond, rotary, True, method=block.project_qkv)
             keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(kept[i], (key, value)))
             mask = np.concatenate([number[:, None] > number, number[:, None] == number], axis=1)
-            h, _ = block.apply(layer[i], h, attention(query, keys, values, mask), cond, None, method=block.post)
+            h, _ = block.apply(layer[i], h, attention(query, keys, values, mask), cond, None, method=block.attention_output_and_mlp)
         logits.append(model.head.apply({"params": params["head"]}, h, cond))
     return jnp.stack(logits, axis=1)
 
@@ -143,14 +143,14 @@ def test_blocks_with_a_cache_equal_two_streams():
     places = np.tile(np.arange(BLOCK), (2, 1))
     for block in range(LENGTH // BLOCK):
         here, before = (np.s_[:, b * BLOCK:(b + 1) * BLOCK] for b in (block, max(block - 1, 0)))
-        finished = Finished(X0[before], np.full((2, BLOCK), block > 0))
-        logits, cache = ask(params, xt[here], block, finished, places, np.ones(2), cache)
+        previous = PreviousBlock(X0[before], np.full((2, BLOCK), block > 0))
+        logits, cache = ask(params, xt[here], block, previous, places, np.ones(2), cache)
         np.testing.assert_allclose(logits, whole[here], atol=2e-5)
         again, _ = ask(params, xt[here], block, None, places, np.ones(2), cache)
         np.testing.assert_allclose(again, whole[here], atol=2e-5)
 
 
-def asked_once(model, finished):
+def asked_once(model, previous):
     """A question about one block and its abstract arguments; params first."""
     denoiser = BlockDenoiser(model, BLOCK, LENGTH, "float32")
     places = np.tile(np.arange(BLOCK), (2, 1))
@@ -158,7 +158,7 @@ def asked_once(model, finished):
     cache = jax.eval_shape(lambda p: denoiser.prefill(p, X0[:, :BLOCK], np.ones((2, BLOCK), bool), 0), shapes)
 
     def ask(params, cache):
-        known = Finished(X0[:, :BLOCK], np.ones((2, BLOCK), bool)) if finished else None
+        known = PreviousBlock(X0[:, :BLOCK], np.ones((2, BLOCK), bool)) if previous else None
         return denoiser(params, XT[:, 0, BLOCK:2 * BLOCK], 1, known, places, np.ones(2), cache)[0]
 
     return ask, shapes, cache
@@ -193,8 +193,8 @@ def test_a_cache_changes_no_token():
             request = Request(keys, np.arange(LENGTH) < np.array([[1], [6]]), np.full(2, LENGTH), np.zeros(2, int),
                               np.arange(VOCAB) == MASK, np.float32(0.5))
             settings = Settings(BLOCK, BLOCK, 6, Filters(1.0), MASK, -1)
-            asked = Asked(functools.partial(denoiser, params), SAMPLERS["first_hitting"], settings)
-            return run_blocks(asked, request, start(asked, request, X0, 0, cache), LENGTH // BLOCK).tokens
+            denoiser_context = DenoiserContext(functools.partial(denoiser, params), SAMPLERS["first_hitting"], settings)
+            return run_blocks(denoiser_context, request, start(denoiser_context, request, X0, 0, cache), LENGTH // BLOCK).tokens
         outcomes.append(quick_jit(generate)(params))
     np.testing.assert_array_equal(*outcomes)
     assert np.all(outcomes[0] != MASK)

@@ -14,7 +14,7 @@ from bd3lm_jax.models import build, trunk
 from bd3lm_jax.models.cache import DTYPES
 from bd3lm_jax.models.dit import DiTConfig
 from bd3lm_jax.models.trunk import Stream
-from bd3lm_jax.passes import PLAIN
+from bd3lm_jax.forward import DEFAULT_EXECUTION
 
 CONFIG = DiTConfig(vocab_size=31, layers=3, width=16, heads=2, mlp_ratio=2, dropout=0.0, adaln=True, cond_dim=8,
                    time_conditioning=True, rope_base=1e4)
@@ -47,7 +47,7 @@ def make_stream(ids, block_size, documents=None, sigma=None):
 @functools.partial(jax.jit, static_argnames=("model", "rule", "block_size", "backend", "remat", "layers"))
 def run(model, params, noised, clean, *, rule="block_causal", block_size=BLOCK, backend="dense", remat="none",
         layers="scan", dropout_keys=None, cache=None, write_at=None):
-    return trunk.hidden(model, params, noised=noised, clean=clean, cache=cache, write_at=write_at, rule=rule,
+    return trunk.forward(model, params, noised=noised, clean=clean, cache=cache, write_at=write_at, rule=rule,
                         block_size=block_size, execution=trunk.Execution(backend, layers, remat, False),
                         dropout_keys=dropout_keys)
 
@@ -146,10 +146,10 @@ def loop_over_layers(model, params):
     for layer in range(count):
         variables = {"params": jax.tree.map(lambda x: x[layer], params["blocks"])}
         query, key, value = block.apply(variables, h, cond, model.rotary(jnp.asarray(place)[None]), True,
-                                        method=block.pre)
+                                        method=block.project_qkv)
         scores = jnp.where(mask, jnp.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(8), -jnp.inf)
         attended = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), value)
-        h, _ = block.apply(variables, h, attended, cond, None, method=block.post)
+        h, _ = block.apply(variables, h, attended, cond, None, method=block.attention_output_and_mlp)
     logits = model.head.apply({"params": params["head"]}, h, cond)[:, :views * length]
     return logits.reshape(2, views, length, -1)
 
@@ -183,7 +183,7 @@ def test_execution_equals_plain_loop(small_tiles, execution):
 def test_unstacked_layers_equal_plain_loop(small_tiles, layers):
     model, params = network()
     noised, clean = batch_of_two()
-    h = run(model, trunk.unstacked(model, params), noised, clean, layers=layers).noised
+    h = run(model, trunk.unstack_layers(model, params), noised, clean, layers=layers).noised
     np.testing.assert_allclose(trunk.logits(model, params, h, noised.sigma), loop_values_and_gradients()[0], atol=2e-5)
 
 
@@ -224,7 +224,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     half = {"params": {**variables["params"], "mlp_out": jax.tree.map(jnp.zeros_like, variables["params"]["mlp_out"])}}
 
     def after(keys):
-        return np.asarray(block.apply(half, h, attended, cond, keys, method=block.post)[0])
+        return np.asarray(block.apply(half, h, attended, cond, keys, method=block.attention_output_and_mlp)[0])
 
     dropped = after(jax.random.split(jax.random.key(0), 64)) / after(None)
     np.testing.assert_allclose(np.unique(dropped.round(4)), [0, 1.3333])
@@ -382,14 +382,14 @@ def test_what_is_not_wanted_costs_nothing_behind_the_last_attention():
     model, params = network()
     ids = np.random.default_rng(2).integers(0, CONFIG.vocab_size, size=(2, 1, LENGTH)).astype(np.int32)
     noised = make_stream(jnp.asarray(ids), BLOCK)
-    wanted = np.array([[3, 0], [7, 11]])
+    output_positions = np.array([[3, 0], [7, 11]])
 
-    def hidden(params, wanted):
-        return trunk.hidden(model, params, noised=noised, clean=None, cache=None, write_at=None, rule="block_causal",
-                            block_size=BLOCK, execution=PLAIN, dropout_keys=None, wanted_BxP=wanted).noised
+    def forward(params, output_positions):
+        return trunk.forward(model, params, noised=noised, clean=None, cache=None, write_at=None, rule="block_causal",
+                            block_size=BLOCK, execution=DEFAULT_EXECUTION, dropout_keys=None, output_positions_BxP=output_positions).noised
 
-    every, some = jax.jit(lambda p: (hidden(p, None), hidden(p, wanted)))(params)
-    np.testing.assert_allclose(some, np.take_along_axis(np.asarray(every), wanted[:, None, :, None], 2), atol=1e-5)
-    saved = flops.count(lambda p: hidden(p, None), params) - flops.count(lambda p: hidden(p, wanted), params)
+    every, some = jax.jit(lambda p: (forward(p, None), forward(p, output_positions)))(params)
+    np.testing.assert_allclose(some, np.take_along_axis(np.asarray(every), output_positions[:, None, :, None], 2), atol=1e-5)
+    saved = flops.count(lambda p: forward(p, None), params) - flops.count(lambda p: forward(p, output_positions), params)
     width = CONFIG.width
     assert saved == 2 * (LENGTH - 2) * 2 * (width * width + 2 * CONFIG.mlp_ratio * width * width)

@@ -33,17 +33,17 @@ def changed(target: Path, name: str, **keys) -> Path:
 ])
 def test_a_key_that_changes_the_computation_is_refused_by_its_name(name, key, value, tmp_path):
     with pytest.raises(UserError, match=f"config.json: '{key}' is "):
-        hf.describe(changed(tmp_path / name, name, **{key: value}))
+        hf.from_hf_config(changed(tmp_path / name, name, **{key: value}))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_keys_that_switch_nothing_on_and_harmless_ones_are_passed_over(name, tmp_path, capsys):
-    plain = hf.describe(HF / name)
+    plain = hf.from_hf_config(HF / name)
     neutral = {"attn_logit_softcapping": None, "logit_scale": 1.0, "alibi_slopes": [], "torch_dtype": "bfloat16",
                "dtype": "bfloat16", "_name_or_path": "x", "quantization_config": None}
-    assert hf.describe(changed(tmp_path / "neutral", name, **neutral)) == plain
+    assert hf.from_hf_config(changed(tmp_path / "neutral", name, **neutral)) == plain
     assert "unknown keys" not in capsys.readouterr().err
-    assert hf.describe(changed(tmp_path / "other", name, freckles=3)) == plain
+    assert hf.from_hf_config(changed(tmp_path / "other", name, freckles=3)) == plain
     assert "unknown keys are not read: freckles" in capsys.readouterr().err
 
 
@@ -60,7 +60,7 @@ PER_LAYER = {"full_attention": {"rope_theta": 5e5, "rope_type": "default"},
     {"rope_scaling": {"rope_type": "default"}}, {"partial_rotary_factor": 1.0},
 ])
 def test_one_rope_under_all_its_names(keys, tmp_path):
-    assert hf.describe(changed(tmp_path / "llama", "llama", **keys)) == hf.describe(HF / "llama")
+    assert hf.from_hf_config(changed(tmp_path / "llama", "llama", **keys)) == hf.from_hf_config(HF / "llama")
 
 
 @pytest.mark.parametrize("name, keys, message", [
@@ -84,14 +84,14 @@ def test_one_rope_under_all_its_names(keys, tmp_path):
 ])
 def test_another_rope_window_or_bias_is_refused_by_its_key(name, keys, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        hf.describe(changed(tmp_path / name, name, **keys))
+        hf.from_hf_config(changed(tmp_path / name, name, **keys))
 
 
 def test_the_part_that_rope_turns_is_read_in_both_places(tmp_path):
     part = {"rope_theta": 6e5, "rope_type": "default", "partial_rotary_factor": 0.5}
     moved = changed(tmp_path / "moved", "llada2_moe", rope_parameters=part, rope_theta=..., partial_rotary_factor=...)
-    assert hf.describe(moved) == hf.describe(HF / "llada2_moe")
-    assert hf.describe(moved).model.rotary_dim == 4
+    assert hf.from_hf_config(moved) == hf.from_hf_config(HF / "llada2_moe")
+    assert hf.from_hf_config(moved).model.rotary_dim == 4
 
 
 @pytest.mark.parametrize("key, value", [
@@ -142,13 +142,13 @@ def test_names_without_the_prefix_of_the_whole_model(tmp_path):
 def test_weights_under_another_name(tmp_path):
     directory = changed(tmp_path / "llama", "llama")
     (directory / WEIGHTS_FILE).rename(directory / "weights.safetensors")
-    assert hf.read_model(directory)[0] == hf.describe(HF / "llama")
+    assert hf.read_model(directory)[0] == hf.from_hf_config(HF / "llama")
     shutil.copy(directory / "weights.safetensors", directory / "more.safetensors")
     with pytest.raises(UserError, match="several files of weights .more.safetensors, weights.safetensors. and no"):
         hf.read_model(directory)
     names = {name: "weights.safetensors" for name in load_file(directory / "weights.safetensors")}
     (directory / "other.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    assert hf.read_model(directory)[0] == hf.describe(HF / "llama")
+    assert hf.read_model(directory)[0] == hf.from_hf_config(HF / "llama")
 
 
 @pytest.mark.parametrize("file, message", [

@@ -72,12 +72,12 @@ def test_a_directory_with_a_file_in_upper_case(tmp_path):
 def test_keys_that_change_the_computation_are_refused(change, message, tmp_path):
     written(tmp_path / "model.gguf", "llama", change)
     with pytest.raises(UserError, match=message):
-        hf.describe(tmp_path / "model.gguf")
+        hf.from_hf_config(tmp_path / "model.gguf")
 
 
 def test_neutral_keys_are_passed_over(tmp_path):
     written(tmp_path / "model.gguf", "llama", lambda writer: writer.add_uint32("llama.expert_count", 0))
-    assert hf.describe(tmp_path / "model.gguf").length == 96
+    assert hf.from_hf_config(tmp_path / "model.gguf").length == 96
 
 
 def test_gguf_is_not_written(tmp_path):

@@ -75,8 +75,8 @@ def test_every_tensor_is_read_once_and_written_bit_for_bit(name):
 def test_config_out_and_in_again(name, tmp_path):
     described = hf.read_model(HF / name)[0]
     form = FORMATS[json.loads((HF / name / "config.json").read_text())["model_type"]]
-    published = json.loads(json.dumps(form.publish(described.model, described.objective, described.length)))
-    again = FORMATS[published["model_type"]].describe(tmp_path, published, {})
+    published = json.loads(json.dumps(form.to_hf_config(described.model, described.objective, described.length)))
+    again = FORMATS[published["model_type"]].from_hf_config(tmp_path, published, {})
     assert again == described._replace(mask_id=-1)
     assert "block_size" not in published
 
@@ -101,9 +101,9 @@ def small(**changes):
     (llada, {"kv_heads": 1, "qkv_bias": True, "tied": True}, Masked.uniform_counts(16), "llada"),
 ])
 def test_networks_of_ours_have_a_published_config(form, changes, objective, kind, tmp_path):
-    published = json.loads(json.dumps(form.publish(small(**changes), objective, 64)))
+    published = json.loads(json.dumps(form.to_hf_config(small(**changes), objective, 64)))
     assert published["model_type"] == kind
-    assert form.describe(tmp_path, published, {}) == (small(**changes), objective, 64, -1)
+    assert form.from_hf_config(tmp_path, published, {}) == (small(**changes), objective, 64, -1)
 
 
 @pytest.mark.parametrize("form, changes, message", [
@@ -113,7 +113,7 @@ def test_networks_of_ours_have_a_published_config(form, changes, objective, kind
 ])
 def test_networks_that_nobody_publishes(form, changes, message):
     with pytest.raises(UserError, match=message):
-        form.publish(small(**changes), AR(bos=False), 64)
+        form.to_hf_config(small(**changes), AR(bos=False), 64)
 
 
 @pytest.mark.parametrize("config, message", [

@@ -28,7 +28,7 @@ def write_random(directory, config):
         for leaf in llama.layout(config).values() for name in leaf.sources()]
     directory.mkdir()
     write.write_tensors(directory, tensors, write.parse_size("500MB"))
-    write.write_json(directory / "config.json", llama.publish(config, AR(bos=False), 2048))
+    write.write_json(directory / "config.json", llama.to_hf_config(config, AR(bos=False), 2048))
     return sum(tensor.num_bytes for tensor in tensors)
 
 

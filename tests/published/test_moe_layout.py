@@ -67,8 +67,8 @@ def test_where_queries_keys_and_values_lie():
 @pytest.mark.parametrize("objective", [Masked.uniform_counts(96), Masked.uniform_counts(4)], ids=["row", "blocks"])
 def test_config_out_and_in_again(objective, tmp_path):
     model = dataclasses.replace(hf.read_model(LLADA2)[0].model, balance=0.01)
-    published = json.loads(json.dumps(moe.publish(model, objective, 96)))
-    assert moe.describe(tmp_path, published, {}) == (model, objective, 96, -1)
+    published = json.loads(json.dumps(moe.to_hf_config(model, objective, 96)))
+    assert moe.from_hf_config(tmp_path, published, {}) == (model, objective, 96, -1)
 
 
 @pytest.mark.parametrize("config, message", [

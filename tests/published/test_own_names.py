@@ -42,11 +42,11 @@ def test_a_network_of_blocks_has_a_name_of_its_own_and_is_read_back(name, tmp_pa
     config = written(tmp_path / "blocks", blocks, params, "llada" if name == "llada" else None)
     assert (config["model_type"], config["architectures"]) == (kind, [architecture])
     again, read = hf.read_model(tmp_path / "blocks")
-    assert again == blocks and hf.describe(tmp_path / "blocks") == blocks
+    assert again == blocks and hf.from_hf_config(tmp_path / "blocks") == blocks
     jax.tree.map(np.testing.assert_array_equal, read, params)
     old = config | {"model_type": kind.removeprefix("bd3lm_")}  # as earlier versions wrote it
     (tmp_path / "blocks" / "config.json").write_text(json.dumps(old))
-    assert hf.describe(tmp_path / "blocks") == blocks
+    assert hf.from_hf_config(tmp_path / "blocks") == blocks
 
 
 def test_whole_rows_of_a_causal_architecture_are_not_what_it_computes_elsewhere(tmp_path):

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from scipy.special import log_softmax
 
 import bd3lm_jax
-from bd3lm_jax import hf, loss, passes
+from bd3lm_jax import hf, loss, forward
 from bd3lm_jax.diffusion import AR, Masked
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import build, trunk
@@ -59,9 +59,9 @@ def test_losses_through_features_and_output_layer(name):
 
     @jax.jit
     def losses(params):
-        h = passes.one_stream(lm.model, params, ids, *passes.plain_rows(ids), rule=rule, block_size=1,
-                              execution=dataclasses.replace(passes.PLAIN, backend="blocked"))
-        output = loss.Output(*trunk.output_layer(lm.model, params)).without(-1, lm.config.model.vocab_size)
+        h = forward.one_stream(lm.model, params, ids, *forward.single_document_rows(ids), rule=rule, block_size=1,
+                              execution=dataclasses.replace(forward.DEFAULT_EXECUTION, backend="blocked"))
+        output = loss.OutputLayer(*trunk.output_layer(lm.model, params)).exclude_tokens(-1, lm.config.model.vocab_size)
         return loss.token_losses(output, trunk.features(lm.model, params, h), targets, 7)
 
     expected = -np.take_along_axis(log_softmax(io["logits"].astype(np.float64), -1), targets[..., None], -1)[..., 0]
@@ -139,10 +139,10 @@ ARCHITECTURE["roberta"] = ARCHITECTURE["bert"]
 @pytest.mark.parametrize("name", NAMES)
 def test_config_goes_back(name):
     described = hf.read_model(HF / name)[0]
-    content = json.loads(json.dumps(FORMATS[name].publish(*described[:3])))
+    content = json.loads(json.dumps(FORMATS[name].to_hf_config(*described[:3])))
     for key in ARCHITECTURE[name]:
         assert content[key] == config_of(name)[key], key
-    assert FORMATS[name].describe("config.json", content, {}) == described
+    assert FORMATS[name].from_hf_config("config.json", content, {}) == described
 
 
 @pytest.mark.parametrize("name, objective", [
@@ -151,7 +151,7 @@ def test_config_goes_back(name):
 ])
 def test_an_adapted_network_says_what_it_became(name, objective):
     model, _, length, _ = hf.read_model(HF / name)[0]
-    found = FORMATS[name].describe("config.json", FORMATS[name].publish(model, objective, length), {})
+    found = FORMATS[name].from_hf_config("config.json", FORMATS[name].to_hf_config(model, objective, length), {})
     assert found[:3] == (model, objective, length)
 
 
@@ -161,7 +161,7 @@ def test_an_adapted_network_says_what_it_became(name, objective):
 def test_objectives_that_a_config_cannot_say(name, objective, message):
     model, _, length, _ = hf.read_model(HF / name)[0]
     with pytest.raises(UserError, match=message):
-        FORMATS[name].publish(model, objective, length)
+        FORMATS[name].to_hf_config(model, objective, length)
 
 
 def test_objectives():

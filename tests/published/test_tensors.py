@@ -139,7 +139,7 @@ def test_averages_are_taken_unless_asked_otherwise(tmp_path):
     plain = hf.read_model(SOURCE)[1]
     ema = hf.read_model(tmp_path)[1]
     np.testing.assert_array_equal(ema["head"]["norm"]["scale"], plain["head"]["norm"]["scale"] + 1)
-    ids = slice(hf.describe(SOURCE).model.vocab_size)  # padding stays 0
+    ids = slice(hf.from_hf_config(SOURCE).model.vocab_size)  # padding stays 0
     np.testing.assert_array_equal(ema["embed"]["embedding"][ids], plain["embed"]["embedding"][ids] + 1)
     assert_same(hf.read_model(tmp_path, weights="params")[1], plain)
     save_file(tensors | {"ema.other": np.zeros(1)}, tmp_path / "model.safetensors")
@@ -289,7 +289,7 @@ def test_a_mesh_holds_the_same_numbers_in_parts():
 def test_nothing_but_the_parts_is_read(monkeypatch):
     """A device's part of a stack of layers needs the tensors of these layers alone."""
     from bd3lm_jax.published.bd3lm import layout
-    from bd3lm_jax.published.read import _placed
+    from bd3lm_jax.published.read import _place
     from bd3lm_jax.published.tensors import open_file
 
     described, params = hf.read_model(SOURCE)
@@ -299,6 +299,6 @@ def test_nothing_but_the_parts_is_read(monkeypatch):
     monkeypatch.setattr(jax, "make_array_from_callback", lambda shape, sharding, part: part(
         (slice(1, 2), *[slice(0, n) for n in shape[1:-1]], slice(0, 3))))
     leaf = layout(described.model)["blocks.mlp_in.kernel"]
-    part = _placed(leaf, watched, np.dtype(np.float32), object())
+    part = _place(leaf, watched, np.dtype(np.float32), object())
     np.testing.assert_array_equal(part, params["blocks"]["mlp_in"]["kernel"][1:2, :, :3])
     assert seen == ["backbone.blocks.1.mlp.0.weight"]

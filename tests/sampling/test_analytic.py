@@ -17,9 +17,9 @@ from toy_lm import make_lm
 
 from bd3lm_jax.diffusion import SEDD
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.sampling import SAMPLERS, Asked
+from bd3lm_jax.sampling import SAMPLERS, DenoiserContext
 from bd3lm_jax.sampling.generate import open_block, reveal
-from bd3lm_jax.sampling.steps import Row, Said
+from bd3lm_jax.sampling.steps import Row, TokenStats
 
 STEPS = 3
 
@@ -32,20 +32,20 @@ def total(place, level, untied):
 @functools.partial(jax.jit, static_argnums=1, compiler_options=QUICK)
 def first_blocks(keys_RxB, untied):
     """First blocks of texts as the loop leaves them after every step `[R, B, STEPS, SIZE]`, a network of scores."""
-    def network(canvas, block, finished, positions, level_B, stored):
-        logits, stored = denoise(canvas, block, finished, positions, level_B, stored)
+    def network(canvas, block, previous, positions, level_B, stored):
+        logits, stored = denoise(canvas, block, previous, positions, level_B, stored)
         tied = jax.nn.log_softmax(logits[..., :KINDS]) + math.log(KINDS)
         tied = tied + jnp.log(total(positions, level_B[:, None], untied))[..., None]
         return jnp.pad(tied, ((0, 0), (0, 0), (0, 1)), constant_values=9.0), stored
 
     def write(keys_B):
         request = make_request(keys_B, LENGTH)
-        asked = Asked(network, SAMPLERS["analytic"], settings(STEPS))
-        progress = begin(asked, request, jnp.zeros((keys_B.shape[0], LENGTH), int))
-        block, cache = open_block(asked, request, progress)
+        context = DenoiserContext(network, SAMPLERS["analytic"], settings(STEPS))
+        progress = begin(context, request, jnp.zeros((keys_B.shape[0], LENGTH), int))
+        block, cache = open_block(context, request, progress)
         canvases = [block.canvas]
         for _ in range(1, STEPS):
-            block = reveal(asked, request, progress, block, cache)
+            block = reveal(context, request, progress, block, cache)
             canvases.append(block.canvas)
         return jnp.stack(canvases, 1)
 
@@ -117,9 +117,9 @@ def test_the_scores_total_matters():
 def test_scores_tied_to_probabilities_are_ancestral(index):
     """A masked token stays masked with probability s / t."""
     row = Row(jnp.ones(20_000, bool), jnp.zeros(20_000, bool), jnp.ones(20_000), jnp.ones(()), index)
-    coin = (jnp.arange(20_000) + 0.5) / 20_000
-    said = Said(coin, coin, coin, jnp.zeros(20_000), coin)
-    shown = SAMPLERS["analytic"].choose(row, row.masked, said, 5, 0.0)
+    uniform = (jnp.arange(20_000) + 0.5) / 20_000
+    token_stats = TokenStats(uniform, uniform, uniform, jnp.zeros(20_000), uniform)
+    shown = SAMPLERS["analytic"].choose(row, row.masked, token_stats, 5, 0.0)
     assert np.mean(shown) == pytest.approx(1 / (5 - index) if index < 4 else 1.0, abs=1e-4)
 
 

@@ -12,7 +12,7 @@ from bd3lm_jax.diffusion.mixed import Mixed
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import trunk
 from bd3lm_jax.models.trunk import Stream
-from bd3lm_jax.passes import PLAIN
+from bd3lm_jax.forward import DEFAULT_EXECUTION
 from bd3lm_jax.sampling import auto_size
 from bd3lm_jax.writing import stream
 from bd3lm_jax.writing.options import make_options
@@ -29,15 +29,15 @@ def lm():
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def hidden(model, params, canvas, prefix, position, block):
+def forward(model, params, canvas, prefix, position, block):
     """The canvas [1, S] behind the prefix [1, 24], whose blocks are numbered from 1 (0: not there)."""
     place = jnp.arange(24)[None]
     clean = Stream(prefix, place, block, (block > 0).astype(jnp.int32))
     ones = jnp.ones_like(canvas)
     noised = Stream(canvas[:, None], position + jnp.arange(canvas.shape[1])[None], 99 * ones, ones)
     cache = trunk.new_cache(model, params, 1, 24, "compute")
-    h = trunk.hidden(model, params, noised=noised, clean=clean, cache=cache, write_at=0, rule="block_causal",
-                     block_size=CANVAS, execution=PLAIN, dropout_keys=None).noised
+    h = trunk.forward(model, params, noised=noised, clean=clean, cache=cache, write_at=0, rule="block_causal",
+                     block_size=CANVAS, execution=DEFAULT_EXECUTION, dropout_keys=None).noised
     return trunk.logits(model, params, h)[0, 0]
 
 
@@ -45,7 +45,7 @@ def ask(canvas, tokens, blocks):
     """Probabilities [S, V] of a canvas behind the tokens written so far, the mask and the end token left out."""
     prefix, block = np.zeros((2, 1, 24), np.int32)
     prefix[0, :len(tokens)], block[0, :len(tokens)] = tokens, blocks
-    logits = np.array(hidden(lm().model, lm().params, jnp.asarray([canvas]), prefix, len(tokens), block), np.float64)
+    logits = np.array(forward(lm().model, lm().params, jnp.asarray([canvas]), prefix, len(tokens), block), np.float64)
     logits[:, MASK] = -np.inf
     p = np.exp(logits - logits.max(-1, keepdims=True))
     return p / p.sum(-1, keepdims=True)
@@ -105,7 +105,7 @@ def test_chosen_sizes():
     logits = np.log(np.stack([p, *[(1 - p) / 9] * 9, np.full(p.shape, 5.0)], axis=-1))
     sizes = auto_size.Sizes((1, 2, 4), 0.55)
     forbidden = np.arange(11) == 10
-    assert auto_size.chosen(sizes, logits, masked, forbidden).tolist() == [2, 4, 1, 4]
+    assert auto_size.choose_sizes(sizes, logits, masked, forbidden).tolist() == [2, 4, 1, 4]
 
 
 @pytest.mark.parametrize("options, words", [

@@ -14,9 +14,9 @@ from bd3lm_jax.constraints.automaton import Automaton, build, lift
 from bd3lm_jax.constraints.dfa import START, compile_node
 from bd3lm_jax.constraints.regex import parse
 from bd3lm_jax.data.tokenizers import ByteTokenizer
-from bd3lm_jax.sampling.constraint import (Constraint, Known, advance, best_block, constrained_marginals,
+from bd3lm_jax.sampling.constraint import (Constraint, BlockState, advance, best_block, constrained_marginals,
                                            draw_constrained, sample_block)
-from bd3lm_jax.sampling.filters import draw
+from bd3lm_jax.sampling.filters import sample_categorical
 
 SIZE = 3
 CANVASES = list(itertools.product(range(VOCAB), repeat=SIZE))
@@ -38,12 +38,12 @@ def logits(seed: int, scale: float = 1.5, batch: int = 1):
     return values
 
 
-def row(canvas=(0,) * SIZE, fixed=(), outside=(), state=START, after=0, batch=1) -> Known:
+def row(canvas=(0,) * SIZE, fixed=(), outside=(), state=START, after=0, batch=1) -> BlockState:
     """The same row `batch` times; fixed and outside are positions."""
     places = np.arange(SIZE)
     masks = np.isin(places, fixed), np.isin(places, outside)
     parts = np.array(canvas, np.int32), *masks, np.int32(state), np.int32(after)
-    return Known(*(jnp.asarray(np.broadcast_to(part, (batch, *part.shape))) for part in parts))
+    return BlockState(*(jnp.asarray(np.broadcast_to(part, (batch, *part.shape))) for part in parts))
 
 
 def allowed(pattern, before=(), canvas=(), fixed=(), outside=(), after=0) -> np.ndarray:
@@ -70,8 +70,8 @@ def prepare(pattern, case, batch=1):
     state = START
     if before:
         state = advance(found, jnp.array([START]), jnp.array([before]), jnp.zeros((1, len(before)), bool))[0]
-    known = row(**options, state=int(state), batch=batch)
-    return found, known, allowed(pattern, before, **options)
+    block_state = row(**options, state=int(state), batch=batch)
+    return found, block_state, allowed(pattern, before, **options)
 
 
 def law(logits_SxV, ok_N, case) -> np.ndarray:
@@ -84,10 +84,10 @@ def law(logits_SxV, ok_N, case) -> np.ndarray:
 @pytest.mark.parametrize("pattern, case", CASES)
 def test_joint_law(pattern, case):
     draws = 20000
-    found, known, ok_N = prepare(pattern, case, draws)
+    found, block_state, ok_N = prepare(pattern, case, draws)
     values = logits(1)
     logp = jnp.broadcast_to(values, (draws, SIZE, VOCAB))
-    tokens, total = drawn_jit(keys(draws), logp, logp, known, found, greedy=False)
+    tokens, total = drawn_jit(keys(draws), logp, logp, block_state, found, greedy=False)
     expected = law(values[0], ok_N, case)
     np.testing.assert_allclose(total, special.logsumexp(expected), rtol=1e-5)
     counts = np.bincount(np.asarray(tokens) @ [VOCAB ** 2, VOCAB, 1], minlength=len(CANVASES))
@@ -101,9 +101,9 @@ def test_joint_law(pattern, case):
 
 @pytest.mark.parametrize("pattern, case", CASES)
 def test_marginals(pattern, case):
-    found, known, ok_N = prepare(pattern, case)
+    found, block_state, ok_N = prepare(pattern, case)
     values = logits(2)
-    log_marginals = np.asarray(marginals_jit(values, known, found), np.float64)[0]
+    log_marginals = np.asarray(marginals_jit(values, block_state, found), np.float64)[0]
     weights = law(values[0], ok_N, case)
     probs = np.exp(weights - special.logsumexp(weights))
     kept = {*case.get("fixed", ()), *case.get("outside", ())}
@@ -115,9 +115,9 @@ def test_marginals(pattern, case):
 
 @pytest.mark.parametrize("pattern, case", CASES)
 def test_greedy_is_the_most_probable_canvas(pattern, case):
-    found, known, ok_N = prepare(pattern, case, 20)
+    found, block_state, ok_N = prepare(pattern, case, 20)
     values = logits(3, batch=20)
-    tokens, total = drawn_jit(keys(20), jnp.full_like(values, -jnp.inf), values, known, found, greedy=True)
+    tokens, total = drawn_jit(keys(20), jnp.full_like(values, -jnp.inf), values, block_state, found, greedy=True)
     for logits_SxV, found_S, found_total in zip(values, np.asarray(tokens), total):
         weights = law(logits_SxV, ok_N, case)
         assert tuple(found_S.tolist()) == CANVASES[weights.argmax()]
@@ -129,19 +129,19 @@ def test_filters_that_leave_nothing_accepted_are_dropped_for_their_row_alone():
     filtered = values.copy()
     filtered[0, 1] = np.where(np.arange(VOCAB) == 3, 0.0, -np.inf)  # "ba" in the middle: needs "a" before
     filtered[1, 0] = np.where(np.arange(VOCAB) == 1, 0.0, -np.inf)  # no text begins with "b"
-    known = row(batch=2)
-    tokens, _ = drawn_jit(keys(2), filtered, values, known, found, greedy=False)
-    expected, _ = drawn_jit(keys(2), np.stack([filtered[0], values[1]]), values, known, found, greedy=False)
+    block_state = row(batch=2)
+    tokens, _ = drawn_jit(keys(2), filtered, values, block_state, found, greedy=False)
+    expected, _ = drawn_jit(keys(2), np.stack([filtered[0], values[1]]), values, block_state, found, greedy=False)
     np.testing.assert_array_equal(tokens, expected)
     assert tokens[0, 1] == 3 and allowed("(ab)*")[CANVASES.index(tuple(tokens[1].tolist()))]
 
 
 def test_a_row_does_not_depend_on_the_others():
     found, values = toy("(a|bb)*ba"), logits(5, batch=8)
-    known = row(after=2, batch=8)._replace(after=jnp.arange(8) % 4)
-    together, _ = drawn_jit(keys(8), values, values, known, found, greedy=False)
+    block_state = row(after=2, batch=8)._replace(after=jnp.arange(8) % 4)
+    together, _ = drawn_jit(keys(8), values, values, block_state, found, greedy=False)
     for i in range(8):
-        one_key, one_value, one_known = jax.tree.map(lambda x: x[i:i + 1], (keys(8), values, known))
+        one_key, one_value, one_known = jax.tree.map(lambda x: x[i:i + 1], (keys(8), values, block_state))
         alone, _ = drawn_jit(one_key, one_value, one_value, one_known, found, greedy=False)
         np.testing.assert_array_equal(alone[0], together[i])
 
@@ -151,7 +151,7 @@ def test_a_constraint_that_allows_everything_changes_no_draw():
     everything = Automaton(np.zeros(VOCAB, np.int32), np.array([[0], [1]], np.int32), np.array([[False, True]] * 4))
     values = logits(6, batch=50)
     tokens, _ = drawn_jit(keys(50), values, values, row(batch=50), everything, greedy=False)
-    plain = draw(keys(50).reshape(-1), values.reshape(-1, VOCAB)).reshape(50, SIZE)
+    plain = sample_categorical(keys(50).reshape(-1), values.reshape(-1, VOCAB)).reshape(50, SIZE)
     np.testing.assert_array_equal(tokens, plain)
 
 

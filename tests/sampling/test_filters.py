@@ -8,7 +8,7 @@ from places import GOLDEN
 from scipy import special, stats
 
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.sampling.filters import Filters, check_filters, draw, filter_logits, penalise
+from bd3lm_jax.sampling.filters import Filters, check_filters, sample_categorical, filter_logits, apply_repetition_penalty
 
 PRIMITIVES = np.load(GOLDEN / "primitives.npz")
 LOGITS_NxV = PRIMITIVES["logits"].reshape(-1, PRIMITIVES["logits"].shape[-1])
@@ -104,14 +104,14 @@ def test_penalty_moves_seen_tokens_down(penalty):
     expected = LOGITS_NxV.astype(np.float64)
     for row, token in np.argwhere(seen):
         expected[row, token] *= penalty if expected[row, token] < 0 else 1 / penalty
-    np.testing.assert_allclose(penalise(jnp.asarray(LOGITS_NxV), seen, penalty), expected, rtol=1e-6)
-    impossible = penalise(jnp.array([[-jnp.inf, 0.0]]), jnp.ones((1, 2), bool), penalty)
+    np.testing.assert_allclose(apply_repetition_penalty(jnp.asarray(LOGITS_NxV), seen, penalty), expected, rtol=1e-6)
+    impossible = apply_repetition_penalty(jnp.array([[-jnp.inf, 0.0]]), jnp.ones((1, 2), bool), penalty)
     np.testing.assert_array_equal(impossible, [[-np.inf, 0.0]])
 
 
 def test_temperature_zero_is_the_most_probable_token():
     filtered = filter_logits(jnp.asarray(LOGITS_NxV), Filters(0, 5, 0.9))
-    drawn = [np.asarray(draw(keys(len(LOGITS_NxV), seed), filtered)) for seed in range(3)]
+    drawn = [np.asarray(sample_categorical(keys(len(LOGITS_NxV), seed), filtered)) for seed in range(3)]
     np.testing.assert_array_equal(drawn, np.broadcast_to(LOGITS_NxV.argmax(-1), (3, len(LOGITS_NxV))))
 
 
@@ -125,7 +125,7 @@ def test_excluded_tokens_stay_excluded():
 def test_law_of_draws(setting):
     logits_V, count = LOGITS_NxV[0], 20_000
     filtered = jnp.broadcast_to(filter_logits(jnp.asarray(logits_V[None]), Filters(*setting)), (count, len(logits_V)))
-    seen = np.bincount(jax.jit(draw)(keys(count), filtered), minlength=len(logits_V))
+    seen = np.bincount(jax.jit(sample_categorical)(keys(count), filtered), minlength=len(logits_V))
     expected = probabilities(logits_V[None], *setting)[0]
     assert seen[expected == 0].sum() == 0
     assert stats.chisquare(seen[expected > 0], count * expected[expected > 0]).pvalue > 1e-3
@@ -133,8 +133,8 @@ def test_law_of_draws(setting):
 
 def test_a_row_depends_on_its_own_key_alone():
     filtered = filter_logits(jnp.asarray(LOGITS_NxV), Filters())
-    together = draw(keys(len(LOGITS_NxV)), filtered)
-    alone = [int(draw(key[None], row[None])[0]) for key, row in zip(keys(len(LOGITS_NxV)), filtered)]
+    together = sample_categorical(keys(len(LOGITS_NxV)), filtered)
+    alone = [int(sample_categorical(key[None], row[None])[0]) for key, row in zip(keys(len(LOGITS_NxV)), filtered)]
     np.testing.assert_array_equal(together, alone)
     assert together.dtype == jnp.int32
 
@@ -146,7 +146,7 @@ def test_half_precision_logits_get_float32_noise():
     noise = jax.vmap(lambda key: jax.random.gumbel(key, (4096,), jnp.float32))(keys(256))
     rounded = noise.astype(jnp.bfloat16)
     assert ((rounded == rounded.max(-1, keepdims=True)).sum(-1) > 1).any()
-    np.testing.assert_array_equal(draw(keys(256), half), noise.argmax(-1))
+    np.testing.assert_array_equal(sample_categorical(keys(256), half), noise.argmax(-1))
 
 
 @pytest.mark.parametrize("setting, message", [

@@ -285,9 +285,9 @@ def test_remdm_that_never_masks_again_is_ancestral(sampler):
 @pytest.mark.ci_slow
 @pytest.mark.parametrize("sampler", ["first_hitting", "ancestral"])
 def test_slices_and_steps_by_hand_are_one_go(sampler):
-    asked, request = ask(sampler, settings(end_id=2)), make_request(row_keys(5), LENGTH, RAGGED)
+    context, request = ask(sampler, settings(end_id=2)), make_request(row_keys(5), LENGTH, RAGGED)
     start, run, opened, revealed, closed, is_done = (
-        jax.jit(functools.partial(part, asked), compiler_options=QUICK)
+        jax.jit(functools.partial(part, context), compiler_options=QUICK)
         for part in (begin, run_blocks, open_block, reveal, close_block, done))
     first = start(request, TEXTS)
     whole = run(request, first, 2)
@@ -307,11 +307,11 @@ class Recorder:
     def __init__(self):
         self.stored, self.levels, self.calls = [], [], []
 
-    def __call__(self, canvas, block, finished, positions, level, cache):
-        if finished is not None:
-            jax.debug.callback(self.note_stored, (block - 1) * canvas.shape[1], *finished, ordered=True)
+    def __call__(self, canvas, block, previous, positions, level, cache):
+        if previous is not None:
+            jax.debug.callback(self.note_stored, (block - 1) * canvas.shape[1], *previous, ordered=True)
         jax.debug.callback(self.note_call, block * canvas.shape[1], level, ordered=True)
-        return denoise(canvas, block, finished, positions, level, cache)
+        return denoise(canvas, block, previous, positions, level, cache)
 
     def note_stored(self, start, tokens, real):
         assert (np.asarray(real) == (start >= 0)).all()
@@ -329,21 +329,21 @@ class Recorder:
 def test_the_head_runs_on_what_may_be_revealed(sampler, steps, positions):
     asked_for = []
 
-    def network(canvas, block, finished, positions, level, cache):
+    def network(canvas, block, previous, positions, level, cache):
         asked_for.append(positions.shape)
-        return denoise(canvas, block, finished, positions, level, cache)
-    asked, request = ask(sampler, settings(steps=steps, size=4), network), make_request(row_keys(3), 8, [0, 1, 5])
-    jax.eval_shape(lambda: run_blocks(asked, request, begin(asked, request, jnp.ones((3, 8), int)), 2))
+        return denoise(canvas, block, previous, positions, level, cache)
+    context, request = ask(sampler, settings(steps=steps, size=4), network), make_request(row_keys(3), 8, [0, 1, 5])
+    jax.eval_shape(lambda: run_blocks(context, request, begin(context, request, jnp.ones((3, 8), int)), 2))
     assert set(asked_for) == {(3, positions)}
 
 
 def record(sampler, prompt_length, first_block, setting, row_length=8):
     recorder, batch = Recorder(), len(prompt_length)
-    asked, request = ask(sampler, setting, recorder), make_request(row_keys(batch), row_length, prompt_length)
+    context, request = ask(sampler, setting, recorder), make_request(row_keys(batch), row_length, prompt_length)
 
     def run():
-        progress = begin(asked, request, jnp.ones((batch, row_length), int), first_block)
-        return run_blocks(asked, request, progress, row_length // setting.block_size)
+        progress = begin(context, request, jnp.ones((batch, row_length), int), first_block)
+        return run_blocks(context, request, progress, row_length // setting.block_size)
     result = jax.jit(run, compiler_options=QUICK)()
     jax.effects_barrier()
     return recorder, jax.tree.map(np.asarray, result)

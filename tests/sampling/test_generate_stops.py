@@ -60,13 +60,13 @@ def entropy(tokens):
 
 def write_long(given_BxP, tokens_BxL, min_entropy, chances_BxV):
     """Rows that go on after the given ones, tokens drawn with the same chances everywhere."""
-    def network(canvas, block, finished, positions, level, cache):
+    def network(canvas, block, previous, positions, level, cache):
         logits = jnp.log(jnp.asarray(chances_BxV))[:, None]
         return jnp.broadcast_to(logits, (*positions.shape, KINDS + 1)), cache
 
-    asked = ask("ancestral", settings(steps=1, size=SIZE, min_entropy=min_entropy), network)
+    context = ask("ancestral", settings(steps=1, size=SIZE, min_entropy=min_entropy), network)
     request = make_request(row_keys(len(tokens_BxL)), ROW, prompt=given_BxP)
-    result = jax.jit(lambda: run_blocks(asked, request, begin(asked, request, tokens_BxL), ROW // SIZE),
+    result = jax.jit(lambda: run_blocks(context, request, begin(context, request, tokens_BxL), ROW // SIZE),
                      compiler_options=QUICK)()
     return np.asarray(result.tokens), np.asarray(result.stopped)
 
@@ -99,14 +99,14 @@ def test_repetition_penalty_by_hand(penalty):
     """Tokens that the row holds, given ones too, have their logits divided, or multiplied when negative."""
     logits, length, prompts = [2.0, 1.4, -0.1, 9.0], 6, np.array([[0], [1], [2]])
 
-    def network(canvas, block, finished, positions, level, cache):
+    def network(canvas, block, previous, positions, level, cache):
         return jnp.broadcast_to(jnp.array(logits), (*positions.shape, KINDS + 1)), cache
 
     setting = settings(size=1)._replace(filters=Filters(temperature=0.0, repetition_penalty=penalty))
-    asked = ask("first_hitting", setting, network)
+    context = ask("first_hitting", setting, network)
     request = make_request(row_keys(3), length, prompt=1)
     tokens = np.pad(prompts, ((0, 0), (0, length - 1)))
-    found = jax.jit(lambda: run_blocks(asked, request, begin(asked, request, tokens), length).tokens,
+    found = jax.jit(lambda: run_blocks(context, request, begin(context, request, tokens), length).tokens,
                     compiler_options=QUICK)()
     for row, prompt in zip(np.asarray(found), prompts):
         text = prompt.tolist()

@@ -12,7 +12,7 @@ from toy_runs import quick_jit
 
 from bd3lm_jax.diffusion.ssd_lm import SSDLM, alpha_bar
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.sampling import Asked, Filters, Request, Settings, simplex, start
+from bd3lm_jax.sampling import DenoiserContext, Filters, Request, Settings, simplex, start
 from bd3lm_jax.writing.denoise import BlockDenoiser, UncachedDenoiser
 
 SIZE, STEPS, SCALE = 4, 5, 5.0
@@ -29,9 +29,9 @@ def request_of(batch, length, given=0, lengths=None, seed=0):
 
 def written(denoise, request, tokens, cache, filters=Filters(), steps=STEPS):
     settings = Settings(SIZE, SIZE, steps, filters, MASK, END)
-    asked = Asked(denoise, simplex.SAMPLER, settings)
-    progress = start(asked, request, tokens, 0, cache)
-    return simplex.run_blocks(LEVELS[steps], asked, request, progress, tokens.shape[1] // SIZE)
+    context = DenoiserContext(denoise, simplex.SAMPLER, settings)
+    progress = start(context, request, tokens, 0, cache)
+    return simplex.run_blocks(LEVELS[steps], context, request, progress, tokens.shape[1] // SIZE)
 
 
 def test_levels():
@@ -46,7 +46,7 @@ def test_what_is_drawn_follows_the_nucleus():
     logits = jnp.log(jnp.asarray(np.concatenate([p, np.full(VOCAB - len(p), 1e-12)])))
     batch, length = 256, 8
 
-    def denoise(canvas, block, finished, positions, level, cache):
+    def denoise(canvas, block, previous, positions, level, cache):
         return jnp.broadcast_to(logits, canvas.shape), cache
 
     tokens = np.zeros((batch, length), np.int32)
@@ -68,8 +68,8 @@ def test_what_the_network_is_asked_with():
     the level that it is told. The logit less the mean of the others, standardised, is normal."""
     seen, batch = [], 64
 
-    def denoise(canvas, block, finished, positions, level, cache):
-        jax.debug.callback(lambda *x: seen.append([np.asarray(y) for y in x]), canvas, level, finished is not None,
+    def denoise(canvas, block, previous, positions, level, cache):
+        jax.debug.callback(lambda *x: seen.append([np.asarray(y) for y in x]), canvas, level, previous is not None,
                            ordered=True)
         return jnp.broadcast_to(jnp.where(jnp.arange(VOCAB) == 5, 0.0, -1e4), canvas.shape), cache
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bd3lm_jax.sampling.steps import SAMPLERS, Row, Said
+from bd3lm_jax.sampling.steps import SAMPLERS, Row, TokenStats
 
 PVALUE = 1e-3
 
@@ -177,36 +177,36 @@ def test_iterative_masks_a_shrinking_part_that_is_drawn_at_random():
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def choose(sampler, planned_NxS, said, steps, index_N, threshold_N):
-    def one(planned, said, index, threshold):
-        row = Row(planned, ~planned, said.confidence, jnp.ones(()), index)
-        return SAMPLERS[sampler].choose(row, planned, said, steps, threshold)
-    return jax.vmap(one)(planned_NxS, said, index_N, threshold_N)
+def choose(sampler, planned_NxS, token_stats, steps, index_N, threshold_N):
+    def one(planned, token_stats, index, threshold):
+        row = Row(planned, ~planned, token_stats.confidence, jnp.ones(()), index)
+        return SAMPLERS[sampler].choose(row, planned, token_stats, steps, threshold)
+    return jax.vmap(one)(planned_NxS, token_stats, index_N, threshold_N)
 
 
-def expected_choice(sampler, planned, said, steps, index, threshold):
+def expected_choice(sampler, planned, token_stats, steps, index, threshold):
     """Places that the papers' words reveal, from lists of Python."""
     places = [i for i in range(len(planned)) if planned[i]]
     if sampler in ("confidence", "margin", "entropy"):
-        score = {"confidence": said.confidence, "margin": said.margin, "entropy": -said.entropy}[sampler]
+        score = {"confidence": token_stats.confidence, "margin": token_stats.margin, "entropy": -token_stats.entropy}[sampler]
         places.sort(key=lambda i: -score[i])
         return set(places[:-(-len(places) // (steps - index))])
     if sampler == "entropy_bound":
-        places.sort(key=lambda i: said.entropy[i])
-        sums = np.cumsum([0.0, *(said.entropy[i] for i in places)])[:-1]  # the largest of each set left out
+        places.sort(key=lambda i: token_stats.entropy[i])
+        sums = np.cumsum([0.0, *(token_stats.entropy[i] for i in places)])[:-1]  # the largest of each set left out
         return set(places[:max(1, int((sums <= threshold).sum()))])
-    places.sort(key=lambda i: -said.confidence[i])
+    places.sort(key=lambda i: -token_stats.confidence[i])
     if sampler == "threshold":
-        return {places[0]} | {i for i in places if said.confidence[i] >= threshold}
+        return {places[0]} | {i for i in places if token_stats.confidence[i] >= threshold}
     chosen = places[:1]
     for r, place in enumerate(places[1:], start=2):
-        if said.confidence[place] < 1 - threshold / (r + 1):
+        if token_stats.confidence[place] < 1 - threshold / (r + 1):
             break
         chosen.append(place)
     return set(chosen)
 
 
-CHOOSERS = [name for name, sampler in SAMPLERS.items() if sampler.choose is not None and not sampler.scores]
+CHOOSERS = [name for name, sampler in SAMPLERS.items() if sampler.choose is not None and not sampler.predicts_scores]
 
 
 @pytest.mark.parametrize("sampler", CHOOSERS)
@@ -215,10 +215,10 @@ def test_choices_are_the_papers(sampler):
     planned = draw.random((rows, size)) < 0.7
     planned[~planned.any(1), 3] = True
     confidence = draw.beta(3, 1, (rows, size)).astype(np.float32)
-    said = Said(confidence, *draw.random((2, rows, size)).astype(np.float32))
+    token_stats = TokenStats(confidence, *draw.random((2, rows, size)).astype(np.float32))
     index, threshold = draw.integers(0, steps, rows), (draw.random(rows) * 1.5).astype(np.float32)
-    found = np.asarray(choose(sampler, planned, said, steps, index, threshold))
-    expected = [expected_choice(sampler, planned[i], Said(*(x[i] for x in said[:3])), steps, index[i], threshold[i])
+    found = np.asarray(choose(sampler, planned, token_stats, steps, index, threshold))
+    expected = [expected_choice(sampler, planned[i], TokenStats(*(x[i] for x in token_stats[:3])), steps, index[i], threshold[i])
                 for i in range(rows)]
     assert [set(np.flatnonzero(row).tolist()) for row in found] == expected
     assert len({len(chosen) for chosen in expected}) > 3
@@ -231,7 +231,7 @@ def test_candidates_are_all_masks_and_ties_go_to_the_left(sampler):
     np.testing.assert_array_equal(plan.reveal, row.masked)
     assert plan.level == pytest.approx(3 / 4)  # of what is not given
     alike, just_one = jnp.full(5, 0.3), 0.31 if sampler == "threshold" else 0.29
-    shown = SAMPLERS[sampler].choose(row, row.masked, Said(alike, alike, alike), 3, just_one)
+    shown = SAMPLERS[sampler].choose(row, row.masked, TokenStats(alike, alike, alike), 3, just_one)
     np.testing.assert_array_equal(shown, [False, True, False, False, False])
 
 
@@ -247,8 +247,8 @@ def test_rounding_does_not_order_positions(sampler, level):
     noisy = [x + draw.uniform(-3e-7, 3e-7, x.shape) * scale
              for x, scale in zip(plain, (level, level, np.maximum(plain[2], 1)))]
     threshold = np.full(200, 0.37, np.float32)  # none of the sums of entropies, which 0.3 is
-    expected, found = (np.asarray(choose(sampler, planned, Said(*(np.float32(x) for x in said)), 5, index, threshold))
-                       for said in (plain, noisy))
+    expected, found = (np.asarray(choose(sampler, planned, TokenStats(*(np.float32(x) for x in token_stats)), 5, index, threshold))
+                       for token_stats in (plain, noisy))
     np.testing.assert_array_equal(found, expected)
 
 
@@ -257,8 +257,8 @@ def test_registry():
     those that look at the output, and those that change what they wrote."""
     assert {name: sampler.most(16, 5) for name, sampler in SAMPLERS.items() if sampler.most(16, 5) != 16} == {
         "first_hitting": 1, "random_order": 4}
-    assert [name for name, sampler in SAMPLERS.items() if sampler.idles] == [
+    assert [name for name, sampler in SAMPLERS.items() if sampler.may_skip_forward] == [
         "ancestral", "ancestral_cosine", "remdm_cap", "remdm_rescale", "remdm_confidence", "remdm_loop"]
     assert CHOOSERS == ["confidence", "margin", "entropy", "threshold", "factor", "entropy_bound"]
-    rewriting = [name for name, sampler in SAMPLERS.items() if sampler.rewrites]
+    rewriting = [name for name, sampler in SAMPLERS.items() if sampler.can_remask]
     assert rewriting == ["remdm_cap", "remdm_rescale", "remdm_confidence", "remdm_loop", "iterative"]

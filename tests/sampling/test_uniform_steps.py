@@ -13,7 +13,7 @@ from toy_lm import MASK as LM_MASK
 from toy_lm import make_lm
 
 from bd3lm_jax.diffusion import Uniform
-from bd3lm_jax.sampling import SAMPLERS, Asked, Filters, start
+from bd3lm_jax.sampling import SAMPLERS, DenoiserContext, Filters, start
 from bd3lm_jax.sampling.generate import open_block, reveal
 from bd3lm_jax.sampling.steps import Plan
 
@@ -27,7 +27,7 @@ def probabilities(place, other, level):
     return odds / odds.sum()
 
 
-def network(canvas_BxS, block, finished, positions_BxP, level_B, cache):
+def network(canvas_BxS, block, previous, positions_BxP, level_B, cache):
     other = jnp.take_along_axis(canvas_BxS, 1 - positions_BxP, axis=1)
     logits = jnp.asarray(TABLE, jnp.float32)[positions_BxP, other] * (1.5 - level_B)[:, None, None]
     return jnp.pad(logits, ((0, 0), (0, 0), (0, 1)), constant_values=9.0), cache
@@ -62,7 +62,7 @@ def jump(alpha):
 TEXTS = np.random.default_rng(5).dirichlet(np.ones(KINDS**SIZE)).reshape(KINDS, KINDS)  # of two letters
 
 
-def exact_scores(canvas_BxS, block, finished, positions_BxP, level_B, cache):
+def exact_scores(canvas_BxS, block, previous, positions_BxP, level_B, cache):
     """log p_t(letter, other) / p_t(own, other), and junk for the own letter and the mask."""
     jump_BxKxK = (1 - level_B)[:, None, None] * jnp.eye(KINDS) + level_B[:, None, None] / KINDS
     joint_Bx2 = jnp.log(jnp.einsum("bik,ij,bjl->bkl", jump_BxKxK, jnp.asarray(TEXTS, jnp.float32), jump_BxKxK))
@@ -75,7 +75,7 @@ def exact_scores(canvas_BxS, block, finished, positions_BxP, level_B, cache):
     return jnp.pad(scores, ((0, 0), (0, 0), (0, 1)), constant_values=9.0), cache
 
 
-def score_laws():
+def log_probs_from_scores():
     """Both letters redrawn at once, each by its exact posterior given both at the level before: by enumeration."""
     law, found = np.full((KINDS, KINDS), KINDS**-SIZE), []
     for index in range(STEPS):
@@ -101,13 +101,13 @@ def next_letters(junk, count=20_000, **filters):
     def plan(key, row, steps, threshold):
         return Plan(row.masked, row.masked, jnp.float32(HALF), jnp.float32(QUARTER))
 
-    asked = Asked(lambda canvas, block, finished, positions, level, cache: (
+    context = DenoiserContext(lambda canvas, block, previous, positions, level, cache: (
         jnp.broadcast_to(logits, (count, 1, KINDS + 1)), cache),
         SAMPLERS["uniform_scores"]._replace(plan=plan), settings(2, size=1)._replace(filters=Filters(**filters)))
     request = make_request(row_keys(count), 1)
-    progress = start(asked, request, jnp.zeros((count, 1), int), 0, jnp.zeros(()))
-    block = open_block(asked, request, progress)[0]._replace(canvas=jnp.full((count, 1), OWN))
-    drawn = reveal(asked, request, progress, block, jnp.zeros(())).canvas
+    progress = start(context, request, jnp.zeros((count, 1), int), 0, jnp.zeros(()))
+    block = open_block(context, request, progress)[0]._replace(canvas=jnp.full((count, 1), OWN))
+    drawn = reveal(context, request, progress, block, jnp.zeros(())).canvas
     return np.bincount(np.asarray(drawn)[:, 0], minlength=KINDS)
 
 
@@ -129,19 +129,19 @@ def test_filters_of_scores_do_not_read_the_own_one(junk, filters, stay):
 def blocks(keys_B, ask=network, sampler="uniform"):
     """Canvases after every step `[B, STEPS, SIZE]`, and what is still open at the end."""
     request = make_request(keys_B, SIZE)
-    asked = Asked(ask, SAMPLERS[sampler], settings(STEPS, size=SIZE))
-    progress = start(asked, request, jnp.zeros((keys_B.shape[0], SIZE), int), 0, jnp.zeros(()))
-    block, cache = open_block(asked, request, progress)
+    context = DenoiserContext(ask, SAMPLERS[sampler], settings(STEPS, size=SIZE))
+    progress = start(context, request, jnp.zeros((keys_B.shape[0], SIZE), int), 0, jnp.zeros(()))
+    block, cache = open_block(context, request, progress)
     canvases = [block.canvas]
     for _ in range(1, STEPS):
         assert block.masked.shape == (keys_B.shape[0], SIZE)
-        block = reveal(asked, request, progress, block, cache)
+        block = reveal(context, request, progress, block, cache)
         canvases.append(block.canvas)
     return jnp.stack(canvases, 1), block.masked
 
 
 @pytest.mark.parametrize("ask, sampler, expected", [(network, "uniform", laws),
-                                                    (exact_scores, "uniform_scores", score_laws)])
+                                                    (exact_scores, "uniform_scores", log_probs_from_scores)])
 def test_law_of_every_step(ask, sampler, expected):
     written = functools.partial(blocks, ask=ask, sampler=sampler)
     canvases, masked = jax.jit(written, compiler_options=QUICK)(row_keys(8000))

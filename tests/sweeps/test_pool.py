@@ -45,14 +45,14 @@ def run(jobs, parallel: int = 1):
 def test_exit_code_and_last_words(tmp_path, code, words, exit_code):
     job = python(tmp_path, "job", code)
     assert run([job])[0] == [("job", "running"), ("job", "ended")]
-    assert (job.code, job.last_words()) == (exit_code, words)
+    assert (job.code, job.last_error()) == (exit_code, words)
 
 
 def test_the_log_keeps_earlier_output_but_last_words_are_the_latest(tmp_path):
     run([python(tmp_path, "job", "print('error: first')")])
     second = python(tmp_path, "job", "print('second')")
     run([second])
-    assert second.last_words() == "second" and second.log.read_text() == "error: first\nsecond\n"
+    assert second.last_error() == "second" and second.log.read_text() == "error: first\nsecond\n"
 
 
 def test_a_job_that_ended_may_come_again_and_is_watched_while_it_runs(tmp_path, monkeypatch):
@@ -127,7 +127,7 @@ def test_a_signal_stops_what_runs_and_starts_no_more(tmp_path):
     told, received = run([polite, never])
     thread.join()
     assert told == [("polite", "running"), ("polite", "stopped")] and received == [signal.SIGTERM]
-    assert (polite.code, polite.last_words()) == (42, "saved")
+    assert (polite.code, polite.last_error()) == (42, "saved")
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -178,5 +178,5 @@ def test_runs_where_files_cannot_be_locked(tmp_path, monkeypatch, capsys):
     job = Job("a", [sys.executable, "-c", "print('words')"], tmp_path / "a.log")
     with pool.exclusive(tmp_path / ".lock"):
         assert job.start()
-    assert job.process.wait(60) == 0 and job.last_words() == "words" and not pool.is_running(tmp_path / "a.log")
+    assert job.process.wait(60) == 0 and job.last_error() == "words" and not pool.is_running(tmp_path / "a.log")
     assert "a.log cannot be locked here (No locks available): see that no other process" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from toy_runs import environment, toy_config, toy_dict, write_text
 from bd3lm_jax import plots, report, rundir
 from bd3lm_jax.data.tokenizers import ByteTokenizer
 from bd3lm_jax.errors import Preempted, RunError, UserError
-from bd3lm_jax.sealed import unseal
+from bd3lm_jax.checksummed import verify_checksum
 from bd3lm_jax.sweeps import pool
 from bd3lm_jax.sweeps.pool import is_running
 from bd3lm_jax.sweeps.sweep import Point, run_name, sweep
@@ -109,7 +109,7 @@ def test_all_runs_are_trained_and_their_table_written(stage):
     second = result["runs"][1]
     assert [second[key] for key in ("name", "overrides", "valid_nll", "nll_ci95", "step")] == [
         "optim.lr=0.01", {"optim.lr": 0.01}, 2.0, [1.9, 2.2], 6]
-    assert unseal((stage.workdir / "status.json").read_bytes()) == json.loads(json.dumps(result))
+    assert verify_checksum((stage.workdir / "status.json").read_bytes()) == json.loads(json.dumps(result))
     with open(stage.workdir / "table.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows[2] == {"run": "2", "name": "optim.lr=0.1", "optim.lr": "0.1", "valid_nll": "3.0",
@@ -237,7 +237,7 @@ def test_after_the_sweep_was_killed_its_runs_are_not_trained_twice(stage):
 
 def test_a_run_of_another_config_is_refused_before_anything_starts(stage):
     config = rundir.resolve(toy_config(stage.directory, {"optim.lr": 0.1, "train.batch": 16}), ByteTokenizer())
-    rundir.claim(stage.workdir / "optim.lr=0.1", config, ByteTokenizer())
+    rundir.create_or_validate(stage.workdir / "optim.lr=0.1", config, ByteTokenizer())
     with pytest.raises(UserError, match=r"lr=0.1 holds a run of another config \(train.batch: 8 != 16; here != there"):
         stage.sweep()
     assert stage.calls() == []
@@ -246,7 +246,7 @@ def test_a_run_of_another_config_is_refused_before_anything_starts(stage):
 def test_a_run_of_the_same_config_goes_on(stage):
     """The vocabulary, which the tokenizer decides, and what may differ when a run goes on do not count."""
     config = rundir.resolve(toy_config(stage.directory, {"optim.lr": 0.1, "log.every": 3}), ByteTokenizer())
-    rundir.claim(stage.workdir / "optim.lr=0.1", config, ByteTokenizer())
+    rundir.create_or_validate(stage.workdir / "optim.lr=0.1", config, ByteTokenizer())
     assert stage.sweep()["ok"] and stage.calls() == [1.0, 2.0, 3.0]
 
 
@@ -284,7 +284,7 @@ def test_a_damaged_status_costs_only_what_it_alone_knew(stage, capsys, content):
     stage.orders = {}
     result = stage.sweep()
     assert result["ok"] and stage.calls() == [1.0]
-    assert unseal(path.read_bytes()) == json.loads(json.dumps(result))
+    assert verify_checksum(path.read_bytes()) == json.loads(json.dumps(result))
     assert capsys.readouterr().err.count(f"warning: {path} is damaged") == 1
 
 

@@ -18,7 +18,7 @@ from toy_runs import environment, toy_dict, write_text
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.log import read_metrics
 from bd3lm_jax.sweeps import paired, pool, sweep
-from bd3lm_jax.sweeps.giving_up import Rule
+from bd3lm_jax.sweeps.early_stopping import StoppingRule
 
 LONG = 400  # steps of the run that is killed
 
@@ -50,7 +50,7 @@ def test_what_was_preempted_stuck_or_killed_is_started_again(stage, capsys):
 @pytest.mark.parametrize("index", [None, 2])
 def test_a_hopeless_run_is_given_up_and_goes_on_when_asked_without(stage, capsys, index):
     """Bits per byte are 0.5, 1 and 1.5; the third run is behind the first by 1 at half of its steps."""
-    rule = Rule(margin=0.6, after=0.5)
+    rule = StoppingRule(margin=0.6, after=0.5)
     stage.orders = {"3.0": "lag"}
     if index is not None:
         stage.sweep(index=0)
@@ -64,21 +64,21 @@ def test_a_hopeless_run_is_given_up_and_goes_on_when_asked_without(stage, capsys
     assert [run["status"] for run in stage.sweep(dry_run=True)["runs"]] == ["finished", "finished", "given up"]
     assert stage.sweep(give_up=rule)["ok"] and stage.calls() == []  # it would be hopeless again
     stage.orders = {}
-    assert stage.sweep(give_up=Rule(margin=1.1, after=0.5), index=2)["ok"] and stage.calls() == [3.0]
+    assert stage.sweep(give_up=StoppingRule(margin=1.1, after=0.5), index=2)["ok"] and stage.calls() == [3.0]
     assert stage.status() == ["finished"] * 3
 
 
 def test_a_given_up_run_goes_on_without_the_rule(stage):
     stage.orders = {"2.0": "lag"}
-    stage.sweep(give_up=Rule(margin=0.1, after=0.0), index=0)
-    assert stage.sweep(give_up=Rule(margin=0.1, after=0.0), index=1)["runs"][1]["status"] == "given up"
+    stage.sweep(give_up=StoppingRule(margin=0.1, after=0.0), index=0)
+    assert stage.sweep(give_up=StoppingRule(margin=0.1, after=0.0), index=1)["runs"][1]["status"] == "given up"
     stage.orders = {}
     assert stage.sweep()["ok"] and stage.calls() == [2.0, 3.0]
 
 
 def test_only_runs_of_equal_training_are_held_against_each_other(stage):
     stage.overrides = [{"train.batch": 16}, {"train.steps": 12}, {}]
-    assert stage.sweep(give_up=Rule(margin=0.1, after=0.0))["ok"] is False  # the report of the second has step 6
+    assert stage.sweep(give_up=StoppingRule(margin=0.1, after=0.0))["ok"] is False  # the report of the second has step 6
     assert [run["status"] for run in stage.sweep(dry_run=True)["runs"]] == ["finished", "failed", "finished"]
 
 
@@ -102,7 +102,7 @@ A = {"a": {2: 1.0, 4: 0.9, 6: 0.8}, "b": {2: 1.2, 4: 0.7}}
     (0.4, 0.0, {2: -5.0}, A, None),
 ])
 def test_verdicts_worked_out_by_hand(margin, after, ours, others, reason):
-    assert Rule(margin, after).verdict(10, ours, others) == reason
+    assert StoppingRule(margin, after).verdict(10, ours, others) == reason
 
 
 class Found:

@@ -9,7 +9,7 @@ import pytest
 
 from bd3lm_jax import hf
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.lm import Trained
+from bd3lm_jax.lm import CheckpointId
 from bd3lm_jax.tasks import TASKS, evaluate_task, read_problems, score, score_completions
 
 ARGUMENTS = {"task": "gsm8k", "against": "", "allow_code_execution": False, "num_problems": 0, "draws_per_problem": 1,
@@ -27,7 +27,7 @@ class Said(NamedTuple):
 class FakeLM:
     """Answers by the prompt; a token is a letter."""
 
-    context, trained = 200, Trained(7, "abc")
+    context, trained = 200, CheckpointId(7, "abc")
     tokenizer = type("Letters", (), {"encode": staticmethod(list)})
 
     def __init__(self, answers):

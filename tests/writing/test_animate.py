@@ -8,7 +8,7 @@ from toy_lm import END, LETTERS, make_lm
 
 from bd3lm_jax import log
 from bd3lm_jax.writing import stream
-from bd3lm_jax.writing.animate import Painted, animate, colour
+from bd3lm_jax.writing.animate import ColouredRow, animate, colour
 from bd3lm_jax.writing.options import make_options
 
 
@@ -41,7 +41,7 @@ def test_without_a_terminal_there_are_lines(events, capsys, monkeypatch):
 
 
 def test_a_row_is_painted_as_it_stands(events):
-    row = Painted(events[0])
+    row = ColouredRow(events[0])
     for event in events:
         row.apply(event)
         assert row.ids[event.start:event.start + len(event.canvas)].tolist() == event.canvas

@@ -11,7 +11,7 @@ from toy_lm import CONTEXT, END, LETTERS, MASK, make_ids, make_lm, masked
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import trunk
-from bd3lm_jax.sampling.generate import Finished
+from bd3lm_jax.sampling.generate import PreviousBlock
 from bd3lm_jax.writing import approximate_cache, infill, stream
 from bd3lm_jax.writing.approximate_cache import KINDS, ApproximateDenoiser
 from bd3lm_jax.writing.options import make_options
@@ -39,13 +39,13 @@ def by_hand(lm, ids_BxN, first, outside, level_B):
     own = []
     for i in range(count):
         variables = {"params": jax.tree.map(lambda x, i=i: x[i], params[name])}
-        q, k, v = (np.asarray(x, np.float64) for x in block.apply(variables, h, cond, rotary, True, method=block.pre))
+        q, k, v = (np.asarray(x, np.float64) for x in block.apply(variables, h, cond, rotary, True, method=block.project_qkv))
         own.append((k, v))
         if outside is not None:
             k, v = (np.concatenate([x, y], axis=1) for x, y in zip((k, v), outside[i]))
         scores = np.exp(np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1]))
         attended = np.einsum("bhqk,bkhd->bqhd", scores / scores.sum(-1, keepdims=True), v)
-        h, _ = block.apply(variables, h, jnp.asarray(attended, jnp.float32), cond, None, method=block.post)
+        h, _ = block.apply(variables, h, jnp.asarray(attended, jnp.float32), cond, None, method=block.attention_output_and_mlp)
     return np.asarray(model.head.apply({"params": params["head"]}, h, cond)), own
 
 
@@ -68,9 +68,9 @@ def test_the_definition(kind, time_conditioning):
         if block == 4:  # as if the windows between had been given
             row[:, 2 * WINDOW:start] = final[:, 2 * WINDOW:start]
             stored = stored._replace(row=jnp.asarray(row))
-        finished = Finished(jnp.asarray(row[before]), jnp.full((3, WINDOW), block > 0))
+        previous = PreviousBlock(jnp.asarray(row[before]), jnp.full((3, WINDOW), block > 0))
         expected, whole = by_hand(lm, row, 0, None, (row == MASK).mean(1))
-        logits, stored = ask(row[inside], block, finished, everywhere, np.ones(3), stored)
+        logits, stored = ask(row[inside], block, previous, everywhere, np.ones(3), stored)
         np.testing.assert_allclose(logits, expected[inside], atol=1e-5)
         for _ in range(2):
             at = start + np.flatnonzero((row[inside] == MASK).any(0))[0]
@@ -133,7 +133,7 @@ def test_an_end_token_saves_the_later_windows():
 def test_fewer_positions_are_computed(monkeypatch):
     """Token positions through the network, counted as they run: the whole canvas once a window, then what is out of
     date: the window, or the windows from it on in a size that is compiled."""
-    counted, whole = [], trunk.hidden
+    counted, whole = [], trunk.forward
 
     def counting(*args, clean, **options):
         jax.debug.callback(lambda: counted.append(clean.ids.shape[1]))

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bd3lm_jax import passes
+from bd3lm_jax import forward
 from bd3lm_jax.models import build, trunk
 from bd3lm_jax.models.dit import DiTConfig
 from bd3lm_jax.models.trunk import Stream
-from bd3lm_jax.passes import PLAIN
-from bd3lm_jax.sampling import SAMPLERS, Asked, Filters, Request, Settings, run_blocks, start
-from bd3lm_jax.sampling.generate import Finished
-from bd3lm_jax.writing.denoise import BlockDenoiser, CausalDenoiser, Guided, UncachedDenoiser
+from bd3lm_jax.forward import DEFAULT_EXECUTION
+from bd3lm_jax.sampling import SAMPLERS, DenoiserContext, Filters, Request, Settings, run_blocks, start
+from bd3lm_jax.sampling.generate import PreviousBlock
+from bd3lm_jax.writing.denoise import BlockDenoiser, CausalDenoiser, GuidedDenoiser, UncachedDenoiser
 
 VOCAB, MASK, END, SIZE, LENGTH = 13, 12, 3, 4, 16
 TOKENS = np.random.default_rng(1).integers(0, MASK, size=(3, LENGTH)).astype(np.int32)
@@ -59,7 +59,7 @@ def cut(x, block, size=SIZE):
 
 def finished_before(block, tokens=TOKENS, size=SIZE):
     ids = cut(tokens, block - 1, size)
-    return Finished(ids, np.full(ids.shape, block > 0))
+    return PreviousBlock(ids, np.full(ids.shape, block > 0))
 
 
 def all_positions(size, batch=3):
@@ -69,16 +69,16 @@ def all_positions(size, batch=3):
 @functools.partial(jax.jit, static_argnames="model")
 def uncached_blocks(model, params, sigma_BxMxn=None):
     """Logits of CANVAS after clean TOKENS, `[B, L, V]`."""
-    position, segment = passes.plain_rows(TOKENS)
-    h = passes.two_stream(model, params, CANVAS[:, None], TOKENS, position, segment, block_size=SIZE,
-                          sigma_BxMxn=sigma_BxMxn, execution=PLAIN)
+    position, segment = forward.single_document_rows(TOKENS)
+    h = forward.two_stream(model, params, CANVAS[:, None], TOKENS, position, segment, block_size=SIZE,
+                          sigma_BxMxn=sigma_BxMxn, execution=DEFAULT_EXECUTION)
     return trunk.logits(model, params, h, sigma_BxMxn)[:, 0]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "rule", "block_size"))
 def uncached_row(model, params, ids, rule, block_size):
-    h = passes.one_stream(model, params, ids, *passes.plain_rows(ids), rule=rule, block_size=block_size,
-                          execution=PLAIN)
+    h = forward.one_stream(model, params, ids, *forward.single_document_rows(ids), rule=rule, block_size=block_size,
+                          execution=DEFAULT_EXECUTION)
     return trunk.logits(model, params, h)
 
 
@@ -91,7 +91,7 @@ def test_blocks_with_a_cache_equal_two_streams(time_conditioning, first_block):
     level = np.random.default_rng(3).uniform(0.2, 0.9, size=(len(TOKENS), LENGTH // SIZE)).astype(np.float32)
     sigma = -np.log(1 - level)[:, None] if time_conditioning else None
     expected = np.asarray(uncached_blocks(model, params, sigma))
-    stored = denoiser.stored_before(first_block)
+    stored = denoiser.num_prefilled(first_block)
     assert stored == SIZE * max(first_block - 1, 0)
     cache = prefill(params, *stored_tokens(TOKENS, stored, 11 if stored else 0), 0)
     for block in range(first_block, LENGTH // SIZE):
@@ -110,12 +110,12 @@ def test_blocks_with_a_cache_equal_two_streams(time_conditioning, first_block):
 def test_tokens_one_by_one_equal_a_causal_pass(bos, first):
     model, params = network(adaln=False)
     denoiser = CausalDenoiser(model, LENGTH, "compute", bos, END)
-    assert denoiser.stored_before(first) == (first if bos else first - 1)
+    assert denoiser.num_prefilled(first) == (first if bos else first - 1)
     inputs = np.pad(TOKENS, ((0, 0), (1, 0)), constant_values=END) if bos else TOKENS
     predicted_from = 0 if bos else 1  # the first token that the pass says anything about
     expected = np.asarray(uncached_row(model, params, inputs, "causal", 1))[:, :-1]
     first = 0 if bos and first == 1 else first
-    stored = denoiser.stored_before(first)
+    stored = denoiser.num_prefilled(first)
     ask, prefill = compiled(denoiser)
     cache = prefill(params, *stored_tokens(inputs, stored, 8 * (stored > 0)), 0)
     for at in range(first, LENGTH):
@@ -126,9 +126,9 @@ def test_tokens_one_by_one_equal_a_causal_pass(bos, first):
 
 def test_stored_before_the_first_block():
     model, _ = network()
-    assert block_denoiser().stored_before(0) == 0
-    assert CausalDenoiser(model, LENGTH, "compute", True, END).stored_before(0) == 0
-    assert CausalDenoiser(model, LENGTH, "compute", False, END).stored_before(0) == 0
+    assert block_denoiser().num_prefilled(0) == 0
+    assert CausalDenoiser(model, LENGTH, "compute", True, END).num_prefilled(0) == 0
+    assert CausalDenoiser(model, LENGTH, "compute", False, END).num_prefilled(0) == 0
 
 
 def test_a_whole_row_as_one_block_needs_no_cache():
@@ -136,7 +136,7 @@ def test_a_whole_row_as_one_block_needs_no_cache():
     model, params = network()
     ask, prefill = compiled(BlockDenoiser(model, LENGTH, LENGTH, "compute"))
     cache = prefill(params, *stored_tokens(TOKENS, 0, 0), 0)
-    nothing = Finished(CANVAS, np.zeros(CANVAS.shape, bool))
+    nothing = PreviousBlock(CANVAS, np.zeros(CANVAS.shape, bool))
     logits, cache = ask(params, CANVAS, 0, nothing, all_positions(LENGTH), np.ones(3), cache)
     expected = uncached_row(model, params, CANVAS, "bidirectional", LENGTH)
     np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
@@ -158,7 +158,7 @@ def ask_plainly(model, params, noised, clean, cache, size, rule):
     room = jax.tree.map(jnp.zeros_like, cache[0])
     cache = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=-1), *cache, room)
     at = cache.segment.shape[1] - size
-    out = trunk.hidden(model, params, noised=noised, clean=clean, cache=cache, write_at=at, rule=rule, block_size=size,
+    out = trunk.forward(model, params, noised=noised, clean=clean, cache=cache, write_at=at, rule=rule, block_size=size,
                        execution=trunk.Execution("dense", "unroll", "none", False), dropout_keys=None)
     h = out.clean if noised is None else out.noised[:, 0]
     return trunk.logits(model, params, h), jax.tree.map(lambda x: x[..., at:], out.cache)
@@ -221,8 +221,8 @@ def generation(denoise, cache, prompt, sampler, temperature, window=SIZE, seed=0
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(3))
     request = Request(keys, np.arange(LENGTH) < np.asarray(prompt)[:, None], np.full(3, LENGTH), np.zeros(3, int),
                       np.arange(VOCAB) == MASK, np.float32(0.5))
-    asked = Asked(denoise, SAMPLERS[sampler], settings)
-    progress = run_blocks(asked, request, start(asked, request, TOKENS, 0, cache), LENGTH // SIZE)
+    denoiser_context = DenoiserContext(denoise, SAMPLERS[sampler], settings)
+    progress = run_blocks(denoiser_context, request, start(denoiser_context, request, TOKENS, 0, cache), LENGTH // SIZE)
     return progress.tokens, progress.stopped, progress.nfe
 
 
@@ -246,19 +246,19 @@ def test_guidance_against_two_passes():
     denoiser = block_denoiser()
     given = np.broadcast_to(np.arange(LENGTH) < 6, TOKENS.shape)
     canvas = np.where(given, TOKENS, CANVAS)
-    position, segment = passes.plain_rows(TOKENS)
+    position, segment = forward.single_document_rows(TOKENS)
 
     @jax.jit
     def whole_rows(canvas, seen):
-        h = passes.two_stream(model, params, canvas[:, None], TOKENS, position, jnp.where(seen, segment, 0),
-                              block_size=SIZE, execution=PLAIN)
+        h = forward.two_stream(model, params, canvas[:, None], TOKENS, position, jnp.where(seen, segment, 0),
+                              block_size=SIZE, execution=DEFAULT_EXECUTION)
         return trunk.logits(model, params, h)[:, 0]
 
     @functools.partial(jax.jit, compiler_options=QUICK)
-    def guided(weight, block, finished, cache):
-        ask = Guided(functools.partial(denoiser, params), weight, jnp.asarray(given), MASK)
+    def guided(weight, block, previous, cache):
+        ask = GuidedDenoiser(functools.partial(denoiser, params), weight, jnp.asarray(given), MASK)
         here = jax.lax.dynamic_slice_in_dim(canvas, block * SIZE, SIZE, axis=1)
-        return ask(here, block, finished, all_positions(SIZE), jnp.ones(3), cache)
+        return ask(here, block, previous, all_positions(SIZE), jnp.ones(3), cache)
 
     conditional = whole_rows(canvas, np.ones_like(given))
     cache = compiled(denoiser)[1](params, *stored_tokens(np.concatenate([TOKENS] * 2), 0, 0), 0)

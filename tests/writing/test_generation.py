@@ -8,7 +8,7 @@ import pytest
 from toy_lm import CONTEXT, END, LETTERS, MASK, make_ids, make_lm, masked
 
 import bd3lm_jax
-from bd3lm_jax import passes
+from bd3lm_jax import forward
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.models import trunk
 from bd3lm_jax.sampling import STOPS, Filters, Settings
@@ -67,8 +67,8 @@ def test_no_stack_of_layers_enters_the_loop(objective):
 
 @functools.partial(jax.jit, static_argnames="model")
 def causal_logits(model, params, ids):
-    h = passes.one_stream(model, params, ids, *passes.plain_rows(ids), rule="causal", block_size=1,
-                          execution=passes.PLAIN)
+    h = forward.one_stream(model, params, ids, *forward.single_document_rows(ids), rule="causal", block_size=1,
+                          execution=forward.DEFAULT_EXECUTION)
     return trunk.logits(model, params, h)
 
 
@@ -128,9 +128,9 @@ class Pairs:
 def test_a_stop_string_inside_a_token():
     """The text is cut inside, the tokens are those that lie wholly before."""
     lm = make_lm(tokenizer=Pairs())
-    cut = generation.finish(lm, make_options(stop=["ab"]), [2, 0, 1, 0], 4, "length")
+    cut = generation.postprocess(lm, make_options(stop=["ab"]), [2, 0, 1, 0], 4, "length")
     assert cut == generation.Sample("cca", [2], 4, "string")
-    both = generation.finish(lm, make_options(stop=["bb", "ca"]), [2, 0, 1, END], 4, "end")
+    both = generation.postprocess(lm, make_options(stop=["bb", "ca"]), [2, 0, 1, END], 4, "end")
     assert both == generation.Sample("c", [], 4, "string")
 
 

@@ -33,13 +33,13 @@ def test_only_holes_are_written(size):
     text = "abce[MASK:3]fghijk[MASK]la[MASK:2]"
     results = fill(lm, [text] * 40, forbidden=[9])
     for result in results:
-        assert [(hole.start, len(hole.tokens)) for hole in result.holes[:2]] == [(4, 3), (13, 1)]
+        assert [(hole.start, len(hole.tokens)) for hole in result.spans[:2]] == [(4, 3), (13, 1)]
         assert result.text == LETTERS.decode(result.tokens)
-        a, b, c = (hole.text for hole in result.holes)
+        a, b, c = (hole.text for hole in result.spans)
         assert result.text == f"abce{a}fghijk{b}la{c}" and len(a) == 3 and len(b) == 1
-        assert not {MASK, END, 9} & {token for hole in result.holes for token in hole.tokens}
-        assert result.holes[2].start == 16 and result.score is None
-    assert {1, 2} <= {len(result.holes[2].tokens) for result in results}, "an end token may end the last hole early"
+        assert not {MASK, END, 9} & {token for hole in result.spans for token in hole.tokens}
+        assert result.spans[2].start == 16 and result.score is None
+    assert {1, 2} <= {len(result.spans[2].tokens) for result in results}, "an end token may end the last hole early"
     assert {result.nfe for result in results} == {6}, "one call a token of a hole, none for what may follow the text"
     ids = [0, 1, 2, 4, MASK, MASK, MASK, *LETTERS.encode("fghijk").tolist(), MASK, 11, 0, MASK, MASK]
     assert fill(lm, [ids] * 40, forbidden=[9]) == results
@@ -70,7 +70,7 @@ def test_a_block_model_sees_left_text_and_its_own_block():
     ids[6:] = np.where(ids[6:] == 0, 1, ids[6:])
     texts = {"as it is": ids, "left changed": ids.copy(), "block changed": ids.copy(), "later changed": ids.copy()}
     texts["left changed"][2], texts["block changed"][11], texts["later changed"][12:] = 0, 0, 0
-    fills = {name: [result.holes[0].tokens for result in fill(lm, [with_holes(text, 8, 9)] * 40)]
+    fills = {name: [result.spans[0].tokens for result in fill(lm, [with_holes(text, 8, 9)] * 40)]
              for name, text in texts.items()}
     assert fills["later changed"] == fills["as it is"]
     assert fills["left changed"] != fills["as it is"] and fills["block changed"] != fills["as it is"]
@@ -80,7 +80,7 @@ def test_a_bidirectional_model_sees_everything():
     lm, ids = make_lm(masked(CONTEXT)), fixed(20)
     other = ids.copy()
     other[15:] = 0
-    fills = [[result.holes[0].tokens for result in fill(lm, [with_holes(text, 8, 9)] * 40)] for text in (ids, other)]
+    fills = [[result.spans[0].tokens for result in fill(lm, [with_holes(text, 8, 9)] * 40)] for text in (ids, other)]
     assert fills[0] != fills[1]
 
 
@@ -89,7 +89,7 @@ def test_a_text_with_its_hole_at_the_end_is_a_prompt():
     lm, prompt = make_lm(AR(bos=True), tokenizer=LETTERS), [1, 2, 5]
     for seed in range(3):
         result, sample = fill(lm, [prompt + [MASK] * 8], seed=seed)[0], lm.generate([prompt], length=11, seed=seed)[0]
-        assert (result.holes[0].tokens, result.nfe) == (sample.tokens, sample.nfe)
+        assert (result.spans[0].tokens, result.nfe) == (sample.tokens, sample.nfe)
         assert result.tokens == prompt + sample.tokens
 
 
@@ -115,9 +115,9 @@ def test_lengths_are_compared_under_common_masks():
     deaf = LM(lm.config, params, lm.tokenizer, lm.model, lm.context)
     texts = [f"{letter}[MASK:1-4]ikjicaba" for letter in "abcefghi"]
     results = fill(deaf, texts, draws=1)
-    assert {len(result.holes[0].tokens) for result in results} == {1}, "the shortest of equals"
+    assert {len(result.spans[0].tokens) for result in results} == {1}, "the shortest of equals"
     assert len({result.score for result in results}) == 1
-    assert len({len(result.holes[0].tokens) for result in fill(lm, texts, draws=1)}) > 1
+    assert len({len(result.spans[0].tokens) for result in fill(lm, texts, draws=1)}) > 1
 
 
 def test_every_length_is_filled_as_if_it_were_the_only_one():
@@ -137,7 +137,7 @@ def test_the_length_that_makes_the_text_after_it_likeliest_wins():
     alone = [fill(lm, [text], seed=7)[0] for text in texts]
     by_hand = []
     for one in alone:
-        free = {hole.start + i for hole in one.holes for i in range(len(hole.tokens))}
+        free = {hole.start + i for hole in one.spans for i in range(len(hole.tokens))}
         by_hand.append(sum(chain_nats(lm, one.tokens, i) for i in range(3, len(one.tokens)) if i not in free))
     result = fill(lm, ["abc[MASK:1-3]fgh[MASK:1-2]kk"], seed=7)[0]
     assert result.tokens == alone[int(np.argmax(by_hand))].tokens
@@ -173,11 +173,11 @@ def test_a_space_before_a_hole_is_the_holes_where_tokens_carry_it():
     lm = make_lm(masked(4))
     words, letters = (type(lm)(lm.config, lm.params, tokenizer, lm.model, lm.context) for tokenizer in (
         Words(), Spaced()))
-    assert [part if isinstance(part, infill.Hole) else part.tolist() for part in infill.parse(words, "a b [MASK] c")] \
-        == [[6, 1], infill.Hole(1, 1), [2]]
+    assert [part if isinstance(part, infill.Span) else part.tolist() for part in infill.parse(words, "a b [MASK] c")] \
+        == [[6, 1], infill.Span(1, 1), [2]]
     parts = infill.parse(letters, "a [MASK:2]b")
-    assert [part if isinstance(part, infill.Hole) else part.tolist() for part in parts] \
-        == [[0, 11], infill.Hole(2, 2), [1]]
+    assert [part if isinstance(part, infill.Span) else part.tolist() for part in parts] \
+        == [[0, 11], infill.Span(2, 2), [1]]
 
 
 class Spaced(Letters):
@@ -193,9 +193,9 @@ class Spaced(Letters):
 def test_markers():
     lm = make_lm(masked(4), tokenizer=LETTERS)
     parts = infill.parse(lm, "[MASK]a[MASK:4][MASK:0-2]bc[MASK:3-3]")
-    assert [part if isinstance(part, infill.Hole) else part.tolist() for part in parts] == [
-        infill.Hole(1, 1), [0], infill.Hole(4, 4), infill.Hole(0, 2), [1, 2], infill.Hole(3, 3)]
-    assert infill.parse(lm, [MASK, MASK, 1, MASK])[0::2] == [infill.Hole(2, 2), infill.Hole(1, 1)]
+    assert [part if isinstance(part, infill.Span) else part.tolist() for part in parts] == [
+        infill.Span(1, 1), [0], infill.Span(4, 4), infill.Span(0, 2), [1, 2], infill.Span(3, 3)]
+    assert infill.parse(lm, [MASK, MASK, 1, MASK])[0::2] == [infill.Span(2, 2), infill.Span(1, 1)]
 
 
 @pytest.mark.parametrize("text, message", [

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bd3lm_jax import passes
+from bd3lm_jax import forward
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import trunk
-from bd3lm_jax.passes import PLAIN
-from bd3lm_jax.sampling.filters import Filters, draw, filter_logits
+from bd3lm_jax.forward import DEFAULT_EXECUTION
+from bd3lm_jax.sampling.filters import Filters, sample_categorical, filter_logits
 from bd3lm_jax.sampling.steps import SAMPLERS, Row
 from toy_lm import CONTEXT, END, LETTERS, MASK, make_ids, make_lm, masked
 
@@ -20,17 +20,17 @@ from toy_lm import CONTEXT, END, LETTERS, MASK, make_ids, make_lm, masked
 @functools.partial(jax.jit, static_argnames=("model", "objective"))
 def whole_row_logits(model, params, objective, xt_1xL, level):
     """What the network says at every position of a canvas after a clean prefix, computed from scratch."""
-    position, segment = passes.plain_rows(xt_1xL)
+    position, segment = forward.single_document_rows(xt_1xL)
     if objective.causal:
         ids = jnp.pad(xt_1xL, ((0, 0), (1, 0)), constant_values=END)[:, :-1]
         seen = segment if objective.bos else (position > 0).astype(jnp.int32)
-        h = passes.one_stream(model, params, ids, position, seen, rule="causal", block_size=1, execution=PLAIN)
+        h = forward.one_stream(model, params, ids, position, seen, rule="causal", block_size=1, execution=DEFAULT_EXECUTION)
         return trunk.logits(model, params, h)[0]
     sigma = None
     if model.config.time_conditioning:
         sigma = jnp.full((1, 1, xt_1xL.shape[1] // objective.block_size), -jnp.log1p(-jnp.minimum(level, 1 - 1e-6)))
-    h = passes.two_stream(model, params, xt_1xL[:, None], xt_1xL, position, segment, block_size=objective.block_size,
-                          sigma_BxMxn=sigma, execution=PLAIN)
+    h = forward.two_stream(model, params, xt_1xL[:, None], xt_1xL, position, segment, block_size=objective.block_size,
+                          sigma_BxMxn=sigma, execution=DEFAULT_EXECUTION)
     return trunk.logits(model, params, h, sigma)[0, 0]
 
 
@@ -43,7 +43,7 @@ def plan(key, masked_S, written_S, level, index, sampler, steps):
 @functools.partial(jax.jit, static_argnames="temperature")
 def propose(key, logits_SxV, temperature):
     keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(jnp.arange(len(logits_SxV)))
-    return draw(keys, filter_logits(logits_SxV.at[:, MASK].set(-jnp.inf), Filters(temperature)))
+    return sample_categorical(keys, filter_logits(logits_SxV.at[:, MASK].set(-jnp.inf), Filters(temperature)))
 
 
 def uncached(lm, prompt, row, *, length, sampler, temperature, seed, steps=0):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from toy_lm import Letters
 
-from bd3lm_jax.data.texts import certain_length, encode_continuation, new_text
+from bd3lm_jax.data.texts import num_stable_tokens, encode_continuation, decode_continuation
 from bd3lm_jax.data.tokenizers import SubwordTokenizer
 from bd3lm_jax.score import SpecialIds
 from bd3lm_jax.writing import generation, infill, stream
@@ -63,7 +63,7 @@ def test_prompt_and_new_text_are_the_text(name):
     tokenizer, ids = make(name)
     assert tokenizer.decode(ids) == TEXTS[name]
     for cut in range(len(ids) + 1):
-        before, new = tokenizer.decode(ids[:cut]).rstrip("\ufffd"), new_text(tokenizer, ids[:cut], ids[cut:])
+        before, new = tokenizer.decode(ids[:cut]).rstrip("\ufffd"), decode_continuation(tokenizer, ids[:cut], ids[cut:])
         assert before + new == TEXTS[name], cut
 
 
@@ -77,12 +77,12 @@ def test_samples_and_stops(name):
     tokenizer, ids = make(name)
     lm, prompt = whole(tokenizer), 1
     options = make_options()
-    sample = generation.finish(lm, options, ids[prompt:], 1, "length", ids[:prompt])
+    sample = generation.postprocess(lm, options, ids[prompt:], 1, "length", ids[:prompt])
     assert tokenizer.decode(ids[:prompt]) + sample.text == TEXTS[name]
     stop = sample.text[-4:-2]
-    cut = generation.finish(lm, make_options(stop=[stop]), ids[prompt:], 1, "length", ids[:prompt])
+    cut = generation.postprocess(lm, make_options(stop=[stop]), ids[prompt:], 1, "length", ids[:prompt])
     assert cut.text == sample.text[:sample.text.index(stop)] and cut.stop == "string"
-    assert new_text(tokenizer, ids[:prompt], cut.tokens) == cut.text[:len(new_text(tokenizer, ids[:1], cut.tokens))]
+    assert decode_continuation(tokenizer, ids[:prompt], cut.tokens) == cut.text[:len(decode_continuation(tokenizer, ids[:1], cut.tokens))]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,7 +90,7 @@ def test_pieces_of_a_stream_are_the_text(name):
     """Left to right, a token a step: what is committed never changes, and ends as the sample."""
     tokenizer, ids = make(name)
     lm, committed = whole(tokenizer), ""
-    view = stream._View.__new__(stream._View)
+    view = stream._RowTracker.__new__(stream._RowTracker)
     view._lm, view._options, view._begin = lm, make_options(), 1
     for done in range(len(ids) + 1):
         row = np.where(np.arange(len(ids)) < max(done, 1), ids, tokenizer.mask_id)
@@ -98,15 +98,15 @@ def test_pieces_of_a_stream_are_the_text(name):
         assert text.startswith(committed) or committed.startswith(text)
         committed = max(committed, text, key=len)
         assert tentative.count(stream.MASK_SIGN) == len(ids) - max(done, 1)
-    expected = generation.finish(lm, make_options(), ids[1:], 1, "length", ids[:1]).text
+    expected = generation.postprocess(lm, make_options(), ids[1:], 1, "length", ids[:1]).text
     assert expected.startswith(committed)
 
 
 def test_bytes_are_certain_once_a_whole_token_follows():
     tokenizer, ids = make("byte fallback")
-    assert [certain_length(tokenizer, ids[:n]) for n in range(8)] == [0, 1, 1, 1, 1, 1, 1, 7]
+    assert [num_stable_tokens(tokenizer, ids[:n]) for n in range(8)] == [0, 1, 1, 1, 1, 1, 1, 7]
     plain, ids = make("byte level")
-    assert certain_length(plain, ids) == len(ids) and certain_length(Letters(), [1, 2]) == 2
+    assert num_stable_tokens(plain, ids) == len(ids) and num_stable_tokens(Letters(), [1, 2]) == 2
 
 
 def test_text_that_goes_on_has_no_space_before_it():
@@ -125,11 +125,11 @@ def test_text_that_goes_on_has_no_space_before_it():
 def test_infill_leaves_fixed_text_as_it_was(name, text):
     lm = whole(make(name)[0])
     lm.config = types.SimpleNamespace(model=types.SimpleNamespace(vocab_size=lm.tokenizer.vocab_size))
-    draft = infill._draft(lm, 0, infill.parse(lm, text), iter([1] * text.count("[MASK]")))
+    draft = infill._candidate(lm, 0, infill.parse(lm, text), iter([1] * text.count("[MASK]")))
     ids = draft.ids.copy()
     hole = lm.tokenizer.encode(" cat")[-1]
-    for start, _ in draft.holes:
+    for start, _ in draft.spans:
         ids[start] = hole
     found = infill._result(lm, draft, ids, 1, None)
     assert found.text == text.replace("[MASK]", " cat")
-    assert [filled.text for filled in found.holes] == [" cat"] * len(draft.holes)
+    assert [filled.text for filled in found.spans] == [" cat"] * len(draft.spans)

@@ -85,7 +85,7 @@ def test_what_goes_with_both(options):
 def test_watched_texts_are_the_same(kind):
     lm, prompts = published(), [[1, 2, 0], [4, 5, 6, 7, 8, 9, 10]]
     options = {"block_size": 5, "approximate_cache": kind, "sampler": "confidence", "seed": 4, **NO_END}
-    canvas = lm.on_canvas(17)
+    canvas = lm.at_length(17)
     events = list(stream.stream(canvas, prompts, 1, 17, make_options(**options)))
     watched = sorted((event for event in events if event.sample), key=lambda event: event.number)
     assert [event.sample for event in watched] == lm.generate(prompts, length=17, **options)

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from bd3lm_jax import files
 
 TRASH = ".trash"  # where orbax moves a step before deleting it
-PART = ".orbax-checkpoint-tmp"  # in the names of directories that orbax does not take for steps, and removes
+UNFINISHED_MARK = ".orbax-checkpoint-tmp"  # in the names of directories that orbax does not take for steps, and removes
 
 
 class SyncedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
@@ -23,11 +23,11 @@ class SyncedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
     @classmethod
     def from_final(cls, final_path: Any, **options: Any) -> "SyncedPath":
-        return super().from_final(final_path.with_name(final_path.name + PART), **options)
+        return super().from_final(final_path.with_name(final_path.name + UNFINISHED_MARK), **options)
 
     def get_final(self) -> Any:
         written = super().get_final()
-        return written.with_name(written.name.removesuffix(PART))
+        return written.with_name(written.name.removesuffix(UNFINISHED_MARK))
 
     async def finalize(self) -> None:
         await super().finalize()

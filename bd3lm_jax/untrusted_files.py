@@ -8,8 +8,8 @@ from typing import BinaryIO
 
 from bd3lm_jax.errors import UserError
 
-SMALL = 1 << 28  # bytes: more than a config, a vocabulary or a template holds
-LARGE = 1 << 32  # bytes: more than fits a text that is read at once
+MAX_SMALL_FILE = 1 << 28  # bytes: more than a config, a vocabulary or a template holds
+MAX_TEXT_FILE = 1 << 32  # bytes: more than fits a text that is read at once
 KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
          stat.S_IFBLK: "a device"}
 
@@ -24,34 +24,34 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
     return open(descriptor, "rb")
 
 
-def read_bytes(path: str | os.PathLike, most: int = SMALL) -> bytes:
-    """The content of a regular file. OSError for anything else, and for more than `most` bytes."""
+def read_bytes(path: str | os.PathLike, max_bytes: int = MAX_SMALL_FILE) -> bytes:
+    """The content of a regular file. OSError for anything else, and for more than `max_bytes` bytes."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        content = file.read(most + 1) if size <= most else b""
-    if max(size, len(content)) > most:
-        raise OSError(f"it holds more than {most:,} bytes")
+        content = file.read(max_bytes + 1) if size <= max_bytes else b""
+    if max(size, len(content)) > max_bytes:
+        raise OSError(f"it holds more than {max_bytes:,} bytes")
     return content
 
 
-def read_text(path: str | os.PathLike, most: int = SMALL) -> str:
+def read_text(path: str | os.PathLike, max_bytes: int = MAX_SMALL_FILE) -> str:
     """The text of a regular file in UTF-8, with \\n for every end of a line. OSError, UnicodeDecodeError."""
-    return io.TextIOWrapper(io.BytesIO(read_bytes(path, most)), encoding="utf-8").read()
+    return io.TextIOWrapper(io.BytesIO(read_bytes(path, max_bytes)), encoding="utf-8").read()
 
 
-def read_inside(directory: str | os.PathLike, name: str) -> bytes:
+def read_within(directory: str | os.PathLike, name: str) -> bytes:
     """The content of a file that came in a directory and is to be copied elsewhere.
 
     UserError if it cannot be read, or is a link to a file outside of the directory: a copy would give that away. The
     links of the Hub's cache, from a directory in snapshots/ to blobs/ beside it, are followed.
     """
-    path, home = Path(directory) / name, Path(directory).resolve()
-    roots = [home, *[home.parent.parent / "blobs"] * (home.parent.name == "snapshots")]
+    path, base = Path(directory) / name, Path(directory).resolve()
+    roots = [base, *[base.parent.parent / "blobs"] * (base.parent.name == "snapshots")]
     try:
-        real = path.resolve(strict=True)
-        if not any(real.is_relative_to(root) for root in roots):
-            raise OSError(f"it is a link to {real}, outside of the directory: put a copy of the file in its place")
-        return read_bytes(real)
+        resolved = path.resolve(strict=True)
+        if not any(resolved.is_relative_to(root) for root in roots):
+            raise OSError(f"it is a link to {resolved}, outside of the directory: put a copy of the file in its place")
+        return read_bytes(resolved)
     except (OSError, RuntimeError) as error:
         reason = error.strerror or error if isinstance(error, OSError) else error
         raise UserError(f"cannot copy {path}: {reason}") from None

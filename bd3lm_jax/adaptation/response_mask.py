@@ -13,21 +13,21 @@ from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.errors import UserError
 
 
-def alone(objective: Any, batch: dict) -> bool:
+def uses_response_mask(objective: Any, batch: dict) -> bool:
     """Whether the prompts of a batch are to be left out here."""
-    return "prompt" in batch and "prompt" not in objective.needs
+    return "prompt" in batch and "prompt" not in objective.extra_batch_keys
 
 
-def maskable(objective: Any, batch: dict) -> jax.Array:
+def maskable_segments(objective: Any, batch: dict) -> jax.Array:
     """The segments `[B, L]` that noise is drawn for; 0 where a token is given."""
-    if not alone(objective, batch) or objective.causal:  # autoregression reads from them where documents begin
+    if not uses_response_mask(objective, batch) or objective.causal:  # autoregression reads from them where documents begin
         return batch["segments"]
     return jnp.where(batch["prompt"] == 0, batch["segments"], 0)
 
 
-def weighed(objective: Any, batch: dict, noised: Noised) -> Noised:
+def zero_prompt_weights(objective: Any, batch: dict, noised: Noised) -> Noised:
     """The noised views with weight 0 on prompts."""
-    if not alone(objective, batch):
+    if not uses_response_mask(objective, batch):
         return noised
     return noised.replace(weight_BxMxL=jnp.where(batch["prompt"][:, None] == 0, noised.weight_BxMxL, 0))
 
@@ -35,7 +35,7 @@ def weighed(objective: Any, batch: dict, noised: Noised) -> Noised:
 def check(config: Any) -> None:
     """UserError for an objective that does not go with the data of a Config."""
     objective, data = config.diffusion, config.data
-    if "prompt" in objective.needs and data.source != "sft":
+    if "prompt" in objective.extra_batch_keys and data.source != "sft":
         raise UserError(f"diffusion.kind='{objective.kind}' with diffusion.sft=True needs to know the prompts: use "
                         "data.source='sft', or diffusion.sft=False")
     if data.source != "sft":

@@ -19,7 +19,7 @@ BYTE_LEVEL = ("bytes", "gpt2", "bpe:")  # begins the names of those that certain
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class StoppingRule:
     """Give a run up that is more than `margin` bits per byte behind, once the part `after` of its steps is done."""
 
     margin: float
@@ -31,33 +31,33 @@ class Rule:
         if not 0 <= self.after < 1:
             raise UserError(f"give_up_after is {self.after}, expected a part of the steps, from 0 to below 1")
 
-    def verdict(self, steps: int, ours: Mapping[int, float], others: Mapping[str, Mapping[int, float]]) -> str | None:
+    def verdict(self, steps: int, own_curve: Mapping[int, float], other_curves: Mapping[str, Mapping[int, float]]) -> str | None:
         """Why a run of `steps` steps is hopeless, or None.
 
         ours, others: the validation bound in bits per byte, by step, of this run and of those that train alike, by
         name. What counts is the latest step at which this run and another one were both validated.
         """
-        elsewhere = set().union(*others.values())
-        shared = [step for step in ours if step >= self.after * steps and step in elsewhere]
+        other_steps = set().union(*other_curves.values())
+        shared = [step for step in own_curve if step >= self.after * steps and step in other_steps]
         if not shared:
             return None
         step = max(shared)
-        best = min((name for name in others if step in others[name]), key=lambda name: others[name][step])
-        behind = ours[step] - others[best][step]
-        if math.isnan(behind) or behind <= self.margin:
+        best = min((name for name in other_curves if step in other_curves[name]), key=lambda name: other_curves[name][step])
+        gap = own_curve[step] - other_curves[best][step]
+        if math.isnan(gap) or gap <= self.margin:
             return None
-        return (f"{ours[step]:.4f} bits per byte at step {step}, {behind:.4f} behind {best}; allowed: "
+        return (f"{own_curve[step]:.4f} bits per byte at step {step}, {gap:.4f} behind {best}; allowed: "
                 f"{self.margin:g}")
 
 
-def alike(config: Config) -> tuple[int, int, int, str]:
+def comparable_key(config: Config) -> tuple[int, int, int, str]:
     """Equal for runs whose steps compare: steps (and with them the learning rate's decay), batch and length, and the
     tokenizer unless it is one whose bits per byte compare with those of others."""
     name = config.data.tokenizer
     return config.train.steps, config.train.batch, config.data.length, "" if name.startswith(BYTE_LEVEL) else name
 
 
-class Curve:
+class ValidationCurve:
     """The validation bound of a run in bits per byte by step, inf where it was not finite; read again as it grows."""
 
     def __init__(self, workdir: Path):

@@ -18,17 +18,17 @@ class Rule(NamedTuple):
     key: str
     unused: Any
     by: str
-    off: Callable[[Any], bool]
+    is_unused: Callable[[Any], bool]
     preset: bool = False
 
 
-def _off(key: str, unused: Any, by: str, *used_with: Any, kinds: Collection[str] = (), preset: bool = False) -> Rule:
+def _rule(key: str, unused: Any, by: str, *used_with: Any, kinds: Collection[str] = (), preset: bool = False) -> Rule:
     """A key that has an effect only with these values of another one (kinds: a rule of these kinds of section)."""
     section = key.partition(".")[0]
 
-    def off(config: Any) -> bool:
+    def is_unused(config: Any) -> bool:
         return (not kinds or getattr(config, section).kind in kinds) and value_of(config, by) not in used_with
-    return Rule(key, unused, by, off, preset)
+    return Rule(key, unused, by, is_unused, preset)
 
 
 def value_of(config: Any, key: str) -> Any:
@@ -40,29 +40,29 @@ def value_of(config: Any, key: str) -> Any:
 LOCAL = ("text", "jsonl", "sft")
 MASKED = ("masked", "cap", "mixed")
 RULES = (
-    _off("diffusion.schedule", "loglinear", "diffusion.corruption", "bernoulli", kinds=MASKED),
-    _off("diffusion.eps", 1e-3, "diffusion.corruption", "bernoulli", kinds=MASKED),
+    _rule("diffusion.schedule", "loglinear", "diffusion.corruption", "bernoulli", kinds=MASKED),
+    _rule("diffusion.eps", 1e-3, "diffusion.corruption", "bernoulli", kinds=MASKED),
     Rule("diffusion.eps", 1e-3, "diffusion.clip_low", lambda config: config.diffusion.kind in MASKED
          and config.noise.adapt == "none" and (value_of(config, "diffusion.clip_low") or 0) >= config.diffusion.eps),
-    _off("diffusion.weight", 2.0, "diffusion.hard", False, kinds=("priority",)),
-    *(_off(f"noise.clip_{name}", unused, "noise.adapt", "clip")
+    _rule("diffusion.weight", 2.0, "diffusion.hard", False, kinds=("priority",)),
+    *(_rule(f"noise.clip_{name}", unused, "noise.adapt", "clip")
       for name, unused in (("widths", (0.5, 0.6, 0.7, 0.8, 0.9)), ("stride", 0.05), ("batches", 1))),
-    _off("noise.count_floor", 0.1, "noise.adapt", "counts"),
-    _off("noise.count_decay", 0.99, "noise.adapt", "counts", "running_loss"),
+    _rule("noise.count_floor", 0.1, "noise.adapt", "counts"),
+    _rule("noise.count_decay", 0.99, "noise.adapt", "counts", "running_loss"),
     Rule("train.lora_alpha", 16.0, "train.lora_rank", lambda config: config.train.lora_rank == 0),
     Rule("train.anneal_steps", 0, "diffusion.block_size",
          lambda config: config.diffusion.block_size == 1 and not config.diffusion.causal, preset=True),
-    _off("optim.decay_fraction", 0.2, "optim.schedule", "wsd", preset=True),
-    _off("optim.final_lr_fraction", 0.0, "optim.schedule", "cosine", "wsd", preset=True),
-    _off("model.cond_dim", 128, "model.adaln", True, kinds=("dit",), preset=True),
+    _rule("optim.decay_fraction", 0.2, "optim.schedule", "wsd", preset=True),
+    _rule("optim.final_lr_fraction", 0.0, "optim.schedule", "cosine", "wsd", preset=True),
+    _rule("model.cond_dim", 128, "model.adaln", True, kinds=("dit",), preset=True),
     *(Rule(key, unused, "model.local_layers", lambda config: config.model.local_layers == ())
       for key, unused in (("model.window", 64), ("model.local_rope_base", 10_000.0))),
     Rule("model.rope_base", 160_000.0, "model.local_layers", lambda config: config.model.kind == "modernbert"
          and len(set(config.model.local_layers)) == config.model.layers),
-    _off("data.path", "", "data.source", *LOCAL, "tfds", "mixture"),
-    _off("data.name", "", "data.source", "text", "sft", "tfds", "mixture"),
-    _off("data.field", "text", "data.source", "jsonl", "tfds", "mixture"),
-    _off("data.valid_fraction", 0.01, "data.source", *LOCAL, "tfds", "mixture", preset=True),
+    _rule("data.path", "", "data.source", *LOCAL, "tfds", "mixture"),
+    _rule("data.name", "", "data.source", "text", "sft", "tfds", "mixture"),
+    _rule("data.field", "text", "data.source", "jsonl", "tfds", "mixture"),
+    _rule("data.valid_fraction", 0.01, "data.source", *LOCAL, "tfds", "mixture", preset=True),
     Rule("eval.sample_length", 256, "eval.samples", lambda config: config.eval.samples == 0, preset=True),
     Rule("eval.draws", 1, "diffusion.kind", lambda config: config.diffusion.causal, preset=True),
     *(Rule(key, unused, "diffusion.kind", lambda config: not _has_bound(config), preset=True)
@@ -73,12 +73,12 @@ RULES = (
 
 def _has_bound(config: Any) -> bool:
     objective = config.diffusion
-    return objective.causal or objective.masks or objective.bound is not None
+    return objective.causal or objective.uses_mask_token or objective.bound is not None
 
 
 def keys(config: Any) -> set[str]:
     """The keys of a config that have no effect there."""
-    return {rule.key for rule in RULES if value_of(config, rule.key) is not None and rule.off(config)}
+    return {rule.key for rule in RULES if value_of(config, rule.key) is not None and rule.is_unused(config)}
 
 
 def check(config: Any, named: Collection[str] = ()) -> None:
@@ -88,7 +88,7 @@ def check(config: Any, named: Collection[str] = ()) -> None:
     """
     for rule in RULES:
         value = value_of(config, rule.key)
-        if value in (None, rule.unused) or rule.preset and rule.key not in named or not rule.off(config):
+        if value in (None, rule.unused) or rule.preset and rule.key not in named or not rule.is_unused(config):
             continue
         raise UserError(f"{rule.key}={value!r} has no effect with {rule.by}={value_of(config, rule.by)!r}: use "
                         f"{rule.unused!r}, or another {rule.by}")

@@ -6,7 +6,7 @@ import pytest
 from toy_lm import CONTEXT, END, LETTERS, make_ids, make_lm, masked
 
 from bd3lm_jax.diffusion import AR
-from bd3lm_jax.evaluation import cache_price
+from bd3lm_jax.evaluation import cache_cost
 
 CASES = [(masked(4), False), (masked(4), True), (masked(1), False), (AR(bos=True), False), (AR(bos=False), False)]
 
@@ -35,7 +35,7 @@ class Rows:
 def through_cache(lm, rows, dtype):
     ids = np.arange(len(rows))
     key = jax.random.fold_in(jax.random.key(3), 0)
-    return np.asarray(jax.jit(cache_price.cached_nats(lm, dtype))(
+    return np.asarray(jax.jit(cache_cost.cached_nats(lm, dtype))(
         lm.params, key, ids, rows.tokens(ids), rows.positions(ids), rows.segments(ids)))
 
 
@@ -58,7 +58,7 @@ def test_packed_documents_do_not_see_each_other():
 
 def test_the_price_of_less_memory():
     lm = make_lm(masked(4))
-    float32, bfloat16, int8 = cache_price.price(lm, Rows(20, two_documents=False), 20, seed=0)
+    float32, bfloat16, int8 = cache_cost.nll_cost(lm, Rows(20, two_documents=False), 20, seed=0)
     heads, head_size, layers = 2, 16, 2
     assert [row["bytes_per_token"] for row in (float32, bfloat16, int8)] == [
         2 * layers * heads * head_size * 4, 2 * layers * heads * head_size * 2, 2 * layers * heads * (head_size + 4)]
@@ -78,4 +78,4 @@ def test_only_what_is_read_from_the_cache_is_rounded():
 
 
 def test_one_block_reads_no_cache():
-    assert cache_price.price(make_lm(masked(CONTEXT)), Rows(4, two_documents=False), 4, seed=0) == []
+    assert cache_cost.nll_cost(make_lm(masked(CONTEXT)), Rows(4, two_documents=False), 4, seed=0) == []

@@ -17,26 +17,26 @@ import jax.numpy as jnp
 
 from bd3lm_jax.errors import UserError
 
-FORMS = ("", "row", "block")
-SOURCE = "source"  # in a config that takes the network of train.init_from: as far ahead as that was
+TARGET_SHIFTS = ("", "row", "block")
+INHERIT = "source"  # in a config that takes the network of train.init_from: as far ahead as that was
 
 
-def form_of(model_config: Any) -> str:
+def target_shift_of(model_config: Any) -> str:
     """One of FORMS."""
     return getattr(model_config, "shifted", "")
 
 
-def kept(source_model: Any, was_causal: bool, objective: Any, length: int) -> str:
+def inherited_shift(source_model: Any, was_causal: bool, objective: Any, length: int) -> str:
     """The form in which a network whose outputs were one token ahead, by its form or as a causal one, stays so under an
     objective with rows of `length` tokens; "" for others."""
-    form = form_of(source_model)
-    if not (form or was_causal) or not _has_forms(objective):
+    form = target_shift_of(source_model)
+    if not (form or was_causal) or not _supports_target_shift(objective):
         return ""
     return "row" if form == "row" and objective.block_size >= length else "block"
 
 
-def _has_forms(objective: Any) -> bool:
-    return not objective.causal and objective.mixtures is None and not hasattr(objective, "sizes")
+def _supports_target_shift(objective: Any) -> bool:
+    return not objective.causal and objective.soft_inputs is None and not hasattr(objective, "sizes")
 
 
 def inputs(xt_BxMxL, x0_BxL, position_BxL, block_size: int, end_id: int) -> tuple[jax.Array, jax.Array]:
@@ -53,10 +53,10 @@ def outputs(h_BxMxLxD) -> jax.Array:
 
 def check(config: Any) -> None:
     """UserError for a form that does not go with the objective of a Config."""
-    form, objective = form_of(config.model), config.diffusion
-    if form not in FORMS:
-        raise UserError(f"model.shifted is {form!r}, expected one of {', '.join(map(repr, FORMS))}")
-    if form and not _has_forms(objective):
+    form, objective = target_shift_of(config.model), config.diffusion
+    if form not in TARGET_SHIFTS:
+        raise UserError(f"model.shifted is {form!r}, expected one of {', '.join(map(repr, TARGET_SHIFTS))}")
+    if form and not _supports_target_shift(objective):
         raise UserError(f"model.shifted='{form}' has no effect with diffusion.kind='{objective.kind}': use ''")
     if form == "row" and objective.block_size < config.data.length:
         raise UserError(f"model.shifted='row' is for one block a row, and diffusion.block_size={objective.block_size} "

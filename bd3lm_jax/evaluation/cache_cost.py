@@ -30,7 +30,7 @@ def bytes_per_token(lm, cache_dtype: str) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((cache.keys, cache.values)))
 
 
-def price(lm, rows, num_rows: int, seed: int) -> list[dict[str, Any]]:
+def nll_cost(lm, rows, num_rows: int, seed: int) -> list[dict[str, Any]]:
     """A row for each of DTYPES: cache_dtype, bytes_per_token, nll (nats a token) of the first `num_rows` rows of a
     prepared text, and nll_change from float32 with nll_change_ci95 (paired by row and mask, over rows and masks).
 
@@ -68,7 +68,7 @@ def cached_nats(lm, cache_dtype: str):
 
         def body(cache: Cache, block):
             logits_BxMxSxV, cache = score_block(lm, params, noised, tokens, positions, segments, cache, block)
-            targets = jnp.broadcast_to(_cut(lm, tokens, block)[:, None], logits_BxMxSxV.shape[:-1])
+            targets = jnp.broadcast_to(_block_slice(lm, tokens, block)[:, None], logits_BxMxSxV.shape[:-1])
             losses = cross_entropy_subs(logits_BxMxSxV.reshape(targets.size, -1), targets.reshape(-1), lm.special.mask)
             return cache, losses.reshape(targets.shape)
 
@@ -98,13 +98,13 @@ def _weights(lm, segments_BxL) -> np.ndarray:
 
 def _score_block(lm, params, noised, tokens, positions, segments, cache: Cache, block):
     """Logits of the views of a block, `[B, M, S, V]`, and the cache with the clean block stored."""
-    position, segment = _cut(lm, positions, block), _cut(lm, segments, block)
+    position, segment = _block_slice(lm, positions, block), _block_slice(lm, segments, block)
     where = position, position // lm.config.block_size, segment
     sigma = None
-    if trunk.takes_level(lm.config.model):
+    if trunk.is_time_conditioned(lm.config.model):
         sigma = jax.lax.dynamic_slice_in_dim(noised.sigma_BxMxK, block, 1, axis=2)
-    h = _hidden(lm, params, Stream(_cut(lm, noised.xt_BxMxL, block), *where, sigma), None, cache, block).noised
-    cache = _hidden(lm, params, None, Stream(_cut(lm, tokens, block), *where), cache, block).cache
+    h = _hidden(lm, params, Stream(_block_slice(lm, noised.xt_BxMxL, block), *where, sigma), None, cache, block).noised
+    cache = _hidden(lm, params, None, Stream(_block_slice(lm, tokens, block), *where), cache, block).cache
     return trunk.logits(lm.model, params, h, sigma), cache
 
 
@@ -113,20 +113,20 @@ def _score_token(lm, params, noised, tokens, positions, segments, cache: Cache, 
     if not lm.config.diffusion.bos:  # nobody reads the end token, and the token before has the place before
         segments = jnp.where(noised.weight_BxMxL[:, 0] > 0, segments, 0)
         positions = jnp.maximum(positions - 1, 0)
-    position = _cut(lm, positions, block)
-    clean = Stream(_cut(lm, noised.xt_BxMxL[:, 0], block), position, position, _cut(lm, segments, block))
+    position = _block_slice(lm, positions, block)
+    clean = Stream(_block_slice(lm, noised.xt_BxMxL[:, 0], block), position, position, _block_slice(lm, segments, block))
     out = _hidden(lm, params, None, clean, cache, block)
     return trunk.logits(lm.model, params, out.clean)[:, None], out.cache
 
 
 def _hidden(lm, params, noised: Stream | None, clean: Stream | None, cache: Cache, block):
     size = lm.config.block_size
-    return trunk.hidden(lm.model, params, noised=noised, clean=clean, cache=cache, write_at=block * size,
+    return trunk.forward(lm.model, params, noised=noised, clean=clean, cache=cache, write_at=block * size,
                         rule="causal" if lm.config.diffusion.causal else "block_causal", block_size=size,
                         execution=UNROLLED, dropout_keys=None)
 
 
-def _cut(lm, x, block):
+def _block_slice(lm, x, block):
     """The tokens of a block."""
     size = lm.config.block_size
     return jax.lax.dynamic_slice_in_dim(x, block * size, size, axis=-1)

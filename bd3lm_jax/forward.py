@@ -6,17 +6,17 @@ import jax
 import jax.numpy as jnp
 
 from bd3lm_jax.models import trunk
-from bd3lm_jax.models.trunk import Backbone, Execution, Out, Stream
+from bd3lm_jax.models.trunk import Backbone, Execution, ForwardOutput, Stream
 
 
-PLAIN = Execution(backend="auto", layers="scan", remat="none", one_document=False)
+DEFAULT_EXECUTION = Execution(backend="auto", layers="scan", remat="none", one_document=False)
 
 
-class RowSizes(NamedTuple):
+class RowBlockSizes(NamedTuple):
     """Rows with blocks of several sizes: tokens a block of each row, int32 `[B]`, and the smallest size there is."""
 
     size_B: jax.Array
-    smallest: int
+    min_block_size: int
 
 
 def compute_dtype(name: str):
@@ -37,8 +37,8 @@ def one_stream(*args, **kwargs) -> jax.Array:
 
 
 def two_stream_out(model: Backbone, params: dict, xt_BxMxL, x0_BxL, position_BxL, segment_BxL, *, block_size: int,
-                   sizes: RowSizes | None = None, sigma_BxMxn=None, clean_sigma_Bx1=None, execution: Execution,
-                   dropout_keys=None, sees_BxL=None) -> Out:
+                   sizes: RowBlockSizes | None = None, sigma_BxMxn=None, clean_sigma_Bx1=None, execution: Execution,
+                   dropout_keys=None, max_visible_position_BxL=None) -> ForwardOutput:
     """M noised views, every block seeing the clean blocks before it (BD3-LM eq. 6).
 
     The last clean block is read by nobody and left out; with one block a row (MDLM) there is no clean stream.
@@ -49,28 +49,28 @@ def two_stream_out(model: Backbone, params: dict, xt_BxMxL, x0_BxL, position_BxL
     """
     length = x0_BxL.shape[1]
     block = position_BxL // (block_size if sizes is None else sizes.size_B[:, None])
-    smallest = None if sizes is None else sizes.smallest
-    noised = Stream(xt_BxMxL, position_BxL, block, segment_BxL, sigma_BxMxn, sees_BxL)
-    clean, kept = None, length - (smallest or block_size)
-    if kept > 0:
-        clean = Stream(*(x[:, :kept] for x in (x0_BxL, position_BxL, block, segment_BxL)), clean_sigma_Bx1,
-                       None if sees_BxL is None else sees_BxL[:, :kept])
-    return _run(model, params, noised, clean, "block_causal", block_size, execution, dropout_keys, smallest)
+    min_block_size = None if sizes is None else sizes.min_block_size
+    noised = Stream(xt_BxMxL, position_BxL, block, segment_BxL, sigma_BxMxn, max_visible_position_BxL)
+    clean, clean_length = None, length - (min_block_size or block_size)
+    if clean_length > 0:
+        clean = Stream(*(x[:, :clean_length] for x in (x0_BxL, position_BxL, block, segment_BxL)), clean_sigma_Bx1,
+                       None if max_visible_position_BxL is None else max_visible_position_BxL[:, :clean_length])
+    return _run(model, params, noised, clean, "block_causal", block_size, execution, dropout_keys, min_block_size)
 
 
 def one_stream_out(model: Backbone, params: dict, ids_BxL, position_BxL, segment_BxL, *, rule: str, block_size: int,
-                   sigma_Bxn=None, execution: Execution, dropout_keys=None) -> Out:
+                   sigma_Bxn=None, execution: Execution, dropout_keys=None) -> ForwardOutput:
     """A plain pass; rule "causal", "block_causal" or "bidirectional"."""
     clean = Stream(ids_BxL, position_BxL, position_BxL // block_size, segment_BxL, sigma_Bxn)
     return _run(model, params, None, clean, rule, block_size, execution, dropout_keys)
 
 
-def _run(model, params, noised, clean, rule, block_size, execution, dropout_keys, smallest=None):
-    return trunk.hidden(model, params, noised=noised, clean=clean, cache=None, write_at=None, rule=rule,
-                        block_size=block_size, smallest=smallest, execution=execution, dropout_keys=dropout_keys)
+def _run(model, params, noised, clean, rule, block_size, execution, dropout_keys, min_block_size=None):
+    return trunk.forward(model, params, noised=noised, clean=clean, cache=None, write_at=None, rule=rule,
+                        block_size=block_size, min_block_size=min_block_size, execution=execution, dropout_keys=dropout_keys)
 
 
-def plain_rows(ids_BxL) -> tuple[jax.Array, jax.Array]:
+def single_document_rows(ids_BxL) -> tuple[jax.Array, jax.Array]:
     """Positions 0 .. L-1 and segment 1 for rows that hold one document each: int32 `[B, L]` both."""
     position = jnp.broadcast_to(jnp.arange(ids_BxL.shape[1], dtype=jnp.int32), ids_BxL.shape)
     return position, jnp.ones_like(position)

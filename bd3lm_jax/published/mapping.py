@@ -12,7 +12,7 @@ from bd3lm_jax.errors import UserError, lookup
 from bd3lm_jax.typed import as_section
 
 
-class Leaf(NamedTuple):
+class ParamMapping(NamedTuple):
     """One of our parameters. Layers and experts are tensors of their own as published, and stacked in ours.
 
     name: of its tensors, with "{layer}" and "{expert}" in it where there is one for each.
@@ -43,44 +43,44 @@ def _sizes(axes: Sequence[int] | int) -> tuple[int, ...]:
     return (axes,) if isinstance(axes, int) else tuple(axes)
 
 
-def same(x: np.ndarray) -> np.ndarray:
+def unchanged(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def vector(name: str, size: int, layers: Sequence[int] = ()) -> Leaf:
+def vector(name: str, size: int, layers: Sequence[int] = ()) -> ParamMapping:
     """A bias or a scale, alike in both."""
-    return Leaf(name, (size,), same, same, layers)
+    return ParamMapping(name, (size,), unchanged, unchanged, layers)
 
 
 def linear(name: str, inputs: Sequence[int] | int, outputs: Sequence[int] | int, layers: Sequence[int] = (),
-           experts: int = 0) -> Leaf:
+           experts: int = 0) -> ParamMapping:
     """A matrix: [out, in] as published, `[*inputs, *outputs]` in ours."""
-    ours = (*_sizes(inputs), *_sizes(outputs))
+    target_shape = (*_sizes(inputs), *_sizes(outputs))
     shape = (math.prod(_sizes(outputs)), math.prod(_sizes(inputs)))
-    return Leaf(name, shape, lambda w: w.T.reshape(ours), lambda w: w.reshape(shape[::-1]).T, layers, experts)
+    return ParamMapping(name, shape, lambda w: w.T.reshape(target_shape), lambda w: w.reshape(shape[::-1]).T, layers, experts)
 
 
-def bias(name: str, sizes: Sequence[int], layers: Sequence[int] = ()) -> Leaf:
+def bias(name: str, sizes: Sequence[int], layers: Sequence[int] = ()) -> ParamMapping:
     """The bias of a matrix whose outputs have several axes in ours."""
     size = math.prod(sizes)
-    return Leaf(name, (size,), lambda w: w.reshape(tuple(sizes)), lambda w: w.reshape(size), layers)
+    return ParamMapping(name, (size,), lambda w: w.reshape(tuple(sizes)), lambda w: w.reshape(size), layers)
 
 
-def padded(leaf: Leaf, axis: int, size: int) -> Leaf:
+def padded(leaf: ParamMapping, axis: int, size: int) -> ParamMapping:
     """The leaf with an axis of ours filled with zeros up to `size`, as a vocabulary is."""
-    real = leaf.read(np.empty(leaf.shape, np.bool_)).shape[axis]
+    size_before = leaf.read(np.empty(leaf.shape, np.bool_)).shape[axis]
 
     def read(w):
         w = leaf.read(w)
-        return np.pad(w, [(0, size - real if at == axis else 0) for at in range(w.ndim)])
+        return np.pad(w, [(0, size - size_before if dimension == axis else 0) for dimension in range(w.ndim)])
 
     def write(w):
-        return leaf.write(np.take(w, range(real), axis=axis))
+        return leaf.write(np.take(w, range(size_before), axis=axis))
 
     return leaf._replace(read=read, write=write)
 
 
-class Described(NamedTuple):
+class ModelSpec(NamedTuple):
     """What a published config.json says: our model config and objective, the context in tokens, the id of the mask
     token (-1: it names none)."""
 
@@ -97,44 +97,44 @@ def require(condition: bool, message: str) -> None:
 
 def check_mask(objective: Any, mask_id: int) -> None:
     """UserError for an objective that masks tokens without a mask token (id below 0)."""
-    require(not objective.masks or objective.causal or mask_id >= 0,
+    require(not objective.uses_mask_token or objective.causal or mask_id >= 0,
             "this model fills in masked tokens, and neither its config.json (mask_token_id) nor its tokenizer says "
             "which token is the mask: name it in config.json")
 
 
-def check_beginning(objective: Any, model: Any, end_id: int) -> None:
+def check_bos(objective: Any, model: Any, end_id: int) -> None:
     """UserError for a network that reads an end token before the first one where none is known (id below 0)."""
     require(end_id >= 0 or not (getattr(objective, "bos", False) or getattr(model, "shifted", "") == "block"),
             "this model reads its end token before the first one, and without a tokenizer nothing says which that is: "
             "give it one (a tokenizer.json beside the weights)")
 
 
-def check_keys(path, published: dict, wanted: dict[str, type]) -> None:
+def check_keys(path, published: dict, expected: dict[str, type]) -> None:
     """UserError unless every key is there with its type; a whole number may stand for a float."""
-    for key, kind in wanted.items():
+    for key, kind in expected.items():
         require(key in published, f"{path}: key '{key}' is missing, expected {kind.__name__}")
         value = published[key]
-        right = type(value) is kind or (kind is float and type(value) is int)
-        require(right, f"{path}: '{key}' is {value!r}, expected {kind.__name__}")
+        has_type = type(value) is kind or (kind is float and type(value) is int)
+        require(has_type, f"{path}: '{key}' is {value!r}, expected {kind.__name__}")
 
 
 OBJECTIVE_KEY = "diffusion"  # of config.json: the objective, where it is not the usual one of the architecture
 
 
-def named_objective(path, published: dict, usual: Any) -> Any:
+def objective_from_config(path, published: dict, default: Any) -> Any:
     """The objective that a config.json of ours names under "diffusion", else the usual one of its architecture."""
-    named = published.get(OBJECTIVE_KEY)
-    if named is None:
-        return usual
-    require(isinstance(named, dict), f"{path}: '{OBJECTIVE_KEY}' is {named!r}, expected an object")
-    kind = lookup(OBJECTIVES, named.get("kind", ""), f"objective {path}: {OBJECTIVE_KEY}.kind")
-    values = {key: value for key, value in named.items() if key != "kind"}
-    wanted = {field.name for field in dataclasses.fields(kind)}
-    require(values.keys() == wanted, f"{path}: '{OBJECTIVE_KEY}' has the keys {', '.join(sorted(values))}, expected "
-            f"kind, {', '.join(sorted(wanted))}")
+    content = published.get(OBJECTIVE_KEY)
+    if content is None:
+        return default
+    require(isinstance(content, dict), f"{path}: '{OBJECTIVE_KEY}' is {content!r}, expected an object")
+    kind = lookup(OBJECTIVES, content.get("kind", ""), f"objective {path}: {OBJECTIVE_KEY}.kind")
+    values = {key: value for key, value in content.items() if key != "kind"}
+    expected = {field.name for field in dataclasses.fields(kind)}
+    require(values.keys() == expected, f"{path}: '{OBJECTIVE_KEY}' has the keys {', '.join(sorted(values))}, expected "
+            f"kind, {', '.join(sorted(expected))}")
     return as_section(f"{path}: {OBJECTIVE_KEY}", values, kind)
 
 
-def objective_keys(objective: Any, usual: Any) -> dict:
+def objective_to_config(objective: Any, default: Any) -> dict:
     """What a config.json says of an objective: nothing if it is the usual one of the architecture."""
-    return {} if objective == usual else {OBJECTIVE_KEY: {"kind": objective.kind, **dataclasses.asdict(objective)}}
+    return {} if objective == default else {OBJECTIVE_KEY: {"kind": objective.kind, **dataclasses.asdict(objective)}}

@@ -14,15 +14,15 @@ from bd3lm_jax import settings
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.diffusion.mixed import Mixed
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluation import autopilot
+from bd3lm_jax.evaluation import tune_sampling
 from bd3lm_jax.evaluation.scorer import Scorer
-from bd3lm_jax.lm import Trained
+from bd3lm_jax.lm import CheckpointId
 from bd3lm_jax.train import train
 from bd3lm_jax.writing.options import check_options, make_options
 from launch.__main__ import main
 
 MIXED = Mixed(block_size=4, sizes=(1, 4), schedule="loglinear", corruption="exact_count", complement=False, eps=1e-3)
-SWEEP = [autopilot.EXACT, {"sampler": "threshold", "threshold": 0.5}, {"sampler": "threshold", "threshold": 0.05},
+SWEEP = [tune_sampling.EXACT, {"sampler": "threshold", "threshold": 0.5}, {"sampler": "threshold", "threshold": 0.05},
          {"sampler": "confidence", "steps": 2}]
 
 
@@ -39,16 +39,16 @@ def row(name, ppl, tokens_per_call, entropy=4.0, mean_length=100.0):
 
 @pytest.mark.parametrize("objective", [masked(4), masked(1), masked(CONTEXT), AR(bos=True), MIXED])
 def test_the_model_takes_every_candidate(objective, monkeypatch):
-    monkeypatch.setattr(autopilot, "SHORT_BLOCK", 8)
+    monkeypatch.setattr(tune_sampling, "SHORT_BLOCK", 8)
     lm = make_lm(objective, tokenizer=LETTERS)
-    found = autopilot.candidates(lm)
+    found = tune_sampling.candidates(lm)
     for setting in found:
-        at, rest = lm.fitted(setting)
+        at, rest = lm.resolve_block_size(setting)
         check_options(at, make_options(**rest))
-    names = [autopilot.name_of(setting) for setting in found]
+    names = [tune_sampling.name_of(setting) for setting in found]
     assert names[0] == "first_hitting" and len(set(names)) == len(names)
     several = objective.block_size > 1
-    assert 11 <= len(found) <= 20 if several else found == [autopilot.EXACT]
+    assert 11 <= len(found) <= 20 if several else found == [tune_sampling.EXACT]
     assert ("first_hitting, block_size auto, block_confidence 0.3" in names) == (objective == MIXED)
     assert ("threshold 0.3, block_size 8" in names or "threshold 0.5, block_size 8" in names) == (
         objective.block_size == CONTEXT)
@@ -57,7 +57,7 @@ def test_the_model_takes_every_candidate(objective, monkeypatch):
 @pytest.mark.ci_slow
 def test_measured_settings():
     lm = fresh(masked(4))
-    found = autopilot.measure(lm, SWEEP, None, rounds=2, texts=3, length=CONTEXT)
+    found = tune_sampling.measure(lm, SWEEP, None, rounds=2, texts=3, length=CONTEXT)
     exact, high, low, two = found
     assert exact["tokens_per_call"] == 1 and two["tokens_per_call"] == 2  # steps 2 of a block of 4
     assert 1 <= high["tokens_per_call"] <= low["tokens_per_call"] <= 4
@@ -75,7 +75,7 @@ def test_measured_settings():
 def test_a_scorer_judges():
     lm, judge = make_lm(masked(4), tokenizer=LETTERS), make_lm(AR(bos=True), tokenizer=LETTERS)
     samples = lm.generate(num=4, length=CONTEXT, min_length=CONTEXT)
-    found = autopilot.judged(lm, samples, Scorer(judge, "toy", 0))
+    found = tune_sampling.text_metrics(lm, samples, Scorer(judge, "toy", 0))
     assert found["gen_ppl"] == pytest.approx(math.exp(judge.nll(np.array([s.tokens for s in samples])).mean))
     assert "self_nll" not in found and found["gen_ppl_ci95"][0] < found["gen_ppl"] < found["gen_ppl_ci95"][1]
 
@@ -87,7 +87,7 @@ def test_pareto_is_what_nothing_beats(monkeypatch):
               if a["gen_ppl"] <= b["gen_ppl"] and a["tokens_per_call"] >= b["tokens_per_call"]
               and (a["gen_ppl"], a["tokens_per_call"]) != (b["gen_ppl"], b["tokens_per_call"])}
     assert 0 < len(beaten) < 30
-    assert {b["name"] for b in lines if any(autopilot._beats(a, b) for a in lines)} == beaten
+    assert {b["name"] for b in lines if any(tune_sampling._dominates(a, b) for a in lines)} == beaten
 
 
 def test_recommendations():
@@ -95,22 +95,22 @@ def test_recommendations():
     lines = [exact, row("best", 80, 1.0), row("good", 109, 2.0), row("slower", 105, 1.5), row("fast", 149, 4.0),
              row("bad", 151, 8.0), row("greedy", 10, 9.0, entropy=3.5), row("silent", 10, 9.0, mean_length=40)]
     for line in lines:
-        line["rejected"] = autopilot._why_not(line, exact)
+        line["rejected"] = tune_sampling._rejection_reason(line, exact)
     assert {line["name"]: line["rejected"] for line in lines if line["rejected"]} == {
         "greedy": "low entropy", "silent": "ends early"}
-    assert autopilot.recommend(lines) == {"quality": {"sampler": "best"}, "balanced": {"sampler": "good"},
+    assert tune_sampling.recommend(lines) == {"quality": {"sampler": "best"}, "balanced": {"sampler": "good"},
                                           "speed": {"sampler": "fast"}}
 
 
 @pytest.mark.parametrize("scored", [True, False])
 def test_the_file_is_what_sample_reads(tmp_path, monkeypatch, scored):
-    lm, judge = fresh(masked(4), Trained(9, "abc")), make_lm(AR(bos=True), tokenizer=LETTERS)
-    monkeypatch.setattr(autopilot, "load", lambda path: judge if path == "judge" else lm)
-    monkeypatch.setattr(autopilot, "prepare", lambda *arguments: None)
-    monkeypatch.setattr(autopilot.cache_price, "price", lambda *arguments, seed: [])
-    monkeypatch.setattr(autopilot, "candidates", lambda lm: SWEEP[:1])
+    lm, judge = fresh(masked(4), CheckpointId(9, "abc")), make_lm(AR(bos=True), tokenizer=LETTERS)
+    monkeypatch.setattr(tune_sampling, "load", lambda path: judge if path == "judge" else lm)
+    monkeypatch.setattr(tune_sampling, "prepare", lambda *arguments: None)
+    monkeypatch.setattr(tune_sampling.cache_cost, "nll_cost", lambda *arguments, seed: [])
+    monkeypatch.setattr(tune_sampling, "candidates", lambda lm: SWEEP[:1])
     object.__setattr__(lm.config, "data", toy_config(tmp_path).data)
-    result = autopilot.autopilot(str(tmp_path), scorer="judge" * scored, rounds=1, texts=2)
+    result = tune_sampling.tune_sampling(str(tmp_path), scorer="judge" * scored, rounds=1, texts=2)
     written = json.loads((tmp_path / "sampling.json").read_text())
     assert written.pop("crc32") and written.keys() == result.keys() and len(written["measured"]) == 1
     assert (written["step"], written["config_sha256"]) == (9, "abc")
@@ -123,22 +123,22 @@ def test_the_file_is_what_sample_reads(tmp_path, monkeypatch, scored):
 
 def test_what_cannot_be_measured(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="texts is 0, expected at least 1"):
-        autopilot.autopilot(str(tmp_path), scorer="", rounds=1, texts=0)
-    monkeypatch.setattr(autopilot, "load", lambda path: make_lm())
+        tune_sampling.tune_sampling(str(tmp_path), scorer="", rounds=1, texts=0)
+    monkeypatch.setattr(tune_sampling, "load", lambda path: make_lm())
     with pytest.raises(UserError, match="has no tokenizer"):
-        autopilot.autopilot(str(tmp_path), scorer="", rounds=1, texts=1)
+        tune_sampling.tune_sampling(str(tmp_path), scorer="", rounds=1, texts=1)
 
 
 @pytest.mark.ci_slow
 def test_a_bidirectional_model_from_training_to_its_settings(tmp_path, capsys):
     """All settings of a model of block size = length, short windows among them; `sample` then takes what was found."""
     write_text(tmp_path / "text.txt", 200)
-    run, length = tmp_path / "run", 2 * autopilot.SHORT_BLOCK
+    run, length = tmp_path / "run", 2 * tune_sampling.SHORT_BLOCK
     train(toy_config(tmp_path, {"data.length": length, "eval.sample_length": length, "train.steps": 2,
                                 "diffusion.block_size": length}), str(run))
     assert main(["bench", "sampling", f"--workdir={run}", "--rounds=1", "--texts=2"]) == 0
     written = json.loads((run / "sampling.json").read_text())
-    windows = [line for line in written["measured"] if line["settings"].get("block_size") == autopilot.SHORT_BLOCK]
+    windows = [line for line in written["measured"] if line["settings"].get("block_size") == tune_sampling.SHORT_BLOCK]
     assert {line["settings"]["sampler"] for line in windows} == {"first_hitting", "threshold", "confidence"}
     two, = (line for line in windows if line["settings"]["sampler"] == "confidence")
     assert two["tokens_per_call"] == 2 and (written["step"], written["length"]) == (2, length)

@@ -21,7 +21,7 @@ import numpy as np
 from bd3lm_jax import log, plots, stats
 from bd3lm_jax.data.prepare import prepare
 from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluation import cache_price
+from bd3lm_jax.evaluation import cache_cost
 from bd3lm_jax.evaluation.quality import figures
 from bd3lm_jax.evaluation.scorer import BATCH, Scorer
 from bd3lm_jax.lm import LM, load
@@ -35,24 +35,24 @@ THRESHOLDS = {"threshold": (0.9, 0.6, 0.3, 0.05), "entropy_bound": (0.1, 1.0, 3.
 TOKENS_A_STEP = {"confidence": (1, 2, 4), "ancestral": (1, 2)}
 SURE, BLOCK_CONFIDENCES = {"sampler": "threshold", "threshold": 0.6}, (0.2, 0.3, 0.4)  # of blocks of chosen sizes
 SHORT_BLOCK = 32  # of a bidirectional model: written left to right in stretches of so many tokens
-ENTROPY_KEPT = 0.9  # of the exact sampler's: with less a setting is never recommended
-ALLOWED = {"balanced": 1.1, "speed": 1.5}  # perplexity against that of the exact sampler, at most
-LENGTH_KEPT = 0.5  # the same of the mean length of texts that end by themselves
+MIN_ENTROPY_RATIO = 0.9  # of the exact sampler's: with less a setting is never recommended
+MAX_PPL_RATIO = {"balanced": 1.1, "speed": 1.5}  # perplexity against that of the exact sampler, at most
+MIN_LENGTH_RATIO = 0.5  # the same of the mean length of texts that end by themselves
 END_ROUNDS = 2  # of such texts; the first one also compiles
 MAX_LENGTH = 256
-PRICE_ROWS = 64  # of the validation split, for the cache in less memory
+CACHE_COST_ROWS = 64  # of the validation split, for the cache in less memory
 RULE = (f"quality: the lowest perplexity; balanced, speed: the most tokens a call with at most "
-        f"{ALLOWED['balanced']}, {ALLOWED['speed']} times that of the exact sampler (first_hitting); none with less "
-        f"than {ENTROPY_KEPT:.0%} of its entropy or {LENGTH_KEPT:.0%} of its length where texts end by themselves")
+        f"{MAX_PPL_RATIO['balanced']}, {MAX_PPL_RATIO['speed']} times that of the exact sampler (first_hitting); none with less "
+        f"than {MIN_ENTROPY_RATIO:.0%} of its entropy or {MIN_LENGTH_RATIO:.0%} of its length where texts end by themselves")
 
 
-def autopilot(workdir: str, *, scorer: str, rounds: int, texts: int) -> dict[str, Any]:
+def tune_sampling(workdir: str, *, scorer: str, rounds: int, texts: int) -> dict[str, Any]:
     """The `bench sampling --workdir` command: measure `candidates`, write the recommended ones to `workdir`.
 
     scorer: directory of a model with exact likelihood, "" for the model's own bound. texts: of each setting a round.
 
     Returns what it writes to sampling.json, beside plots/sampling.png: {"bench", "quality", "balanced", "speed" (fields
-    of `options.Options`), "rule", "measured" (a row a setting, see `measure`), "cache" (see `cache_price.price`),
+    of `options.Options`), "rule", "measured" (a row a setting, see `measure`), "cache" (see `cache_cost.nll_cost`),
     "scorer", "length", "texts", "step", "config_sha256" (of the checkpoint that was measured), "device", "versions",
     "wall_s"}. Raises UserError for rounds or texts below 1, a
     directory that cannot be written and a scorer that does not fit.
@@ -67,12 +67,12 @@ def autopilot(workdir: str, *, scorer: str, rounds: int, texts: int) -> dict[str
     corpus = lm.corpus(workdir)
     if not os.access(workdir, os.W_OK):
         raise UserError(f"cannot write in {workdir}, where {FILE} goes: use a copy of the run directory")
-    judge = Scorer(load(scorer), scorer, 0) if scorer else None
+    scorer_model = Scorer(load(scorer), scorer, 0) if scorer else None
     length = min(MAX_LENGTH, lm.context)
-    rows = measure(lm, candidates(lm), judge, rounds, texts, length)
+    rows = measure(lm, candidates(lm), scorer_model, rounds, texts, length)
     rows_of_text = prepare(corpus, "valid", lm.config.block_size, lm.tokenizer)
     result = {"bench": "sampling", **recommend(rows), "rule": RULE, "measured": rows,
-              "cache": cache_price.price(lm, rows_of_text, PRICE_ROWS, seed=0), "scorer": scorer or None,
+              "cache": cache_cost.nll_cost(lm, rows_of_text, CACHE_COST_ROWS, seed=0), "scorer": scorer or None,
               "length": length, "texts": texts * rounds, **lm.trained._asdict(), "device": jax.devices()[0].device_kind,
               "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
               "wall_s": time.perf_counter() - began}
@@ -86,7 +86,7 @@ def candidates(lm: LM) -> list[dict[str, Any]]:
     """Settings that make a difference to this model, the exact sampler first: fields of `options.Options`."""
     size = lm.config.block_size
     if lm.config.diffusion.kind == "mixed":
-        sizes = [{"block_size": size} for size in lm.config.trained_sizes]
+        sizes = [{"block_size": size} for size in lm.config.trained_block_sizes]
         sizes += [{"block_size": AUTO, "block_confidence": value} for value in BLOCK_CONFIDENCES]
         return [EXACT, *({**setting, **size} for setting in (EXACT, SURE) for size in sizes)]
     if lm.config.diffusion.causal or size == 1:
@@ -112,13 +112,13 @@ def measure(lm: LM, settings: Sequence[dict], scorer: Scorer | None, rounds: int
     is better in quality and tokens a call).
     """
     log.note(f"{len(settings)} settings: texts that end by themselves")
-    ending = [[write(lm, setting, texts, length, 0, seed) for setting in settings] for seed in range(END_ROUNDS)]
+    ending = [[generate_texts(lm, setting, texts, length, 0, seed) for setting in settings] for seed in range(END_ROUNDS)]
     samples, seconds = [[] for _ in settings], np.zeros((rounds, len(settings)))
     for round_ in range(rounds):
         log.note(f"texts of {length} tokens, round {round_ + 1} of {rounds}")
         for i, setting in enumerate(settings):
             started = time.perf_counter()
-            samples[i] += write(lm, setting, texts, length, length, round_)
+            samples[i] += generate_texts(lm, setting, texts, length, length, round_)
             seconds[round_, i] = time.perf_counter() - started
     rows = []
     for i, setting in enumerate(settings):
@@ -126,23 +126,23 @@ def measure(lm: LM, settings: Sequence[dict], scorer: Scorer | None, rounds: int
         rows.append({"name": name_of(setting), "settings": setting,
                      "tokens_per_call": tokens / sum(sample.nfe for sample in samples[i]),
                      "tokens_per_s": tokens / rounds / float(np.median(seconds[:, i])),
-                     "speedup": float(np.median(seconds[:, 0] / seconds[:, i])), **judged(lm, samples[i], scorer),
+                     "speedup": float(np.median(seconds[:, 0] / seconds[:, i])), **text_metrics(lm, samples[i], scorer),
                      "mean_length": float(np.mean([len(sample.tokens) for part in ending for sample in part[i]]))})
     for row in rows:
-        row["rejected"] = _why_not(row, rows[0])
+        row["rejected"] = _rejection_reason(row, rows[0])
     for row in rows:
-        row["pareto"] = not row["rejected"] and not any(_beats(other, row) for other in rows)
+        row["pareto"] = not row["rejected"] and not any(_dominates(other, row) for other in rows)
     return rows
 
 
-def _why_not(row: dict, exact: dict) -> str:
+def _rejection_reason(row: dict, exact: dict) -> str:
     """Why a setting is never recommended, in words; "" where it may be."""
-    if row["entropy"] < ENTROPY_KEPT * exact["entropy"]:
+    if row["entropy"] < MIN_ENTROPY_RATIO * exact["entropy"]:
         return "low entropy"
-    return "ends early" if row["mean_length"] < LENGTH_KEPT * exact["mean_length"] else ""
+    return "ends early" if row["mean_length"] < MIN_LENGTH_RATIO * exact["mean_length"] else ""
 
 
-def write(lm: LM, setting: dict, texts: int, length: int, min_length: int, seed: int) -> list[Sample]:
+def generate_texts(lm: LM, setting: dict, texts: int, length: int, min_length: int, seed: int) -> list[Sample]:
     """Texts from nothing; a model that cannot begin by itself gets the end token to begin with."""
     return lm.generate([[lm.special.end]] if _needs_prompt(lm) else None, num=texts, length=length,
                        min_length=min_length, seed=seed, **setting)
@@ -152,7 +152,7 @@ def _needs_prompt(lm: LM) -> bool:
     return lm.config.diffusion.causal and not lm.config.diffusion.bos
 
 
-def judged(lm: LM, samples: Sequence[Sample], scorer: Scorer | None) -> dict[str, Any]:
+def text_metrics(lm: LM, samples: Sequence[Sample], scorer: Scorer | None) -> dict[str, Any]:
     """Perplexity under the scorer, or the model's own bound, with entropy and distinct n-grams beside it."""
     if scorer is not None:
         texts = [ids for ids in (scorer.encode(sample.text) for sample in samples) if len(ids) > scorer.first]
@@ -179,7 +179,7 @@ def nll_of(row: dict) -> float:
     return math.log(row["gen_ppl"]) if "gen_ppl" in row else row["self_nll"]
 
 
-def _beats(row: dict, other: dict) -> bool:
+def _dominates(row: dict, other: dict) -> bool:
     """Whether a setting that may be recommended is as good in both, and better in one."""
     gains = nll_of(other) - nll_of(row), row["tokens_per_call"] - other["tokens_per_call"]
     return not row["rejected"] and min(gains) >= 0 and max(gains) > 0
@@ -187,10 +187,10 @@ def _beats(row: dict, other: dict) -> bool:
 
 def recommend(rows: Sequence[dict]) -> dict[str, dict]:
     """Settings for each preference, by RULE. The first row is the exact sampler."""
-    trusted = [row for row in rows if not row["rejected"]]
-    chosen = {"quality": min(trusted, key=nll_of)}
-    for name, ratio in ALLOWED.items():
-        good = [row for row in trusted if nll_of(row) <= nll_of(rows[0]) + math.log(ratio)]
+    eligible = [row for row in rows if not row["rejected"]]
+    chosen = {"quality": min(eligible, key=nll_of)}
+    for name, ratio in MAX_PPL_RATIO.items():
+        good = [row for row in eligible if nll_of(row) <= nll_of(rows[0]) + math.log(ratio)]
         chosen[name] = max(good, key=lambda row: (row["tokens_per_call"], -nll_of(row)))
     return {name: chosen[name]["settings"] for name in PREFERENCES}
 
@@ -198,7 +198,7 @@ def recommend(rows: Sequence[dict]) -> dict[str, dict]:
 def _show(workdir: str, result: dict[str, Any]) -> None:
     rows = result["measured"]
     by = "gen. PPL" if result["scorer"] else "self NLL"
-    log.table(f"{workdir}: {log.counted(result['texts'], 'text')} of {result['length']} tokens"
+    log.table(f"{workdir}: {log.pluralize(result['texts'], 'text')} of {result['length']} tokens"
               + (f", scored by {result['scorer']}" if result["scorer"] else ""),
               ("setting", "a call", "tok/s", f"{by} (95 %)", "entropy", "dist. 2", "length"),
               [("* " * row["pareto"] + row["name"] + (f": {row['rejected']}" if row["rejected"] else ""),
@@ -209,7 +209,7 @@ def _show(workdir: str, result: dict[str, Any]) -> None:
         log.note("self NLL: the model's own bound on its texts, in nats a token; it flatters what follows the model's "
                  "favourites: better give --scorer=DIR")
     if result["cache"]:
-        log.table(f"{workdir}: cache in less memory, {PRICE_ROWS} validation rows at most, the same masks",
+        log.table(f"{workdir}: cache in less memory, {CACHE_COST_ROWS} validation rows at most, the same masks",
                   ("cache_dtype", "bytes a token", "nll change", "95 % interval"),
                   [(row["cache_dtype"], f"{row['bytes_per_token']:,}", f"{row['nll_change']:+.6f}",
                     format_interval(row["nll_change_ci95"], "+.6f")) for row in result["cache"]])

@@ -65,16 +65,16 @@ def _kill(pids: list[int], moments: list[float]) -> None:
 
 
 def main(words: list[str]) -> None:
-    asked = json.loads(words[0])
+    arguments = json.loads(words[0])
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # of the children, whose fork its threads would not survive
-    parts.PART_CHARS = asked["part_chars"]
-    data, draw = DataConfig(**asked["data"] | {"mixture": ()}), random.Random(asked["seed"])
+    parts.PART_CHARS = arguments["part_chars"]
+    data, draw = DataConfig(**arguments["data"] | {"mixture": ()}), random.Random(arguments["seed"])
     reader, writer = os.pipe()
-    pids, go = _fork(data, asked["processes"], writer)
+    pids, go = _fork(data, arguments["processes"], writer)
     os.close(writer)
     os.close(go)
-    victims = draw.sample(pids, asked["killed"])
-    _kill(victims, [draw.uniform(0, asked["within_s"]) for _ in victims])
+    victims = draw.sample(pids, arguments["killed"])
+    _kill(victims, [draw.uniform(0, arguments["within_s"]) for _ in victims])
     with open(reader, encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
     codes = {pid: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids}

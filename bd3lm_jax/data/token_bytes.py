@@ -12,7 +12,7 @@ from bd3lm_jax.log import note
 CHUNK_TOKENS, CHUNK_DOCUMENTS = 1 << 20, 1024  # that are read at a time
 
 
-class Sized:
+class RowsWithBytes:
     """Rows whose tokens know the UTF-8 bytes of text that they stand for; else like `Rows`.
 
     The sizes of the tokens of a document add up to its bytes, of which the newline that its end token stands for is
@@ -66,7 +66,7 @@ def _token_sizes(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     return sizes[0], sizes[1]
 
 
-def changed_documents(documents: Iterable[str], tokenizer: Tokenizer) -> int:
+def count_lossy_documents(documents: Iterable[str], tokenizer: Tokenizer) -> int:
     """How many documents do not come back from their tokens as they were."""
     changed, documents = 0, iter(documents)
     while chunk := list(itertools.islice(documents, CHUNK_DOCUMENTS)):
@@ -74,7 +74,7 @@ def changed_documents(documents: Iterable[str], tokenizer: Tokenizer) -> int:
     return changed
 
 
-def warn_if_changed(changed: int, documents: int, name: str) -> None:
+def warn_if_lossy(changed: int, documents: int, name: str) -> None:
     """One line where `changed` of the documents of a text do not come back from their tokens."""
     if changed:
         note(f"warning: the tokenizer does not give back {changed} of {documents} documents of {name} as they were: "

@@ -11,25 +11,25 @@ from bd3lm_jax import distributed
 from bd3lm_jax.errors import RunError, UserError, command_line
 
 LATEST, BEST = "latest", "best"  # names of steps
-LOOKS = 20  # for a step that is not deleted while it is read
-LATE = ("Event loop is closed", "Encountered error while reading")  # what reads in flight say after one has failed
+MAX_RETRIES = 20  # for a step that is not deleted while it is read
+LATE_READ_ERRORS = ("Event loop is closed", "Encountered error while reading")  # what reads in flight say after one has failed
 
 T = TypeVar("T")
 
 
-class Damaged(Exception):
+class DamagedCheckpoint(Exception):
     """A step whose files are there but do not hold what was saved."""
 
 
-class Absent(UserError):
+class CheckpointNotFound(UserError):
     """A step that was asked for and is not there."""
 
 
-class _Deleted(Exception):
+class _StepDeleted(Exception):
     """A step that went away while it was read."""
 
 
-class StepChoice:
+class StepSelector:
     """Chooses among the steps in `directory` (`checkpoints` of a run). All processes of a run call it together.
 
     list_steps: those that are there now, ascending. best_step: that of the lowest bound, None if none has one. warn:
@@ -46,25 +46,25 @@ class StepChoice:
         The latest and the best are chosen anew when they were deleted while they were read. Raises Absent if there is
         no such step (any more), RunError if it is damaged.
         """
-        for _ in range(LOOKS):
+        for _ in range(MAX_RETRIES):
             steps = self._steps()
             if not steps:
-                raise Absent(f"no checkpoint in {self._directory}: train first "
+                raise CheckpointNotFound(f"no checkpoint in {self._directory}: train first "
                              f"({command_line('train')} --workdir={self._directory.parent}) or pass another --workdir")
             try:
-                return self._newest(steps, read) if which == LATEST else (*self._named(which, steps, read), [])
-            except _Deleted as error:
+                return self._read_newest(steps, read) if which == LATEST else (*self._read_named(which, steps, read), [])
+            except _StepDeleted as error:
                 step = error.args[0]
-        raise Absent(f"{LOOKS} times a step in {self._directory} was deleted while it was read, the last time {step}: "
+        raise CheckpointNotFound(f"{MAX_RETRIES} times a step in {self._directory} was deleted while it was read, the last time {step}: "
                      "run the same command again, or train with a larger checkpoint.every or checkpoint.keep")
 
-    def _named(self, which: int | str, steps: list[int], read: Callable[[int], T]) -> tuple[T, int]:
-        step, there = distributed.of_first(self._best_step()) if which == BEST else which, _there(steps)
+    def _read_named(self, which: int | str, steps: list[int], read: Callable[[int], T]) -> tuple[T, int]:
+        step, available = distributed.broadcast_from_process0(self._best_step()) if which == BEST else which, _list_steps_text(steps)
         if step is None:
-            raise Absent(f"no checkpoint in {self._directory} was validated, so that none is the best: {there}; give "
+            raise CheckpointNotFound(f"no checkpoint in {self._directory} was validated, so that none is the best: {available}; give "
                          "one of these as --step, or latest")
         if step not in steps:
-            raise Absent(f"no step {step} in {self._directory}: {there}; give one of these as --step, or {LATEST} or "
+            raise CheckpointNotFound(f"no step {step} in {self._directory}: {available}; give one of these as --step, or {LATEST} or "
                          f"{BEST}")
         try:
             return read(step), step
@@ -74,14 +74,14 @@ class StepChoice:
             distributed.raise_if_lost_peer(error)
             _quiet_late_reads()
             if not self._is_deleted(step):
-                raise RunError(f"checkpoint {self._directory / str(step)} is damaged ({cause_of(error)}): {there}; "
+                raise RunError(f"checkpoint {self._directory / str(step)} is damaged ({cause_of(error)}): {available}; "
                                f"give another --step, or {LATEST} for the newest that can be read") from error
         if which == BEST:
-            raise _Deleted(step)
-        raise Absent(f"step {step} in {self._directory} was deleted while it was read, as training deletes old steps: "
-                     f"{_there(self._steps())}; give one of these as --step, or {LATEST}")
+            raise _StepDeleted(step)
+        raise CheckpointNotFound(f"step {step} in {self._directory} was deleted while it was read, as training deletes old steps: "
+                     f"{_list_steps_text(self._steps())}; give one of these as --step, or {LATEST}")
 
-    def _newest(self, steps: list[int], read: Callable[[int], T]) -> tuple[T, int, list[int]]:
+    def _read_newest(self, steps: list[int], read: Callable[[int], T]) -> tuple[T, int, list[int]]:
         damaged = []
         for step in reversed(steps):
             try:
@@ -92,22 +92,22 @@ class StepChoice:
                 distributed.raise_if_lost_peer(error)
                 _quiet_late_reads()
                 if self._is_deleted(step):
-                    raise _Deleted(step) from None
+                    raise _StepDeleted(step) from None
                 damaged.append(step)
-                said = cause_of(error)
-                self._warn(f"warning: checkpoint {self._directory / str(step)} is damaged ({said}); "
+                cause = cause_of(error)
+                self._warn(f"warning: checkpoint {self._directory / str(step)} is damaged ({cause}); "
                            f"trying the one before it")
-        raise RunError(f"none of the checkpoints {steps} in {self._directory} can be read (the oldest: {said}): "
+        raise RunError(f"none of the checkpoints {steps} in {self._directory} can be read (the oldest: {cause}): "
                        f"restore the directory from a copy, or train again in another --workdir")
 
     def _steps(self) -> list[int]:
-        return distributed.of_first(self._list_steps())
+        return distributed.broadcast_from_process0(self._list_steps())
 
     def _is_deleted(self, step: int) -> bool:
         return step not in self._steps()
 
 
-def _there(steps: list[int]) -> str:
+def _list_steps_text(steps: list[int]) -> str:
     return f"there are {', '.join(map(str, steps))}" if steps else "there is none"
 
 
@@ -116,9 +116,9 @@ def _quiet_late_reads() -> None:
     """From now on: what a failed read has left in flight would print a traceback for each array when it ends."""
     report = sys.unraisablehook
 
-    def report_others(found) -> None:
-        if not str(found.exc_value).startswith(LATE):
-            report(found)
+    def report_others(unraisable) -> None:
+        if not str(unraisable.exc_value).startswith(LATE_READ_ERRORS):
+            report(unraisable)
 
     sys.unraisablehook = report_others
 
@@ -129,4 +129,4 @@ def cause_of(error: BaseException) -> str:
         error = error.__cause__
     first_line = f"{error}\n".splitlines()[0]
     text = re.sub(r" \[\w+=.*", "", first_line).rsplit('": ', 1)[-1][:200]
-    return text if isinstance(error, Damaged) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, DamagedCheckpoint) else f"{type(error).__name__}: {text}"

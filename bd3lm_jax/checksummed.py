@@ -10,29 +10,29 @@ from typing import Any
 
 from bd3lm_jax.typed import from_json
 
-SEAL = "crc32"  # the last key of an object
+CHECKSUM_KEY = "crc32"  # the last key of an object
 
 
-class Damaged(ValueError):
+class ChecksumError(ValueError):
     """What was written is not what stands there."""
 
 
-def seal(record: Mapping[str, Any]) -> dict[str, Any]:
+def add_checksum(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record with its checksum."""
-    return {**record, SEAL: _checksum(record)}
+    return {**record, CHECKSUM_KEY: _checksum(record)}
 
 
-def unseal(text: str | bytes) -> dict[str, Any]:
+def verify_checksum(text: str | bytes) -> dict[str, Any]:
     """The object in a JSON text without its checksum. Damaged if it is none, or its checksum is that of another."""
     try:
         record = from_json(text)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise Damaged(f"is not valid JSON ({error})") from None
+        raise ChecksumError(f"is not valid JSON ({error})") from None
     if not isinstance(record, dict):
-        raise Damaged(f"holds a JSON {type(record).__name__}, expected an object")
-    checksum = record.pop(SEAL, None)
+        raise ChecksumError(f"holds a JSON {type(record).__name__}, expected an object")
+    checksum = record.pop(CHECKSUM_KEY, None)
     if checksum is not None and checksum != _checksum(record):
-        raise Damaged(f"does not match its checksum, key '{SEAL}'")
+        raise ChecksumError(f"does not match its checksum, key '{CHECKSUM_KEY}'")
     return record
 
 
