@@ -11,7 +11,7 @@ CORE = {"attention", "models", "diffusion", "sampling"}
 CORE_NEEDS = {"jax", "flax", "numpy", "optax", "chex", "bd3lm_jax"}
 STANDARD = {"collections", "concurrent", "dataclasses", "difflib", "functools", "itertools", "logging", "math",
             "typing"}
-ONLY_IN = {"orbax": {"checkpoint.py", "managers.py"}, "safetensors": {"tensors.py"}, "ml_collections": set(),
+ONLY_IN = {"orbax": {"checkpoint.py", "orbax_managers.py"}, "safetensors": {"tensors.py"}, "ml_collections": set(),
            "matplotlib": {"plots.py"}, "tensorflow_datasets": {"corpora.py"}, "gguf": {"gguf.py"},
            "torch": {"torch_side.py", "pickles.py"}, "rich": {"log.py", "animate.py"}, "huggingface_hub": {"hf.py"}}
 
