@@ -1,6 +1,6 @@
 """Block diffusion language models in JAX: `lm = bd3lm_jax.load(path)`, then `lm.nll`, `lm.generate`, `lm.logits`.
 
-`bd3lm_jax.train.train(config, workdir)` trains one.
+`bd3lm_jax.training.train.train(config, workdir)` trains one.
 """
 
 import importlib
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from bd3lm_jax.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from bd3lm_jax import train as train
     from bd3lm_jax.lm import LM as LM
     from bd3lm_jax.lm import load as load
+    from bd3lm_jax.training import train as train
 
 __all__ = ["LM", "load", "train"]
 

@@ -10,17 +10,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from bd3lm_jax import curriculum, density, unused_keys, plugins
-from bd3lm_jax.adaptation import annealing, response_mask, lora, target_shift
-from bd3lm_jax.data import corpora
-from bd3lm_jax.diffusion import OBJECTIVES
-from bd3lm_jax.diffusion.clip import ClipSearch, CountSchedule
-from bd3lm_jax.diffusion.running import RunningLoss
-from bd3lm_jax.errors import lookup
-from bd3lm_jax.jax_settings import check_seed
-from bd3lm_jax.models import BACKBONES, trunk
-from bd3lm_jax.models.trunk import is_time_conditioned
-from bd3lm_jax.schema import (
+from bd3lm_jax import unused_keys
+from bd3lm_jax.core import plugins
+from bd3lm_jax.core.errors import lookup
+from bd3lm_jax.core.jax_settings import check_seed
+from bd3lm_jax.core.schema import (
     SECTIONS,
     CheckpointConfig,
     ComputeConfig,
@@ -32,7 +26,14 @@ from bd3lm_jax.schema import (
     OptimConfig,
     TrainConfig,
 )
-from bd3lm_jax.typed import Nested, as_mapping, as_section, as_type, check, flatten, one_of, check_known_keys
+from bd3lm_jax.core.typed import Nested, as_mapping, as_section, as_type, check, check_known_keys, flatten, one_of
+from bd3lm_jax.data import corpora, density
+from bd3lm_jax.diffusion import OBJECTIVES
+from bd3lm_jax.diffusion.clip import ClipSearch, CountSchedule
+from bd3lm_jax.diffusion.running import RunningLoss
+from bd3lm_jax.models import BACKBONES, lora, trunk
+from bd3lm_jax.models.trunk import is_time_conditioned
+from bd3lm_jax.scoring import annealing, curriculum, response_mask, target_shift
 
 SAME_AS_INIT = "init_from"  # as model.kind: the network whose weights start the run (adapt.resolve)
 # Sections and keys that may differ when a run goes on. More steps change a decaying learning rate from there on.

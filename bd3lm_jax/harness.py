@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from bd3lm_jax import hf, log
+from bd3lm_jax.checkpoints import hf
+from bd3lm_jax.core import log
+from bd3lm_jax.core.errors import UserError, nearest, one_line
 from bd3lm_jax.data.chat_template import ChatTemplate
 from bd3lm_jax.data.texts import decode_continuation
-from bd3lm_jax.errors import UserError, nearest, one_line
-from bd3lm_jax.evaluation import conditional
+from bd3lm_jax.generation.options import Options, make_options
+from bd3lm_jax.likelihood import conditional
 from bd3lm_jax.lm import load
-from bd3lm_jax.writing.options import Options, make_options
 
 NAME = "bd3lm_jax"
 LENGTH_STEP = 64  # texts are written to multiples of it, so that few lengths compile

@@ -9,19 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import forward, jax_settings, models, plugins, stats
+from bd3lm_jax import models
+from bd3lm_jax.checkpoints.published import ModelSpec
+from bd3lm_jax.checkpoints.published.mapping import check_bos, check_mask
 from bd3lm_jax.config import SECTIONS, Config, DataConfig
+from bd3lm_jax.core import jax_settings, plugins, stats
+from bd3lm_jax.core.errors import UserError, command_line
 from bd3lm_jax.data.tokenizers import Tokenizer
-from bd3lm_jax.errors import UserError, command_line
-from bd3lm_jax.evaluation import conditional, estimators, evaluate
-from bd3lm_jax.models import Backbone, trunk
-from bd3lm_jax.published import ModelSpec
-from bd3lm_jax.published.mapping import check_bos, check_mask
-from bd3lm_jax.sampling.auto_size import AUTO
-from bd3lm_jax.score import SpecialIds
-from bd3lm_jax.writing import generation, infill, stream
-from bd3lm_jax.writing.generation import Sample
-from bd3lm_jax.writing.options import Options, make_options
+from bd3lm_jax.generation import generation, infill, stream
+from bd3lm_jax.generation.generation import Sample
+from bd3lm_jax.generation.options import Options, make_options
+from bd3lm_jax.generation.sampling.auto_size import AUTO
+from bd3lm_jax.likelihood import conditional, estimators, evaluate
+from bd3lm_jax.models import Backbone, forward, trunk
+from bd3lm_jax.scoring.score import SpecialIds
 
 
 class NLL(NamedTuple):
@@ -54,7 +55,7 @@ def load(path: str | Path, weights: str = "ema", dtype: str = "float32", allow_p
     bound of those that were validated) or a number.
     Raises UserError if there is nothing to load or it does not fit.
     """
-    from bd3lm_jax import hf, restore
+    from bd3lm_jax.checkpoints import hf, restore
 
     plugins.load_installed()
     name, path = str(path), hf.local(path)

@@ -7,7 +7,7 @@ those that run directories of earlier versions hold (`Config.from_dict(stored=Tr
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.core.errors import UserError
 
 
 class Rule(NamedTuple):

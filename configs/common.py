@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference
 
+
 class Operation(NamedTuple):
     """What a FieldReference does when it is read."""
 

@@ -19,7 +19,7 @@ import numpy as np
 from scipy.special import log_softmax
 
 import bd3lm_jax
-from bd3lm_jax.writing import sample_files
+from bd3lm_jax.generation import sample_files
 
 JUDGE = Path(__file__).parents[1] / "tests" / "data" / "sapiens_vh"
 BEGIN, END, MASK = 0, 2, 24

@@ -34,7 +34,7 @@ def corrupt(key, x0_BxL):  # -> bd3lm_jax/diffusion/corrupt.py
 
 
 @jax.jit
-def bound(predict, key, x0_BxL):  # -> bd3lm_jax/diffusion/masked.py, bd3lm_jax/evaluation/estimators.py
+def bound(predict, key, x0_BxL):  # -> bd3lm_jax/diffusion/masked.py, bd3lm_jax/likelihood/estimators.py
     """What each row costs at most, nats a character: an unbiased estimate of an upper bound on -log p(x0) / L.
 
     The bound is the integral over t in [0, 1] of 1 / t times the expected cross-entropy of the masked characters, when
@@ -72,7 +72,7 @@ def network(params, x_BxL):  # -> bd3lm_jax/models/trunk.py
     return norm(jax.lax.scan(layer, h_BxLxD, params["layers"])[0]) @ params["head"]
 
 
-def train(key, text):  # -> bd3lm_jax/train.py, bd3lm_jax/optim.py, bd3lm_jax/data/loader.py
+def train(key, text):  # -> bd3lm_jax/training/train.py, bd3lm_jax/training/optim.py, bd3lm_jax/data/loader.py
     """Weights after STEPS batches of pieces cut anywhere from the text; step i draws from (key, i) alone."""
     rate = optax.warmup_cosine_decay_schedule(0, RATE, WARM_UP, STEPS)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=0.01))
@@ -92,7 +92,7 @@ def train(key, text):  # -> bd3lm_jax/train.py, bd3lm_jax/optim.py, bd3lm_jax/da
 
 
 @jax.jit
-def write(predict, key, canvas_BxL):  # -> bd3lm_jax/sampling/generate.py, bd3lm_jax/sampling/steps.py
+def write(predict, key, canvas_BxL):  # -> bd3lm_jax/generation/sampling/generate.py, bd3lm_jax/generation/sampling/steps.py
     """Fills the masks of a canvas, one a row and call of the network, and leaves the rest. Any masked place is next: so
     do masks vanish if noise is undone in continuous time (first hitting, arXiv 2409.02908). Several at once would be
     drawn as if they did not depend on each other."""
@@ -108,7 +108,7 @@ if __name__ == "__main__":
     text, unseen = read("austen_train"), read("austen_persuasion")  # five novels to learn, a sixth to be measured on
     train_key, test_key, write_key = jax.random.split(jax.random.key(int(sys.argv[1]) if sys.argv[1:] else 0), 3)
     predict = Partial(network, train(train_key, text))
-    pieces = unseen[:len(unseen) // (BATCH * L) * BATCH * L].reshape(-1, BATCH, L)  # bd3lm_jax/evaluation/evaluate.py
+    pieces = unseen[:len(unseen) // (BATCH * L) * BATCH * L].reshape(-1, BATCH, L)  # bd3lm_jax/likelihood/evaluate.py
     nats = np.concatenate([bound(predict, jax.random.fold_in(test_key, i), x) for i, x in enumerate(pieces)])
     bits, error = np.array([nats.mean(), nats.std() / len(nats) ** 0.5]) / np.log(2)
     share_V = (np.bincount(text, minlength=VOCAB) + 1) / (len(text) + VOCAB)

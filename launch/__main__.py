@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in HELP:
         commands = "\n".join(f"  {name:<9} {line}" for name, line in COMMANDS.items())
         return streams.show(_as_typed(USAGE.format(commands=commands)))
-    from bd3lm_jax.errors import UserError, command_line, nearest, one_line, escape_control_characters
+    from bd3lm_jax.core.errors import UserError, command_line, escape_control_characters, nearest, one_line
 
     name, rest = argv[0], argv[1:]
     try:
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print("error:", one_line(error), file=sys.stderr, flush=True)
         if error.on_all_processes:
-            from bd3lm_jax import distributed
+            from bd3lm_jax.parallel import distributed
 
             distributed.wait_and_shut_down()
         return error.exit_code
@@ -105,10 +105,10 @@ def _fix_settings() -> None:
 
 def _code_of(error: Exception) -> int:
     """1, or 75 where another process of the run is gone, which says nothing against running all again."""
-    if "bd3lm_jax.distributed" not in sys.modules:
+    if "bd3lm_jax.parallel.distributed" not in sys.modules:
         return 1
-    from bd3lm_jax import distributed
-    from bd3lm_jax.errors import WatchdogTimeout
+    from bd3lm_jax.core.errors import WatchdogTimeout
+    from bd3lm_jax.parallel import distributed
 
     if not distributed.is_lost_peer(error):
         return 1
@@ -117,7 +117,7 @@ def _code_of(error: Exception) -> int:
 
 
 def _run(command, argv: list[str]) -> int:
-    from bd3lm_jax import log
+    from bd3lm_jax.core import log
     from launch import arguments
 
     argv = arguments.common(argv)
@@ -148,7 +148,7 @@ def _help(command) -> str:
 
 def _as_typed(text: str) -> str:
     """A help text with commands as this user starts them."""
-    from bd3lm_jax.errors import program
+    from bd3lm_jax.core.errors import program
 
     return text.replace("python -m launch", program())
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from bd3lm_jax import paths, synonyms
-from bd3lm_jax.errors import UserError, nearest
+from bd3lm_jax.core import paths, synonyms
+from bd3lm_jax.core.errors import UserError, nearest
 
 DEFAULT_CONFIG = "configs/tiny.py"
 SHIPPED = Path(__file__).parents[1] / "configs"  # the presets of this package, in a checkout and where it is installed
@@ -146,7 +146,7 @@ def join_processes(args: flags.FlagValues) -> None:
     check_processes(args)
     if not args.distributed:
         return
-    from bd3lm_jax import distributed, replicas
+    from bd3lm_jax.parallel import distributed, replicas
 
     distributed.join(args.coordinator, args.processes, args.process_id, args.join_within,
                      args.heartbeat)
@@ -181,7 +181,7 @@ def common(argv: Sequence[str]) -> list[str]:
 
     What stands behind `--` is left alone. UserError for a module that cannot be imported, or another word than on, off.
     """
-    from bd3lm_jax import plugins
+    from bd3lm_jax.core import plugins
 
     before, after = split_at_dashes(argv)
     modules, rest = [], []
@@ -234,7 +234,7 @@ def load_config(spec: str, overrides: Sequence[str]):
     UserError for a missing file, bad args, key or value.
     """
     from bd3lm_jax import unused_keys
-    from bd3lm_jax.adaptation import adapt
+    from bd3lm_jax.checkpoints import adapt
     from bd3lm_jax.config import Config
 
     config = _get_config(spec)

@@ -41,8 +41,8 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(args: flags.FlagValues) -> dict:
-    from bd3lm_jax import log
-    from bd3lm_jax.errors import UserError, command_line
+    from bd3lm_jax.core import log
+    from bd3lm_jax.core.errors import UserError, command_line
 
     if args.name == "sampling" and args.workdir:
         if args.against or args["out"].present:
@@ -53,7 +53,7 @@ def main(args: flags.FlagValues) -> dict:
         return tune_sampling(args.workdir, scorer=args.scorer, rounds=args.rounds, texts=args.texts)
     if args.scorer or args["texts"].present:
         raise UserError("--scorer and --texts are for: bench sampling --workdir=DIR")
-    from bd3lm_jax.bench import BENCHES, bench
+    from bd3lm_jax.experiments.bench import BENCHES, bench
 
     if args.name:
         return bench(args.name, args.rounds, args.against, args.out, args.workdir)

@@ -28,9 +28,10 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(args: flags.FlagValues) -> dict:
-    from bd3lm_jax import clean, log
-    from bd3lm_jax.errors import UserError
-    from bd3lm_jax.paths import default_cache
+    from bd3lm_jax.checkpoints import clean
+    from bd3lm_jax.core import log
+    from bd3lm_jax.core.errors import UserError
+    from bd3lm_jax.core.paths import default_cache
 
     directories = [Path(path) for path in (args.workdir, args.cache_dir) if path] or [default_cache()]
     for path in directories:

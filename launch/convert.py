@@ -40,7 +40,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(args: flags.FlagValues) -> dict:
-    from bd3lm_jax.convert import convert
+    from bd3lm_jax.evaluation.convert import convert
     from configs.common import base
     from launch.arguments import required
 

@@ -14,6 +14,6 @@ def define(values: flags.FlagValues) -> None:
 
 def main(args: flags.FlagValues) -> dict:
     del args
-    from bd3lm_jax.doctor import diagnose
+    from bd3lm_jax.evaluation.doctor import diagnose
 
     return diagnose()

@@ -45,10 +45,18 @@ Result: see docs/tasks.md.
 
 from absl import flags
 
-from bd3lm_jax import paths
-from bd3lm_jax.errors import Preempted, UserError, lookup, nearest
-from launch.arguments import (check_processes, define_path, define_processes, define_seed, define_step,
-                              join_processes, required, step_of)
+from bd3lm_jax.core import paths
+from bd3lm_jax.core.errors import Preempted, UserError, lookup, nearest
+from launch.arguments import (
+    check_processes,
+    define_path,
+    define_processes,
+    define_seed,
+    define_step,
+    join_processes,
+    required,
+    step_of,
+)
 
 TAKES_CONFIG = False
 LIKELIHOOD = ("split", "data_dir", "chunks", "stride", "first_token", "end_token", "estimator", "draws", "seed",
@@ -149,7 +157,7 @@ def main(args: flags.FlagValues) -> dict:
     if args.watch:
         return _watch(args)
     join_processes(args)
-    from bd3lm_jax.log import spinner
+    from bd3lm_jax.core.log import spinner
 
     with spinner("measuring"):
         return _likelihood(args)
@@ -157,7 +165,7 @@ def main(args: flags.FlagValues) -> dict:
 
 def check(args: flags.FlagValues) -> None:
     """UserError for what needs no run to be seen: flags that do not go together, and words that mean nothing."""
-    from bd3lm_jax.data.corpus import SPLITS, ALL_SPLITS
+    from bd3lm_jax.data.corpus import ALL_SPLITS, SPLITS
 
     if args.samples and args.task:
         raise UserError("--samples and --task are two evaluations: give one of them")
@@ -167,7 +175,7 @@ def check(args: flags.FlagValues) -> None:
         _check_only(args, "--samples", ("samples", *QUALITY))
         return
     if args.task:
-        from bd3lm_jax.tasks import TASKS
+        from bd3lm_jax.evaluation.tasks import TASKS
 
         _check_only(args, "--task", ("workdir", "task", *TASK, *SAMPLER))
         lookup(TASKS, args.task, "task")
@@ -178,7 +186,7 @@ def check(args: flags.FlagValues) -> None:
 
 def _check_likelihood(args: flags.FlagValues) -> None:
     from bd3lm_jax.data.windows import ScoringConvention
-    from bd3lm_jax.evaluation.estimators import ESTIMATORS
+    from bd3lm_jax.likelihood.estimators import ESTIMATORS
 
     _check_only(args, "a likelihood (neither --samples nor --task)",
            ("workdir", "data", "against", "target_ci", "block_size", "length", "curve", "within", "step",
@@ -217,7 +225,7 @@ def _quality(args: flags.FlagValues) -> dict:
 
 
 def _task(args: flags.FlagValues) -> dict:
-    from bd3lm_jax.tasks import evaluate_task
+    from bd3lm_jax.evaluation.tasks import evaluate_task
     sampler = {name: value for name, value in _values(args, SAMPLER).items() if value is not None}
     return evaluate_task(args.workdir, task=args.task, sampler=sampler, **_values(args, TASK))
 
@@ -243,7 +251,7 @@ def _likelihood(args: flags.FlagValues) -> dict:
 
 def _watch(args: flags.FlagValues) -> dict:
     """The result; where a signal ended it, it is said before the exit code tells of the signal."""
-    from bd3lm_jax import log
+    from bd3lm_jax.core import log
     from bd3lm_jax.evaluation.watch import FILE, watch
     result = watch(args.workdir, **_values(args, WATCH) | {"block_size": args["block_size"].value or 0})
     if result["ended"].startswith("SIG"):

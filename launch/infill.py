@@ -41,10 +41,10 @@ def main(args: flags.FlagValues) -> dict:
     workdir = required(args, "workdir")
     texts = (args.text or []) + (read_texts(args.file) if args.file else [])
     import bd3lm_jax
-    from bd3lm_jax import log
-    from bd3lm_jax.writing import infill
-    from bd3lm_jax.errors import UserError
-    from bd3lm_jax.writing.options import make_options
+    from bd3lm_jax.core import log
+    from bd3lm_jax.core.errors import UserError
+    from bd3lm_jax.generation import infill
+    from bd3lm_jax.generation.options import make_options
 
     if not texts:
         raise UserError(f"nothing to fill: give --text or --file, with holes: {infill.MARKERS}")
@@ -67,9 +67,9 @@ def main(args: flags.FlagValues) -> dict:
 
 def read_texts(path: str) -> list[str]:
     """The lines of a file, which may be packed, that are not empty. UserError if it cannot be read."""
+    from bd3lm_jax.core.errors import UserError
+    from bd3lm_jax.core.untrusted_files import MAX_TEXT_FILE
     from bd3lm_jax.data import text_files
-    from bd3lm_jax.errors import UserError
-    from bd3lm_jax.untrusted_files import MAX_TEXT_FILE
 
     if not Path(path).exists():
         raise UserError(f"--file={path} does not exist: give a text file, one text with holes a line")

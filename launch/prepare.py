@@ -23,7 +23,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(args: flags.FlagValues, config, name: str) -> dict:
-    from bd3lm_jax import log
+    from bd3lm_jax.core import log
     from bd3lm_jax.data import manifest
     from bd3lm_jax.data.mixture import MixedRows
     from bd3lm_jax.data.prepare import prepare, prepare_tokenizer

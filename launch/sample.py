@@ -116,9 +116,9 @@ def main(args: flags.FlagValues) -> dict:
     _check_outputs(args)
     other_traces = _traces_beside(args)
     import bd3lm_jax
-    from bd3lm_jax.log import spinner
-    from bd3lm_jax.writing import sample_files
-    from bd3lm_jax.writing.options import make_options
+    from bd3lm_jax.core.log import spinner
+    from bd3lm_jax.generation import sample_files
+    from bd3lm_jax.generation.options import make_options
 
     lm = bd3lm_jax.load(workdir, weights=args.weights, step=step)
     chosen, source = _choose(args, lm)
@@ -148,7 +148,7 @@ def main(args: flags.FlagValues) -> dict:
 
 def _check_outputs(args: flags.FlagValues) -> None:
     """UserError, before anything is written, for a file in a directory that cannot be written."""
-    from bd3lm_jax.errors import UserError
+    from bd3lm_jax.core.errors import UserError
 
     for name in ("out", "trace"):
         directory = Path(args[name].value).parent
@@ -160,8 +160,8 @@ def _check_outputs(args: flags.FlagValues) -> None:
 
 def _traces_beside(args: flags.FlagValues) -> list[dict]:
     """Records of the pages of --beside."""
-    from bd3lm_jax.writing import trace
-    from bd3lm_jax.errors import UserError
+    from bd3lm_jax.core.errors import UserError
+    from bd3lm_jax.generation import trace
 
     if args.beside and not args.trace:
         raise UserError("--beside goes with --trace=FILE.html: the page on which all are shown")
@@ -170,8 +170,8 @@ def _traces_beside(args: flags.FlagValues) -> list[dict]:
 
 def _choose(args: flags.FlagValues, lm) -> tuple[dict, str]:
     """Fields of `options.Options`, and where those come from that no flag gives."""
-    from bd3lm_jax import settings
-    from bd3lm_jax.errors import UserError
+    from bd3lm_jax.core.errors import UserError
+    from bd3lm_jax.evaluation import settings
 
     set_options = {name: args[name].value for name in OPTIONS if args[name].present}
     if "block_size" in set_options:
@@ -188,8 +188,8 @@ def _choose(args: flags.FlagValues, lm) -> tuple[dict, str]:
 
 
 def _block_size(word: str) -> int | str:
-    from bd3lm_jax.errors import UserError
-    from bd3lm_jax.sampling.auto_size import AUTO
+    from bd3lm_jax.core.errors import UserError
+    from bd3lm_jax.generation.sampling.auto_size import AUTO
 
     if word != AUTO and not (word.isdecimal() and int(word) > 0):
         raise UserError(f"--block_size={word}: expected a positive whole number, or {AUTO}")
@@ -198,7 +198,7 @@ def _block_size(word: str) -> int | str:
 
 def _forced(words: list[str]) -> dict[str, str]:
     """["12: said"] -> {"12": " said"}"""
-    from bd3lm_jax.errors import UserError
+    from bd3lm_jax.core.errors import UserError
 
     entries = {}
     for word in words:
@@ -213,7 +213,7 @@ def _watch(args: flags.FlagValues, lm, length: int, options, other_traces: list[
     """The samples, shown as they are written, and their trace."""
     from rich.console import Console
 
-    from bd3lm_jax.writing import animate, stream, trace
+    from bd3lm_jax.generation import animate, stream, trace
 
     events = stream.stream(lm, args.prompt, args.num, length, options)
     if args.animate:
@@ -231,7 +231,7 @@ def _sampler_settings(lm, options) -> dict:
     import jax.numpy as jnp
 
     from bd3lm_jax.evaluation import cache_cost
-    from bd3lm_jax.writing import generation
+    from bd3lm_jax.generation import generation
     plan, values = generation.make_plan(lm, options, lm.context), dataclasses.asdict(options)
     threshold = generation.ALL_SAMPLERS[options.sampler].threshold if options.threshold is None else options.threshold
     dtype = jnp.dtype(lm.model.dtype).name if options.cache_dtype == "compute" else options.cache_dtype
@@ -248,7 +248,7 @@ def _sampler_settings(lm, options) -> dict:
 
 def _print_samples(samples, origins, sampler: dict) -> None:
     """Texts and settings, for people. origins: index and text of each sample's prompt, None where there was none."""
-    from bd3lm_jax import log
+    from bd3lm_jax.core import log
 
     for i, sample in enumerate(samples):
         origin = "" if origins[i][0] is None else " of prompt {} {!r}".format(*origins[i])

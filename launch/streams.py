@@ -59,7 +59,7 @@ def open_all() -> None:
 @contextlib.contextmanager
 def result():
     """Around the printing of a result. RunError if it did not get out: nobody has it."""
-    from bd3lm_jax.errors import RunError
+    from bd3lm_jax.core.errors import RunError
 
     if sys.stdout is None:
         raise RunError(_write_error("it is closed"))

@@ -23,7 +23,7 @@ import sys
 
 from absl import flags
 
-from bd3lm_jax.errors import UserError, program
+from bd3lm_jax.core.errors import UserError, program
 from launch import arguments
 
 TAKES_CONFIG = True
@@ -46,8 +46,8 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(args: flags.FlagValues, spec: str, overrides: list[str]) -> dict:
-    from bd3lm_jax.sweeps.early_stopping import StoppingRule
-    from bd3lm_jax.sweeps.sweep import sweep
+    from bd3lm_jax.experiments.sweeps.early_stopping import StoppingRule
+    from bd3lm_jax.experiments.sweeps.sweep import sweep
 
     if args.give_up is None and args["give_up_after"].present:
         raise UserError("--give_up_after goes with --give_up: add it")
@@ -60,12 +60,12 @@ def main(args: flags.FlagValues, spec: str, overrides: list[str]) -> dict:
 
 
 def load_points(spec: str, overrides: list[str]) -> list:
-    """A bd3lm_jax.sweeps.sweep.Point for everything that sweep() of the config file yields; `overrides` apply to all.
+    """A bd3lm_jax.experiments.sweeps.sweep.Point for everything that sweep() of the config file yields; `overrides` apply to all.
 
     UserError, naming the run, for a key or a value that is wrong in one of them.
     """
-    from bd3lm_jax import plugins
-    from bd3lm_jax.sweeps.sweep import ARG, Point
+    from bd3lm_jax.core import plugins
+    from bd3lm_jax.experiments.sweeps.sweep import ARG, Point
 
     path, colon, _ = spec.partition(":")
     fixed = {arguments.override_key(word) for word in overrides} | ({ARG} if colon else set())

@@ -20,7 +20,7 @@ import os
 
 from absl import flags
 
-from bd3lm_jax.errors import UserError, nearest
+from bd3lm_jax.core.errors import UserError, nearest
 from launch import arguments
 
 TAKES_CONFIG = False
@@ -50,8 +50,8 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(args: flags.FlagValues, words: list[str]) -> dict:
-    from bd3lm_jax import clusters
-    from bd3lm_jax.clusters import slices
+    from bd3lm_jax.experiments import clusters
+    from bd3lm_jax.experiments.clusters import slices
 
     slice_type = slices.find(arguments.required(args, "accelerator"))
     chips, hosts = slice_type.chips * args.slices, slice_type.hosts * args.slices
@@ -111,7 +111,7 @@ def _check_mesh(config, chips: int, slices: int) -> None:
     """UserError unless the mesh of a config fits these devices and slices, and heads and batch fit the mesh."""
     from jax.sharding import AbstractMesh
 
-    from bd3lm_jax import sharding
+    from bd3lm_jax.parallel import sharding
 
     sizes = sharding.axis_sizes(config.mesh, chips, slices)
     if config.mesh.slices not in (-1, slices):

@@ -20,7 +20,7 @@ import re
 
 from absl import flags
 
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.core.errors import UserError
 from launch.arguments import define_path, define_processes, join_processes
 
 TAKES_CONFIG = True
@@ -47,13 +47,13 @@ def main(args: flags.FlagValues, config, name: str) -> dict:
     if args.mesh:
         config = dataclasses.replace(config, mesh=parse_mesh(args.mesh))
     if args.plan:
-        from bd3lm_jax.cost.plan import plan
+        from bd3lm_jax.planning.plan import plan
 
         return plan(config, target=args["for"].value or "", utilisation=args.utilisation)
     if args["for"].present:
         raise UserError("--for goes with --plan: training uses the devices that are there")
     join_processes(args)
-    from bd3lm_jax.train import train
+    from bd3lm_jax.training.train import train
 
     return train(config, args.workdir or f"runs/{name}", profile=args.profile, stuck_after=args.stuck_after)
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import pytest
 from toy_checkpoints import abstract, assert_equal, make_state, restore, saved
 
-from bd3lm_jax import distributed
-from bd3lm_jax.checkpoint import Checkpoints
-from bd3lm_jax.errors import RunError, UserError
-from bd3lm_jax.fingerprint import fingerprints
+from bd3lm_jax.checkpoints.checkpoint import Checkpoints
+from bd3lm_jax.core.errors import RunError, UserError
+from bd3lm_jax.parallel import distributed
+from bd3lm_jax.parallel.fingerprint import fingerprints
 
 # Reads that fail leave coroutines behind, which complain when they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -157,9 +157,9 @@ def test_restores_on_other_meshes_bit_for_bit(tmp_path):
         jax.config.update("jax_num_cpu_devices", 8)
         import optax
         from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-        from bd3lm_jax.checkpoint import Checkpoints
-        from bd3lm_jax.fingerprint import fingerprints
-        from bd3lm_jax.state import TrainState
+        from bd3lm_jax.checkpoints.checkpoint import Checkpoints
+        from bd3lm_jax.parallel.fingerprint import fingerprints
+        from bd3lm_jax.core.state import TrainState
 
         params = {"blocks": {"qkv": {"kernel": jax.ShapeDtypeStruct((2, 64, 16), jnp.float32)}},
                   "head": {"bias": jax.ShapeDtypeStruct((16,), jnp.bfloat16)}}
@@ -192,9 +192,9 @@ def test_full_disk_names_the_last_complete_checkpoint(tmp_path, waits):
     message = run_python("""
         import resource, signal, sys
         import jax, numpy as np
-        from bd3lm_jax.checkpoint import Checkpoints
-        from bd3lm_jax.errors import RunError
-        from bd3lm_jax.state import TrainState
+        from bd3lm_jax.checkpoints.checkpoint import Checkpoints
+        from bd3lm_jax.core.errors import RunError
+        from bd3lm_jax.core.state import TrainState
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         big = jax.numpy.asarray(np.random.default_rng(0).standard_normal(2**18), "float32")

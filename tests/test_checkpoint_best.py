@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from toy_runs import LENGTH, toy_config, write_text
 
-from bd3lm_jax import checkpoint, report
-from bd3lm_jax.checkpoint import CheckpointNotFound, Checkpoints
-from bd3lm_jax.errors import RunError, UserError
-from bd3lm_jax.log import read_metrics
-from bd3lm_jax.state import TrainState
-from bd3lm_jax.train import train
+from bd3lm_jax.checkpoints import checkpoint
+from bd3lm_jax.checkpoints.checkpoint import CheckpointNotFound, Checkpoints
+from bd3lm_jax.core.errors import RunError, UserError
+from bd3lm_jax.core.log import read_metrics
+from bd3lm_jax.core.state import TrainState
+from bd3lm_jax.training import report
+from bd3lm_jax.training.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -142,7 +143,7 @@ def test_training_keeps_its_best(tmp_path, monkeypatch):
 
 
 def test_a_published_checkpoint_has_no_steps():
-    from bd3lm_jax.restore import refuse_step
+    from bd3lm_jax.checkpoints.restore import refuse_step
 
     refuse_step("model", "latest")
     with pytest.raises(UserError, match="has no steps: leave --step=best out"):

@@ -6,8 +6,8 @@ import shutil
 import pytest
 from toy_checkpoints import abstract, assert_equal, make_state, restore, saved
 
-from bd3lm_jax.checkpoint import Checkpoints
-from bd3lm_jax.errors import RunError, UserError
+from bd3lm_jax.checkpoints.checkpoint import Checkpoints
+from bd3lm_jax.core.errors import RunError, UserError
 
 # Reads that fail leave coroutines behind, which complain when they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -98,7 +98,7 @@ def test_warnings_go_to_stderr(tmp_path, capsys):
 
 
 def test_other_format_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("bd3lm_jax.checkpoint.FORMAT", 99)
+    monkeypatch.setattr("bd3lm_jax.checkpoints.checkpoint.FORMAT", 99)
     saved(tmp_path, [1])
     monkeypatch.undo()
     with pytest.raises(UserError, match="has format 99, this version reads 1"):

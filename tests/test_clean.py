@@ -11,7 +11,8 @@ import pytest
 from places import ROOT
 from test_workspace import BUILD
 
-from bd3lm_jax import clean, files, lock
+from bd3lm_jax.checkpoints import clean
+from bd3lm_jax.core import files, lock
 from launch.__main__ import main
 
 HOST = socket.gethostname()

@@ -15,10 +15,10 @@ import pytest
 import yaml
 from toy_cluster import COMMAND, bash, engine_job, job
 
-from bd3lm_jax import clusters
-from bd3lm_jax.clusters import slices
-from bd3lm_jax.clusters.job import link_runs
-from bd3lm_jax.errors import RunError, UserError
+from bd3lm_jax.core.errors import RunError, UserError
+from bd3lm_jax.experiments import clusters
+from bd3lm_jax.experiments.clusters import slices
+from bd3lm_jax.experiments.clusters.job import link_runs
 
 RECORD = """#!/usr/bin/env python3
 import json, os, sys

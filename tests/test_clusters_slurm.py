@@ -11,7 +11,7 @@ import time
 import pytest
 from toy_cluster import COMMAND, bash, engine_job
 
-from bd3lm_jax import clusters
+from bd3lm_jax.experiments import clusters
 
 
 def slurm_script(tmp_path, **changes):

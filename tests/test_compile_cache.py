@@ -9,7 +9,7 @@ import jax
 import pytest
 from toy_runs import ROOT, environment, losses, write_text
 
-from bd3lm_jax import compile_cache, paths
+from bd3lm_jax.core import compile_cache, paths
 
 X86 = "processor : 0\nvendor_id : GenuineIntel\nmodel name : Xeon\nflags : fpu sse4_2 avx2\ncpu MHz : {}\n\nprocessor : 1\n"
 TRAIN = """
@@ -18,7 +18,7 @@ from pathlib import Path
 import bd3lm_jax
 from toy_runs import toy_config
 directory, workdir = map(Path, sys.argv[1:])
-bd3lm_jax.train.train(toy_config(directory, {"train.steps": 8, "eval.samples": 1}), workdir)
+bd3lm_jax.training.train.train(toy_config(directory, {"train.steps": 8, "eval.samples": 1}), workdir)
 """
 
 

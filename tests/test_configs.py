@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import pytest
 from places import GOLDEN
 
-from bd3lm_jax import models, sharding
-from bd3lm_jax.adaptation.adapt import resolve
+from bd3lm_jax import models
+from bd3lm_jax.checkpoints.adapt import resolve
 from bd3lm_jax.config import Config
+from bd3lm_jax.core.schema import check_pairs
+from bd3lm_jax.core.typed import flatten
 from bd3lm_jax.models import trunk
-from bd3lm_jax.optim import make_schedule
-from bd3lm_jax.schema import check_pairs
-from bd3lm_jax.typed import flatten
+from bd3lm_jax.parallel import sharding
+from bd3lm_jax.training.optim import make_schedule
 from configs import (
     adapt,
     austen,

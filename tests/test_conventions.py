@@ -8,11 +8,11 @@ import pytest
 from toy_lm import END, MASK, make_ids, make_lm, masked
 from toy_runs import toy_config
 
-from bd3lm_jax import sharding
 from bd3lm_jax.data.windows import ConditionedRows, Windows
 from bd3lm_jax.diffusion import AR
-from bd3lm_jax.evaluation.evaluate import Evaluator
-from bd3lm_jax.score import SpecialIds
+from bd3lm_jax.likelihood.evaluate import Evaluator
+from bd3lm_jax.parallel import sharding
+from bd3lm_jax.scoring.score import SpecialIds
 
 LENGTH = 24
 

@@ -11,17 +11,18 @@ import pytest
 from places import GOLDEN
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
-
-import bd3lm_jax
-from bd3lm_jax import hf, log
-from bd3lm_jax.config import DataConfig
-from bd3lm_jax.convert import convert
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.published.bd3lm import CONFIG_KEYS, INV_FREQ
-from bd3lm_jax.published.card import Origin, base_name, card
-from configs.common import base
 from toy_runs import rewrite_config
 from word_tokenizer import write_tokenizer
+
+import bd3lm_jax
+from bd3lm_jax.checkpoints import hf
+from bd3lm_jax.checkpoints.published.bd3lm import CONFIG_KEYS, INV_FREQ
+from bd3lm_jax.checkpoints.published.card import Origin, base_name, card
+from bd3lm_jax.config import DataConfig
+from bd3lm_jax.core import log
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.evaluation.convert import convert
+from configs.common import base
 
 BD3LM = ("bd3lm_block4", "bd3lm_time_conditioned", "bd3lm_block32_is_mdlm", "ar", "sedd")
 OTHERS = tuple(f"hf/{name}" for name in ("llama", "qwen2", "llada", "dream", "llada2_moe", "bert", "roberta",

@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 from toy_runs import toy_config, write_text
 
-from bd3lm_jax import program, rundir, sharding
+from bd3lm_jax.checkpoints import rundir
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.log import read_metrics
 from bd3lm_jax.data.loader import Loader
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.log import read_metrics
-from bd3lm_jax.program import Program
-from bd3lm_jax.score import SpecialIds
-from bd3lm_jax.train import train
+from bd3lm_jax.parallel import sharding
+from bd3lm_jax.scoring.score import SpecialIds
+from bd3lm_jax.training import program
+from bd3lm_jax.training.program import Program
+from bd3lm_jax.training.train import train
 
 PAIRS = ((0, 1), (3, 4))
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from toy_runs import toy_config, toy_dict, write_text
 
-from bd3lm_jax import train as train_module
 from bd3lm_jax.config import Config
-from bd3lm_jax.cost import flops
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion.masked import Masked
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.planning import flops
+from bd3lm_jax.training import train as train_module
 from configs import common, tiny
 
 PRIORITY = {**common.OBJECTIVES["priority"][0], "block_size": 4}

@@ -13,8 +13,8 @@ from places import HELPERS, ROOT
 from toy_fed import fed
 from toy_runs import environment, free_port, write_text
 
-from bd3lm_jax import distributed
-from bd3lm_jax.errors import Preempted, RunError, WatchdogTimeout, UserError
+from bd3lm_jax.core.errors import Preempted, RunError, UserError, WatchdogTimeout
+from bd3lm_jax.parallel import distributed
 
 CONFIG = """
 from pathlib import Path

@@ -19,11 +19,10 @@ from toy_docs import PAGES, ROOT, Command, commands, snippets
 from toy_runs import write_text
 
 import bd3lm_jax
-from bd3lm_jax import plugins
-from bd3lm_jax.data import corpora
+from bd3lm_jax.core import plugins
+from bd3lm_jax.core.errors import lookup
+from bd3lm_jax.data import corpora, domains
 from bd3lm_jax.diffusion import OBJECTIVES
-from bd3lm_jax.errors import lookup
-from bd3lm_jax.evaluation import domains
 from launch import arguments
 from launch.__main__ import COMMANDS, main
 
@@ -164,7 +163,7 @@ def test_command_is_parsed_and_resolved(command, home):
     if name == "eval":
         module.check(args)
     if name == "bench" and args.name:
-        from bd3lm_jax.bench import BENCHES
+        from bd3lm_jax.experiments.bench import BENCHES
 
         lookup(BENCHES, args.name, "benchmark")
 

@@ -4,8 +4,9 @@ import sys
 
 import pytest
 
-import bd3lm_jax.sampling  # noqa: F401
-from bd3lm_jax import attention, doctor
+import bd3lm_jax.generation.sampling  # noqa: F401
+from bd3lm_jax import attention
+from bd3lm_jax.evaluation import doctor
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +41,7 @@ def test_attention_that_sees_too_much_is_found(monkeypatch):
 
 
 def test_sampler_that_draws_wrong_tokens_is_found(monkeypatch):
-    module = sys.modules["bd3lm_jax.sampling.generate"]  # the package's attribute of that name is the function
+    module = sys.modules["bd3lm_jax.generation.sampling.generate"]  # the package's attribute of that name is the function
     monkeypatch.setattr(module, "sample_categorical", lambda keys, logits: logits.argmin(-1))
     with pytest.raises(doctor.RunError, match="every token is certain"):
         doctor._sampler()

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from bd3lm_jax import files
+from bd3lm_jax.core import files
 
 
 def test_replaces_a_file_and_leaves_nothing_beside_it(tmp_path):

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bd3lm_jax.fingerprint import fingerprints
+from bd3lm_jax.parallel.fingerprint import fingerprints
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])

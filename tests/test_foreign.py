@@ -12,18 +12,20 @@ import pytest
 from places import GOLDEN, HF
 from rich.console import Console
 
-from bd3lm_jax import convert, untrusted_files, hf, log, rundir
-from bd3lm_jax.constraints import automaton
+from bd3lm_jax.checkpoints import hf, rundir
+from bd3lm_jax.checkpoints.published.tensors import open_file
+from bd3lm_jax.core import log, untrusted_files
+from bd3lm_jax.core.errors import UserError, escape_control_characters
 from bd3lm_jax.data import chat_template, corpus, dialogues, text_files
+from bd3lm_jax.data.density.file import Annotations
 from bd3lm_jax.data.tokenizers import ByteTokenizer, load_tokenizer
-from bd3lm_jax.density.file import Annotations
-from bd3lm_jax.errors import UserError, escape_control_characters
-from bd3lm_jax.published.tensors import open_file
-from bd3lm_jax.settings import read_object
-from bd3lm_jax.tasks.math500 import MATH500, last_boxed
-from bd3lm_jax.tasks.task import read_problems
-from bd3lm_jax.writing.sample_files import read as read_samples
-from bd3lm_jax.writing.trace import read_html
+from bd3lm_jax.evaluation import convert
+from bd3lm_jax.evaluation.settings import read_object
+from bd3lm_jax.evaluation.tasks.math500 import MATH500, last_boxed
+from bd3lm_jax.evaluation.tasks.task import read_problems
+from bd3lm_jax.generation.constraints import automaton
+from bd3lm_jax.generation.sample_files import read as read_samples
+from bd3lm_jax.generation.trace import read_html
 from launch.infill import read_texts
 
 READERS = {

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from toy_runs import toy_config, toy_dict, write_text
 
-from bd3lm_jax import files, log
-from bd3lm_jax.bench import full_disk
-from bd3lm_jax.errors import RunError, UserError
-from bd3lm_jax.published import tensors
-from bd3lm_jax.train import train
+from bd3lm_jax.checkpoints.published import tensors
+from bd3lm_jax.core import files, log
+from bd3lm_jax.core.errors import RunError, UserError
+from bd3lm_jax.experiments.bench import full_disk
+from bd3lm_jax.training.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 

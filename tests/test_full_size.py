@@ -22,10 +22,10 @@ from bd3lm_jax import models, optim, sharding
 from bd3lm_jax.config import Config, MeshConfig
 from bd3lm_jax.data.tokenizers import get_tokenizer
 from bd3lm_jax.models import trunk
-from bd3lm_jax.rundir import resolve
-from bd3lm_jax.score import SpecialIds
-from bd3lm_jax.state import TrainState
-from bd3lm_jax.step import make_step
+from bd3lm_jax.checkpoints.rundir import resolve
+from bd3lm_jax.scoring.score import SpecialIds
+from bd3lm_jax.core.state import TrainState
+from bd3lm_jax.training.step import make_step
 
 name, args, meshes, compiles = sys.argv[1], *map(json.loads, sys.argv[2:])
 get_config = importlib.import_module("configs." + name).get_config

@@ -4,14 +4,16 @@ import copy
 import json
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from toy_fuzz import damaged, damaged_bytes, fuzz, values, works_or_says_why, written
 
-from bd3lm_jax import rundir
+from bd3lm_jax.checkpoints import rundir
 from bd3lm_jax.config import Config
 from bd3lm_jax.data.tokenizers import ByteTokenizer
 from configs import common, tiny
-from launch import arguments, prepare as prepare_command, sample, train
+from launch import arguments, sample, train
+from launch import prepare as prepare_command
 from launch.__main__ import main
 
 BASE = tiny.get_config().to_dict()

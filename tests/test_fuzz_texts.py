@@ -9,14 +9,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from toy_fuzz import damaged, damaged_bytes, fuzz, values, works_or_says_why, written
 
 from bd3lm_jax.config import DataConfig
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data.prepare import prepare
 from bd3lm_jax.data.tokenizers import ByteTokenizer, Tokenizer, get_tokenizer, load_tokenizer
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.writing.prompts import encode_prompts
+from bd3lm_jax.generation.prompts import encode_prompts
 
 TOKENIZERS = {name: get_tokenizer(name, tuple) for name in ("bytes", "gpt2", "bert-base-uncased")}
 LINES = st.one_of(st.binary(max_size=30), st.text(max_size=20).map(lambda text: text.encode("utf-8", "surrogatepass")),

@@ -6,14 +6,15 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from places import GOLDEN, HF
 from toy_fuzz import damaged, damaged_bytes, fuzz, names, works_or_says_why, written
 
-from bd3lm_jax import hf
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.published.tensors import INDEX_FILE, WEIGHTS_FILE, write_file
-from bd3lm_jax.published.weights import open_directory
+from bd3lm_jax.checkpoints import hf
+from bd3lm_jax.checkpoints.published.tensors import INDEX_FILE, WEIGHTS_FILE, write_file
+from bd3lm_jax.checkpoints.published.weights import open_directory
+from bd3lm_jax.core.errors import UserError
 
 OURS = {"kind": "masked", "block_size": 4, "schedule": "loglinear", "corruption": "bernoulli", "count_probs": [],
         "complement": False, "clip_low": 0.0, "clip_high": 1.0, "eps": 1e-3}  # as an objective is written beside them

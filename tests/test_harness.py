@@ -12,9 +12,9 @@ from scipy.special import log_softmax
 from toy_lm import CONTEXT, make_lm, masked
 
 from bd3lm_jax import harness
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import AR
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluation import conditional
+from bd3lm_jax.likelihood import conditional
 
 END, MASK = 3, 12
 

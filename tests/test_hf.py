@@ -10,11 +10,11 @@ from places import GOLDEN
 from safetensors.numpy import load_file, save_file
 
 import bd3lm_jax
-from bd3lm_jax import hf
+from bd3lm_jax.checkpoints import hf
+from bd3lm_jax.checkpoints.published.bd3lm import INV_FREQ
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import AR, SEDD
-from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import build, trunk
-from bd3lm_jax.published.bd3lm import INV_FREQ
 
 LAYER = "backbone.blocks.1."
 

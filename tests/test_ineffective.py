@@ -3,11 +3,12 @@
 import pytest
 from toy_runs import rewrite_config, toy_config, write_text
 
-from bd3lm_jax import unused_keys, rundir
+from bd3lm_jax import unused_keys
+from bd3lm_jax.checkpoints import rundir
 from bd3lm_jax.config import Config
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.typed import flatten
 from bd3lm_jax.data.tokenizers import ByteTokenizer
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.typed import flatten
 from configs import common, tiny
 from launch.arguments import load_config
 

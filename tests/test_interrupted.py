@@ -12,17 +12,17 @@ import time
 import pytest
 from toy_runs import ROOT, environment, losses, steps_saved, toy_config, toy_dict, write_text
 
-import bd3lm_jax.train as training
-from bd3lm_jax import program
-from bd3lm_jax.errors import Preempted
-from bd3lm_jax.train import train
+import bd3lm_jax.training.train as training
+from bd3lm_jax.core.errors import Preempted
+from bd3lm_jax.training import program
+from bd3lm_jax.training.train import train
 
 # A run in a process of its own: sys.argv[1] is a config in JSON, sys.argv[2] the work directory.
 RUN = """
 import json, sys
 from bd3lm_jax.config import Config
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.train import train
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.training.train import train
 try:
     print(json.dumps(train(Config.from_dict(json.loads(sys.argv[1])), sys.argv[2])))
 except UserError as error:

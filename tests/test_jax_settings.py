@@ -7,10 +7,10 @@ import sys
 
 import jax
 import pytest
-
-from bd3lm_jax import jax_settings
-from bd3lm_jax.errors import UserError
 from toy_runs import ROOT
+
+from bd3lm_jax.core import jax_settings
+from bd3lm_jax.core.errors import UserError
 
 SETTINGS = {
     "jax_default_prng_impl": "rbg", "jax_threefry_partitionable": False, "jax_enable_x64": True,
@@ -79,8 +79,8 @@ for word in sys.argv[3:]:
     name, _, value = word.partition("=")
     jax.config.update(name, {"True": True, "False": False}.get(value, value))
 import bd3lm_jax
-from bd3lm_jax.log import read_metrics
-from bd3lm_jax.train import train
+from bd3lm_jax.core.log import read_metrics
+from bd3lm_jax.training.train import train
 from toy_runs import toy_config
 home, run = Path(sys.argv[1]), sys.argv[2]
 for steps in (3, 6):

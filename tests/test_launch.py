@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
-from bd3lm_jax.errors import Preempted, RunError, UserError
+from bd3lm_jax.core.errors import Preempted, RunError, UserError
 from launch.__main__ import COMMANDS, main
 
 TINY = str(ROOT / "configs" / "tiny.py")
@@ -171,12 +171,12 @@ def test_exit_codes(capsys, monkeypatch, error, code, said):
     def diagnose():
         raise error
 
-    stand_in(monkeypatch, "bd3lm_jax.doctor", diagnose=diagnose)
+    stand_in(monkeypatch, "bd3lm_jax.evaluation.doctor", diagnose=diagnose)
     assert run(capsys, "doctor") == (code, "", said)
 
 
 def test_unexpected_error_keeps_its_traceback(capsys, monkeypatch):
-    stand_in(monkeypatch, "bd3lm_jax.doctor", diagnose=lambda: {}["lost"])
+    stand_in(monkeypatch, "bd3lm_jax.evaluation.doctor", diagnose=lambda: {}["lost"])
     code, out, err = run(capsys, "doctor")
     assert (code, out) == (1, "")
     assert "Traceback" in err and "KeyError: 'lost'" in err
@@ -184,7 +184,7 @@ def test_unexpected_error_keeps_its_traceback(capsys, monkeypatch):
 
 @pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 1)])
 def test_doctor_fails_with_its_report(capsys, monkeypatch, ok, code):
-    stand_in(monkeypatch, "bd3lm_jax.doctor", diagnose=lambda: {"ok": ok})
+    stand_in(monkeypatch, "bd3lm_jax.evaluation.doctor", diagnose=lambda: {"ok": ok})
     assert run(capsys, "doctor")[:2] == (code, json.dumps({"ok": ok}) + "\n")
 
 
@@ -201,7 +201,7 @@ def recorder(calls: list, returns):
 
 def test_train_gets_the_config_and_a_workdir_named_after_it(capsys, monkeypatch):
     calls = []
-    stand_in(monkeypatch, "bd3lm_jax.train", train=recorder(calls, {"step": 5}))
+    stand_in(monkeypatch, "bd3lm_jax.training.train", train=recorder(calls, {"step": 5}))
     assert run(capsys, "train", "--config.train.steps", "5", "--config.optim.lr=1e-2")[:2] == (0, '{"step": 5}\n')
     assert run(capsys, "train", "--config=configs/austen.py:algo=ar", "--workdir=elsewhere")[0] == 0
     ((first, workdir), options), ((second, elsewhere), _) = calls
@@ -212,7 +212,7 @@ def test_train_gets_the_config_and_a_workdir_named_after_it(capsys, monkeypatch)
 
 def test_train_takes_a_mesh_and_a_profile(capsys, monkeypatch):
     calls = []
-    stand_in(monkeypatch, "bd3lm_jax.train", train=recorder(calls, {}))
+    stand_in(monkeypatch, "bd3lm_jax.training.train", train=recorder(calls, {}))
     assert run(capsys, "train", "--mesh=data=-1,fsdp=4", "--profile")[0] == 0
     ((config, _), options), = calls
     assert (config.mesh.data, config.mesh.fsdp, config.mesh.tensor) == (-1, 4, 1)
@@ -221,8 +221,8 @@ def test_train_takes_a_mesh_and_a_profile(capsys, monkeypatch):
 
 def test_plan_trains_nothing(capsys, monkeypatch):
     calls, trained = [], []
-    stand_in(monkeypatch, "bd3lm_jax.train", train=recorder(trained, {}))
-    stand_in(monkeypatch, "bd3lm_jax.cost.plan", plan=recorder(calls, {"params": 1}))
+    stand_in(monkeypatch, "bd3lm_jax.training.train", train=recorder(trained, {}))
+    stand_in(monkeypatch, "bd3lm_jax.planning.plan", plan=recorder(calls, {"params": 1}))
     assert run(capsys, "train", "--plan")[:2] == (0, '{"params": 1}\n')
     assert run(capsys, "train", "--plan", "--for=v5p", "--utilisation=0.6", "--mesh=data=8")[0] == 0
     (_, first), ((config,), second) = calls
@@ -266,7 +266,7 @@ def test_prepare_counts_rows_and_tokens(capsys, tmp_path):
 
 def test_bench_lists_and_runs(capsys, monkeypatch):
     calls, module = [], types.SimpleNamespace(__doc__="Steps of training.\n\nAt length.")
-    stand_in(monkeypatch, "bd3lm_jax.bench", bench=recorder(calls, {"ratio": 1.5}), BENCHES={"step": module})
+    stand_in(monkeypatch, "bd3lm_jax.experiments.bench", bench=recorder(calls, {"ratio": 1.5}), BENCHES={"step": module})
     code, out, err = run(capsys, "bench")
     assert (code, out) == (0, '{"benches": ["step"]}\n') and "Steps of training." in err and not calls
     for words in (("step", "--rounds=3"), ("--rounds=3", "step"), ("--name=step", "--rounds=3")):

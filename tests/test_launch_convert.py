@@ -5,11 +5,10 @@ import shutil
 
 import pytest
 from places import GOLDEN
+from word_tokenizer import write_tokenizer
 
 import bd3lm_jax
 from launch.__main__ import main
-from word_tokenizer import write_tokenizer
-
 
 
 def run(capsys, *argv):

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from bd3lm_jax import tasks
+from bd3lm_jax.evaluation import tasks
 from launch.__main__ import main
 
 

@@ -6,7 +6,7 @@ import pytest
 from toy_lm import LETTERS, make_lm, masked
 
 from bd3lm_jax.evaluation import cache_cost
-from bd3lm_jax.writing import sample_files
+from bd3lm_jax.generation import sample_files
 from launch.__main__ import main
 
 FIELDS = {"name", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "forbidden", "steps", "threshold",

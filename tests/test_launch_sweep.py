@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from places import ROOT
 
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.sweeps.early_stopping import StoppingRule
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.experiments.sweeps.early_stopping import StoppingRule
 from launch.__main__ import main
 from launch.sweep import load_points
-
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +113,7 @@ def test_dry_run_of_the_shipped_sweep(tmp_path, capsys):
 
 def test_the_library_is_told_what_was_asked(monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr("bd3lm_jax.sweeps.sweep.sweep", lambda points, workdir, **settings: calls.append(
+    monkeypatch.setattr("bd3lm_jax.experiments.sweeps.sweep.sweep", lambda points, workdir, **settings: calls.append(
         (len(points), workdir, settings)) or {"sweep": "x", "runs": [], "ok": False})
     assert main(["sweep", "--parallel=2", "--index=1"]) == 1
     assert main(["sweep", "--workdir=here"]) == 1

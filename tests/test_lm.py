@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 from places import GOLDEN
 from scipy.special import log_softmax
-
-import bd3lm_jax
-from bd3lm_jax.diffusion import AR
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.sampling.generate import PreviousBlock
-from bd3lm_jax.writing import stream
-from bd3lm_jax.writing.denoise import BlockDenoiser
-from bd3lm_jax.writing.options import make_options
 from toy_lm import END, LETTERS, MASK, VOCAB, make_ids, make_lm, masked
 
+import bd3lm_jax
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.diffusion import AR
+from bd3lm_jax.generation import stream
+from bd3lm_jax.generation.denoise import BlockDenoiser
+from bd3lm_jax.generation.options import make_options
+from bd3lm_jax.generation.sampling.generate import PreviousBlock
 
 
 def nats(logits_NxV, targets_N):

@@ -12,9 +12,10 @@ import pytest
 from places import ROOT
 from toy_runs import toy_config, write_text
 
-from bd3lm_jax import lock, rundir
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.train import train
+from bd3lm_jax.checkpoints import rundir
+from bd3lm_jax.core import lock
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.training.train import train
 
 HOLD = """
 import sys, time

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from bd3lm_jax import log
-from bd3lm_jax.errors import RunError
-from bd3lm_jax.log import RunLog, note, read_metrics, result, save, table
+from bd3lm_jax.core import log
+from bd3lm_jax.core.errors import RunError
+from bd3lm_jax.core.log import RunLog, note, read_metrics, result, save, table
 
 
 def write(workdir, steps, **options):
@@ -132,7 +132,7 @@ def test_terminal_shows_a_live_bar(tmp_path):
     code = """
 import sys
 from bd3lm_jax import log
-from bd3lm_jax.log import RunLog, result
+from bd3lm_jax.core.log import RunLog, result
 with RunLog(sys.argv[1], total_steps=4) as run:
     for step in range(1, 5):
         run.progress(step, 1.25, 5000.0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from toy_runs import run_python
 
-from bd3lm_jax.loss import OutputLayer, chunk_positions, token_losses, weighted_total
+from bd3lm_jax.scoring.loss import OutputLayer, chunk_positions, token_losses, weighted_total
 
 GROUPS, POSITIONS, DEPTH, VOCAB, KNOWN, MASK = 2, 21, 16, 40, 37, 36
 
@@ -100,7 +100,7 @@ def test_a_sharded_batch_sums_the_output_gradient_once():
         from jax.sharding import NamedSharding, PartitionSpec as P
         from bd3lm_jax import sharding
         from bd3lm_jax.config import MeshConfig
-        from bd3lm_jax.loss import Output, weighted_total
+        from bd3lm_jax.scoring.loss import Output, weighted_total
 
         mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
         rows, whole = sharding.batch_sharding(mesh), NamedSharding(mesh, P(None, "tensor"))

@@ -5,13 +5,13 @@ import json
 import pytest
 from toy_runs import toy_config, write_text
 
+from bd3lm_jax.checkpoints.rundir import read
+from bd3lm_jax.core.log import read_metrics
+from bd3lm_jax.data import domains
 from bd3lm_jax.data.loader import Loader
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
 from bd3lm_jax.data.windows import ScoringConvention
-from bd3lm_jax.evaluation import domains
-from bd3lm_jax.log import read_metrics
-from bd3lm_jax.rundir import read
-from bd3lm_jax.train import train
+from bd3lm_jax.training.train import train
 from launch.__main__ import main
 
 INDEPENDENT = ScoringConvention("independent", 0, "predict", "count")

@@ -8,9 +8,9 @@ from toy_runs import LENGTH, toy_config, write_text
 
 import bd3lm_jax
 from bd3lm_jax.config import Config
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.models import BACKBONES
-from bd3lm_jax.train import train
+from bd3lm_jax.training.train import train
 from configs import common, tiny
 
 SMALL = {"layers": 3, "width": 32, "heads": 2, "hidden": 32, "dropout": 0.0}

@@ -11,16 +11,18 @@ import optax
 import pytest
 from toy_runs import AR, END, LENGTH, MASK, network, quick_jit, run_python, toy_config, toy_dict, write_text
 
-from bd3lm_jax import forward, program, sharding
-from bd3lm_jax.checkpoint import Checkpoints
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.log import read_metrics
-from bd3lm_jax.noise import NoiseSelector, block_losses
-from bd3lm_jax.forward import DEFAULT_EXECUTION
-from bd3lm_jax.score import SpecialIds, row_losses, score
-from bd3lm_jax.state import TrainState
-from bd3lm_jax.step import draw_noise, make_step
-from bd3lm_jax.train import train
+from bd3lm_jax.checkpoints.checkpoint import Checkpoints
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.log import read_metrics
+from bd3lm_jax.core.state import TrainState
+from bd3lm_jax.models import forward
+from bd3lm_jax.models.forward import DEFAULT_EXECUTION
+from bd3lm_jax.parallel import sharding
+from bd3lm_jax.scoring.score import SpecialIds, row_losses, score
+from bd3lm_jax.training import program
+from bd3lm_jax.training.noise import NoiseSelector, block_losses
+from bd3lm_jax.training.step import draw_noise, make_step
+from bd3lm_jax.training.train import train
 
 SPECIAL = SpecialIds(MASK, END)
 BATCH, BLOCKS = 4, LENGTH // 4
@@ -217,7 +219,7 @@ def test_devices_choose_the_same_noise(changes, home, tmp_path):
     code = """
         import json, sys
         from bd3lm_jax.config import Config
-        from bd3lm_jax.train import train
+        from bd3lm_jax.training.train import train
         train(Config.from_dict(json.loads(sys.argv[1])), sys.argv[2])
     """
     found = {}

@@ -7,11 +7,11 @@ import pytest
 from toy_runs import LENGTH, toy_config, write_text
 
 import bd3lm_jax
-from bd3lm_jax import report
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.state import OBJECTIVE_PARAMS
 from bd3lm_jax.evaluation.evaluate_run import evaluate_run
-from bd3lm_jax.state import OBJECTIVE_PARAMS
-from bd3lm_jax.train import train
+from bd3lm_jax.training import report
+from bd3lm_jax.training.train import train
 from configs import common
 
 pytestmark = pytest.mark.ci_slow

@@ -5,12 +5,12 @@ import re
 import numpy as np
 import pytest
 from places import ROOT
-
-from bd3lm_jax.diffusion import OBJECTIVES
-from bd3lm_jax.log import read_metrics
-from bd3lm_jax.train import train
-from configs import common
 from toy_runs import toy_config, write_text
+
+from bd3lm_jax.core.log import read_metrics
+from bd3lm_jax.diffusion import OBJECTIVES
+from bd3lm_jax.training.train import train
+from configs import common
 
 PAGE = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
 

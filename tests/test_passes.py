@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from places import GOLDEN
 
-from bd3lm_jax import hf, forward
+from bd3lm_jax.checkpoints import hf
 from bd3lm_jax.diffusion import Masked
 from bd3lm_jax.diffusion.masked import cross_entropy_subs
-from bd3lm_jax.models import build, trunk
+from bd3lm_jax.models import build, forward, trunk
 from bd3lm_jax.models.dit import DiTConfig
+from bd3lm_jax.models.forward import DEFAULT_EXECUTION, Execution
 from bd3lm_jax.models.trunk import Stream
-from bd3lm_jax.forward import DEFAULT_EXECUTION, Execution
 
 BLOCK_MODELS = ("bd3lm_block4", "bd3lm_time_conditioned", "bd3lm_block32_is_mdlm")
 TOLERANCE = 2e-5

@@ -9,14 +9,15 @@ import sys
 
 import pytest
 from absl import flags
+from toy_runs import ROOT, toy_config
 
-from bd3lm_jax import hf, paths
+from bd3lm_jax.checkpoints import hf
+from bd3lm_jax.core import paths
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data.prepare import cache_directory
-from bd3lm_jax.errors import UserError
 from launch import arguments, bench, clean, convert, infill, sample, sweep, tpu, train
 from launch import eval as evaluate
 from launch.__main__ import COMMANDS
-from toy_runs import ROOT, toy_config
 
 FLAGS = [(module, name) for module, names in {
     train: ("workdir",), sweep: ("workdir",), convert: ("from", "to", "tokenizer"), infill: ("workdir", "file"),
@@ -148,7 +149,7 @@ def test_a_platform_that_is_not_there_is_one_line(platforms):
 
 @pytest.mark.parametrize("term, live", [("dumb", False), ("xterm", True)])
 def test_a_terminal_that_cannot_move_its_cursor_gets_lines(term, live, tmp_path):
-    code = ("import sys; from bd3lm_jax.log import RunLog\n"
+    code = ("import sys; from bd3lm_jax.core.log import RunLog\n"
             "with RunLog(sys.argv[1], 3) as log:\n"
             "    for step in (1, 2, 3): log.progress(step, 2.5, 100.0)\n")
     main, other = pty.openpty()

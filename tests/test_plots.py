@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from bd3lm_jax import plots
+from bd3lm_jax.core import plots
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -10,15 +10,15 @@ from ml_collections import ConfigDict
 from toy_runs import ROOT, toy_dict, write_text
 
 import bd3lm_jax
-from bd3lm_jax import plugins
 from bd3lm_jax.config import Config
+from bd3lm_jax.core import plugins
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data.corpora import SOURCES
 from bd3lm_jax.diffusion import OBJECTIVES
 from bd3lm_jax.diffusion.schedule import SCHEDULES
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.generation.sampling import SAMPLERS
 from bd3lm_jax.models import BACKBONES
-from bd3lm_jax.sampling import SAMPLERS
-from bd3lm_jax.train import train
+from bd3lm_jax.training.train import train
 from configs import common
 from launch.__main__ import main
 
@@ -32,7 +32,7 @@ from bd3lm_jax.data.corpora import SOURCES, Corpus
 from bd3lm_jax.diffusion import OBJECTIVES, Masked
 from bd3lm_jax.diffusion.schedule import SCHEDULES, Power
 from bd3lm_jax.models import BACKBONES, Entry, dit
-from bd3lm_jax.sampling.steps import SAMPLERS, Plan, Sampler
+from bd3lm_jax.generation.sampling.steps import SAMPLERS, Plan, Sampler
 from configs import common
 
 

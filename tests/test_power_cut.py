@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import pytest
 from toy_runs import toy_config
 
-from bd3lm_jax import files, log, rundir
-from bd3lm_jax.checkpoint import Checkpoints
+from bd3lm_jax.checkpoints import rundir
+from bd3lm_jax.checkpoints.checkpoint import Checkpoints
+from bd3lm_jax.core import files, log
+from bd3lm_jax.core.state import TrainState
 from bd3lm_jax.data.tokenizers import ByteTokenizer
-from bd3lm_jax.state import TrainState
 
 
 def make_state(step):

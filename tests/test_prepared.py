@@ -7,10 +7,10 @@ import numpy as np
 import optax
 from toy_runs import END, LENGTH, MASK, network, quick_jit, toy_config
 
-from bd3lm_jax import forward
-from bd3lm_jax.score import SpecialIds
-from bd3lm_jax.state import TrainState
-from bd3lm_jax.step import make_step
+from bd3lm_jax.core.state import TrainState
+from bd3lm_jax.models import forward
+from bd3lm_jax.scoring.score import SpecialIds
+from bd3lm_jax.training.step import make_step
 
 LLADA = {"kind": "llada", "block_size": LENGTH, "complement": False, "random_length": 1.0, "sft": False,
          "normalise": "tokens"}

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from bd3lm_jax import rundir
-from bd3lm_jax.errors import UserError, command_line
+from bd3lm_jax.checkpoints import rundir
+from bd3lm_jax.core.errors import UserError, command_line
 from launch import arguments
 from launch.__main__ import main
 

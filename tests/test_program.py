@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from toy_runs import END, LENGTH, MASK, run_python, toy_config
 
-from bd3lm_jax import forward
 from bd3lm_jax.config import MeshConfig
-from bd3lm_jax.cost.plan import resolve_config
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.program import Program, bytes_needed, bytes_per_device
-from bd3lm_jax.score import SpecialIds
-from bd3lm_jax.sharding import AXES, make_mesh
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.models import forward
+from bd3lm_jax.parallel.sharding import AXES, make_mesh
+from bd3lm_jax.planning.plan import resolve_config
+from bd3lm_jax.scoring.score import SpecialIds
+from bd3lm_jax.training.program import Program, bytes_needed, bytes_per_device
 
 SPECIAL = SpecialIds(MASK, END)
 ONE = MeshConfig(data=1, fsdp=1, tensor=1)

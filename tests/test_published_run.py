@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 from places import GOLDEN, HF
 from scipy.special import log_softmax
+from word_tokenizer import write_tokenizer
 
 import bd3lm_jax
-from bd3lm_jax import hf
-from bd3lm_jax.adaptation import adapt
-from bd3lm_jax.convert import TOKENIZER_FILES
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluation import density_study, variance
+from bd3lm_jax.checkpoints import adapt, hf
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.evaluation.convert import TOKENIZER_FILES
 from bd3lm_jax.evaluation.scorer import Scorer
+from bd3lm_jax.experiments import density_study, variance
 from launch.__main__ import main
-from word_tokenizer import write_tokenizer
 
 LENGTH = 16
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import pytest
 from toy_runs import run_python
 
-from bd3lm_jax import distributed, replicas
-from bd3lm_jax.checkpoint import Checkpoints
-from bd3lm_jax.errors import RunError, UserError
-from bd3lm_jax.state import TrainState
+from bd3lm_jax.checkpoints.checkpoint import Checkpoints
+from bd3lm_jax.core.errors import RunError, UserError
+from bd3lm_jax.core.state import TrainState
+from bd3lm_jax.parallel import distributed, replicas
 
 STATE = TrainState(jnp.int32(1), {"w": jnp.arange(6.0)}, {}, {"m": jnp.ones(3)})
 
@@ -25,9 +25,9 @@ def test_replicas_on_the_devices_of_one_process(tmp_path):
         import jax, numpy as np
         from jax.sharding import NamedSharding, PartitionSpec as P
         from bd3lm_jax import replicas
-        from bd3lm_jax.checkpoint import Checkpoints
-        from bd3lm_jax.errors import RunError
-        from bd3lm_jax.state import TrainState
+        from bd3lm_jax.checkpoints.checkpoint import Checkpoints
+        from bd3lm_jax.core.errors import RunError
+        from bd3lm_jax.core.state import TrainState
 
         mesh = jax.make_mesh((3,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
         one, other = np.float32([1, 2, 3]), np.float32([1, 2, 3.0000002])

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from toy_runs import WORDS, network, toy_config, write_text
 
-from bd3lm_jax import report
+from bd3lm_jax.core.log import RunLog
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
 from bd3lm_jax.data.token_bytes import RowsWithBytes
-from bd3lm_jax.log import RunLog
+from bd3lm_jax.training import report
 
 ESTIMATE = {"nll": 1.5, "nll_ci95": [1.4, 1.6], "ppl": float(np.exp(1.5)), "bits_per_byte": 2.25,
             "bits_per_byte_ci95": [2.1, 2.4], "documents": 20,

@@ -6,10 +6,10 @@ import re
 import pytest
 from toy_runs import toy_config
 
-from bd3lm_jax import rundir
+from bd3lm_jax.checkpoints import rundir
 from bd3lm_jax.config import Config, decisive_hash
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data.tokenizers import ByteTokenizer, get_tokenizer
-from bd3lm_jax.errors import UserError
 
 BYTES = ByteTokenizer()
 

@@ -7,12 +7,13 @@ import zlib
 import numpy as np
 import pytest
 
-from bd3lm_jax import log, report
-from bd3lm_jax.errors import RunError, UserError
-from bd3lm_jax.log import RunLog, append, read_lines, read_metrics
-from bd3lm_jax.checksummed import ChecksumError, add_checksum, verify_checksum
-from bd3lm_jax.settings import read_object
-from bd3lm_jax.sweeps import paired
+from bd3lm_jax.core import log
+from bd3lm_jax.core.checksummed import ChecksumError, add_checksum, verify_checksum
+from bd3lm_jax.core.errors import RunError, UserError
+from bd3lm_jax.core.log import RunLog, append, read_lines, read_metrics
+from bd3lm_jax.evaluation.settings import read_object
+from bd3lm_jax.likelihood import paired
+from bd3lm_jax.training import report
 
 RECORD = {"step": 6, "valid": {"nll": 2.1234567890123, "nll_ci95": [1.5, None], "name": "é"}}
 

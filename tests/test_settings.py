@@ -5,11 +5,11 @@ import json
 import pytest
 from toy_lm import make_lm, masked
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import AR
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.evaluation.settings import FILE, PREFERENCES, PRESETS, merge_settings, settings_for
+from bd3lm_jax.generation.options import check_options, make_options
 from bd3lm_jax.lm import LM, CheckpointId
-from bd3lm_jax.settings import FILE, PREFERENCES, PRESETS, merge_settings, settings_for
-from bd3lm_jax.writing.options import check_options, make_options
 
 MEASURED = {"quality": {"sampler": "first_hitting"}, "balanced": {"sampler": "factor", "threshold": 1.0},
             "speed": {"sampler": "confidence", "steps": 2}, "measured": []}

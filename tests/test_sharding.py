@@ -12,10 +12,10 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bd3lm_jax import sharding
 from bd3lm_jax.config import MeshConfig
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.models import dit, trunk
+from bd3lm_jax.parallel import sharding
 
 N, D, H, F, C, V = 2, 16, 4, 64, 8, 128
 SHAPES = {
@@ -205,7 +205,7 @@ def test_eight_devices_hold_the_state_in_the_declared_parts():
         from jax.sharding import PartitionSpec as P
         from bd3lm_jax import sharding
         from bd3lm_jax.config import MeshConfig
-        from bd3lm_jax.state import TrainState
+        from bd3lm_jax.core.state import TrainState
 
         shapes = {SHAPES}
         tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))

@@ -1,7 +1,7 @@
 import jax
 import jax.numpy as jnp
 
-from bd3lm_jax.state import TrainState
+from bd3lm_jax.core.state import TrainState
 
 
 def test_state_is_a_pytree_that_an_empty_average_leaves_out():

@@ -5,10 +5,19 @@ import pytest
 from scipy import stats as scipy_stats
 from toy_intervals import bell_mccaffrey
 
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.stats import (
-    Estimates, difference_interval, format_interval, format_number, mc_degrees_of_freedom, mc_margin, monte_carlo_se,
-    ratio_interval, t_p_value, two_part_interval)
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.stats import (
+    Estimates,
+    difference_interval,
+    format_interval,
+    format_number,
+    mc_degrees_of_freedom,
+    mc_margin,
+    monte_carlo_se,
+    ratio_interval,
+    t_p_value,
+    two_part_interval,
+)
 
 
 def test_equal_denominators_give_the_t_interval_of_a_mean():

@@ -9,12 +9,13 @@ import optax
 import pytest
 from toy_runs import AR, END, LENGTH, MASK, network, quick_jit, run_python, toy_config
 
-from bd3lm_jax import models, forward
+from bd3lm_jax import models
+from bd3lm_jax.core.state import TrainState
 from bd3lm_jax.diffusion.noised import Noised
-from bd3lm_jax.forward import DEFAULT_EXECUTION, Execution
-from bd3lm_jax.score import SpecialIds, loss_positions, row_losses, score, total_loss
-from bd3lm_jax.state import TrainState
-from bd3lm_jax.step import make_step
+from bd3lm_jax.models import forward
+from bd3lm_jax.models.forward import DEFAULT_EXECUTION, Execution
+from bd3lm_jax.scoring.score import SpecialIds, loss_positions, row_losses, score, total_loss
+from bd3lm_jax.training.step import make_step
 
 SPECIAL = SpecialIds(MASK, END)
 BATCH = 4
@@ -180,7 +181,7 @@ def test_the_gather_of_masked_positions_stays_on_its_device():
         from toy_runs import END, LENGTH, MASK, network, toy_config
         from bd3lm_jax import sharding
         from bd3lm_jax.passes import PLAIN
-        from bd3lm_jax.score import row_losses, score
+        from bd3lm_jax.scoring.score import row_losses, score
 
         config = toy_config(Path("unused"))
         model, params = network(config)

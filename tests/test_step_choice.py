@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bd3lm_jax.checkpoint import Checkpoints
-from bd3lm_jax.errors import RunError, UserError
-from bd3lm_jax.state import TrainState
+from bd3lm_jax.checkpoints.checkpoint import Checkpoints
+from bd3lm_jax.core.errors import RunError, UserError
+from bd3lm_jax.core.state import TrainState
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 PARAMS = {"w": jnp.arange(4.0)}

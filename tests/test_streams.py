@@ -37,7 +37,7 @@ def test_exit_codes_and_words(words):
 
 
 def test_a_full_disk_that_nobody_caught_is_one_line(monkeypatch, capsys):
-    from bd3lm_jax import doctor
+    from bd3lm_jax.evaluation import doctor
     from launch.__main__ import main
 
     def diagnose():

@@ -5,11 +5,11 @@ import copy
 import pytest
 from absl import flags
 
-from bd3lm_jax import synonyms
 from bd3lm_jax.config import Config
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.typed import flatten
-from bd3lm_jax.writing.options import make_options
+from bd3lm_jax.core import synonyms
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.typed import flatten
+from bd3lm_jax.generation.options import make_options
 from configs import common, tiny
 from launch import eval as eval_command
 from launch import sample, train

@@ -19,7 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from bd3lm_jax import attention, sharding
 from bd3lm_jax.attention import MaskSpec, Tokens
-from bd3lm_jax.cost import hlo
+from bd3lm_jax.planning import hlo
 from bd3lm_jax.models import trunk
 
 SLICE = 16  # devices
@@ -68,11 +68,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from toy_runs import toy_config
 from bd3lm_jax import models
-from bd3lm_jax.cost import compilers
-from bd3lm_jax.sampling import Request
-from bd3lm_jax.score import SpecialIds
-from bd3lm_jax.writing import generation
-from bd3lm_jax.writing.options import Options
+from bd3lm_jax.planning import compilers
+from bd3lm_jax.generation.sampling import Request
+from bd3lm_jax.scoring.score import SpecialIds
+from bd3lm_jax.generation import generation
+from bd3lm_jax.generation.options import Options
 
 special, length = SpecialIds(mask=511, end=0), 512
 config = toy_config(Path("unused"), {"model.layers": 3, "model.width": 128, "model.heads": 2, "model.vocab_size": 512,

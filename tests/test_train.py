@@ -7,15 +7,16 @@ import pytest
 from toy_fed import fed
 from toy_runs import AR, losses, network, run_python, steps_saved, toy_config, toy_dict, write_text
 
-from bd3lm_jax import program, rundir
-from bd3lm_jax.checkpoint import Checkpoints
+from bd3lm_jax.checkpoints import rundir
+from bd3lm_jax.checkpoints.checkpoint import Checkpoints
+from bd3lm_jax.core.errors import RunError, UserError
+from bd3lm_jax.core.log import read_metrics
 from bd3lm_jax.data.corpora import load_documents
 from bd3lm_jax.data.loader import row_ids
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
-from bd3lm_jax.errors import RunError, UserError
-from bd3lm_jax.log import read_metrics
-from bd3lm_jax.sweeps import paired
-from bd3lm_jax.train import train
+from bd3lm_jax.likelihood import paired
+from bd3lm_jax.training import program
+from bd3lm_jax.training.train import train
 
 RESULT = {"workdir", "step", "train_nll", "valid_nll", "valid_ppl", "tokens_per_s", "step_ms", "params", "wall_s"}
 
@@ -239,7 +240,7 @@ RUNS = """
 import json, sys
 from toy_fed import record
 from bd3lm_jax.config import Config
-from bd3lm_jax.train import train
+from bd3lm_jax.training.train import train
 record(sys.argv[2])
 print(json.dumps([train(Config.from_dict(config), workdir)["valid_nll"]
                   for config, workdir in json.loads(sys.argv[1])]))

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 from toy_runs import toy_config, write_text
 
-from bd3lm_jax import report
-from bd3lm_jax.train import train
+from bd3lm_jax.training import report
+from bd3lm_jax.training.train import train
 
 
 def same(result: dict) -> dict:

@@ -9,11 +9,11 @@ import time
 import pytest
 from places import ROOT
 
-from bd3lm_jax.watchdog import Watchdog
+from bd3lm_jax.parallel.watchdog import Watchdog
 
 STUCK = """
 import sys, threading, time
-from bd3lm_jax.watchdog import Watchdog
+from bd3lm_jax.parallel.watchdog import Watchdog
 steps, seconds = int(sys.argv[1]), float(sys.argv[2])
 def wait_for_a_peer_that_is_gone():
     threading.Event().wait()
@@ -98,7 +98,7 @@ def test_the_looks_until_the_end(monkeypatch, late, news, looks):
     def end(self):
         raise Ends
 
-    monkeypatch.setattr("bd3lm_jax.watchdog.time.monotonic", lambda: now)
+    monkeypatch.setattr("bd3lm_jax.parallel.watchdog.time.monotonic", lambda: now)
     monkeypatch.setattr(Watchdog, "_terminate", end)
     watchdog._closed = Closed()
     with pytest.raises(Ends):

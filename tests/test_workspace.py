@@ -12,7 +12,7 @@ import time
 import pytest
 from places import ROOT
 
-from bd3lm_jax import files, lock, workspace
+from bd3lm_jax.core import files, lock, workspace
 
 BUILD = """
 import sys, time

@@ -11,7 +11,7 @@ from bd3lm_jax.attention.blocked import blocked_attention
 from bd3lm_jax.attention.gpu import gpu_attention
 from bd3lm_jax.attention.reference import dense_attention
 from bd3lm_jax.attention.spec import RULES, MaskSpec, Tokens, allowed
-from bd3lm_jax.errors import UserError, lookup
+from bd3lm_jax.core.errors import UserError, lookup
 
 SMALL = 64  # tokens a row up to which the whole mask costs less than tiles
 FASTEST = {"tpu": "splash", "gpu": "gpu"}  # by platform, where it can

@@ -6,7 +6,7 @@ Two parts (see `parts.py`): all queries against the clean keys, and noised block
 import functools
 
 from bd3lm_jax.attention.merged import merged_attention
-from bd3lm_jax.attention.parts import OwnBlock, CleanPrefix, blockwise
+from bd3lm_jax.attention.parts import CleanPrefix, OwnBlock, blockwise
 from bd3lm_jax.attention.spec import MaskSpec, allowed
 from bd3lm_jax.attention.tiles import all_tiles, flash, prefix_tiles, restrict_to_window
 

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from bd3lm_jax.attention import check, cudnn, tiles
 from bd3lm_jax.attention.blocked import check_training, own_flash
 from bd3lm_jax.attention.merged import merged_attention
-from bd3lm_jax.attention.parts import OwnBlock, CleanPrefix, blockwise
+from bd3lm_jax.attention.parts import CleanPrefix, OwnBlock, blockwise
 from bd3lm_jax.attention.shards import per_device
 from bd3lm_jax.attention.spec import MaskSpec, Tokens, allowed
-from bd3lm_jax.attention.tiles import Flash, BackwardInputs
+from bd3lm_jax.attention.tiles import BackwardInputs, Flash
 
 LARGE_BLOCK = 256  # from here on the triangle that a causal call misses costs more than a call per block
 MAX_CALLS = 64  # calls per block in one program, forward and backward each

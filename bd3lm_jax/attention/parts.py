@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from bd3lm_jax.attention.spec import MaskSpec, Tokens
-from bd3lm_jax.attention.tiles import NEG_INF, Flash, BackwardInputs, pad_to
+from bd3lm_jax.attention.tiles import NEG_INF, BackwardInputs, Flash, pad_to
 
 NO_GRADS = (None, None, None)
 

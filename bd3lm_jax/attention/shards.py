@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from bd3lm_jax.attention.spec import MaskSpec
-from bd3lm_jax.sharding import BATCH_AXES, divisible_axes
+from bd3lm_jax.parallel.sharding import BATCH_AXES, divisible_axes
 
 
 def per_device(attend: Callable, spec: MaskSpec, noised, clean):

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.untrusted_files import read_text
-from bd3lm_jax.typed import from_json
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.typed import from_json
+from bd3lm_jax.core.untrusted_files import read_text
 
 TEMPLATE_FILE, CONFIG_FILE, SPECIAL_FILE = "chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"
 CHAT_FILES = TEMPLATE_FILE, CONFIG_FILE  # a run keeps them

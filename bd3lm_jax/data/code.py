@@ -17,8 +17,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from bd3lm_jax.core.schema import DataConfig
 from bd3lm_jax.data.corpus import Corpus
-from bd3lm_jax.schema import DataConfig
 
 PACKAGES = {  # import name -> distribution and its licence
     "jax": ("jax", "Apache-2.0"), "flax": ("flax", "Apache-2.0"), "optax": ("optax", "Apache-2.0"),

@@ -12,13 +12,12 @@ from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 
-from bd3lm_jax import density
-from bd3lm_jax.data import code, dialogues, mixture, text_files
-from bd3lm_jax.data.corpus import SPLIT_NAMES, SPLITS, ALL_SPLITS, Corpus, json_lines, local_files
+from bd3lm_jax.core.errors import UserError, lookup, nearest
+from bd3lm_jax.core.schema import DataConfig
+from bd3lm_jax.core.typed import check_characters, one_of
+from bd3lm_jax.data import code, density, dialogues, mixture, text_files
+from bd3lm_jax.data.corpus import ALL_SPLITS, SPLIT_NAMES, SPLITS, Corpus, json_lines, local_files
 from bd3lm_jax.data.detokenize import detokenize, rules_of
-from bd3lm_jax.errors import UserError, lookup, nearest
-from bd3lm_jax.schema import DataConfig
-from bd3lm_jax.typed import check_characters, one_of
 
 NOVELS = ("SENSE AND SENSIBILITY", "PRIDE AND PREJUDICE", "MANSFIELD PARK", "EMMA", "NORTHANGER ABBEY")
 AUSTEN_VALID_FRACTION = 0.05  # of each train novel: part of the definition of the corpus

@@ -9,12 +9,12 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.log import note_once
+from bd3lm_jax.core.schema import DataConfig
+from bd3lm_jax.core.typed import from_json
+from bd3lm_jax.core.untrusted_files import open_regular
 from bd3lm_jax.data import text_files
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.untrusted_files import open_regular
-from bd3lm_jax.log import note_once
-from bd3lm_jax.schema import DataConfig
-from bd3lm_jax.typed import from_json
 
 SPLITS = ("train", "valid", "test")
 HASHED_BYTES = 1 << 28  # of a source file

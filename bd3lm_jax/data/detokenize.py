@@ -7,7 +7,7 @@ do, oddities included (a joined "s '" also where a quotation opens), so that fig
 
 import re
 
-from bd3lm_jax.errors import lookup
+from bd3lm_jax.core.errors import lookup
 
 Rules = tuple[tuple[str, str], ...]
 

@@ -10,12 +10,12 @@ A line holds "prompt" and "response", or "messages": a list of {"role", "content
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from bd3lm_jax.core.errors import UserError, lookup
+from bd3lm_jax.core.schema import DataConfig
+from bd3lm_jax.core.typed import check_characters
+from bd3lm_jax.core.untrusted_files import read_within
 from bd3lm_jax.data.chat_template import CHAT_FILES, ChatTemplate, Messages, templates_in
 from bd3lm_jax.data.corpus import Corpus, json_lines, local_files
-from bd3lm_jax.errors import UserError, lookup
-from bd3lm_jax.untrusted_files import read_within
-from bd3lm_jax.schema import DataConfig
-from bd3lm_jax.typed import check_characters
 
 ANSWERS = "assistant"  # the role whose messages are answers
 ROLES = ("system", "user", ANSWERS)

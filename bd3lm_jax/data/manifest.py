@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bd3lm_jax.errors import RunError
+from bd3lm_jax.core.errors import RunError
 
 NAME = "meta.json"
 CHECKSUM_KEY = "seal"

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from bd3lm_jax.core.errors import UserError, nearest
 from bd3lm_jax.data.order import feistel_rows_at
-from bd3lm_jax.errors import UserError, nearest
 
 SOURCE = "mixture"
 ARGUMENTS = {"text": "path", "jsonl": "path", "tfds": "name"}  # the key of DataConfig that stands after the colon

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.core.errors import UserError
 
 ROW, START, LENGTH, DOCUMENT = range(4)
 OPEN_ROWS = 1024  # how far back `pack` looks for room: bounds its time

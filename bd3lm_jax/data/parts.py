@@ -26,11 +26,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bd3lm_jax import files
+from bd3lm_jax.core import files
+from bd3lm_jax.core.errors import RunError
+from bd3lm_jax.data.density.source import Annotation
 from bd3lm_jax.data.texts import encode_continuation
 from bd3lm_jax.data.tokenizers import Tokenizer, load_tokenizer
-from bd3lm_jax.density.source import Annotation
-from bd3lm_jax.errors import RunError
 
 PART_CHARS = 1 << 22
 DENSITY_STEPS = 255  # a density is stored as whole parts of this: tags are exact

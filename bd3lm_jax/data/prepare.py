@@ -17,14 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from bd3lm_jax import files, lock, paths, workspace
+from bd3lm_jax.core import files, lock, paths, workspace
+from bd3lm_jax.core.errors import RunError, UserError
+from bd3lm_jax.core.schema import DataConfig
 from bd3lm_jax.data import corpora, manifest, mixture, packing, parts
 from bd3lm_jax.data.corpus import Corpus
+from bd3lm_jax.data.density import open_density
+from bd3lm_jax.data.density.source import Annotation, Context
 from bd3lm_jax.data.tokenizers import Tokenizer, get_tokenizer, load_tokenizer
-from bd3lm_jax.density import open_density
-from bd3lm_jax.density.source import Annotation, Context
-from bd3lm_jax.errors import RunError, UserError
-from bd3lm_jax.schema import DataConfig
 
 FORMAT = 1  # raise it when the same documents would be stored differently
 CHUNK_TOKENS = 1 << 22  # tokens held in memory while rows are written

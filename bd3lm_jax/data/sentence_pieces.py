@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.untrusted_files import read_bytes
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.untrusted_files import read_bytes
 
 BPE = 2  # trainer_spec.model_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # kinds of pieces, also those of GGUF

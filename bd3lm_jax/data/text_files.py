@@ -14,8 +14,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.untrusted_files import open_regular
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.untrusted_files import open_regular
 
 OPENERS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 COMPRESSED = {b"\xfd7zXZ\x00": ".xz", b"\x1f\x8b": ".gz", b"BZh": ".bz2"}  # first bytes of what is read

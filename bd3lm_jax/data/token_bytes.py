@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from bd3lm_jax.core.log import note
 from bd3lm_jax.data.tokenizers import Tokenizer
-from bd3lm_jax.log import note
 
 CHUNK_TOKENS, CHUNK_DOCUMENTS = 1 << 20, 1024  # that are read at a time
 

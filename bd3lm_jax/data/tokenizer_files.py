@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.typed import from_json
+from bd3lm_jax.core.untrusted_files import read_text
 from bd3lm_jax.data import sentence_pieces
 from bd3lm_jax.data.sentence_pieces import Unsupported
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.untrusted_files import read_text
-from bd3lm_jax.typed import from_json
 
 TOKENIZER_JSON = "tokenizer.json"
 NAMES = "tokenizer.json, vocab.txt or vocab.json"

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from bd3lm_jax import files, log
+from bd3lm_jax.core import files, log
+from bd3lm_jax.core.errors import UserError, nearest
+from bd3lm_jax.core.typed import check_characters
 from bd3lm_jax.data import tokenizer_files
 from bd3lm_jax.data.tokenizer_files import END_TOKEN, Unsupported, library_errors, library_form, load_library
-from bd3lm_jax.errors import UserError, nearest
-from bd3lm_jax.typed import check_characters
 
 PRESETS = ("gpt2", "bert-base-uncased")
 SPECS = ("bytes", *PRESETS, "bpe:N", "a path to a tokenizer.json, or to the directory of a published model")

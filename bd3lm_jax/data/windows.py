@@ -8,10 +8,10 @@ import functools
 
 import numpy as np
 
+from bd3lm_jax.core.errors import UserError, nearest
 from bd3lm_jax.data import packing
 from bd3lm_jax.data.prepare import Rows
 from bd3lm_jax.data.token_bytes import RowsWithBytes
-from bd3lm_jax.errors import UserError, nearest
 
 CHUNKS, FIRST_TOKENS, END_TOKENS = ("independent", "sliding"), ("predict", "skip"), ("count", "skip")
 

@@ -21,12 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import corrupt
 from bd3lm_jax.diffusion.masked import MASK_PROB_MAX
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.diffusion.objective import Objective
 from bd3lm_jax.diffusion.schedule import systematic_uniform
-from bd3lm_jax.errors import UserError
 
 MAX_SUBSETS = 8  # block size up to which the 2^S subsets of a block are gone through
 

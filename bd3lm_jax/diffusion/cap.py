@@ -13,8 +13,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion.masked import Masked, cross_entropy_subs
-from bd3lm_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,12 +6,12 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import corrupt
 from bd3lm_jax.diffusion.masked import MASK_PROB_MAX
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.diffusion.objective import Objective, check_rows
 from bd3lm_jax.diffusion.schedule import stratified_uniform
-from bd3lm_jax.errors import UserError
 
 NORMALISATIONS = ("tokens", "answer")
 

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import corrupt
 from bd3lm_jax.diffusion.corrupt import ClippedRange, MaskCountDistribution
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.diffusion.objective import Objective, check_rows
 from bd3lm_jax.diffusion.schedule import get_schedule, stratified_uniform, systematic_uniform
-from bd3lm_jax.errors import UserError
 
 MASK_PROB_MAX = 1 - 1e-6  # keeps sigma = -log(1 - mask probability) finite
 COUNT_RESOLUTION = 2**20  # count probabilities become whole numbers: their sums, and the capacity, are exact

@@ -5,11 +5,11 @@ from typing import ClassVar
 
 import jax
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import independent
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.diffusion.objective import Objective
 from bd3lm_jax.diffusion.schedule import get_schedule
-from bd3lm_jax.errors import UserError
 
 SCHEDULES = {"linear": "loglinear", "cosine": "sine"}  # names of MD4 -> of schedule.py; and "polynomial:p"
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import jax
 
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.core.errors import UserError
 
 
 class Objective:

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import corrupt
 from bd3lm_jax.diffusion.masked import MASK_PROB_MAX
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.diffusion.objective import Objective
 from bd3lm_jax.diffusion.schedule import stratified_uniform, systematic_uniform
-from bd3lm_jax.errors import UserError
 
 FORMS = ("exact_count", "bernoulli")
 TINY = 1e-12  # keeps quotients finite where their result is not used

@@ -6,10 +6,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion.masked import MASK_PROB_MAX
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.diffusion.objective import Objective, check_rows
-from bd3lm_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from bd3lm_jax.errors import UserError, nearest
+from bd3lm_jax.core.errors import UserError, nearest
 
 MAX_STRATA = 2**22  # a stratum's index and the jitter inside it share the 24 bits of a float32
 

@@ -7,11 +7,11 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import independent
 from bd3lm_jax.diffusion.masked import Masked
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.diffusion.objective import Objective
-from bd3lm_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,10 +15,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.diffusion.objective import Objective
 from bd3lm_jax.diffusion.schedule import stratified_uniform
-from bd3lm_jax.errors import UserError
 
 OFFSET = 1e-4  # of the cosine: alpha_bar falls from the start
 ALPHA_BAR_MIN = 1e-6  # keeps the level -log(alpha_bar) finite

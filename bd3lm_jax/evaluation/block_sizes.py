@@ -3,14 +3,14 @@
 import time
 from typing import Any
 
-from bd3lm_jax import jax_settings, log
+from bd3lm_jax.core import jax_settings, log
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.stats import format_interval
 from bd3lm_jax.data.prepare import prepare
 from bd3lm_jax.data.token_bytes import RowsWithBytes
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluation.estimators import default_estimator
-from bd3lm_jax.evaluation.evaluate import LoadedRun, open_run
+from bd3lm_jax.likelihood.estimators import default_estimator
+from bd3lm_jax.likelihood.evaluate import LoadedRun, open_run
 from bd3lm_jax.lm import load
-from bd3lm_jax.stats import format_interval
 
 TEXTS, SAMPLER, THRESHOLD = 8, "threshold", 0.9  # how the texts are written on which calls and tokens are counted
 

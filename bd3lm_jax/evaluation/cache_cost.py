@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax import jax_settings, stats
+from bd3lm_jax.core import jax_settings, stats
 from bd3lm_jax.diffusion.masked import cross_entropy_subs
-from bd3lm_jax.evaluation import estimators
+from bd3lm_jax.generation.denoise import UNROLLED
+from bd3lm_jax.likelihood import estimators
 from bd3lm_jax.models import trunk
 from bd3lm_jax.models.cache import Cache
 from bd3lm_jax.models.trunk import Stream
-from bd3lm_jax.writing.denoise import UNROLLED
 
 DTYPES = ("float32", "bfloat16", "int8")  # the first is what the others are compared with
 BATCH = 16  # rows a pass

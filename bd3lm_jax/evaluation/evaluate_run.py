@@ -2,13 +2,14 @@
 
 from typing import Any
 
-from bd3lm_jax import jax_settings, log
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluation import compare, domains, estimators
-from bd3lm_jax.evaluation.estimators import default_estimator
-from bd3lm_jax.evaluation.evaluate import Target, open_run
-from bd3lm_jax.hf import is_published, local
-from bd3lm_jax.stats import format_interval, format_number
+from bd3lm_jax.checkpoints.hf import is_published, local
+from bd3lm_jax.core import jax_settings, log
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.stats import format_interval, format_number
+from bd3lm_jax.data import domains
+from bd3lm_jax.likelihood import compare, estimators
+from bd3lm_jax.likelihood.estimators import default_estimator
+from bd3lm_jax.likelihood.evaluate import Target, open_run
 
 
 @jax_settings.pinned()

@@ -15,17 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from bd3lm_jax import log, plots, rundir
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluation import estimators, suite
-from bd3lm_jax.evaluation.tune_sampling import text_metrics, generate_texts
-from bd3lm_jax.evaluation.domains import OWN, Text, convention_for, open_text
-from bd3lm_jax.evaluation.evaluate import open_run
+from bd3lm_jax.checkpoints import rundir
+from bd3lm_jax.core import log, plots
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.stats import format_interval
+from bd3lm_jax.data.domains import OWN, Text, convention_for, open_text
+from bd3lm_jax.evaluation import suite
 from bd3lm_jax.evaluation.scorer import Scorer
 from bd3lm_jax.evaluation.suite import Scored
 from bd3lm_jax.evaluation.titles import run_titles
+from bd3lm_jax.evaluation.tune_sampling import generate_texts, text_metrics
+from bd3lm_jax.likelihood import estimators
+from bd3lm_jax.likelihood.evaluate import open_run
 from bd3lm_jax.lm import LM
-from bd3lm_jax.stats import format_interval
 
 
 def compare(workdirs: Sequence[str], *, split: str, scorer: str, texts: int, draws: int,

@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from bd3lm_jax import jax_settings, log, plots, stats
-from bd3lm_jax.data import corpora
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluation import textmetrics
+from bd3lm_jax.core import jax_settings, log, plots, stats
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.stats import format_interval, ppl_of
+from bd3lm_jax.data import corpora, textmetrics
 from bd3lm_jax.evaluation.scorer import Scorer, Words
+from bd3lm_jax.generation import sample_files
 from bd3lm_jax.lm import load
-from bd3lm_jax.stats import format_interval, ppl_of
-from bd3lm_jax.writing import sample_files
 
 LOW_ENTROPY = 4.0  # nats of the unigrams of a text: below it BD3-LM calls a sample degenerate
 NO_REFERENCE = "none"

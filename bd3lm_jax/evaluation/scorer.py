@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluation import estimators
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.likelihood import estimators
 from bd3lm_jax.lm import LM
 
 LINES = ("austen", "text")  # corpora with a document a line: a newline in a text is the end of a document

@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bd3lm_jax import hf, jax_settings, log, plots, rundir
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluation import compare
-from bd3lm_jax.evaluation.domains import DOMAINS, OWN, MissingText, Text, convention_for, open_text
-from bd3lm_jax.evaluation.estimators import default_estimator
-from bd3lm_jax.evaluation.evaluate import LikelihoodResult, LoadedRun, Target, open_run
-from bd3lm_jax.restore import published_config
-from bd3lm_jax.stats import format_interval
+from bd3lm_jax.checkpoints import hf, rundir
+from bd3lm_jax.checkpoints.restore import published_config
+from bd3lm_jax.core import jax_settings, log, plots
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.stats import format_interval
+from bd3lm_jax.data.domains import DOMAINS, OWN, MissingText, Text, convention_for, open_text
+from bd3lm_jax.likelihood import compare
+from bd3lm_jax.likelihood.estimators import default_estimator
+from bd3lm_jax.likelihood.evaluate import LikelihoodResult, LoadedRun, Target, open_run
 
 PLOT = "domains.png"
 BETTER, WORSE, UNCLEAR = "better", "worse", "not told apart"

@@ -18,17 +18,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from bd3lm_jax import log, plots, stats
+from bd3lm_jax.core import log, plots, stats
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.stats import format_interval
 from bd3lm_jax.data.prepare import prepare
-from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import cache_cost
 from bd3lm_jax.evaluation.quality import figures
 from bd3lm_jax.evaluation.scorer import BATCH, Scorer
+from bd3lm_jax.evaluation.settings import FILE, PREFERENCES
+from bd3lm_jax.generation.generation import Sample
+from bd3lm_jax.generation.sampling.auto_size import AUTO
 from bd3lm_jax.lm import LM, load
-from bd3lm_jax.sampling.auto_size import AUTO
-from bd3lm_jax.settings import FILE, PREFERENCES
-from bd3lm_jax.stats import format_interval
-from bd3lm_jax.writing.generation import Sample
 
 EXACT = {"sampler": "first_hitting"}
 THRESHOLDS = {"threshold": (0.9, 0.6, 0.3, 0.05), "entropy_bound": (0.1, 1.0, 3.0, 6.0), "factor": (1.0, 2.7)}

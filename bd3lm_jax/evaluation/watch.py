@@ -9,16 +9,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bd3lm_jax import hf, jax_settings, log, rundir
-from bd3lm_jax.checkpoint import Checkpoints
-from bd3lm_jax.errors import RunError, UserError
-from bd3lm_jax.evaluation import domains, estimators
-from bd3lm_jax.evaluation.estimators import default_estimator
-from bd3lm_jax.evaluation.evaluate import open_run
-from bd3lm_jax.restore import restore
-from bd3lm_jax.signals import Signals
-from bd3lm_jax.stats import format_interval, format_number
-from bd3lm_jax.checkpoint_selection import CheckpointNotFound
+from bd3lm_jax.checkpoints import hf, rundir
+from bd3lm_jax.checkpoints.checkpoint import Checkpoints
+from bd3lm_jax.checkpoints.checkpoint_selection import CheckpointNotFound
+from bd3lm_jax.checkpoints.restore import restore
+from bd3lm_jax.core import jax_settings, log
+from bd3lm_jax.core.errors import RunError, UserError
+from bd3lm_jax.core.signals import Signals
+from bd3lm_jax.core.stats import format_interval, format_number
+from bd3lm_jax.data import domains
+from bd3lm_jax.likelihood import estimators
+from bd3lm_jax.likelihood.estimators import default_estimator
+from bd3lm_jax.likelihood.evaluate import open_run
 
 FILE = "watch.jsonl"  # of the run directory: a line an evaluation
 POLL_S = 2.0  # between looks at the directory

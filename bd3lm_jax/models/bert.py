@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.models.shared import check_config, row_dropout, logits_of, embed_tokens, pad_vocab_size, tied_kernel
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.models.shared import check_config, embed_tokens, logits_of, pad_vocab_size, row_dropout, tied_kernel
 from bd3lm_jax.models.trunk import Backbone
 
 NORMAL = nn.initializers.normal(0.02)  # the published recipe's

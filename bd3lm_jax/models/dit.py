@@ -11,8 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.models.shared import row_dropout, embed_tokens, pad_vocab_size, queries_keys_values
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.models.shared import embed_tokens, pad_vocab_size, queries_keys_values, row_dropout
 from bd3lm_jax.models.trunk import Backbone
 
 LEVEL_FEATURES = 256  # sinusoidal features of the noise level

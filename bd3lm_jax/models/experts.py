@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from bd3lm_jax.sharding import BATCH_AXES, EXPERT_AXES, divisible_axes
-
+from bd3lm_jax.parallel.sharding import BATCH_AXES, EXPERT_AXES, divisible_axes
 
 TILES = 3  # of an expert that a chunk has room for: what it needs when all are chosen alike, and half as many again
 

@@ -10,8 +10,15 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 
-from bd3lm_jax.models.shared import (check_config, row_dropout, logits_of, embed_tokens, pad_vocab_size, queries_keys_values,
-                                     tied_kernel)
+from bd3lm_jax.models.shared import (
+    check_config,
+    embed_tokens,
+    logits_of,
+    pad_vocab_size,
+    queries_keys_values,
+    row_dropout,
+    tied_kernel,
+)
 from bd3lm_jax.models.trunk import Backbone
 
 NORMAL = nn.initializers.normal(0.02)  # the published recipe's

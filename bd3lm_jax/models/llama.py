@@ -12,9 +12,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.models.dit import rotate
-from bd3lm_jax.models.shared import check_ranges, row_dropout, logits_of, embed_tokens, pad_vocab_size, tied_kernel
+from bd3lm_jax.models.shared import check_ranges, embed_tokens, logits_of, pad_vocab_size, row_dropout, tied_kernel
 from bd3lm_jax.models.trunk import Backbone
 
 INIT = nn.initializers.normal(0.02)  # of every matrix, as in the published training codes

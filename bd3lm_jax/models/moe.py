@@ -11,13 +11,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.models import experts
 from bd3lm_jax.models.dit import rotate
 from bd3lm_jax.models.llama import (
-    INIT, Embed, Head, Kernel, check_sizes, output_projection, make_rotary, dense, rms_norm, rope_frequencies,
+    INIT,
+    Embed,
+    Head,
+    Kernel,
+    check_sizes,
+    dense,
+    make_rotary,
+    output_projection,
+    rms_norm,
+    rope_frequencies,
 )
-from bd3lm_jax.models.shared import row_dropout, pad_vocab_size
+from bd3lm_jax.models.shared import pad_vocab_size, row_dropout
 from bd3lm_jax.models.trunk import Backbone
 
 

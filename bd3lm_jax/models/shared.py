@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.core.errors import UserError
 
 
 def check_ranges(config: Any, positive: tuple[str, ...]) -> None:

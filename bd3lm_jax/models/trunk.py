@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from bd3lm_jax.attention import MaskSpec, Tokens, attend
-from bd3lm_jax.errors import lookup
+from bd3lm_jax.core.errors import lookup
 from bd3lm_jax.models.cache import Cache, Int8, dequantize
-from bd3lm_jax.sharding import BATCH_AXES, constrain
-
+from bd3lm_jax.parallel.sharding import BATCH_AXES, constrain
 
 REMAT = {  # what the backward pass finds stored and need not compute again, from most to least memory
     "none": None,  # everything

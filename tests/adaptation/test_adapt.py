@@ -15,20 +15,20 @@ from toy_runs import AR, END, MASK, toy_config, toy_dict, write_text
 from word_tokenizer import write_tokenizer
 
 import bd3lm_jax
-from bd3lm_jax import hf, models, rundir
-from bd3lm_jax.adaptation import adapt
-from bd3lm_jax.checkpoint import Checkpoints
+from bd3lm_jax import models
+from bd3lm_jax.checkpoints import adapt, hf, rundir
+from bd3lm_jax.checkpoints.checkpoint import Checkpoints
+from bd3lm_jax.checkpoints.restore import restore
 from bd3lm_jax.config import Config
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.log import read_metrics
 from bd3lm_jax.data.loader import Loader
 from bd3lm_jax.data.prepare import prepare
 from bd3lm_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from bd3lm_jax.diffusion import AR as Autoregression
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.log import read_metrics
 from bd3lm_jax.models import trunk
 from bd3lm_jax.models.dit import DiTConfig
-from bd3lm_jax.restore import restore
-from bd3lm_jax.train import train
+from bd3lm_jax.training.train import train
 
 SAME = {"kind": "init_from"}
 STILL = {"optim.lr": 1e-12, "train.steps": 1, "optim.ema": 0.0}  # a step that leaves the weights where they were

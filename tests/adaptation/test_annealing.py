@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from toy_runs import AR, toy_config, write_text
 
-from bd3lm_jax.adaptation import annealing
 from bd3lm_jax.attention.blocked import blocked_attention
 from bd3lm_jax.attention.reference import dense_attention
 from bd3lm_jax.attention.spec import MaskSpec, Tokens, allowed
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.log import read_metrics
-from bd3lm_jax.train import train
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.log import read_metrics
+from bd3lm_jax.scoring import annealing
+from bd3lm_jax.training.train import train
 
 LENGTH, STEPS = 12, 10
 POSITION = np.tile(np.arange(LENGTH), (3, 1))

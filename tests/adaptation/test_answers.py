@@ -9,14 +9,14 @@ import pytest
 from toy_runs import AR, END, LENGTH, MASK, network, quick_jit, toy_config
 
 import bd3lm_jax
-from bd3lm_jax import optim
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.log import read_metrics
+from bd3lm_jax.core.state import TrainState
 from bd3lm_jax.diffusion import OBJECTIVES
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.log import read_metrics
-from bd3lm_jax.score import SpecialIds
-from bd3lm_jax.state import TrainState
-from bd3lm_jax.step import draw_noise, make_step
-from bd3lm_jax.train import train
+from bd3lm_jax.scoring.score import SpecialIds
+from bd3lm_jax.training import optim
+from bd3lm_jax.training.step import draw_noise, make_step
+from bd3lm_jax.training.train import train
 
 SPECIAL = SpecialIds(MASK, END)
 SFT = {"data.source": "sft", "data.path": "there", "data.layout": "pack"}

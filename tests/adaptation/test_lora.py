@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 from toy_runs import network, toy_config, write_text
 
-from bd3lm_jax import parameters, rundir
-from bd3lm_jax.adaptation import lora
-from bd3lm_jax.checkpoint import Checkpoints
+from bd3lm_jax.checkpoints import rundir
+from bd3lm_jax.checkpoints.checkpoint import Checkpoints
+from bd3lm_jax.checkpoints.restore import restore
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.state import LORA
 from bd3lm_jax.data.prepare import prepare
 from bd3lm_jax.data.token_bytes import RowsWithBytes
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluation import evaluate
-from bd3lm_jax.restore import restore
-from bd3lm_jax.state import LORA
-from bd3lm_jax.train import train
+from bd3lm_jax.likelihood import evaluate
+from bd3lm_jax.models import lora
+from bd3lm_jax.scoring import parameters
+from bd3lm_jax.training.train import train
 
 RANK, ALPHA = 2, 6.0
 

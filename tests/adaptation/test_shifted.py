@@ -12,15 +12,14 @@ from toy_lm import CONTEXT, END, LETTERS, MASK, VOCAB, make_ids, make_lm, masked
 from toy_runs import AR, toy_config
 
 import bd3lm_jax
-from bd3lm_jax import forward
-from bd3lm_jax.adaptation import target_shift
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import AR as Autoregression
 from bd3lm_jax.diffusion.noised import Noised
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.models import build, trunk
-from bd3lm_jax.sampling.generate import PreviousBlock
-from bd3lm_jax.score import score
-from bd3lm_jax.writing.denoise import BlockDenoiser, ShiftedDenoiser
+from bd3lm_jax.generation.denoise import BlockDenoiser, ShiftedDenoiser
+from bd3lm_jax.generation.sampling.generate import PreviousBlock
+from bd3lm_jax.models import build, forward, trunk
+from bd3lm_jax.scoring import target_shift
+from bd3lm_jax.scoring.score import score
 
 
 @functools.cache

@@ -4,8 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import (assert_equal_to_dense, assert_padding_is_nothing, make_stream, make_tokens, one_stream_spec,
-                    streams_for, two_stream_spec)
+from oracle import (
+    assert_equal_to_dense,
+    assert_padding_is_nothing,
+    make_stream,
+    make_tokens,
+    one_stream_spec,
+    streams_for,
+    two_stream_spec,
+)
 
 from bd3lm_jax.attention import blocked
 from bd3lm_jax.attention.blocked import blocked_attention

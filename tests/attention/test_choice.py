@@ -10,7 +10,7 @@ from oracle import make_tokens, two_stream_spec
 from bd3lm_jax import attention
 from bd3lm_jax.attention import gpu, splash
 from bd3lm_jax.attention.spec import MaskSpec
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.core.errors import UserError
 
 
 @pytest.fixture(autouse=True)

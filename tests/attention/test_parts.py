@@ -6,7 +6,7 @@ import numpy as np
 from oracle import make_stream, make_tokens
 
 from bd3lm_jax.attention.parts import blockwise
-from bd3lm_jax.attention.tiles import Flash, BackwardInputs
+from bd3lm_jax.attention.tiles import BackwardInputs, Flash
 
 SIZE, LENGTH = 4, 10  # the last block is ragged
 

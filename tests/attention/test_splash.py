@@ -7,8 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import (assert_equal_to_dense, assert_padding_is_nothing, make_stream, one_stream_spec, run, streams_for,
-                    two_stream_spec)
+from oracle import (
+    assert_equal_to_dense,
+    assert_padding_is_nothing,
+    make_stream,
+    one_stream_spec,
+    run,
+    streams_for,
+    two_stream_spec,
+)
 from toy_runs import run_python
 
 from bd3lm_jax.attention import splash
@@ -151,7 +158,7 @@ SHARDED = """
 import json
 import jax, numpy as np
 from oracle import run, streams_for, two_stream_spec
-from bd3lm_jax.cost import hlo
+from bd3lm_jax.planning import hlo
 from bd3lm_jax.attention.reference import dense_attention
 from bd3lm_jax.attention.splash import splash_attention
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P

@@ -13,7 +13,7 @@ from bd3lm_jax.attention.blocked import blocked_attention
 from bd3lm_jax.attention.reference import dense_attention
 from bd3lm_jax.attention.spec import RULES, allowed
 from bd3lm_jax.attention.tiles import all_tiles, prefix_tiles, restrict_to_window
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.core.errors import UserError
 
 
 @pytest.fixture

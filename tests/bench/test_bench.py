@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from bd3lm_jax import bench as package
-from bd3lm_jax.bench import bench, loss
-from bd3lm_jax.bench.runner import FIELDS, Limit, row_of
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.experiments import bench as package
+from bd3lm_jax.experiments.bench import bench, loss
+from bd3lm_jax.experiments.bench.runner import FIELDS, Limit, row_of
 
 
 def test_result_files_and_tables(tmp_path, monkeypatch, capsys):

@@ -2,9 +2,9 @@ import jax
 import numpy as np
 import pytest
 
-from bd3lm_jax.bench import attention as module
-from bd3lm_jax.bench.attention import Case, dense_mask, flat, growth, needed_flops, problem, run_case
-from bd3lm_jax.bench.runner import FIELDS, row_of
+from bd3lm_jax.experiments.bench import attention as module
+from bd3lm_jax.experiments.bench.attention import Case, dense_mask, flat, growth, needed_flops, problem, run_case
+from bd3lm_jax.experiments.bench.runner import FIELDS, row_of
 
 CASE = Case(heads=2, length=32, block_size=4)
 
@@ -50,7 +50,7 @@ def test_variants_compute_the_gradients(backend, expected):
 
 
 def test_pytorch_computes_the_gradients(expected):
-    torch_side = pytest.importorskip("bd3lm_jax.bench.torch_side", reason="PyTorch is not installed")
+    torch_side = pytest.importorskip("bd3lm_jax.experiments.bench.torch_side", reason="PyTorch is not installed")
     spec, qkv, cotangents = problem(CASE)
     variants = torch_side.attention_variants(*flat(qkv, cotangents), dense_mask(spec), CASE.length, CASE.block_size,
                                              flops=7.0)
@@ -60,7 +60,7 @@ def test_pytorch_computes_the_gradients(expected):
 
 
 def test_the_mask_of_flex_attention():
-    torch_side = pytest.importorskip("bd3lm_jax.bench.torch_side", reason="PyTorch is not installed")
+    torch_side = pytest.importorskip("bd3lm_jax.experiments.bench.torch_side", reason="PyTorch is not installed")
     index = torch_side.torch.arange(2 * 32 - 4)
     mask = torch_side.two_stream_mask(32, 4)(None, None, index[:, None], index[None])
     np.testing.assert_array_equal(mask.numpy(), two_stream_mask(32, 4))

@@ -1,7 +1,7 @@
 import pytest
 
-from bd3lm_jax.bench import data
-from bd3lm_jax.bench.runner import FIELDS
+from bd3lm_jax.experiments.bench import data
+from bd3lm_jax.experiments.bench.runner import FIELDS
 
 
 @pytest.fixture(scope="module")

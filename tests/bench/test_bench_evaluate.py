@@ -1,8 +1,8 @@
 """Evaluation against its forward passes, at toy size: both variants run and do the same work."""
 
-from bd3lm_jax.bench import evaluate
-from bd3lm_jax.bench.runner import FIELDS
-from bd3lm_jax.bench.step import Case
+from bd3lm_jax.experiments.bench import evaluate
+from bd3lm_jax.experiments.bench.runner import FIELDS
+from bd3lm_jax.experiments.bench.step import Case
 
 
 def test_both_variants():

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bd3lm_jax import checkpoint, files
-from bd3lm_jax.bench import BENCHES, damage, faults, faults_files, kills, power
-from bd3lm_jax.checkpoint import Checkpoints
-from bd3lm_jax.errors import RunError
-from bd3lm_jax.fingerprint import fingerprints_by_device
-from bd3lm_jax.state import TrainState
+from bd3lm_jax.checkpoints import checkpoint
+from bd3lm_jax.checkpoints.checkpoint import Checkpoints
+from bd3lm_jax.core import files
+from bd3lm_jax.core.errors import RunError
+from bd3lm_jax.core.state import TrainState
+from bd3lm_jax.experiments.bench import BENCHES, damage, faults, faults_files, kills, power
+from bd3lm_jax.parallel.fingerprint import fingerprints_by_device
 from launch import arguments, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -2,8 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from bd3lm_jax.bench import loss
-from bd3lm_jax.bench.runner import FIELDS
+from bd3lm_jax.experiments.bench import loss
+from bd3lm_jax.experiments.bench.runner import FIELDS
 
 CASE = loss.Case(vocab=50, width=8, positions=24)
 

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from bd3lm_jax.bench import sampling
 from bd3lm_jax.diffusion import Masked
-from bd3lm_jax.writing import generation
+from bd3lm_jax.experiments.bench import sampling
+from bd3lm_jax.generation import generation
 
 TINY = {"layers": 2, "width": 16, "heads": 2, "vocab_size": 24}
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 from toy_runs import ROOT
 
-from bd3lm_jax.bench import scaling
+from bd3lm_jax.experiments.bench import scaling
 
 
 @pytest.fixture(scope="module")

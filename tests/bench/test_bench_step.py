@@ -2,9 +2,9 @@ import jax
 import numpy as np
 import pytest
 
-from bd3lm_jax.bench import step as module
-from bd3lm_jax.bench.runner import FIELDS
-from bd3lm_jax.bench.step import OBJECTIVES, STRUCTURES, Case, program
+from bd3lm_jax.experiments.bench import step as module
+from bd3lm_jax.experiments.bench.runner import FIELDS
+from bd3lm_jax.experiments.bench.step import OBJECTIVES, STRUCTURES, Case, program
 
 CASE = Case(layers=2, width=32, heads=2, batch=2, length=64, block_size=8, vocab=100)
 
@@ -42,7 +42,7 @@ def test_other_structures_compute_the_same_step(name, two_stream):
 
 
 def test_the_published_network_in_pytorch_has_the_same_loss(two_stream):
-    torch_side = pytest.importorskip("bd3lm_jax.bench.torch_side", reason="PyTorch is not installed")
+    torch_side = pytest.importorskip("bd3lm_jax.experiments.bench.torch_side", reason="PyTorch is not installed")
     config = module.config_of(CASE, "two_stream", remat="none")
     _, _, state, batch = module.setting(config, abstract=False)
     state, special = random_everywhere(state), module.SpecialIds(CASE.vocab - 1, 0)

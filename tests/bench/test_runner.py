@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bd3lm_jax.bench import runner
-from bd3lm_jax.bench.runner import FIELDS, Limit, Variant, compare, compiled, check_limits
+from bd3lm_jax.experiments.bench import runner
+from bd3lm_jax.experiments.bench.runner import FIELDS, Limit, Variant, check_limits, compare, compiled
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from toy_text import END, MASK, PIECES, VOCAB, completable, is_accepted
 
-from bd3lm_jax.constraints import automaton
-from bd3lm_jax.constraints.automaton import build, lift
-from bd3lm_jax.constraints.dfa import DEAD, START, compile_node
-from bd3lm_jax.constraints.regex import parse
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data.tokenizers import ByteTokenizer, get_tokenizer
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.generation.constraints import automaton
+from bd3lm_jax.generation.constraints.automaton import build, lift
+from bd3lm_jax.generation.constraints.dfa import DEAD, START, compile_node
+from bd3lm_jax.generation.constraints.regex import parse
 
 PATTERNS = ["(ab)*", "a{2,5}b?", "(a|bb)*ba", ".{3}", "b(a|b){0,6}"]
 

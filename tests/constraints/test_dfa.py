@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 
-from bd3lm_jax.constraints.dfa import DEAD, START, compile_node
-from bd3lm_jax.constraints.regex import parse
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.generation.constraints.dfa import DEAD, START, compile_node
+from bd3lm_jax.generation.constraints.regex import parse
 
 
 @pytest.mark.parametrize("pattern, states", [

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from toy_text import accepts
 
-from bd3lm_jax.constraints.dfa import START, compile_node
-from bd3lm_jax.constraints.json_schema import schema_node
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.generation.constraints.dfa import START, compile_node
+from bd3lm_jax.generation.constraints.json_schema import schema_node
 
 
 def string(**limits):

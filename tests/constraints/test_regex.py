@@ -6,9 +6,9 @@ import re
 import pytest
 from toy_text import accepts
 
-from bd3lm_jax.constraints.dfa import START, compile_node
-from bd3lm_jax.constraints.regex import parse
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.generation.constraints.dfa import START, compile_node
+from bd3lm_jax.generation.constraints.regex import parse
 
 ATOMS = ["a", "b", "é", "日", "1", r"\.", ".", "[ab]", "[^a]", "[a-é]", "[]a]", "[^]]", "[a-]", r"[\d_]", r"\d", r"\W",
          r"\s", r"\S", "{", r"\xe9", r"\u65e5", r"\n"]

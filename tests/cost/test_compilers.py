@@ -4,8 +4,9 @@ import sys
 
 import pytest
 
-from bd3lm_jax.cost import compilers, hardware
-from bd3lm_jax.errors import RunError
+from bd3lm_jax.core import hardware
+from bd3lm_jax.core.errors import RunError
+from bd3lm_jax.planning import compilers
 
 
 @pytest.mark.parametrize(("number", "target"), [(1, "v4"), (3, None), (16, "v4"), (1024, "v4"), (2048, None)])

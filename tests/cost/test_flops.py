@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from toy_runs import quick_jit
 
-from bd3lm_jax import models, forward
-from bd3lm_jax.cost import flops
+from bd3lm_jax import models
 from bd3lm_jax.diffusion.ar import AR
 from bd3lm_jax.diffusion.clip import ClipSearch, CountSchedule
 from bd3lm_jax.diffusion.masked import Masked
 from bd3lm_jax.diffusion.mixed import Mixed
-from bd3lm_jax.models import trunk
+from bd3lm_jax.models import forward, trunk
 from bd3lm_jax.models.dit import DiTConfig
+from bd3lm_jax.planning import flops
 
 PAPER = DiTConfig(vocab_size=50258, layers=12, width=768, heads=12, mlp_ratio=4, dropout=0.0, adaln=True, cond_dim=128,
                   time_conditioning=False, rope_base=1e4)

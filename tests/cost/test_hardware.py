@@ -2,7 +2,7 @@ import types
 
 import pytest
 
-from bd3lm_jax.cost import hardware
+from bd3lm_jax.core import hardware
 
 
 @pytest.mark.parametrize(("kind", "name"), [

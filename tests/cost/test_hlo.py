@@ -5,12 +5,12 @@ import json
 import pytest
 from toy_runs import run_python
 
-from bd3lm_jax.cost import hlo
+from bd3lm_jax.planning import hlo
 
 EXPLICIT = """
 import json, functools, jax, jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from bd3lm_jax.cost import hlo
+from bd3lm_jax.planning import hlo
 
 mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 

@@ -10,11 +10,12 @@ import pytest
 from toy_runs import run_python, toy_config
 
 from bd3lm_jax.config import Config, MeshConfig
-from bd3lm_jax.cost import hardware, memory
-from bd3lm_jax.cost.plan import resolve_config
-from bd3lm_jax.errors import RunError
-from bd3lm_jax.program import Program, bytes_needed, bytes_per_device
-from bd3lm_jax.sharding import make_mesh
+from bd3lm_jax.core import hardware
+from bd3lm_jax.core.errors import RunError
+from bd3lm_jax.parallel.sharding import make_mesh
+from bd3lm_jax.planning.plan import resolve_config
+from bd3lm_jax.training import memory
+from bd3lm_jax.training.program import Program, bytes_needed, bytes_per_device
 
 MIB = 2**20
 

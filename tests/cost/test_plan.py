@@ -10,10 +10,12 @@ from types import SimpleNamespace
 import pytest
 from places import ROOT
 
-from bd3lm_jax.cost import compilers, flops, hardware, hlo, memory, plan
+from bd3lm_jax.core import hardware
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data.tokenizers import get_tokenizer
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.score import SpecialIds
+from bd3lm_jax.planning import compilers, flops, hlo, plan
+from bd3lm_jax.scoring.score import SpecialIds
+from bd3lm_jax.training import memory
 from configs import owt
 from launch.__main__ import main
 from launch.arguments import load_config

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bd3lm_jax.cost.profiling import Profiler
-from bd3lm_jax.errors import RunError
+from bd3lm_jax.core.errors import RunError
+from bd3lm_jax.training.profiling import Profiler
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -7,9 +7,9 @@ import pytest
 from places import DATA
 
 pytest.importorskip("jinja2")
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data import chat_template
 from bd3lm_jax.data.chat_template import ChatTemplate
-from bd3lm_jax.errors import UserError
 
 CHATS = json.loads((DATA / "tokenizers" / "classes" / "chats.json").read_text())
 MESSAGES = CHATS["messages"]

@@ -4,11 +4,11 @@ import lzma
 
 import pytest
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data import parts
 from bd3lm_jax.data.corpora import NOVELS, join_documents, load_documents, open_corpus
 from bd3lm_jax.data.prepare import prepare
 from bd3lm_jax.data.tokenizers import ByteTokenizer
-from bd3lm_jax.errors import UserError
 
 FIVE_NOVELS_BYTES, PERSUASION_BYTES = 3_543_784, 463_316
 

@@ -5,12 +5,13 @@ import itertools
 import numpy as np
 import pytest
 
-from bd3lm_jax.data import code, packing, parts, prepare as prepare_module
+from bd3lm_jax.data import code, packing, parts
+from bd3lm_jax.data import prepare as prepare_module
 from bd3lm_jax.data.corpora import load_documents
+from bd3lm_jax.data.density import arithmetic
 from bd3lm_jax.data.loader import Loader
 from bd3lm_jax.data.prepare import prepare
 from bd3lm_jax.data.tokenizers import ByteTokenizer
-from bd3lm_jax.density import arithmetic
 
 BLOCK = 8
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data.detokenize import RULES, detokenize
-from bd3lm_jax.errors import UserError
 
 PAIRS = {
     "wikitext": [

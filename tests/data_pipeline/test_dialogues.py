@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data import loader
 from bd3lm_jax.data.corpora import load_documents
 from bd3lm_jax.data.dialogues import Dialogue
 from bd3lm_jax.data.prepare import prepare
 from bd3lm_jax.data.tokenizers import ByteTokenizer
-from bd3lm_jax.errors import UserError
 
 LINES = [{"prompt": "two and two?", "response": "four"}, {"prompt": "café", "response": "crème"},
          {"messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"},

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from bd3lm_jax.config import Config, DataConfig
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data import corpora
 from bd3lm_jax.data.corpora import load_documents
+from bd3lm_jax.data.domains import open_text
 from bd3lm_jax.data.loader import Loader
 from bd3lm_jax.data.mixture import MixedRows, SourceSchedule
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
 from bd3lm_jax.data.tokenizers import ByteTokenizer
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluation.domains import open_text
 from launch.arguments import load_config
 
 BLOCK = 8

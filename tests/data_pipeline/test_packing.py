@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data import packing
-from bd3lm_jax.errors import UserError
 
 END = 99
 LENGTH, BLOCK = 12, 4

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from toy_runs import environment
 
-from bd3lm_jax.data import packing, parts, prepare as prepare_module
+from bd3lm_jax.core.errors import RunError, UserError
+from bd3lm_jax.data import packing, parts
+from bd3lm_jax.data import prepare as prepare_module
 from bd3lm_jax.data.corpora import join_documents, load_documents
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
 from bd3lm_jax.data.tokenizers import ByteTokenizer
-from bd3lm_jax.errors import RunError, UserError
 
 BLOCK = 8
 

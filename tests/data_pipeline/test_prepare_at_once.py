@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from toy_runs import environment, write_text
 
-from bd3lm_jax import workspace
-from bd3lm_jax.bench import concurrent_prepare
+from bd3lm_jax.core import workspace
 from bd3lm_jax.data import parts
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
 from bd3lm_jax.data.tokenizers import ByteTokenizer
+from bd3lm_jax.experiments.bench import concurrent_prepare
 
 PART = 500
 
@@ -34,7 +34,7 @@ def test_many_processes_some_of_them_killed(text_config, tmp_path, monkeypatch):
     data = text_config(tokenizer="bpe:270")
     asked = {"data": dataclasses.asdict(data), "processes": 24, "killed": 4, "within_s": 0.5, "part_chars": PART,
              "seed": 0}
-    done = subprocess.run([sys.executable, "-m", "bd3lm_jax.bench.concurrent_prepare", json.dumps(asked)], env=environment(),
+    done = subprocess.run([sys.executable, "-m", "bd3lm_jax.experiments.bench.concurrent_prepare", json.dumps(asked)], env=environment(),
                           capture_output=True, text=True, timeout=300)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["errors"] == [] and found["codes"] == [0] * 20
@@ -82,6 +82,6 @@ def test_rows_in_a_directory_that_cannot_be_written_are_read(text_config, monkey
     def refuse(*_):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("bd3lm_jax.lock._open", refuse)
+    monkeypatch.setattr("bd3lm_jax.core.lock._open", refuse)
     assert prepare(text_config(), "train", 4, ByteTokenizer()).path == rows.path
     assert Path(workspace.parts(rows.path)).is_dir()

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from places import ROOT
 
+from bd3lm_jax.core.errors import RunError, UserError
 from bd3lm_jax.data import manifest, parts
 from bd3lm_jax.data.corpora import Corpus
 from bd3lm_jax.data.dialogues import Dialogue
 from bd3lm_jax.data.prepare import prepare, prepare_corpus
 from bd3lm_jax.data.tokenizers import ByteTokenizer, get_tokenizer
-from bd3lm_jax.errors import RunError, UserError
 
 BLOCK, PART = 8, 2000
 

@@ -9,15 +9,15 @@ import os
 
 import pytest
 
-from bd3lm_jax import log
+from bd3lm_jax.core import log
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data import text_files
 from bd3lm_jax.data.corpora import load_documents
-from bd3lm_jax.density.file import Annotations
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluation.domains import _local_section
-from bd3lm_jax.tasks.registry import TASKS
-from bd3lm_jax.tasks.task import read_problems
-from bd3lm_jax.writing import sample_files
+from bd3lm_jax.data.density.file import Annotations
+from bd3lm_jax.data.domains import _local_section
+from bd3lm_jax.evaluation.tasks.registry import TASKS
+from bd3lm_jax.evaluation.tasks.task import read_problems
+from bd3lm_jax.generation import sample_files
 from launch.infill import read_texts
 
 ODD = "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven\x1deight\x1enine"  # str.splitlines cuts at each

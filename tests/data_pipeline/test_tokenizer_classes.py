@@ -7,9 +7,9 @@ import shutil
 import pytest
 from places import DATA
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data import sentence_pieces, tokenizer_files
 from bd3lm_jax.data.tokenizers import SubwordTokenizer, get_tokenizer, tokenizer_of
-from bd3lm_jax.errors import UserError
 
 CLASSES = DATA / "tokenizers" / "classes"
 GOLDEN = json.loads((CLASSES / "ids.json").read_text())

@@ -7,8 +7,8 @@ from importlib import resources
 import pytest
 from places import DATA
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data.tokenizers import get_tokenizer, tokenizer_of
-from bd3lm_jax.errors import UserError
 
 VECTORS = DATA / "tokenizers"
 SAPIENS = DATA / "sapiens_vh"

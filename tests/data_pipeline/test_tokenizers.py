@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from places import DATA
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data.corpora import load_documents
 from bd3lm_jax.data.tokenizers import get_tokenizer, load_tokenizer
-from bd3lm_jax.errors import UserError
 
 VECTORS = DATA / "tokenizers"
 TEXTS = ["Hello, world", "naïve café £5 — ‘quote’", " leading and  double spaces", "日本語 🦙", "", "tab\tnewline\nend"]

@@ -3,11 +3,11 @@ import dataclasses
 import numpy as np
 import pytest
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
 from bd3lm_jax.data.token_bytes import RowsWithBytes
 from bd3lm_jax.data.tokenizers import ByteTokenizer
-from bd3lm_jax.data.windows import ScoringConvention, ConditionedRows, Windows, rows_to_score
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.data.windows import ConditionedRows, ScoringConvention, Windows, rows_to_score
 
 PLAIN = ScoringConvention("independent", 0, "predict", "count")
 TEXTS = ["abcdefghijklmnopqrstuvwxyz", "", "hi", "0123456789012", "x" * 11, "é"]

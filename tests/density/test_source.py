@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.data.density import check, frequency, is_continuous, open_density, surprisal, unigram
+from bd3lm_jax.data.density.source import Annotation, Context, Spans, dense_tokens, hash_fraction
 from bd3lm_jax.data.tokenizers import get_tokenizer
-from bd3lm_jax.density import check, frequency, is_continuous, open_density, surprisal, unigram
-from bd3lm_jax.density.source import Annotation, Context, Spans, dense_tokens, hash_fraction
-from bd3lm_jax.errors import UserError
 
 TEXT = "if naïve: café  42+1"
 TOKENIZERS = ("bytes", "gpt2", "bert-base-uncased", "bpe:284")

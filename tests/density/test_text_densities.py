@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.data.density import arithmetic, open_density, python
+from bd3lm_jax.data.density.source import Context
 from bd3lm_jax.data.tokenizers import get_tokenizer
-from bd3lm_jax.density import arithmetic, open_density, python
-from bd3lm_jax.density.source import Context
-from bd3lm_jax.errors import UserError
 
 PROGRAM = '''\
 def fit(café, xs):

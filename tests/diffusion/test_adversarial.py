@@ -14,13 +14,15 @@ import optax
 import pytest
 from toy_runs import END, LENGTH, MASK, network, quick_jit, toy_config
 
-from bd3lm_jax import parameters, forward, sharding
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.state import OBJECTIVE_PARAMS, TrainState
 from bd3lm_jax.diffusion.adversarial import Adversarial
 from bd3lm_jax.diffusion.noised import Noised
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.score import SpecialIds
-from bd3lm_jax.state import OBJECTIVE_PARAMS, TrainState
-from bd3lm_jax.step import make_step
+from bd3lm_jax.models import forward
+from bd3lm_jax.parallel import sharding
+from bd3lm_jax.scoring import parameters
+from bd3lm_jax.scoring.score import SpecialIds
+from bd3lm_jax.training.step import make_step
 from configs import common
 
 SIZE, VOCAB, WIDTH = 4, 6, 3

@@ -10,8 +10,8 @@ import pytest
 from toy_law import LENGTH, ToyLaw, blocks, subsets
 
 from bd3lm_jax.diffusion.schedule import get_schedule
-from bd3lm_jax.evaluation.estimators import Exhaustive
-from bd3lm_jax.score import SpecialIds
+from bd3lm_jax.likelihood.estimators import Exhaustive
+from bd3lm_jax.scoring.score import SpecialIds
 
 LAW, MASK = ToyLaw(), 9
 SIZES = (1, 2, 4)

@@ -10,15 +10,14 @@ import optax
 import pytest
 from toy_runs import END, LENGTH, MASK, network, quick_jit, toy_config
 
-from bd3lm_jax import forward
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.state import TrainState
 from bd3lm_jax.diffusion.cap import Cap
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluation import estimators
-from bd3lm_jax.models import trunk
-from bd3lm_jax.forward import DEFAULT_EXECUTION
-from bd3lm_jax.score import LossInputs, SpecialIds, total_loss
-from bd3lm_jax.state import TrainState
-from bd3lm_jax.step import make_step
+from bd3lm_jax.likelihood import estimators
+from bd3lm_jax.models import forward, trunk
+from bd3lm_jax.models.forward import DEFAULT_EXECUTION
+from bd3lm_jax.scoring.score import LossInputs, SpecialIds, total_loss
+from bd3lm_jax.training.step import make_step
 from configs import common
 
 SECTION = {"kind": "cap", **common.MASKED, "block_size": 8, "coefficient": 0.7}

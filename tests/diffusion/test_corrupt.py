@@ -9,8 +9,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bd3lm_jax.diffusion.corrupt import (bernoulli, count_capacity, counts_from_probs, exact_count, maskable_counts,
-                                         truncated_binomial_counts, truncated_capacity)
+from bd3lm_jax.diffusion.corrupt import (
+    bernoulli,
+    count_capacity,
+    counts_from_probs,
+    exact_count,
+    maskable_counts,
+    truncated_binomial_counts,
+    truncated_capacity,
+)
 
 GRID = ((np.arange(20_000) + 0.5) / 20_000).astype(np.float32)  # a uniform, enumerated
 truncated = jax.jit(truncated_binomial_counts, static_argnums=(3, 4, 5))

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import D3PM, MD4
-from bd3lm_jax.errors import UserError
 
 MASK, SIZE = 9, 3
 LETTERS = 3

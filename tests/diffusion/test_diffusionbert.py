@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion.diffusionbert import DiffusionBERT, spindle
-from bd3lm_jax.errors import UserError
 
 MASK, END, ROWS, VIEWS, SIZE = 9, 8, 2048, 2, 4
 DENSITY_L = np.array([0.9, 0.1, 0.5, 0.7, 1.0, 0.0, 0.4, 0.2], np.float32)  # of two blocks

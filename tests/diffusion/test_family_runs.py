@@ -9,8 +9,8 @@ from toy_lm import make_ids
 from toy_runs import LENGTH, toy_config, write_text
 
 import bd3lm_jax
-from bd3lm_jax.log import read_metrics
-from bd3lm_jax.train import train
+from bd3lm_jax.core.log import read_metrics
+from bd3lm_jax.training.train import train
 from configs import tiny
 
 LEVEL = "model.time_conditioning"

@@ -11,11 +11,11 @@ import pytest
 from toy_lm import MASK, make_ids, make_lm
 from toy_runs import toy_config
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import MD4, GenMD4
 from bd3lm_jax.diffusion.noised import Noised
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.forward import DEFAULT_EXECUTION, single_document_rows
-from bd3lm_jax.score import score, total_loss
+from bd3lm_jax.models.forward import DEFAULT_EXECUTION, single_document_rows
+from bd3lm_jax.scoring.score import score, total_loss
 
 LETTERS, SIZE = 3, 2
 BLANK = LETTERS  # the mask

@@ -25,6 +25,6 @@ def test_import_walls():
             elif isinstance(node, ast.ImportFrom):
                 imported.add(node.module)
     ours = {name for name in imported if name.startswith("bd3lm_jax")}
-    assert all(name == "bd3lm_jax.errors" or name.startswith("bd3lm_jax.diffusion") for name in ours)
+    assert all(name == "bd3lm_jax.core.errors" or name.startswith("bd3lm_jax.diffusion") for name in ours)
     others = {name.split(".")[0] for name in imported - ours} - sys.stdlib_module_names
     assert others <= {"jax", "flax", "numpy", "chex"}

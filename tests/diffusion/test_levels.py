@@ -6,8 +6,8 @@ import pytest
 from scipy import stats
 from toy_law import LENGTH, ToyLaw, blocks, subsets
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion.levels import Levels, mask_prob_and_slope
-from bd3lm_jax.errors import UserError
 
 LAW, MASK, RAMP = ToyLaw(), 99, 0.4
 

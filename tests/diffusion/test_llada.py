@@ -8,8 +8,8 @@ import pytest
 from scipy import stats
 from toy_law import LENGTH, ToyLaw
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion.llada import LLaDA
-from bd3lm_jax.errors import UserError
 
 LAW, MASK, END = ToyLaw(), 99, 77
 PLAIN = LLaDA(block_size=LENGTH, complement=False, random_length=0.0, sft=False, normalise="tokens")

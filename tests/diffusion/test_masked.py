@@ -11,9 +11,9 @@ import pytest
 from places import GOLDEN
 from scipy import integrate, stats
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion.masked import Masked, cross_entropy_subs
 from bd3lm_jax.diffusion.schedule import get_schedule
-from bd3lm_jax.errors import UserError
 
 MASK, END = 99, 0
 ROWS, VIEWS, LENGTH = 256, 2, 64  # one shape, so that each objective compiles once

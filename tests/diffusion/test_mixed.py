@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion.mixed import Mixed
-from bd3lm_jax.errors import UserError
 
 MASK, END, LENGTH, SIZES = 99, 0, 16, (2, 4, 8)
 PLAIN = {"block_size": 4, "sizes": SIZES, "schedule": "loglinear", "corruption": "exact_count", "complement": False,

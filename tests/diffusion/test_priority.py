@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion.masked import Masked
 from bd3lm_jax.diffusion.priority import Priority, PriorityUniforms, dense_count_probability, rates
-from bd3lm_jax.errors import UserError
 
 MASK, END = 99, 0
 ROWS, VIEWS, SIZE, LENGTH = 256, 2, 4, 64  # one shape, so that each objective compiles once

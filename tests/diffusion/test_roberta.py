@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion.roberta import RobertaDiffusion
-from bd3lm_jax.errors import UserError
 
 MASK, END, SPECIAL, LENGTH = 99, 50, 60, 16
 OBJECTIVE = RobertaDiffusion(block_size=LENGTH, rates=(1.0, 0.5, 0.2), protected=3, special_ids=(SPECIAL,))

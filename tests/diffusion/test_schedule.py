@@ -6,8 +6,8 @@ import pytest
 from places import GOLDEN
 from scipy import stats
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion.schedule import MAX_STRATA, get_schedule, stratified_uniform, systematic_uniform
-from bd3lm_jax.errors import UserError
 
 PRIMITIVES = np.load(GOLDEN / "primitives.npz")
 MASK_PROB = {  # written from the definitions, in float64

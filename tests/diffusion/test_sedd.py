@@ -12,10 +12,10 @@ from scipy import integrate
 from toy_lm import MASK, make_ids, make_lm
 
 from bd3lm_jax.config import Config
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import SEDD
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.forward import DEFAULT_EXECUTION, single_document_rows
-from bd3lm_jax.score import score, total_loss
+from bd3lm_jax.models.forward import DEFAULT_EXECUTION, single_document_rows
+from bd3lm_jax.scoring.score import score, total_loss
 from configs import tiny
 
 EPS = 1e-3

@@ -12,17 +12,17 @@ import optax
 import pytest
 from toy_runs import END, LENGTH, MASK, network, quick_jit, toy_config
 
-from bd3lm_jax import models, forward
-from bd3lm_jax.cost import flops
+from bd3lm_jax import models
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.state import TrainState
 from bd3lm_jax.diffusion.masked import Masked
 from bd3lm_jax.diffusion.ssd_lm import ALPHA_BAR_MIN, OFFSET, SSDLM, alpha_bar, noisy_logits
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluation import estimators
-from bd3lm_jax.models import trunk
-from bd3lm_jax.forward import DEFAULT_EXECUTION
-from bd3lm_jax.score import SpecialIds
-from bd3lm_jax.state import TrainState
-from bd3lm_jax.step import make_step
+from bd3lm_jax.likelihood import estimators
+from bd3lm_jax.models import forward, trunk
+from bd3lm_jax.models.forward import DEFAULT_EXECUTION
+from bd3lm_jax.planning import flops
+from bd3lm_jax.scoring.score import SpecialIds
+from bd3lm_jax.training.step import make_step
 
 BLOCK, BATCH, VIEWS, VOCAB, SCALE = 8, 4, 2, 12, 5.0
 IT = SSDLM(block_size=BLOCK, scale=SCALE)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from toy_lm import MASK, make_ids, make_lm
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import SEDDUniform, Uniform
-from bd3lm_jax.errors import UserError
 
 LETTERS, SIZE = 3, 2
 IDS = [0, 1, 3]  # ids of the letters; 2 is the mask

@@ -10,15 +10,15 @@ import pytest
 from toy_lm import CONTEXT, MASK, make_ids, make_lm, masked
 from toy_runs import toy_config, write_text
 
-from bd3lm_jax import forward
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion.mixed import Mixed
-from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation import block_sizes
-from bd3lm_jax.evaluation.estimators import make
 from bd3lm_jax.evaluation.evaluate_run import evaluate_run
-from bd3lm_jax.forward import RowBlockSizes
-from bd3lm_jax.score import row_losses, score
-from bd3lm_jax.train import train
+from bd3lm_jax.likelihood.estimators import make
+from bd3lm_jax.models import forward
+from bd3lm_jax.models.forward import RowBlockSizes
+from bd3lm_jax.scoring.score import row_losses, score
+from bd3lm_jax.training.train import train
 
 SIZES, LENGTH = (1, 2, 4), 8
 MIXED = Mixed(block_size=4, sizes=SIZES, schedule="loglinear", corruption="exact_count", complement=False, eps=1e-3)

@@ -10,11 +10,11 @@ from scipy import stats as scipy_stats
 from toy_intervals import bell_mccaffrey
 from toy_runs import AR, toy_config, write_text
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluation.evaluate import open_run
 from bd3lm_jax.evaluation.evaluate_run import evaluate_run
-from bd3lm_jax.train import train
+from bd3lm_jax.likelihood.evaluate import open_run
+from bd3lm_jax.training.train import train
 
 pytestmark = pytest.mark.ci_slow  # seven runs are trained
 KEYS = {"workdir", "estimator", "step", "config_sha256", "bits_per_byte", "nll", "unit", "difference",

@@ -12,11 +12,11 @@ import pytest
 from scipy.special import log_softmax
 from toy_lm import CONTEXT, END, LETTERS, MASK, make_ids, make_lm, masked
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data.tokenizers import ByteTokenizer, train_bpe
 from bd3lm_jax.diffusion import AR
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluation import conditional
-from bd3lm_jax.score import SpecialIds
+from bd3lm_jax.likelihood import conditional
+from bd3lm_jax.scoring.score import SpecialIds
 
 OPTIONS = {"estimator": "exact_count", "draws": 2, "seed": 0, "greedy": False, "batch": 8}
 PAIRS = [(0, 4), (2, 3), (5, 6), (4, 1), (3, 9), (14, 10)]  # tokens of prompts and continuations

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from toy_runs import toy_config, write_text
 
-from bd3lm_jax.bench import bench
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data.prepare import prepare
 from bd3lm_jax.data.token_bytes import RowsWithBytes
 from bd3lm_jax.data.tokenizers import ByteTokenizer
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluation import density_study
-from bd3lm_jax.evaluation.density_study import TaggedRows, masked_runs, study
-from bd3lm_jax.evaluation.evaluate import open_run
-from bd3lm_jax.train import train
+from bd3lm_jax.experiments import density_study
+from bd3lm_jax.experiments.bench import bench
+from bd3lm_jax.experiments.density_study import TaggedRows, masked_runs, study
+from bd3lm_jax.likelihood.evaluate import open_run
+from bd3lm_jax.training.train import train
 from configs import common
 
 PRIORITY = {**common.OBJECTIVES["priority"][0], "block_size": 4}

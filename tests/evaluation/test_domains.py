@@ -5,15 +5,14 @@ import pytest
 from toy_costs import Costs
 from toy_runs import toy_config, write_text
 
-from bd3lm_jax.data import corpora
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.stats import ratio_interval
+from bd3lm_jax.data import corpora, domains
 from bd3lm_jax.data.corpora import Corpus
+from bd3lm_jax.data.domains import DOMAINS, MissingText, check_overlap, convention_for, open_text
 from bd3lm_jax.data.prepare import prepare_tokenizer
 from bd3lm_jax.data.tokenizers import ByteTokenizer, get_tokenizer
-from bd3lm_jax.data.windows import ScoringConvention, ConditionedRows, Windows
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluation import domains
-from bd3lm_jax.evaluation.domains import DOMAINS, MissingText, check_overlap, convention_for, open_text
-from bd3lm_jax.stats import ratio_interval
+from bd3lm_jax.data.windows import ConditionedRows, ScoringConvention, Windows
 
 PLAIN = ScoringConvention("independent", 0, "predict", "count")
 

@@ -12,10 +12,10 @@ import pytest
 from toy_lm import make_lm, masked
 from toy_runs import AR, toy_config
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import Masked
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluation import estimators
-from bd3lm_jax.score import SpecialIds
+from bd3lm_jax.likelihood import estimators
+from bd3lm_jax.scoring.score import SpecialIds
 
 SIZE, BLOCKS, ROWS = 4, 8, 2000
 LENGTH = SIZE * BLOCKS

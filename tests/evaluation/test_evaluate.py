@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 from toy_runs import AR, END, LENGTH, MASK, network, quick_jit, run_python, toy_config, write_text
 
-from bd3lm_jax import forward, sharding, stats
+from bd3lm_jax.core import stats
+from bd3lm_jax.core.errors import RunError, UserError
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
 from bd3lm_jax.data.token_bytes import RowsWithBytes
-from bd3lm_jax.errors import RunError, UserError
-from bd3lm_jax.evaluation.evaluate import Evaluator, Target
 from bd3lm_jax.evaluation.evaluate_run import evaluate_run
-from bd3lm_jax.score import SpecialIds
-from bd3lm_jax.train import train
+from bd3lm_jax.likelihood.evaluate import Evaluator, Target
+from bd3lm_jax.models import forward
+from bd3lm_jax.parallel import sharding
+from bd3lm_jax.scoring.score import SpecialIds
+from bd3lm_jax.training.train import train
 
 SPECIAL = SpecialIds(MASK, END)
 SEEDS = 40

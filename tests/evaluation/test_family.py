@@ -4,14 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from toy_runs import AR, toy_config, write_text
 
-from bd3lm_jax.bench.family import runs_of
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.evaluation import family
 from bd3lm_jax.evaluation.evaluate_run import evaluate_run
-from bd3lm_jax.train import train
+from bd3lm_jax.experiments.bench.family import runs_of
+from bd3lm_jax.training.train import train
 from configs import common
-from toy_runs import AR, toy_config, write_text
 
 EVAL = dict(split="valid", data="", estimator="", draws=1, seed=0, weights="ema", batch=0, target_ci=0.0, max_draws=1,
             against="", data_dir="", chunks="independent", stride=0, first_token="", end_token="count")

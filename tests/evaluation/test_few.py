@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from toy_runs import toy_config, write_text
 
-from bd3lm_jax import report
-from bd3lm_jax.convert import convert
-from bd3lm_jax.errors import RunError
-from bd3lm_jax.evaluation import evaluate
-from bd3lm_jax.evaluation.evaluate import Target
+from bd3lm_jax.core.errors import RunError
+from bd3lm_jax.evaluation.convert import convert
 from bd3lm_jax.evaluation.evaluate_run import evaluate_run
-from bd3lm_jax.train import train
+from bd3lm_jax.likelihood import evaluate
+from bd3lm_jax.likelihood.evaluate import Target
+from bd3lm_jax.training import report
+from bd3lm_jax.training.train import train
 
 
 @pytest.mark.parametrize(("rows", "spread", "draws"), [(1, 0.5, 8), (1, 0.5, 24), (1, 1.0, 24), (2, 1.0, 16),

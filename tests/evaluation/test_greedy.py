@@ -6,7 +6,7 @@ from scipy.special import log_softmax
 from toy_lm import CONTEXT, END, LETTERS, MASK, make_ids, make_lm, masked
 
 from bd3lm_jax.diffusion import AR
-from bd3lm_jax.evaluation import conditional
+from bd3lm_jax.likelihood import conditional
 
 OPTIONS = {"estimator": "exact_count", "draws": 1, "seed": 0, "greedy": True, "batch": 16}
 GREEDY = {"sampler": "confidence", "temperature": 0.0}

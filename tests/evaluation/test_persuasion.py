@@ -8,13 +8,14 @@ import pytest
 from places import ROOT
 from toy_costs import Costs, causal_config, opened
 
+from bd3lm_jax.core.stats import ratio_interval
+from bd3lm_jax.data.domains import open_text
 from bd3lm_jax.data.prepare import prepare_tokenizer
 from bd3lm_jax.data.tokenizers import get_tokenizer
 from bd3lm_jax.data.windows import ScoringConvention
-from bd3lm_jax.evaluation import compare, suite
-from bd3lm_jax.evaluation.domains import open_text
+from bd3lm_jax.evaluation import suite
 from bd3lm_jax.evaluation.suite import Scored
-from bd3lm_jax.stats import ratio_interval
+from bd3lm_jax.likelihood import compare
 
 WHOLE, SKIP = (ScoringConvention("independent", 0, first, "count") for first in ("predict", "skip"))
 CONVENTIONS = {"whole": WHOLE, "skip": SKIP, "no ends": ScoringConvention("independent", 0, "skip", "skip"),

@@ -10,9 +10,10 @@ from toy_lm import CONTEXT, END, LETTERS, make_ids, make_lm
 
 import bd3lm_jax
 from bd3lm_jax.config import DataConfig
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.data import textmetrics
 from bd3lm_jax.diffusion import AR
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluation import quality, textmetrics
+from bd3lm_jax.evaluation import quality
 from bd3lm_jax.evaluation.quality import evaluate_samples, figures, perplexity
 from bd3lm_jax.evaluation.scorer import Words
 

@@ -6,8 +6,8 @@ import pytest
 from toy_lm import CONTEXT, END, LETTERS, make_ids, make_lm, masked
 
 import bd3lm_jax
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import AR
-from bd3lm_jax.errors import UserError
 from bd3lm_jax.evaluation.scorer import Scorer, Words, windows
 
 

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 from places import HF
 from toy_runs import AR, toy_config, write_text
+from word_tokenizer import write_tokenizer
 
-from bd3lm_jax.data import corpora
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluation import domains, suite
-from bd3lm_jax.evaluation.domains import Domain
-from bd3lm_jax.evaluation.estimators import default_estimator
-from bd3lm_jax.evaluation.evaluate import open_run
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.data import corpora, domains
+from bd3lm_jax.data.domains import Domain
+from bd3lm_jax.evaluation import suite
 from bd3lm_jax.evaluation.evaluate_run import evaluate_run
 from bd3lm_jax.evaluation.suite import evaluate_suite
-from bd3lm_jax.train import train
-from word_tokenizer import write_tokenizer
+from bd3lm_jax.likelihood.estimators import default_estimator
+from bd3lm_jax.likelihood.evaluate import open_run
+from bd3lm_jax.training.train import train
 
 OPTIONS = {"split": "valid", "chunks": "independent", "stride": 0, "first_token": "", "end_token": "count",
            "estimator": "", "draws": 1, "seed": 0, "weights": "ema", "batch": 0, "target_ci": 0.0, "max_draws": 64}

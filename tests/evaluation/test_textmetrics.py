@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from bd3lm_jax.config import DataConfig
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.data import textmetrics
 from bd3lm_jax.data.corpora import join_documents, load_documents
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluation import textmetrics
 
 AUSTEN = DataConfig(source="austen", path="", name="", field="", tokenizer="bytes", length=1, layout="wrap",
                     valid_fraction=0.1, cache_dir="", workers=1, density="", density_fraction=1.0, mixture=())

@@ -10,15 +10,14 @@ from toy_lm import CONTEXT, LETTERS, make_lm, masked
 from toy_runs import toy_config, write_text
 
 import bd3lm_jax
-from bd3lm_jax import settings
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.diffusion.mixed import Mixed
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluation import tune_sampling
+from bd3lm_jax.evaluation import settings, tune_sampling
 from bd3lm_jax.evaluation.scorer import Scorer
+from bd3lm_jax.generation.options import check_options, make_options
 from bd3lm_jax.lm import CheckpointId
-from bd3lm_jax.train import train
-from bd3lm_jax.writing.options import check_options, make_options
+from bd3lm_jax.training.train import train
 from launch.__main__ import main
 
 MIXED = Mixed(block_size=4, sizes=(1, 4), schedule="loglinear", corruption="exact_count", complement=False, eps=1e-3)

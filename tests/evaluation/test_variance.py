@@ -9,19 +9,19 @@ import pytest
 from toy_lm import make_lm
 from toy_runs import LENGTH, quick_jit, toy_config, write_text
 
-from bd3lm_jax.bench import bench
-from bd3lm_jax.bench import variance as bench_variance
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data.loader import Loader
 from bd3lm_jax.data.prepare import prepare
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.diffusion.masked import Masked
 from bd3lm_jax.diffusion.schedule import get_schedule
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.evaluation import variance
+from bd3lm_jax.experiments import variance
+from bd3lm_jax.experiments.bench import bench
+from bd3lm_jax.experiments.bench import variance as bench_variance
 from bd3lm_jax.lm import load
-from bd3lm_jax.forward import DEFAULT_EXECUTION
-from bd3lm_jax.score import row_losses, score
-from bd3lm_jax.train import train
+from bd3lm_jax.models.forward import DEFAULT_EXECUTION
+from bd3lm_jax.scoring.score import row_losses, score
+from bd3lm_jax.training.train import train
 
 BATCH, DRAWS = 8, 6
 UNIFORM = Masked.uniform_counts(4)

@@ -10,11 +10,12 @@ import types
 import pytest
 from toy_runs import environment, toy_config, toy_dict, write_text
 
-from bd3lm_jax.checkpoint import Checkpoints
-from bd3lm_jax.errors import RunError, UserError
-from bd3lm_jax.evaluation import evaluate, watch
-from bd3lm_jax.log import append, read_lines, read_metrics
-from bd3lm_jax.train import train
+from bd3lm_jax.checkpoints.checkpoint import Checkpoints
+from bd3lm_jax.core.errors import RunError, UserError
+from bd3lm_jax.core.log import append, read_lines, read_metrics
+from bd3lm_jax.evaluation import watch
+from bd3lm_jax.likelihood import evaluate
+from bd3lm_jax.training.train import train
 from launch.__main__ import main
 
 ASKED = {"data": "", "split": "valid", "data_dir": "", "chunks": "independent", "stride": 0, "first_token": "",
@@ -223,7 +224,7 @@ def test_a_published_checkpoint_is_refused(monkeypatch):
 RUN = """
 import json, sys
 from bd3lm_jax.config import Config
-from bd3lm_jax.train import train
+from bd3lm_jax.training.train import train
 train(Config.from_dict(json.loads(sys.argv[1])), sys.argv[2])
 """
 

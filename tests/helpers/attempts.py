@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from bd3lm_jax.tasks import sandbox
+from bd3lm_jax.evaluation.tasks import sandbox
 
 LIMITS = sandbox.Limits(wall_s=30.0, cpu_s=20, memory_mib=512, file_mib=8, processes=6)
 STOPPED, POSSIBLE = "stopped", "**possible**"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from bd3lm_jax.sampling import SAMPLERS, DenoiserContext, Filters, Request, Settings, run_blocks, start
+from bd3lm_jax.generation.sampling import SAMPLERS, DenoiserContext, Filters, Request, Settings, run_blocks, start
 
 LENGTH, SIZE, KINDS = 6, 3, 3
 MASK = KINDS

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bd3lm_jax.checkpoint import Checkpoints
-from bd3lm_jax.state import TrainState
+from bd3lm_jax.checkpoints.checkpoint import Checkpoints
+from bd3lm_jax.core.state import TrainState
 
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 

@@ -2,8 +2,8 @@
 
 import subprocess
 
-from bd3lm_jax import clusters
-from bd3lm_jax.clusters import slices
+from bd3lm_jax.experiments import clusters
+from bd3lm_jax.experiments.clusters import slices
 
 HOSTILE = ("it's", 'a "b"', "$HOME `id` $(id)", "back\\slash", "semi; colon & | > <", "* ? [x] {a,b} ~ # !",
            "ünïcödé 🙂", "--config=x y", "%j", ": - 'yaml' #", "")

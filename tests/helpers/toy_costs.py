@@ -6,8 +6,8 @@ import numpy as np
 
 from bd3lm_jax.config import Config
 from bd3lm_jax.diffusion.ar import AR
-from bd3lm_jax.evaluation.estimators import SinglePass
-from bd3lm_jax.evaluation.evaluate import LikelihoodResult, LoadedRun
+from bd3lm_jax.likelihood.estimators import SinglePass
+from bd3lm_jax.likelihood.evaluate import LikelihoodResult, LoadedRun
 from configs import tiny
 
 

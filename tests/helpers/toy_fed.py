@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bd3lm_jax import replicas
-from bd3lm_jax.checkpoint import Checkpoints
+from bd3lm_jax.checkpoints.checkpoint import Checkpoints
 from bd3lm_jax.data.loader import Loader
+from bd3lm_jax.parallel import replicas
 from launch.__main__ import launch
 
 

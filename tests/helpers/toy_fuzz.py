@@ -10,9 +10,10 @@ import json
 import os
 import signal
 
-from hypothesis import HealthCheck, settings, strategies as st
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 
-from bd3lm_jax.errors import UserError, one_line
+from bd3lm_jax.core.errors import UserError, one_line
 
 HUNT = int(os.environ.get("BD3LM_FUZZ", 0))
 SECONDS = 20  # after which a call counts as hanging

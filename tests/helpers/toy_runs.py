@@ -16,9 +16,9 @@ import numpy as np
 from places import HELPERS, ROOT
 
 from bd3lm_jax import models
-from bd3lm_jax.checkpoint import Checkpoints
+from bd3lm_jax.checkpoints.checkpoint import Checkpoints
 from bd3lm_jax.config import Config, decisive_hash
-from bd3lm_jax.log import RunLog, read_metrics
+from bd3lm_jax.core.log import RunLog, read_metrics
 from bd3lm_jax.models import trunk
 from configs import tiny
 

@@ -3,7 +3,7 @@
 import itertools
 import re
 
-from bd3lm_jax.constraints.dfa import START
+from bd3lm_jax.generation.constraints.dfa import START
 
 PIECES = [b"a", b"b", b"ab", b"ba", b""]  # the last one is the mask
 MASK, END = 4, 5

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bd3lm_jax import sharding
-from bd3lm_jax.cost import flops
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import AR, Masked
-from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import build, trunk
 from bd3lm_jax.models.bert import BertConfig
 from bd3lm_jax.models.gpt2 import GPT2Config
 from bd3lm_jax.models.modernbert import ModernBertConfig
 from bd3lm_jax.models.trunk import Stream
+from bd3lm_jax.parallel import sharding
+from bd3lm_jax.planning import flops
 
 VOCAB, LENGTH, BLOCK = 30, 12, 4
 SIZES = dict(vocab_size=VOCAB, layers=2, width=16, heads=2, hidden=24, dropout=0.0, norm_eps=1e-5)

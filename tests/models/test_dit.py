@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.models import build, trunk
 from bd3lm_jax.models.dit import Condition, DiTConfig, rotate
 

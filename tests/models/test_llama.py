@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from llama_oracle import network
 
-from bd3lm_jax import forward, sharding
 from bd3lm_jax.attention import blocked
-from bd3lm_jax.cost import flops
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import AR, Masked
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.models import build, trunk
+from bd3lm_jax.models import build, forward, trunk
 from bd3lm_jax.models.llama import LlamaConfig, llama3_frequencies, rope_frequencies
 from bd3lm_jax.models.trunk import Stream
+from bd3lm_jax.parallel import sharding
+from bd3lm_jax.planning import flops
 
 TINY = LlamaConfig(vocab_size=31, layers=2, width=16, heads=4, kv_heads=2, head_dim=6, hidden=24, dropout=0.0,
                    rope_base=100.0, rope_scaling=(), norm_eps=1e-5, qkv_bias=True, qk_norm=True, tied=False)

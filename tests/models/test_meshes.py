@@ -13,9 +13,9 @@ from toy_runs import END, LENGTH, MASK, network, quick_jit, toy_config
 from bd3lm_jax import passes, sharding
 from bd3lm_jax.config import MeshConfig
 from bd3lm_jax.models import llama, moe
-from bd3lm_jax.score import SpecialIds
-from bd3lm_jax.state import TrainState
-from bd3lm_jax.step import make_step
+from bd3lm_jax.scoring.score import SpecialIds
+from bd3lm_jax.core.state import TrainState
+from bd3lm_jax.training.step import make_step
 
 SHARED = dict(vocab_size=-1, width=16, heads=4, kv_heads=2, head_dim=4, hidden=24, dropout=0.1, rope_base=1e4,
               norm_eps=1e-5, qk_norm=True, tied=True)

@@ -14,16 +14,16 @@ from llama_oracle import attention, network, rms, swiglu, turned
 from toy_runs import END, MASK, quick_jit, toy_config
 from toy_runs import network as toy_network
 
-from bd3lm_jax import forward, sharding
-from bd3lm_jax.cost import flops
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.state import TrainState
 from bd3lm_jax.diffusion import Masked
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.models import build, trunk
+from bd3lm_jax.models import build, forward, trunk
 from bd3lm_jax.models.moe import MoEConfig
 from bd3lm_jax.models.trunk import Stream
-from bd3lm_jax.score import SpecialIds, score
-from bd3lm_jax.state import TrainState
-from bd3lm_jax.step import make_step
+from bd3lm_jax.parallel import sharding
+from bd3lm_jax.planning import flops
+from bd3lm_jax.scoring.score import SpecialIds, score
+from bd3lm_jax.training.step import make_step
 
 TINY = MoEConfig(vocab_size=24, layers=3, dense_layers=1, width=16, heads=4, kv_heads=2, head_dim=6, rotary_dim=4,
                  hidden=20, experts=8, expert_hidden=10, shared_hidden=12, top_k=2, groups=4, top_groups=2,

@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 from toy_runs import quick_jit, toy_config
 
-from bd3lm_jax import forward
-from bd3lm_jax.cost import flops
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion.masked import Masked
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.models import build, trunk
+from bd3lm_jax.generation.denoise import BlockDenoiser, UncachedDenoiser
+from bd3lm_jax.generation.sampling import SAMPLERS, DenoiserContext, Filters, Request, Settings, run_blocks, start
+from bd3lm_jax.generation.sampling.generate import PreviousBlock
+from bd3lm_jax.models import build, forward, trunk
 from bd3lm_jax.models.dit import DiTConfig
-from bd3lm_jax.forward import Execution
-from bd3lm_jax.sampling import SAMPLERS, DenoiserContext, Filters, Request, Settings, run_blocks, start
-from bd3lm_jax.sampling.generate import PreviousBlock
-from bd3lm_jax.writing.denoise import BlockDenoiser, UncachedDenoiser
+from bd3lm_jax.models.forward import Execution
+from bd3lm_jax.planning import flops
 
 VOCAB, MASK, END, BLOCK, LENGTH, VIEWS = 31, 30, 3, 4, 12, 2
 CONFIG = DiTConfig(vocab_size=VOCAB, layers=4, width=16, heads=2, mlp_ratio=2, dropout=0.0, adaln=True, cond_dim=8,

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from bd3lm_jax.attention import blocked
-from bd3lm_jax.cost import flops
 from bd3lm_jax.models import build, trunk
 from bd3lm_jax.models.cache import DTYPES
 from bd3lm_jax.models.dit import DiTConfig
+from bd3lm_jax.models.forward import DEFAULT_EXECUTION
 from bd3lm_jax.models.trunk import Stream
-from bd3lm_jax.forward import DEFAULT_EXECUTION
+from bd3lm_jax.planning import flops
 
 CONFIG = DiTConfig(vocab_size=31, layers=3, width=16, heads=2, mlp_ratio=2, dropout=0.0, adaln=True, cond_dim=8,
                    time_conditioning=True, rope_base=1e4)

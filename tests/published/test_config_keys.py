@@ -10,9 +10,9 @@ import pytest
 from places import HF
 from safetensors.numpy import load_file, save_file
 
-from bd3lm_jax import hf
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.published.tensors import WEIGHTS_FILE
+from bd3lm_jax.checkpoints import hf
+from bd3lm_jax.checkpoints.published.tensors import WEIGHTS_FILE
+from bd3lm_jax.core.errors import UserError
 
 FAMILIES = [path.name for path in sorted(HF.iterdir())]
 

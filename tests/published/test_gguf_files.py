@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from toy_gguf import gguf, written
 
-from bd3lm_jax import hf
-from bd3lm_jax.convert import convert
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.checkpoints import hf
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.evaluation.convert import convert
 
 
 def in_parts(directory: Path, tmp_path: Path, number: int = 3) -> list[Path]:

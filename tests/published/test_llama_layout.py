@@ -12,12 +12,12 @@ from places import HF
 from safetensors.numpy import load_file, save_file
 
 import bd3lm_jax
-from bd3lm_jax import hf
+from bd3lm_jax.checkpoints import hf
+from bd3lm_jax.checkpoints.published import FORMATS, llada, llama
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import AR, SEDD, Masked
-from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import build, trunk
 from bd3lm_jax.models.llama import LlamaConfig
-from bd3lm_jax.published import FORMATS, llada, llama
 
 NAMES = ("llama", "qwen2", "llada", "dream")
 

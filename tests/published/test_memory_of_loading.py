@@ -7,11 +7,11 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
+from toy_runs import run_python
 
+from bd3lm_jax.checkpoints.published import llama, write
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.models.llama import LlamaConfig
-from bd3lm_jax.published import llama, write
-from toy_runs import run_python
 
 LIMIT = 1.6  # times the bytes of the weights, in anonymous memory above what the imports take
 ONE_B = LlamaConfig(vocab_size=128_256, layers=16, width=2048, heads=32, kv_heads=8, head_dim=64, hidden=8192,

@@ -11,11 +11,11 @@ from places import HF
 from safetensors.numpy import load_file
 
 import bd3lm_jax
-from bd3lm_jax import hf
+from bd3lm_jax.checkpoints import hf
+from bd3lm_jax.checkpoints.published import moe
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import Masked
-from bd3lm_jax.errors import UserError
 from bd3lm_jax.models import build, trunk
-from bd3lm_jax.published import moe
 
 LLADA2 = HF / "llada2_moe"
 

@@ -8,10 +8,10 @@ import pytest
 import tokenizers
 from places import HF
 
-from bd3lm_jax import hf
+from bd3lm_jax.checkpoints import hf
+from bd3lm_jax.checkpoints.published import write
 from bd3lm_jax.data.tokenizers import tokenizer_of, train_bpe
 from bd3lm_jax.diffusion import AR, Masked
-from bd3lm_jax.published import write
 
 FAMILIES = {  # directory -> model_type and architecture of a network of blocks, and whether it is causal as published
     "llama": ("bd3lm_llama", "LlamaForBlockDiffusion", True),

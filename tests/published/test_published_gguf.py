@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 from toy_gguf import gguf, written
 
 import bd3lm_jax
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.published.gguf import read_tokenizer
+from bd3lm_jax.checkpoints.published.gguf import read_tokenizer
+from bd3lm_jax.core.errors import UserError
 
 WORDS = ["<|endoftext|>", "a", "b", "c", "Ġ", "ab", "Ġa", "1", "2", "Ġab", "12"]
 MERGES = ["a b", "Ġ a", "Ġ ab", "1 2"]

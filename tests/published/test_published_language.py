@@ -15,11 +15,12 @@ from safetensors.numpy import load_file, save_file
 from scipy.special import log_softmax
 
 import bd3lm_jax
-from bd3lm_jax import hf, loss, forward
+from bd3lm_jax.checkpoints import hf
+from bd3lm_jax.checkpoints.published import FORMATS
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import AR, Masked
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.models import build, trunk
-from bd3lm_jax.published import FORMATS
+from bd3lm_jax.models import build, forward, trunk
+from bd3lm_jax.scoring import loss
 
 NAMES = ("gpt2", "bert", "roberta", "modernbert")
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from places import GOLDEN, HF
 from safetensors.numpy import load_file, save_file
+from toy_runs import run_python
 
 import bd3lm_jax
-from bd3lm_jax import hf
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.published.pickles import BUFFERS
-from toy_runs import run_python
+from bd3lm_jax.checkpoints import hf
+from bd3lm_jax.checkpoints.published.pickles import BUFFERS
+from bd3lm_jax.core.errors import UserError
 
 SOURCE = GOLDEN / "bd3lm_block4"
 NORM = "backbone.output_layer.norm_final.weight"
@@ -288,9 +288,9 @@ def test_a_mesh_holds_the_same_numbers_in_parts():
 
 def test_nothing_but_the_parts_is_read(monkeypatch):
     """A device's part of a stack of layers needs the tensors of these layers alone."""
-    from bd3lm_jax.published.bd3lm import layout
-    from bd3lm_jax.published.read import _place
-    from bd3lm_jax.published.tensors import open_file
+    from bd3lm_jax.checkpoints.published.bd3lm import layout
+    from bd3lm_jax.checkpoints.published.read import _place
+    from bd3lm_jax.checkpoints.published.tensors import open_file
 
     described, params = hf.read_model(SOURCE)
     tensors, seen = open_file(SOURCE / "model.safetensors"), []

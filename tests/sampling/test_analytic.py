@@ -11,15 +11,26 @@ import pytest
 from places import GOLDEN
 from scipy import stats
 from toy_blocks import (
-    KINDS, LENGTH, MASK, PVALUE, QUICK, SIZE, begin, conditional, denoise, make_request, row_keys, settings
+    KINDS,
+    LENGTH,
+    MASK,
+    PVALUE,
+    QUICK,
+    SIZE,
+    begin,
+    conditional,
+    denoise,
+    make_request,
+    row_keys,
+    settings,
 )
 from toy_lm import make_lm
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import SEDD
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.sampling import SAMPLERS, DenoiserContext
-from bd3lm_jax.sampling.generate import open_block, reveal
-from bd3lm_jax.sampling.steps import Row, TokenStats
+from bd3lm_jax.generation.sampling import SAMPLERS, DenoiserContext
+from bd3lm_jax.generation.sampling.generate import open_block, reveal
+from bd3lm_jax.generation.sampling.steps import Row, TokenStats
 
 STEPS = 3
 

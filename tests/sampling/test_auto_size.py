@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from toy_lm import MASK, make_lm
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion.mixed import Mixed
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.generation import stream
+from bd3lm_jax.generation.options import make_options
+from bd3lm_jax.generation.sampling import auto_size
 from bd3lm_jax.models import trunk
+from bd3lm_jax.models.forward import DEFAULT_EXECUTION
 from bd3lm_jax.models.trunk import Stream
-from bd3lm_jax.forward import DEFAULT_EXECUTION
-from bd3lm_jax.sampling import auto_size
-from bd3lm_jax.writing import stream
-from bd3lm_jax.writing.options import make_options
 
 SIZES, CANVAS = (1, 2, 4), 4
 MIXED = Mixed(block_size=4, sizes=SIZES, schedule="loglinear", corruption="exact_count", complement=False, eps=1e-3)

@@ -10,13 +10,20 @@ import pytest
 from scipy import special, stats
 from toy_text import END, MASK, PIECES, VOCAB, completable
 
-from bd3lm_jax.constraints.automaton import Automaton, build, lift
-from bd3lm_jax.constraints.dfa import START, compile_node
-from bd3lm_jax.constraints.regex import parse
 from bd3lm_jax.data.tokenizers import ByteTokenizer
-from bd3lm_jax.sampling.constraint import (Constraint, BlockState, advance, best_block, constrained_marginals,
-                                           draw_constrained, sample_block)
-from bd3lm_jax.sampling.filters import sample_categorical
+from bd3lm_jax.generation.constraints.automaton import Automaton, build, lift
+from bd3lm_jax.generation.constraints.dfa import START, compile_node
+from bd3lm_jax.generation.constraints.regex import parse
+from bd3lm_jax.generation.sampling.constraint import (
+    BlockState,
+    Constraint,
+    advance,
+    best_block,
+    constrained_marginals,
+    draw_constrained,
+    sample_block,
+)
+from bd3lm_jax.generation.sampling.filters import sample_categorical
 
 SIZE = 3
 CANVASES = list(itertools.product(range(VOCAB), repeat=SIZE))

@@ -7,8 +7,14 @@ import pytest
 from places import GOLDEN
 from scipy import special, stats
 
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.sampling.filters import Filters, check_filters, sample_categorical, filter_logits, apply_repetition_penalty
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.generation.sampling.filters import (
+    Filters,
+    apply_repetition_penalty,
+    check_filters,
+    filter_logits,
+    sample_categorical,
+)
 
 PRIMITIVES = np.load(GOLDEN / "primitives.npz")
 LOGITS_NxV = PRIMITIVES["logits"].reshape(-1, PRIMITIVES["logits"].shape[-1])

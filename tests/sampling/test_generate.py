@@ -8,11 +8,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
-from toy_blocks import (JOINT, KINDS, LENGTH, MASK, PVALUE, QUICK, SIZE, ask, begin, conditional, denoise,
-                        make_request, many, pvalue, row_keys, sample, settings, texts_and_blocks)
+from toy_blocks import (
+    JOINT,
+    KINDS,
+    LENGTH,
+    MASK,
+    PVALUE,
+    QUICK,
+    SIZE,
+    ask,
+    begin,
+    conditional,
+    denoise,
+    make_request,
+    many,
+    pvalue,
+    row_keys,
+    sample,
+    settings,
+    texts_and_blocks,
+)
 
-from bd3lm_jax.sampling import SAMPLERS, STOPS, run_blocks
-from bd3lm_jax.sampling.generate import close_block, done, open_block, reveal
+from bd3lm_jax.generation.sampling import SAMPLERS, STOPS, run_blocks
+from bd3lm_jax.generation.sampling.generate import close_block, done, open_block, reveal
 
 RUNS = 2000
 

@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 from toy_blocks import KINDS, MASK, PVALUE, QUICK, ask, begin, make_request, row_keys, sample, settings
 
-from bd3lm_jax.sampling import STOPS, Filters, run_blocks
-from bd3lm_jax.sampling.generate import ENTROPY_TOKENS
+from bd3lm_jax.generation.sampling import STOPS, Filters, run_blocks
+from bd3lm_jax.generation.sampling.generate import ENTROPY_TOKENS
 
 END = 2
 

@@ -10,10 +10,10 @@ import pytest
 from toy_lm import END, MASK, VOCAB, make_ids, make_lm
 from toy_runs import quick_jit
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion.ssd_lm import SSDLM, alpha_bar
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.sampling import DenoiserContext, Filters, Request, Settings, simplex, start
-from bd3lm_jax.writing.denoise import BlockDenoiser, UncachedDenoiser
+from bd3lm_jax.generation.denoise import BlockDenoiser, UncachedDenoiser
+from bd3lm_jax.generation.sampling import DenoiserContext, Filters, Request, Settings, simplex, start
 
 SIZE, STEPS, SCALE = 4, 5, 5.0
 IT = SSDLM(block_size=SIZE, scale=SCALE)

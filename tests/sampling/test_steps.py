@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bd3lm_jax.sampling.steps import SAMPLERS, Row, TokenStats
+from bd3lm_jax.generation.sampling.steps import SAMPLERS, Row, TokenStats
 
 PVALUE = 1e-3
 

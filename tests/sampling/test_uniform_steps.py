@@ -13,9 +13,9 @@ from toy_lm import MASK as LM_MASK
 from toy_lm import make_lm
 
 from bd3lm_jax.diffusion import Uniform
-from bd3lm_jax.sampling import SAMPLERS, DenoiserContext, Filters, start
-from bd3lm_jax.sampling.generate import open_block, reveal
-from bd3lm_jax.sampling.steps import Plan
+from bd3lm_jax.generation.sampling import SAMPLERS, DenoiserContext, Filters, start
+from bd3lm_jax.generation.sampling.generate import open_block, reveal
+from bd3lm_jax.generation.sampling.steps import Plan
 
 KINDS, SIZE, STEPS = 3, 2, 3  # ids 0, 1, 2 and the mask, 3
 TABLE = np.random.default_rng(2).normal(size=(SIZE, KINDS, KINDS)) * 1.5

@@ -13,9 +13,9 @@ import time
 import pytest
 from toy_runs import environment
 
-from bd3lm_jax.signals import Signals
-from bd3lm_jax.sweeps import pool
-from bd3lm_jax.sweeps.pool import Job, is_running, run_all
+from bd3lm_jax.core.signals import Signals
+from bd3lm_jax.experiments.sweeps import pool
+from bd3lm_jax.experiments.sweeps.pool import Job, is_running, run_all
 
 
 def python(directory, name: str, code: str) -> Job:
@@ -92,8 +92,8 @@ def test_the_lock_outlives_a_killed_pool(tmp_path):
     """Its processes go on, and nobody starts them a second time."""
     code = """
         import sys, pathlib
-        from bd3lm_jax.signals import Signals
-        from bd3lm_jax.sweeps.pool import Job, run_all
+        from bd3lm_jax.core.signals import Signals
+        from bd3lm_jax.experiments.sweeps.pool import Job, run_all
         child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
         with Signals() as signals:
             jobs = [Job("job", [sys.executable, "-c", child], pathlib.Path(sys.argv[1]))]

@@ -15,13 +15,15 @@ from pathlib import Path
 import pytest
 from toy_runs import environment, toy_config, toy_dict, write_text
 
-from bd3lm_jax import plots, report, rundir
+from bd3lm_jax.checkpoints import rundir
+from bd3lm_jax.core import plots
+from bd3lm_jax.core.checksummed import verify_checksum
+from bd3lm_jax.core.errors import Preempted, RunError, UserError
 from bd3lm_jax.data.tokenizers import ByteTokenizer
-from bd3lm_jax.errors import Preempted, RunError, UserError
-from bd3lm_jax.checksummed import verify_checksum
-from bd3lm_jax.sweeps import pool
-from bd3lm_jax.sweeps.pool import is_running
-from bd3lm_jax.sweeps.sweep import Point, run_name, sweep
+from bd3lm_jax.experiments.sweeps import pool
+from bd3lm_jax.experiments.sweeps.pool import is_running
+from bd3lm_jax.experiments.sweeps.sweep import Point, run_name, sweep
+from bd3lm_jax.training import report
 
 USUAL = {"parallel": 1, "index": None, "dry_run": False, "retries": 0, "give_up": None, "baseline": 0}
 TRAINER = """

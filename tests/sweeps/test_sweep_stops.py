@@ -15,10 +15,11 @@ import pytest
 from test_sweep import Stage
 from toy_runs import environment, toy_dict, write_text
 
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.log import read_metrics
-from bd3lm_jax.sweeps import paired, pool, sweep
-from bd3lm_jax.sweeps.early_stopping import StoppingRule
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.log import read_metrics
+from bd3lm_jax.experiments.sweeps import pool, sweep
+from bd3lm_jax.experiments.sweeps.early_stopping import StoppingRule
+from bd3lm_jax.likelihood import paired
 
 LONG = 400  # steps of the run that is killed
 

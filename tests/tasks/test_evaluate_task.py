@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import pytest
 
-from bd3lm_jax import hf
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.checkpoints import hf
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.evaluation.tasks import TASKS, evaluate_task, read_problems, score, score_completions
 from bd3lm_jax.lm import CheckpointId
-from bd3lm_jax.tasks import TASKS, evaluate_task, read_problems, score, score_completions
 
 ARGUMENTS = {"task": "gsm8k", "against": "", "allow_code_execution": False, "num_problems": 0, "draws_per_problem": 1,
              "shots": 0, "sampler": {"temperature": 0.0}, "seed": 3, "weights": "ema"}

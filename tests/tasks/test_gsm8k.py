@@ -2,8 +2,8 @@
 
 import pytest
 
-from bd3lm_jax.tasks import TASKS, Problem
-from bd3lm_jax.tasks.gsm8k import final_number
+from bd3lm_jax.evaluation.tasks import TASKS, Problem
+from bd3lm_jax.evaluation.tasks.gsm8k import final_number
 
 RECORD = {"question": "How many?", "answer": "She has 48/2 = <<48/2=24>>24.\n#### 1,072"}
 

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from bd3lm_jax.tasks import TASKS, read_problems, score_completions
-from bd3lm_jax.tasks.task import cut
+from bd3lm_jax.evaluation.tasks import TASKS, read_problems, score_completions
+from bd3lm_jax.evaluation.tasks.task import cut
 
 HUMANEVAL = TASKS["humaneval"]
 PROBLEMS = read_problems(HUMANEVAL, "").problems

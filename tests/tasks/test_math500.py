@@ -2,8 +2,8 @@
 
 import pytest
 
-from bd3lm_jax.tasks import TASKS
-from bd3lm_jax.tasks.math500 import last_boxed, normalise
+from bd3lm_jax.evaluation.tasks import TASKS
+from bd3lm_jax.evaluation.tasks.math500 import last_boxed, normalise
 
 
 @pytest.mark.parametrize("text, found", [

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.tasks import TASKS, read_problems, score_completions
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.evaluation.tasks import TASKS, read_problems, score_completions
 
 MBPP = TASKS["mbpp"]
 TESTS = ["assert area(2) == math.pi * 4", "assert area(0) == 0"]

@@ -11,12 +11,12 @@ import textwrap
 import time
 from pathlib import Path
 
-import pytest
-
 import attempts
+import pytest
 from places import ROOT
-from bd3lm_jax.errors import RunError, UserError
-from bd3lm_jax.tasks import sandbox
+
+from bd3lm_jax.core.errors import RunError, UserError
+from bd3lm_jax.evaluation.tasks import sandbox
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs run only on Linux")
 LIMITS = attempts.LIMITS

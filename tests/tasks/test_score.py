@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, ttest_1samp
 
-from bd3lm_jax.tasks import score
+from bd3lm_jax.evaluation.tasks import score
 
 
 @pytest.mark.parametrize("successes, trials", [(0, 164), (3, 164), (82, 164), (164, 164), (1, 1), (7, 20)])

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.tasks import TASKS, read_problems
-from bd3lm_jax.tasks.task import cut
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.evaluation.tasks import TASKS, read_problems
+from bd3lm_jax.evaluation.tasks.task import cut
 
 GSM8K = TASKS["gsm8k"]
 RECORDS = [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(3)]

@@ -6,10 +6,10 @@ import pytest
 from rich.console import Console
 from toy_lm import END, LETTERS, make_lm
 
-from bd3lm_jax import log
-from bd3lm_jax.writing import stream
-from bd3lm_jax.writing.animate import ColouredRow, animate, colour
-from bd3lm_jax.writing.options import make_options
+from bd3lm_jax.core import log
+from bd3lm_jax.generation import stream
+from bd3lm_jax.generation.animate import ColouredRow, animate, colour
+from bd3lm_jax.generation.options import make_options
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_a_terminal_shows_a_panel_with_the_text(events):
 
 def test_without_a_terminal_there_are_lines(events, capsys, monkeypatch):
     seconds = iter(range(0, 10_000, 3))
-    monkeypatch.setattr("bd3lm_jax.writing.animate.time.monotonic", lambda: next(seconds))
+    monkeypatch.setattr("bd3lm_jax.generation.animate.time.monotonic", lambda: next(seconds))
     assert list(animate(iter(events), make_lm(tokenizer=LETTERS), Console(file=io.StringIO()))) == events
     captured = capsys.readouterr()
     lines = captured.err.splitlines()

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from toy_lm import CONTEXT, END, LETTERS, MASK, make_ids, make_lm, masked
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import AR
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.generation import approximate_cache, infill, stream
+from bd3lm_jax.generation.approximate_cache import KINDS, ApproximateDenoiser
+from bd3lm_jax.generation.options import make_options
+from bd3lm_jax.generation.sampling.generate import PreviousBlock
 from bd3lm_jax.models import trunk
-from bd3lm_jax.sampling.generate import PreviousBlock
-from bd3lm_jax.writing import approximate_cache, infill, stream
-from bd3lm_jax.writing.approximate_cache import KINDS, ApproximateDenoiser
-from bd3lm_jax.writing.options import make_options
 
 WINDOW = 4
 NO_END = {"forbidden": [END]}

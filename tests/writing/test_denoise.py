@@ -7,14 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bd3lm_jax import forward
-from bd3lm_jax.models import build, trunk
+from bd3lm_jax.generation.denoise import BlockDenoiser, CausalDenoiser, GuidedDenoiser, UncachedDenoiser
+from bd3lm_jax.generation.sampling import SAMPLERS, DenoiserContext, Filters, Request, Settings, run_blocks, start
+from bd3lm_jax.generation.sampling.generate import PreviousBlock
+from bd3lm_jax.models import build, forward, trunk
 from bd3lm_jax.models.dit import DiTConfig
+from bd3lm_jax.models.forward import DEFAULT_EXECUTION
 from bd3lm_jax.models.trunk import Stream
-from bd3lm_jax.forward import DEFAULT_EXECUTION
-from bd3lm_jax.sampling import SAMPLERS, DenoiserContext, Filters, Request, Settings, run_blocks, start
-from bd3lm_jax.sampling.generate import PreviousBlock
-from bd3lm_jax.writing.denoise import BlockDenoiser, CausalDenoiser, GuidedDenoiser, UncachedDenoiser
 
 VOCAB, MASK, END, SIZE, LENGTH = 13, 12, 3, 4, 16
 TOKENS = np.random.default_rng(1).integers(0, MASK, size=(3, LENGTH)).astype(np.int32)

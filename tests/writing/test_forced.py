@@ -7,10 +7,10 @@ import pytest
 from scipy import stats
 from toy_lm import CONTEXT, END, LETTERS, MASK, make_ids, make_lm, masked
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import AR
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.writing import stream
-from bd3lm_jax.writing.options import make_options
+from bd3lm_jax.generation import stream
+from bd3lm_jax.generation.options import make_options
 
 LETTER = [i for i in range(MASK) if i != END]  # no text ends before its last forced token
 TEXTS = 3000

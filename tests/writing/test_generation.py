@@ -8,14 +8,13 @@ import pytest
 from toy_lm import CONTEXT, END, LETTERS, MASK, make_ids, make_lm, masked
 
 import bd3lm_jax
-from bd3lm_jax import forward
 from bd3lm_jax.diffusion import AR
-from bd3lm_jax.models import trunk
-from bd3lm_jax.sampling import STOPS, Filters, Settings
-from bd3lm_jax.sampling import generate as loop
-from bd3lm_jax.writing import generation
-from bd3lm_jax.writing.options import Options, make_options
-from bd3lm_jax.writing.prompts import BUCKET, Rows, prompt_rows
+from bd3lm_jax.generation import generation
+from bd3lm_jax.generation.options import Options, make_options
+from bd3lm_jax.generation.prompts import BUCKET, Rows, prompt_rows
+from bd3lm_jax.generation.sampling import STOPS, Filters, Settings
+from bd3lm_jax.generation.sampling import generate as loop
+from bd3lm_jax.models import forward, trunk
 
 NO_END = {"forbidden": [END]}
 

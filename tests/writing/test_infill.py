@@ -6,11 +6,11 @@ import pytest
 from scipy import stats
 from toy_lm import CONTEXT, END, LETTERS, MASK, Letters, make_ids, make_lm, masked
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import AR
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.generation import infill
+from bd3lm_jax.generation.options import make_options
 from bd3lm_jax.lm import LM
-from bd3lm_jax.writing import infill
-from bd3lm_jax.writing.options import make_options
 
 
 def fill(lm, texts, draws=2, **options):

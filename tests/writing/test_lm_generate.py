@@ -6,15 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from bd3lm_jax import forward
-from bd3lm_jax.diffusion import AR
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.models import trunk
-from bd3lm_jax.forward import DEFAULT_EXECUTION
-from bd3lm_jax.sampling.filters import Filters, sample_categorical, filter_logits
-from bd3lm_jax.sampling.steps import SAMPLERS, Row
 from toy_lm import CONTEXT, END, LETTERS, MASK, make_ids, make_lm, masked
+
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.diffusion import AR
+from bd3lm_jax.generation.sampling.filters import Filters, filter_logits, sample_categorical
+from bd3lm_jax.generation.sampling.steps import SAMPLERS, Row
+from bd3lm_jax.models import forward, trunk
+from bd3lm_jax.models.forward import DEFAULT_EXECUTION
 
 
 @functools.partial(jax.jit, static_argnames=("model", "objective"))

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from toy_lm import Letters
 
-from bd3lm_jax.data.texts import num_stable_tokens, encode_continuation, decode_continuation
+from bd3lm_jax.data.texts import decode_continuation, encode_continuation, num_stable_tokens
 from bd3lm_jax.data.tokenizers import SubwordTokenizer
-from bd3lm_jax.score import SpecialIds
-from bd3lm_jax.writing import generation, infill, stream
-from bd3lm_jax.writing.options import make_options
+from bd3lm_jax.generation import generation, infill, stream
+from bd3lm_jax.generation.options import make_options
+from bd3lm_jax.scoring.score import SpecialIds
 
 WORDS = ["▁the", "▁cat", "▁sat", "s", "▁", "é"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

@@ -3,7 +3,7 @@
 import pytest
 from toy_lm import CONTEXT, LETTERS, make_lm, masked
 
-from bd3lm_jax.errors import UserError
+from bd3lm_jax.core.errors import UserError
 
 
 @pytest.mark.parametrize("options, message", [

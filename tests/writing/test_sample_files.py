@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from bd3lm_jax import rundir
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.writing import sample_files
+from bd3lm_jax.checkpoints import rundir
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.generation import sample_files
 
 ONE = {"samples": [{"text": "a b", "num_tokens": 2, "nfe": 3, "stop": "end"},
                    {"text": "", "num_tokens": 0, "nfe": 2, "stop": "length"}], "sampler": {"block_size": 4}}

@@ -7,9 +7,9 @@ import pytest
 from scipy.special import log_softmax
 from toy_lm import CONTEXT, END, LETTERS, MASK, make_lm, masked
 
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.writing import stream
-from bd3lm_jax.writing.options import make_options
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.generation import stream
+from bd3lm_jax.generation.options import make_options
 
 NO_END = {"forbidden": [END]}
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from toy_lm import CONTEXT, END, LETTERS, MASK, Letters, make_ids, make_lm, masked
 
+from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import AR
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.writing import stream
-from bd3lm_jax.writing.options import make_options
+from bd3lm_jax.generation import stream
+from bd3lm_jax.generation.options import make_options
 
 RAGGED = [make_ids(n, seed=n).tolist() for n in (2, 9)]
 

@@ -7,12 +7,12 @@ from html.parser import HTMLParser
 import pytest
 from toy_lm import END, LETTERS, MASK, Letters, make_lm
 
-from bd3lm_jax.errors import UserError
-from bd3lm_jax.score import SpecialIds
-from bd3lm_jax.writing import stream, trace
-from bd3lm_jax.writing.generation import Sample
-from bd3lm_jax.writing.options import make_options
-from bd3lm_jax.writing.stream import Event
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.generation import stream, trace
+from bd3lm_jax.generation.generation import Sample
+from bd3lm_jax.generation.options import make_options
+from bd3lm_jax.generation.stream import Event
+from bd3lm_jax.scoring.score import SpecialIds
 
 HOSTILE = ["</script><script>alert(1)</script>", "<!--", "\u2028", '"', "\\u003c", "&lt;", "<img src=http://x>", "é"]
 

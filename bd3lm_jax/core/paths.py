@@ -1,0 +1,73 @@
+"""Paths as people write them: `~` is a home directory, `gs://` is no directory, and a comma may belong to a name."""
+
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bd3lm_jax.core.errors import UserError
+
+SCHEME = re.compile("([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+def local(path: str | os.PathLike, name: str = "path") -> str:
+    """`path` with `~` and `~user` expanded; "" stays "".
+
+    name: of the flag or config key, for the error. Raises UserError for a path with a scheme (`gs://bucket/run`), which
+    would otherwise become a directory called `gs:`, and for a home directory that is not known.
+    """
+    path = os.fspath(path)
+    scheme = SCHEME.match(path)
+    if scheme and not os.path.lexists(path):
+        raise UserError(f"{name}={path}: {scheme[1]}:// is no local path, and only local files are read and written: "
+                        "copy it here, or mount it (e.g. gcsfuse, s3fs) and give the directory")
+    expanded = os.path.expanduser(path)
+    if path.startswith("~") and expanded == path and not os.path.lexists(path):
+        raise UserError(f"{name}={path}: the home directory of '{path.partition('/')[0]}' is not known: set HOME, or "
+                        "give the whole path")
+    return expanded
+
+
+def expand_fields(section: Any, prefix: str, names: Sequence[str]) -> None:
+    """`local` of these fields of a frozen dataclass, whose keys in a config begin with `prefix`."""
+    for name in names:
+        object.__setattr__(section, name, local(getattr(section, name), prefix + name))
+
+
+def split(text: str, name: str = "path") -> list[str]:
+    """The paths of a list with commas between them, each as `local`; a name with commas in it that is there is one."""
+    words, expanded = text.split(","), []
+    while words:
+        number = next((n for n in range(len(words), 1, -1) if os.path.lexists(local(",".join(words[:n]), name))), 1)
+        expanded.append(local(",".join(words[:number]), name))
+        words = words[number:]
+    return [path for path in expanded if path]
+
+
+def default_cache() -> Path:
+    """$BD3LM_CACHE, else ~/.cache/bd3lm_jax; where there is no home that can be written, a private directory of the
+    user among the temporary files."""
+    chosen = os.environ.get("BD3LM_CACHE")
+    if chosen:
+        return Path(local(chosen, "BD3LM_CACHE"))
+    path = Path(os.path.expanduser("~/.cache/bd3lm_jax"))
+    try:
+        if not path.is_absolute() or os.environ.get("HOME") == "":
+            raise FileNotFoundError(path)
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+    except OSError:
+        return _temporary_cache()
+
+
+def _temporary_cache() -> Path:
+    """Nobody else may have made it, or may look into it."""
+    path = Path(tempfile.gettempdir()) / f"bd3lm_jax-{os.getuid()}"
+    path.mkdir(mode=0o700, exist_ok=True)
+    expanded = path.lstat()
+    if path.is_symlink() or expanded.st_uid != os.getuid() or expanded.st_mode & 0o077:
+        raise UserError(f"{path} is not a private directory of yours: set $BD3LM_CACHE to a directory that can be "
+                        "written")
+    return path

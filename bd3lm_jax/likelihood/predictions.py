@@ -1,0 +1,60 @@
+"""What a network says of single places of rows that hold a prompt and its continuation."""
+
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from bd3lm_jax.core.ranking import fast_argmax
+from bd3lm_jax.diffusion.noised import Noised
+from bd3lm_jax.models import forward, trunk
+from bd3lm_jax.scoring.loss import OutputLayer
+from bd3lm_jax.scoring.score import score
+
+
+@flax.struct.dataclass
+class Rows:
+    """Requests as rows `[B, L]`: scored tokens, and masks after them up to the end of their block."""
+
+    tokens_BxL: Any
+    segment_BxL: Any
+    scored_BxL: Any
+    noise_B: Any
+
+
+class Predictions(NamedTuple):
+    """What the network says of C places of every view `[B, M, C]`: -log p of the text's token and of the likeliest one,
+    that token, loss weight (0 where not scored), and where in the row the place is."""
+
+    loss_BxMxC: jax.Array
+    best_BxMxC: jax.Array
+    token_BxMxC: jax.Array
+    weight_BxMxC: jax.Array
+    index_BxMxC: jax.Array
+
+
+def predictions(model, objective, special, capacity: int, params, noised: Noised, rows: Rows) -> Predictions:
+    """Of the noised rows, at `capacity` places that hold all scored tokens."""
+    if not objective.causal or objective.bos:  # else the weights also say which inputs the network may see
+        weight = jnp.where(rows.scored_BxL[:, None], noised.weight_BxMxL, 0)
+        noised = noised.replace(weight_BxMxL=weight, capacity=capacity)
+    position, _ = forward.single_document_rows(rows.tokens_BxL)
+    scored = score(model, params, objective, noised, rows.tokens_BxL, position, rows.segment_BxL, forward.DEFAULT_EXECUTION,
+                   end_id=special.end)
+    output = OutputLayer(*trunk.output_layer(model, params)).exclude_tokens(special.mask, model.config.vocab_size)
+
+    def losses(xs):
+        features_CxD, target_C = xs
+        logits_CxV = jnp.dot(features_CxD, output.kernel_DxV.astype(features_CxD.dtype),
+                             preferred_element_type=jnp.float32) + output.bias_V
+        lse_C, best_C = jax.nn.logsumexp(logits_CxV, axis=-1), logits_CxV.max(-1)
+        target_C = jnp.take_along_axis(logits_CxV, target_C[:, None], 1)[:, 0]
+        return lse_C - target_C, lse_C - best_C, fast_argmax(logits_CxV)
+
+    shape = scored.target_BxMxC.shape
+    views = tuple(x.reshape(-1, *x.shape[2:]) for x in (scored.features_BxMxCxD, scored.target_BxMxC))
+    found = (x.reshape(shape) for x in jax.lax.map(losses, views))  # the logits of one view at a time
+    counted = jnp.take_along_axis(jnp.broadcast_to(rows.scored_BxL[:, None], noised.xt_BxMxL.shape),
+                                  scored.index_BxMxC, axis=2)
+    return Predictions(*found, jnp.where(counted, scored.weight_BxMxC, 0), scored.index_BxMxC)

@@ -1,0 +1,183 @@
+"""Floating-point operations of what we compute (a multiply-add is 2), counted, not measured.
+
+`train_step` and `forward` count what the mathematics needs: the noised and the clean stream (without its last block,
+which nobody reads; in the last layer only keys and values), attention between tokens that see each other, the output
+layer on the positions that are scored, and a backward pass of twice the forward pass. This is what model FLOPs
+utilisation and expected speeds refer to. `count` counts every matrix product of a traced function, with everything that
+is computed beyond need (whole tiles, what remat computes again); a compiler's own count takes the body of a scan once.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bd3lm_jax import models
+from bd3lm_jax.core import jax_settings
+from bd3lm_jax.models import trunk
+
+
+class Parts(NamedTuple):
+    """FLOPs of a forward pass: matrix products of the layers, attention, output layer."""
+
+    layers: float
+    attention: float
+    head: float
+
+
+def train_step(model_config: Any, objective: Any, *, batch: int, length: int, views: int,
+               schedule: Any = None) -> float:
+    """FLOPs that a step on `batch` rows of `length` tokens needs, over all devices; `views` noised views a row.
+
+    schedule: what chooses the noise from the data (`Config.schedule`); None: the objective's own noise.
+    """
+    return 3 * forward(model_config, objective, batch=batch, length=length, views=views, schedule=schedule)
+
+
+def forward(model_config: Any, objective: Any, *, batch: int, length: int, views: int, schedule: Any = None) -> float:
+    """FLOPs of the forward pass of `train_step`; without a schedule also that of the likelihood bound."""
+    return sum(parts(model_config, objective, batch=batch, length=length, views=views, schedule=schedule))
+
+
+def parts(model_config: Any, objective: Any, *, batch: int, length: int, views: int, schedule: Any = None) -> Parts:
+    """FLOPs of a forward pass by part. Rows hold one document each (packed rows need less attention).
+
+    Rows whose blocks are of several sizes (`mixed`) count as the mean over these sizes.
+
+    Args:
+        model_config: of any registered backbone, with its vocabulary size.
+        objective: of any registered kind; one that is `causal` reads a single stream.
+        schedule: as in `train_step`.
+    """
+    model = models.build(model_config, jnp.float32)
+    params = jax.eval_shape(lambda: trunk.init(model, jax_settings.key(0)))
+    objectives = [objective.at(size) for size in objective.sizes] if hasattr(objective, "sizes") else [objective]
+    layers, attention = np.mean([_body(model, params, one, batch, length, views) for one in objectives], axis=0)
+    scored = scored_positions(objective, batch, length, views, schedule)
+    return Parts(float(layers), float(attention), _head(model, params, (batch, views, scored)))
+
+
+def _body(model, params, objective, batch: int, length: int, views: int) -> tuple[float, float]:
+    """FLOPs of the layers and of attention, of blocks of one size."""
+    model_config = model.config
+    level = (batch, views, length // objective.block_size) if trunk.is_time_conditioned(model_config) else (1, 1)
+    clean, noised_views = (length, 0) if objective.causal else (length - objective.block_size, views)
+    layers = attention = first = 0
+    for index, (name, block, layer_count) in enumerate(model.groups):
+        layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params[name])
+        on_noised = _layer(model, block, layer, params, (batch, noised_views, length), level)
+        on_clean = _layer(model, block, layer, params, (batch, clean), (1, 1))
+        # The layer, if any, whose clean stream gives only keys and values.
+        peeled = int(not objective.causal and index == len(model.groups) - 1)
+        noised_layers = layer_count - min(max(trunk.encoder_layers(model_config) - first, 0), layer_count)
+        first += layer_count
+        clean_pairs, noised_pairs = _pairs(objective, length, views, getattr(block, "window", None))
+        layers += noised_layers * on_noised.all + (layer_count - peeled) * on_clean.all + peeled * on_clean.keys_values
+        attention += 4 * batch * on_noised.width * (noised_layers * noised_pairs + (layer_count - peeled) * clean_pairs)
+    if objective.soft_inputs is not None:  # mixtures of tokens instead of ids
+        soft_inputs = jax.ShapeDtypeStruct((batch, views, length, model_config.vocab_size), jnp.float32)
+        places = jax.ShapeDtypeStruct(soft_inputs.shape[:-1], jnp.int32)
+        layers += count(lambda p, *x: model.embed.apply({"params": p}, *x), params["embed"], soft_inputs, places)
+    return layers, attention
+
+
+def scored_positions(objective: Any, batch: int, length: int, views: int, schedule: Any = None) -> int:
+    """Positions of a view that reach the output layer: the static capacity of the objective's masks, or of those that
+    a schedule may choose."""
+    def noised(ids):
+        arrays = {name: jnp.zeros(ids.shape) for name in objective.extra_batch_keys}
+        if hasattr(schedule, "distribution"):
+            arrays["distribution"] = schedule.distribution(schedule.init_state(), length // objective.block_size)
+        if objective.learns:
+            arrays["learned_params"] = {**objective.init_learned_params(jax_settings.key(0), 1, 1), "embedding": jnp.zeros((1, 1))}
+        return objective.corrupt(jax_settings.key(0), ids, ids, views=views, mask_id=0, end_id=0, **arrays)
+
+    return min(jax.eval_shape(noised, jax.ShapeDtypeStruct((batch, length), jnp.int32)).capacity, length)
+
+
+def count(function: Callable, *args: Any) -> int:
+    """FLOPs of all matrix products in `function(*args)`, which is traced, not run; args may be abstract.
+
+    Raises ValueError where the number cannot be known: a kernel, or a product in a loop of unknown length.
+    """
+    return _jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+class _Layer(NamedTuple):
+    """FLOPs of one layer on one stream without attention; of its keys and values alone; the width of attention."""
+
+    all: int
+    keys_values: int
+    width: int
+
+
+def _layer(model, block, layer, params, shape, level) -> _Layer:
+    """One layer on tokens `[B, C]` or `[B, M, T]`; level: shape of the noise levels that condition them."""
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32)
+    h = jax.eval_shape(lambda p, x: model.embed.apply({"params": p}, x, x), params["embed"], ids)
+    rotary = jax.eval_shape(model.rotary, ids)
+    cond = None
+    if model.condition is not None:
+        sigma = jax.ShapeDtypeStruct(level, jnp.float32)
+        cond = jax.eval_shape(lambda p, x: model.condition.apply({"params": p}, x), params["condition"], sigma)
+
+    def project_qkv(p, h, cond, rotary):
+        return block.apply({"params": p}, h, cond, rotary, True, method=block.project_qkv)
+
+    def attention_output_and_mlp(p, h, attended, cond):
+        return block.apply({"params": p}, h, attended, cond, None, method=block.attention_output_and_mlp)[0]
+
+    q = jax.eval_shape(project_qkv, layer, h, cond, rotary)[0]
+    width = math.prod(q.shape[-2:])
+    before, after = count(project_qkv, layer, h, cond, rotary), count(attention_output_and_mlp, layer, h, q, cond)
+    if hasattr(block, "padding_flops"):
+        after -= block.padding_flops(math.prod(shape))
+    return _Layer(before + after, before - 2 * math.prod(h.shape) * width, width)
+
+
+def _pairs(objective, length: int, views: int, window: int | None) -> tuple[float, float]:
+    """Pairs (query, key) that see each other in one row and layer: clean queries, noised queries."""
+    size, place = (1 if objective.causal else objective.block_size), np.arange(length)
+    reach = length if window is None else window
+    last = np.minimum(place // size * size + size - 1, place + reach)
+    pairs = last - np.maximum(place - reach, 0) + 1  # of each query, whichever stream its keys are in
+    clean = length if objective.causal else length - size
+    return float(pairs[:clean].sum()), 0.0 if objective.causal else float(views * pairs.sum())
+
+
+def _head(model, params, shape) -> int:
+    """The output layer on positions `[B, M, C]`."""
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32)
+    h = jax.eval_shape(lambda p, x: model.embed.apply({"params": p}, x, x), params["embed"], ids)
+    sigma = jax.ShapeDtypeStruct(ids.shape, jnp.float32) if trunk.is_time_conditioned(model.config) else None
+    return count(lambda p, h, sigma: trunk.logits(model, p, h, sigma), params, h, sigma)
+
+
+def _jaxpr_flops(jaxpr) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+            continue
+        inner = [_jaxpr_flops(x) for x in _inner_jaxprs(equation.params)]
+        if name == "pallas_call" or (name == "while" and any(inner)):
+            raise ValueError(f"cannot count the FLOPs of {name}: how often it runs is not known")
+        if name == "cond":
+            total += max(inner)
+        else:
+            total += sum(inner) * (equation.params["length"] if name == "scan" else 1)
+    return total
+
+
+def _inner_jaxprs(params: dict):
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            item = getattr(item, "jaxpr", item)
+            if hasattr(item, "eqns"):
+                yield item
