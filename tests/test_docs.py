@@ -35,17 +35,17 @@ NOT_PARSED = {  # part of a command -> why it is no command as it stands
     "configs/smollm2.py": "reads weights of a package that is not installed here",
 }
 NOT_RUN = {  # part of a command -> why it is only parsed
-    " bench ": "minutes and quiet cores; tests/bench runs each",
-    "--distributed": "several hosts; tests/test_distributed.py",
-    "--plan": "compiles networks of billions of parameters; tests/cost",
+    " bench ": "minutes and quiet cores; tests/experiments runs each",
+    "--distributed": "several hosts; tests/parallel/test_distributed.py",
+    "--plan": "compiles networks of billions of parameters; tests/planning",
     "configs/owt.py --split": "downloads a corpus",
     "--curve": "compiles a network at each of five block sizes; tests/evaluation",
-    "--parallel": "trains for hours; tests/sweeps",
-    "--index": "trains for minutes; tests/sweeps",
-    "--task": "runs generated code; tests/tasks",
-    "SmolLM2": "a file of a third party; tests/published",
-    "LLaDA-8B": "a checkpoint of a third party; tests/published",
-    "smollm2": "a file of a third party; tests/published",
+    "--parallel": "trains for hours; tests/experiments",
+    "--index": "trains for minutes; tests/experiments",
+    "--task": "runs generated code; tests/evaluation/tasks",
+    "SmolLM2": "a file of a third party; tests/checkpoints/published",
+    "LLaDA-8B": "a checkpoint of a third party; tests/checkpoints/published",
+    "smollm2": "a file of a third party; tests/checkpoints/published",
     "=DIR": "DIR stands for any run", "=SWEEP": "SWEEP stands for any sweep",
     "GLIBC_TUNABLES": "sets up the memory of a process; the command is another's",
 }
@@ -106,7 +106,7 @@ def shortened(corpus):
 
 def form(command: Command) -> tuple:
     """What tells commands apart that are worth running: not their values, nor which objective or network it is, all of
-    which tests/test_objective_runs.py and tests/test_model_configs.py train."""
+    which tests/training/test_objective_runs.py and tests/models/test_model_configs.py train."""
     names = {word.partition("=")[0] for word in command.launch[1:]}
     ignored = ("--config.diffusion.", "--config.model.")
     return command.launch[:1], frozenset(name for name in names - {"--config"} if not name.startswith(ignored))
