@@ -220,7 +220,7 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
                 log.sync()
                 checkpoints.save(done, state, {"tokenizer": run.tokenizer.identity, "config_sha256": config.sha256(),
                                                "losses": window.losses,
-                                               "noise": choose_noise.shown(state)}, wait=last or stopping,
+                                               "noise": choose_noise.as_metrics(state)}, wait=last or stopping,
                                  bound=_best_checkpoint_bound(run, evaluator, state, valid, last))
                 watchdog.done()
             if stopping:

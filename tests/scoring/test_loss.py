@@ -98,9 +98,9 @@ def test_a_sharded_batch_sums_the_output_gradient_once():
         import re
         import jax, jax.numpy as jnp
         from jax.sharding import NamedSharding, PartitionSpec as P
-        from bd3lm_jax import sharding
-        from bd3lm_jax.config import MeshConfig
-        from bd3lm_jax.scoring.loss import Output, weighted_total
+        from bd3lm_jax.parallel import sharding
+        from bd3lm_jax.core.schema import MeshConfig
+        from bd3lm_jax.scoring.loss import OutputLayer, weighted_total
 
         mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
         rows, whole = sharding.batch_sharding(mesh), NamedSharding(mesh, P(None, "tensor"))
@@ -109,7 +109,7 @@ def test_a_sharded_batch_sums_the_output_gradient_once():
         ids, weight = jnp.arange(96).reshape(4, 24) % 64, jnp.ones((4, 24))
 
         def gradient(kernel, x, ids, weight):
-            return jax.grad(lambda k: weighted_total(Output(k, jnp.zeros(64)), x, ids, weight, 6))(kernel)
+            return jax.grad(lambda k: weighted_total(OutputLayer(k, jnp.zeros(64)), x, ids, weight, 6))(kernel)
 
         alone = jax.jit(gradient)(kernel, draw, ids, weight)
         with jax.set_mesh(mesh):

@@ -179,8 +179,8 @@ def test_the_gather_of_masked_positions_stays_on_its_device():
         import jax, jax.numpy as jnp
         from pathlib import Path
         from toy_runs import END, LENGTH, MASK, network, toy_config
-        from bd3lm_jax import sharding
-        from bd3lm_jax.passes import PLAIN
+        from bd3lm_jax.models.forward import DEFAULT_EXECUTION
+        from bd3lm_jax.parallel import sharding
         from bd3lm_jax.scoring.score import row_losses, score
 
         config = toy_config(Path("unused"))
@@ -189,7 +189,7 @@ def test_the_gather_of_masked_positions_stays_on_its_device():
         rows = jax.device_put(jnp.zeros((16, LENGTH), jnp.int32), sharding.batch_sharding(mesh))
 
         def losses(params, noised, tokens):
-            scored = score(model, params, config.diffusion, noised, tokens, tokens, tokens + 1, PLAIN)
+            scored = score(model, params, config.diffusion, noised, tokens, tokens, tokens + 1, DEFAULT_EXECUTION)
             return row_losses(model, params, scored, MASK, 4) * scored.weight_BxMxC
 
         with jax.set_mesh(mesh):

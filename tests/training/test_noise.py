@@ -135,7 +135,7 @@ def test_a_search_sums_over_batches_and_chooses_the_least_relative_variance():
 
 def test_moments_are_those_of_the_block_losses_of_training():
     chooser, state = chooser_and_state()
-    batch, noise, key = make_batch(), chooser.schedule.chosen(np.array([0.25, 0.75])), jax.random.key(4)
+    batch, noise, key = make_batch(), chooser.schedule.state_for_interval(np.array([0.25, 0.75])), jax.random.key(4)
     config, model = chooser.config, network(chooser.config)[0]
 
     def losses(params, batch):
