@@ -9,7 +9,7 @@ import time
 
 import pytest
 from places import ROOT
-from test_workspace import BUILD
+from toy_build import BUILD
 
 from bd3lm_jax.checkpoints import clean
 from bd3lm_jax.core import files, lock

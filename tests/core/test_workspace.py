@@ -11,17 +11,10 @@ import time
 
 import pytest
 from places import ROOT
+from toy_build import BUILD
 
 from bd3lm_jax.core import files, lock, workspace
 
-BUILD = """
-import sys, time
-from pathlib import Path
-from bd3lm_jax import workspace
-with workspace.directory(Path(sys.argv[1]), "builds") as made:
-    print(made.name, flush=True)
-    time.sleep(600)
-"""
 COUNT = """
 import sys, time
 from pathlib import Path

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax.attention.reference import dense_attention
 from bd3lm_jax.attention.spec import MaskSpec, Tokens
 
 
@@ -65,10 +64,60 @@ def run(attend, spec, streams):
 
 
 def assert_equal_to_dense(attend, spec, noised, clean, atol=2e-5):
-    found, expected = (run(function, spec, (noised, clean)) for function in (attend, dense_attention))
+    found, expected = run(attend, spec, (noised, clean)), by_hand(spec, noised, clean)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=atol), found, expected)
     return found
+
+
+def by_hand(spec, noised, clean):
+    """What `run` should find, in NumPy and float64 with the derivative written out: nothing of it is compiled."""
+    parts = []  # (tokens, the stream's number of each, q, k, v) with one axis of tokens
+    if noised is not None:
+        batch, samples, length = noised[0].shape[:3]
+        tokens = [np.tile(x, (1, samples)) for x in (spec.noised.position, spec.noised.block, spec.noised.segment)]
+        streams = np.broadcast_to(np.repeat(np.arange(1, samples + 1), length), (batch, samples * length))
+        parts.append((*tokens, streams, *(x.reshape(batch, samples * length, *x.shape[3:]) for x in noised)))
+    if clean is not None:
+        tokens = [np.asarray(x) for x in (spec.clean.position, spec.clean.block, spec.clean.segment)]
+        parts.append((*tokens, np.zeros_like(tokens[0]), *clean))
+    asking = [part for part in parts if part[4] is not None]
+    position, block, segment, stream = (np.concatenate(x, axis=1)[:, None] for x in list(zip(*parts))[:4])
+    q_position, q_block, q_segment, q_stream = (np.concatenate(x, axis=1)[..., None] for x in list(zip(*asking))[:4])
+    rule = {"causal": position <= q_position, "block_causal": block <= q_block, "bidirectional": True}[spec.rule]
+    mask = np.where(q_stream > 0, np.where(stream > 0, (stream == q_stream) & (block == q_block), block < q_block),
+                    (stream == 0) & rule) & (segment == q_segment) & (segment > 0)
+    if spec.window is not None:
+        mask &= abs(position - q_position) <= spec.window
+
+    q, = (np.concatenate(x, axis=1, dtype=np.float64) for x in list(zip(*asking))[4:5])
+    k, v = (np.concatenate(x, axis=1, dtype=np.float64) for x in list(zip(*parts))[5:])
+    share, scale = q.shape[2] // k.shape[2], q.shape[3] ** -0.5
+    k, v = (np.repeat(x, share, axis=2) for x in (k, v))
+    scores = np.where(mask[:, None], np.einsum("bqhd,bkhd->bhqk", q, k) * scale, -np.inf)
+    weights = np.exp(scores - np.maximum(scores.max(-1, keepdims=True), -1e30))
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+    out = np.einsum("bhqk,bkhd->bqhd", weights, v)
+    d_out = 3 * np.cos(3 * out)
+    d_weights = np.einsum("bqhd,bkhd->bhqk", d_out, v)
+    d_scores = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True)) * scale
+    d_q = np.einsum("bhqk,bkhd->bqhd", d_scores, k)
+    d_k, d_v = (x.reshape(*x.shape[:2], -1, share, x.shape[3]).sum(3) for x in (
+        np.einsum("bhqk,bqhd->bkhd", d_scores, q), np.einsum("bhqk,bqhd->bkhd", weights, d_out)))
+
+    outputs, gradients = [None, None], [None, None]
+    for index, arrays in enumerate((noised, clean)):
+        if arrays is None:
+            continue
+        *_, q_part, k_part, _ = parts.pop(0)
+        cut = k_part.shape[1]
+        gradients[index] = [None, *(x[:, :cut].reshape(arrays[1].shape) for x in (d_k, d_v))]
+        d_k, d_v = d_k[:, cut:], d_v[:, cut:]
+        if q_part is not None:
+            outputs[index], gradients[index][0] = (x[:, :cut].reshape(arrays[0].shape) for x in (out, d_q))
+            out, d_q = out[:, cut:], d_q[:, cut:]
+        gradients[index] = tuple(gradients[index])
+    return tuple(outputs), tuple(gradients)
 
 
 def assert_padding_is_nothing(spec, found):
