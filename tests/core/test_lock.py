@@ -20,7 +20,7 @@ from bd3lm_jax.training.train import train
 HOLD = """
 import sys, time
 from pathlib import Path
-from bd3lm_jax import lock
+from bd3lm_jax.core import lock
 with lock.hold(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

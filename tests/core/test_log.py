@@ -131,7 +131,7 @@ def test_loss_that_is_not_finite_can_be_logged(tmp_path):
 def test_terminal_shows_a_live_bar(tmp_path):
     code = """
 import sys
-from bd3lm_jax import log
+from bd3lm_jax.core import log
 from bd3lm_jax.core.log import RunLog, result
 with RunLog(sys.argv[1], total_steps=4) as run:
     for step in range(1, 5):

@@ -133,7 +133,7 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
 ])
 def test_a_result_is_said_in_every_locale(locale):
     text = "café \u2603 \u2028 \udcff"
-    done = run("-c", f"from bd3lm_jax import log; log.note({text!a}); log.result({{'text': {text!a}}})", **locale)
+    done = run("-c", f"from bd3lm_jax.core import log; log.note({text!a}); log.result({{'text': {text!a}}})", **locale)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.decode("utf-8").split("\n")  # JSON is UTF-8
     assert len(lines) == 2 and json.loads(lines[0]) == {"text": text}

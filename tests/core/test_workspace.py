@@ -18,7 +18,7 @@ from bd3lm_jax.core import files, lock, workspace
 COUNT = """
 import sys, time
 from pathlib import Path
-from bd3lm_jax import lock
+from bd3lm_jax.core import lock
 path = Path(sys.argv[1])
 for _ in range(50):
     with lock.hold_waiting(path.with_name(".count.lock"), "counts"):

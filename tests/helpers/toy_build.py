@@ -3,7 +3,7 @@
 BUILD = """
 import sys, time
 from pathlib import Path
-from bd3lm_jax import workspace
+from bd3lm_jax.core import workspace
 with workspace.directory(Path(sys.argv[1]), "builds") as made:
     print(made.name, flush=True)
     time.sleep(600)

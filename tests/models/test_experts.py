@@ -133,7 +133,7 @@ def test_devices_share_out_rows_and_experts():
         import json
         import jax, jax.numpy as jnp, numpy as np
         from jax.sharding import NamedSharding, PartitionSpec as P
-        from bd3lm_jax import sharding
+        from bd3lm_jax.parallel import sharding
         from bd3lm_jax.config import MeshConfig
         from bd3lm_jax.models import experts
         draw = np.random.default_rng(0)
@@ -143,7 +143,7 @@ def test_devices_share_out_rows_and_experts():
         kernels = [draw.normal(size=s).astype(np.float32) for s in ((8, 8, 4), (8, 8, 4), (8, 4, 8))]
 
         def total(x, weight, *kernels):
-            out = experts.mix(x, experts.Routing(choice, weight, None), *kernels)
+            out = experts.moe_ffn(x, experts.Routing(choice, weight, None), *kernels)
             return jnp.sum(jnp.sin(out)), out
 
         def everything(*args):

@@ -10,7 +10,8 @@ import json, sys
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np, optax
 from toy_runs import END, LENGTH, MASK, network, quick_jit, toy_config
-from bd3lm_jax import passes, sharding
+from bd3lm_jax.models import forward
+from bd3lm_jax.parallel import sharding
 from bd3lm_jax.config import MeshConfig
 from bd3lm_jax.models import llama, moe
 from bd3lm_jax.scoring.score import SpecialIds
@@ -34,7 +35,7 @@ def step_of(microbatch, mesh):
     model, params = network(config)
     state = TrainState(jnp.int32(0), params, {}, tx.init(params))
     tokens = np.random.default_rng(0).integers(97, 105, size=(8, LENGTH)).astype(np.int32)
-    batch = {"tokens": tokens, "positions": np.array(passes.plain_rows(tokens)[0]), "segments": np.ones_like(tokens)}
+    batch = {"tokens": tokens, "positions": np.array(forward.single_document_rows(tokens)[0]), "segments": np.ones_like(tokens)}
     step = quick_jit(make_step(config, model, tx, SpecialIds(MASK, END)))
     if mesh is None:
         return step(state, batch)

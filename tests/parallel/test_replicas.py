@@ -24,7 +24,7 @@ def test_replicas_on_the_devices_of_one_process(tmp_path):
         from pathlib import Path
         import jax, numpy as np
         from jax.sharding import NamedSharding, PartitionSpec as P
-        from bd3lm_jax import replicas
+        from bd3lm_jax.parallel import replicas
         from bd3lm_jax.checkpoints.checkpoint import Checkpoints
         from bd3lm_jax.core.errors import RunError
         from bd3lm_jax.core.state import TrainState

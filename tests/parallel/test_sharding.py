@@ -203,7 +203,7 @@ def test_eight_devices_hold_the_state_in_the_declared_parts():
         import jax, jax.numpy as jnp, optax
         jax.config.update("jax_num_cpu_devices", 8)
         from jax.sharding import PartitionSpec as P
-        from bd3lm_jax import sharding
+        from bd3lm_jax.parallel import sharding
         from bd3lm_jax.config import MeshConfig
         from bd3lm_jax.core.state import TrainState
 

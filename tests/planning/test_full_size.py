@@ -18,7 +18,9 @@ MESHES = ((8, 1, 1), (2, 4, 1), (2, 2, 2))  # data, fsdp, tensor
 CODE = """
 import importlib, json, math, sys
 import jax, jax.numpy as jnp
-from bd3lm_jax import models, optim, sharding
+from bd3lm_jax import models
+from bd3lm_jax.parallel import sharding
+from bd3lm_jax.training import optim
 from bd3lm_jax.config import Config, MeshConfig
 from bd3lm_jax.data.tokenizers import get_tokenizer
 from bd3lm_jax.models import trunk

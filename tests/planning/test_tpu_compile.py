@@ -17,7 +17,8 @@ import jax, jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from bd3lm_jax import attention, sharding
+from bd3lm_jax import attention
+from bd3lm_jax.parallel import sharding
 from bd3lm_jax.attention import MaskSpec, Tokens
 from bd3lm_jax.planning import hlo
 from bd3lm_jax.models import trunk

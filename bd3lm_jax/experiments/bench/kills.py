@@ -30,7 +30,7 @@ KINDS = ("disk full during a save", "SIGKILL", "SIGSTOP of one of two processes"
          "replicas that differ")
 LAUNCH = ("-m", "launch")
 OLDER = "--xla_cpu_max_isa=SSE4_2"  # code as for an older processor, which rounds differently
-UNCOMPARED = ("-c", "import sys; from bd3lm_jax import replicas; from launch.__main__ import launch; "
+UNCOMPARED = ("-c", "import sys; from bd3lm_jax.parallel import replicas; from launch.__main__ import launch; "
               "replicas.numeric_environment = dict; launch(sys.argv[1:])")  # only the values show that processes differ
 STEPS = {1: 60, 2: 30}  # of a run, by processes
 SAVED_EVERY, KEPT = 2, 3

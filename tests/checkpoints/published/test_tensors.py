@@ -272,7 +272,8 @@ def test_a_mesh_holds_the_same_numbers_in_parts():
     result = run_python("""
         import sys
         import jax, numpy as np
-        from bd3lm_jax import hf, sharding
+        from bd3lm_jax.checkpoints import hf
+        from bd3lm_jax.parallel import sharding
         from bd3lm_jax.config import MeshConfig
         mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
         for path in sys.argv[1:]:
