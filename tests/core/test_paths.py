@@ -139,6 +139,36 @@ def test_a_result_is_said_in_every_locale(locale):
     assert len(lines) == 2 and json.loads(lines[0]) == {"text": text}
 
 
+LOCALES = [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONUTF8": "1"}]
+TEXTS = {"sample": ("prompt", "stop", "constraint", "forced"), "infill": ("text",)}
+
+
+@pytest.mark.parametrize("locale", LOCALES)
+def test_texts_of_the_command_line_are_utf8_in_every_locale(locale):
+    """Every flag that is a text; paths stay the bytes that the file system has."""
+    code = ("import os, sys; from launch import arguments, infill, sample\n"
+            "said = [arguments.parse_flags(sample.define, [f'--{name}={sys.argv[1]}', '--out=' + sys.argv[1]])\n"
+            f"        for name in {TEXTS['sample']}]\n"
+            f"texts = [flags[name].value for flags, name in zip(said, {TEXTS['sample']})]\n"
+            "texts.append(arguments.parse_flags(infill.define, ['--text', sys.argv[1]]).text)\n"
+            "keys = ('source=jsonl', 'path=x', 'field=' + sys.argv[1])\n"
+            "config = arguments.load_config('configs/tiny.py', ['--config.data.' + key for key in keys])\n"
+            "print(ascii(texts + [config.data.field]), [os.fsencode(flags.out) for flags in said])")
+    done = run("-c", code, "caf\u00e9 \u2603", **locale)
+    assert done.returncode == 0, done.stderr
+    text, path = "caf\\xe9 \\u2603", b"caf\xc3\xa9 \xe2\x98\x83"
+    assert done.stdout.decode().strip() == (
+        f"[['{text}'], ['{text}'], '{text}', ['{text}'], ['{text}'], '{text}'] {[path] * 4}")
+
+
+@pytest.mark.parametrize("module, name", [(module, name) for module in (sample, infill)
+                                          for name in TEXTS[module.__name__.split(".")[1]]])
+def test_texts_that_are_not_utf8_are_refused(module, name):
+    for text in (os.fsdecode(b"caf\xe9"), "\ud83d"):
+        with pytest.raises(UserError, match=rf"^--{name}='.*' is not UTF-8 \(.*\): give UTF-8 text$"):
+            arguments.parse_flags(module.define, [f"--{name}={text}"])
+
+
 @pytest.mark.parametrize("platforms", ["gpux", "tpu", "cuda"])
 def test_a_platform_that_is_not_there_is_one_line(platforms):
     done = run("-m", "launch", "sample", "--workdir=tests/data/golden/hf/gpt2", "--length=8", JAX_PLATFORMS=platforms)
