@@ -10,17 +10,16 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from bd3lm_jax.core import paths, synonyms
 from bd3lm_jax.core.errors import UserError, nearest
+from launch import texts
 
 DEFAULT_CONFIG = "configs/tiny.py"
 SHIPPED = Path(__file__).parents[1] / "configs"  # the presets of this package, in a checkout and where it is installed
-TEXT_KEY = "data.field"  # of a config: any text; others are paths and names
 COMMON_HELP = """\
 Flags of every command:
   --import=MODULE           import a module that adds objectives, networks, schedules, samplers or corpora; repeatable
@@ -38,7 +37,6 @@ def parse_flags(define: Callable[[flags.FlagValues], None], argv: Sequence[str],
     """Values of the flags that `define` declares; one word without dashes is the value of the flag `positional`.
 
     takes_config: the command has keys of a config as well, which an unknown flag may have meant.
-
     UserError for an unknown flag, a bad value, a stray argument, a text that is not UTF-8.
     """
     values = flags.FlagValues()
@@ -54,22 +52,7 @@ def parse_flags(define: Callable[[flags.FlagValues], None], argv: Sequence[str],
         values[positional].value = rest.pop(0)
     if rest:
         raise UserError(f"unexpected argument '{rest[0]}': flags are written --name=value")
-    for name in values:
-        if not isinstance(values[name].parser, PathParser):  # which the file system takes as they came
-            values[name].value = _as_utf8(values[name].value, f"--{name}")
-    return values
-
-
-def _as_utf8(value: Any, name: str) -> Any:
-    """A text of the command line, or each of a list of them, in the encoding of all texts, whatever the locale's is."""
-    if isinstance(value, list):
-        return [_as_utf8(item, name) for item in value]
-    if not isinstance(value, str) or not re.search("[\ud800-\udfff]", value):
-        return value
-    try:
-        return os.fsencode(value).decode("utf-8")  # the bytes that the locale has no characters for
-    except UnicodeError as error:
-        raise UserError(f"{name}={value!a} is not UTF-8 ({error.reason}): give UTF-8 text") from None
+    return texts.decode_flags(values, PathParser)
 
 
 def _unknown_flag(error: flags.UnrecognizedFlagError, known: list[str], takes_config: bool) -> str:
@@ -256,8 +239,7 @@ def load_config(spec: str, overrides: Sequence[str]):
 
     config = _get_config(spec)
     known = list(_leaves(config))
-    overrides = [_as_utf8(word, f"--config.{TEXT_KEY}") if override_key(word) == TEXT_KEY else word
-                 for word in overrides]
+    overrides = texts.decode_overrides(overrides)
     for word in overrides:
         key = override_key(word)
         if key not in known:

@@ -34,6 +34,7 @@ from bd3lm_jax.core import compile_cache, jax_settings, paths
 from bd3lm_jax.core.errors import UserError, lookup
 from bd3lm_jax.core.typed import from_json
 from bd3lm_jax.core.untrusted_files import read_text
+from bd3lm_jax.data.chat_template import CONFIG_READERS
 from bd3lm_jax.data.tokenizers import FINDERS, READERS, Tokenizer, tokenizer_of
 from bd3lm_jax.models import trunk
 from bd3lm_jax.parallel import sharding
@@ -285,6 +286,7 @@ def write_model(target: str | Path, described: ModelSpec, params: dict, *, dtype
         write.write_tensors(work, tensors, max_shard)
         write.write_json(work / CONFIG_FILE, published | {"torch_dtype": dtype})
         for name, content in files.items():
+            (work / name).parent.mkdir(exist_ok=True)
             (work / name).write_bytes(content)
     return {"tensors": len(tensors), "bytes": sum(tensor.num_bytes for tensor in tensors), "path": str(target)}
 
@@ -340,4 +342,5 @@ def _published(described: ModelSpec, model_type: str | None) -> tuple[dict, Modu
 
 
 READERS[".gguf"] = gguf.read_tokenizer
+CONFIG_READERS[".gguf"] = gguf.chat_config
 FINDERS.append(local)

@@ -15,9 +15,8 @@ from bd3lm_jax.core.errors import RunError, UserError, command_line
 from bd3lm_jax.core.log import METRICS_FILE, note_once
 from bd3lm_jax.core.typed import as_mapping, from_json
 from bd3lm_jax.core.untrusted_files import read_bytes
-from bd3lm_jax.data.chat_template import CHAT_FILES
+from bd3lm_jax.data.chat_template import chat_files, is_chat_file
 from bd3lm_jax.data.corpora import SOURCES
-from bd3lm_jax.data.dialogues import chat_files
 from bd3lm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from bd3lm_jax.diffusion.schedule import SCHEDULES
 
@@ -70,6 +69,7 @@ def create_or_validate(workdir: str | os.PathLike, config: Config, tokenizer: To
         files.sync(path.parent)
         contents = {TOKENIZER: tokenizer.to_bytes()} | chat_files(config.data.tokenizer)
         for name, content in contents.items():
+            (path / name).parent.mkdir(exist_ok=True)
             files.write(path / name, content)
         stored = config.to_dict() | {HASH: config.sha256(), FILES: {name: _digest(x) for name, x in contents.items()}}
         stored |= _imports(config)
@@ -115,7 +115,7 @@ def read(workdir: str | os.PathLike) -> tuple[Config, Tokenizer]:
     stored = _stored(path)
     for name, digest in as_mapping(FILES, stored.get(FILES, {})).items():
         file = path / name
-        if name in (TOKENIZER, *CHAT_FILES) and file.exists() and _digest(file.read_bytes()) != digest:
+        if (name == TOKENIZER or is_chat_file(name)) and file.exists() and _digest(file.read_bytes()) != digest:
             raise UserError(f"{file} is not the file that the run was started with ({CONFIG} has its hash): "
                             "restore it from a copy, or repeat the training command, which writes it again")
     return _read(path, stored)

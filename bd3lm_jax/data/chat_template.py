@@ -13,26 +13,27 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.core.typed import from_json
-from bd3lm_jax.core.untrusted_files import read_text
+from bd3lm_jax.core.untrusted_files import read_text, read_within
 
 TEMPLATE_FILE, CONFIG_FILE, SPECIAL_FILE = "chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"
-CHAT_FILES = TEMPLATE_FILE, CONFIG_FILE  # a run keeps them
+NAMED = "additional_chat_templates"  # directory of further ones, NAME.jinja
 LIMITS = {"cpu_s": 10, "memory_mib": 1024, "characters": 1 << 22}  # of one dialogue
 WALL_S = 120  # more than the time of the processor, which others may use
 DATE = "SOURCE_DATE_EPOCH"  # environment variable: seconds since 1970, the date that reproducible builds use
+CONFIG_READERS: dict[str, Callable[[Path], dict]] = {}  # of files that hold chat templates, by their ending
 CHILD = Path(__file__).with_name("chat_child.py")
 
 Messages = list[dict[str, str]]
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer's directory. source: its text.
+    """The chat template of a tokenizer's directory or of a GGUF file. source: its text.
 
     `strftime_now` gives the time at which the object was made, or that of the variable SOURCE_DATE_EPOCH.
     """
@@ -41,8 +42,8 @@ class ChatTemplate:
         """name: of one of several templates, "" for the usual one. UserError if there is none, or no jinja2 to run
         it."""
         directory = Path(directory)
-        self.directory = directory if directory.is_dir() else directory.parent
-        config, templates = templates_in(self.directory)
+        self.directory = directory if _config_reader(directory) else _directory(directory)
+        config, templates = templates_in(directory)
         self.source = _choose(self.directory, templates, name)
         if importlib.util.find_spec("jinja2") is None:
             raise UserError("chat templates need jinja2: pip install jinja2, or use data.name='plain'")
@@ -116,16 +117,55 @@ def _now() -> datetime.datetime:
     return datetime.datetime.fromtimestamp(int(seconds), datetime.timezone.utc).replace(tzinfo=None)
 
 
-def templates_in(directory: Path) -> tuple[dict, dict[str, str]]:
-    """Config of a tokenizer's directory, {} without one; and its chat templates by name, the usual one "default"."""
+def _directory(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def _config_reader(path: Path) -> Callable[[Path], dict] | None:
+    return None if path.is_dir() else CONFIG_READERS.get(path.suffix.lower())
+
+
+def chat_files_in(directory: Path) -> list[str]:
+    """The files of a directory that say how a dialogue is written, as paths in it; a run keeps them."""
+    names = [TEMPLATE_FILE, CONFIG_FILE, SPECIAL_FILE]
+    named = sorted(f"{NAMED}/{path.name}" for path in (directory / NAMED).glob("*.jinja"))
+    return [name for name in names if (directory / name).exists()] + named
+
+
+def is_chat_file(name: str) -> bool:
+    """Whether `chat_files_in` may name it."""
+    return name in (TEMPLATE_FILE, CONFIG_FILE, SPECIAL_FILE) or Path(name).match(f"{NAMED}/*.jinja") and len(
+        Path(name).parts) == 2
+
+
+def chat_files(tokenizer: str | Path) -> dict[str, bytes]:
+    """Name -> content of the files that say how a dialogue is written, in or beside `data.tokenizer`; {} if it is no
+    path, or none of its files holds a chat template. What a GGUF file says of it becomes a tokenizer_config.json.
+    UserError for JSON that cannot be read."""
+    path = Path(tokenizer)
+    config, templates = templates_in(path) if path.exists() else ({}, {})
+    if not templates:
+        return {}
+    directory = _directory(path)
+    own = {CONFIG_FILE: json.dumps(config, indent=2).encode()} if _config_reader(path) else {}
+    return {name: read_within(directory, name) for name in chat_files_in(directory)} | own
+
+
+def templates_in(path: Path) -> tuple[dict, dict[str, str]]:
+    """Config of a tokenizer in, or beside, a path, {} without one; and its chat templates by name, the usual one
+    "default". What a GGUF file says itself counts before the configs beside it."""
+    directory = _directory(path)
     config = _read_config(directory / SPECIAL_FILE) | _read_config(directory / CONFIG_FILE)
+    reader = _config_reader(path)
+    if reader is not None:
+        config |= reader(path)
     in_config = config.get("chat_template")
     found = {"default": in_config}
     if isinstance(in_config, list):  # [{"name": ..., "template": ...}, ...]
         found = {x.get("name"): x.get("template") for x in in_config if isinstance(x, dict)}
     elif isinstance(in_config, dict):
         found = in_config
-    for path in sorted((directory / "additional_chat_templates").glob("*.jinja")):
+    for path in sorted((directory / NAMED).glob("*.jinja")):
         found[path.stem] = _read_text(path)
     if (path := directory / TEMPLATE_FILE).exists():
         found["default"] = _read_text(path)

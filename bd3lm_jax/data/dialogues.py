@@ -13,8 +13,7 @@ from pathlib import Path
 from bd3lm_jax.core.errors import UserError, lookup
 from bd3lm_jax.core.schema import DataConfig
 from bd3lm_jax.core.typed import check_characters
-from bd3lm_jax.core.untrusted_files import read_within
-from bd3lm_jax.data.chat_template import CHAT_FILES, ChatTemplate, Messages, templates_in
+from bd3lm_jax.data.chat_template import ChatTemplate, Messages
 from bd3lm_jax.data.corpus import Corpus, json_lines, local_files
 
 ANSWERS = "assistant"  # the role whose messages are answers
@@ -112,13 +111,3 @@ def _chat(data: DataConfig):
 
 
 TEMPLATES: dict[str, Callable] = {"": _joined, "plain": _plain, "chat": _chat}
-
-
-def chat_files(tokenizer: str | Path) -> dict[str, bytes]:
-    """Name -> content of the files that say how a dialogue is written, in or beside `data.tokenizer`; {} if it is no
-    path, or none of its files holds a chat template. UserError for JSON that cannot be read."""
-    path = Path(tokenizer)
-    directory = path if path.is_dir() else path.parent
-    if not path.exists() or not templates_in(directory)[1]:
-        return {}
-    return {name: read_within(directory, name) for name in CHAT_FILES if (directory / name).exists()}

@@ -22,9 +22,9 @@ from bd3lm_jax.config import Config
 from bd3lm_jax.core import jax_settings, log, paths
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.core.untrusted_files import read_within
-from bd3lm_jax.data.chat_template import CONFIG_FILE
+from bd3lm_jax.data.chat_template import CONFIG_FILE, SPECIAL_FILE, chat_files, chat_files_in
 from bd3lm_jax.data.corpus import SPLITS
-from bd3lm_jax.data.dialogues import chat_files
+from bd3lm_jax.data.tokenizer_files import content_of
 from bd3lm_jax.data.tokenizers import get_tokenizer
 from bd3lm_jax.lm import LM
 from bd3lm_jax.models import trunk
@@ -36,7 +36,6 @@ GENERATION = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "chat_template.jinja",
                    GENERATION)
-TEMPLATE_KEYS = ("bos_token", "chat_template")  # keys of a tokenizer_config.json that a chat template is or reads
 SIGMA = 0.5  # noise level at which a time-conditioned network is checked
 
 
@@ -143,15 +142,19 @@ def _token_ids(model: LM) -> dict[str, int]:
 
 def _copied(source: Path) -> dict[str, bytes]:
     """Name -> content of what is copied as it is from a published checkpoint."""
-    return {name: read_within(source, name) for name in TOKENIZER_FILES if (source / name).exists()}
+    names = [name for name in TOKENIZER_FILES if (source / name).exists()]
+    return {name: read_within(source, name) for name in dict.fromkeys([*names, *chat_files_in(source)])}
 
 
 def _with_chat_template(files: dict[str, bytes], chat: dict[str, bytes]) -> dict[str, bytes]:
-    """The files of a tokenizer with the chat template of its source."""
-    theirs, ours = (json.loads(x.get(CONFIG_FILE, b"{}")) for x in (chat, files))
-    named = {key: theirs[key] for key in TEMPLATE_KEYS if key in theirs}
+    """The files of a tokenizer with the chat templates of its source, and with the special tokens that they write."""
+    configs = [json.loads(chat.get(name, b"{}")) for name in (SPECIAL_FILE, CONFIG_FILE)]
+    theirs = {key: value for config in configs if isinstance(config, dict) for key, value in config.items()}
+    ours = json.loads(files.get(CONFIG_FILE, b"{}"))
+    named = {key: content_of(value) for key, value in theirs.items() if key.endswith("_token") and content_of(value)}
+    named |= {key: value for key, value in theirs.items() if key == "chat_template"}
     config = {CONFIG_FILE: json.dumps(named | ours, indent=2).encode()} if named or ours else {}
-    return files | {name: x for name, x in chat.items() if name != CONFIG_FILE} | config
+    return files | {name: x for name, x in chat.items() if name not in (CONFIG_FILE, SPECIAL_FILE)} | config
 
 
 def _write_run(model: LM, source: Path, target: Path, length: int, base: Mapping) -> dict:
@@ -178,6 +181,7 @@ def _write_run(model: LM, source: Path, target: Path, length: int, base: Mapping
     with write.atomic_directory(target) as work:
         rundir.create_or_validate(work, config, model.tokenizer)
         for name, content in chat_files(source).items():
+            (work / name).parent.mkdir(exist_ok=True)
             (work / name).write_bytes(content)
         with Checkpoints(work, 1) as checkpoints:
             checkpoints.save(0, state, meta, wait=True)

@@ -52,10 +52,11 @@ def test_what_all_processes_must_see_there(tmp_path, config):
 
 def test_a_chat_template_beside_the_tokenizer_is_kept(tmp_path, config):
     """With the names of the tokens that it writes; what lies beside a tokenizer without one is not."""
-    source, kept = tmp_path / "source", {"chat_template.jinja", "tokenizer_config.json"}
+    source, kept = tmp_path / "source", {"chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"}
     source.mkdir()
     BYTES.save(source / "tokenizer.json")
     (source / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    (source / "special_tokens_map.json").write_text('{"unk_token": "<unk>"}')
     for index, spec in enumerate((source, source / "tokenizer.json")):
         ours = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(spec)))
         rundir.create_or_validate(tmp_path / f"without{index}", ours, BYTES)
@@ -201,9 +202,13 @@ def test_files_beside_the_config_are_those_of_the_start(tmp_path, config):
     source.mkdir()
     BYTES.save(source / "tokenizer.json")
     (source / "chat_template.jinja").write_text("{{ bos_token }}")
+    (source / "special_tokens_map.json").write_text('{"bos_token": "<s>"}')
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "rag.jinja").write_text("x")
     ours = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(source)))
     rundir.create_or_validate(tmp_path / "run", ours, BYTES)
-    for name in ("chat_template.jinja", "tokenizer.json"):
+    for name in ("chat_template.jinja", "tokenizer.json", "special_tokens_map.json",
+                 "additional_chat_templates/rag.jinja"):
         (tmp_path / "run" / name).write_bytes((source / name).read_bytes() + b" ")
         with pytest.raises(UserError, match=f"{name} is not the file that the run was started with.*restore it"):
             rundir.read(tmp_path / "run")

@@ -16,7 +16,7 @@ from bd3lm_jax.checkpoints import hf, rundir
 from bd3lm_jax.checkpoints.published.tensors import open_file
 from bd3lm_jax.core import log, untrusted_files
 from bd3lm_jax.core.errors import UserError, escape_control_characters
-from bd3lm_jax.data import chat_template, corpus, dialogues, text_files
+from bd3lm_jax.data import chat_template, corpus, text_files
 from bd3lm_jax.data.density.file import Annotations
 from bd3lm_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from bd3lm_jax.evaluation import convert
@@ -119,7 +119,7 @@ def test_chat_templates_that_are_links_are_not_copied(tmp_path):
     ByteTokenizer().save(tmp_path / "run" / "tokenizer.json")
     (tmp_path / "run" / "chat_template.jinja").symlink_to(tmp_path / "secret")
     with pytest.raises(UserError, match="outside of the directory"):
-        dialogues.chat_files(tmp_path / "run" / "tokenizer.json")
+        chat_template.chat_files(tmp_path / "run" / "tokenizer.json")
 
 
 @pytest.mark.parametrize("name", ["bd3lm_block4", "sedd", *(f"hf/{path.name}" for path in (HF).iterdir())])

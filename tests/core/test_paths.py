@@ -140,7 +140,7 @@ def test_a_result_is_said_in_every_locale(locale):
 
 
 LOCALES = [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONUTF8": "1"}]
-TEXTS = {"sample": ("prompt", "stop", "constraint", "forced"), "infill": ("text",)}
+TEXT_FLAGS = {"sample": ("prompt", "stop", "constraint", "forced"), "infill": ("text",)}
 
 
 @pytest.mark.parametrize("locale", LOCALES)
@@ -148,8 +148,8 @@ def test_texts_of_the_command_line_are_utf8_in_every_locale(locale):
     """Every flag that is a text; paths stay the bytes that the file system has."""
     code = ("import os, sys; from launch import arguments, infill, sample\n"
             "said = [arguments.parse_flags(sample.define, [f'--{name}={sys.argv[1]}', '--out=' + sys.argv[1]])\n"
-            f"        for name in {TEXTS['sample']}]\n"
-            f"texts = [flags[name].value for flags, name in zip(said, {TEXTS['sample']})]\n"
+            f"        for name in {TEXT_FLAGS['sample']}]\n"
+            f"texts = [flags[name].value for flags, name in zip(said, {TEXT_FLAGS['sample']})]\n"
             "texts.append(arguments.parse_flags(infill.define, ['--text', sys.argv[1]]).text)\n"
             "keys = ('source=jsonl', 'path=x', 'field=' + sys.argv[1])\n"
             "config = arguments.load_config('configs/tiny.py', ['--config.data.' + key for key in keys])\n"
@@ -162,7 +162,7 @@ def test_texts_of_the_command_line_are_utf8_in_every_locale(locale):
 
 
 @pytest.mark.parametrize("module, name", [(module, name) for module in (sample, infill)
-                                          for name in TEXTS[module.__name__.split(".")[1]]])
+                                          for name in TEXT_FLAGS[module.__name__.split(".")[1]]])
 def test_texts_that_are_not_utf8_are_refused(module, name):
     for text in (os.fsdecode(b"caf\xe9"), "\ud83d"):
         with pytest.raises(UserError, match=rf"^--{name}='.*' is not UTF-8 \(.*\): give UTF-8 text$"):

@@ -21,6 +21,7 @@ from bd3lm_jax.checkpoints.published.card import Origin, base_name, card
 from bd3lm_jax.config import DataConfig
 from bd3lm_jax.core import log
 from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.data.chat_template import ChatTemplate
 from bd3lm_jax.evaluation.convert import convert
 from configs.common import base
 
@@ -296,6 +297,23 @@ def test_a_chat_template_is_handed_back(tmp_path, apart):
     assert {key: given[key] for key in config} == config
     assert (tmp_path / "back" / "chat_template.jinja").exists() == apart
     assert not apart or (tmp_path / "back" / "chat_template.jinja").read_text() == TEMPLATE
+
+
+def test_named_chat_templates_and_the_tokens_of_a_special_tokens_map_are_handed_back(tmp_path):
+    """Out of a directory, into a run, and out of the run again."""
+    pytest.importorskip("jinja2")
+    source = with_tokenizer(tmp_path, "bd3lm_block4", 66)
+    (source / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "w1"}, "cls_token": "w2"}))
+    (source / "chat_template.jinja").write_text(TEMPLATE)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "rag.jinja").write_text("{{ cls_token }}" + TEMPLATE)
+    converted(source, tmp_path / "copy")
+    converted(source, tmp_path / "run", form="native")
+    converted(tmp_path / "run", tmp_path / "back")
+    for name in ("source", "copy", "run", "back"):
+        templates = [ChatTemplate(tmp_path / name, which) for which in ("", "rag")]
+        assert [x.render([{"role": "user", "content": "a"}], [(1, False)])[0] for x in templates] == [
+            "w1<user>a", "w2w1<user>a"], name
 
 
 def _card_of(source, target, **changes):

@@ -50,6 +50,8 @@ PRE_TOKENIZERS = {  # tokenizer.ggml.pre -> key of SPLITS, in families that llam
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), "llama3"),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), "qwen2"),
 }
+SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "cls": "cls",
+                  "mask": "mask"}  # of a tokenizer_config.json -> tokenizer.ggml, as it is spelt there
 SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 WITHOUT_PRE = {"qwen2": "qwen2", "qwen3": "qwen2"}  # architecture -> what old files, which do not name it, have
 SUPPORTED = f"llama with scores, and gpt2 with {', '.join(PRE_TOKENIZERS)}"
@@ -205,6 +207,21 @@ def token_ids(path: Path) -> dict[str, int]:
     found = {f"{key}_token_id": value(f"tokenizer.ggml.{name}_token_id", int, None)
              for key, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
     return {key: i for key, i in found.items() if i is not None}
+
+
+def chat_config(path: Path) -> dict[str, Any]:
+    """What a tokenizer_config.json would say of dialogues: the chat templates, and the tokens that they may write."""
+    _, value = _read(parts_of(path)[0])
+    tokens = value("tokenizer.ggml.tokens", [str], [])
+    ids = {key: value(f"tokenizer.ggml.{name}_token_id", int, -1) for key, name in SPECIAL_TOKENS.items()}
+    found: dict[str, Any] = {f"{key}_token": tokens[i] for key, i in ids.items() if 0 <= i < len(tokens)}
+    usual = value("tokenizer.chat_template", str, None)
+    names = value("tokenizer.chat_templates", [str], [])
+    named = {name: value(f"tokenizer.chat_template.{name}", str) for name in names}
+    if named:
+        named = ({} if usual is None else {"default": usual}) | named
+        return found | {"chat_template": [{"name": name, "template": text} for name, text in named.items()]}
+    return found if usual is None else found | {"chat_template": usual}
 
 
 def _tokenizer_json(tokens: list[str], kinds: list[int], merges: list[str], pre: str) -> dict:

@@ -14,6 +14,9 @@ from toy_gguf import gguf, written
 import bd3lm_jax
 from bd3lm_jax.checkpoints.published.gguf import read_tokenizer
 from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.data.chat_template import ChatTemplate
+from bd3lm_jax.evaluation.convert import convert
+from configs.common import base
 
 WORDS = ["<|endoftext|>", "a", "b", "c", "Ġ", "ab", "Ġa", "1", "2", "Ġab", "12"]
 MERGES = ["a b", "Ġ a", "Ġ ab", "1 2"]
@@ -26,6 +29,32 @@ def add_tokenizer(writer, model="gpt2", pre="smollm", end=0, left_out=()):
         getattr(writer, f"add_{part}" if part.startswith("token_") else f"add_tokenizer_{part}")(parts[part])
     if "end" not in left_out:
         writer.add_eos_token_id(end)
+
+
+@pytest.mark.parametrize("others", [(), ("rag",)])
+def test_its_chat_templates_are_read_and_handed_on(tmp_path, others):
+    """By conversion to a directory, to a run, and out of the run; what lies beside the file says less."""
+    pytest.importorskip("jinja2")
+    text = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+    named = [{"name": "default", "template": text}, *({"name": name, "template": name + text} for name in others)]
+
+    def change(writer):
+        add_tokenizer(writer)
+        writer.add_bos_token_id(5)
+        writer.add_chat_template(named if others else text)
+
+    (tmp_path / "beside").mkdir()
+    path = written(tmp_path / "beside" / "model.gguf", "llama", change)
+    (path.parent / "tokenizer_config.json").write_text('{"bos_token": "c", "chat_template": "of another model"}')
+    options = {"dtype": "float32", "check": 0, "max_shard": "5GB", "weights": "ema", "tokenizer": "", "length": 0,
+               "allow_pickle": False, "base": base().to_dict()}
+    convert(path, tmp_path / "hf", form="hf", **options)
+    convert(path, tmp_path / "run", form="native", **options)
+    convert(tmp_path / "run", tmp_path / "back", form="hf", **options)
+    for place in (path, *(tmp_path / name for name in ("hf", "run", "back"))):
+        for name in ("", *others):
+            found = ChatTemplate(place, name).render([{"role": "user", "content": "1"}], [(1, False)])
+            assert found == [f"{name}ab<user>1<|endoftext|>"], (place, name)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
