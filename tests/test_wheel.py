@@ -86,14 +86,9 @@ def test_train_and_sample(installed, trained):
     assert len(json.loads(done.stdout.splitlines()[-1])["samples"]) == 1
 
 
-def test_a_task_finds_its_file(installed, trained):
-    done = installed.bd3lm("eval", "--workdir=runs/tiny", "--task=humaneval", code=2)
-    assert "--allow_code_execution" in done.stderr
-
-
 def test_sweep_starts_what_was_typed(installed):
-    runs = json.loads(installed.bd3lm("sweep", "--dry_run").stdout.splitlines()[-1])["runs"]
-    assert len(runs) == 3
+    commands = installed.bd3lm("sweep", "--dry_run").stderr
+    assert commands.count("/bd3lm train --config=configs/tiny.py --config.diffusion.block_size=") == 3
 
 
 @pytest.mark.parametrize("words", [(), ("--config=tiny",), ("--config=tiny:block_size=16",),
@@ -104,9 +99,9 @@ def test_presets_are_found(installed, words):
 
 
 def test_messages_name_the_command(installed):
-    assert "(bd3lm train --workdir=nowhere)" in installed.bd3lm("sample", "--workdir=nowhere", code=2).stderr
-    done = installed.run(installed.python, "-m", "launch", "sample", "--workdir=nowhere", code=2)
-    assert "(python -m launch train --workdir=nowhere)" in done.stderr
+    assert "(bd3lm train --workdir=" in installed.bd3lm("sample", "--workdir=./nowhere", code=2).stderr
+    done = installed.run(installed.python, "-m", "launch", "sample", "--workdir=./nowhere", code=2)
+    assert "(python -m launch train --workdir=" in done.stderr
 
 
 def test_a_folder_with_names_of_ours(installed, tmp_path):
