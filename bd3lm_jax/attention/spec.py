@@ -14,8 +14,7 @@ import numpy as np
 RULES = ("causal", "block_causal", "bidirectional")  # how clean tokens see clean tokens
 
 
-@flax.struct.dataclass
-class Tokens:
+class Tokens(flax.struct.PyTreeNode):
     """What the predicate knows of tokens; int32 arrays that broadcast together, normally `[B, T]`.
 
     position: place in its document. block: index of its block in its document. segment: the document within the row,
@@ -34,8 +33,7 @@ class Tokens:
         return jax.tree.map(lambda x: jnp.expand_dims(x, axes) if jnp.ndim(x) else x, self)
 
 
-@flax.struct.dataclass
-class MaskSpec:
+class MaskSpec(flax.struct.PyTreeNode):
     """One attention call: the rule, its static tile structure and the tokens of each stream (None: absent).
 
     block_size: every block begins at a row index that is a multiple of it, whatever the segments; it bounds which

@@ -9,8 +9,7 @@ LORA = "lora"  # name of low-rank updates among the parameters (lora.py)
 OBJECTIVE_PARAMS = "objective"  # name of the objective's own parameters among those of the network
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """All of a run's memory: the batch and the noise of a step are functions of (seed, step).
 
     `step`: int32 scalar, updates done so far. `ema`: a tree like `params` in float32, or {} when the average is off.

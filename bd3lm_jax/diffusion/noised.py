@@ -6,8 +6,7 @@ import flax.struct
 import jax
 
 
-@flax.struct.dataclass
-class Noised:
+class Noised(flax.struct.PyTreeNode):
     """M noised views of a batch: what the network reads and how its errors count.
 
     The mean over a row's views of the sum over its tokens of weight * cross-entropy estimates the row's NELBO in nats.

@@ -13,8 +13,7 @@ from bd3lm_jax.scoring.loss import OutputLayer
 from bd3lm_jax.scoring.score import score
 
 
-@flax.struct.dataclass
-class Rows:
+class Rows(flax.struct.PyTreeNode):
     """Requests as rows `[B, L]`: scored tokens, and masks after them up to the end of their block."""
 
     tokens_BxL: Any

@@ -18,8 +18,7 @@ class Int8(NamedTuple):
     scale: jax.Array
 
 
-@flax.struct.dataclass
-class Cache:
+class Cache(flax.struct.PyTreeNode):
     """Keys and values of finished tokens: by layer group, for each layer `[B, Hkv, Dh, P]` (an array or `Int8`), so
     that no call cuts a layer out of a stack or transposes it; what the mask needs `[B, P]`.
 

@@ -60,8 +60,7 @@ class Backbone(NamedTuple):
     tied: bool = False
 
 
-@flax.struct.dataclass
-class Stream:
+class Stream(flax.struct.PyTreeNode):
     """Tokens going in. ids: int32, clean `[B, C]` or noised `[B, M, T]`; position, block, segment: int32 `[B, T]`
     (block: index of the block in its document; segment 0: padding). In place of ids, a mixture of them at every place:
     float `[..., V]`.
