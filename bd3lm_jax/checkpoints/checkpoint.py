@@ -68,8 +68,9 @@ class Checkpoints:
         self.directory = Path(workdir).absolute() / "checkpoints"
         self._read_only = read_only
         self._warn = warn
-        self._manager = self._reader = None
-        self._bounds = {}  # nats a token by step, of the steps that were validated
+        self._manager: Any = None  # of orbax; None where a reader finds nothing
+        self._reader: Any = None  # of this process alone
+        self._bounds: dict[int, float] = {}  # nats a token by step, of the steps that were validated
         self._writing = False  # a save in the background of which `check` has not heard
         if read_only and not self.directory.is_dir():
             return
@@ -232,9 +233,9 @@ class Checkpoints:
         return (self._reader or self._manager).restore(step, args=ocp.args.Composite(**arguments))
 
     def _read(self, step: int, select_items: Callable[[list[str]], dict[str, Any]]) -> tuple[dict[str, Any], dict]:
-        """Abstract trees by item, as `select_items` says of the items that are there -> these, and the record, against which
-        they are checked before and after reading. What one of many processes cannot read, none of them can."""
-        record = trees = error = None
+        """Abstract trees by item, as `select_items` says of the items that are there -> these, and the record, against
+        which they are checked before and after reading. What one of many processes cannot read, none of them can."""
+        record, trees, error = {}, {}, None
         try:
             record = self._record(step)
             abstract = select_items(list(record["leaves"]))
@@ -243,8 +244,8 @@ class Checkpoints:
                                                  for name, tree in abstract.items()}).items())
         except Exception as caught:
             error = caught
-        unreadable = error is not None and not isinstance(error, UserError)
-        _raise_on_any_process("cannot read it: " + cause_of(error) if unreadable else "", error)
+        unreadable = "" if error is None or isinstance(error, UserError) else f"cannot read it: {cause_of(error)}"
+        _raise_on_any_process(unreadable, error)
         mismatches = [f"finds that {name}/{path} differs from its fingerprint" for name, tree in trees.items()
                  for path, values in fingerprints_by_device(tree).items()
                  if any(value != record["leaves"][name][path]["fingerprint"] for value in values)]
@@ -279,13 +280,15 @@ class Checkpoints:
 
     def _retry(self, operation: Callable[[], T]) -> T:
         """`operation()` at the directory. Orbax fails if another process deletes a step meanwhile: look again."""
-        for _ in range(MAX_RETRIES if self._read_only else 1):
+        left = MAX_RETRIES if self._read_only else 1
+        while True:
             try:
                 return operation()
-            except (FileNotFoundError, NotADirectoryError) as error:
-                last_error = error
+            except (FileNotFoundError, NotADirectoryError):
+                left -= 1
+                if not left:
+                    raise
                 time.sleep(0.01)
-        raise last_error
 
     def _empty_trash(self) -> None:
         if jax.process_index() == 0:

@@ -7,11 +7,12 @@ over or misshapen is an error. What is written is whole or not there.
 import contextlib
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,7 @@ MAX_CONTEXT = 1 << 27  # tokens
 MAX_MISSING = 10_000  # tensors that a config.json may name beyond those that are there, to be named in an error
 
 
-def is_published(path: str | Path) -> bool:
+def is_published(path: str | os.PathLike) -> bool:
     """Whether `path` is a published checkpoint: a GGUF file, or a directory whose config.json has a model_type.
 
     UserError if its config.json is not JSON.
@@ -71,7 +72,7 @@ def is_published(path: str | Path) -> bool:
     return isinstance(content, dict) and "model_type" in content
 
 
-def read_model(path: str | Path, *, dtype: str = "float32", weights: str = "ema",
+def read_model(path: str | os.PathLike, *, dtype: str = "float32", weights: str = "ema",
                mesh: jax.sharding.Mesh | None = None, allow_pickle: bool = False) -> tuple[ModelSpec, dict]:
     """A published network: what it is, and its parameters.
 
@@ -108,7 +109,7 @@ def read_model(path: str | Path, *, dtype: str = "float32", weights: str = "ema"
     return described, unflatten_dict({tuple(at.split(".")): x for at, x in params.items()})
 
 
-def read_tokenizer(path: str | Path, described: ModelSpec) -> Tokenizer | None:
+def read_tokenizer(path: str | os.PathLike, described: ModelSpec) -> Tokenizer | None:
     """The tokenizer that a published checkpoint brings, None if there is none.
 
     Its mask is that of `with_network_mask`. UserError if it has ids beyond the vocabulary of the network.
@@ -138,7 +139,7 @@ def vocabulary_mask_id(tokenizer: Tokenizer) -> int:
     return tokenizer.mask_id if tokenizer.mask_id < tokenizer.size else -1
 
 
-def local(path: str | Path) -> str:
+def local(path: str | os.PathLike) -> str:
     """`path`, of a directory that holds a GGUF file this one; or, where it does not exist, the local copy of the model
     of this name ("organisation/name", "gpt2") on the Hugging Face Hub. What would be in RUNS is never looked for there.
     """
@@ -185,7 +186,7 @@ def download(name: str) -> str:
         raise UserError(f"no run directory {name}; to take it from the Hugging Face Hub: pip install huggingface_hub, "
                         "or download the model there and give its directory") from None
     try:
-        return huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES, etag_timeout=10)
+        return huggingface_hub.snapshot_download(name, allow_patterns=list(HUB_FILES), etag_timeout=10)
     except Exception as error:  # the network and the Hub raise many kinds; all of them mean: not fetched
         first = f"{error}\n".strip().splitlines()[0] if str(error).strip() else ""
         raise UserError(f"no run directory {name}, and the Hugging Face Hub did not give a model of this name "
@@ -193,7 +194,7 @@ def download(name: str) -> str:
                         "downloaded model") from None
 
 
-def from_hf_config(path: str | Path) -> ModelSpec:
+def from_hf_config(path: str | os.PathLike) -> ModelSpec:
     """What a published checkpoint is, without its weights. UserError as for `read_model`."""
     config_path, published, form, weights_path, stored = _open(Path(path), False)
     tensors, _ = normalized_names(weights_path, stored, "ema", getattr(form, "rename", str))
@@ -256,10 +257,10 @@ def _open(path: Path, allow_pickle: bool) -> tuple[Path, dict, ModuleType, Path,
 
 def _shardings(config, mesh: jax.sharding.Mesh) -> dict[str, jax.sharding.NamedSharding]:
     abstract = jax.eval_shape(lambda: trunk.init(models.build(config, jnp.float32), jax_settings.key(0)))
-    return flatten_dict(sharding.param_shardings(abstract, mesh), sep=".")
+    return cast(dict, flatten_dict(sharding.param_shardings(abstract, mesh), sep="."))
 
 
-def write_model(target: str | Path, described: ModelSpec, params: dict, *, dtype: str, max_shard: int,
+def write_model(target: str | os.PathLike, described: ModelSpec, params: dict, *, dtype: str, max_shard: int,
                 model_type: str | None, files: dict[str, bytes],
                 token_ids: Mapping[str, int | list[int] | None] = MappingProxyType({})) -> dict[str, int | str]:
     """Write a network as a directory in Hugging Face layout: config.json, safetensors and `files`.
@@ -279,7 +280,7 @@ def write_model(target: str | Path, described: ModelSpec, params: dict, *, dtype
     own_names = _own_model_type(published) if _computes_other_logits(published, described) else {}
     published = {**token_ids, **published, **own_names}
     leaves = form.layout(described.model)
-    flat = {".".join(path): x for path, x in flatten_dict(params).items()}
+    flat: dict[str, Any] = {".".join(path): x for path, x in flatten_dict(params).items()}
     constants = form.constants(described.model, described.objective) if hasattr(form, "constants") else {}
     tensors = write.tensors_of(leaves, flat, write.DTYPES[dtype]) + write.constant_tensors(constants)
     with write.atomic_directory(Path(target)) as work:
@@ -306,7 +307,7 @@ def _own_model_type(published: dict) -> dict:
     return {"model_type": OWN_PREFIX + published["model_type"], "architectures": [f"{stem}ForBlockDiffusion"]}
 
 
-def token_ids(source: Path) -> dict[str, int | list[int]]:
+def token_ids(source: Path) -> Mapping[str, int | list[int]]:
     """The end, begin and padding tokens of a published checkpoint, each an id or a list of ids, by their keys."""
     if is_gguf(source):
         return gguf.token_ids(source)

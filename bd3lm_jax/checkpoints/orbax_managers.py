@@ -22,7 +22,7 @@ class SyncedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
     """
 
     @classmethod
-    def from_final(cls, final_path: Any, **options: Any) -> "SyncedPath":
+    def from_final(cls, final_path: Any, **options: Any) -> ocp.path.atomicity.AtomicRenameTemporaryPath:
         return super().from_final(final_path.with_name(final_path.name + UNFINISHED_MARK), **options)
 
     def get_final(self) -> Any:

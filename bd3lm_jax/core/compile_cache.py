@@ -11,6 +11,7 @@ import os
 import platform
 import stat
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -28,7 +29,7 @@ CPU_INFO_KEYS = ("vendor_id", "model name", "cpu family", "model", "stepping", "
 
 def enable() -> None:
     """Use the cache from now on, unless the user turned it off, has one already, or there is no place for it."""
-    config = jax.config
+    config: Any = jax.config  # has its flags as attributes from the time of the import on
     if os.environ.get(VARIABLE, "on") == "off" or config.jax_compilation_cache_dir or \
             not config.jax_enable_compilation_cache:
         return

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bd3lm_jax.core.errors import UserError
@@ -30,7 +31,7 @@ def key(seed: int) -> jax.Array:
     """
     seed = check_seed(seed)
     words = np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
-    return jax.random.wrap_key_data(words, impl=PRNG)
+    return jax.random.wrap_key_data(jnp.asarray(words), impl=PRNG)
 
 
 @contextlib.contextmanager

@@ -36,7 +36,8 @@ def loss_curve(workdir: str | os.PathLike) -> Path:
     intervals = [(line["step"], line["valid/nll_low"], line["valid/nll_high"])
                  for line in lines if line.get("valid/nll_low") is not None]
     if intervals:
-        axes.fill_between(*zip(*intervals), color=CURVES["valid/nll"][1], alpha=0.2, linewidth=0)
+        steps, low, high = zip(*intervals)
+        axes.fill_between(steps, low, high, color=CURVES["valid/nll"][1], alpha=0.2, linewidth=0)
     if axes.lines:
         axes.legend(frameon=False)
     return save(figure, Path(workdir) / "plots" / "loss.png")
@@ -47,7 +48,7 @@ def nll_by_count(path: str | os.PathLike, ks: Sequence[int], nll: Sequence[float
     figure, axes = new_figure("How hard a block is by how much of it is masked", "masked tokens in the block",
                            "nats per masked token")
     axes.plot(ks, nll, color="#3182bd", marker="o", markersize=4, linewidth=1.5)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     return save(figure, Path(path))
 
 
@@ -186,7 +187,7 @@ def intervals(path: str | os.PathLike, title: str,
         offset = 0.6 * ((i + 0.5) / len(series) - 0.5)
         ys = [cases.index(case) + offset for case in points]
         values = [value for value, _, _ in points.values()]
-        errors = [(0.0, 0.0) if low is None else (value - low, high - value) for value, low, high in points.values()]
+        errors = [(0.0, 0.0) if low is None or high is None else (value - low, high - value) for value, low, high in points.values()]
         axes.errorbar(values, ys, xerr=list(zip(*errors)), label=label, fmt="o", markersize=4, capsize=3, linewidth=1.5)
     axes.set_yticks(range(len(cases)), [textwrap.fill(case, LABEL) for case in cases], fontsize="small")
     axes.set_ylim(len(cases) - 0.5, -0.5)
@@ -206,7 +207,8 @@ def noise_over_steps(workdir: str | os.PathLike) -> Path:
                               "mask probability" if clips else "probability of the count")
     if clips:
         steps, intervals = zip(*clips)
-        axes.fill_between(steps, *zip(*intervals), step="post", color="#9ecae1")
+        low, high = zip(*intervals)
+        axes.fill_between(steps, low, high, step="post", color="#9ecae1")
         axes.set_ylim(0, 1)
     if count_distributions:
         steps, probs = zip(*count_distributions)

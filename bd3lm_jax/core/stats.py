@@ -98,14 +98,15 @@ def difference_interval(model: Estimates, baseline: Estimates, same_rows: bool, 
     if len(counts) < 2:
         noise_N = _noise(influences[0] - influences[1])
     else:
-        noise_N = sum(map(_noise, influences))
+        noise_N = _noise(influences[0]) + _noise(influences[1])
     if len(counts) < 2 and same_rows:
         noise = _noise(rows[0] - rows[1]).sum()
     else:
         noise = sum(_noise(side).sum() for side in rows)
     value = ratios[0] - ratios[1]
+    shares = [side.denominators_N / total for side, total in zip(sides, totals)]
     estimate = _interval(value, influences[0].mean(0) - influences[1].mean(0), noise_N, noise,
-                      sum(side.denominators_N / total for side, total in zip(sides, totals)) / 2, level)
+                         (shares[0] + shares[1]) / 2, level)
     is_rounding = abs(value) <= ROUNDING * sum(map(abs, ratios))
     return estimate._replace(p_value=1.0) if is_rounding and not estimate.missing else estimate
 

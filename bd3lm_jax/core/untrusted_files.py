@@ -4,7 +4,6 @@ import io
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
 
 from bd3lm_jax.core.errors import UserError
 
@@ -14,7 +13,7 @@ KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a 
          stat.S_IFBLK: "a device"}
 
 
-def open_regular(path: str | os.PathLike) -> BinaryIO:
+def open_regular(path: str | os.PathLike) -> io.BufferedReader:
     """A regular file, open for reading. OSError for anything else, which could make a reader wait or never end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)

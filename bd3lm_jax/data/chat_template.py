@@ -49,7 +49,8 @@ class ChatTemplate:
             raise UserError("chat templates need jinja2: pip install jinja2, or use data.name='plain'")
         self._setup = {"template": self.source, "variables": _special_tokens(config), "now": _now().isoformat(),
                        "limits": LIMITS}
-        self._process, self._lock = None, threading.Lock()
+        self._process: subprocess.Popen | None = None
+        self._lock = threading.Lock()
 
     def render(self, messages: Messages, calls: Sequence[tuple[int, bool]]) -> list[str]:
         """The text of the first messages, for each of `calls` (how many, whether an answer is to follow).
@@ -57,18 +58,18 @@ class ChatTemplate:
         Raises UserError, with the line of the template, for whatever it raises, and for one that goes on without end.
         """
         with self._lock:
-            if self._process is None:
-                self._start()
-            return self._ask({"messages": messages, "calls": list(calls)}, "refuses a dialogue")
+            process = self._process or self._start()
+            return self._ask(process, {"messages": messages, "calls": list(calls)}, "refuses a dialogue")
 
-    def _start(self) -> None:
+    def _start(self) -> subprocess.Popen:
         self._process = subprocess.Popen([sys.executable, "-P", str(CHILD)], stdin=subprocess.PIPE,
                                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         weakref.finalize(self, _end, self._process)
-        self._ask(self._setup, "is not valid")
+        self._ask(self._process, self._setup, "is not valid")
+        return self._process
 
-    def _ask(self, request: dict, what: str) -> list[str]:
-        process = self._process
+    def _ask(self, process: subprocess.Popen, request: dict, what: str) -> list[str]:
+        assert process.stdin and process.stdout
         try:
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
@@ -100,7 +101,7 @@ def _line(source: int, until: float) -> bytes:
 
 def _end(process: subprocess.Popen) -> None:
     process.kill()
-    for pipe in (process.stdin, process.stdout):
+    for pipe in filter(None, (process.stdin, process.stdout)):
         try:
             pipe.close()
         except OSError:  # what was not written is for nobody
@@ -114,7 +115,7 @@ def _now() -> datetime.datetime:
         return datetime.datetime.now()
     if not seconds.isdecimal() or len(seconds) > 11:
         raise UserError(f"{DATE} is '{seconds}', expected seconds since 1970")
-    return datetime.datetime.fromtimestamp(int(seconds), datetime.timezone.utc).replace(tzinfo=None)
+    return datetime.datetime.fromtimestamp(int(seconds), datetime.UTC).replace(tzinfo=None)
 
 
 def _directory(path: Path) -> Path:

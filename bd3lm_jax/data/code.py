@@ -65,7 +65,7 @@ def _code() -> dict[str, list[str]]:
     found = {split: [] for split in ("train", *HELD_OUT)}
     earlier = set()
     for name, _ in _versions():
-        root = Path(importlib.util.find_spec(name).origin).parent
+        root = Path(str(importlib.util.find_spec(name).origin)).parent
         for path in sorted(root.rglob("*.py")):
             module = f"{name}/{path.relative_to(root).as_posix()}"
             if any(word in module for word in LEFT_OUT):

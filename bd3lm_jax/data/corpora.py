@@ -11,6 +11,7 @@ import lzma
 from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from bd3lm_jax.core.errors import UserError, lookup, nearest
 from bd3lm_jax.core.schema import DataConfig
@@ -139,7 +140,7 @@ def tfds(data: DataConfig, split: str) -> Corpus:
         raise UserError(f"data.source='tfds' needs tensorflow-datasets ({error}): pip install tensorflow-datasets "
                         "importlib_resources") from None
     try:
-        builder = tensorflow_datasets.builder(data.name, data_dir=data.path or None, file_format="array_record")
+        builder: Any = tensorflow_datasets.builder(data.name, data_dir=data.path or None, file_format="array_record")
         builder.download_and_prepare()
     except Exception as error:  # TFDS raises many kinds; all mean that the data set is not there
         raise UserError(f"TFDS data set '{data.name}' cannot be prepared: {_first_line(error)}") from None

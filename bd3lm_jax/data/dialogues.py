@@ -7,7 +7,7 @@ A line holds "prompt" and "response", or "messages": a list of {"role", "content
     "chat"  the chat template of the directory `data.tokenizer` (needs jinja2), whose special tokens are read as such
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from bd3lm_jax.core.errors import UserError, lookup
@@ -26,10 +26,10 @@ class Dialogue(str):
     parts: tuple[tuple[str, bool], ...]
     special: bool
 
-    def __new__(cls, parts: list[tuple[str, bool]], special: bool = False) -> "Dialogue":
-        parts = tuple((text, answer) for text, answer in parts if text)
-        self = super().__new__(cls, "".join(text for text, _ in parts))
-        self.parts, self.special = parts, special
+    def __new__(cls, parts: Iterable[tuple[str, bool]], special: bool = False) -> "Dialogue":
+        whole = tuple((text, answer) for text, answer in parts if text)
+        self = super().__new__(cls, "".join(text for text, _ in whole))
+        self.parts, self.special = whole, special
         return self
 
     def __getnewargs__(self) -> tuple:

@@ -9,7 +9,7 @@ import numpy as np
 
 from bd3lm_jax.data.mixture import MixedRows
 from bd3lm_jax.data.order import rows_at
-from bd3lm_jax.data.prepare import Rows
+from bd3lm_jax.data.rows import TokenRows
 
 ARRAYS = ("tokens", "segments", "positions")
 EXTRA = ("density", "prompt")  # where the rows were prepared with them
@@ -37,7 +37,7 @@ class Loader:
     own devices; without one they are NumPy arrays.
     """
 
-    def __init__(self, rows: Rows | MixedRows, batch: int, seed: int, sharding):
+    def __init__(self, rows: TokenRows, batch: int, seed: int, sharding):
         self.rows, self.batch, self.seed, self.sharding = rows, batch, seed, sharding
 
     def get(self, step: int) -> tuple[np.ndarray, dict]:
@@ -52,17 +52,17 @@ class Loader:
         return row_ids(len(self.rows), self.batch, self.seed, step)
 
 
-def read_rows(rows: Rows, ids: np.ndarray) -> dict[str, np.ndarray]:
+def read_rows(rows: TokenRows, ids: np.ndarray) -> dict[str, np.ndarray]:
     """`tokens`, `segments` and `positions`, int32 [n, L], of the given rows, and those of EXTRA that they have."""
     return {name: getattr(rows, name)(ids) for name in array_names(rows)}
 
 
-def array_names(rows: Rows) -> tuple[str, ...]:
+def array_names(rows: TokenRows) -> tuple[str, ...]:
     """Names of the arrays of a batch of these rows."""
     return ARRAYS + tuple(name for name in EXTRA if getattr(rows, f"has_{name}", False))
 
 
-def place_rows(rows: Rows, ids: np.ndarray, sharding) -> dict:
+def place_rows(rows: TokenRows, ids: np.ndarray, sharding) -> dict:
     """As `read_rows`, as jax arrays sharded over all processes; reads only what this process's devices hold."""
     import jax
 

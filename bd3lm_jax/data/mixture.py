@@ -81,7 +81,7 @@ class SourceSchedule:
 
     def __init__(self, weights: Sequence[float]):
         self.parts = _whole_parts(weights)
-        heap = [(part, k, k) for k, part in enumerate(self.parts)]
+        heap: list[tuple[int, int, Any]] = [(part, k, k) for k, part in enumerate(self.parts)]  # leaves and nodes
         heapq.heapify(heap)
         for order in itertools.count(len(heap)):
             if len(heap) == 1:

@@ -47,7 +47,7 @@ def place_documents(layout: str, lengths_D: np.ndarray, length: int, block_size:
     if layout == "pack" and length % block_size:
         raise UserError(f"block size {block_size} does not divide data.length={length}: choose a length that is a "
                         f"multiple, e.g. {-(-length // block_size) * block_size}")
-    lengths_D = np.asarray(lengths_D, np.int64)
+    lengths_D = lengths_D.astype(np.int64)
     if layout == "wrap":
         source, document = _wrap_cuts(lengths_D, length)
     else:
@@ -82,7 +82,8 @@ def expand_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 def _rows(layout: str, token_docs: Sequence, length: int, block_size: int, end_id: int):
     documents = [np.append(np.asarray(document, np.int32), np.int32(end_id)) for document in token_docs]
-    layout_of_rows = place_documents(layout, [len(document) for document in documents], length, block_size)
+    lengths_D = np.array([len(document) for document in documents], np.int64)
+    layout_of_rows = place_documents(layout, lengths_D, length, block_size)
     flat = np.concatenate(documents) if documents else np.zeros(0, np.int32)
     return fill_rows(flat, layout_of_rows, 0, layout_of_rows.num_rows, length, end_id), layout_of_rows.pieces_Px4
 

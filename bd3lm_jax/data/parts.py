@@ -60,7 +60,7 @@ def encode(documents: list[str], tokenizer: Tokenizer, array_spec: ArraySpec, de
             found["density"].append(np.round(values * DENSITY_STEPS).astype(np.uint8))
     return {**{name: np.concatenate(arrays) for name, arrays in found.items()},
             "lengths": np.array([len(ids) for ids in found["tokens"]], np.int64),
-            "bytes": np.int64(sum(len(text.encode()) + 1 for text in documents))}
+            "bytes": np.array(sum(len(text.encode()) + 1 for text in documents), np.int64)}
 
 
 def encode_all(documents: Iterable[str], tokenizer: Tokenizer, array_spec: ArraySpec, density: Annotation | None,
@@ -124,10 +124,11 @@ def _start(tokenizer: str, array_spec: ArraySpec) -> None:
         signal.signal(number, signal.SIG_IGN)
     global _WORKER
     _WORKER = load_tokenizer(tokenizer), array_spec
-    parent = multiprocessing.parent_process().sentinel
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # of a worker
 
     def exit_with_parent():
-        multiprocessing.connection.wait([parent])
+        multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
 
     threading.Thread(target=exit_with_parent, daemon=True).start()
@@ -166,7 +167,7 @@ def _load(path: Path) -> Arrays | None:
 def _encode_to(path: Path, documents: list[str], tokenizer: Tokenizer, array_spec: ArraySpec) -> Arrays:
     """The arrays, stored as a whole unless nobody needs them there any more."""
     arrays, content = encode(documents, tokenizer, array_spec, None), io.BytesIO()
-    np.savez(content, **arrays)
+    np.savez(content, allow_pickle=False, **arrays)
     with contextlib.suppress(FileNotFoundError):  # another process has finished, and removed the directory
         path.parent.mkdir(exist_ok=True)
         files.write(path, content.getvalue())

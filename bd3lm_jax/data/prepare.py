@@ -56,10 +56,12 @@ class Rows:
 
     def density(self, row_ids: np.ndarray) -> np.ndarray:
         """float32 [n, L] in [0, 1]; 0 in padding. Only where `has_density`."""
+        assert self._density_RxL is not None
         return self._density_RxL[np.asarray(row_ids)].astype(np.float32) / parts.DENSITY_STEPS
 
     def prompt(self, row_ids: np.ndarray) -> np.ndarray:
         """float32 [n, L]: 1 on prompts, 0 on answers and in padding. Only where `has_prompt`."""
+        assert self._prompt_RxL is not None
         return self._prompt_RxL[np.asarray(row_ids)].astype(np.float32)
 
     def segments(self, row_ids: np.ndarray) -> np.ndarray:
@@ -244,7 +246,8 @@ def _discard_damaged(path: Path, identity: dict, work: Path) -> bool:
 def _build(work: Path, documents: Iterable[str], identity: dict, tokenizer: Tokenizer,
            progress: Progress | None, density: Annotation | None, parts_directory: Path, workers: int) -> dict:
     """Write tokens.npy, density.npy, pieces.npy and meta.json of a split in the directory `work`."""
-    flat = {"tokens.npy": (np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32), tokenizer.end_id)}
+    id_type = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    flat: dict[str, tuple[np.dtype, int]] = {"tokens.npy": (np.dtype(id_type), tokenizer.end_id)}  # and the padding
     if density is not None:
         flat["density.npy"] = np.dtype(np.uint8), 0
     dialogues = identity["source"] == "sft"

@@ -55,7 +55,8 @@ def read(path: Path, legacy: bool, exact: bool, add_prefix_space: Any) -> dict:
                           f"supported: type {BPE} (BPE) without any, as of Llama 2: put a tokenizer.json beside it")
     prefix = normal.add_dummy_prefix if add_prefix_space is None else bool(add_prefix_space)
     pieces = ([getattr(piece, field) for piece in proto.pieces] for field in ("piece", "score", "type"))
-    return as_json(Pieces(*pieces, prefix, legacy, exact, proto.trainer_spec.byte_fallback))
+    return as_json(Pieces(*pieces, prefix=prefix, legacy=legacy, exact=exact,
+                          byte_fallback=proto.trainer_spec.byte_fallback))
 
 
 def as_json(pieces: Pieces) -> dict:

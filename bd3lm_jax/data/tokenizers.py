@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -92,7 +93,7 @@ class Tokenizer:
             raise UserError(f"{what} hold id {bad}, expected 0..{self.vocab_size - 1} (tokenizer '{self.kind}'): "
                             "was the text encoded with another tokenizer?")
 
-    def with_mask(self, mask_id: int) -> "Tokenizer":
+    def with_mask(self, mask_id: int) -> Self:
         """The same with another mask id; -1: no mask."""
         other = copy.copy(self)
         other.mask_id, other.vocab_size = mask_id, max(self.size, mask_id + 1)
@@ -167,7 +168,7 @@ class SubwordTokenizer(Tokenizer):
         library_tokenizer.encode_special_tokens = True
         return library_tokenizer
 
-    def with_mask(self, mask_id: int) -> "Tokenizer":
+    def with_mask(self, mask_id: int) -> Self:
         other = super().with_mask(mask_id)
         if mask_id != self.mask_id:
             other._tokenizer = other._text_tokenizer()
@@ -194,7 +195,7 @@ class SubwordTokenizer(Tokenizer):
         first, *others = text.split(mask) if mask else [text]
         parts = [self._read_special(first)]
         for part in others:  # the mask is never part of a text
-            parts += [self.encode(mask), self._read_special(part)]
+            parts += [self.encode(mask or ""), self._read_special(part)]
         return np.concatenate(parts)
 
     def _read_special(self, text: str) -> np.ndarray:
@@ -214,12 +215,12 @@ class SubwordTokenizer(Tokenizer):
 
     def _unmasked(self, ids: list[int]) -> np.ndarray:
         """Without the mask, which a vocabulary may hold as a word like any other: there it is an unknown one."""
-        ids = np.asarray(ids, np.int32)
-        masked = ids == self.mask_id
+        ids_N = np.asarray(ids, np.int32)
+        masked = ids_N == self.mask_id
         if masked.any() and self.unknown_id < 0:
             raise UserError(f"a text spells the mask token {self._tokenizer.id_to_token(self.mask_id)!r}, which is a "
                             f"word of tokenizer '{self.kind}', and that has no unknown token: take it out of the text")
-        return np.where(masked, np.int32(self.unknown_id), ids) if masked.any() else ids
+        return np.where(masked, np.int32(self.unknown_id), ids_N) if masked.any() else ids_N
 
     def _decode_plain(self, ids: list[int]) -> str:
         with library_errors(self.kind, "cannot decode its ids"):
@@ -230,7 +231,7 @@ class SubwordTokenizer(Tokenizer):
         special = {*self._tokenizer.get_added_tokens_decoder(), self.end_id, self.mask_id}
         tokens = [self._tokenizer.id_to_token(i) if i not in special else None for i in range(self.size)]
         if '"ByteLevel"' in decoder:
-            pieces = [bytes(map(BYTE_OF.get, token)) if token and BYTE_OF.keys() >= set(token) else b""
+            pieces = [bytes(map(BYTE_OF.__getitem__, token)) if token and BYTE_OF.keys() >= set(token) else b""
                       for token in tokens]
             return pieces, pieces
         with library_errors(self.kind, "cannot decode its ids"):

@@ -5,13 +5,13 @@ A token that is not scored is given: it is never masked and never counted, but t
 
 import dataclasses
 import functools
+from typing import cast
 
 import numpy as np
 
 from bd3lm_jax.core.errors import UserError, nearest
 from bd3lm_jax.data import packing
-from bd3lm_jax.data.prepare import Rows
-from bd3lm_jax.data.token_bytes import RowsWithBytes
+from bd3lm_jax.data.rows import MeasuredRows, TokenRows
 
 CHUNKS, FIRST_TOKENS, END_TOKENS = ("independent", "sliding"), ("predict", "skip"), ("count", "skip")
 
@@ -66,7 +66,7 @@ class Windows:
     within_documents: every document is a text of its own, else all of them are one.
     """
 
-    def __init__(self, wrapped_rows: Rows | RowsWithBytes, stride: int, within_documents: bool, end_id: int):
+    def __init__(self, wrapped_rows: TokenRows, stride: int, within_documents: bool, end_id: int):
         """wrapped: the same documents in the layout "wrap"."""
         self.length, self._end_id = wrapped_rows.length, end_id
         ids = np.arange(len(wrapped_rows))
@@ -114,7 +114,7 @@ class Windows:
     @functools.cached_property
     def _sizes_N(self) -> np.ndarray:
         ids = np.arange(len(self._wrapped))
-        return self._wrapped.sizes(ids)[self._wrapped.documents(ids) >= 0]
+        return cast(MeasuredRows, self._wrapped).sizes(ids)[self._wrapped.documents(ids) >= 0]
 
     def _index(self, row_ids):
         return self._start_R[row_ids][:, None] + np.arange(self.length)
@@ -130,7 +130,7 @@ class Windows:
 class ConditionedRows:
     """Rows or windows of which first or end tokens are given; like `Rows`."""
 
-    def __init__(self, rows: Rows | RowsWithBytes | Windows, *, first: bool, end: bool, end_id: int):
+    def __init__(self, rows: TokenRows, *, first: bool, end: bool, end_id: int):
         self._rows, self._first, self._end, self._end_id = rows, first, end, end_id
         self.length, self.meta = rows.length, rows.meta
         self.tokens, self.segments, self.positions = rows.tokens, rows.segments, rows.positions
@@ -150,11 +150,11 @@ class ConditionedRows:
 
     def sizes(self, row_ids: np.ndarray) -> np.ndarray:
         """float64 [n, L]: bytes of text, where the rows are `sized.RowsWithBytes`; 0 in padding."""
-        return self._rows.sizes(row_ids)
+        return cast(MeasuredRows, self._rows).sizes(row_ids)
 
 
-def rows_to_score(rows: Rows | RowsWithBytes, convention: ScoringConvention, *, within_documents: bool, block_size: int,
-            end_id: int) -> Rows | RowsWithBytes | Windows | ConditionedRows:
+def rows_to_score(rows: TokenRows, convention: ScoringConvention, *, within_documents: bool, block_size: int,
+                  end_id: int) -> TokenRows:
     """The rows that an evaluation by `convention` scores; for sliding windows `rows` has the layout "wrap".
 
     Raises UserError for a stride that is no multiple of the block size, and if no token is left to score.

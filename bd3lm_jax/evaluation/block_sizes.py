@@ -27,7 +27,7 @@ def curve(workdir: str, *, split: str, estimator: str, draws: int, seed: int, we
     began, lm = time.perf_counter(), load(workdir, weights=weights)
     sizes = lm.config.trained_block_sizes
     if len(sizes) < 2:
-        raise UserError(f"{workdir} was trained with blocks of {sizes[0]} tokens only: a curve needs a model of "
+        raise UserError(f"{workdir} was trained with blocks of {min(sizes)} tokens only: a curve needs a model of "
                         "diffusion.kind='mixed'")
     text, rows = RowsWithBytes(prepare(lm.corpus(workdir), split, lm.config.block_size, lm.tokenizer), lm.tokenizer), []
     for size in sizes:

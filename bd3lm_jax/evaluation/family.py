@@ -87,8 +87,8 @@ def _size(params) -> int:
 def _bounds(run, text: Text, draws: int, seed: int) -> dict[str, Any]:
     """The common bound, and that of the run's own objective where it is another."""
     common, objective = estimators.default_estimator(run.config), run.config.diffusion
-    row = dict.fromkeys(("estimator", "bound", "bound_ci95", "difference", "difference_ci95", "native", "native_ci95",
-                         "scored"))
+    row: dict[str, Any] = dict.fromkeys(("estimator", "bound", "bound_ci95", "difference", "difference_ci95", "native",
+                                         "native_ci95", "scored"))
     for name in dict.fromkeys([common, *["native"] * _has_own_bound(objective)]):
         measured = run.evaluator.measure(run.params, text.rows, estimator=name, draws=draws, seed=seed, target=None)
         result = text.describe(measured)
@@ -115,7 +115,8 @@ def _training(workdir: str) -> dict[str, float | None]:
 
 
 def _texts(run, scorer_model: Scorer | None, texts: int, seed: int) -> dict[str, Any]:
-    row = dict.fromkeys(("gen_ppl", "gen_ppl_ci95", "entropy", "entropy_ci95", "tokens_per_call", "no_texts"))
+    row: dict[str, Any] = dict.fromkeys(("gen_ppl", "gen_ppl_ci95", "entropy", "entropy_ci95", "tokens_per_call",
+                                         "no_texts"))
     if scorer_model is None:
         return row
     lm = LM(run.config, run.params, run.tokenizer, run.evaluator.model, run.config.data.length)

@@ -72,7 +72,7 @@ def figures(texts: Sequence[np.ndarray], nats: Sequence[np.ndarray] | None, firs
     sizes = np.array([len(ids) for ids in texts])
     entropies = np.array([textmetrics.entropy_of_tokens(ids) for ids in texts])
     entropy, *interval = stats.ratio_interval(entropies, np.ones(len(texts)))
-    result = {"samples": len(texts), "tokens": int(sizes.sum())}
+    result: dict[str, Any] = {"samples": len(texts), "tokens": int(sizes.sum())}
     if nats is not None:
         result |= perplexity(np.array([x.sum() for x in nats]), sizes - first)
     result |= {
@@ -81,7 +81,7 @@ def figures(texts: Sequence[np.ndarray], nats: Sequence[np.ndarray] | None, firs
         "repeated_4grams": sum(textmetrics.repeated_tokens(ids, 4) for ids in texts) / int(sizes.sum()),
         "longest_repeat": max(textmetrics.longest_repeat(ids) for ids in texts),
         "length_median": float(np.median(sizes)), "length_max": int(sizes.max())}
-    if nats is not None and sizes.max() >= 2 * window:
+    if nats is not None and window is not None and sizes.max() >= 2 * window:
         result["by_position"] = by_position(texts, nats, first, window)
     return result
 

@@ -104,7 +104,8 @@ def difference(candidate: Scored, baseline: Scored) -> dict[str, Any]:
     Negative where the first is better. Numbers are None where the bits of the two tokenizers do not compare.
     """
     same_rows = candidate.text.rows.meta["hash"] == baseline.text.rows.meta["hash"]
-    found = compare.difference(*(side.measured.per_byte(side.text.rows) for side in (candidate, baseline)), same_rows)
+    sides = [side.measured.per_byte(side.text.rows) for side in (candidate, baseline)]
+    found = compare.difference(sides[0], sides[1], same_rows)
     return {"workdir": baseline.workdir, "unit": "bits per byte",
             **compare.as_result(found, candidate.text.comparable_with(baseline.text))}
 

@@ -19,7 +19,7 @@ from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.core.log import read_metrics
 from bd3lm_jax.data import density
 from bd3lm_jax.data.loader import Loader
-from bd3lm_jax.data.prepare import Rows, prepare
+from bd3lm_jax.data.prepare import prepare
 from bd3lm_jax.experiments.variance import make_measure
 from bd3lm_jax.likelihood.estimators import default_estimator
 from bd3lm_jax.likelihood.evaluate import open_run
@@ -99,7 +99,8 @@ def describe(config: Config) -> str:
 class TaggedRows:
     """Rows in which every part of a document that lies in one row is two: its dense tokens and its others."""
 
-    def __init__(self, rows: Rows):
+    def __init__(self, rows: Any):
+        """rows: prepared ones with densities."""
         self._rows, self.length, self.meta = rows, rows.length, rows.meta
         self.tokens, self.segments, self.positions, self.scored = (
             rows.tokens, rows.segments, rows.positions, rows.scored)

@@ -68,12 +68,13 @@ def difference(candidate: Estimates, baseline: Estimates, same_rows: bool) -> st
     """One model less another, document by document; `stats.difference_interval` where the last documents of a text may
     have no scored token in one of them."""
     documents = max(len(side.denominators_N) for side in (candidate, baseline))
-    sides = []
-    for side in (candidate, baseline):
+
+    def padded(side: Estimates) -> Estimates:
         absent = documents - len(side.denominators_N)
-        sides.append(Estimates(np.pad(side.documents_UxN, ((0, 0), (0, absent))), side.rows_UxR,
-                               np.pad(side.denominators_N, (0, absent))))
-    return stats.difference_interval(*sides, same_rows)
+        return Estimates(np.pad(side.documents_UxN, ((0, 0), (0, absent))), side.rows_UxR,
+                         np.pad(side.denominators_N, (0, absent)))
+
+    return stats.difference_interval(padded(candidate), padded(baseline), same_rows)
 
 
 def as_result(found: stats.Interval, comparable: bool) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from bd3lm_jax.core import jax_settings, log, stats
 from bd3lm_jax.core.errors import RunError, UserError
 from bd3lm_jax.core.stats import ppl_of
 from bd3lm_jax.data.loader import place_rows
-from bd3lm_jax.data.prepare import Rows
+from bd3lm_jax.data.rows import TokenRows
 from bd3lm_jax.likelihood import estimators
 from bd3lm_jax.models import Backbone
 from bd3lm_jax.models.forward import Execution
@@ -133,7 +133,7 @@ class Evaluator:
         self._programs = {}
         self.alive = lambda: None  # called after every batch
 
-    def run(self, params, rows: Rows, *, estimator: str, draws: int, seed: int, num_rows: int = 0) -> dict:
+    def run(self, params, rows: TokenRows, *, estimator: str, draws: int, seed: int, num_rows: int = 0) -> dict:
         """NLL of the first `num_rows` rows (0: all) in nats per token, with intervals.
 
         rows: `sized.RowsWithBytes`, or windows of them. Returns the numbers of the `eval` command, and `nll_by_count`: mean
@@ -143,7 +143,7 @@ class Evaluator:
         return self.measure(params, rows, estimator=estimator, draws=draws, seed=seed, target=None,
                             num_rows=num_rows).summary(rows)
 
-    def measure(self, params, rows: Rows, *, estimator: Any, draws: int, seed: int, target: Target | None,
+    def measure(self, params, rows: TokenRows, *, estimator: Any, draws: int, seed: int, target: Target | None,
                 num_rows: int = 0, rounds: int = 1) -> "LikelihoodResult":
         """As `run`, as sums by row and document. estimator: a name, or an estimator (say, one that has learnt).
 
@@ -209,7 +209,7 @@ class Evaluator:
             self._programs[estimator, draws] = jax.jit(scores, out_shardings=(replicated,) * 3)
         return self._programs[estimator, draws]
 
-    def _documents(self, rows: Rows, ids) -> np.ndarray:
+    def _documents(self, rows: TokenRows, ids) -> np.ndarray:
         """The document of every token that is scored `[n, L]`; -1 elsewhere."""
         documents_BxL, objective = np.where(rows.scored(ids), rows.documents(ids), -1), self.config.diffusion
         if objective.causal:
@@ -246,7 +246,7 @@ class LikelihoodResult:
     """
 
     def __init__(self, estimator: Any, draws: int, seed: int, block_size: int, row_ids: np.ndarray,
-                 scored_documents: Callable[[Rows, np.ndarray], np.ndarray]):
+                 scored_documents: Callable[[TokenRows, np.ndarray], np.ndarray]):
         """row_ids: the rows that are measured. scored_documents: as `Evaluator._documents`."""
         self._row_ids, self._scored_documents = row_ids, scored_documents
         self.estimator, self.round_draws, self.seed, self.block_size = estimator, draws, seed, block_size

@@ -38,8 +38,8 @@ def _canvases(lm, rows: Rows, lengths: list[int]) -> Rows:
     """The rows as `LM.generate` writes them: where its canvas ends with the text (`LM.at_length`) nothing is behind."""
     if lm.at_length(1) is lm:
         return rows
-    lengths = np.array(lengths + lengths[-1:] * (len(rows.noise_B) - len(lengths)))
-    return rows.replace(segment_BxL=rows.segment_BxL * (np.arange(rows.tokens_BxL.shape[1]) < lengths[:, None]))
+    lengths_B = np.array(lengths + lengths[-1:] * (len(rows.noise_B) - len(lengths)))
+    return rows.replace(segment_BxL=rows.segment_BxL * (np.arange(rows.tokens_BxL.shape[1]) < lengths_B[:, None]))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

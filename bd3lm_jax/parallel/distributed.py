@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -47,6 +47,8 @@ def join(coordinator: str, processes: int | None, process_id: int | None, within
             raise UserError(f"--coordinator={coordinator}: expected HOST:PORT of the machine of process 0")
         if len(port) > len(str(LAST_PORT)) or not 1 <= int(port) <= LAST_PORT:
             raise UserError(f"--coordinator={coordinator}: port {port} does not exist, expected 1 to {LAST_PORT}")
+        if processes is None or process_id is None:
+            raise UserError(f"--coordinator={coordinator} needs its companions: --processes=N --process_id=I")
         if not process_id < processes:
             raise UserError(f"--process_id={process_id}: expected 0 to {processes - 1} of {processes} processes")
         message_or_options = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process_id}
@@ -162,7 +164,7 @@ def run_on_process0(work: Callable[[], T]) -> T | None:
 def process0_first(work: Callable[[], T]) -> T:
     """`work()` on process 0, then on the others, which find in a shared cache what it has made."""
     result = run_on_process0(work)
-    return work() if jax.process_index() > 0 else result
+    return work() if jax.process_index() > 0 else cast(T, result)
 
 
 class _Terminated(BaseException):

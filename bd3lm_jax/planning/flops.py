@@ -88,11 +88,12 @@ def scored_positions(objective: Any, batch: int, length: int, views: int, schedu
     """Positions of a view that reach the output layer: the static capacity of the objective's masks, or of those that
     a schedule may choose."""
     def noised(ids):
-        arrays = {name: jnp.zeros(ids.shape) for name in objective.extra_batch_keys}
+        arrays: dict[str, Any] = {name: jnp.zeros(ids.shape) for name in objective.extra_batch_keys}
         if hasattr(schedule, "distribution"):
             arrays["distribution"] = schedule.distribution(schedule.init_state(), length // objective.block_size)
         if objective.learns:
-            arrays["learned_params"] = {**objective.init_learned_params(jax_settings.key(0), 1, 1), "embedding": jnp.zeros((1, 1))}
+            learned = objective.init_learned_params(jax_settings.key(0), 1, 1)
+            arrays["learned_params"] = {**learned, "embedding": jnp.zeros((1, 1))}
         return objective.corrupt(jax_settings.key(0), ids, ids, views=views, mask_id=0, end_id=0, **arrays)
 
     return min(jax.eval_shape(noised, jax.ShapeDtypeStruct((batch, length), jnp.int32)).capacity, length)

@@ -91,9 +91,10 @@ def _trip_count(line: str, computations: dict[str, list[str]]) -> int:
     noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
     if noted:
         return int(noted[1])
-    condition = computations[re.search(r"condition=%([^\s,]+)", line)[1]]
-    constants = [re.search(r"constant\((\d+)\)", other) for other in condition]
-    constants = [int(constant[1]) for constant in constants if constant]
+    name, *_ = re.findall(r"condition=%([^\s,]+)", line)
+    condition = computations[name]
+    matches = [re.search(r"constant\((\d+)\)", other) for other in condition]
+    constants = [int(constant[1]) for constant in matches if constant]
     counts = len(constants) == 1 and any("direction=LT" in other for other in condition)
     return constants[0] if counts else 1
 

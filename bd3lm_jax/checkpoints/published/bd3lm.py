@@ -1,6 +1,8 @@
 """The layout of the BD3-LM release (arXiv 2503.09573), which also carries its AR, MDLM and SEDD baselines, and that of
 the MDLM release (arXiv 2406.07524): the same tensors, and a config.json without the switches."""
 
+from typing import Any
+
 import numpy as np
 
 from bd3lm_jax.checkpoints.published.language import SHIFTED, read_shifted
@@ -75,7 +77,7 @@ def to_hf_config(model: DiTConfig, objective, length: int) -> dict:
         "time_conditioning": model.time_conditioning, "var_min": CLIP[0] in limits,
         **{name: round(float(limits[name]), 6) for name in CLIP if name in limits},
     }
-    own_keys = {SHIFTED: model.shifted} if model.shifted else {}
+    own_keys: dict[str, Any] = {SHIFTED: model.shifted} if model.shifted else {}
     if model.rope_base != ROPE_BASE:
         own_keys[ROPE_KEY] = model.rope_base
     return config | own_keys | objective_to_config(objective, _objective(config, limits))

@@ -291,8 +291,8 @@ def _has_type(x: Any, kind: Any) -> bool:
 def _published_name(path: Path, name: str) -> tuple[str, str]:
     """The published name of a tensor, and what it is."""
     found = TENSOR.fullmatch(name)
-    require(found is not None and found[2] in NAMES, f"{path}: tensor {name!r:.100} is not known: take the "
-            "safetensors of this model")
+    if found is None or found[2] not in NAMES:
+        raise UserError(f"{path}: tensor {name!r:.100} is not known: take the safetensors of this model")
     layer, part, kind = found.groups()
     return f"{'' if layer is None else f'model.layers.{layer}.'}{NAMES[part]}.{kind}", part
 

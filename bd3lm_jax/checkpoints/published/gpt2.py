@@ -101,12 +101,13 @@ def _norm(path: str, name: str, width: int, layers: Sequence[int] = ()) -> dict[
 def buffer_shapes(config: GPT2Config, names: set[str]) -> dict[str, tuple[int, ...]]:
     """Name -> shape of tensors that may be there beside parameters: the output layer, which is the token table, and
     what older versions kept for the causal mask."""
-    masks = {}
+    masks: dict[str, tuple[int, ...]] = {}
     for layer in range(config.layers):
         masks |= {f"{PREFIX}h.{layer}.attn.bias": (1, 1, config.positions, config.positions),
                   f"{PREFIX}h.{layer}.attn.masked_bias": ()}
-    tables = dict.fromkeys((OUTPUT, TABLE), (config.vocab_size, config.width)) if OUTPUT in names else {}
-    return tables | {name: shape for name, shape in masks.items() if name in names}
+    tables = (OUTPUT, TABLE) if OUTPUT in names else ()
+    found = {name: shape for name, shape in masks.items() if name in names}
+    return {**dict.fromkeys(tables, (config.vocab_size, config.width)), **found}
 
 
 def check_buffers(path, config: GPT2Config, tensors: dict[str, np.ndarray]) -> None:

@@ -90,7 +90,7 @@ class ModelSpec(NamedTuple):
     mask_id: int
 
 
-def require(condition: bool, message: str) -> None:
+def require(condition: object, message: str) -> None:
     if not condition:
         raise UserError(message)
 

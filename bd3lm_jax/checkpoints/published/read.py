@@ -95,10 +95,10 @@ def read_params(path: Path, leaves: dict[str, ParamMapping], tensors: dict[str, 
 def _place(leaf: ParamMapping, tensors: dict[str, LazyTensor], dtype: np.dtype, sharding: Any) -> jax.Array:
     names = np.array(leaf.sources(), object).reshape(leaf.stacked)
 
-    def part(index: tuple) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         """What a device holds. index: along the stack, then along one tensor in our layout."""
         chosen = np.asarray(names[index[:names.ndim]], object)
-        result = None
+        result: Any = None
         for at, name in np.ndenumerate(chosen):
             loaded = cast_or_raise(name, leaf.read(tensors[name].read())[index[names.ndim:]], dtype)
             result = np.empty(chosen.shape + loaded.shape, dtype) if result is None else result

@@ -36,6 +36,7 @@ def find(text: str) -> list[Span]:
     spans = [(lines.character(*word.start), lines.character(*word.end)) for word in words
              if word.type == tokenize.NAME and word.string in CONTROL]
     for part in _parts(tree):
+        assert part.end_lineno is not None and part.end_col_offset is not None  # of what was parsed
         spans.append((lines.byte(part.lineno, part.col_offset), lines.byte(part.end_lineno, part.end_col_offset)))
     return sorted(spans)
 

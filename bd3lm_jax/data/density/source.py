@@ -52,7 +52,7 @@ class Annotation:
         self.source, self.fraction = source, fraction
         self.identity = [spec, fraction, source.identity]
         self.needs_offsets = isinstance(source, Spans)
-        self._values_V = None
+        self._values_V: np.ndarray | None = None
 
     def of(self, text: str, ids_N: np.ndarray, offsets_Nx2: np.ndarray | None, end_id: int) -> np.ndarray:
         """float32 [N + 1]: the tokens of a document and its end. offsets: of characters, if `needs_offsets`."""
@@ -62,6 +62,7 @@ class Annotation:
             if self._values_V is None:
                 self._values_V = np.asarray(self.source.values(), np.float32)
             return self._values_V[np.append(ids_N, end_id)]
+        assert offsets_Nx2 is not None
         dense_N = dense_tokens(text, offsets_Nx2, self.source.find(text), self.source.on_unmatched)
         return np.append(dense_N, False).astype(np.float32)
 

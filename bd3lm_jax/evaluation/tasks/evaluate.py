@@ -100,7 +100,8 @@ def score_completions(task: Task, problems: Sequence[Problem], completions: Sequ
 
 
 def _verdicts(task: Task, problems: Sequence[Problem], completions: Sequence[str], mechanism: str) -> list[Verdict]:
-    if not task.runs_code:
+    if task.program is None:
+        assert task.judge is not None  # one of the two
         return [task.judge(problem, completion) for problem, completion in zip(problems, completions)]
     programs = [task.program(problem, completion) for problem, completion in zip(problems, completions)]
     outcomes = sandbox.run_all([(program, tests) for program, *tests in programs], LIMITS, mechanism)

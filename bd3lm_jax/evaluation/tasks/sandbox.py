@@ -85,6 +85,7 @@ def run(program: str, tests: Sequence[str], limits: Limits, mechanism: str) -> O
         began = _exchange(process, "", time.monotonic() + GRACE_S)
         if began != "":
             _wait_for_end(process)
+            assert process.stderr
             readable, _, _ = select.select([process.stderr], [], [], 0)
             reason = os.read(process.stderr.fileno(), 4 * ANSWER).decode(errors="replace") if readable else str(began)
             raise RunError(f"{mechanism} does not start: {reason.strip()[-ANSWER:]}")
@@ -101,7 +102,7 @@ def run(program: str, tests: Sequence[str], limits: Limits, mechanism: str) -> O
 def run_all(programs: Sequence[tuple[str, Sequence[str]]], limits: Limits, mechanism: str) -> list[Outcome]:
     """`run` of many (program, tests), as many at a time as this process has cores."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(lambda one: run(*one, limits, mechanism), programs))
+        return list(pool.map(lambda one: run(one[0], one[1], limits, mechanism), programs))
 
 
 ENDED = "Ended: without finishing its tests"
@@ -113,6 +114,7 @@ def _exchange(process: subprocess.Popen, part: str, deadline: float) -> str | No
     What counts as success is not known to the process before it is sent.
     """
     token = secrets.token_hex(16)
+    assert process.stdin and process.stdout
     message, answer = json.dumps({"token": token, "part": part}).encode() + b"\n", b""
     with selectors.DefaultSelector() as ready:
         ready.register(process.stdout, selectors.EVENT_READ)

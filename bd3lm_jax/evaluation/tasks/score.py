@@ -1,11 +1,11 @@
 """Accuracy over problems with its interval, and the paired difference of two models."""
 
 import math
-from collections.abc import Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from bd3lm_jax.core import stats
 
@@ -20,7 +20,7 @@ class PairedDifference(NamedTuple):
     test: str
 
 
-def mean_interval(scores_N: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+def mean_interval(scores_N: ArrayLike, level: float = 0.95) -> tuple[float, float, float]:
     """Mean of the problems' scores in [0, 1] with a confidence interval over problems: (mean, low, high).
 
     Scores that are all 0 or 1 make a proportion: Wilson (1927). Else Student's t, cut to [0, 1].
@@ -40,17 +40,18 @@ def wilson_interval(successes: int, trials: int, level: float = 0.95) -> tuple[f
     return p, min(p, max(0.0, centre - margin)), max(p, min(1.0, centre + margin))
 
 
-def paired(candidate_N: Sequence[float], baseline_N: Sequence[float], level: float = 0.95) -> PairedDifference:
+def paired(candidate_N: ArrayLike, baseline_N: ArrayLike, level: float = 0.95) -> PairedDifference:
     """Difference of two models' mean scores on the same problems.
 
     Scores that are all 0 or 1: exact McNemar test, interval of Bonett and Price (2012, the Wald interval after one
     problem was added to either kind that only one model solves). Else: paired t test and its interval.
     """
-    candidate_N, baseline_N = (np.asarray(scores, np.float64) for scores in (candidate_N, baseline_N))
+    candidate_N, baseline_N = np.asarray(candidate_N, np.float64), np.asarray(baseline_N, np.float64)
     n, difference_N = len(candidate_N), candidate_N - baseline_N
     if not np.isin((candidate_N, baseline_N), (0, 1)).all():
         interval = stats.two_part_interval(difference_N[None], difference_N[None], np.ones(n), level)
-        return PairedDifference(interval.value, max(interval.low, -1.0), min(interval.high, 1.0), interval.p_value, "paired t")
+        return PairedDifference(interval.value, max(interval.low, -1.0), min(interval.high, 1.0), interval.p_value,
+                                "paired t")
     only_candidate, only_baseline = int((difference_N > 0).sum()), int((difference_N < 0).sum())
     p, q = (only_candidate + 1) / (n + 2), (only_baseline + 1) / (n + 2)
     margin = _z(level) * math.sqrt((p + q - (p - q) ** 2) / (n + 2))

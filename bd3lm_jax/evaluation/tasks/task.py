@@ -68,16 +68,16 @@ def read_problems(task: Task, file: str) -> ProblemFile:
 
     Raises UserError for a file that is missing, damaged or of another format.
     """
-    if not file and task.packaged is None:
-        raise UserError(f"{task.name} is not packaged: give --file=FILE.jsonl, {task.source}")
     path = Path(file) if file else task.packaged
+    if path is None:
+        raise UserError(f"{task.name} is not packaged: give --file=FILE.jsonl, {task.source}")
     try:
         content = read_bytes(path, MAX_TEXT_FILE)
         lines = list(text_files.lines(path, MAX_TEXT_FILE))
     except (OSError, UserError) as error:
         raise UserError(f"cannot read problems of {task.name} in {path} ({error}): expected {task.source}") from None
-    problems = [_problem(task, path, number, line) for number, line in lines if line.strip()]
-    problems = [problem for problem in problems if problem is not None]
+    read = [_problem(task, path, number, line) for number, line in lines if line.strip()]
+    problems = [problem for problem in read if problem is not None]
     if not problems:
         raise UserError(f"{path} holds no test problem of {task.name}: expected {task.source}")
     return ProblemFile(path, hashlib.sha256(content).hexdigest(), problems)

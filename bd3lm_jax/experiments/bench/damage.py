@@ -38,7 +38,8 @@ def flip(step: Path, draw: np.random.Generator, i: int) -> str:
 def truncate(step: Path, draw: np.random.Generator, i: int) -> str:
     """Cut a random file at a random length."""
     del i
-    chosen = draw.choice([file for file in _files(step) if file.stat().st_size])
+    filled = [file for file in _files(step) if file.stat().st_size]
+    chosen = filled[draw.choice(len(filled))]
     length = draw.integers(chosen.stat().st_size)
     with open(chosen, "r+b") as file:
         file.truncate(length)

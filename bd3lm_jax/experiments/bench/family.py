@@ -49,4 +49,4 @@ def runs_of(workdir: str) -> list[str]:
 
 
 def draw(path: str | os.PathLike, rows: list[dict]) -> None:
-    family.draw(path, [row | {"name": row["case"]} for row in rows])
+    family.draw(Path(path), [row | {"name": row["case"]} for row in rows])

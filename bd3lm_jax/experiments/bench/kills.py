@@ -183,7 +183,7 @@ def kill(runs: Runs, times: int, seed: int) -> dict:
             shutil.rmtree(workdir, ignore_errors=True)
             continue
         acknowledged = set(steps_of(workdir))
-        victim = draw.integers(len(started))
+        victim = int(draw.integers(len(started)))
         started[victim].send_signal(signal.SIGKILL)
         killed += 1
         faults += _left(runs, workdir, started, victim, ends, outcomes) + runs.faults_of(workdir, acknowledged)

@@ -28,7 +28,8 @@ class Job:
 
     def __init__(self, name: str, command: Sequence[str], log: Path):
         self.name, self.command, self.log = name, command, log
-        self.state, self.process, self._start = "waiting", None, 0
+        self.state, self._start = "waiting", 0
+        self.process: subprocess.Popen | None = None
 
     @property
     def code(self) -> int | None:
@@ -50,7 +51,7 @@ class Job:
 
     def signal(self, number: int) -> None:
         """To the process and all that it has started."""
-        if self.code is None:
+        if self.process is not None and self.code is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
 

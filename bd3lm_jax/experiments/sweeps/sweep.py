@@ -202,7 +202,9 @@ class Run:
     def may_retry(self) -> bool:
         """Whether its process left in a way that says nothing against starting it again."""
         code = self.job.code
-        return self.job.state == "ended" and self.status != GIVEN_UP and (128 - code if code < 0 else code) in RETRY_EXIT_CODES
+        if code is None or self.job.state != "ended" or self.status == GIVEN_UP:
+            return False
+        return (128 - code if code < 0 else code) in RETRY_EXIT_CODES
 
     def values(self) -> dict[str, Any]:
         """All keys: what a point leaves out has the value of its config."""
@@ -214,7 +216,7 @@ class Run:
             return GIVEN_UP, self.stop_reason
         if self.job.state == "stopped" or code in (Preempted.exit_code, WatchdogTimeout.exit_code):
             return "stopped", last_line
-        if code < 0:
+        if code is not None and code < 0:
             return "failed", f"killed by {signal.Signals(-code).name}: {last_line}"
         return "failed", last_line if code else f"exit code 0, but its directory holds no {report.REPORT}: {last_line}"
 

@@ -73,7 +73,7 @@ class Table:
 
     def _baseline(self, choice: int | str) -> int | None:
         """None while that run is not finished."""
-        if choice == BEST:
+        if isinstance(choice, str):  # BEST
             choice = self.runs.index(min(self.measured, key=lambda run: run.measured["valid_nll"])) \
                 if self.measured else 0
         return choice if self.runs[choice] in self.measured else None
@@ -120,7 +120,7 @@ def _curves(runs: Sequence[Any], keys: Sequence[str]) -> tuple[str, dict[str, li
     values = [run.values() for run in runs]
     distinct = {key: len({str(value.get(key)) for value in values}) for key in keys}
     numbers = [key for key in keys if all(type(value.get(key)) in (int, float) for value in values)]
-    x_key = max(numbers, key=distinct.get, default=None)
+    x_key = max(numbers, key=distinct.__getitem__, default=None)
     others = [key for key in keys if x_key and key != x_key and distinct[key] > 1]
     result = {}
     for run, value, title in zip(runs, values, run_titles([run.point.config for run in runs])):
