@@ -92,7 +92,7 @@ class Config:
         """The config of updates in such a phase."""
         config = self if size == self.block_size else self.at_block_size(size)
         return config if is_annealing else dataclasses.replace(config, train=dataclasses.replace(config.train,
-                                                                                            anneal_steps=0))
+                                                                                                 anneal_steps=0))
 
     @property
     def trained_block_sizes(self) -> tuple[int, ...]:

@@ -140,7 +140,7 @@ class LM:
         config, known = self._for_rows(length), self.__dict__.setdefault("_canvases", {})
         if length not in known:
             known[length] = LM(config, self.params, self.tokenizer, self.model, self.context, mask_id=self._mask_id,
-                             name=self.name)
+                               name=self.name)
             known[length]._is_resized = True
         return known[length]
 
@@ -297,7 +297,7 @@ class LM:
             position, _ = forward.single_document_rows(ids)
             segment = (position < length).astype(jnp.int32)
             h = forward.one_stream(self.model, params, ids, position, segment, rule=rule, block_size=size,
-                                  sigma_Bxn=sigma, execution=forward.DEFAULT_EXECUTION)
+                                   sigma_Bxn=sigma, execution=forward.DEFAULT_EXECUTION)
             return trunk.logits(self.model, params, h, sigma)[:, :length]
         return plain
 
@@ -313,7 +313,7 @@ class LM:
             noised_sigma = None if sigma is None else sigma[:, None]
             clean_sigma = sigma if sigma is not None and sigma.shape[1] == 1 else None
             h = forward.two_stream(self.model, params, xt[:, None], x0, position, segment, block_size=size,
-                                  sigma_BxMxn=noised_sigma, clean_sigma_Bx1=clean_sigma, execution=forward.DEFAULT_EXECUTION)
+                                   sigma_BxMxn=noised_sigma, clean_sigma_Bx1=clean_sigma, execution=forward.DEFAULT_EXECUTION)
             return trunk.logits(self.model, params, h, noised_sigma)[:, 0, :length]
         return two_stream
 

@@ -27,7 +27,7 @@ TEMPLATES = {"plain": "plain", "chat": "chat", "joined": ""}
 
 def get_config(arg: str = "") -> ConfigDict:
     options = common.parse(arg, **{"from": "", "block_size": 4, "algo": "bd3lm", "template": "plain", "lora": 0,
-                                     "shifted": "source"})
+                                   "shifted": "source"})
     source = getattr(options, "from")
     known = options.template in TEMPLATES and options.shifted in common.SHIFTED
     if not source or options.algo not in ("bd3lm", "llada", "ar") or not known:

@@ -69,7 +69,8 @@ def main(argv: list[str]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        print(f"error: the package '{escape_control_characters(str(error.name))}' is not installed: pip install -e .", file=sys.stderr)
+        print(f"error: the package '{escape_control_characters(str(error.name))}' is not installed: pip install -e .",
+              file=sys.stderr)
         return 1
     except Exception as error:
         if isinstance(error, OSError) and error.errno in streams.DISK_FULL_ERRNOS:

@@ -137,7 +137,8 @@ def check_processes(args: flags.FlagValues) -> None:
         if named_flags:
             raise UserError(f"--{named_flags[0]} goes with --distributed: add it")
     elif named_flags and len(named_flags) < 3:
-        raise UserError(f"--{named_flags[0]} needs its companions: --coordinator=HOST:PORT --processes=N --process_id=I")
+        raise UserError(
+            f"--{named_flags[0]} needs its companions: --coordinator=HOST:PORT --processes=N --process_id=I")
 
 
 def join_processes(args: flags.FlagValues) -> None:

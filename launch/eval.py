@@ -189,8 +189,8 @@ def _check_likelihood(args: flags.FlagValues) -> None:
     from bd3lm_jax.likelihood.estimators import ESTIMATORS
 
     _check_only(args, "a likelihood (neither --samples nor --task)",
-           ("workdir", "data", "against", "target_ci", "block_size", "length", "curve", "within", "step",
-            "watch", "watch_for", *LIKELIHOOD, *PROCESSES))
+                ("workdir", "data", "against", "target_ci", "block_size", "length", "curve", "within", "step",
+                 "watch", "watch_for", *LIKELIHOOD, *PROCESSES))
     if args.watch:
         _check_only(args, "--watch", ("workdir", "watch", *WATCH))
     elif args["watch_for"].present:

@@ -137,7 +137,7 @@ def main(args: flags.FlagValues) -> dict:
     origins = origins or [(None, None)] * len(samples)
     _print_samples(samples, origins, sampler)
     entries = [{"prompt_index": index, "prompt": prompt, "text": sample.text, "num_tokens": len(sample.tokens),
-              "nfe": sample.nfe, "stop": sample.stop} for sample, (index, prompt) in zip(samples, origins)]
+                "nfe": sample.nfe, "stop": sample.stop} for sample, (index, prompt) in zip(samples, origins)]
     if args.out:
         sample_files.write(args.out, entries)
     tokens = sum(len(sample.tokens) for sample in samples)

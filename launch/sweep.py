@@ -60,7 +60,8 @@ def main(args: flags.FlagValues, spec: str, overrides: list[str]) -> dict:
 
 
 def load_points(spec: str, overrides: list[str]) -> list:
-    """A bd3lm_jax.experiments.sweeps.sweep.Point for everything that sweep() of the config file yields; `overrides` apply to all.
+    """A bd3lm_jax.experiments.sweeps.sweep.Point for everything that sweep() of the config file yields; `overrides`
+    apply to all.
 
     UserError, naming the run, for a key or a value that is wrong in one of them.
     """

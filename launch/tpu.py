@@ -90,7 +90,8 @@ def check_command(words: list[str], chips: int, hosts: int, array: bool, slices:
     if name == "eval":
         single_host_flag = next((flag for flag in ("samples", "task", "watch") if args[flag].value), None)
         if hosts > 1 and single_host_flag:
-            raise UserError(f"eval --{single_host_flag} has one host, and the accelerator has {hosts}: take a smaller one")
+            raise UserError(
+                f"eval --{single_host_flag} has one host, and the accelerator has {hosts}: take a smaller one")
         command.check(args)
     arguments.check_processes(args)
     return words, 0

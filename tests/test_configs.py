@@ -210,7 +210,7 @@ WHOLE_ROW = GOLDEN / "bd3lm_block32_is_mdlm"
     ("smollm2", "from={ar},block_size=16", {"train.block_sizes": ((0, 1), (5, 2), (10, 4), (15, 8), (20, 16)),
                                             "train.anneal_steps": 20, "optim.warmup_steps": 10, "train.steps": 60}),
     ("smollm2", "from={ar},steps=3000", {"train.block_sizes": ((0, 1), (500, 2), (1000, 4)), "eval.every": 1000,
-                                          "eval.report_rows": 32}),
+                                         "eval.report_rows": 32}),
     ("smollm2", "from={ar},algo=mdlm", {"diffusion.block_size": 256, "train.anneal_steps": 20}),
     ("adapt", "from={ar},block_size=1", {"train.block_sizes": ((0, 1),), "model.adaln": False}),
     ("adapt", "from={ar},block_size=12", {"train.block_sizes": ((0, 1), (333, 2), (666, 4), (1000, 12))}),

@@ -199,7 +199,7 @@ def test_options_of_the_sampler(make, monkeypatch):
     monkeypatch.setattr(model.lm, "generate", lambda prompts, **options: chosen.append(options) or [
         types.SimpleNamespace(tokens=[0], text="a")] * len(prompts))
     model.generate_until(asked(("ab", {"until": []}), ("abc", {"do_sample": True, "temperature": 0.7, "min_p": 0.2,
-                                                              "threshold": 0.9})))
+                                                               "threshold": 0.9})))
     plain, asked_for = ({name: x for name, x in options.items() if name not in ("length", "seed", "stop")}
                         for options in chosen)
     assert plain == {"steps": 2, "min_p": 0.1, "temperature": 0.5, "sampler": "first_hitting"}

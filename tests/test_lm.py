@@ -150,7 +150,8 @@ def test_bound_agrees_with_enumeration(time_conditioning):
 
 
 def given_bound(lm, x0_L, scored):
-    """The NELBO of the scored places given the others, in nats, by all masks of them: no level, blocks of any length."""
+    """The NELBO of the scored places given the others, in nats, by all masks of them: no level, blocks of any
+    length."""
     size, total = lm.config.block_size, 0.0
     for start in range(0, len(x0_L), size):
         places = [i for i in range(start, min(start + size, len(x0_L))) if scored[i]]

@@ -23,7 +23,8 @@ from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.models import Backbone, trunk
 from bd3lm_jax.scoring import target_shift
 
-ADAPTABLE_FIELDS = ("dropout", "vocab_size", "shifted")  # of a model config: no shape depends on it but the vocabulary's
+# of a model config: no shape depends on it but the vocabulary's
+ADAPTABLE_FIELDS = ("dropout", "vocab_size", "shifted")
 MASK_ROW_NOISE = 0.02  # of a new row, in standard deviations of the rows that are there
 MASK_ROW_FOLD = 0x6D61736B  # tells its random numbers from others
 
@@ -66,7 +67,8 @@ def resolve(config: Config | Nested) -> Config | Nested:
 
 def _network_of(overrides: Mapping, path: str, objective: Any, length: int) -> dict:
     """The section `model` of the network in `train.init_from`, with what is given beside `kind` in its place;
-    shifted="source" becomes the form that it has under an objective with rows of `length` tokens (`target_shift.inherited_shift`)."""
+    shifted="source" becomes the form that it has under an objective with rows of `length` tokens
+    (`target_shift.inherited_shift`)."""
     if not path:
         raise UserError(f"model.kind='{SAME_AS_INIT}' takes the network of train.init_from, which is ''")
     source = read_source(path)
@@ -75,7 +77,8 @@ def _network_of(overrides: Mapping, path: str, objective: Any, length: int) -> d
     if overrides.get("shifted") == target_shift.INHERIT:
         del overrides["shifted"]
         if "shifted" in own:
-            overrides["shifted"] = target_shift.inherited_shift(source.model, source.objective.causal, objective, length)
+            overrides["shifted"] = target_shift.inherited_shift(source.model, source.objective.causal, objective,
+                                                                length)
     return {**own, **overrides}
 
 
@@ -95,9 +98,13 @@ def check_source(config: Config, tokenizer: Tokenizer) -> None:
     published checkpoint may bring none; which token is its mask need not be the same)."""
     source = read_source(config.train.init_from)
     name = f"train.init_from={source.path}"
-    expected_fields, source_fields = ({"kind": model.kind, **dataclasses.asdict(model)} for model in (config.model, source.model))
-    differing = [f"model.{key}: {expected_fields.get(key)!r} != {source_fields.get(key)!r}" for key in expected_fields | source_fields
-                 if key not in ADAPTABLE_FIELDS and expected_fields.get(key) != source_fields.get(key)]
+    expected_fields, source_fields = ({"kind": model.kind, **dataclasses.asdict(model)}
+                                      for model in (config.model, source.model))
+    differing = [
+        f"model.{key}: {expected_fields.get(key)!r} != {source_fields.get(key)!r}"
+        for key in expected_fields | source_fields
+        if key not in ADAPTABLE_FIELDS and expected_fields.get(key) != source_fields.get(key)
+    ]
     if expected_fields["vocab_size"] < source_fields["vocab_size"]:
         differing.append(f"model.vocab_size: {expected_fields['vocab_size']} < {source_fields['vocab_size']}")
     if differing:
@@ -128,7 +135,7 @@ def _decisive(tokenizer: Tokenizer) -> dict:
 
 
 def initial_weights(config: Config, model: Backbone, tokenizer: Tokenizer, abstract: dict,
-                  mesh: jax.sharding.Mesh) -> dict:
+                    mesh: jax.sharding.Mesh) -> dict:
     """The weights of `train.init_from` as those of `model`, with a row for the mask token if it has none.
 
     abstract: the network's parameters as shapes with shardings, where the result lies.

@@ -150,7 +150,9 @@ class Checkpoints:
         expected = items_of(abstract_state)
 
         def read(step: int) -> tuple[TrainState, dict]:
-            trees, record = self._read(step, lambda recorded_arrays: expected | {x: {} for x in recorded_arrays if x not in expected})
+            trees, record = self._read(
+                step, lambda recorded_arrays: expected | {x: {}
+                                                          for x in recorded_arrays if x not in expected})
             state = TrainState(step=trees["opt"]["step"], params=trees["params"], ema=trees.get("ema", {}),
                                opt_state=trees["opt"]["state"], noise=trees.get("noise", {}))
             return state, record["meta"]
@@ -168,7 +170,8 @@ class Checkpoints:
             raise UserError(f"weights are {which!r}, expected 'ema' or 'params'")
 
         def read(step: int) -> tuple[Any, dict]:
-            trees, record = self._read(step, lambda recorded_arrays: {which if which in recorded_arrays else "params": abstract})
+            trees, record = self._read(
+                step, lambda recorded_arrays: {which if which in recorded_arrays else "params": abstract})
             (tree,) = trees.values()
             return tree, record["meta"]
 
@@ -241,29 +244,33 @@ class Checkpoints:
             abstract = select_items(list(record["leaves"]))
             self._check_fits(step, {name: record["leaves"].get(name, {}) for name in abstract}, abstract)
             trees = dict(self._restore_items(step, **{name: ocp.args.StandardRestore(_with_default_device(tree))
-                                                 for name, tree in abstract.items()}).items())
+                                                      for name, tree in abstract.items()}).items())
         except Exception as caught:
             error = caught
         unreadable = "" if error is None or isinstance(error, UserError) else f"cannot read it: {cause_of(error)}"
         _raise_on_any_process(unreadable, error)
         mismatches = [f"finds that {name}/{path} differs from its fingerprint" for name, tree in trees.items()
-                 for path, values in fingerprints_by_device(tree).items()
-                 if any(value != record["leaves"][name][path]["fingerprint"] for value in values)]
+                      for path, values in fingerprints_by_device(tree).items()
+                      if any(value != record["leaves"][name][path]["fingerprint"] for value in values)]
         _raise_on_any_process(mismatches[0] if mismatches else "")
         return trees, record
 
     def _check_fits(self, step: int, recorded: dict[str, dict], abstract: dict[str, Any]) -> None:
         """UserError that names the arrays whose shape or dtype is not the recorded one."""
         expected_arrays = {f"{name}/{path}": f"{leaf.dtype}{list(leaf.shape)}"
-                for name, tree in abstract.items() for path, leaf in named_leaves(tree)}
+                           for name, tree in abstract.items() for path, leaf in named_leaves(tree)}
         recorded_arrays = {f"{name}/{path}": f"{leaf['dtype']}{leaf['shape']}"
-                 for name, leaves in recorded.items() for path, leaf in leaves.items()}
-        mismatches = [f"{name} is {recorded_arrays.get(name, 'absent')} in the checkpoint, {expected_arrays.get(name, 'absent')} in this model"
-                 for name in {**expected_arrays, **recorded_arrays} if expected_arrays.get(name) != recorded_arrays.get(name)]
+                           for name, leaves in recorded.items() for path, leaf in leaves.items()}
+        mismatches = [
+            f"{name} is {recorded_arrays.get(name, 'absent')} in the checkpoint, "
+            f"{expected_arrays.get(name, 'absent')} in this model"
+            for name in {**expected_arrays, **recorded_arrays} if expected_arrays.get(name) != recorded_arrays.get(name)
+        ]
         if mismatches:
             more = f"; and {len(mismatches) - MAX_LEAVES_NAMED} more" if len(mismatches) > MAX_LEAVES_NAMED else ""
-            raise UserError(f"checkpoint {self.directory / str(step)} is of another model: {'; '.join(mismatches[:MAX_LEAVES_NAMED])}"
-                            f"{more}. Use the config it was trained with, or another --workdir")
+            raise UserError(f"checkpoint {self.directory / str(step)} is of another model: "
+                            f"{'; '.join(mismatches[:MAX_LEAVES_NAMED])}{more}. Use the config it was trained with, or "
+                            "another --workdir")
 
     def _set_aside(self, damaged: list[int]) -> None:
         """Move damaged steps away: they would count as kept ones and stop the run from saving these steps again."""

@@ -12,7 +12,8 @@ from bd3lm_jax.parallel import distributed
 
 LATEST, BEST = "latest", "best"  # names of steps
 MAX_RETRIES = 20  # for a step that is not deleted while it is read
-LATE_READ_ERRORS = ("Event loop is closed", "Encountered error while reading")  # what reads in flight say after one has failed
+# what reads in flight say after one has failed
+LATE_READ_ERRORS = ("Event loop is closed", "Encountered error while reading")
 
 T = TypeVar("T")
 
@@ -49,23 +50,29 @@ class StepSelector:
         for _ in range(MAX_RETRIES):
             steps = self._steps()
             if not steps:
-                raise CheckpointNotFound(f"no checkpoint in {self._directory}: train first "
-                             f"({command_line('train')} --workdir={self._directory.parent}) or pass another --workdir")
+                raise CheckpointNotFound(
+                    f"no checkpoint in {self._directory}: train first "
+                    f"({command_line('train')} --workdir={self._directory.parent}) or pass another --workdir")
             try:
-                return self._read_newest(steps, read) if which == LATEST else (*self._read_named(which, steps, read), [])
+                return self._read_newest(steps, read) if which == LATEST else (*self._read_named(which, steps, read),
+                                                                               [])
             except _StepDeleted as error:
                 step = error.args[0]
-        raise CheckpointNotFound(f"{MAX_RETRIES} times a step in {self._directory} was deleted while it was read, the last time {step}: "
-                     "run the same command again, or train with a larger checkpoint.every or checkpoint.keep")
+        raise CheckpointNotFound(
+            f"{MAX_RETRIES} times a step in {self._directory} was deleted while it was read, the last time {step}: "
+            "run the same command again, or train with a larger checkpoint.every or checkpoint.keep")
 
     def _read_named(self, which: int | str, steps: list[int], read: Callable[[int], T]) -> tuple[T, int]:
-        step, available = distributed.broadcast_from_process0(self._best_step()) if which == BEST else which, _list_steps_text(steps)
+        step = distributed.broadcast_from_process0(self._best_step()) if which == BEST else which
+        available = _list_steps_text(steps)
         if step is None:
-            raise CheckpointNotFound(f"no checkpoint in {self._directory} was validated, so that none is the best: {available}; give "
-                         "one of these as --step, or latest")
+            raise CheckpointNotFound(
+                f"no checkpoint in {self._directory} was validated, so that none is the best: {available}; give "
+                "one of these as --step, or latest")
         if step not in steps:
-            raise CheckpointNotFound(f"no step {step} in {self._directory}: {available}; give one of these as --step, or {LATEST} or "
-                         f"{BEST}")
+            raise CheckpointNotFound(
+                f"no step {step} in {self._directory}: {available}; give one of these as --step, or {LATEST} or "
+                f"{BEST}")
         try:
             return read(step), step
         except UserError:
@@ -78,8 +85,9 @@ class StepSelector:
                                f"give another --step, or {LATEST} for the newest that can be read") from error
         if which == BEST:
             raise _StepDeleted(step)
-        raise CheckpointNotFound(f"step {step} in {self._directory} was deleted while it was read, as training deletes old steps: "
-                     f"{_list_steps_text(self._steps())}; give one of these as --step, or {LATEST}")
+        raise CheckpointNotFound(
+            f"step {step} in {self._directory} was deleted while it was read, as training deletes old steps: "
+            f"{_list_steps_text(self._steps())}; give one of these as --step, or {LATEST}")
 
     def _read_newest(self, steps: list[int], read: Callable[[int], T]) -> tuple[T, int, list[int]]:
         damaged = []

@@ -101,7 +101,7 @@ def read_model(path: str | os.PathLike, *, dtype: str = "float32", weights: str 
         tensors, averaged = match_prefix(tensors, averaged, expected)
         buffer_shapes = form.buffer_shapes(described.model, set(tensors))
         check_tensors(weights_path, tensors, buffer_shapes | {name: leaf.shape for leaf in leaves.values()
-                                                     for name in leaf.sources()})
+                                                              for name in leaf.sources()})
     check_averages(weights_path, averaged, leaves)
     form.check_buffers(weights_path, described.model, {name: tensors[name].read() for name in buffer_shapes})
     shardings = None if mesh is None else _shardings(described.model, mesh)
@@ -204,7 +204,7 @@ def from_hf_config(path: str | os.PathLike) -> ModelSpec:
 def _model_spec(config_path: Path, published: dict, form: ModuleType, tensors: dict[str, LazyTensor]) -> ModelSpec:
     with _plausible_config(config_path, published):
         described = form.from_hf_config(config_path, published,
-                                  {name: x.read() for name, x in tensors.items() if not x.shape})
+                                        {name: x.read() for name, x in tensors.items() if not x.shape})
         check_unread(config_path, published, (*form.CONFIG_KEYS, *getattr(form, "CHOICES", ()), *form.READ))
     return described
 
@@ -336,9 +336,13 @@ def _published(described: ModelSpec, model_type: str | None) -> tuple[dict, Modu
     back = form.from_hf_config(CONFIG_FILE, published, scalars)
     if back.model.dropout == 0:  # only for training, and most layouts do not name it
         described = described._replace(model=dataclasses.replace(model, dropout=0.0))
-    lossy_fields = [f"{name} {before!r} would be read back as {after!r}" for name, before, after
-             in zip(ModelSpec._fields, described, back) if before != after and not (name == "mask_id" and before < 0)]
-    require(not lossy_fields, f"the layout '{published['model_type']}' cannot say what this model is: {'; '.join(lossy_fields)}")
+    lossy_fields = [
+        f"{name} {before!r} would be read back as {after!r}"
+        for name, before, after in zip(ModelSpec._fields, described, back)
+        if before != after and not (name == "mask_id" and before < 0)
+    ]
+    require(not lossy_fields,
+            f"the layout '{published['model_type']}' cannot say what this model is: {'; '.join(lossy_fields)}")
     return published, form
 
 

@@ -70,7 +70,8 @@ def restore_published(path: str | os.PathLike, weights: str, mesh: Mesh, length:
     dtype = forward.compute_dtype("auto")
     found, params = hf.read_model(path, dtype="float32", weights=weights, mesh=mesh)
     config, tokenizer = published_config(path, found, length)
-    return RestoredModel(config, tokenizer, models.build(found.model, dtype), params, {"config_sha256": config.sha256()}, 0)
+    return RestoredModel(config, tokenizer, models.build(found.model, dtype), params,
+                         {"config_sha256": config.sha256()}, 0)
 
 
 def published_config(path: str | os.PathLike, found: ModelSpec, length: int) -> tuple[Config, Tokenizer]:

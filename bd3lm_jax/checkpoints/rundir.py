@@ -24,7 +24,8 @@ CONFIG, TOKENIZER, LOCK = "config.json", "tokenizer.json", "train.lock"
 IMPORTS = "imports"  # key of config.json: modules that register what the run uses (plugins.py)
 # What training writes and may not replace: with one of them and no config.json a directory is another one's. Anything
 # else, a log file or `lost+modules`, may be there.
-RUN_OUTPUTS = ("checkpoints", "samples", "plots", "profile", METRICS_FILE, "report.json", "documents.npz", "watch.jsonl")
+RUN_OUTPUTS = ("checkpoints", "samples", "plots", "profile", METRICS_FILE, "report.json", "documents.npz",
+               "watch.jsonl")
 HASH, FILES = "config_sha256", "files_sha256"  # keys of config.json beside the config itself
 MIGRATIONS = {  # keys that the run directories of earlier versions lack, with values that mean what these runs did
     "noise": {"adapt": "none", "clip_widths": [0.5, 0.6, 0.7, 0.8, 0.9], "clip_stride": 0.05, "clip_batches": 1,
@@ -55,7 +56,7 @@ def resolve(config: Config, tokenizer: Tokenizer) -> Config:
 
 
 def create_or_validate(workdir: str | os.PathLike, config: Config, tokenizer: Tokenizer,
-          hold: contextlib.ExitStack | None = None) -> None:
+                       hold: contextlib.ExitStack | None = None) -> None:
     """Make `workdir` the directory of this run, or check that it is, and lock it until `hold` (if there is one) is
     closed. UserError naming the keys that differ, or the process that trains there already.
     """
@@ -129,8 +130,9 @@ def _read(path: Path, stored: dict) -> tuple[Config, Tokenizer]:
         if not missing_plugins:
             raise
         flags = " ".join(f"--import={name}" for name in missing_plugins)
-        raise UserError(f"{path} was trained with plug-ins that are not imported here, {', '.join(missing_plugins)} ({error}): "
-                        f"add {flags}, in Python import them, if you trust their code") from None
+        raise UserError(
+            f"{path} was trained with plug-ins that are not imported here, {', '.join(missing_plugins)} ({error}): "
+            f"add {flags}, in Python import them, if you trust their code") from None
     return config, load_tokenizer(path / TOKENIZER)
 
 
@@ -148,7 +150,7 @@ def _imports(config: Config) -> dict[str, list[str]]:
     schedule = SCHEDULES.get(getattr(config.diffusion, "schedule", ""))
     sources = {config.data.source, *(spec.partition(":")[0] for spec, _ in config.data.mixture)}
     modules = plugins.required_modules([type(config.diffusion), type(config.model), *map(SOURCES.get, sorted(sources)),
-                            *([type(schedule)] if schedule else [])])
+                                        *([type(schedule)] if schedule else [])])
     return {IMPORTS: modules} if modules else {}
 
 
@@ -198,7 +200,10 @@ def _stored(path: Path) -> dict:
 
 def _migrate(stored: dict) -> dict:
     sections = {name: as_mapping(name, stored.get(name, {})) for name in (*MIGRATIONS, "model", "diffusion")}
-    missing = MIGRATIONS | {name: MIGRATIONS_BY_KIND.get(str(sections[name].get("kind")), {}) for name in ("model", "diffusion")}
+    missing = MIGRATIONS | {
+        name: MIGRATIONS_BY_KIND.get(str(sections[name].get("kind")), {})
+        for name in ("model", "diffusion")
+    }
     return stored | {name: keys | sections[name] for name, keys in missing.items()}
 
 

@@ -24,7 +24,7 @@ MAX_BYTES = 2 << 30  # the programs that were used least recently go
 MIN_SECONDS = 0.1  # programs that compile faster are not kept
 STAMP_BYTES = 8  # of the file beside each program that says when it was used
 CPU_INFO_KEYS = ("vendor_id", "model name", "cpu family", "model", "stepping", "flags",  # x86
-             "CPU implementer", "CPU part", "CPU variant", "Features")  # Arm
+                 "CPU implementer", "CPU part", "CPU variant", "Features")  # Arm
 
 
 def enable() -> None:

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 # Control characters but \t and \n, marks and overrides of direction, ends of lines beyond ASCII, halves of characters.
-CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+CONTROL_CHARACTERS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 MAX_ERROR_CHARS = 1500  # characters of an error that are shown
 
 

@@ -31,8 +31,9 @@ def hold(path: Path) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         if not _lock(descriptor, path, WAIT_S, f"see that no other run writes to {path.parent}"):
-            raise UserError(f"{path.parent} is written by another run ({_describe_owner(path)}): wait for its end or stop it, "
-                            "or choose another --workdir")
+            raise UserError(
+                f"{path.parent} is written by another run ({_describe_owner(path)}): wait for its end or stop it, "
+                "or choose another --workdir")
         _write_owner(descriptor)
         yield
     finally:

@@ -288,7 +288,8 @@ class RunLog:
 
     def _truncate_after(self, start_step: int) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        remaining = [line for line in read_metrics(self._path.parent) if line["step"] <= start_step] if start_step else []
+        remaining = [line for line in read_metrics(self._path.parent)
+                     if line["step"] <= start_step] if start_step else []
         with _full_disk(self._path):
             files.write(self._path, "".join(map(_line, remaining)).encode())
 

@@ -46,7 +46,7 @@ def loss_curve(workdir: str | os.PathLike) -> Path:
 def nll_by_count(path: str | os.PathLike, ks: Sequence[int], nll: Sequence[float]) -> Path:
     """Draw the NLL of a masked token (nats) against the number k of masked tokens in its block; returns the path."""
     figure, axes = new_figure("How hard a block is by how much of it is masked", "masked tokens in the block",
-                           "nats per masked token")
+                              "nats per masked token")
     axes.plot(ks, nll, color="#3182bd", marker="o", markersize=4, linewidth=1.5)
     axes.locator_params(axis="x", integer=True)
     return save(figure, Path(path))
@@ -187,7 +187,8 @@ def intervals(path: str | os.PathLike, title: str,
         offset = 0.6 * ((i + 0.5) / len(series) - 0.5)
         ys = [cases.index(case) + offset for case in points]
         values = [value for value, _, _ in points.values()]
-        errors = [(0.0, 0.0) if low is None or high is None else (value - low, high - value) for value, low, high in points.values()]
+        errors = [(0.0, 0.0) if low is None or high is None else (value - low, high - value)
+                  for value, low, high in points.values()]
         axes.errorbar(values, ys, xerr=list(zip(*errors)), label=label, fmt="o", markersize=4, capsize=3, linewidth=1.5)
     axes.set_yticks(range(len(cases)), [textwrap.fill(case, LABEL) for case in cases], fontsize="small")
     axes.set_ylim(len(cases) - 0.5, -0.5)
@@ -202,7 +203,7 @@ def noise_over_steps(workdir: str | os.PathLike) -> Path:
     `noise/count_probs` (a line a count), into `plots/noise.png`; returns its path."""
     lines = read_metrics(workdir)
     clips, count_distributions = ([(line["step"], line[key]) for line in lines if key in line]
-                   for key in ("noise/clip", "noise/count_probs"))
+                                  for key in ("noise/clip", "noise/count_probs"))
     figure, axes = new_figure(f"Noise that {_name(workdir)} was trained with", "step",
                               "mask probability" if clips else "probability of the count")
     if clips:

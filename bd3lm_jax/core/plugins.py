@@ -2,8 +2,8 @@
 
 A module registers what it has when it is imported, and importing it runs its code. So only what the user names is
 imported: `--import=MODULE` of a command, the variable BD3LM_IMPORT (modules with commas between them), and installed
-packages with an entry point in the group "bd3lm_jax.core.plugins". A run directory, which may come from somebody else, says
-which modules it needs, and is never a reason to import them.
+packages with an entry point in the group "bd3lm_jax.core.plugins". A run directory, which may come from somebody else,
+says which modules it needs, and is never a reason to import them.
 """
 
 import importlib

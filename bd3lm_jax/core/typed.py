@@ -53,7 +53,8 @@ def as_mapping(name: str, value: Any) -> Mapping:
 def check_known_keys(prefix: str, mapping: Mapping, allowed_keys: list[str]) -> None:
     for key in mapping:
         if key not in allowed_keys:
-            synonym = synonyms.config_key(str(key), [prefix + name for name in allowed_keys]) or synonyms.config_key(str(key))
+            synonym = synonyms.config_key(str(key), [prefix + name
+                                                     for name in allowed_keys]) or synonyms.config_key(str(key))
             suggestion = f"did you mean '{synonym}'?" if synonym else nearest(key, allowed_keys)
             raise UserError(f"unknown config key '{prefix}{key}': {suggestion}")
     missing = [key for key in allowed_keys if key not in mapping]

@@ -106,8 +106,13 @@ def main() -> None:
     answer(compile_template)
     for line in sys.stdin:
         request = json.loads(line)
-        answer(lambda: {"texts": [render(template, variables, request["messages"][:count], prompts_answer, limits["characters"])
-                                  for count, prompts_answer in request["calls"]]})
+        answer(
+            lambda: {
+                "texts": [
+                    render(template, variables, request["messages"][:count], prompts_answer, limits["characters"])
+                    for count, prompts_answer in request["calls"]
+                ]
+            })
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def _choose(directory: Path, templates: dict[str, str], name: str) -> str:
 
 def _special_tokens(config: dict) -> dict[str, Any]:
     special = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()
-             if key.endswith("_token")}
+               if key.endswith("_token")}
     return {"tools": None, "documents": None} | {key: x for key, x in special.items() if isinstance(x, str)}
 
 

@@ -66,9 +66,9 @@ DOMAINS = {
 class Text(NamedTuple):
     """A text as the rows that an evaluation scores.
 
-    rows: `sized.RowsWithBytes`, or windows of them (windows.py). words_D: of the documents as they are distributed, each end of
-    a document counted as one more; None where the field reports no perplexity a word. tokenizer: its identity. changed:
-    how many documents the tokenizer does not give back as they were.
+    rows: `sized.RowsWithBytes`, or windows of them (windows.py). words_D: of the documents as they are distributed,
+    each end of a document counted as one more; None where the field reports no perplexity a word. tokenizer: its
+    identity. changed: how many documents the tokenizer does not give back as they were.
     """
 
     name: str
@@ -154,7 +154,7 @@ def open_text(config: Any, tokenizer: Tokenizer, *, data: str, split: str, data_
                            np.float64)
     rows = RowsWithBytes(rows, tokenizer, _bytes_of(corpus))
     rows = rows_to_score(rows, convention, within_documents=config.data.layout != "wrap", block_size=config.block_size,
-                   end_id=tokenizer.end_id)
+                         end_id=tokenizer.end_id)
     changed = count_lossy_documents(corpus.documents(), tokenizer)
     warn_if_lossy(changed, rows.meta["documents"], name)
     return Text(name, found.split, corpus, rows, convention, stride, words_D, tokenizer.identity, changed)
@@ -166,9 +166,10 @@ def check_overlap(documents: Iterable[str], tokenizer: Tokenizer, source: str) -
     decoded = [tokenizer.decode(ids[ids != tokenizer.unknown_id]) for ids in tokenizer.encode_batch(sample)]
     num_characters, num_recovered = (sum(len("".join(text.split())) for text in texts) for texts in (sample, decoded))
     if 2 * num_recovered < num_characters:
-        raise UserError(f"the tokenizer ('{tokenizer.kind}') does not know the text of '{source}': of {num_characters} "
-                        f"characters {num_recovered} come back from its tokens; evaluate a text in the language and script that "
-                        "the model was trained on")
+        raise UserError(
+            f"the tokenizer ('{tokenizer.kind}') does not know the text of '{source}': of {num_characters} "
+            f"characters {num_recovered} come back from its tokens; evaluate a text in the language and script that "
+            "the model was trained on")
 
 
 class _Source(NamedTuple):

@@ -23,7 +23,9 @@ from bd3lm_jax.data.order import feistel_rows_at
 
 SOURCE = "mixture"
 ARGUMENTS = {"text": "path", "jsonl": "path", "tfds": "name"}  # the key of DataConfig that stands after the colon
-UNSUPPORTED_SOURCES = {"sft": "which knows prompts from answers and others do not", SOURCE: "which is what it stands in"}
+UNSUPPORTED_SOURCES = {
+    "sft": "which knows prompts from answers and others do not", SOURCE: "which is what it stands in"
+}
 RESOLUTION = 1 << 24  # weights whose common denominator is larger are rounded to one part in this
 EXAMPLE = "(('austen', 0.7), ('text:my_texts', 0.3))"
 
@@ -66,7 +68,8 @@ def sections(data: Any) -> dict[str, Any]:
     for spec, _ in data.mixture:
         name, _, argument = spec.partition(":")
         argument_field = {ARGUMENTS[name]: argument} if argument else {}
-        result[spec] = dataclasses.replace(data, **{"source": name, "path": "", "name": "", "mixture": ()} | argument_field)
+        result[spec] = dataclasses.replace(data,
+                                           **{"source": name, "path": "", "name": "", "mixture": ()} | argument_field)
     return result
 
 

@@ -293,7 +293,8 @@ def _flat(path: Path) -> Path:
 
 
 def _tokenise(work: Path, documents: Iterable[str], tokenizer: Tokenizer, progress: Progress | None,
-              density: Annotation | None, array_spec: parts.ArraySpec, parts_directory: Path, workers: int) -> tuple[np.ndarray, int]:
+              density: Annotation | None, array_spec: parts.ArraySpec, parts_directory: Path,
+              workers: int) -> tuple[np.ndarray, int]:
     """Write the ids of all documents, each with its end token, their densities and which tokens are prompts. Returns
     lengths [D] and bytes."""
     lengths, num_bytes, num_tokens, num_documents = [], 0, 0, 0

@@ -35,6 +35,7 @@ def encode_continuation(tokenizer, text: str, special: bool = False) -> np.ndarr
     for other in ("\n", ".", "a"):
         ids, whole = tokenizer.encode(other), encode(other + text)
         begins = len(ids) and ids.tolist() == whole[:len(ids)].tolist()
-        if begins and (special or decode_continuation(tokenizer, ids, whole[len(ids):]) == text):  # special tokens have no text
+        # special tokens have no text
+        if begins and (special or decode_continuation(tokenizer, ids, whole[len(ids):]) == text):
             return whole[len(ids):]
     return encode(text)

@@ -88,8 +88,9 @@ def _class_of(path: Path, config: dict, supported: tuple[str, ...]) -> str | Non
     if name in (None, "PreTrainedTokenizer", "TokenizersBackend"):
         return None
     if name not in supported:
-        raise Unsupported(f"{path} is read by {name}, supported: {', '.join(supported)}: put a tokenizer.json beside it "
-                          "(AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers writes one)")
+        raise Unsupported(
+            f"{path} is read by {name}, supported: {', '.join(supported)}: put a tokenizer.json beside it "
+            "(AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers writes one)")
     return name
 
 
@@ -142,7 +143,9 @@ def _with_special_tokens(path: Path, tokenizer: Any, config: dict) -> str:
     added = _added_tokens(path.parent, config)
     _add(path.name, tokenizer, added)
     vocab = tokenizer.get_vocab()
-    special = [name for name in dict.fromkeys((*_special_names(config), *USUAL_SPECIAL)) if name in vocab and name not in added]
+    special = [
+        name for name in dict.fromkeys((*_special_names(config), *USUAL_SPECIAL)) if name in vocab and name not in added
+    ]
     AddedToken = load_library().AddedToken
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special])
     return tokenizer.to_str()

@@ -1,8 +1,8 @@
 """Noise chosen from data while training: the clip search of BD3-LM, and a law of the count from running averages.
 
-Both are small objects with a state, a dict of arrays that a run carries from step to step, and `distribution(state, blocks)`,
-what `Masked.corrupt` draws from. Laws change without a new program: they are traced, only capacities are static, and
-these hold for every state.
+Both are small objects with a state, a dict of arrays that a run carries from step to step, and `distribution(state,
+blocks)`, what `Masked.corrupt` draws from. Laws change without a new program: they are traced, only capacities are
+static, and these hold for every state.
 """
 
 import dataclasses

@@ -52,4 +52,4 @@ class D3PM(Objective):
         i_BxMxK = jnp.minimum(jnp.floor(noise_draw.time_BxMxK * self.steps) + 1, self.steps)
         prob_BxMxK = i_BxMxK / self.steps
         return independent.apply_masks(noise_draw.order_BxMxL, prob_BxMxK, 1 / prob_BxMxK + self.hybrid,
-                                        independent.sigma_of_mask_prob(prob_BxMxK), x0_BxL, segment_BxL, mask_id)
+                                       independent.sigma_of_mask_prob(prob_BxMxK), x0_BxL, segment_BxL, mask_id)

@@ -71,7 +71,7 @@ class GenMD4(Objective):
         order_BxMxL = jax.random.uniform(order_key, (x0_BxL.shape[0], views, x0_BxL.shape[1]))
         prob_BxMxL = jnp.exp(self._log_mask_prob(learned_params, x0_BxL, t_BxMxK))
         return independent.apply_masks(order_BxMxL, prob_BxMxL, 1 / t_BxMxK,
-                                        independent.sigma_of_mask_prob((1 - self.eps) * t_BxMxK), x0_BxL, segment_BxL, mask_id)
+                                       independent.sigma_of_mask_prob((1 - self.eps) * t_BxMxK), x0_BxL, segment_BxL, mask_id)
 
     @staticmethod
     def token_loss(logits_NxV: jax.Array, target_N: jax.Array, xt_N: jax.Array, sigma_N: jax.Array, mask_id: int,

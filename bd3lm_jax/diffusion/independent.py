@@ -27,11 +27,11 @@ def sample_noise(key: jax.Array, shape: tuple[int, int], views: int, block_size:
     check_rows(views, length, block_size)
     time_key, order_key = jax.random.split(key)
     return NoiseDraw(stratified_uniform(time_key, (batch, views, length // block_size)),
-                jax.random.uniform(order_key, (batch, views, length)))
+                     jax.random.uniform(order_key, (batch, views, length)))
 
 
 def apply_masks(order_BxMxL: jax.Array, prob_BxMxn: jax.Array, weight_BxMxn: jax.Array, sigma_BxMxK: jax.Array,
-                 x0_BxL: jax.Array, segment_BxL: jax.Array, mask_id: int) -> Noised:
+                x0_BxL: jax.Array, segment_BxL: jax.Array, mask_id: int) -> Noised:
     """Every token of a document masked with its probability. prob and weight: of each n-th part of the row."""
     prob_BxMxL, weight_BxMxL = (per_token(x, x0_BxL.shape[1]) for x in (prob_BxMxn, weight_BxMxn))
     masked_BxMxL = (order_BxMxL < prob_BxMxL) & (segment_BxL != 0)[:, None]

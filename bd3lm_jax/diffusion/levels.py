@@ -15,8 +15,8 @@ from bd3lm_jax.diffusion.schedule import stratified_uniform
 
 @dataclasses.dataclass(frozen=True)
 class Levels(Objective):
-    """Token n = 1 .. N of a block of N is masked at time t ~ U(0, 1) with probability f(n, t) of `mask_prob_and_slope`, and counts
-    f'(n, t) / f(n, t) times its cross-entropy, f' = df / dt.
+    """Token n = 1 .. N of a block of N is masked at time t ~ U(0, 1) with probability f(n, t) of `mask_prob_and_slope`,
+    and counts f'(n, t) / f(n, t) times its cross-entropy, f' = df / dt.
 
     The tokens are absorbed independently, each by a schedule alpha_n = 1 - f(n, t) of its own that runs from 1 to 0.
     Schedules that do not depend on the tokens keep the bound (MD4's vector schedule, arXiv 2406.04329, section 6): the

@@ -152,7 +152,7 @@ class Masked(Objective):
         if self.corruption == "exact_count":
             probs_S = self._integer_count_probs()
             return MaskCountDistribution(probs_S, corrupt.count_capacity(probs_S, blocks),
-                            corrupt.complement_capacity(probs_S, blocks) if self.complement else 0)
+                                         corrupt.complement_capacity(probs_S, blocks) if self.complement else 0)
         if not self._clipped:
             return None
         most = corrupt.truncated_capacity(self.clip_low, self.clip_high, self.block_size)

@@ -62,4 +62,4 @@ class MD4(Objective):
         prob_BxMxK = self.clip + clip_scale * schedule.mask_prob(t_BxMxK)
         weight_BxMxK = clip_scale * schedule.weight(t_BxMxK) * schedule.mask_prob(t_BxMxK) / prob_BxMxK
         return independent.apply_masks(noise_draw.order_BxMxL, prob_BxMxK, weight_BxMxK, independent.sigma_of_mask_prob(prob_BxMxK),
-                                        x0_BxL, segment_BxL, mask_id)
+                                       x0_BxL, segment_BxL, mask_id)

@@ -42,7 +42,8 @@ class Objective:
     `corrupt` (with the network's table "embedding" `[V', width]` added) and `token_loss` take as `learnt`. They are
     trained, saved and averaged with those of the network, and not used after. As the noise depends on them, their
     gradient is that of the loss and `noise_gradient(learnt, noised, x0_BxL, segment_BxL, losses_BxMxL)`, a dict as of
-    `init_learned_params`, summed over the rows given; learnt as for `corrupt`, losses as of `token_loss`, without a gradient.
+    `init_learned_params`, summed over the rows given; learnt as for `corrupt`, losses as of `token_loss`, without a
+    gradient.
     """
 
     kind: ClassVar[str]
@@ -75,8 +76,8 @@ class Objective:
         return 2 if getattr(self, "complement", False) else 1
 
     def prepare_batch(self, key: jax.Array, batch: dict, end_id: int) -> dict:
-        """The batch as training reads it, before noise: `tokens`, `segments`, `positions` and what it `extra_batch_keys`, `[B, L]`
-        each. A function of the key, which is that of the step, and of the whole batch."""
+        """The batch as training reads it, before noise: `tokens`, `segments`, `positions` and what it
+        `extra_batch_keys`, `[B, L]` each. A function of the key, which is that of the step, and of the whole batch."""
         del key, end_id
         return batch
 

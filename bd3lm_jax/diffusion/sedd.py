@@ -69,7 +69,7 @@ class SEDD(Objective):
         t_BxMxK = self.eps + (1 - self.eps) * noise_draw.time_BxMxK
         prob_BxMxK = (1 - self.eps) * t_BxMxK
         return independent.apply_masks(noise_draw.order_BxMxL, prob_BxMxK, (1 - self.eps) / t_BxMxK,
-                                        independent.sigma_of_mask_prob(prob_BxMxK), x0_BxL, segment_BxL, mask_id)
+                                       independent.sigma_of_mask_prob(prob_BxMxK), x0_BxL, segment_BxL, mask_id)
 
     @staticmethod
     def token_loss(logits_NxV: jax.Array, target_N: jax.Array, xt_N: jax.Array, sigma_N: jax.Array,

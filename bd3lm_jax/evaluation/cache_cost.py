@@ -114,7 +114,8 @@ def _score_token(lm, params, noised, tokens, positions, segments, cache: Cache, 
         segments = jnp.where(noised.weight_BxMxL[:, 0] > 0, segments, 0)
         positions = jnp.maximum(positions - 1, 0)
     position = _block_slice(lm, positions, block)
-    clean = Stream(_block_slice(lm, noised.xt_BxMxL[:, 0], block), position, position, _block_slice(lm, segments, block))
+    clean = Stream(_block_slice(lm, noised.xt_BxMxL[:, 0], block), position, position,
+                   _block_slice(lm, segments, block))
     out = _hidden(lm, params, None, clean, cache, block)
     return trunk.logits(lm.model, params, out.clean)[:, None], out.cache
 
@@ -122,8 +123,8 @@ def _score_token(lm, params, noised, tokens, positions, segments, cache: Cache, 
 def _hidden(lm, params, noised: Stream | None, clean: Stream | None, cache: Cache, block):
     size = lm.config.block_size
     return trunk.forward(lm.model, params, noised=noised, clean=clean, cache=cache, write_at=block * size,
-                        rule="causal" if lm.config.diffusion.causal else "block_causal", block_size=size,
-                        execution=UNROLLED, dropout_keys=None)
+                         rule="causal" if lm.config.diffusion.causal else "block_causal", block_size=size,
+                         execution=UNROLLED, dropout_keys=None)
 
 
 def _block_slice(lm, x, block):

@@ -53,8 +53,8 @@ def evaluate_samples(paths: Sequence[str], *, scorer: str, weights: str, split: 
         if note:
             log.note(note)
     settings = {"scorer": scorer or None, "unit": tokens.unit, "window": tokens.window, "stride": tokens.stride,
-           "max_tokens": max_tokens or None, "first_token": "skip" if tokens.first else "predict",
-           "averaging": AVERAGING}
+                "max_tokens": max_tokens or None, "first_token": "skip" if tokens.first else "predict",
+                "averaging": AVERAGING}
     show(rows, settings, source)
     plot_path = _save_plot(plot or _beside(paths[0]), rows) if len(rows) > 1 and scorer else None
     return {**settings, "rows": rows, "reference": source, "plot": plot_path, "wall_s": time.perf_counter() - began}
@@ -121,7 +121,8 @@ def _row(file: sample_files.Texts, name: str, tokens: Any, real: Sequence[str] |
            "stops": file.stops, "empty": len(encoded) - len(texts),
            **figures(texts, tokens.nats(texts), tokens.first, tokens.window)}
     same_lengths = None if real is None else cut_to_lengths([len(ids) for ids in texts], real, tokens)
-    row["reference"] = None if same_lengths is None else figures(same_lengths, tokens.nats(same_lengths), tokens.first, tokens.window)
+    row["reference"] = None if same_lengths is None else figures(same_lengths, tokens.nats(same_lengths), tokens.first,
+                                                                 tokens.window)
     row["mauve"], row["mauve_note"] = None, ""
     if mauve:
         row["mauve"], row["mauve_note"] = _mauve(texts, same_lengths, tokens)
@@ -190,8 +191,8 @@ def show(rows: Sequence[dict], settings: dict[str, Any], source: str | None) -> 
     for row in rows:
         lines += [row] if row["reference"] is None else [row, row["reference"] | {"name": "  real"}]
     unit = settings["unit"]
-    title = (f"{unit} of {settings['scorer']}, windows of {settings['window']} every {settings['stride']}" if settings["scorer"] else
-             "no --scorer: words, no perplexity")
+    title = (f"{unit} of {settings['scorer']}, windows of {settings['window']} every {settings['stride']}"
+             if settings["scorer"] else "no --scorer: words, no perplexity")
     title += f", first {settings['max_tokens']} {unit}" if settings["max_tokens"] else ""
     log.table(f"{title}; real text: {source or 'none'}",
               ("text", "texts", "gen. PPL (95 %)", "mean PPL", "entropy", "below 4", "NFE"),

@@ -61,7 +61,8 @@ def _measured_on_another(lm: LM, content: dict[str, Any]) -> str:
 
 
 def merge_settings(preset: dict[str, Any], explicit: dict[str, Any]) -> dict[str, Any]:
-    """`preset` settings under `explicit` ones, which win; steps and threshold chosen for another sampler are left out."""
+    """`preset` settings under `explicit` ones, which win; steps and threshold chosen for another sampler are left
+    out."""
     if explicit.get("sampler", preset.get("sampler")) != preset.get("sampler"):
         preset = {name: value for name, value in preset.items() if name not in OF_SAMPLER}
     return {**preset, **explicit}
@@ -74,5 +75,6 @@ def read_object(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except ChecksumError as error:
-        raise UserError(f"{path} {error}: expected one JSON object; if it was edited on purpose delete its '{CHECKSUM_KEY}'"
-                        ) from None
+        raise UserError(
+            f"{path} {error}: expected one JSON object; if it was edited on purpose delete its '{CHECKSUM_KEY}'"
+        ) from None

@@ -50,7 +50,9 @@ def evaluate_suite(workdirs: Sequence[str], *, split: str, data_dir: str, chunks
     own = [path for path in paths if not hf.is_published(path)]
     if length and len(own) == len(paths):
         raise UserError(f"--length={length} is for published checkpoints: runs have the length they were trained with")
-    runs = [rundir.read(path) if path in own else published_config(path, hf.from_hf_config(path), length) for path in paths]
+    runs = [
+        rundir.read(path) if path in own else published_config(path, hf.from_hf_config(path), length) for path in paths
+    ]
     convention = convention_for([config for config, _ in runs], chunks=chunks, stride=stride, first_token=first_token,
                                 end_token=end_token)
     skipped, texts = {}, {}

@@ -42,8 +42,9 @@ END_ROUNDS = 2  # of such texts; the first one also compiles
 MAX_LENGTH = 256
 CACHE_COST_ROWS = 64  # of the validation split, for the cache in less memory
 RULE = (f"quality: the lowest perplexity; balanced, speed: the most tokens a call with at most "
-        f"{MAX_PPL_RATIO['balanced']}, {MAX_PPL_RATIO['speed']} times that of the exact sampler (first_hitting); none with less "
-        f"than {MIN_ENTROPY_RATIO:.0%} of its entropy or {MIN_LENGTH_RATIO:.0%} of its length where texts end by themselves")
+        f"{MAX_PPL_RATIO['balanced']}, {MAX_PPL_RATIO['speed']} times that of the exact sampler (first_hitting); none "
+        f"with less than {MIN_ENTROPY_RATIO:.0%} of its entropy or {MIN_LENGTH_RATIO:.0%} of its length where texts end "
+        "by themselves")
 
 
 def tune_sampling(workdir: str, *, scorer: str, rounds: int, texts: int) -> dict[str, Any]:
@@ -112,7 +113,8 @@ def measure(lm: LM, settings: Sequence[dict], scorer: Scorer | None, rounds: int
     is better in quality and tokens a call).
     """
     log.note(f"{len(settings)} settings: texts that end by themselves")
-    ending = [[generate_texts(lm, setting, texts, length, 0, seed) for setting in settings] for seed in range(END_ROUNDS)]
+    ending = [[generate_texts(lm, setting, texts, length, 0, seed) for setting in settings]
+              for seed in range(END_ROUNDS)]
     samples, seconds = [[] for _ in settings], np.zeros((rounds, len(settings)))
     for round_ in range(rounds):
         log.note(f"texts of {length} tokens, round {round_ + 1} of {rounds}")

@@ -53,9 +53,11 @@ def watch(workdir: str, *, watch_for: float, data: str, split: str, data_dir: st
     """
     if hf.is_published(workdir):
         raise UserError(f"{workdir} is a published checkpoint: --watch follows a run that trains")
-    arguments = {"data": data, "split": split, "data_dir": data_dir, "chunks": chunks, "stride": stride,
-             "first_token": first_token, "end_token": end_token, "estimator": estimator, "draws": draws, "seed": seed,
-             "weights": weights, "block_size": block_size}
+    arguments = {
+        "data": data, "split": split, "data_dir": data_dir, "chunks": chunks, "stride": stride,
+        "first_token": first_token, "end_token": end_token, "estimator": estimator, "draws": draws, "seed": seed,
+        "weights": weights, "block_size": block_size
+    }
     with Signals() as signals:
         follower = _RunFollower(Path(workdir), arguments, batch, signals)
         ended = _follow(follower, watch_for, signals)

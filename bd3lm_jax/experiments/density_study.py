@@ -144,7 +144,8 @@ def _bounds(workdir: str, tags: str, split: str, draws: int, seed: int) -> dict[
     parts = DOMAINS.get(data.source, (data.source,)) if tags in BY_TEXT else (data.source,)
     found = {}
     for source in parts:
-        tagged = TaggedRows(prepare(dataclasses.replace(data, source=source), split, run.config.block_size, run.tokenizer))
+        tagged = TaggedRows(
+            prepare(dataclasses.replace(data, source=source), split, run.config.block_size, run.tokenizer))
         measured = run.evaluator.measure(run.params, tagged, estimator=default_estimator(run.config), draws=draws,
                                          seed=seed, target=None)
         found[source] = tagged.intervals(measured.documents_UxN, measured.tokens_N)

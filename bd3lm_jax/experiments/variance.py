@@ -213,7 +213,8 @@ def _compare(sums_RxSx3: np.ndarray, moments: dict[str, np.ndarray], gradients: 
 
     found_6xN = numbers(sums_RxSx3.sum(0), gradients_RxN.mean(0))
     jackknife_groups = [np.delete(np.arange(len(sums_RxSx3)), batch) for batch in range(len(sums_RxSx3))]
-    without_Rx6xN = np.array([numbers(sums_RxSx3[group].sum(0), gradients_RxN[group].mean(0)) for group in jackknife_groups])
+    without_Rx6xN = np.array(
+        [numbers(sums_RxSx3[group].sum(0), gradients_RxN[group].mean(0)) for group in jackknife_groups])
     low_3xN, high_3xN = jackknife(found_6xN[3:], without_Rx6xN[:, 3:])
     rows = []
     for i, name in enumerate(moments):

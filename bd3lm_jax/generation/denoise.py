@@ -87,8 +87,8 @@ class AutoSizeDenoiser(NamedTuple):
             # Where there is no block before, what is written is seen by nobody, and is overwritten later.
             write_at = jnp.where(previous.real.any(-1), before_B, start_B)
         out = trunk.forward(self.model, params, noised=noised, clean=clean, cache=cache, write_at=write_at,
-                           rule="block_causal", block_size=self.size, execution=UNROLLED, dropout_keys=None,
-                           output_positions_BxP=positions_BxP)
+                            rule="block_causal", block_size=self.size, execution=UNROLLED, dropout_keys=None,
+                            output_positions_BxP=positions_BxP)
         return trunk.logits(self.model, params, out.noised[:, 0], sigma), out.cache
 
 
@@ -189,8 +189,8 @@ class UncachedDenoiser(NamedTuple):
         ones = jnp.ones_like(position)
         noised = Stream(canvas_BxS[:, None], position, ones * block, ones)
         both_streams = trunk.forward(self.model, params, noised=noised, clean=clean, rule="block_causal", block_size=size,
-                                  cache=trunk.new_cache(self.model, params, *ids.shape, "compute"), write_at=0,
-                                  execution=UNROLLED, dropout_keys=None)
+                                     cache=trunk.new_cache(self.model, params, *ids.shape, "compute"), write_at=0,
+                                     execution=UNROLLED, dropout_keys=None)
         h = jnp.take_along_axis(both_streams.noised[:, 0], positions_BxP[..., None], axis=1)
         return trunk.logits(self.model, params, h), cache
 
@@ -235,7 +235,7 @@ def _store(denoiser, params, ids_BxN, real_BxN, origin, block_size: int, rule: s
     position = jnp.broadcast_to(origin + jnp.arange(count), ids_BxN.shape)
     clean = Stream(ids_BxN, position, position // block_size, real_BxN.astype(jnp.int32))
     stored = trunk.forward(denoiser.model, params, noised=None, clean=clean, cache=cache, write_at=0, rule=rule,
-                          block_size=block_size, execution=UNROLLED, dropout_keys=None).cache
+                           block_size=block_size, execution=UNROLLED, dropout_keys=None).cache
     return stored.shift_slots(origin % denoiser.slots)
 
 
@@ -245,5 +245,5 @@ def _forward(denoiser, params, noised, clean, cache: Cache, position, rule: str,
     if clean is not None:
         cache = cache.invalidate(slot, clean.ids.shape[1])
     out = trunk.forward(denoiser.model, params, noised=noised, clean=clean, cache=cache, write_at=slot, rule=rule,
-                       block_size=block_size, execution=UNROLLED, dropout_keys=None, output_positions_BxP=output_positions_BxP)
+                        block_size=block_size, execution=UNROLLED, dropout_keys=None, output_positions_BxP=output_positions_BxP)
     return (out.clean if noised is None else out.noised), out.cache

@@ -237,7 +237,7 @@ def _scores(lm, candidates, filled, members: list[int], draws: int, seed: int) -
                 continuations.append(filled[i][start:end])
                 owners.append(i)
     scored = conditional.score(lm, prompts, continuations, estimator="exact_count", draws=draws, seed=seed,
-                              greedy=False, batch=generation.ROWS, noise=continuations) if owners else []
+                               greedy=False, batch=generation.ROWS, noise=continuations) if owners else []
     scores = dict.fromkeys(members, 0.0)
     for owner, score in zip(owners, scored):
         scores[owner] += score.nats

@@ -206,7 +206,7 @@ class _RowTracker:
         sample, texts = None, self._texts(row[:end], (end if is_done else start) - self._begin)
         if is_done and (stopped or end == self._length):
             sample = generation.postprocess(self._lm, self._options, row[self._begin:self._length], nfe, STOPS[stopped],
-                                       row[:self._begin])
+                                            row[:self._begin])
             texts = sample.text, None if sample.text is None else ""
         return Event(self._number, block, step, start, row[start:end].tolist(),
                      (start + revealed).tolist(), after.confidence[i][revealed].tolist(), (start + remasked).tolist(),
@@ -267,7 +267,7 @@ def _programs(lm, job: generation.BatchLoop, options: Options) -> _CompiledSteps
             jitted[name] = jax.jit(functools.partial(_call, lm, function), static_argnums=0)
     guidance = np.float32(options.guidance)
     return _CompiledSteps(*(functools.partial(program, job.plan, lm.params, job.request, guidance)
-                   for program in jitted.values()))
+                            for program in jitted.values()))
 
 
 def _call(lm, function, plan, params, request, guidance, *state):

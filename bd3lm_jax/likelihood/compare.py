@@ -20,12 +20,13 @@ from bd3lm_jax.likelihood import estimators
 from bd3lm_jax.likelihood.evaluate import LikelihoodResult, LoadedRun
 
 
-def against(run: LoadedRun, text: Text, candidate: LikelihoodResult, other: LoadedRun, text_arguments: dict[str, Any], draws: int) -> dict:
+def against(run: LoadedRun, text: Text, candidate: LikelihoodResult, other: LoadedRun, text_arguments: dict[str, Any],
+            draws: int) -> dict:
     """The "against" object of the `eval` command.
 
     ours: what `run` scored on `text`. which: arguments of `domains.open_text` that opened it. draws: of a round of
-    `other`, which has as many rounds as `candidate`. Nats per token where both have one tokenizer and score the same tokens,
-    else bits per byte.
+    `other`, which has as many rounds as `candidate`. Nats per token where both have one tokenizer and score the same
+    tokens, else bits per byte.
 
     Returns `workdir`, `estimator`, `step`, `config_sha256` and `wall_s` of the other run, its `bits_per_byte` (and
     `nll`), and: `unit` of the difference, `difference`, `difference_ci95` (documents and draws), `difference_mc_se`
@@ -56,10 +57,12 @@ def against(run: LoadedRun, text: Text, candidate: LikelihoodResult, other: Load
     result = {
         "workdir": other.workdir, "estimator": summary["estimator"], "step": other.step,
         "config_sha256": other.config_sha256, "bits_per_byte": summary["bits_per_byte"],
-        **({"nll": summary["nll"]} if same_tokenizer else {}), "unit": unit, **as_result(found, comparable),
-        "difference_mc_se": found.mc_se if comparable else None,
+        **({"nll": summary["nll"]} if same_tokenizer else {}), "unit": unit,
+        **as_result(found, comparable), "difference_mc_se": found.mc_se if comparable else None,
         "unpaired_se": math.hypot(*(_se(side) for side in sides)), "same_masks": same_masks,
-        "draws_saved": round(max(gain - 1, 0) * candidate.draws) if math.isfinite(gain) else None, "wall_s": baseline.wall_s}
+        "draws_saved": round(max(gain - 1, 0) * candidate.draws) if math.isfinite(gain) else None,
+        "wall_s": baseline.wall_s
+    }
     _show(run.workdir, result, found, same_tokenizer)
     return result
 

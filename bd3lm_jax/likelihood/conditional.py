@@ -265,7 +265,8 @@ def _measure(lm, requests: list[Request], name: str, draws: int, seed: int, gree
         if estimators.is_exact(lm.config):
             greedy_B = np.asarray(parts[0][1]).tolist()
         elif greedy:
-            greedy_B = greedy_decoding.is_greedy_decoded(lm, capacity, rows, [requests[i].length for i in members]).tolist()
+            greedy_B = greedy_decoding.is_greedy_decoded(lm, capacity, rows, [requests[i].length
+                                                                              for i in members]).tolist()
         for place, member in enumerate(members):
             found[member] = requests[member], nats_UxB[:, place], greedy_B[place]
     return [found[i] for i in range(len(requests))]

@@ -22,8 +22,8 @@ one pass of four views, whichever it is, so that equal draws cost the same. In e
 systematic sample: u_b = (permutation(b) + o) / K with one offset o, and draw d of D uses (u_b + d / D) mod 1, so they
 are stratified over the blocks of every draw and over the draws of every block.
 
-An estimator has `name`, `block_size`, `needs_pilot` (whether `from_pilot` makes it from a pilot), `token_loss` (None: the
-cross-entropy of masked tokens, else as `Objective.token_loss`); `views` of a pass, `replicates`
+An estimator has `name`, `block_size`, `needs_pilot` (whether `from_pilot` makes it from a pilot), `token_loss` (None:
+the cross-entropy of masked tokens, else as `Objective.token_loss`); `views` of a pass, `replicates`
 that share them in equal parts, one after the other, `num_passes(draws)`; and `noised(key, index, draws, tokens_L,
 segments_L, special)`: the views of pass `index` of one row, a `Noised` without batch dimension. The mean over the
 passes and the views of a replicate is an estimate of the row's nats. The noise is a function of the row's key,
@@ -238,7 +238,8 @@ def lattice(key, index, number: int, blocks: int) -> jax.Array:
 def is_exact(config: Config) -> bool:
     """Whether one pass gives the likelihood itself: AR, and blocks of one token without a noise level as input."""
     objective = config.diffusion
-    return objective.causal or (objective.uses_mask_token and config.block_size == 1 and not trunk.is_time_conditioned(config.model))
+    return objective.causal or (objective.uses_mask_token and config.block_size == 1 and
+                                not trunk.is_time_conditioned(config.model))
 
 
 def default_estimator(config: Config) -> str:
@@ -282,7 +283,7 @@ def _bernoulli(config: Config) -> MonteCarlo:
     if config.diffusion.causal:
         raise UserError("estimator 'bernoulli' masks tokens, which an autoregressive model does not: use nll")
     return MonteCarlo("bernoulli", dataclasses.replace(Masked.uniform_counts(config.block_size), corruption="bernoulli",
-                                                    eps=EPS))
+                                                       eps=EPS))
 
 
 def _exact(config: Config):
@@ -312,8 +313,9 @@ def _native(config: Config):
         raise UserError(f"estimator 'native' is the training loss, which is no bound on the likelihood for this model "
                         f"of kind '{objective.kind}': use exact_count")
     if objective.extra_batch_keys:
-        raise UserError(f"estimator 'native' needs {', '.join(objective.extra_batch_keys)} of every token, which a text to be "
-                        "measured does not bring: use exact_count")
+        raise UserError(
+            f"estimator 'native' needs {', '.join(objective.extra_batch_keys)} of every token, which a text to be "
+            "measured does not bring: use exact_count")
     return OwnObjective(objective.bound)
 
 

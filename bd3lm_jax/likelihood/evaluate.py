@@ -136,9 +136,9 @@ class Evaluator:
     def run(self, params, rows: TokenRows, *, estimator: str, draws: int, seed: int, num_rows: int = 0) -> dict:
         """NLL of the first `num_rows` rows (0: all) in nats per token, with intervals.
 
-        rows: `sized.RowsWithBytes`, or windows of them. Returns the numbers of the `eval` command, and `nll_by_count`: mean
-        cross-entropy of the masked tokens of blocks with k of them, by k. Deterministic in (params, rows, seed, draws),
-        whatever the devices.
+        rows: `sized.RowsWithBytes`, or windows of them. Returns the numbers of the `eval` command, and `nll_by_count`:
+        mean cross-entropy of the masked tokens of blocks with k of them, by k. Deterministic in (params, rows, seed,
+        draws), whatever the devices.
         """
         return self.measure(params, rows, estimator=estimator, draws=draws, seed=seed, target=None,
                             num_rows=num_rows).summary(rows)
@@ -223,7 +223,8 @@ def _fetch(ids, passes):
 
 def _target_reached(total: "LikelihoodResult", target: Target) -> bool:
     """Whether the Monte-Carlo part is as tight as it should be. Raises RunError where it will not be."""
-    half, freedom = stats.mc_margin(total.rows_UxR) / total.rows_UxR.mean(0).sum(), stats.mc_degrees_of_freedom(total.rows_UxR)
+    half, freedom = stats.mc_margin(total.rows_UxR) / total.rows_UxR.mean(0).sum(), stats.mc_degrees_of_freedom(
+        total.rows_UxR)
     is_last = total.draws + total.round_draws > target.max_draws
     if freedom < MIN_FREEDOM and not is_last:
         return False
@@ -289,7 +290,8 @@ class LikelihoodResult:
             self.count_blocks += np.bincount(counts.ravel(), minlength=self.block_size + 1)
 
     def bytes_N(self, rows: Any) -> np.ndarray:
-        """Bytes of text of the scored tokens of every document, as `tokens_N`. rows: those measured, `sized.RowsWithBytes`."""
+        """Bytes of text of the scored tokens of every document, as `tokens_N`. rows: those measured,
+        `sized.RowsWithBytes`."""
         bytes_N, step = np.zeros(len(self.tokens_N)), max(1, CHUNK_TOKENS // rows.length)
         for first in range(0, len(self._row_ids), step):
             ids = self._row_ids[first:first + step]
@@ -316,15 +318,18 @@ class LikelihoodResult:
         """The numbers of the `eval` command, and nll_by_count. rows: those measured, `sized.RowsWithBytes`."""
         nll = stats.two_part_interval(*self.per_token()).non_negative()
         bits = stats.two_part_interval(*self.per_byte(rows)).non_negative()
-        count_distribution = {"count_probs": self.estimator.measure.count_probs} if self.estimator.name == "importance" else {}
+        count_distribution = {"count_probs": self.estimator.measure.count_probs
+                              } if self.estimator.name == "importance" else {}
         missing = {"ci95_missing": nll.missing or bits.missing} if nll.missing or bits.missing else {}
-        return {"nll": nll.value, "nll_ci95": [nll.low, nll.high], **missing, "nll_mc_se": nll.mc_se,
-                "nll_document_se": nll.document_se, "ppl": ppl_of(nll.value),
-                "ppl_ci95": [ppl_of(nll.low), ppl_of(nll.high)],
-                "bits_per_byte": bits.value, "bits_per_byte_ci95": [bits.low, bits.high],
-                "tokens": int(self.tokens_N.sum()), "documents": int(np.count_nonzero(self.tokens_N)),
-                "nll_by_count": self.nll_by_count, "estimator": self.estimator.name, **count_distribution, "draws": self.draws,
-                "seed": self.seed, "wall_s": self.wall_s}
+        return {
+            "nll": nll.value, "nll_ci95": [nll.low, nll.high], **missing, "nll_mc_se": nll.mc_se,
+            "nll_document_se": nll.document_se, "ppl": ppl_of(nll.value),
+            "ppl_ci95": [ppl_of(nll.low),
+                         ppl_of(nll.high)], "bits_per_byte": bits.value, "bits_per_byte_ci95": [bits.low, bits.high],
+            "tokens": int(self.tokens_N.sum()), "documents": int(np.count_nonzero(self.tokens_N)),
+            "nll_by_count": self.nll_by_count, "estimator": self.estimator.name,
+            **count_distribution, "draws": self.draws, "seed": self.seed, "wall_s": self.wall_s
+        }
 
 
 def _add_padded(total: np.ndarray, part: np.ndarray) -> np.ndarray:

@@ -24,7 +24,8 @@ class Documents(NamedTuple):
 
 
 def save(workdir: str | os.PathLike, measured: Any, rows: Any) -> None:
-    """Keep what `evaluate.LikelihoodResult` holds of `data.prepare.Rows`; all of it or nothing. RunError for a full disk."""
+    """Keep what `evaluate.LikelihoodResult` holds of `data.prepare.Rows`; all of it or nothing. RunError for a full
+    disk."""
     path = Path(workdir) / DOCUMENTS
     text = hashlib.sha256(rows.stream().tobytes()).hexdigest()
     try:

@@ -39,8 +39,8 @@ def predictions(model, objective, special, capacity: int, params, noised: Noised
         weight = jnp.where(rows.scored_BxL[:, None], noised.weight_BxMxL, 0)
         noised = noised.replace(weight_BxMxL=weight, capacity=capacity)
     position, _ = forward.single_document_rows(rows.tokens_BxL)
-    scored = score(model, params, objective, noised, rows.tokens_BxL, position, rows.segment_BxL, forward.DEFAULT_EXECUTION,
-                   end_id=special.end)
+    scored = score(model, params, objective, noised, rows.tokens_BxL, position, rows.segment_BxL,
+                   forward.DEFAULT_EXECUTION, end_id=special.end)
     output = OutputLayer(*trunk.output_layer(model, params)).exclude_tokens(special.mask, model.config.vocab_size)
 
     def losses(xs):

@@ -118,8 +118,8 @@ def _moe_ffn(x, choice, weight, gate, up, down):
 def _moe_ffn_shard(num_shards: int, x, choice, weight, gate, up, down):
     """As `_moe_ffn` on one of so many devices that share the experts; choices outside 0 .. E - 1 are other devices'.
 
-    Every choice may be of these experts, one in `num_shards` is: tiles come in chunks, of which empty ones cost nothing.
-    A chunk is computed again for its gradient, so that memory does not grow with the devices.
+    Every choice may be of these experts, one in `num_shards` is: tiles come in chunks, of which empty ones cost
+    nothing. A chunk is computed again for its gradient, so that memory does not grow with the devices.
     """
     k, experts, (*_, width), num_assignments = choice.shape[-1], gate.shape[0], x.shape, choice.size
     x_NxD, weight_A, chunk = x.reshape(-1, width), weight.reshape(-1), TILES * experts

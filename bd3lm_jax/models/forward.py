@@ -66,7 +66,7 @@ def one_stream_out(model: Backbone, params: dict, ids_BxL, position_BxL, segment
 
 def _run(model, params, noised, clean, rule, block_size, execution, dropout_keys, min_block_size=None):
     return trunk.forward(model, params, noised=noised, clean=clean, cache=None, write_at=None, rule=rule,
-                        block_size=block_size, min_block_size=min_block_size, execution=execution, dropout_keys=dropout_keys)
+                         block_size=block_size, min_block_size=min_block_size, execution=execution, dropout_keys=dropout_keys)
 
 
 def single_document_rows(ids_BxL) -> tuple[jax.Array, jax.Array]:

@@ -78,7 +78,8 @@ def build(config: LlamaConfig, dtype: Any) -> Backbone:
 
 
 def rope_frequencies(rotary_dims: int, base: float) -> np.ndarray:
-    """Radians a position of each pair among the `rotary_dims` numbers of a head (arXiv 2104.09864): float64 `[rotary_dims / 2]`.
+    """Radians a position of each pair among the `rotary_dims` numbers of a head (arXiv 2104.09864): float64
+    `[rotary_dims / 2]`.
     """
     return base ** (-np.arange(0, rotary_dims, 2) / rotary_dims)
 

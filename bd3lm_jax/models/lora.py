@@ -1,8 +1,8 @@
 """Low-rank updates of frozen matrices (LoRA, arXiv 2106.09685): W + (alpha / r) A B, where only A and B are trained.
 
 They stand beside the network's parameters under LORA, by the path of their matrix: every kernel of a layer group that
-is no router or expert. `merge_lora` puts them into the weights before a pass, so nothing that runs a network knows of them;
-B begins at zero, and with it the adapted network is the frozen one.
+is no router or expert. `merge_lora` puts them into the weights before a pass, so nothing that runs a network knows of
+them; B begins at zero, and with it the adapted network is the frozen one.
 """
 
 import math

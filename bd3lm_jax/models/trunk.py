@@ -43,8 +43,8 @@ class Backbone(NamedTuple):
     """The leaf modules of a network; `models/dit.py` is the example to read.
 
     embed(ids or mixtures of them, positions) -> h. condition(sigma) -> cond, or None for a network that takes no noise
-    level. rotary(positions) -> whatever `project_qkv` wants of positions. groups: (name, block, count) with block methods
-    pre(h, cond, rotary, queries) -> q (None without queries), k, v and
+    level. rotary(positions) -> whatever `project_qkv` wants of positions. groups: (name, block, count) with block
+    methods pre(h, cond, rotary, queries) -> q (None without queries), k, v and
     post(h, attended, cond, dropout_keys) -> h, aux. head(h, cond) -> logits, in two parts: head.features(h, cond) and
     head.output_layer() -> kernel, bias. tied: the head finds the parameters of `embed` among its own, as "embed".
     A block with an attribute `window` (not None) sees no further than that (`attention.allowed`).
@@ -154,8 +154,8 @@ def _stored_shapes(model, params):
 
 
 def forward(model: Backbone, params: dict, *, noised: Stream | None, clean: Stream | None, cache: Cache | None,
-           write_at, rule: str, block_size: int, execution: Execution, dropout_keys,
-           min_block_size: int | None = None, output_positions_BxP=None) -> ForwardOutput:
+            write_at, rule: str, block_size: int, execution: Execution, dropout_keys,
+            min_block_size: int | None = None, output_positions_BxP=None) -> ForwardOutput:
     """One pass of both streams through all layers.
 
     Noised tokens attend to cache, earlier clean blocks and their own block; clean tokens to cache and clean by `rule`
@@ -234,12 +234,12 @@ def _run(model, params, noised, clean, cache, *, rule, block_size, execution, dr
             if start == stop or not inputs:  # no such layers, or no clean tokens that would go through them
                 continue
             layer_spec = dataclasses.replace(spec, noised=spec.noised if with_noised else None,
-                                       window=getattr(block, "window", None))
+                                             window=getattr(block, "window", None))
             layer = functools.partial(_layer, block, layer_spec, cond, rotary, execution.backend, dropout_keys,
                                       joined if with_noised else 0, output_positions_BxP)
             group_params = params[name] if stop - start == count else _layers(params[name], start, stop)
             outputs, group_kv, part_aux = _run_group(layer, group_params, cached and cached[start:stop], inputs, first + start,
-                                                 stop - start, peeled and with_noised, execution)
+                                                     stop - start, peeled and with_noised, execution)
             h, aux, parts = h | outputs, aux + part_aux, [*parts, group_kv]
         stored[name] = parts[0] if len(parts) == 1 else jax.tree.map(lambda *ys: jnp.concatenate(ys), *parts)
         first += count

@@ -56,7 +56,8 @@ def join(coordinator: str, processes: int | None, process_id: int | None, within
     try:
         with Watchdog(within, what):  # at its own time limit jax aborts with a C++ stack trace
             jax.distributed.initialize(**message_or_options, initialization_timeout=int(2 * within) + 60,
-                                       heartbeat_timeout_seconds=int(heartbeat), shutdown_timeout_seconds=SHUTDOWN_WAIT_S)
+                                       heartbeat_timeout_seconds=int(heartbeat),
+                                       shutdown_timeout_seconds=SHUTDOWN_WAIT_S)
     except ValueError as error:
         raise UserError(f"--distributed found no cluster ({error}): give --coordinator=HOST:PORT --processes=N "
                         "--process_id=I") from None
@@ -122,13 +123,18 @@ def assert_shared_directory(path: Path, read_state: Callable[[], dict[str, Any]]
     expected, deadline = broadcast_from_process0(read_state()), time.monotonic() + SHARED_VISIBLE_S
     while read_state() != expected and time.monotonic() < deadline:
         time.sleep(0.2)
-    gathered = [json.loads(text) for text in allgather_texts(json.dumps([socket.gethostname(), str(path.absolute()), read_state()]))]
+    gathered = [
+        json.loads(text)
+        for text in allgather_texts(json.dumps(
+            [socket.gethostname(), str(path.absolute()), read_state()]))
+    ]
     for i, (host, where, state) in enumerate(gathered):
         differences = [f"{key}: {state[key]!r} != {expected[key]!r}" for key in expected if state[key] != expected[key]]
         if differences:
-            raise UserError(f"process {i} on {host} does not find in {where} what process 0 on {gathered[0][0]} has in "
-                            f"{gathered[0][1]} ({'; '.join(differences)}): is it a shared file system? Give all processes "
-                            "the same --workdir on one", on_all_processes=True)
+            raise UserError(
+                f"process {i} on {host} does not find in {where} what process 0 on {gathered[0][0]} has in "
+                f"{gathered[0][1]} ({'; '.join(differences)}): is it a shared file system? Give all processes "
+                "the same --workdir on one", on_all_processes=True)
 
 
 def assert_equal_across_processes(values: dict[str, Any], what: str, advice: str = START_ALIKE) -> None:
@@ -137,11 +143,12 @@ def assert_equal_across_processes(values: dict[str, Any], what: str, advice: str
     gathered = [json.loads(text) for text in allgather_texts(json.dumps(values))]
     for i, other in enumerate(gathered):
         differences = [f"{key}: {gathered[0].get(key)!r} != {other.get(key)!r}" for key in {**gathered[0], **other}
-                     if gathered[0].get(key) != other.get(key)]
+                       if gathered[0].get(key) != other.get(key)]
         if differences:
             more = f"; and {len(differences) - MAX_KEYS_NAMED} more" if len(differences) > MAX_KEYS_NAMED else ""
-            raise UserError(f"process {i} has another {what} than process 0 ({'; '.join(differences[:MAX_KEYS_NAMED])}{more}): "
-                            f"{advice}", on_all_processes=True)
+            raise UserError(
+                f"process {i} has another {what} than process 0 ({'; '.join(differences[:MAX_KEYS_NAMED])}{more}): "
+                f"{advice}", on_all_processes=True)
 
 
 def run_on_process0(work: Callable[[], T]) -> T | None:
@@ -220,8 +227,8 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_on_sigterm() -> Iterator[Stop]:
-    """A Stop that SIGTERM sets; outside of `Stop.defer_to_steps` the signal raises Preempted from here. jax listens to the
-    signal in one of many processes, a handler in a single one."""
+    """A Stop that SIGTERM sets; outside of `Stop.defer_to_steps` the signal raises Preempted from here. jax listens to
+    the signal in one of many processes, a handler in a single one."""
     stop = Stop()
     if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
         yield stop

@@ -45,11 +45,16 @@ def check(trees: Mapping[str, Any], consequence: str) -> dict[str, int]:
     if set(distributed.allgather_texts(f"{digest} {uniform}")) == {f"{digest} True"}:
         return own_sums
     sums_by_process = [json.loads(text) for text in distributed.allgather_texts(json.dumps(sums))]
-    differing = {path: [f"device {k} of process {i}" if len(set(values[path])) > 1 else f"process {i}"
-                    for i, values in enumerate(sums_by_process) for k, value in enumerate(values[path]) if value != reference]
-             for path, (reference, *_) in sums_by_process[0].items()}
+    differing = {
+        path: [
+            f"device {k} of process {i}" if len(set(values[path])) > 1 else f"process {i}"
+            for i, values in enumerate(sums_by_process) for k, value in enumerate(values[path]) if value != reference
+        ]
+        for path, (reference, *_) in sums_by_process[0].items()
+    }
     differing = {path: list(dict.fromkeys(holders)) for path, holders in differing.items() if holders}
-    names = "; ".join(f"{path}: {', '.join(holders[:MAX_ARRAYS_NAMED])}" for path, holders in list(differing.items())[:MAX_ARRAYS_NAMED])
+    names = "; ".join(f"{path}: {', '.join(holders[:MAX_ARRAYS_NAMED])}"
+                      for path, holders in list(differing.items())[:MAX_ARRAYS_NAMED])
     more = f"; and {len(differing) - MAX_ARRAYS_NAMED} more arrays" if len(differing) > MAX_ARRAYS_NAMED else ""
     raise RunError(f"replicas differ from those of device 0 of process 0 ({names}{more}): {consequence}. Machines "
                    "round differently, or one is broken: run the same command again on machines, libraries and XLA "
@@ -77,7 +82,8 @@ def check_program(lower: Callable[[], jax.stages.Lowered]) -> None:
     """UserError on all processes unless they all lower the same program."""
     if jax.process_count() > 1:
         text = re.sub(r'backend_config = "[^"]*"', "", lower().as_text())  # of a kernel: names files of its host
-        distributed.assert_equal_across_processes({"hash": hashlib.sha256(text.encode()).hexdigest()[:12]}, "training step", USE_ALIKE)
+        distributed.assert_equal_across_processes({"hash": hashlib.sha256(text.encode()).hexdigest()[:12]},
+                                                  "training step", USE_ALIKE)
 
 
 def numeric_environment() -> dict[str, Any]:
@@ -85,7 +91,7 @@ def numeric_environment() -> dict[str, Any]:
     environment = {package: _version(package) for package in PACKAGES}
     environment["code of bd3lm_jax"] = _hash_of_code(Path(str(resources.files("bd3lm_jax"))))
     environment |= {name: " ".join(sorted(re.sub(HARMLESS_FLAGS, "", os.environ.get(name, "")).split()))
-              for name in VARIABLES}
+                    for name in VARIABLES}
     environment |= {name: str(getattr(jax.config, name, None)) for name in SETTINGS}
     if jax.default_backend() == "cpu":
         environment["processor"] = _processor()

@@ -177,8 +177,8 @@ def state_shardings(tx: optax.GradientTransformation, abstract_state: TrainState
     """TrainState of NamedSharding for a state from `jax.eval_shape`: moments and average lie where their weights do."""
     params = param_shardings(abstract_state.params, mesh)
     replicated = NamedSharding(mesh, P())
-    opt_state = optax.tree_map_params(tx, lambda _, sharding: sharding, abstract_state.opt_state, trainable_params(params),
-                                      transform_non_params=lambda _: replicated)
+    opt_state = optax.tree_map_params(tx, lambda _, sharding: sharding, abstract_state.opt_state,
+                                      trainable_params(params), transform_non_params=lambda _: replicated)
     noise = dict.fromkeys(abstract_state.noise, replicated)
     return TrainState(replicated, params, params if abstract_state.ema else {}, opt_state, noise)
 

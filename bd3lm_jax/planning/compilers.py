@@ -115,11 +115,12 @@ def _ask(command: Sequence[str], question: str) -> CompiledCost:
     library = str(Path(__file__).parents[1])
     path = os.pathsep.join([library, *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.run(command, input=question, text=True, capture_output=True,
-                          env=os.environ | LIBTPU_ENVIRONMENT | {"PYTHONPATH": path})
+                             env=os.environ | LIBTPU_ENVIRONMENT | {"PYTHONPATH": path})
     try:
         total, communication, seconds = json.loads(process.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        stderr_lines = [line.strip() for line in process.stderr.splitlines() if line.strip()] or [f"exit code {process.returncode}"]
+        stderr_lines = [line.strip()
+                        for line in process.stderr.splitlines() if line.strip()] or [f"exit code {process.returncode}"]
         raise RunError(f"the TPU compiler failed: {stderr_lines[-1][:200]}") from None
     traffic = communication and {kind: hlo.Traffic(*numbers) for kind, numbers in communication.items()}
     return CompiledCost(total, traffic, seconds)

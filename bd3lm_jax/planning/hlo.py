@@ -15,8 +15,10 @@ CALL = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
 HOSTS = re.compile(r" send\(.*_xla_megascale_target=\"\{([\d,]+)\}.*_xla_megascale_transfer_type=\"(\w+)\"")
 # What one device sends in a ring of n, as a part of the array that all of them hold together (of a device's own array
 # for the last three): a gather or a scatter passes n - 1 of n pieces on, a reduction does both.
-SENT_FRACTION = {"all-gather": lambda n: (n - 1) / n, "reduce-scatter": lambda n: (n - 1) / n,
-        "all-reduce": lambda n: 2 * (n - 1) / n, "all-to-all": lambda n: (n - 1) / n, "collective-permute": lambda n: 1}
+SENT_FRACTION = {
+    "all-gather": lambda n: (n - 1) / n, "reduce-scatter": lambda n: (n - 1) / n, "all-reduce": lambda n: 2 *
+    (n - 1) / n, "all-to-all": lambda n: (n - 1) / n, "collective-permute": lambda n: 1
+}
 
 
 class Traffic(NamedTuple):
@@ -41,7 +43,8 @@ def communication(text: str, slice_size: int | None = None) -> dict[str, Traffic
             if hosts:
                 kind = hosts[2].lower().replace("_", "-")
                 size = times * _bytes(line.partition(" = ")[2].partition(", u32[]")[0])
-                found[kind + BETWEEN_SLICES, line] = Traffic(times, size * SENT_FRACTION[kind](len(hosts[1].split(","))))
+                found[kind + BETWEEN_SLICES, line] = Traffic(times,
+                                                             size * SENT_FRACTION[kind](len(hosts[1].split(","))))
             if call is None:
                 continue
             kind, size = _kind_and_bytes(name, call, line)
@@ -142,7 +145,7 @@ def _groups(line: str) -> list[list[int]] | None:
     if iota:
         return _numbered(iota[3], iota[4]).reshape(int(iota[1]), int(iota[2])).tolist()
     by_axis = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? "
-                      r"\{([^}]*)\}", line)
+                        r"\{([^}]*)\}", line)
     if by_axis is None:
         return None
     sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", by_axis[1])}

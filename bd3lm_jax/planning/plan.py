@@ -72,8 +72,9 @@ def phases(config: Config) -> dict[int, tuple[float, float]]:
     for (first, size), end in zip(pairs, [*(start for start, _ in pairs[1:]), steps]):
         part = compiled_by_name.get(size, (0.0, 0.0))[0] + max(min(end, steps) - first, 0) / steps
         at = config.in_phase(size, False)
-        compiled_by_name[size] = part, flops.train_step(at.model, at.diffusion, batch=at.train.batch, length=at.data.length,
-                                             views=at.train.views, schedule=at.schedule)
+        compiled_by_name[size] = part, flops.train_step(at.model, at.diffusion, batch=at.train.batch,
+                                                        length=at.data.length, views=at.train.views,
+                                                        schedule=at.schedule)
     return {size: both for size, both in compiled_by_name.items() if both[0]}
 
 
@@ -131,8 +132,11 @@ def _expected(program: Program, accelerator: Accelerator, compiled_by_name: dict
     """Whether the step fits, and data tokens a second over all devices: compute or links, whichever takes longer."""
     config = program.config
     name = next(name for name in compiled_by_name if accelerator.name in SLICES or name == ESTIMATE)
-    total = compiled_by_name[name].total + (memory.tpu_padding(program) if name == ESTIMATE and accelerator.name in SLICES else 0)
-    traffics = [x.communication for x in (compiled_by_name[name], *compiled_by_name.values()) if x.communication is not None]
+    total = compiled_by_name[name].total + (memory.tpu_padding(program)
+                                            if name == ESTIMATE and accelerator.name in SLICES else 0)
+    traffics = [
+        x.communication for x in (compiled_by_name[name], *compiled_by_name.values()) if x.communication is not None
+    ]
     sent = sum(traffic.bytes for traffic in traffics[0].values()) if traffics else 0
     compute_s = needed / (program.mesh.size * accelerator.peak_flops * utilisation)
     links_s = sent / accelerator.links_bandwidth

@@ -54,7 +54,7 @@ TokenLoss = Callable[..., Any]  # (logits_NxV float32, target_N, *more_N) -> flo
 
 
 def custom_token_losses(output: OutputLayer, token_loss: TokenLoss, vocab_size: int, features_GxNxD, target_GxN, extra_GxN: tuple,
-                   chunk: int) -> Any:
+                        chunk: int) -> Any:
     """Any loss of single positions, float32 `[G, N]`, or a tree of them; the backward pass computes each chunk's logits
     again.
 

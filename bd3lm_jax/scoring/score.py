@@ -57,7 +57,7 @@ def score(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_
             position_BxL = jnp.maximum(position_BxL - 1, 0)  # the input is the token before, at its own place
             execution = dataclasses.replace(execution, one_document=False)
         out = forward.one_stream_out(model, params, noised.xt_BxMxL[:, 0], position_BxL, segment_BxL, rule="causal",
-                                    block_size=1, execution=execution, dropout_keys=dropout_keys)
+                                     block_size=1, execution=execution, dropout_keys=dropout_keys)
         h = out.clean[:, None]
     else:
         largest, sizes = objective.block_size, None
@@ -69,8 +69,8 @@ def score(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_
         if form == "block":
             inputs, clean = target_shift.inputs(inputs, clean, position_BxL, largest, end_id)
         out = forward.two_stream_out(model, params, inputs, clean, position_BxL, segment_BxL,
-                                    block_size=largest, sizes=sizes, sigma_BxMxn=sigma, execution=execution,
-                                    dropout_keys=dropout_keys, max_visible_position_BxL=max_visible_position_BxL)
+                                     block_size=largest, sizes=sizes, sigma_BxMxn=sigma, execution=execution,
+                                     dropout_keys=dropout_keys, max_visible_position_BxL=max_visible_position_BxL)
         h = target_shift.outputs(out.noised) if form == "row" else out.noised
     weight, xt, length = noised.weight_BxMxL, noised.xt_BxMxL, tokens_BxL.shape[1]
     target = jnp.broadcast_to(tokens_BxL[:, None], xt.shape)
@@ -134,7 +134,7 @@ def _custom_losses(model, params, scored, mask_id, chunk, token_loss):
     features, target, *more = _group_by_device(scored.features_BxMxCxD, scored.target_BxMxC, scored.xt_BxMxC, scored.sigma_BxMxC)
     output = OutputLayer(*trunk.output_layer(model, params))
     return custom_token_losses(output, functools.partial(token_loss, mask_id=mask_id), model.config.vocab_size, features,
-                          target, tuple(more), chunk)
+                               target, tuple(more), chunk)
 
 
 def _output(model, params, mask_id) -> OutputLayer:

@@ -47,7 +47,7 @@ def advice(program: Program, limit_bytes: int) -> str:
     needed = _bytes_needed(program)
     allowed = min(limit_bytes, REQUIRED_RATIO * needed)
     summary = (f"out of memory: the step needs about {needed / GIB:.1f} GiB a device, there are "
-            f"{limit_bytes / GIB:.1f}")
+               f"{limit_bytes / GIB:.1f}")
     for config in _cheaper(program.config, program.mesh):
         other = _with_config(program, config)
         if bytes_per_device(other.arguments()) > allowed:

@@ -69,9 +69,9 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
         rows = {**batch, "noised": noised, "dropout_keys": dropout_keys}
         if config.train.anneal_steps:
             rows["sees"] = annealing.sample_max_visible_position(key, state.step, config.train.anneal_steps, batch["positions"],
-                                               objective.block_size)
+                                                                 objective.block_size)
         total, grads, batch_statistics = sum_over_rows(lambda part: gradients(state.params, part), rows,
-                                           config.compute.microbatch or tokens.shape[0])
+                                                       config.compute.microbatch or tokens.shape[0])
         scored = noised.weight_BxMxL > 0 if objective.causal else response_mask.maskable_segments(objective, batch) != 0
         count = config.train.views * jnp.maximum(jnp.sum(scored), 1).astype(jnp.float32)
         loss, grads = total / count, jax.tree.map(lambda g: g / count, grads)

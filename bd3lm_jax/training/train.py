@@ -108,8 +108,8 @@ def _train(run: Run, stop: distributed.Stop, profile: bool, stuck_after: float) 
 
 
 def set_up(config: Config, workdir: str | os.PathLike, exit_stack: contextlib.ExitStack) -> Run:
-    """Read the data, check everything that can be wrong and claim the run directory, which stays locked until `exit_stack` is
-    closed; nothing is computed yet."""
+    """Read the data, check everything that can be wrong and claim the run directory, which stays locked until
+    `exit_stack` is closed; nothing is computed yet."""
     replicas.check_start()
     distributed.assert_equal_across_processes(flatten(config.to_dict()), "configuration")
     mesh = sharding.make_mesh(config.mesh)
@@ -158,7 +158,7 @@ def _initial_or_restored_state(run: Run, checkpoints: Checkpoints) -> tuple[Trai
         return state, []
     network = {name: x for name, x in abstract_state.params.items() if name not in (OBJECTIVE_PARAMS, LORA)}
     params = state.params | adapt.initial_weights(run.config, run.program.model, run.tokenizer, network,
-                                                run.program.mesh)  # an objective's own parameters begin anew
+                                                  run.program.mesh)  # an objective's own parameters begin anew
     ema = jax.tree.map(jnp.copy, params) if state.ema else {}
     return state.replace(params=params, ema=ema), []
 

@@ -258,7 +258,8 @@ LATE = "DEADLINE_EXCEEDED: Barrier timed out. Id: async_write_complete"
 @pytest.mark.parametrize("call", ["save", "wait", "restore", "restore of a step", "close"])
 @pytest.mark.parametrize("message", [GONE, LATE])
 def test_a_lost_process_is_no_fault_of_the_files(tmp_path, monkeypatch, call, message):
-    """Of many processes the error stays what it is, which is told apart by `is_lost_peer`; of one it is one of files."""
+    """Of many processes the error stays what it is, which is told apart by `is_lost_peer`; of one it is one of
+    files."""
     error = jax.errors.JaxRuntimeError(message)
     checkpoints = Checkpoints(tmp_path, 1)
     (checkpoints.directory / "1").mkdir()

@@ -86,7 +86,7 @@ def test_a_link_stays_one(tmp_path):
 
 
 @pytest.mark.parametrize("number, work_started, kind", [(28, False, RunError), (30, False, UserError), (30, True, RunError),
-                                                     (13, False, UserError)])
+                                                        (13, False, UserError)])
 def test_exit_codes_of_disks(number, work_started, kind):
     with pytest.raises(kind) as error, files.errors("a", "choose another --out", work_started):
         raise OSError(number, "why")

@@ -40,7 +40,7 @@ def test_config_keys(given, ours):
 
 @pytest.mark.parametrize("section, name, ours", [
     ("optim", "learning_rate", "optim.lr"), ("train", "seq_len", "data.length"), ("model", "hidden_size",
-                                                                                "model.width")])
+                                                                                  "model.width")])
 def test_config_keys_of_a_file(section, name, ours):
     config = copy.deepcopy(tiny.get_config().to_dict())
     config[section][name] = 1

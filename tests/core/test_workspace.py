@@ -40,7 +40,8 @@ def builder(tmp_path):
 
 @pytest.fixture
 def open_mode_locks(monkeypatch):
-    """As network file systems that turn flock into a lock of the byte range: an exclusive one needs a file for writing."""
+    """As network file systems that turn flock into a lock of the byte range: an exclusive one needs a file for
+    writing."""
     original = fcntl.flock
 
     def flock(file, kind):

@@ -1,4 +1,5 @@
-"""Many processes that prepare the same text at once, some of them killed: all others get the same, and nothing is left."""
+"""Many processes that prepare the same text at once, some of them killed: all others get the same, and nothing is
+left."""
 
 import dataclasses
 import errno

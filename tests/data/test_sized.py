@@ -43,7 +43,7 @@ def test_the_first_word_has_no_space_before_it(rows, layout, with_bytes):
     tokenizer = word_pieces()
     assert count_lossy_documents(TEXTS, tokenizer) == 0
     found = RowsWithBytes(rows(tokenizer, layout=layout), tokenizer,
-                  np.array([len(text.encode()) + 1.0 for text in TEXTS]) if with_bytes else None)
+                          np.array([len(text.encode()) + 1.0 for text in TEXTS]) if with_bytes else None)
     size = {"\u2581": 1, "é": 2, "\u2581c": 2, "\u2581ab": 3, "\u2581cab": 4, "</s>": 1, "a": 1, "b": 1}
     expected, first = [], True
     for token, _ in by_token(found):

@@ -34,7 +34,7 @@ def scorer(scale=0.8):
     """A scorer with weights everywhere, and the embedding table that it reads."""
     draw = np.random.default_rng(0)
     learned_params = {"token": draw.normal(size=(WIDTH, 5)), "place": draw.normal(size=(SIZE, 5)),
-              "out": scale * draw.normal(size=5), "embedding": draw.normal(size=(VOCAB, WIDTH))}
+                      "out": scale * draw.normal(size=5), "embedding": draw.normal(size=(VOCAB, WIDTH))}
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), learned_params)
 
 

@@ -80,7 +80,7 @@ def drawn_and_logits():
     def run(params):
         noised = config.diffusion.corrupt(key, rows["tokens"], rows["segments"], 2, MASK, END)
         h = forward.two_stream(model, params, noised.xt_BxMxL, rows["tokens"], rows["positions"], rows["segments"],
-                              block_size=8, execution=DEFAULT_EXECUTION)
+                               block_size=8, execution=DEFAULT_EXECUTION)
         return noised, trunk.logits(model, params, h), trunk.features(model, params, h)
 
     return quick_jit(run)(params)
@@ -105,7 +105,7 @@ def test_gradient_by_finite_differences():
     (model, params), (noised, logits, features) = model_of_letters(), drawn_and_logits()
     target = jnp.broadcast_to(rows["tokens"][:, None], noised.xt_BxMxL.shape)
     scored = LossInputs(features, target, noised.weight_BxMxL, None, noised.xt_BxMxL, jnp.zeros(target.shape),
-                    (rows["segments"] != 0).sum(1))
+                        (rows["segments"] != 0).sum(1))
 
     def loss(bias):
         changed = {**params, "head": {**params["head"], "linear": {**params["head"]["linear"], "bias": bias}}}

@@ -54,7 +54,7 @@ def truth(interval, losses_of_count):
     first, second = np.zeros_like(t), np.zeros_like(t)
     n = len(losses_of_count) - 1
     distribution = np.array([math.comb(n, k) * t**k * (1 - t)**(n - k) * (low * n - 1e-9 <= k <= high * n + 1e-9)
-                    for k in range(n + 1)])
+                             for k in range(n + 1)])
     distribution /= distribution.sum(0)
     for k in range(n + 1):
         first += distribution[k] * losses_of_count[k] / t

@@ -27,7 +27,7 @@ from configs.common import base
 
 BD3LM = ("bd3lm_block4", "bd3lm_time_conditioned", "bd3lm_block32_is_mdlm", "ar", "sedd")
 OTHERS = tuple(f"hf/{name}" for name in ("llama", "qwen2", "llada", "dream", "llada2_moe", "bert", "roberta",
-                                           "modernbert", "gpt2"))
+                                         "modernbert", "gpt2"))
 
 
 def converted(source, target, **changes):
@@ -177,7 +177,7 @@ def test_the_ids_of_special_tokens_are_handed_back(tmp_path):
     for name in ("config.json", "generation_config.json"):
         found = json.loads((tmp_path / "out" / name).read_text())
         assert {key: found[key] for key in hf.TOKEN_IDS} == {"bos_token_id": 1, "eos_token_id": [2, 7],
-                                                            "pad_token_id": 3}
+                                                             "pad_token_id": 3}
     (source / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": [5]}')
     converted(source, tmp_path / "again")
     assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["eos_token_id"] == [5]

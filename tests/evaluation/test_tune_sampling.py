@@ -98,7 +98,7 @@ def test_recommendations():
     assert {line["name"]: line["rejected"] for line in lines if line["rejected"]} == {
         "greedy": "low entropy", "silent": "ends early"}
     assert tune_sampling.recommend(lines) == {"quality": {"sampler": "best"}, "balanced": {"sampler": "good"},
-                                          "speed": {"sampler": "fast"}}
+                                              "speed": {"sampler": "fast"}}
 
 
 @pytest.mark.parametrize("scored", [True, False])

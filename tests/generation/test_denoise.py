@@ -70,14 +70,14 @@ def uncached_blocks(model, params, sigma_BxMxn=None):
     """Logits of CANVAS after clean TOKENS, `[B, L, V]`."""
     position, segment = forward.single_document_rows(TOKENS)
     h = forward.two_stream(model, params, CANVAS[:, None], TOKENS, position, segment, block_size=SIZE,
-                          sigma_BxMxn=sigma_BxMxn, execution=DEFAULT_EXECUTION)
+                           sigma_BxMxn=sigma_BxMxn, execution=DEFAULT_EXECUTION)
     return trunk.logits(model, params, h, sigma_BxMxn)[:, 0]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "rule", "block_size"))
 def uncached_row(model, params, ids, rule, block_size):
     h = forward.one_stream(model, params, ids, *forward.single_document_rows(ids), rule=rule, block_size=block_size,
-                          execution=DEFAULT_EXECUTION)
+                           execution=DEFAULT_EXECUTION)
     return trunk.logits(model, params, h)
 
 
@@ -158,7 +158,7 @@ def ask_plainly(model, params, noised, clean, cache, size, rule):
     cache = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=-1), *cache, room)
     at = cache.segment.shape[1] - size
     out = trunk.forward(model, params, noised=noised, clean=clean, cache=cache, write_at=at, rule=rule, block_size=size,
-                       execution=trunk.Execution("dense", "unroll", "none", False), dropout_keys=None)
+                        execution=trunk.Execution("dense", "unroll", "none", False), dropout_keys=None)
     h = out.clean if noised is None else out.noised[:, 0]
     return trunk.logits(model, params, h), jax.tree.map(lambda x: x[..., at:], out.cache)
 
@@ -250,7 +250,7 @@ def test_guidance_against_two_passes():
     @jax.jit
     def whole_rows(canvas, seen):
         h = forward.two_stream(model, params, canvas[:, None], TOKENS, position, jnp.where(seen, segment, 0),
-                              block_size=SIZE, execution=DEFAULT_EXECUTION)
+                               block_size=SIZE, execution=DEFAULT_EXECUTION)
         return trunk.logits(model, params, h)[:, 0]
 
     @functools.partial(jax.jit, compiler_options=QUICK)

@@ -56,7 +56,7 @@ def test_no_stack_of_layers_enters_the_loop(objective):
     lm, options = make_lm(objective), Options()
     job = generation.begin(lm, options, prompt_rows(lm, [np.array([1])], 9, options), 0)
     program = jax.make_jaxpr(functools.partial(generation._run, lm, job.plan))(lm.params, job.request, 0.0,
-                                                                             job.progress, 2)
+                                                                               job.progress, 2)
     outer, = (equation for equation in program.eqns if equation.primitive.name == "while")
     into = [x.aval.shape for x in outer.invars]
     for name in ("qkv", "out", "mlp_in", "mlp_out"):
@@ -67,7 +67,7 @@ def test_no_stack_of_layers_enters_the_loop(objective):
 @functools.partial(jax.jit, static_argnames="model")
 def causal_logits(model, params, ids):
     h = forward.one_stream(model, params, ids, *forward.single_document_rows(ids), rule="causal", block_size=1,
-                          execution=forward.DEFAULT_EXECUTION)
+                           execution=forward.DEFAULT_EXECUTION)
     return trunk.logits(model, params, h)
 
 

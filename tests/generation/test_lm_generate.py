@@ -29,7 +29,7 @@ def whole_row_logits(model, params, objective, xt_1xL, level):
     if model.config.time_conditioning:
         sigma = jnp.full((1, 1, xt_1xL.shape[1] // objective.block_size), -jnp.log1p(-jnp.minimum(level, 1 - 1e-6)))
     h = forward.two_stream(model, params, xt_1xL[:, None], xt_1xL, position, segment, block_size=objective.block_size,
-                          sigma_BxMxn=sigma, execution=DEFAULT_EXECUTION)
+                           sigma_BxMxn=sigma, execution=DEFAULT_EXECUTION)
     return trunk.logits(model, params, h, sigma)[0, 0]
 
 

@@ -27,7 +27,7 @@ SAMPLED = {
     "exact_count": estimators.MonteCarlo("exact_count", COMPLEMENT),
     "importance": estimators.MonteCarlo("importance", SHAPED),
     "bernoulli": estimators.MonteCarlo("bernoulli", dataclasses.replace(Masked.uniform_counts(SIZE),
-                                                                     corruption="bernoulli", eps=1e-3)),
+                                                                        corruption="bernoulli", eps=1e-3)),
 }
 # Real tokens of the blocks of a row: whole ones, short ones, none.
 REAL_K = np.array([4, 4, 3, 4, 2, 1, 4, 0])

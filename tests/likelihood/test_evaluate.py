@@ -74,7 +74,7 @@ def enumerated_bound(model, params, rows, size):
     masks = np.tile(patterns, LENGTH // size)  # [15, L]: every block in the same pattern; blocks do not see each other
     xt = np.where(masks[None] & (segment != 0)[:, None], MASK, tokens[:, None])
     h = quick_jit(lambda p: forward.two_stream(model, p, xt, tokens, position, segment, block_size=size,
-                                            execution=forward.DEFAULT_EXECUTION))(params)
+                                               execution=forward.DEFAULT_EXECUTION))(params)
     nats = -log_probs(model, params, h, np.broadcast_to(tokens[:, None], xt.shape))
     total = np.zeros(len(tokens))
     for row, block in itertools.product(range(len(tokens)), range(LENGTH // size)):
@@ -139,7 +139,7 @@ def test_by_count_averages_what_the_bound_is_made_of(prepared, runs):
     masks = np.eye(4, dtype=bool)  # k = 1: each place of a block once
     xt = np.where(np.tile(masks, LENGTH // 4)[None] & (segment != 0)[:, None], MASK, tokens[:, None])
     h = quick_jit(lambda p: forward.two_stream(model, p, xt, tokens, position, segment, block_size=4,
-                                              execution=forward.DEFAULT_EXECUTION))(params)
+                                               execution=forward.DEFAULT_EXECUTION))(params)
     nats = -log_probs(model, params, h, np.broadcast_to(tokens[:, None], xt.shape))
     alone = nats[(xt == MASK)].mean()
     found = [run["nll_by_count"][1] for run in runs]
@@ -151,7 +151,7 @@ def causal_nats(model, params, rows):
     tokens, position, segment, _ = arrays(rows)
     before = np.concatenate([np.full((len(tokens), 1), END), tokens[:, :-1]], axis=1)
     h = quick_jit(lambda p: forward.one_stream(model, p, before, position, segment, rule="causal", block_size=1,
-                                              execution=forward.DEFAULT_EXECUTION))(params)
+                                               execution=forward.DEFAULT_EXECUTION))(params)
     return -log_probs(model, params, h, tokens)
 
 
@@ -183,7 +183,7 @@ def test_blocks_of_one_token_are_the_chain_rule(prepared):
     def ask(row):
         ids, segment = jnp.where(here, MASK, row), jnp.asarray(before | here, jnp.int32)
         h = forward.one_stream(model, params, ids, position, segment, rule="block_causal", block_size=1,
-                              execution=forward.DEFAULT_EXECUTION)
+                               execution=forward.DEFAULT_EXECUTION)
         return h[at, at]
 
     nats = [-log_probs(model, params, ask(row)[None], row[None]).sum() for row in tokens]

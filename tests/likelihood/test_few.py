@@ -17,7 +17,7 @@ from bd3lm_jax.training.train import train
 
 
 @pytest.mark.parametrize(("rows", "spread", "draws"), [(1, 0.5, 8), (1, 0.5, 24), (1, 1.0, 24), (2, 1.0, 16),
-                                                      (2, 1.0, 32), (8, 1.0, 8)])
+                                                       (2, 1.0, 32), (8, 1.0, 8)])
 def test_a_target_is_judged_when_enough_is_known(rows, spread, draws, monkeypatch):
     """Rows whose estimates are heavy-tailed, and targets that so many draws would meet on average: few are refused, and
     stopping does not favour the draws that happen to be low and alike."""

@@ -49,8 +49,8 @@ def make_stream(ids, block_size):
 def run(model, params, noised, clean, *, rule="block_causal", block_size=BLOCK, backend="dense", remat="none",
         layers="scan", dropout_keys=None, cache=None, write_at=None):
     return trunk.forward(model, params, noised=noised, clean=clean, cache=cache, write_at=write_at, rule=rule,
-                        block_size=block_size, execution=trunk.Execution(backend, layers, remat, False),
-                        dropout_keys=dropout_keys)
+                         block_size=block_size, execution=trunk.Execution(backend, layers, remat, False),
+                         dropout_keys=dropout_keys)
 
 
 def influence(outputs_of, *inputs):

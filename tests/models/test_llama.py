@@ -113,7 +113,7 @@ def part(ids, where):
 @functools.partial(jax.jit, static_argnames=("model", "rule", "block_size"))
 def cached(model, params, noised, clean, cache, write_at, rule, block_size):
     return trunk.forward(model, params, noised=noised, clean=clean, cache=cache, write_at=write_at, rule=rule,
-                        block_size=block_size, execution=forward.DEFAULT_EXECUTION, dropout_keys=None)
+                         block_size=block_size, execution=forward.DEFAULT_EXECUTION, dropout_keys=None)
 
 
 def test_cached_blocks_equal_the_two_stream_pass():

@@ -80,7 +80,7 @@ def numpy_logits(config, params, ids, position, mask, seen=None):
 def two_stream(model, params, xt, x0, execution=trunk.Execution("dense", "scan", "none", False)):
     position, segment = forward.single_document_rows(x0)
     out = forward.two_stream_out(model, params, xt[:, None], x0, position, segment, block_size=BLOCK,
-                                execution=execution)
+                                 execution=execution)
     return trunk.logits(model, params, out.noised)[:, 0], out.aux
 
 
@@ -117,7 +117,7 @@ def test_two_streams_leak_nothing():
 @functools.partial(jax.jit, static_argnames=("model",))
 def cached(model, params, noised, clean, cache, write_at):
     return trunk.forward(model, params, noised=noised, clean=clean, cache=cache, write_at=write_at, rule="block_causal",
-                        block_size=BLOCK, execution=forward.DEFAULT_EXECUTION, dropout_keys=None)
+                         block_size=BLOCK, execution=forward.DEFAULT_EXECUTION, dropout_keys=None)
 
 
 def part(ids, where):
@@ -173,7 +173,7 @@ def test_padding_does_not_count_in_the_balance():
     def aux(ids, segment):
         position = jnp.broadcast_to(jnp.arange(LENGTH), ids.shape)
         return forward.one_stream_out(model, params, ids, position, segment, rule="causal", block_size=1,
-                                     execution=forward.DEFAULT_EXECUTION).aux
+                                      execution=forward.DEFAULT_EXECUTION).aux
 
     padded = np.where(np.arange(LENGTH) < 8, 1, 0) * np.ones_like(ids)
     np.testing.assert_allclose(aux(ids, padded), aux(np.where(padded > 0, ids, 5), padded), rtol=1e-6)

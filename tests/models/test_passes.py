@@ -55,14 +55,14 @@ STATIC = ("model", "block_size", "execution")
 def two_stream_logits(model, params, xt_BxMxL, x0_BxL, position, segment, *, block_size, sigma=None, clean_sigma=None,
                       execution=DEFAULT_EXECUTION):
     h = forward.two_stream(model, params, xt_BxMxL, x0_BxL, position, segment, block_size=block_size,
-                          sigma_BxMxn=sigma, clean_sigma_Bx1=clean_sigma, execution=execution)
+                           sigma_BxMxn=sigma, clean_sigma_Bx1=clean_sigma, execution=execution)
     return trunk.logits(model, params, h, sigma)
 
 
 @functools.partial(jax.jit, static_argnames=(*STATIC, "rule"))
 def one_stream_logits(model, params, ids_BxL, position, segment, *, rule, block_size, sigma=None, execution=DEFAULT_EXECUTION):
     h = forward.one_stream(model, params, ids_BxL, position, segment, rule=rule, block_size=block_size, sigma_Bxn=sigma,
-                          execution=execution)
+                           execution=execution)
     return trunk.logits(model, params, h, sigma)
 
 
@@ -145,8 +145,8 @@ def test_bound_at_block_size_one_is_the_chain_rule():
     @jax.jit
     def ask(cache, asked, before, write_at):
         out = trunk.forward(model, params, noised=asked, clean=before, cache=cache, write_at=write_at,
-                           rule="block_causal", block_size=1, execution=Execution("dense", "scan", "none", False),
-                           dropout_keys=None)
+                            rule="block_causal", block_size=1, execution=Execution("dense", "scan", "none", False),
+                            dropout_keys=None)
         return trunk.logits(model, params, out.noised)[:, 0, 0], out.cache
 
     cache, before, chain = trunk.new_cache(model, params, 2, length, "compute"), None, np.zeros(2)

@@ -41,7 +41,7 @@ def network(time_conditioning=True, **changes):
 def two_streams(model, params, layers="scan", remat="none", backend="dense", xt=XT, x0=X0, sigma=SIGMA):
     position, segment = forward.single_document_rows(x0)
     h = forward.two_stream(model, params, xt, x0, position, segment, block_size=BLOCK, sigma_BxMxn=sigma,
-                          execution=Execution(backend, layers, remat, False))
+                           execution=Execution(backend, layers, remat, False))
     return trunk.logits(model, params, h, sigma)
 
 

@@ -48,8 +48,8 @@ def make_stream(ids, block_size, documents=None, sigma=None):
 def run(model, params, noised, clean, *, rule="block_causal", block_size=BLOCK, backend="dense", remat="none",
         layers="scan", dropout_keys=None, cache=None, write_at=None):
     return trunk.forward(model, params, noised=noised, clean=clean, cache=cache, write_at=write_at, rule=rule,
-                        block_size=block_size, execution=trunk.Execution(backend, layers, remat, False),
-                        dropout_keys=dropout_keys)
+                         block_size=block_size, execution=trunk.Execution(backend, layers, remat, False),
+                         dropout_keys=dropout_keys)
 
 
 def influence(logits_of, params, groups):
@@ -386,7 +386,7 @@ def test_what_is_not_wanted_costs_nothing_behind_the_last_attention():
 
     def forward(params, output_positions):
         return trunk.forward(model, params, noised=noised, clean=None, cache=None, write_at=None, rule="block_causal",
-                            block_size=BLOCK, execution=DEFAULT_EXECUTION, dropout_keys=None, output_positions_BxP=output_positions).noised
+                             block_size=BLOCK, execution=DEFAULT_EXECUTION, dropout_keys=None, output_positions_BxP=output_positions).noised
 
     every, some = jax.jit(lambda p: (forward(p, None), forward(p, output_positions)))(params)
     np.testing.assert_allclose(some, np.take_along_axis(np.asarray(every), output_positions[:, None, :, None], 2), atol=1e-5)

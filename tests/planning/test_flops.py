@@ -123,7 +123,7 @@ def gradient(layers: int, size: int, views: int, time_conditioning: bool = False
         position_BxL, segment_BxL = forward.single_document_rows(x0_BxL)
         sigma = jnp.ones((*xt_BxMxL.shape[:2], SHORT // size)) if time_conditioning else None
         return forward.two_stream(model, params, xt_BxMxL, x0_BxL, position_BxL, segment_BxL, block_size=size,
-                                 sigma_BxMxn=sigma, execution=execution).sum()
+                                  sigma_BxMxn=sigma, execution=execution).sum()
 
     params = jax.eval_shape(lambda: trunk.init(model, jax.random.key(0)))
     ids = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((ROWS, views, SHORT), (ROWS, SHORT))]

@@ -14,7 +14,7 @@ GROUPS, POSITIONS, DEPTH, VOCAB, KNOWN, MASK = 2, 21, 16, 40, 37, 36
 def problem(dtype=jnp.float32):
     draw = np.random.default_rng(0)
     output = OutputLayer(jnp.asarray(draw.normal(size=(DEPTH, VOCAB)), jnp.float32),
-                    jnp.asarray(draw.normal(size=VOCAB), jnp.float32))
+                         jnp.asarray(draw.normal(size=VOCAB), jnp.float32))
     features = jnp.asarray(draw.normal(size=(GROUPS, POSITIONS, DEPTH)), dtype)
     target = jnp.asarray(draw.integers(0, MASK, size=(GROUPS, POSITIONS)), jnp.int32)
     weight = draw.random((GROUPS, POSITIONS)) * (draw.random((GROUPS, POSITIONS)) < 0.6)

@@ -84,13 +84,13 @@ def direct_loss(config, model, params, noised, batch):
     dense = Execution("dense", "unroll", "none", False)
     if config.diffusion.causal:
         h = forward.one_stream(model, params, noised.xt_BxMxL[:, 0], batch["positions"], batch["segments"],
-                              rule="causal", block_size=1, execution=dense)
+                               rule="causal", block_size=1, execution=dense)
         logits = model.head.apply({"params": params["head"]}, h, None)[:, None]
     else:
         sigma = noised.sigma_BxMxK if config.model.time_conditioning else jnp.zeros((1, 1, 1))
         h = forward.two_stream(model, params, noised.xt_BxMxL, batch["tokens"], batch["positions"], batch["segments"],
-                              block_size=config.block_size, execution=dense,
-                              sigma_BxMxn=sigma if config.model.time_conditioning else None)
+                               block_size=config.block_size, execution=dense,
+                               sigma_BxMxn=sigma if config.model.time_conditioning else None)
         cond = model.condition.apply({"params": params["condition"]}, sigma)
         logits = model.head.apply({"params": params["head"]}, h, cond)
     odds = jnp.exp(logits - logits.max(-1, keepdims=True)).at[..., MASK].set(0)

@@ -53,7 +53,8 @@ def continued(whole, directory):
 
 
 def test_a_run_too_short_for_its_warm_up(home, tmp_path, capsys):
-    """The default config with a few steps: a shorter warm-up and a note, one full step at least, the final rate last."""
+    """The default config with a few steps: a shorter warm-up and a note, one full step at least, the final rate
+    last."""
     config = toy_config(home, {"optim.schedule": "wsd", "optim.warmup_steps": 45, "train.steps": 4})
     result = train(config, str(tmp_path / "run"))
     assert result["step"] == 4 and rundir.read(tmp_path / "run")[0].optim.warmup_steps == 45

@@ -61,11 +61,16 @@ def from_hf_config(path, published: dict, scalars: dict[str, float]) -> ModelSpe
 
 def to_hf_config(model: DiTConfig, objective, length: int) -> dict:
     """The config.json of such a network. Raises UserError for one that the published code does not compute."""
-    require(objective.uses_mask_token or objective.causal, f"diffusion.kind='{objective.kind}' does not mask tokens, as all "
-            "models in the layout of BD3-LM do: keep the run directory")
+    require(
+        objective.uses_mask_token or objective.causal,
+        f"diffusion.kind='{objective.kind}' does not mask tokens, as all "
+        "models in the layout of BD3-LM do: keep the run directory")
     model_values = {"mlp_ratio": model.mlp_ratio, "decoder_layers": model.decoder_layers}
     supported_values = {"mlp_ratio": MLP_RATIO, "decoder_layers": 0}
-    unsupported = [f"model.{key}={model_values[key]:g} (expected {supported_values[key]:g})" for key in model_values if model_values[key] != supported_values[key]]
+    unsupported = [
+        f"model.{key}={model_values[key]:g} (expected {supported_values[key]:g})" for key in model_values
+        if model_values[key] != supported_values[key]
+    ]
     require(not unsupported, f"the layout of BD3-LM has no {', '.join(unsupported)}: keep the run directory")
     algo = {"ar": {"algo": "ar"}, "sedd": {"algo": "sedd"}}.get(objective.kind, {})
     limits = constants(model, objective)

@@ -103,7 +103,8 @@ def layout(config: BertConfig) -> dict[str, ParamMapping]:
     leaves = {
         "embed.embedding": padded(table, 0, config.padded_vocab),
         "embed.position": ParamMapping(f"{embeddings}position_embeddings.weight", (rows, width), unchanged, unchanged),
-        "embed.token_type": ParamMapping(f"{embeddings}token_type_embeddings.weight", (config.token_types, width), unchanged, unchanged),
+        "embed.token_type": ParamMapping(f"{embeddings}token_type_embeddings.weight", (config.token_types, width),
+                                         unchanged, unchanged),
         **_norm("embed.norm", f"{embeddings}LayerNorm", width),
         **_norm("blocks.norm1", f"{block}attention.output.LayerNorm", width, layers),
         **_norm("blocks.norm2", f"{block}output.LayerNorm", width, layers),

@@ -86,8 +86,9 @@ def _training(origin: Origin) -> str:
     corpus = f"the {data.source} corpus" + (f" (`{corpus_name}`)" if corpus_name else "")
     rank = f" by updates of rank {origin.lora_rank} (LoRA), merged into its weights" if origin.lora_rank else ""
     origin_text = f"Adapted from `{origin.base}`{rank}. " if origin.base else ""
-    return (f"{origin_text}Written from the run `{origin.source}`, trained for {origin.step:,} updates on {corpus}: rows "
-            f"of {data.length} tokens of the tokenizer `{base_name(data.tokenizer)}`, layout `{data.layout}`.")
+    return (
+        f"{origin_text}Written from the run `{origin.source}`, trained for {origin.step:,} updates on {corpus}: rows "
+        f"of {data.length} tokens of the tokenizer `{base_name(data.tokenizer)}`, layout `{data.layout}`.")
 
 
 def _results(results: dict[str, dict]) -> str:

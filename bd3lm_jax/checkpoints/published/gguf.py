@@ -79,9 +79,10 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, LazyTensor]]:
         published_name, part = _published_name(path, name)
         interleaved_heads = {"attn_q": heads, "attn_k": kv_heads}.get(part) if kind == "llama" else None
         stored[published_name] = LazyTensor(shape, np.dtype(np.float32),
-                                        functools.partial(_dequantised, path, tensor, shape, interleaved_heads))
-    require(EMBED in stored and len(stored[EMBED].shape) == 2, f"{path}: tensor token_embd.weight "
-            f"{'is no matrix' if EMBED in stored else 'is missing'}: {DOWNLOAD_AGAIN}; expected the embeddings of its tokens")
+                                            functools.partial(_dequantised, path, tensor, shape, interleaved_heads))
+    require(EMBED in stored and len(stored[EMBED].shape) == 2,
+            f"{path}: tensor token_embd.weight {'is no matrix' if EMBED in stored else 'is missing'}: "
+            f"{DOWNLOAD_AGAIN}; expected the embeddings of its tokens")
     published |= {
         "model_type": kind, "vocab_size": stored[EMBED].shape[0], "num_key_value_heads": kv_heads,
         "head_dim": value(f"{kind}.attention.key_length", int, published["hidden_size"] // heads),
@@ -104,13 +105,15 @@ def _rope_scaling(path: Path, kind: str, value: Callable, published: dict, facto
         return None
     head_dim, theta = published["head_dim"], published["rope_theta"]
     is_llama3 = head_dim % 2 == 0 and factors.shape == (head_dim // 2,) and np.all(factors >= 1) and theta > 1
-    scaled = {"rope_type": "llama3", **dict(zip(LLAMA3_KEYS, (float(factors.max()), *LLAMA3_VALUES)))} if is_llama3 else {}
+    scaled = {}
     if is_llama3:
+        scaled = {"rope_type": "llama3", **dict(zip(LLAMA3_KEYS, (float(factors.max()), *LLAMA3_VALUES)))}
         plain = rope_frequencies(head_dim, theta)
         expected = plain / llama3_frequencies(plain, *(scaled[key] for key in LLAMA3_KEYS))
         is_llama3 = np.allclose(factors, expected, rtol=1e-4)
-    require(is_llama3, f"{path}: {ROPE_FACTORS} is not the frequency scaling of Llama 3.1 to 3.3: take the safetensors of "
-            "this model, whose config.json says what its scaling is")
+    require(
+        is_llama3, f"{path}: {ROPE_FACTORS} is not the frequency scaling of Llama 3.1 to 3.3: take the safetensors of "
+        "this model, whose config.json says what its scaling is")
     return scaled
 
 

@@ -118,4 +118,5 @@ def check_buffers(path, config: GPT2Config, tensors: dict[str, np.ndarray]) -> N
             causal_mask = np.tril(np.ones((config.positions, config.positions)))
             require(np.array_equal(tensors[name][0, 0], causal_mask), f"{path}: {name} is not the causal mask")
         elif name.endswith("masked_bias"):
-            require(tensors[name] <= MASKED_BIAS_MAX, f"{path}: {name} is {tensors[name]}, expected at most {MASKED_BIAS_MAX:g}")
+            require(tensors[name] <= MASKED_BIAS_MAX,
+                    f"{path}: {name} is {tensors[name]}, expected at most {MASKED_BIAS_MAX:g}")

@@ -34,9 +34,10 @@ HARMLESS = frozenset("""
     tf_legacy_loss language
     original_max_position_embeddings n_ctx alibi_bias_max attention_layer_norm_with_affine max_window_layers
 """.split())
-CHANGES_COMPUTATION = re.compile("scal|multipli|softcap|rope|rotary|alibi|window|bias|norm|expert|moe|attn|attention|quant"
-                      "|compress|layer|head|act|shift|clip|residual|embed|text_config|vision|audio|position|sparse|mup"
-                      "|encoder_decoder")
+CHANGES_COMPUTATION = re.compile(
+    "scal|multipli|softcap|rope|rotary|alibi|window|bias|norm|expert|moe|attn|attention|quant"
+    "|compress|layer|head|act|shift|clip|residual|embed|text_config|vision|audio|position|sparse|mup"
+    "|encoder_decoder")
 NEUTRAL = (None, False, "", [], {}, ())
 QUANTISED = ("quantization_config", "quantisation_config", "compression_config")
 QUANTISED_TENSORS = (".qweight", ".qzeros", ".SCB", ".absmax", ".quant_map", ".weight_scale_inv", ".weight_scale",
@@ -48,11 +49,15 @@ def check_unread(path, published: dict, read: Iterable[str]) -> None:
     """UserError for a key that changes the computation and is not among those that are `read`; a warning that names
     other unknown ones."""
     allowed_keys = HARMLESS | {OBJECTIVE_KEY, *read}
-    unknown = {key: value for key, value in published.items() if key not in allowed_keys and not _is_neutral(key, value)}
+    unknown = {
+        key: value
+        for key, value in published.items() if key not in allowed_keys and not _is_neutral(key, value)
+    }
     for key, value in unknown.items():
-        require(not CHANGES_COMPUTATION.search(key), f"{path}: '{key}' is {value!r:.80}, which may change what the network "
-                f"computes and is not known for model_type '{published['model_type']}': remove it where you know that "
-                "it changes nothing")
+        require(
+            not CHANGES_COMPUTATION.search(key), f"{path}: '{key}' is {value!r:.80}, which may change what the network "
+            f"computes and is not known for model_type '{published['model_type']}': remove it where you know that "
+            "it changes nothing")
     if unknown:
         log.note_once(f"{path}: unknown keys are not read: {', '.join(sorted(unknown))}")
 
@@ -68,7 +73,9 @@ def check_quantised(path, published: dict, names: Iterable[str]) -> None:
     for key in QUANTISED:
         quantisation = published.get(key)
         if quantisation not in NEUTRAL:
-            method = quantisation.get("quant_method", quantisation.get("format", "?")) if isinstance(quantisation, dict) else quantisation
+            method = quantisation
+            if isinstance(quantisation, dict):
+                method = quantisation.get("quant_method", quantisation.get("format", "?"))
             require(False, f"{path}: this checkpoint is quantised ('{key}' says {method!r}), and quantised safetensors "
                     f"are not read: {TAKE_UNQUANTISED}")
     found = next((name for name in names if name.endswith(QUANTISED_TENSORS)), None)

@@ -57,7 +57,8 @@ def linear(name: str, inputs: Sequence[int] | int, outputs: Sequence[int] | int,
     """A matrix: [out, in] as published, `[*inputs, *outputs]` in ours."""
     target_shape = (*_sizes(inputs), *_sizes(outputs))
     shape = (math.prod(_sizes(outputs)), math.prod(_sizes(inputs)))
-    return ParamMapping(name, shape, lambda w: w.T.reshape(target_shape), lambda w: w.reshape(shape[::-1]).T, layers, experts)
+    return ParamMapping(name, shape, lambda w: w.T.reshape(target_shape), lambda w: w.reshape(shape[::-1]).T, layers,
+                        experts)
 
 
 def bias(name: str, sizes: Sequence[int], layers: Sequence[int] = ()) -> ParamMapping:

@@ -70,10 +70,12 @@ def _rope_bases(path, published: dict) -> tuple[float, float]:
         check_keys(place, part, {"rope_theta": float})
         language.check_choices(place, part, {"rope_type": ("default",), "partial_rotary_factor": (1, None)})
         keys.check_unread(place, part | {"model_type": ModernBertConfig.kind}, ("rope_theta", "rope_type", "type",
-                                                                               "partial_rotary_factor"))
+                                                                                "partial_rotary_factor"))
         old_value = published.get(key)
-        require(old_value is None or old_value == part["rope_theta"], f"{path}: '{key}' is {old_value!r} and rope_parameters says "
-                f"{part['rope_theta']!r} of '{kind}': remove the one that is wrong")
+        require(
+            old_value is None or old_value == part["rope_theta"],
+            f"{path}: '{key}' is {old_value!r} and rope_parameters says "
+            f"{part['rope_theta']!r} of '{kind}': remove the one that is wrong")
         bases.append(float(part["rope_theta"]))
     return bases[0], bases[1]
 

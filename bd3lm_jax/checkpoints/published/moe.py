@@ -69,8 +69,10 @@ def from_hf_config(path, published: dict, scalars: dict[str, float]) -> ModelSpe
 def _rotary_dim(path, published: dict, head_dim: int) -> int:
     rotary_dim_from_factor = int(head_dim * partial_of(path, published))
     named = published.get("rotary_dim")
-    require(named in (None, rotary_dim_from_factor), f"{path}: 'rotary_dim' is {named!r} and partial_rotary_factor makes it {rotary_dim_from_factor}: "
-            "remove the one that is wrong")
+    require(
+        named in (None, rotary_dim_from_factor),
+        f"{path}: 'rotary_dim' is {named!r} and partial_rotary_factor makes it {rotary_dim_from_factor}: "
+        "remove the one that is wrong")
     return rotary_dim_from_factor
 
 
@@ -128,8 +130,11 @@ def _attention(group: str, config: MoEConfig, layers: range) -> dict[str, ParamM
         f"{group}.out.kernel": linear(f"{block}attention.dense.weight", heads, width, layers),
     }
     if config.qk_norm:
-        leaves |= {f"{group}.{own_name}_norm.scale": vector(f"{block}attention.{hf_name}_layernorm.weight", config.head_dim,
-                                                        layers) for own_name, hf_name in (("q", "query"), ("k", "key"))}
+        leaves |= {
+            f"{group}.{own_name}_norm.scale": vector(f"{block}attention.{hf_name}_layernorm.weight", config.head_dim,
+                                                     layers)
+            for own_name, hf_name in (("q", "query"), ("k", "key"))
+        }
     return leaves
 
 

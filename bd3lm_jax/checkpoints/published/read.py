@@ -39,13 +39,15 @@ def normalized_names(path: Path, stored: dict[str, LazyTensor], weights: str, re
         tensors[plain] = tensor
     averaged = {name.removeprefix(EMA): tensors.pop(name) for name in list(tensors) if name.startswith(EMA)}
     unmatched = sorted(averaged.keys() - tensors.keys())
-    require(not unmatched, f"{path}: averaged tensors without the plain ones: {_list_names([EMA + name for name in unmatched])}")
+    require(not unmatched,
+            f"{path}: averaged tensors without the plain ones: {_list_names([EMA + name for name in unmatched])}")
     return (tensors | averaged, set(averaged)) if weights == "ema" else (tensors, set())
 
 
 def match_prefix(tensors: dict[str, LazyTensor], averaged: set[str], expected: set[str]
                    ) -> tuple[dict[str, LazyTensor], set[str]]:
-    """What `normalized_names` returns, with a prefix of all names taken off or put in front if more are expected then."""
+    """What `normalized_names` returns, with a prefix of all names taken off or put in front if more are expected
+    then."""
     def number(rename: Callable[[str], str]) -> int:
         names = set(map(rename, tensors))
         return len(names & expected) if len(names) == len(tensors) else 0
@@ -87,8 +89,10 @@ def read_params(path: Path, leaves: dict[str, ParamMapping], tensors: dict[str, 
     """
     wrong = [f"{name} ({tensors[name].dtype.name})" for leaf in leaves.values() for name in leaf.sources()
              if tensors[name].dtype not in FLOATS]
-    require(not wrong, f"{path}: tensors that are no floating-point numbers: {_list_names(wrong)}: dequantise them, or take "
-            "another release of the model")
+    require(
+        not wrong,
+        f"{path}: tensors that are no floating-point numbers: {_list_names(wrong)}: dequantise them, or take "
+        "another release of the model")
     return {at: _place(leaf, tensors, np.dtype(dtype), shardings and shardings[at]) for at, leaf in leaves.items()}
 
 

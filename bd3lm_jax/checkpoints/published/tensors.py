@@ -53,8 +53,10 @@ def open_file(path: Path) -> dict[str, LazyTensor]:
         raise UserError(f"cannot read {path} ({error}): {DOWNLOAD_AGAIN}; expected one safetensors file") from None
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
     untrusted_files = [f"{name} ({entry['dtype']})" for name, entry in entries.items() if entry["dtype"] not in DTYPES]
-    require(not untrusted_files, f"{path}: tensor {', '.join(untrusted_files[:3])} has a dtype that is not supported (quantised "
-            f"weights?), expected one of {', '.join(DTYPES)}: take the release of the model that is not quantised")
+    require(
+        not untrusted_files,
+        f"{path}: tensor {', '.join(untrusted_files[:3])} has a dtype that is not supported (quantised "
+        f"weights?), expected one of {', '.join(DTYPES)}: take the release of the model that is not quantised")
     return {name: _mapped(content, entry) for name, entry in entries.items()}
 
 
@@ -72,8 +74,10 @@ def cast_or_raise(name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     widens = np.can_cast(x.dtype, dtype) or x.dtype.itemsize < np.dtype(dtype).itemsize
     if not widens and np.isinf(y.astype(np.float32)).any():
         misplaced = np.isinf(y.astype(np.float32)) & np.isfinite(x)
-        require(not misplaced.any(), f"tensor {name}: {misplaced.sum()} values overflow in {np.dtype(dtype).name}, the largest "
-                f"is {np.abs(x[misplaced]).max():g}: use float32 or bfloat16")
+        require(
+            not misplaced.any(),
+            f"tensor {name}: {misplaced.sum()} values overflow in {np.dtype(dtype).name}, the largest "
+            f"is {np.abs(x[misplaced]).max():g}: use float32 or bfloat16")
     return y
 
 

@@ -13,7 +13,8 @@ from bd3lm_jax.core.untrusted_files import read_text
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 WEIGHTS_PICKLE = re.compile(r"pytorch_model(-[0-9]+-of-[0-9]+)?\.bin")
 NUMBERED = re.compile(r"(.+)-[0-9]{5}-of-([0-9]{5})\.safetensors")
-NON_WEIGHT_PREFIXES = ("adapter", "optimizer", "training", "rng", "scheduler", "consolidated")  # begin the names of other tensors
+# begin the names of other tensors
+NON_WEIGHT_PREFIXES = ("adapter", "optimizer", "training", "rng", "scheduler", "consolidated")
 
 
 def open_directory(directory: Path, allow_pickle: bool) -> tuple[Path, dict[str, LazyTensor]]:
@@ -72,8 +73,9 @@ def _open_index(index: Path) -> dict[str, LazyTensor]:
         if not all(isinstance(file, str) and Path(file).name == file for file in files):
             raise ValueError(f"it names {files[0]!r} and others, expected files beside it")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read {index} ({type(error).__name__}: {error}): {DOWNLOAD_AGAIN}; expected a weight_map from "
-                        "tensors to files") from None
+        raise UserError(
+            f"cannot read {index} ({type(error).__name__}: {error}): {DOWNLOAD_AGAIN}; expected a weight_map from "
+            "tensors to files") from None
     absent = [file for file in files if not (index.parent / file).is_file()]
     require(not absent, f"{index} names {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not there: "
             "download the whole directory")

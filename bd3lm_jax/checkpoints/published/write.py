@@ -123,7 +123,7 @@ def tokenizer_files(tokenizer: Any, masks: bool) -> dict[str, bytes]:
             {"id": i, "content": token, "special": True, **dict.fromkeys(PLAIN, False)} for i, token in added.items())]
         tokens |= added
     special_names = {"eos_token": tokens.get(tokenizer.end_id), "pad_token": tokens.get(tokenizer.end_id),
-             "mask_token": tokens.get(tokenizer.mask_id)}
+                     "mask_token": tokens.get(tokenizer.mask_id)}
     special = {key: token for key, token in special_names.items() if token}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
     model = json.dumps(vocabulary, ensure_ascii=False) if added else content["model"]

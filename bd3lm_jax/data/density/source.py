@@ -73,7 +73,7 @@ class Annotation:
 
 
 def dense_tokens(text: str, offsets_Nx2: np.ndarray, spans: Sequence[Span],
-            on_unmatched: Callable[[str, Span], None] | None = None) -> np.ndarray:
+                 on_unmatched: Callable[[str, Span], None] | None = None) -> np.ndarray:
     """bool [N]: tokens of which a character lies in a span; spaces in front of a token's first letter do not count."""
     start_N, end_N = offsets_Nx2[:, 0].copy(), offsets_Nx2[:, 1]
     for i, (start, end) in enumerate(offsets_Nx2.tolist()):

@@ -72,8 +72,8 @@ def evaluate_task(workdir: str | os.PathLike, *, task: str, file: str, against: 
     examples, problems = source.problems[:shots], source.problems[shots:]
     problems = problems[:num_problems or len(problems)]
     task_settings = {"task": task, "file": source.path.name, "file_sha256": source.sha256, "problems": len(problems),
-             "draws_per_problem": draws_per_problem, "prompt_format": chosen.prompt_format, "shots": shots,
-             "stop": list(chosen.stop), "sampler": settings, "seed": seed, "weights": weights}
+                     "draws_per_problem": draws_per_problem, "prompt_format": chosen.prompt_format, "shots": shots,
+                     "stop": list(chosen.stop), "sampler": settings, "seed": seed, "weights": weights}
     prompts = [_prompt(examples, problem) for problem in problems]
     run = _TaskRun(chosen, problems, prompts, sampler, task_settings, _folder(workdir), mechanism)
     candidate = run.measure(workdir, "")
@@ -171,8 +171,8 @@ class _TaskRun(NamedTuple):
                             f"the shortest of {len(sizes)} has {min(sizes)}; use a model with a longer context")
         log.note(f"{workdir}: {len(fitting)} of {len(sizes)} prompts leave room in {length} tokens; writes {draws} "
                  "completion(s) of each")
-        samples = lm.generate([self.prompts[i] for i in fitting], num=draws, seed=task_settings["seed"], stop=self.task.stop,
-                              **settings)
+        samples = lm.generate([self.prompts[i] for i in fitting], num=draws, seed=task_settings["seed"],
+                              stop=self.task.stop, **settings)
         found = [[Completion("", 0, 0, "too_long")] * draws for _ in self.prompts]
         for place, i in enumerate(fitting):
             found[i] = [Completion(cut(sample.text, self.task.stop), len(sample.tokens), sample.nfe, sample.stop)
@@ -201,7 +201,10 @@ def _sampler_settings(sampler: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"sampler holds {', '.join(sorted(reserved))}, which the task decides: leave it out")
     options_given = {name: value for name, value in sampler.items() if name != "length"}
     options = vars(make_options(**options_given))
-    return {"length": sampler.get("length"), **{name: options[name] for name in options if name not in RESERVED_OPTIONS}}
+    return {
+        "length": sampler.get("length"), **{name: options[name]
+                                            for name in options if name not in RESERVED_OPTIONS}
+    }
 
 
 def _prompt(examples: Sequence[Problem], problem: Problem) -> str:

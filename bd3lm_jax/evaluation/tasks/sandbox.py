@@ -176,7 +176,7 @@ def _bwrap(readable_paths: Sequence[str], directory: str, root: bool) -> list[st
     namespace of users, and gives itself up inside."""
     users = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--unshare-ipc",
              "--unshare-pid", "--unshare-net", "--unshare-uts"] if root else ["--unshare-all", "--unshare-user",
-                                                                             "--disable-userns"]
+                                                                              "--disable-userns"]
     binds = []
     for bind, paths in (("--ro-bind", readable_paths), ("--dev-bind", DEVICES)):
         for path in paths:  # --dir: with parents that all may enter, whatever they are outside

@@ -56,7 +56,7 @@ def paired(candidate_N: ArrayLike, baseline_N: ArrayLike, level: float = 0.95) -
     p, q = (only_candidate + 1) / (n + 2), (only_baseline + 1) / (n + 2)
     margin = _z(level) * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
     return PairedDifference((only_candidate - only_baseline) / n, max(p - q - margin, -1.0), min(p - q + margin, 1.0),
-                  mcnemar_p_value(only_candidate, only_baseline), "exact McNemar")
+                            mcnemar_p_value(only_candidate, only_baseline), "exact McNemar")
 
 
 def mcnemar_p_value(only_candidate: int, only_baseline: int) -> float:

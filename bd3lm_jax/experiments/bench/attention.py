@@ -124,7 +124,8 @@ def flat(qkv: tuple, cotangents: tuple) -> list[np.ndarray]:
 
 def dense_mask(spec: MaskSpec) -> np.ndarray:
     """Who sees whom among the tokens of `flat`: bool `[N, N]`."""
-    noised, clean = (x.replace(noise_sample=jnp.full_like(x.segment, x.noise_sample)) for x in (spec.noised, spec.clean))
+    noised, clean = (x.replace(noise_sample=jnp.full_like(x.segment, x.noise_sample))
+                     for x in (spec.noised, spec.clean))
     tokens = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), noised, clean)
     return np.asarray(allowed(spec.rule, tokens.expand(2), tokens.expand(1)))[0]
 

@@ -49,10 +49,13 @@ def prepare_at_once(home: Path, rounds: int, seed: int, processes: int, killed: 
     for i in range(rounds):
         with tempfile.TemporaryDirectory(dir=home) as cache:
             there = dataclasses.replace(data, cache_dir=cache)
-            arguments = {"data": dataclasses.asdict(there), "processes": processes, "killed": killed, "within_s": WITHIN_S,
-                     "part_chars": full_disk.PART_CHARS, "seed": seed + i}
-            done = subprocess.run([sys.executable, "-m", concurrent_prepare.__name__, json.dumps(arguments)], capture_output=True,
-                                  text=True, timeout=TOO_LONG_S, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+            arguments = {
+                "data": dataclasses.asdict(there), "processes": processes, "killed": killed, "within_s": WITHIN_S,
+                "part_chars": full_disk.PART_CHARS, "seed": seed + i
+            }
+            command = [sys.executable, "-m", concurrent_prepare.__name__, json.dumps(arguments)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TOO_LONG_S,
+                                  env=os.environ | {"JAX_PLATFORMS": "cpu"})
             if done.returncode:
                 details.append(f"the program failed: {done.stderr[-500:]}")
                 continue

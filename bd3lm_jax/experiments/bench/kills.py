@@ -193,8 +193,8 @@ def kill(runs: Runs, times: int, seed: int) -> dict:
     return result_of(KINDS[1 if runs.processes == 1 else 3], times, faults, outcomes, began, ends)
 
 
-def _reached_random_moment(runs: Runs, workdir: Path, started: list[subprocess.Popen], before: int, draw: np.random.Generator,
-            for_ever: bool) -> bool:
+def _reached_random_moment(runs: Runs, workdir: Path, started: list[subprocess.Popen], before: int,
+                           draw: np.random.Generator, for_ever: bool) -> bool:
     """Wait for a random moment of the start or of training; whether all processes are still there."""
     if for_ever:
         return False
@@ -283,7 +283,7 @@ def _code(process: subprocess.Popen, within: float) -> int:
 
 
 def result_of(name: str, times: int, faults: list[str], outcomes: collections.Counter, began: float,
-            ends: list[float]) -> dict:
+              ends: list[float]) -> dict:
     return {"variant": name, "times": times, "wrong": len(faults), "outcomes": dict(outcomes),
             "details": [fault[-1000:] for fault in faults], "seconds": time.monotonic() - began,
             "left_after_s": max(ends, default=None)}

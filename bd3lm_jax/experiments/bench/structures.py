@@ -23,24 +23,28 @@ def two_pass_loss(model: Backbone, params: dict, objective: Any, noised: Noised,
     num_clean = tokens_BxL.shape[1] - objective.block_size
     spec, cond, (name, layer) = _spec(objective, tokens_BxL, num_clean), _condition(model, params), _layers(model)
     rotary = model.rotary(spec.noised.position)
-    clean_rotary, noised_rotary = (jax.tree.map(cut, rotary) for cut in (lambda x: x[:, :num_clean], lambda x: x[:, None]))
+    clean_rotary, noised_rotary = (jax.tree.map(cut, rotary)
+                                   for cut in (lambda x: x[:, :num_clean], lambda x: x[:, None]))
 
     def clean_layer(h, layer_params):
         q, k, v = layer.apply({"params": layer_params}, h, cond, clean_rotary, True, method=layer.project_qkv)
         attended = attend("auto", spec.replace(noised=None), None, (q, k, v), None)[1]
-        return layer.apply({"params": layer_params}, h, attended, cond, None, method=layer.attention_output_and_mlp)[0], (k, v)
+        return layer.apply({"params": layer_params}, h, attended, cond, None,
+                           method=layer.attention_output_and_mlp)[0], (k, v)
 
     def noised_layer(h, xs):
         layer_params, (k, v) = xs
         qkv = layer.apply({"params": layer_params}, h, cond, noised_rotary, True, method=layer.project_qkv)
         attended = attend("auto", spec, qkv, (None, k, v), None)[0]
-        return layer.apply({"params": layer_params}, h, attended, cond, None, method=layer.attention_output_and_mlp)[0], None
+        return layer.apply({"params": layer_params}, h, attended, cond, None,
+                           method=layer.attention_output_and_mlp)[0], None
 
     def embedded(ids):
         return model.embed.apply({"params": params["embed"]}, ids)
 
     last = jax.tree.map(lambda x: x[-1], params[name])
-    h, stored = jax.lax.scan(clean_layer, embedded(tokens_BxL[:, :num_clean]), jax.tree.map(lambda x: x[:-1], params[name]))
+    h, stored = jax.lax.scan(clean_layer, embedded(tokens_BxL[:, :num_clean]),
+                             jax.tree.map(lambda x: x[:-1], params[name]))
     kv = layer.apply({"params": last}, h, cond, clean_rotary, False, method=layer.project_qkv)[1:]
     stored = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), stored, kv)
     h, _ = jax.lax.scan(noised_layer, embedded(noised.xt_BxMxL), (params[name], stored))
@@ -61,7 +65,8 @@ def published_loss(model: Backbone, params: dict, objective: Any, noised: Noised
         noised_qkv, clean_qkv = zip(*(jnp.split(x, 2, axis=1) for x in qkv))
         attended = dense_attention(spec, tuple(x[:, None] for x in noised_qkv), clean_qkv, None)
         attended = jnp.concatenate([attended[0][:, 0], attended[1]], axis=1)
-        return layer.apply({"params": layer_params}, h, attended, cond, None, method=layer.attention_output_and_mlp)[0], None
+        return layer.apply({"params": layer_params}, h, attended, cond, None,
+                           method=layer.attention_output_and_mlp)[0], None
 
     h = model.embed.apply({"params": params["embed"]}, jnp.concatenate([noised.xt_BxMxL[:, 0], tokens_BxL], axis=1))
     h, _ = jax.lax.scan(one_layer, h, params[name])

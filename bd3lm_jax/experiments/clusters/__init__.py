@@ -21,8 +21,8 @@ from bd3lm_jax.experiments.clusters.job import ACTIONS, Job
 ENGINES = {"gcloud": gcloud, "xpk": xpk, "skypilot": skypilot, "slurm": slurm}
 NAME = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"  # what all engines take
 ACTION_HELP = {"create": "the machines, and what is installed on them", "run": "the command",
-           "logs": "follow what it says", "resume": "after it has ended or its machines were taken: it goes on",
-           "delete": "everything that create and run made, except what is on the shared file system"}
+               "logs": "follow what it says", "resume": "after it has ended or its machines were taken: it goes on",
+               "delete": "everything that create and run made, except what is on the shared file system"}
 SCRIPT = "cluster.sh"
 ZONE = r"([a-z0-9]+(-[a-z0-9]+)+)?"
 

@@ -34,7 +34,9 @@ def actions(job: Job) -> dict[str, list[list[str]]]:
     run = [*_unpacked(job), _workload(job, where)]
     end = ["xpk", "workload", "delete", f"--workload={job.name}", *where, "--force"]
     size = [f"--tpu-type={job.slice.name}", f"--num-slices={job.slices}"]
-    create = [] if job.cluster else [["xpk", "cluster", "create", *where, *size, "--spot" if job.spot else "--on-demand"]]
+    create = [] if job.cluster else [[
+        "xpk", "cluster", "create", *where, *size, "--spot" if job.spot else "--on-demand"
+    ]]
     delete = [] if job.cluster else [["xpk", "cluster", "delete", *where, "--force"]]
     logs = ["kubectl", "logs", "--follow", "--prefix", "--all-containers", "--tail=200", "--max-log-requests=512",
             f"--selector=jobset.sigs.k8s.io/jobset-name={job.name}"]

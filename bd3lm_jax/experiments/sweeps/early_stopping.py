@@ -31,7 +31,8 @@ class StoppingRule:
         if not 0 <= self.after < 1:
             raise UserError(f"give_up_after is {self.after}, expected a part of the steps, from 0 to below 1")
 
-    def verdict(self, steps: int, own_curve: Mapping[int, float], other_curves: Mapping[str, Mapping[int, float]]) -> str | None:
+    def verdict(self, steps: int, own_curve: Mapping[int, float],
+                other_curves: Mapping[str, Mapping[int, float]]) -> str | None:
         """Why a run of `steps` steps is hopeless, or None.
 
         ours, others: the validation bound in bits per byte, by step, of this run and of those that train alike, by
@@ -42,7 +43,8 @@ class StoppingRule:
         if not shared:
             return None
         step = max(shared)
-        best = min((name for name in other_curves if step in other_curves[name]), key=lambda name: other_curves[name][step])
+        best = min((name for name in other_curves if step in other_curves[name]),
+                   key=lambda name: other_curves[name][step])
         gap = own_curve[step] - other_curves[best][step]
         if math.isnan(gap) or gap <= self.margin:
             return None

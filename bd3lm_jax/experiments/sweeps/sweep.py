@@ -250,8 +250,8 @@ def _recorded(path: Path) -> dict[str, dict[str, Any]]:
 class _Scheduler:
     """All runs of a sweep; `chosen` are those to train here. Other processes may write in the same directory."""
 
-    def __init__(self, directory: Path, points: Sequence[Point], index: int | None, retries: int, rule: StoppingRule | None,
-                 baseline: int | str):
+    def __init__(self, directory: Path, points: Sequence[Point], index: int | None, retries: int,
+                 rule: StoppingRule | None, baseline: int | str):
         self.directory, self.retries, self.rule, self.baseline = directory, retries, rule, baseline
         self.runs = [Run(point, directory) for point in points]
         self.chosen = self.runs if index is None else [self.runs[index]]

@@ -60,8 +60,10 @@ class Table:
                              "difference_high"])
             for i, (run, entry) in enumerate(zip(self.runs, self.entries())):
                 values = run.values()
-                writer.writerow([i, run.name, *(values.get(key) for key in self.keys), *(entry[key] for key in result_columns),
-                                 *(entry["nll_ci95"] or (None, None)), *self.differences.get(run.name, (None,) * 3)])
+                writer.writerow([
+                    i, run.name, *(values.get(key) for key in self.keys), *(entry[key] for key in result_columns),
+                    *(entry["nll_ci95"] or (None, None)), *self.differences.get(run.name, (None,) * 3)
+                ])
             files.write(directory / CSV, file.getvalue().encode())
 
     def draw(self, path: Path) -> None:
@@ -83,7 +85,10 @@ class Table:
         if baseline_documents is None:
             return {}
         documents_by_run = {run.name: paired.read(run.workdir) for run in self.measured if run is not baseline}
-        found = {name: paired.difference(documents, baseline_documents) for name, documents in documents_by_run.items() if documents}
+        found = {
+            name: paired.difference(documents, baseline_documents)
+            for name, documents in documents_by_run.items() if documents
+        }
         return {name: difference for name, difference in found.items() if difference}
 
     def _lines(self) -> list[list[str]]:
@@ -91,7 +96,9 @@ class Table:
         leaves = [key.rpartition(".")[2] for key in self.keys]
         headings = leaves if len(set(leaves)) == len(leaves) else self.keys
         difference_heading = [f"less run {self.baseline}"] if self.differences else []
-        lines = [["run", *headings, "nats/token", "95 % interval", *difference_heading, "perplexity", "bits/byte", "status"]]
+        lines = [[
+            "run", *headings, "nats/token", "95 % interval", *difference_heading, "perplexity", "bits/byte", "status"
+        ]]
         for i, run in enumerate(self.runs):
             values, nll, interval, ppl, bits, difference = run.values(), "", "", "", "", ""
             if run.measured.get("valid_nll") is not None:

@@ -137,7 +137,7 @@ class _BlockInputs(NamedTuple):
         level = jnp.mean(self.masked, axis=1, dtype=jnp.float32)
         whole = jnp.full_like(state.size, settings.block_size)
         return self.context.denoise(self.canvas, state.start, whole, state.before, previous, everywhere, level,
-                                  state.cache)
+                                    state.cache)
 
     def later_call(self, size_B, cache, canvas, positions, level):
         """Logits at some places of a block of its own size."""

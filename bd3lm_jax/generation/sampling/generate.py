@@ -211,7 +211,7 @@ def _step(context: DenoiserContext, request: Request, progress: Progress, block:
     if previous is None and sampler.may_skip_forward:  # a step that reveals nothing needs no network
         no_stats = TokenStats(*[jnp.zeros(positions_BxP.shape)] * (5 if sampler.predicts_scores else 3))
         drawn, stats = jax.lax.cond(plan.reveal.any(), lambda: ask(cache)[0],
-                                   lambda: (jnp.zeros_like(positions_BxP), no_stats))
+                                    lambda: (jnp.zeros_like(positions_BxP), no_stats))
     else:
         (drawn, stats), cache = ask(cache)
     places = jnp.arange(positions_BxP.shape[0])[:, None], positions_BxP
@@ -219,7 +219,7 @@ def _step(context: DenoiserContext, request: Request, progress: Progress, block:
     revealed = plan.reveal
     if sampler.choose is not None:
         revealed = jax.vmap(lambda row, planned, stats: sampler.choose(row, planned, stats, settings.steps,
-                                                                   request.threshold))(rows, plan.reveal, stats)
+                                                                       request.threshold))(rows, plan.reveal, stats)
     canvas = jnp.where(revealed, block.canvas.at[places].set(drawn), block.canvas)
     masked = (block.masked & ~revealed) | plan.remask
     same_window = (_window(settings, masked, given) == window).all(-1)  # a new window starts its clock anew
@@ -262,7 +262,7 @@ def _draw(context: DenoiserContext, request: Request, progress: Progress, block:
         drawn = sample_categorical(keys.reshape(-1), filtered.reshape(flat.shape)).reshape(positions_BxP.shape)
     else:
         block_inputs = (block.canvas, block.masked, _block_slice(settings, request.given, progress.block),
-                 request.length - (progress.block + 1) * settings.block_size)
+                        request.length - (progress.block + 1) * settings.block_size)
         drawn = settings.draw_all(request.constraint, progress.state, keys, filtered, logits, *block_inputs)
         if context.sampler.choose is not None:
             logits = request.constraint.marginals(progress.state, logits, *block_inputs)

@@ -287,7 +287,8 @@ class Sampler(NamedTuple):
     """choose: None reveals all that is planned. most(window, steps): positions that a plan reveals at most, for which
     the network's head runs. idles: a step may reveal nothing, and then asks nothing. rewrites: written tokens may
     change until the last of `steps`. steps: what is usual, 0: one a position of the window. threshold: what is usual.
-    scores: needs a network that gives log scores. laws: None, or what makes log-laws of them, see `log_probs_from_scores`.
+    scores: needs a network that gives log scores. laws: None, or what makes log-laws of them, see
+    `log_probs_from_scores`.
     redraw: None for samplers that write in the place of masks; else the canvas shows letters only, random ones at
     first, planned positions that are masked again keep theirs, and `redraw(logits [V], letter, allowed [V], level,
     next level)` gives the log-law of the next one."""

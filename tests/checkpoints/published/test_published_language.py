@@ -61,7 +61,7 @@ def test_losses_through_features_and_output_layer(name):
     @jax.jit
     def losses(params):
         h = forward.one_stream(lm.model, params, ids, *forward.single_document_rows(ids), rule=rule, block_size=1,
-                              execution=dataclasses.replace(forward.DEFAULT_EXECUTION, backend="blocked"))
+                               execution=dataclasses.replace(forward.DEFAULT_EXECUTION, backend="blocked"))
         output = loss.OutputLayer(*trunk.output_layer(lm.model, params)).exclude_tokens(-1, lm.config.model.vocab_size)
         return loss.token_losses(output, trunk.features(lm.model, params, h), targets, 7)
 

@@ -37,7 +37,7 @@ def forward(model, params, canvas, prefix, position, block):
     noised = Stream(canvas[:, None], position + jnp.arange(canvas.shape[1])[None], 99 * ones, ones)
     cache = trunk.new_cache(model, params, 1, 24, "compute")
     h = trunk.forward(model, params, noised=noised, clean=clean, cache=cache, write_at=0, rule="block_causal",
-                     block_size=CANVAS, execution=DEFAULT_EXECUTION, dropout_keys=None).noised
+                      block_size=CANVAS, execution=DEFAULT_EXECUTION, dropout_keys=None).noised
     return trunk.logits(model, params, h)[0, 0]
 
 
