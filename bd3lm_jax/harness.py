@@ -237,8 +237,8 @@ def _batch_rows(batch_size: int | str) -> int:
 def register() -> type:
     """Makes "bd3lm_jax" known to lm-evaluation-harness; returns the class. UserError if it is not installed."""
     try:
-        from lm_eval.api.model import LM
-        from lm_eval.api.registry import register_model
+        from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
+        from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(f"lm-evaluation-harness cannot be imported ({error}): pip install lm-eval") from error
     return register_model(NAME)(type("BD3LM", (Harness, LM), {"__doc__": Harness.__doc__}))
@@ -248,7 +248,7 @@ def main() -> None:
     """The command line of the harness, with this library's models."""
     try:
         register()
-        from lm_eval.__main__ import cli_evaluate
+        from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
         cli_evaluate()
     except UserError as error:

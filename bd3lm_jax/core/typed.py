@@ -35,7 +35,7 @@ def check_characters(text: str, what: str) -> None:
                         "give UTF-8 text") from None
 
 
-def check(condition: bool, message: str) -> None:
+def check(condition: object, message: str) -> None:
     if not condition:
         raise UserError(message)
 
@@ -64,7 +64,7 @@ def check_known_keys(prefix: str, mapping: Mapping, allowed_keys: list[str]) -> 
 def as_section(name: str, values: Any, kind: type) -> Any:
     """A section of a config as the dataclass `kind`. UserError for an unknown, missing or ill-typed key."""
     values = dict(as_mapping(name, values).items())
-    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+    fields: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}
     check_known_keys(f"{name}.", values, list(fields))
     return kind(**{key: as_type(f"{name}.{key}", values[key], fields[key]) for key in fields})
 

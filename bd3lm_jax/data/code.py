@@ -59,13 +59,19 @@ def _versions() -> list[list[str]]:
             if importlib.util.find_spec(name) is not None]
 
 
+def _root(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.origin is not None  # of those that `_versions` has found
+    return Path(spec.origin).parent
+
+
 @functools.cache
 def _code() -> dict[str, list[str]]:
     """Documents by split. What stands in several modules counts once, for the first: no split holds it again."""
     found = {split: [] for split in ("train", *HELD_OUT)}
     earlier = set()
     for name, _ in _versions():
-        root = Path(str(importlib.util.find_spec(name).origin)).parent
+        root = _root(name)
         for path in sorted(root.rglob("*.py")):
             module = f"{name}/{path.relative_to(root).as_posix()}"
             if any(word in module for word in LEFT_OUT):

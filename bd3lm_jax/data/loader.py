@@ -4,6 +4,7 @@ import collections
 import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -71,9 +72,10 @@ def place_rows(rows: TokenRows, ids: np.ndarray, sharding) -> dict:
         return read_rows(rows, ids[start:stop])
 
     def place(name: str):
-        shape = (len(ids), rows.length)
-        return jax.make_array_from_callback(
-            shape, sharding, lambda index: read(index[0].start, index[0].stop)[name][:, index[1]])
+        def part(index: Any) -> np.ndarray:
+            return read(index[0].start, index[0].stop)[name][:, index[1]]
+
+        return jax.make_array_from_callback((len(ids), rows.length), sharding, part)
 
     return {name: place(name) for name in array_names(rows)}
 

@@ -40,7 +40,7 @@ def read(path: Path, legacy: bool, exact: bool, add_prefix_space: Any) -> dict:
     other types, and without the package sentencepiece."""
     try:
         from google.protobuf.message import DecodeError
-        from sentencepiece import sentencepiece_model_pb2
+        from sentencepiece import sentencepiece_model_pb2  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise Unsupported(f"{path} is a SentencePiece vocabulary, which needs the packages sentencepiece and protobuf: "
                           "pip install sentencepiece protobuf, or put a tokenizer.json beside it") from None

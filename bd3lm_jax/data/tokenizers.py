@@ -237,7 +237,8 @@ class SubwordTokenizer(Tokenizer):
         with library_errors(self.kind, "cannot decode its ids"):
             first, later = _decoded_pieces(self._tokenizer, [i for i, token in enumerate(tokens) if token], self.size)
         for i in self.byte_ids - special:
-            if (byte := int(tokens[i][3:5], 16)) > 127:  # a part of a character: no text alone
+            token = tokens[i]
+            if token and (byte := int(token[3:5], 16)) > 127:  # a part of a character: no text alone
                 first[i] = later[i] = bytes([byte])
         return first, later
 

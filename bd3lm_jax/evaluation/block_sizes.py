@@ -29,6 +29,7 @@ def curve(workdir: str, *, split: str, estimator: str, draws: int, seed: int, we
     if len(sizes) < 2:
         raise UserError(f"{workdir} was trained with blocks of {min(sizes)} tokens only: a curve needs a model of "
                         "diffusion.kind='mixed'")
+    assert lm.tokenizer is not None  # of a run
     text, rows = RowsWithBytes(prepare(lm.corpus(workdir), split, lm.config.block_size, lm.tokenizer), lm.tokenizer), []
     for size in sizes:
         bound = _likelihood(open_run(workdir, weights, batch, size), text, estimator, draws, seed)

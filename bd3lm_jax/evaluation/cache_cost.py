@@ -66,7 +66,7 @@ def cached_nats(lm, cache_dtype: str):
         batch, views, length = noised.weight_BxMxL.shape
         cache = trunk.new_cache(lm.model, params, batch, length, cache_dtype).replace(empty=False)
 
-        def body(cache: Cache, block):
+        def body(cache, block):
             logits_BxMxSxV, cache = score_block(lm, params, noised, tokens, positions, segments, cache, block)
             targets = jnp.broadcast_to(_block_slice(lm, tokens, block)[:, None], logits_BxMxSxV.shape[:-1])
             losses = cross_entropy_subs(logits_BxMxSxV.reshape(targets.size, -1), targets.reshape(-1), lm.special.mask)
@@ -79,7 +79,7 @@ def cached_nats(lm, cache_dtype: str):
     return nats
 
 
-def _row_nats(lm, rows, ids: Sequence[int], cache_dtype: str, seed: int) -> np.ndarray:
+def _row_nats(lm, rows, ids: np.ndarray, cache_dtype: str, seed: int) -> np.ndarray:
     """Nats of each row, float64 `[R]`. A short batch is filled up with its last row."""
     program, key, found = jax.jit(cached_nats(lm, cache_dtype)), jax.random.fold_in(jax_settings.key(seed), 0), []
     for start in range(0, len(ids), BATCH):
@@ -96,7 +96,7 @@ def _weights(lm, segments_BxL) -> np.ndarray:
     return np.asarray(objective.weight(segments_BxL) if objective.causal else segments_BxL > 0, np.float64)
 
 
-def _score_block(lm, params, noised, tokens, positions, segments, cache: Cache, block):
+def _score_block(lm, params, noised, tokens, positions, segments, cache: Cache | None, block):
     """Logits of the views of a block, `[B, M, S, V]`, and the cache with the clean block stored."""
     position, segment = _block_slice(lm, positions, block), _block_slice(lm, segments, block)
     where = position, position // lm.config.block_size, segment

@@ -107,6 +107,7 @@ def _described(model: LM) -> ModelSpec:
 def _origin(model: LM, run: Path, weights: str) -> Origin:
     """What the card says of a run. The figures of its report are those of the last step and of the average if one was
     kept: of other weights none were measured."""
+    assert model.trained is not None  # it is a run's
     found, step, train = report.read(run) or {}, model.trained.step, model.config.train
     measured = found.get("step") == step and (weights == "ema" or not model.config.optim.ema)
     results = {split: figures for split, figures in found.items() if split in SPLITS} if measured else {}
@@ -125,7 +126,7 @@ def _write_published(model: LM, source: Path, target: Path, dtype: str, max_shar
         files |= _with_chat_template(write.tokenizer_files(model.tokenizer, uses_mask_token), chat_files(source))
     ids = _token_ids(model) if origin.data is not None else hf.token_ids(source)
     if GENERATION not in files and ids:
-        files[GENERATION] = (json.dumps({"_from_model_config": True} | ids, indent=2) + "\n").encode()
+        files[GENERATION] = (json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n").encode()
     size = sum(x.size for x in jax.tree.leaves(model.params))
     text = card(target.name, described, size, dtype, origin, model.tokenizer is not None)
     return hf.write_model(target, described, model.params, dtype=dtype, max_shard=max_shard, model_type=model_type,

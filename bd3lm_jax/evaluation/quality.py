@@ -171,7 +171,7 @@ def _mauve(texts, same_lengths, tokens) -> tuple[float | None, str]:
     if same_lengths is None or tokens.unit == "words":
         return None, "no MAUVE: it needs a scorer and real text to compare with"
     try:
-        import mauve
+        import mauve  # pyright: ignore[reportMissingImports]
     except ImportError:
         return None, "no MAUVE: pip install mauve-text torch transformers"
     real, written = ([tokens.lm.tokenizer.decode(ids) for ids in side] for side in (same_lengths, texts))

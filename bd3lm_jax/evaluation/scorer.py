@@ -47,7 +47,7 @@ class Scorer:
                             "which is no perplexity: use an autoregressive model, or one of block size 1 without time "
                             "conditioning")
         objective = lm.config.diffusion
-        self.lm, self.path, self.window = lm, path, lm.context
+        self.lm, self.path, self.window, self._tokenizer = lm, path, lm.context, lm.tokenizer
         self.first = int(objective.causal and not objective.bos)
         self.stride = stride or max(1, lm.context // 2)
         if not 1 <= self.stride <= self.window - self.first:
@@ -59,8 +59,8 @@ class Scorer:
     def encode(self, text: str) -> np.ndarray:
         """int32 [n]. Where the scorer's corpus has a document a line, a newline is the end token."""
         if not self._lines:
-            return self.lm.tokenizer.encode(text)
-        first, *others = [self.lm.tokenizer.encode(line) for line in text.removesuffix("\n").split("\n")]
+            return self._tokenizer.encode(text)
+        first, *others = [self._tokenizer.encode(line) for line in text.removesuffix("\n").split("\n")]
         return np.concatenate([first, *(part for ids in others for part in (self.separator, ids))]).astype(np.int32)
 
     def nats(self, texts: Sequence[np.ndarray]) -> list[np.ndarray]:

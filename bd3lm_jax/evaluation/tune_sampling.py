@@ -66,6 +66,7 @@ def tune_sampling(workdir: str, *, scorer: str, rounds: int, texts: int) -> dict
     if lm.tokenizer is None:
         raise UserError(f"{workdir} has no tokenizer and no data: the settings of a run directory can be measured")
     corpus = lm.corpus(workdir)
+    assert lm.trained is not None  # what has a corpus is a run
     if not os.access(workdir, os.W_OK):
         raise UserError(f"cannot write in {workdir}, where {FILE} goes: use a copy of the run directory")
     scorer_model = Scorer(load(scorer), scorer, 0) if scorer else None
@@ -157,14 +158,14 @@ def _needs_prompt(lm: LM) -> bool:
 def text_metrics(lm: LM, samples: Sequence[Sample], scorer: Scorer | None) -> dict[str, Any]:
     """Perplexity under the scorer, or the model's own bound, with entropy and distinct n-grams beside it."""
     if scorer is not None:
-        texts = [ids for ids in (scorer.encode(sample.text) for sample in samples) if len(ids) > scorer.first]
+        texts = [ids for ids in (scorer.encode(sample.text or "") for sample in samples) if len(ids) > scorer.first]
         found = figures(texts, scorer.nats(texts), scorer.first, scorer.window)
         keys = ["gen_ppl", "gen_ppl_ci95"]
     else:
         texts = np.array([sample.tokens for sample in samples], np.int32)
         nats = np.concatenate([lm.nll(texts[i:i + BATCH]).per_token.sum(1) for i in range(0, len(texts), BATCH)])
         nll, *interval = stats.ratio_interval(nats, np.full(len(nats), texts.shape[1] - _needs_prompt(lm)))
-        found = {"self_nll": nll, "self_nll_ci95": interval, **figures(texts, None, 0, None)}
+        found = {"self_nll": nll, "self_nll_ci95": interval, **figures(list(texts), None, 0, None)}
         keys = ["self_nll", "self_nll_ci95"]
     return {key: found[key] for key in (*keys, "entropy", "entropy_ci95", "distinct_1", "distinct_2", "distinct_3")}
 

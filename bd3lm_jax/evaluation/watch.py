@@ -20,7 +20,7 @@ from bd3lm_jax.core.stats import format_interval, format_number
 from bd3lm_jax.data import domains
 from bd3lm_jax.likelihood import estimators
 from bd3lm_jax.likelihood.estimators import default_estimator
-from bd3lm_jax.likelihood.evaluate import open_run
+from bd3lm_jax.likelihood.evaluate import LoadedRun, open_run
 
 FILE = "watch.jsonl"  # of the run directory: a line an evaluation
 POLL_S = 2.0  # between looks at the directory
@@ -92,7 +92,8 @@ class _RunFollower:
 
     def __init__(self, workdir: Path, arguments: dict[str, Any], batch: int, signals: Signals):
         self._workdir, self._arguments, self._batch, self._signals = workdir, arguments, batch, signals
-        self._text = self._run = None  # from when the run is there, and from the first checkpoint on
+        self._text: domains.Text | None = None  # from when the run is there
+        self._run: LoadedRun | None = None  # from the first checkpoint on
         self._started, self._sha256, self._done_steps, self.lines = False, "", set(), []
         self._damaged = set()  # as `_version`
         if not (workdir / rundir.CONFIG).exists():
@@ -129,6 +130,7 @@ class _RunFollower:
             log.note(f"warning: {error}")
             self._damaged.add(version)
             return
+        assert self._run is not None and self._text is not None
         arguments = self._arguments
         measured = self._run.evaluator.measure(
             params, self._text.rows, estimator=arguments["estimator"] or default_estimator(self._run.config),

@@ -152,7 +152,7 @@ def _request(lm: Any, prompt: Any, continuation: Any, noise: Any) -> Request:
             raise UserError("this checkpoint has no tokenizer: give prompts and continuations as lists of token ids")
         pair = encode_pair(lm.tokenizer, prompt, continuation)
     else:
-        pair = (_ids(ids, lm.config.model.vocab_size) for ids in (prompt, continuation))
+        pair = _ids(prompt, lm.config.model.vocab_size), _ids(continuation, lm.config.model.vocab_size)
     request = Request(*pair, zlib.crc32(_content(noise)))
     _check(lm, request)
     return request

@@ -6,7 +6,6 @@ noise is a function of (seed, round, row, replicate, draw) alone.
 
 import collections
 import dataclasses
-import itertools
 import math
 import time
 from collections.abc import Callable
@@ -160,13 +159,15 @@ class Evaluator:
                 estimator = self._run_pilot(estimator, params, rows, ids[:PILOT_ROWS], seed)
             draws = draws if estimator.replicates > 1 else 1
             total = LikelihoodResult(estimator, draws, seed, self.config.block_size, ids, self._documents)
-            for round_ in itertools.count():
+            round_, is_done = 0, False
+            while not is_done:
                 for batch, passes in self._batches(estimator, params, rows, ids, draws, seed, round_):
                     total.add(round_, passes, self._documents(rows, batch))
                     self.alive()
                 total.wall_s = time.perf_counter() - began
-                if target is None and round_ + 1 == rounds or target is not None and _target_reached(total, target):
-                    return total
+                round_ += 1
+                is_done = round_ == rounds if target is None else _target_reached(total, target)
+        return total
 
     def _run_pilot(self, estimator, params, rows, ids, seed):
         """The estimator with the count law of a pilot, whose noise and rows depend on nothing but seed and split."""
@@ -194,8 +195,10 @@ class Evaluator:
         arrays = place_rows(rows, padded, self.sharding)
         row_ids = jax.make_array_from_callback(padded.shape, self.sharding,
                                                lambda index: padded[index].astype(np.int32))
-        scored = jax.make_array_from_callback((len(padded), rows.length), self.sharding,
-                                              lambda index: rows.scored(padded[index[0]])[:, index[1]])
+        def scored_part(index: Any) -> np.ndarray:
+            return rows.scored(padded[index[0]])[:, index[1]]
+
+        scored = jax.make_array_from_callback((len(padded), rows.length), self.sharding, scored_part)
         key = jax.random.fold_in(jax_settings.key(seed), round_)
         program = self._program(estimator, draws)
         batch = arrays["tokens"], arrays["positions"], arrays["segments"], scored
@@ -276,7 +279,7 @@ class LikelihoodResult:
             self.rounds += 1
             self._documents += [np.zeros(0) for _ in range(replicates)]
             self._rows += [[] for _ in range(replicates)]
-        nats_BxRxL = np.mean([nats for nats, _, _ in passes], axis=0, dtype=np.float64)
+        nats_BxRxL: np.ndarray = np.mean([nats for nats, _, _ in passes], axis=0, dtype=np.float64)
         real = documents_BxL >= 0
         documents = documents_BxL[real]
         if round_ == 0:

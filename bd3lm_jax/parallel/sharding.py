@@ -65,7 +65,7 @@ RULES = (
 )
 
 
-def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh of all `devices` (None: every device of the run); a size of -1 takes the devices that are left.
 
     Sizes are those of one slice; the mesh has `slices` times as many along "data". Raises UserError, with the numbers,
@@ -78,7 +78,7 @@ def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> 
     return Mesh(np.concatenate(device_arrays), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _device_array(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+def _device_array(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     """Devices of one slice, `[*sizes]`, neighbours along the axes being neighbours in the machine if they can."""
     try:
         return mesh_utils.create_device_mesh(sizes, devices)
@@ -86,13 +86,13 @@ def _device_array(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.n
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
-def group_by_slice(mesh: MeshConfig, devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+def group_by_slice(mesh: MeshConfig, devices: Sequence[Any]) -> list[list[Any]]:
     """The devices of every slice of the mesh. -1: as many as there are.
 
     Simulated devices are in no slices, so they are dealt out in order. GPUs, whose hosts count as slices, may be one.
     UserError if the devices lie in another number of slices, or in slices of several sizes.
     """
-    devices_by_slice: dict[int, list[jax.Device]] = {}
+    devices_by_slice: dict[int, list[Any]] = {}
     for device in devices:
         devices_by_slice.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
     slices, platform = len(devices_by_slice) if mesh.slices == -1 else mesh.slices, devices[0].platform
@@ -176,7 +176,7 @@ def _drop_indivisible(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
 def state_shardings(tx: optax.GradientTransformation, abstract_state: TrainState, mesh: Mesh) -> TrainState:
     """TrainState of NamedSharding for a state from `jax.eval_shape`: moments and average lie where their weights do."""
     params = param_shardings(abstract_state.params, mesh)
-    replicated = NamedSharding(mesh, P())
+    replicated: Any = NamedSharding(mesh, P())  # in the place of an array
     opt_state = optax.tree_map_params(tx, lambda _, sharding: sharding, abstract_state.opt_state,
                                       trainable_params(params), transform_non_params=lambda _: replicated)
     noise = dict.fromkeys(abstract_state.noise, replicated)

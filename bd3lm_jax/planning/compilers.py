@@ -167,4 +167,4 @@ def _compile(program: Program, options: dict | None) -> CompiledCost:
     seconds = time.perf_counter() - start_s
     slices = program.config.mesh.slices
     slice_size = program.mesh.size // slices if slices > 1 else None
-    return CompiledCost(bytes_needed(compiled), hlo.communication(compiled.as_text(), slice_size), seconds)
+    return CompiledCost(bytes_needed(compiled), hlo.communication(compiled.as_text() or "", slice_size), seconds)

@@ -106,9 +106,9 @@ def _figures(program: Program, target: str, tpu: str | None) -> dict[str, Compil
     """What compilers say, by name, the best first; both work at once."""
     log.note(f"{program.num_params:,} parameters on {_mesh_text(program.mesh.shape)}; compiling the step "
              f"{f'for {tpu}, with the TPU compiler' if tpu else 'for CPU, as an estimate'}")
-    future = compilers.compile_for_tpu(program.config, program.special, tpu) if tpu else None
+    future = None if tpu is None else compilers.compile_for_tpu(program.config, program.special, tpu)
     compiled_by_name = {ESTIMATE: compilers.compile_for_cpu(program)} if target not in SLICES else {}
-    if future is not None:
+    if tpu is not None and future is not None:
         try:
             return {tpu: future.result(), **compiled_by_name}
         except RunError as error:

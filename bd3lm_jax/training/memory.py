@@ -60,7 +60,7 @@ def advice(program: Program, limit_bytes: int) -> str:
             f"{state / GIB:.1f}): use more devices, with mesh.fsdp, or a smaller model")
 
 
-def limit(device: jax.Device) -> int:
+def limit(device: Any) -> int:
     """Bytes that programs may use on a device; on CPU a device's share of the machine."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:

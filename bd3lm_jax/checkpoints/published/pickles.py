@@ -29,7 +29,7 @@ def open_pickles(paths: Sequence[Path]) -> tuple[Path, dict[str, LazyTensor]]:
 
 def _load(path: Path) -> dict:
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError(f"{path} is pickled, and reading it needs torch: pip install torch, or convert it to "
                         "model.safetensors") from None

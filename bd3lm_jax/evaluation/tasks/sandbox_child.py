@@ -111,7 +111,7 @@ def confine_files(read: list[str], write: list[str]) -> None:
 def confine_calls() -> None:
     """From now on the kernel answers only CALLS (seccomp)."""
     try:
-        from pyseccomp import ALLOW, EQ, ERRNO, MASKED_EQ, Arg, SyscallFilter
+        from pyseccomp import ALLOW, EQ, ERRNO, MASKED_EQ, Arg, SyscallFilter  # pyright: ignore[reportMissingImports]
     except (ImportError, RuntimeError) as error:
         sys.exit(f"seccomp is not there ({error}): pip install pyseccomp, and the system's libseccomp2")
     rules = SyscallFilter(ERRNO(errno.ENOSYS))

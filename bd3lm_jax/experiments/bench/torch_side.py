@@ -11,8 +11,8 @@ import numpy as np
 # Threads that wait shall sleep: spinning would count as work and slow down what runs beside. Read by the import below.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch
-from torch.nn import functional as F
+import torch  # pyright: ignore[reportMissingImports]
+from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 
 from bd3lm_jax.experiments.bench.runner import Variant
 
@@ -41,7 +41,7 @@ def attention_variants(q_BxNxHxD: np.ndarray, k_BxNxHxD: np.ndarray, v_BxNxHxD: 
 
 
 def _flex(tokens: int, length: int, block_size: int):
-    from torch.nn.attention import flex_attention as flex
+    from torch.nn.attention import flex_attention as flex  # pyright: ignore[reportMissingImports]
 
     visible = flex.create_block_mask(two_stream_mask(length, block_size), None, None, tokens, tokens, device=DEVICE)
     compiled = torch.compile(flex.flex_attention, dynamic=False)
