@@ -12,8 +12,8 @@ def missing_primitive_reason() -> str | None:
     """What this jax lacks of the two primitives, in words; None when they are there."""
     try:
         module = _private()
-        module._dot_product_attention_fwd_p_wrapper, module._dot_product_attention_bwd_p_wrapper
-        module.MaskType.CAUSAL, module.MaskType.PADDING, module.AttentionLayout.BTNH
+        _ = (module._dot_product_attention_fwd_p_wrapper, module._dot_product_attention_bwd_p_wrapper,
+             module.MaskType.CAUSAL, module.MaskType.PADDING, module.AttentionLayout.BTNH)
     except (ImportError, AttributeError) as error:
         return f"jax {jax.__version__} has no cuDNN attention as this library knows it ({error})"
     return None

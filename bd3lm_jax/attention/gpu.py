@@ -145,7 +145,7 @@ def _block_causal(full: Flash, size: int) -> Flash:
     def calls(q_BxGxN, k_BxP, v_BxP, q_tokens, kv_tokens):
         for start in range(0, q_BxGxN.shape[2], size):
             rows, keys = slice(start, start + size), slice(start + size)
-            q_part, kv_part = (jax.tree.map(lambda x: x[..., part], tokens)
+            q_part, kv_part = (jax.tree.map(lambda x, part=part: x[..., part], tokens)
                                for tokens, part in ((q_tokens, rows), (kv_tokens, keys)))
             yield rows, (q_BxGxN[:, :, rows], k_BxP[:, keys], v_BxP[:, keys], q_part, kv_part)
 

@@ -149,7 +149,7 @@ class _Mask(pallas.Mask):
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
         key = tuple((part.start, part.stop) for part in index)
         if key not in self.tiles:
-            q, kv = (jax.tree.map(lambda x: x[part], self.tokens) for part in index)
+            q, kv = (jax.tree.map(lambda x, part=part: x[part], self.tokens) for part in index)
             tile = np.asarray(_allowed(self.layout.rule, q.expand(1), kv.expand(0)))
             self.tiles[key] = self.unique_tiles.setdefault(tile.tobytes(), tile)
         return self.tiles[key]

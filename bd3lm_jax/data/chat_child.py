@@ -8,6 +8,7 @@ jinja2; the limits of the process stop loops and texts without end.
 """
 
 import datetime
+import functools
 import json
 import sys
 
@@ -103,16 +104,13 @@ def main() -> None:
         template = make_environment(setup["now"]).from_string(setup["template"])
         return {"texts": []}
 
+    def render_calls(messages: list, calls: list) -> dict:
+        return {"texts": [render(template, variables, messages[:count], prompts_answer, limits["characters"])
+                          for count, prompts_answer in calls]}
+
     answer(compile_template)
     for line in sys.stdin:
-        request = json.loads(line)
-        answer(
-            lambda: {
-                "texts": [
-                    render(template, variables, request["messages"][:count], prompts_answer, limits["characters"])
-                    for count, prompts_answer in request["calls"]
-                ]
-            })
+        answer(functools.partial(render_calls, **json.loads(line)))
 
 
 if __name__ == "__main__":

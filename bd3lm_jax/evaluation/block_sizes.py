@@ -29,8 +29,9 @@ def curve(workdir: str, *, split: str, estimator: str, draws: int, seed: int, we
     if len(sizes) < 2:
         raise UserError(f"{workdir} was trained with blocks of {min(sizes)} tokens only: a curve needs a model of "
                         "diffusion.kind='mixed'")
-    assert lm.tokenizer is not None  # of a run
-    text, rows = RowsWithBytes(prepare(lm.corpus(workdir), split, lm.config.block_size, lm.tokenizer), lm.tokenizer), []
+    corpus = lm.corpus(workdir)
+    assert lm.tokenizer is not None  # what has a corpus is a run, which brings its tokenizer
+    text, rows = RowsWithBytes(prepare(corpus, split, lm.config.block_size, lm.tokenizer), lm.tokenizer), []
     for size in sizes:
         bound = _likelihood(open_run(workdir, weights, batch, size), text, estimator, draws, seed)
         rows.append({"block_size": size, **bound, **_speed(lm.at_block_size(size), seed)})

@@ -5,7 +5,6 @@ keys and values of the blocks before it. (The sampler's first call of a block st
 precision; here every call sees what is stored, as the sampler's later calls do.)
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
