@@ -12,12 +12,12 @@ from functools import partial
 
 import numpy as np
 
-from bd3lm_jax.core import stats
 from bd3lm_jax.config import Config
+from bd3lm_jax.core import stats
 from bd3lm_jax.data import corpora
 from bd3lm_jax.data.prepare import prepare_tokenizer
-from bd3lm_jax.data.tokenizers import ByteTokenizer
 from bd3lm_jax.data.textmetrics import ngram_nats
+from bd3lm_jax.data.tokenizers import ByteTokenizer
 from configs import tiny
 
 DOCUMENTS = (3, 10, 30, 200, 1035)

@@ -73,7 +73,8 @@ def test_nothing_is_imported_from_a_later_layer():
 
 @pytest.mark.parametrize("source, expected", [
     ({"a": "import bd3lm_jax.b", "b": ""}, []),
-    ({"a": "def f():\n    from bd3lm_jax import b", "b": "from bd3lm_jax.a import f"}, [{"bd3lm_jax.a", "bd3lm_jax.b"}]),
+    ({"a": "def f():\n    from bd3lm_jax import b", "b": "from bd3lm_jax.a import f"},
+     [{"bd3lm_jax.a", "bd3lm_jax.b"}]),
     ({"a": "if TYPE_CHECKING:\n    from bd3lm_jax.b import X", "b": "from bd3lm_jax.c import Y",
       "c": "import bd3lm_jax.a"}, [{"bd3lm_jax.a", "bd3lm_jax.b", "bd3lm_jax.c"}]),
 ])

@@ -49,9 +49,10 @@ def test_a_file_of_ones_own_is_suggested(folder):
         arguments.load_config("configs/quetzl.py", [])
 
 
-@pytest.mark.parametrize("argv, program", [
-    (["/usr/bin/bd3lm", "train"], "bd3lm"), (["/home/me/launch/__main__.py"], "python -m launch"), (["-c"], "python -m "
-                                                                                                    "launch"), ([], "python -m launch")])
+@pytest.mark.parametrize("argv, program", [(["/usr/bin/bd3lm", "train"], "bd3lm"),
+                                           (["/home/me/launch/__main__.py"], "python -m launch"),
+                                           (["-c"], "python -m "
+                                            "launch"), ([], "python -m launch")])
 def test_the_command_that_was_typed(folder, monkeypatch, capsys, argv, program):
     monkeypatch.setattr(sys, "argv", argv)
     assert command_line("train") == f"{program} train"

@@ -64,6 +64,7 @@ def test_a_batch_may_lack_some_of_the_sizes(monkeypatch):
 
 def test_kernels_with_one_mask_for_all_rows_refuse():
     spec = mixed_spec((1, 4), [64], 64)
-    for reason in (splash.unsupported_reason(spec, 64, jnp.float32, 64), gpu.unsupported_reason(spec, 64, jnp.bfloat16)):
+    for reason in (splash.unsupported_reason(spec, 64, jnp.float32, 64), gpu.unsupported_reason(spec, 64,
+                                                                                                jnp.bfloat16)):
         assert "blocks of several sizes" in reason
     assert splash.unsupported_reason(spec.replace(min_block_size=None), 64, jnp.float32, 64) is None

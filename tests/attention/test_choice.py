@@ -87,7 +87,8 @@ def test_tpu_takes_splash_where_it_can(monkeypatch, said):
     monkeypatch.setattr(splash, "unsupported_reason", lambda spec, head_size, dtype, tokens: None)
     assert choose("auto", "tpu") == ("splash", "fastest on tpu")
     assert not said.records
-    monkeypatch.setattr(splash, "unsupported_reason", lambda *arguments: f"no {arguments[1]}, {arguments[2]}, {arguments[3]}")
+    monkeypatch.setattr(splash, "unsupported_reason",
+                        lambda *arguments: f"no {arguments[1]}, {arguments[2]}, {arguments[3]}")
     assert choose("auto", "tpu") == ("blocked", "'splash' cannot run: no 64, bfloat16, 256")
     assert [record.getMessage() for record in said.records] == [
         "attention runs on 'blocked', not on 'splash': no 64, bfloat16, 256"]

@@ -81,7 +81,8 @@ def test_what_cannot_run_is_said():
     assert "not 256" in gpu.unsupported_reason(spec, 256, jnp.float16)
     assert "segments" in gpu.unsupported_reason(spec.replace(one_document=False), 64, jnp.bfloat16)
     assert "bidirectional" in gpu.unsupported_reason(spec.replace(rule="bidirectional"), 64, jnp.bfloat16)
-    short = spec.replace(clean=jax.tree.map(lambda x: x[:, :24], spec.clean.replace(noise_sample=None)).replace(noise_sample=0))
+    short = spec.replace(clean=jax.tree.map(lambda x: x[:, :24], spec.clean.replace(noise_sample=None)).replace(
+        noise_sample=0))
     assert "28 clean tokens are needed" in gpu.unsupported_reason(short, 64, jnp.bfloat16)
     with pytest.raises(ValueError, match="28 clean tokens"):
         gpu_attention(short, *streams_for(short, 1, 1, 1, True), None)

@@ -270,7 +270,8 @@ def test_a_lost_process_is_no_fault_of_the_files(tmp_path, monkeypatch, call, me
     with pytest.raises(RunError, match="could not save|is damaged|can be read"):
         call()
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(distributed, "allgather_texts", lambda text: [text] if text.startswith("[") else Manager(error).fail())
+    monkeypatch.setattr(distributed, "allgather_texts",
+                        lambda text: [text] if text.startswith("[") else Manager(error).fail())
     with pytest.raises(ValueError) as caught:
         call()
     assert caught.value.__cause__ is error and distributed.is_lost_peer(caught.value)

@@ -73,7 +73,8 @@ def test_a_step_by_name_and_number(tmp_path):
             assert int(checkpoints.restore(ABSTRACT, which)[0].step) == step
             tree, _, found = checkpoints.restore_params("ema", ABSTRACT.ema, which)
             assert found == step and tree["w"][0] == step
-        with pytest.raises(CheckpointNotFound, match="no step 4 in .*: there are 1, 2, 3; give one of these as --step") as error:
+        with pytest.raises(CheckpointNotFound,
+                           match="no step 4 in .*: there are 1, 2, 3; give one of these as --step") as error:
             checkpoints.restore(ABSTRACT, 4)
         assert error.value.exit_code == 2
 
@@ -82,7 +83,8 @@ def test_without_validation_there_is_no_best(tmp_path):
     saved(tmp_path, (None, None), 2, 1)
     with Checkpoints(tmp_path, 2, read_only=True) as checkpoints:
         assert checkpoints.best_step() is None
-        with pytest.raises(CheckpointNotFound, match="was validated, so that none is the best: there are 1, 2; give one of these"):
+        with pytest.raises(CheckpointNotFound,
+                           match="was validated, so that none is the best: there are 1, 2; give one of these"):
             checkpoints.restore(ABSTRACT, "best")
 
 

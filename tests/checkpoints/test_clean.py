@@ -79,7 +79,8 @@ def test_nothing_that_a_living_process_holds(tmp_path):
 def test_what_is_begun_after_it_was_found_stays(tmp_path):
     make(tmp_path / f"{ROWS}.parts" / "000000-a.npz", 2 * DAY)
     (leftover,) = clean.find([tmp_path], DAY)
-    code = BUILD.replace("workspace.directory(Path(sys.argv[1]), \"builds\")", "lock.hold_waiting(Path(sys.argv[1]), '')")
+    code = BUILD.replace("workspace.directory(Path(sys.argv[1]), \"builds\")",
+                         "lock.hold_waiting(Path(sys.argv[1]), '')")
     code = code.replace("import workspace", "import lock").replace("made.name", "made")
     with subprocess.Popen([sys.executable, "-c", code, str(leftover.lock)], cwd=ROOT, text=True,
                           stdout=subprocess.PIPE) as process:

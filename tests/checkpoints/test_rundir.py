@@ -182,7 +182,8 @@ def test_a_config_that_was_changed_is_refused(tmp_path, config, old, new, sealed
         path.write_text(json.dumps({key: x for key, x in stored.items() if key not in ("crc32", "files_sha256")}))
         assert rundir.read(tmp_path / "run")[0] == config
     damage(path, old, new)
-    for use in (lambda: rundir.read(tmp_path / "run"), lambda: rundir.create_or_validate(tmp_path / "run", config, BYTES),
+    for use in (lambda: rundir.read(tmp_path / "run"),
+                lambda: rundir.create_or_validate(tmp_path / "run", config, BYTES),
                 lambda: rundir.planned_steps(tmp_path / "run")):
         with pytest.raises(UserError, match="config.json was changed since training wrote it.*in another --workdir"):
             use()

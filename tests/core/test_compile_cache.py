@@ -11,7 +11,8 @@ from toy_runs import ROOT, environment, losses, write_text
 
 from bd3lm_jax.core import compile_cache, paths
 
-X86 = "processor : 0\nvendor_id : GenuineIntel\nmodel name : Xeon\nflags : fpu sse4_2 avx2\ncpu MHz : {}\n\nprocessor : 1\n"
+X86 = ("processor : 0\nvendor_id : GenuineIntel\nmodel name : Xeon\nflags : fpu sse4_2 avx2\ncpu MHz : {}\n\n"
+       "processor : 1\n")
 TRAIN = """
 import sys
 from pathlib import Path

@@ -72,7 +72,8 @@ def test_a_device_is_written_and_never_replaced(tmp_path):
     files.write("/dev/null", b"a")
     assert os.stat("/dev/null").st_ino == before
     if os.path.exists("/dev/full"):
-        with pytest.raises(RunError, match="cannot write /dev/full: No space left on device; free some space, or choose"):
+        with pytest.raises(RunError,
+                           match="cannot write /dev/full: No space left on device; free some space, or choose"):
             with files.errors("/dev/full", "choose another --out"):
                 files.write("/dev/full", b"a")
 
@@ -85,8 +86,8 @@ def test_a_link_stays_one(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["link", "there"]
 
 
-@pytest.mark.parametrize("number, work_started, kind", [(28, False, RunError), (30, False, UserError), (30, True, RunError),
-                                                        (13, False, UserError)])
+@pytest.mark.parametrize("number, work_started, kind", [(28, False, RunError), (30, False, UserError),
+                                                        (30, True, RunError), (13, False, UserError)])
 def test_exit_codes_of_disks(number, work_started, kind):
     with pytest.raises(kind) as error, files.errors("a", "choose another --out", work_started):
         raise OSError(number, "why")

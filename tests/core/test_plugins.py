@@ -69,8 +69,8 @@ common.OBJECTIVES["halves"] = ({**common.MASKED, "kind": "halves"}, {})
 '''
 REGISTRIES = (OBJECTIVES, BACKBONES, SCHEDULES, SAMPLERS, SOURCES, common.OBJECTIVES)
 SMALL = ("--config.model.layers=1", "--config.model.width=32", "--config.model.heads=2", "--config.train.batch=8",
-         "--config.data.tokenizer=bytes", "--config.data.length=32", "--config.train.steps=2", "--config.eval.samples=0",
-         "--config.optim.warmup_steps=0", "--config.optim.schedule=constant")
+         "--config.data.tokenizer=bytes", "--config.data.length=32", "--config.train.steps=2",
+         "--config.eval.samples=0", "--config.optim.warmup_steps=0", "--config.optim.schedule=constant")
 
 
 def forget(name: str = "outside") -> None:
@@ -104,8 +104,8 @@ def run(capsys, *words: str) -> tuple[int, str]:
 @pytest.mark.ci_slow
 def test_one_of_each_kind_trains_evaluates_and_samples(outside, capsys):
     workdir = f"--workdir={outside / 'run'}"
-    code, said = run(capsys, "train", "--import=outside", workdir, "--config=configs/tiny.py:algo=halves,block_size=4", *SMALL,
-                     "--config.data.source=numbers", "--config.diffusion.schedule=cubic",
+    code, said = run(capsys, "train", "--import=outside", workdir, "--config=configs/tiny.py:algo=halves,block_size=4",
+                     *SMALL, "--config.data.source=numbers", "--config.diffusion.schedule=cubic",
                      "--config.diffusion.corruption=bernoulli")
     assert code == 0, said
     stored = json.loads((outside / "run" / "config.json").read_text())

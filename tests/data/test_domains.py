@@ -61,7 +61,8 @@ def test_a_local_file_is_detokenised_and_its_words_counted(opened, tmp_path):
     text = opened("wikitext2", data_dir=str(tmp_path))
     assert texts(text) == ["= Heading =", "It is a well-known <unk>."]
     assert text.words_D.tolist() == [3 + 1, 8 + 1]
-    without_ends = opened("wikitext2", data_dir=str(tmp_path), convention=ScoringConvention("independent", 0, "skip", "skip"))
+    without_ends = opened("wikitext2", data_dir=str(tmp_path),
+                          convention=ScoringConvention("independent", 0, "skip", "skip"))
     assert without_ends.words_D.tolist() == [3, 8]
     assert without_ends.document_bytes().tolist() == [len(line) for line in texts(text)]
 

@@ -35,13 +35,15 @@ def test_many_processes_some_of_them_killed(text_config, tmp_path, monkeypatch):
     data = text_config(tokenizer="bpe:270")
     asked = {"data": dataclasses.asdict(data), "processes": 24, "killed": 4, "within_s": 0.5, "part_chars": PART,
              "seed": 0}
-    done = subprocess.run([sys.executable, "-m", "bd3lm_jax.experiments.bench.concurrent_prepare", json.dumps(asked)], env=environment(),
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-m", "bd3lm_jax.experiments.bench.concurrent_prepare",
+                           json.dumps(asked)], env=environment(), capture_output=True, text=True, timeout=300)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["errors"] == [] and found["codes"] == [0] * 20
     prepare(data, "train", 4, prepare_tokenizer(data))  # tidies up after the killed ones
     assert sorted(name.split("-")[0] for name in os.listdir(data.cache_dir)) == ["text", "tokenizer"]
-    assert found["contents"] == [concurrent_prepare.content(text_config(tokenizer="bpe:270", cache_dir=str(tmp_path / "alone")))]
+    assert found["contents"] == [
+        concurrent_prepare.content(text_config(tokenizer="bpe:270", cache_dir=str(tmp_path / "alone")))
+    ]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

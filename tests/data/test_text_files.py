@@ -82,7 +82,7 @@ def test_nulls_of_mixed_schemas(data_config, tmp_path):
 def test_packed_files_in_any_case(data_config, tmp_path, name):
     packed = {"xz": lzma.compress, "gz": gzip.compress, "z2": bz2.compress}.get(name[-2:].lower(), bytes)
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / name).write_bytes(packed("one\ntwo\nthree\n".encode()))
+    (tmp_path / "in" / name).write_bytes(packed(b"one\ntwo\nthree\n"))
     for path in (tmp_path / "in", tmp_path / "in" / name):
         assert list(load_documents(data_config(source="text", path=str(path)), "all")) == ["one", "two", "three"]
 
@@ -93,12 +93,14 @@ def test_packed_files_without_the_name_of_one(tmp_path, pack):
     assert [line for _, line in text_files.lines(tmp_path / "a")] == ["one", "two"]
 
 
-FOREIGN = {"a.parquet": (b"PAR1\x15\x04\xff\xfe", "is a Parquet file, which is not read here: write its rows as JSON lin"),
-           "a.jsonl.zst": (b"\x28\xb5\x2f\xfd\x04\x00", "is packed with zstd, which is not read here: unpack it: zstd -d"),
-           "a.zip": (b"PK\x03\x04\xff", "is a zip archive, which is not read here: unpack it: unzip"),
-           "a.arrow": (b"ARROW1\0\0\xff", "is an Arrow file"), "a.7z": (b"7z\xbc\xaf\x27\x1c", "is a 7z archive"),
-           "a.txt": ("é".encode("utf-16"), "is UTF-16 text, which is not read here: write it as UTF-8: iconv -f UTF-16"),
-           "b.txt": (b"\xfe\xff\0a", "is UTF-16 text"), "c.txt": ("a".encode("utf-32"), "is UTF-32 text")}
+FOREIGN = {
+    "a.parquet": (b"PAR1\x15\x04\xff\xfe", "is a Parquet file, which is not read here: write its rows as JSON lin"),
+    "a.jsonl.zst": (b"\x28\xb5\x2f\xfd\x04\x00", "is packed with zstd, which is not read here: unpack it: zstd -d"),
+    "a.zip": (b"PK\x03\x04\xff", "is a zip archive, which is not read here: unpack it: unzip"),
+    "a.arrow": (b"ARROW1\0\0\xff", "is an Arrow file"), "a.7z": (b"7z\xbc\xaf\x27\x1c", "is a 7z archive"),
+    "a.txt": ("é".encode("utf-16"), "is UTF-16 text, which is not read here: write it as UTF-8: iconv -f UTF-16"),
+    "b.txt": (b"\xfe\xff\0a", "is UTF-16 text"), "c.txt": ("a".encode("utf-32"), "is UTF-32 text")
+}
 
 
 @pytest.mark.parametrize("name", FOREIGN)

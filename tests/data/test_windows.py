@@ -131,4 +131,5 @@ def test_nothing_left_to_score(data_config, tmp_path):
     data = data_config(source="text", path=str(tmp_path / "a.txt"), length=2)
     rows = prepare(data, "all", 1, prepare_tokenizer(data))
     with pytest.raises(UserError, match="no token is left to score"):
-        rows_to_score(rows, ScoringConvention("independent", 0, "skip", "skip"), within_documents=True, block_size=1, end_id=END)
+        rows_to_score(rows, ScoringConvention("independent", 0, "skip", "skip"), within_documents=True, block_size=1,
+                      end_id=END)

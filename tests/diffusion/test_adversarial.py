@@ -76,7 +76,8 @@ def drawn(it, views, number, learned_params=None, seed=0):
     """Views of `number` copies of one block of tokens, the third of which may not be masked."""
     x0 = np.broadcast_to(ROWS[0, :SIZE], (number, SIZE))
     segment = np.broadcast_to(np.array([1, 1, 0, 1]), x0.shape)
-    return quick_jit(lambda key: it.corrupt(key, x0, segment, views, VOCAB, END, learned_params=learned_params))(jax.random.key(seed))
+    return quick_jit(lambda key: it.corrupt(key, x0, segment, views, VOCAB, END, learned_params=learned_params))(
+        jax.random.key(seed))
 
 
 @pytest.mark.parametrize("told", [False, True])
@@ -220,7 +221,9 @@ def trained():
                                          "compute.microbatch": 4, "optim.ema": 0.0})
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=MASK + 1))
     model, params = network(config, scale=0.1)
-    params = params | {OBJECTIVE_PARAMS: parameters.init(model, config.diffusion, 0, jax.random.key(0))[OBJECTIVE_PARAMS]}
+    params = params | {
+        OBJECTIVE_PARAMS: parameters.init(model, config.diffusion, 0, jax.random.key(0))[OBJECTIVE_PARAMS]
+    }
     tx = optax.adam(2e-2)
     step = quick_jit(make_step(config, model, tx, SpecialIds(MASK, END)))
     state = TrainState(jnp.int32(0), params, {}, tx.init(params))

@@ -129,7 +129,8 @@ def counts(floor=0.1, decay=0.9, size=SIZE):
 def table_step(objective, schedule, key, state):
     """A training step without a network: the loss a block and view, the state after it, the masked tokens a row."""
     views = 2
-    noised = objective.corrupt(key, TOKENS_BxL, PADDED_BxL, views, MASK, END, schedule.distribution(state, LENGTH // SIZE))
+    noised = objective.corrupt(key, TOKENS_BxL, PADDED_BxL, views, MASK, END,
+                               schedule.distribution(state, LENGTH // SIZE))
     losses, masked = table_losses(noised.xt_BxMxL), noised.weight_BxMxL > 0
     state = schedule.update_state(state, schedule.batch_statistics(losses, masked))
     estimates = (losses * noised.weight_BxMxL).reshape(ROWS, views, -1, SIZE).sum(-1)
@@ -158,7 +159,8 @@ def enumerated_bound(n):
 def test_the_law_converges_to_the_best_one():
     schedule, best = counts(floor=0.1, decay=0.99), best_law()
     state = schedule.first()
-    np.testing.assert_array_equal(schedule.distribution(state, 1).probs_S, np.full(SIZE, RESOLUTION // SIZE))  # nothing known
+    # nothing known
+    np.testing.assert_array_equal(schedule.distribution(state, 1).probs_S, np.full(SIZE, RESOLUTION // SIZE))
     for step in range(150):
         _, state, _, _ = table_step(UNIFORM, schedule, jax.random.key(step), state)
     middle = (SIZE + 1) / 2

@@ -129,8 +129,8 @@ def loss_by_hand():
     ids = len(table) + np.arange(len(soft_inputs)).reshape(BATCH, VIEWS, LENGTH).astype(np.int32)
 
     def logits(params):
-        h = forward.two_stream(model, params, ids, rows["tokens"], rows["positions"], rows["segments"], block_size=BLOCK,
-                               sigma_BxMxn=noised.sigma_BxMxK, execution=DEFAULT_EXECUTION)
+        h = forward.two_stream(model, params, ids, rows["tokens"], rows["positions"], rows["segments"],
+                               block_size=BLOCK, sigma_BxMxn=noised.sigma_BxMxK, execution=DEFAULT_EXECUTION)
         return trunk.logits(model, params, h, noised.sigma_BxMxK)
 
     found = np.asarray(quick_jit(logits)(changed), np.float64)

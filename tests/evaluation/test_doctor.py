@@ -41,7 +41,8 @@ def test_attention_that_sees_too_much_is_found(monkeypatch):
 
 
 def test_sampler_that_draws_wrong_tokens_is_found(monkeypatch):
-    module = sys.modules["bd3lm_jax.generation.sampling.generate"]  # the package's attribute of that name is the function
+    # the package's attribute of that name is the function
+    module = sys.modules["bd3lm_jax.generation.sampling.generate"]
     monkeypatch.setattr(module, "sample_categorical", lambda keys, logits: logits.argmin(-1))
     with pytest.raises(doctor.RunError, match="every token is certain"):
         doctor._sampler()

@@ -324,7 +324,8 @@ def test_names_are_readable_stable_and_distinct():
 @pytest.mark.parametrize(("overrides", "xlabel", "drawn"), [
     ([{"optim.lr": lr, "seed": seed} for lr, seed in itertools.product((0.1, 0.01, 0.001), (0, 1))], "learning rate",
      {"seed 0": [0.001, 0.01, 0.1], "seed 1": [0.001, 0.01, 0.1]}),
-    ([{"optim.schedule": "cosine"}, {}], "", {"": ["BD3-LM, S = 4, schedule constant", "BD3-LM, S = 4, schedule cosine"]}),
+    ([{"optim.schedule": "cosine"}, {}], "",
+     {"": ["BD3-LM, S = 4, schedule constant", "BD3-LM, S = 4, schedule cosine"]}),
     ([{"optim.schedule": "cosine"}, {"optim.schedule": "wsd", "optim.lr": 0.1}], "learning rate",
      {"schedule cosine": [0.01], "schedule wsd": [0.1]}),
 ])

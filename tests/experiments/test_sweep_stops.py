@@ -79,7 +79,8 @@ def test_a_given_up_run_goes_on_without_the_rule(stage):
 
 def test_only_runs_of_equal_training_are_held_against_each_other(stage):
     stage.overrides = [{"train.batch": 16}, {"train.steps": 12}, {}]
-    assert stage.sweep(give_up=StoppingRule(margin=0.1, after=0.0))["ok"] is False  # the report of the second has step 6
+    # the report of the second has step 6
+    assert stage.sweep(give_up=StoppingRule(margin=0.1, after=0.0))["ok"] is False
     assert [run["status"] for run in stage.sweep(dry_run=True)["runs"]] == ["finished", "failed", "finished"]
 
 

@@ -186,4 +186,5 @@ def test_ratios_and_their_intervals():
     assert other["gradient_ratio"] == pytest.approx((1 / 2.25) / (2 / 9))
     assert linear["published_ratio"] == 1 and other["published_ratio"] is None
     with pytest.raises(UserError, match="4 blocks, too few for each of the 2 counts"):
-        variance._compare(np.pad(sums, ((0, 0), (0, 1), (0, 0))), moments, {"linear": [1.0] * 2, "other": [1.0] * 2}, {})
+        variance._compare(np.pad(sums, ((0, 0), (0, 1), (0, 0))), moments, {"linear": [1.0] * 2, "other": [1.0] * 2},
+                          {})

@@ -39,13 +39,15 @@ def by_hand(lm, ids_BxN, first, outside, level_B):
     own = []
     for i in range(count):
         variables = {"params": jax.tree.map(lambda x, i=i: x[i], params[name])}
-        q, k, v = (np.asarray(x, np.float64) for x in block.apply(variables, h, cond, rotary, True, method=block.project_qkv))
+        q, k, v = (np.asarray(x, np.float64)
+                   for x in block.apply(variables, h, cond, rotary, True, method=block.project_qkv))
         own.append((k, v))
         if outside is not None:
             k, v = (np.concatenate([x, y], axis=1) for x, y in zip((k, v), outside[i]))
         scores = np.exp(np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1]))
         attended = np.einsum("bhqk,bkhd->bqhd", scores / scores.sum(-1, keepdims=True), v)
-        h, _ = block.apply(variables, h, jnp.asarray(attended, jnp.float32), cond, None, method=block.attention_output_and_mlp)
+        h, _ = block.apply(variables, h, jnp.asarray(attended, jnp.float32), cond, None,
+                           method=block.attention_output_and_mlp)
     return np.asarray(model.head.apply({"params": params["head"]}, h, cond)), own
 
 

@@ -133,7 +133,7 @@ def test_every_length_is_filled_as_if_it_were_the_only_one():
 def test_the_length_that_makes_the_text_after_it_likeliest_wins():
     """Block size 1: the criterion is the likelihood of fixed tokens by the chain rule, from the raw logits."""
     lm = make_lm(masked(1), tokenizer=LETTERS)
-    texts = ["abc[MASK:{}]fgh[MASK:{}]kk".format(a, b) for a in (1, 2, 3) for b in (1, 2)]
+    texts = [f"abc[MASK:{a}]fgh[MASK:{b}]kk" for a in (1, 2, 3) for b in (1, 2)]
     alone = [fill(lm, [text], seed=7)[0] for text in texts]
     by_hand = []
     for one in alone:

@@ -23,7 +23,8 @@ def whole_row_logits(model, params, objective, xt_1xL, level):
     if objective.causal:
         ids = jnp.pad(xt_1xL, ((0, 0), (1, 0)), constant_values=END)[:, :-1]
         seen = segment if objective.bos else (position > 0).astype(jnp.int32)
-        h = forward.one_stream(model, params, ids, position, seen, rule="causal", block_size=1, execution=DEFAULT_EXECUTION)
+        h = forward.one_stream(model, params, ids, position, seen, rule="causal", block_size=1,
+                               execution=DEFAULT_EXECUTION)
         return trunk.logits(model, params, h)[0]
     sigma = None
     if model.config.time_conditioning:

@@ -82,7 +82,8 @@ def test_samples_and_stops(name):
     stop = sample.text[-4:-2]
     cut = generation.postprocess(lm, make_options(stop=[stop]), ids[prompt:], 1, "length", ids[:prompt])
     assert cut.text == sample.text[:sample.text.index(stop)] and cut.stop == "string"
-    assert decode_continuation(tokenizer, ids[:prompt], cut.tokens) == cut.text[:len(decode_continuation(tokenizer, ids[:1], cut.tokens))]
+    assert decode_continuation(tokenizer, ids[:prompt],
+                               cut.tokens) == cut.text[:len(decode_continuation(tokenizer, ids[:1], cut.tokens))]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -31,7 +31,8 @@ def test_bad_options(options, message):
 
 @pytest.mark.parametrize("options, message", [
     ({"block_size": 12, "sampler": "remdm_cap"}, "sampler 'remdm_cap' rewrites the whole block: leave block_size out"),
-    ({"block_size": 25}, "block_size is 25, expected 1 to 24"), ({"block_size": 0}, "block_size is 0, expected 1 to 24"),
+    ({"block_size": 25}, "block_size is 25, expected 1 to 24"),
+    ({"block_size": 0}, "block_size is 0, expected 1 to 24"),
     ({"stop": ["a", ""]}, "a stop string is empty")])
 def test_bad_options_of_a_bidirectional_model(options, message):
     with pytest.raises(UserError, match=message):

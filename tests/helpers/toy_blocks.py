@@ -82,7 +82,8 @@ def begin(context, request, tokens_BxL, first_block=0):
 
 def write(request, tokens_BxL, sampler, setting):
     context = ask(sampler, setting)
-    progress = run_blocks(context, request, begin(context, request, tokens_BxL), tokens_BxL.shape[1] // setting.block_size)
+    progress = run_blocks(context, request, begin(context, request, tokens_BxL),
+                          tokens_BxL.shape[1] // setting.block_size)
     return progress.tokens, progress.stopped, progress.nfe
 
 

@@ -266,7 +266,8 @@ def test_prepare_counts_rows_and_tokens(capsys, tmp_path):
 
 def test_bench_lists_and_runs(capsys, monkeypatch):
     calls, module = [], types.SimpleNamespace(__doc__="Steps of training.\n\nAt length.")
-    stand_in(monkeypatch, "bd3lm_jax.experiments.bench", bench=recorder(calls, {"ratio": 1.5}), BENCHES={"step": module})
+    stand_in(monkeypatch, "bd3lm_jax.experiments.bench", bench=recorder(calls, {"ratio": 1.5}),
+             BENCHES={"step": module})
     code, out, err = run(capsys, "bench")
     assert (code, out) == (0, '{"benches": ["step"]}\n') and "Steps of training." in err and not calls
     for words in (("step", "--rounds=3"), ("--rounds=3", "step"), ("--name=step", "--rounds=3")):

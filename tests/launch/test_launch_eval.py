@@ -60,7 +60,8 @@ def test_task(capsys, calls):
           "sampler": {"sampler": "confidence", "temperature": 0.0, "block_size": 8}}),
         ("evaluate_task", ("w",),
          {"task": "humaneval", "file": "", "against": "", "allow_code_execution": True,
-          "unsafe_code_execution": False, "num_problems": 0, "draws_per_problem": 1, "shots": 0, "seed": 0, "weights": "ema", "sampler": {}})]
+          "unsafe_code_execution": False, "num_problems": 0, "draws_per_problem": 1, "shots": 0, "seed": 0,
+          "weights": "ema", "sampler": {}})]
 
 
 def test_a_likelihood_without_other_flags(capsys, calls):

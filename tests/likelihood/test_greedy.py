@@ -27,7 +27,8 @@ def changed(pairs):
     draw = np.random.default_rng(0)
     for prompt, text in pairs:
         at = draw.integers(len(text))
-        yield prompt, [(token + 1 + draw.integers(MASK - 2)) % MASK if i == at else token for i, token in enumerate(text)]
+        yield prompt, [(token + 1 + draw.integers(MASK - 2)) % MASK if i == at else token
+                       for i, token in enumerate(text)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, pytest.param(5, marks=pytest.mark.ci_slow), 7])

@@ -1,5 +1,6 @@
 """GPT-2, BERT and ModernBERT in every pass of the trunk: who influences whom by gradients, cached = uncached, and what
-may not change the numbers. What the layers compute is compared with published outputs in tests/checkpoints/published."""
+may not change the numbers. What the layers compute is compared with published outputs in
+tests/checkpoints/published."""
 
 import dataclasses
 import functools

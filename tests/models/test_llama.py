@@ -44,7 +44,8 @@ def two_stream(model, params, xt, x0, execution=trunk.Execution("dense", "scan",
 @functools.partial(jax.jit, static_argnames=("model", "rule"))
 def one_stream(model, params, ids, rule):
     position, segment = forward.single_document_rows(ids)
-    h = forward.one_stream(model, params, ids, position, segment, rule=rule, block_size=BLOCK, execution=forward.DEFAULT_EXECUTION)
+    h = forward.one_stream(model, params, ids, position, segment, rule=rule, block_size=BLOCK,
+                           execution=forward.DEFAULT_EXECUTION)
     return trunk.logits(model, params, h)
 
 

@@ -60,7 +60,8 @@ def two_stream_logits(model, params, xt_BxMxL, x0_BxL, position, segment, *, blo
 
 
 @functools.partial(jax.jit, static_argnames=(*STATIC, "rule"))
-def one_stream_logits(model, params, ids_BxL, position, segment, *, rule, block_size, sigma=None, execution=DEFAULT_EXECUTION):
+def one_stream_logits(model, params, ids_BxL, position, segment, *, rule, block_size, sigma=None,
+                      execution=DEFAULT_EXECUTION):
     h = forward.one_stream(model, params, ids_BxL, position, segment, rule=rule, block_size=block_size, sigma_Bxn=sigma,
                            execution=execution)
     return trunk.logits(model, params, h, sigma)
@@ -105,8 +106,8 @@ def test_block_causal_stream_equals_published(name, backend):
 @pytest.mark.parametrize("backend", ["dense", "blocked"])
 def test_autoregression_equals_published(backend):
     model, params, _, io = published("ar")
-    logits = one_stream_logits(model, params, io["x0"], *forward.single_document_rows(io["x0"]), rule="causal", block_size=1,
-                               execution=Execution(backend, "scan", "none", False))
+    logits = one_stream_logits(model, params, io["x0"], *forward.single_document_rows(io["x0"]), rule="causal",
+                               block_size=1, execution=Execution(backend, "scan", "none", False))
     np.testing.assert_allclose(logits, io["logits"], atol=TOLERANCE, rtol=0)
     log_probs = jax.nn.log_softmax(jnp.where(jnp.arange(67) == io["mask_id"], -jnp.inf, logits))
     real = np.arange(67) != io["mask_id"]

@@ -73,7 +73,8 @@ def by_hand(model, params, decoder=CONFIG.decoder_layers):
             query, key, value = block.apply(layer[i], h, cond, rotary, True, method=block.project_qkv)
             keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(kept[i], (key, value)))
             mask = np.concatenate([number[:, None] > number, number[:, None] == number], axis=1)
-            h, _ = block.apply(layer[i], h, attention(query, keys, values, mask), cond, None, method=block.attention_output_and_mlp)
+            h, _ = block.apply(layer[i], h, attention(query, keys, values, mask), cond, None,
+                               method=block.attention_output_and_mlp)
         logits.append(model.head.apply({"params": params["head"]}, h, cond))
     return jnp.stack(logits, axis=1)
 
@@ -193,7 +194,8 @@ def test_a_cache_changes_no_token():
                               np.arange(VOCAB) == MASK, np.float32(0.5))
             settings = Settings(BLOCK, BLOCK, 6, Filters(1.0), MASK, -1)
             denoiser_context = DenoiserContext(functools.partial(denoiser, params), SAMPLERS["first_hitting"], settings)
-            return run_blocks(denoiser_context, request, start(denoiser_context, request, X0, 0, cache), LENGTH // BLOCK).tokens
+            return run_blocks(denoiser_context, request, start(denoiser_context, request, X0, 0, cache),
+                              LENGTH // BLOCK).tokens
         outcomes.append(quick_jit(generate)(params))
     np.testing.assert_array_equal(*outcomes)
     assert np.all(outcomes[0] != MASK)

@@ -386,10 +386,13 @@ def test_what_is_not_wanted_costs_nothing_behind_the_last_attention():
 
     def forward(params, output_positions):
         return trunk.forward(model, params, noised=noised, clean=None, cache=None, write_at=None, rule="block_causal",
-                             block_size=BLOCK, execution=DEFAULT_EXECUTION, dropout_keys=None, output_positions_BxP=output_positions).noised
+                             block_size=BLOCK, execution=DEFAULT_EXECUTION, dropout_keys=None,
+                             output_positions_BxP=output_positions).noised
 
     every, some = jax.jit(lambda p: (forward(p, None), forward(p, output_positions)))(params)
-    np.testing.assert_allclose(some, np.take_along_axis(np.asarray(every), output_positions[:, None, :, None], 2), atol=1e-5)
-    saved = flops.count(lambda p: forward(p, None), params) - flops.count(lambda p: forward(p, output_positions), params)
+    np.testing.assert_allclose(some, np.take_along_axis(np.asarray(every), output_positions[:, None, :, None], 2),
+                               atol=1e-5)
+    saved = flops.count(lambda p: forward(p, None), params) - flops.count(lambda p: forward(p, output_positions),
+                                                                          params)
     width = CONFIG.width
     assert saved == 2 * (LENGTH - 2) * 2 * (width * width + 2 * CONFIG.mlp_ratio * width * width)

@@ -336,7 +336,8 @@ def test_a_lost_peer_is_told_from_an_error_of_ours(monkeypatch):
     assert distributed.is_lost_peer(gone)
     assert not distributed.is_lost_peer(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
     assert not distributed.is_lost_peer(ValueError("Connection closed by peer"))
-    assert distributed.is_lost_peer(ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:1"))
+    assert distributed.is_lost_peer(
+        ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:1"))
     around = ValueError("a save failed")
     around.__cause__ = gone
     assert distributed.is_lost_peer(around)

@@ -90,7 +90,8 @@ def test_as_tpu_programs_are_written():
 def test_what_joins_slices_is_told_apart(slice_size, between):
     """Of the calls above, on eight devices, one gathers from all of them and the others within four."""
     whole, found = hlo.communication(TPU), hlo.communication(TPU, slice_size)
-    assert [kind for kind in found if kind.endswith(hlo.BETWEEN_SLICES)] == [kind + hlo.BETWEEN_SLICES for kind in between]
+    assert [kind for kind in found
+            if kind.endswith(hlo.BETWEEN_SLICES)] == [kind + hlo.BETWEEN_SLICES for kind in between]
     for kind in whole:
         parts = [found[name] for name in (kind, kind + hlo.BETWEEN_SLICES) if name in found]
         assert [sum(values) for values in zip(*parts)] == pytest.approx(list(whole[kind]))

@@ -24,7 +24,8 @@ def sample_max_visible_position(step, size=4, position=POSITION, seed=0):
 
 def tokens(size, noise_sample, max_visible_position=None, segment=None):
     ones = np.ones_like(POSITION)
-    return Tokens(POSITION, POSITION // size, ones if segment is None else segment, noise_sample * ones, max_visible_position)
+    return Tokens(POSITION, POSITION // size, ones if segment is None else segment, noise_sample * ones,
+                  max_visible_position)
 
 
 def dense(size, max_visible_position):
@@ -37,7 +38,8 @@ def dense(size, max_visible_position):
 @pytest.mark.parametrize("size", [1, 4, 12])
 def test_causal_at_first_and_block_causal_at_the_end(size):
     """By enumeration over pairs of tokens, each stream and view."""
-    first, end, plain = dense(size, sample_max_visible_position(0, size)), dense(size, sample_max_visible_position(STEPS, size)), dense(size, None)
+    first, end, plain = dense(size, sample_max_visible_position(0, size)), dense(
+        size, sample_max_visible_position(STEPS, size)), dense(size, None)
     for i in range(2 * LENGTH):
         for j in range(2 * LENGTH):
             (q, q_clean), (kv, kv_clean) = ((x % LENGTH, x >= LENGTH) for x in (i, j))
@@ -74,8 +76,10 @@ def test_tiles_see_what_the_dense_mask_sees():
     max_visible_position = sample_max_visible_position(4, size)
     segment = np.repeat([[1, 2, 0]], 3, 0).repeat(4, 1)
     kept = slice(0, LENGTH - size)
-    noised, clean = tokens(size, 1, max_visible_position, segment), jax.tree.map(lambda x: x[:, kept], tokens(size, 0, max_visible_position, segment))
-    spec = MaskSpec("block_causal", size, True, False, noised.replace(noise_sample=1), clean.replace(noise_sample=0), None)
+    noised, clean = tokens(size, 1, max_visible_position,
+                           segment), jax.tree.map(lambda x: x[:, kept], tokens(size, 0, max_visible_position, segment))
+    spec = MaskSpec("block_causal", size, True, False, noised.replace(noise_sample=1), clean.replace(noise_sample=0),
+                    None)
     streams = (tuple(draw.normal(size=(3, 2, LENGTH, 2, 4)).astype(np.float32) for _ in range(3)),
                tuple(draw.normal(size=(3, LENGTH - size, 2, 4)).astype(np.float32) for _ in range(3)))
 
@@ -87,8 +91,9 @@ def test_tiles_see_what_the_dense_mask_sees():
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), values(blocked_attention),
                  values(dense_attention))
-    closed = dense_attention(spec.replace(noised=spec.noised.replace(max_visible_position=None), clean=spec.clean.replace(max_visible_position=None)),
-                             *streams, None)
+    closed = dense_attention(
+        spec.replace(noised=spec.noised.replace(max_visible_position=None),
+                     clean=spec.clean.replace(max_visible_position=None)), *streams, None)
     assert not np.allclose(closed[0], values(dense_attention)[1][0])
 
 

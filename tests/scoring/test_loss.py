@@ -59,7 +59,11 @@ def test_total_and_its_gradient(chunk, depth):
 
 def test_what_cannot_be_predicted_gets_no_gradient():
     output, features, target, weight = problem()
-    gradient = jax.grad(lambda out: weighted_total(out.exclude_tokens(MASK, KNOWN), features, target, weight, 4))(output)
+
+    def total(out):
+        return weighted_total(out.exclude_tokens(MASK, KNOWN), features, target, weight, 4)
+
+    gradient = jax.grad(total)(output)
     assert np.all(np.asarray(gradient.kernel_DxV)[:, MASK:] == 0) and np.all(np.asarray(gradient.bias_V)[MASK:] == 0)
     gradient = jax.grad(lambda out: weighted_total(out.exclude_tokens(-1, VOCAB), features, target, weight, 4))(output)
     assert np.all(np.any(np.asarray(gradient.kernel_DxV) != 0, axis=0))
@@ -81,8 +85,9 @@ def test_chunks_are_even_and_bounded():
 
 def test_memory_does_not_grow_with_the_positions():
     def temporary(positions):
-        shapes = (OutputLayer(jax.ShapeDtypeStruct((64, 5000), jnp.float32), jax.ShapeDtypeStruct((5000,), jnp.float32)),
-                  jax.ShapeDtypeStruct((1, positions, 64), jnp.float32))
+        kernel, bias, features = (jax.ShapeDtypeStruct(shape, jnp.float32)
+                                  for shape in ((64, 5000), (5000,), (1, positions, 64)))
+        shapes = OutputLayer(kernel, bias), features
         def total(output, features):
             ids = jnp.zeros((1, positions), jnp.int32)
             return weighted_total(output, features, ids, ids + 1.0, 32)

@@ -42,7 +42,8 @@ def make_batch(seed=0):
 def token_losses(model, params, objective, noised, batch):
     """Cross-entropy of every position `[B, M, L]`, none of them gathered; 0 where nothing is masked."""
     whole = noised.replace(capacity=LENGTH)
-    scored = score(model, params, objective, whole, batch["tokens"], batch["positions"], batch["segments"], DEFAULT_EXECUTION)
+    scored = score(model, params, objective, whole, batch["tokens"], batch["positions"], batch["segments"],
+                   DEFAULT_EXECUTION)
     return jnp.where(noised.weight_BxMxL > 0, row_losses(model, params, scored, MASK, 0), 0)
 
 

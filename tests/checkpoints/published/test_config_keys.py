@@ -146,7 +146,7 @@ def test_weights_under_another_name(tmp_path):
     shutil.copy(directory / "weights.safetensors", directory / "more.safetensors")
     with pytest.raises(UserError, match="several files of weights .more.safetensors, weights.safetensors. and no"):
         hf.read_model(directory)
-    names = {name: "weights.safetensors" for name in load_file(directory / "weights.safetensors")}
+    names = dict.fromkeys(load_file(directory / "weights.safetensors"), "weights.safetensors")
     (directory / "other.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     assert hf.read_model(directory)[0] == hf.from_hf_config(HF / "llama")
 

@@ -105,7 +105,8 @@ CLASSES = DATA / "tokenizers" / "classes"
 
 @pytest.mark.parametrize("pre, architecture, layout", [
     ("gpt-2", "llama", "gpt2"), ("qwen2", "qwen2", "qwen2"), ("default", "qwen2", "qwen2"),
-    ("default", "llama", "gpt2"), ("llama-bpe", "llama", "llama3"), ("llama", "llama", "sentencepiece"), ("deepseek-r1-qwen", "qwen2", "qwen2")])
+    ("default", "llama", "gpt2"), ("llama-bpe", "llama", "llama3"), ("llama", "llama", "sentencepiece"),
+    ("deepseek-r1-qwen", "qwen2", "qwen2")])
 def test_ids_of_the_class_in_transformers(tmp_path, capsys, pre, architecture, layout):
     """Each pre-tokenizer splits words in its own way; tests/data/tokenizers/classes/make.py says where ids are from."""
     golden = json.loads((CLASSES / "ids.json").read_text())

@@ -47,7 +47,7 @@ def models(tmp_path, monkeypatch):
         for name, function in answers.items():
             (tmp_path / name).mkdir()
             made[str(tmp_path / name)] = FakeLM(function)
-        return [path for path in made]
+        return list(made)
 
     monkeypatch.setattr("bd3lm_jax.lm.load", lambda path, weights: made[path])
     make.lms = made

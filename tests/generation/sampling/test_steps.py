@@ -188,7 +188,8 @@ def expected_choice(sampler, planned, token_stats, steps, index, threshold):
     """Places that the papers' words reveal, from lists of Python."""
     places = [i for i in range(len(planned)) if planned[i]]
     if sampler in ("confidence", "margin", "entropy"):
-        score = {"confidence": token_stats.confidence, "margin": token_stats.margin, "entropy": -token_stats.entropy}[sampler]
+        score = {"confidence": token_stats.confidence, "margin": token_stats.margin,
+                 "entropy": -token_stats.entropy}[sampler]
         places.sort(key=lambda i: -score[i])
         return set(places[:-(-len(places) // (steps - index))])
     if sampler == "entropy_bound":
@@ -218,8 +219,8 @@ def test_choices_are_the_papers(sampler):
     token_stats = TokenStats(confidence, *draw.random((2, rows, size)).astype(np.float32))
     index, threshold = draw.integers(0, steps, rows), (draw.random(rows) * 1.5).astype(np.float32)
     found = np.asarray(choose(sampler, planned, token_stats, steps, index, threshold))
-    expected = [expected_choice(sampler, planned[i], TokenStats(*(x[i] for x in token_stats[:3])), steps, index[i], threshold[i])
-                for i in range(rows)]
+    expected = [expected_choice(sampler, planned[i], TokenStats(*(x[i] for x in token_stats[:3])), steps, index[i],
+                                threshold[i]) for i in range(rows)]
     assert [set(np.flatnonzero(row).tolist()) for row in found] == expected
     assert len({len(chosen) for chosen in expected}) > 3
 
@@ -247,8 +248,9 @@ def test_rounding_does_not_order_positions(sampler, level):
     noisy = [x + draw.uniform(-3e-7, 3e-7, x.shape) * scale
              for x, scale in zip(plain, (level, level, np.maximum(plain[2], 1)))]
     threshold = np.full(200, 0.37, np.float32)  # none of the sums of entropies, which 0.3 is
-    expected, found = (np.asarray(choose(sampler, planned, TokenStats(*(np.float32(x) for x in token_stats)), 5, index, threshold))
-                       for token_stats in (plain, noisy))
+    expected, found = (
+        np.asarray(choose(sampler, planned, TokenStats(*(np.float32(x) for x in token_stats)), 5, index, threshold))
+        for token_stats in (plain, noisy))
     np.testing.assert_array_equal(found, expected)
 
 

@@ -41,7 +41,7 @@ def one_step(z, p_K, alpha_t, alpha_s):
 
 
 def laws():
-    law, found = {z: KINDS**-SIZE for z in itertools.product(range(KINDS), repeat=SIZE)}, []
+    law, found = dict.fromkeys(itertools.product(range(KINDS), repeat=SIZE), KINDS ** (-SIZE)), []
     for index in range(STEPS):
         t, s = 1 - index / STEPS, 1 - (index + 1) / STEPS
         after = dict.fromkeys(law, 0.0)
