@@ -71,10 +71,14 @@ def _check(runs: dict[str, LM]) -> None:
         if "density" in lm.config.diffusion.extra_batch_keys and not lm.corpus(workdir).density:
             raise UserError(f"{workdir} learnt its densities (noise.adapt='running_loss'), which are not measured "
                             "here: give runs with data.density")
-        same = (lm.config.block_size, lm.config.model, lm.tokenizer.identity)
-        if same != (first.config.block_size, first.config.model, first.tokenizer.identity):
+        if _comparable(lm) != _comparable(first):
             raise UserError(f"{workdir} has another block size, network or tokenizer than {first_dir}: give runs that "
                             "differ in their masks")
+
+
+def _comparable(lm: LM) -> tuple:
+    """Equal for models of which only the masks they were trained with may differ."""
+    return lm.config.block_size, lm.config.model, getattr(lm.tokenizer, "identity", None)
 
 
 def _tags(configs: list[Config]) -> str:
@@ -155,6 +159,7 @@ def _bounds(workdir: str, tags: str, split: str, draws: int, seed: int) -> dict[
 def _noise(lm: LM, first: LM, measure, split: str, batch: int, draws: int, seed: int) -> dict[str, float]:
     """Lengths of masked runs, and the variance of the gradient."""
     config, objective = lm.config, lm.config.diffusion
+    assert lm.tokenizer is not None  # of a run
     loader = Loader(prepare(config.data, split, config.block_size, lm.tokenizer), batch, seed, None)
     views = 2 if getattr(objective, "complement", False) else 1
     draw = jax.jit(objective.corrupt, static_argnums=(3, 4, 5))

@@ -65,8 +65,9 @@ def study(workdir: str, *, split: str, batch: int, draws: int, seed: int) -> lis
 
     lm = load(workdir)
     _check(lm, workdir, batch, draws)
-    size = lm.config.block_size
-    loader = Loader(prepare(lm.corpus(workdir), split, size, lm.tokenizer), batch, seed, None)
+    size, corpus = lm.config.block_size, lm.corpus(workdir)
+    assert lm.tokenizer is not None  # of a run
+    loader = Loader(prepare(corpus, split, size, lm.tokenizer), batch, seed, None)
     batches = [loader.get(step)[1] for step in range(draws)]
     measure = jax.jit(make_measure(lm))
     uniform = Masked.uniform_counts(size)
@@ -171,7 +172,8 @@ def _draws(objective: Masked, lm: LM, measure, batches: list[dict], seed: int):
         key = jax.random.fold_in(jax_settings.key(seed), step)
         noised = draw(key, rows["tokens"], rows["segments"], 1, lm.special.mask, lm.special.end)
         noised = noised.replace(capacity=lm.config.data.length)  # one program for all schedules
-        yield noised, rows, *measure(lm.params, noised, rows)
+        losses, gradient = measure(lm.params, noised, rows)
+        yield noised, rows, losses, gradient
 
 
 def _sums(noised, rows: dict, losses_Bx1xL, size: int) -> np.ndarray:

@@ -75,8 +75,8 @@ def run_case(case: Case, rounds: int, against: str, interpret: bool) -> list[dic
     if against == "torch":
         from bd3lm_jax.experiments.bench import torch_side
 
-        others = torch_side.attention_variants(*flat(qkv, cotangents), dense_mask(spec), case.length, case.block_size,
-                                               variants[0].flops)
+        others = torch_side.attention_variants(*flat(qkv, cotangents), mask_NxN=dense_mask(spec), length=case.length,
+                                               block_size=case.block_size, flops=variants[0].flops)
         pairs = [(variant.name, other.name) for other in others for variant in variants
                  if variant.name in BACKENDS.keys() - {"dense"}]
         variants += others
@@ -124,6 +124,7 @@ def flat(qkv: tuple, cotangents: tuple) -> list[np.ndarray]:
 
 def dense_mask(spec: MaskSpec) -> np.ndarray:
     """Who sees whom among the tokens of `flat`: bool `[N, N]`."""
+    assert spec.noised is not None and spec.clean is not None
     noised, clean = (x.replace(noise_sample=jnp.full_like(x.segment, x.noise_sample))
                      for x in (spec.noised, spec.clean))
     tokens = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), noised, clean)

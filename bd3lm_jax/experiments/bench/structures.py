@@ -22,6 +22,7 @@ def two_pass_loss(model: Backbone, params: dict, objective: Any, noised: Noised,
     """The clean stream through all layers, keeping keys and values, then the noised one, which attends to them."""
     num_clean = tokens_BxL.shape[1] - objective.block_size
     spec, cond, (name, layer) = _spec(objective, tokens_BxL, num_clean), _condition(model, params), _layers(model)
+    assert spec.noised is not None
     rotary = model.rotary(spec.noised.position)
     clean_rotary, noised_rotary = (jax.tree.map(cut, rotary)
                                    for cut in (lambda x: x[:, :num_clean], lambda x: x[:, None]))
@@ -58,12 +59,13 @@ def published_loss(model: Backbone, params: dict, objective: Any, noised: Noised
     """One pass over [noised; clean] with a dense 2L x 2L mask, the output layer on all 2L positions."""
     length = tokens_BxL.shape[1]
     spec, cond, (name, layer) = _spec(objective, tokens_BxL, length), _condition(model, params), _layers(model)
+    assert spec.noised is not None and spec.clean is not None
     rotary = model.rotary(jnp.concatenate([spec.noised.position, spec.clean.position], axis=1))
 
     def one_layer(h, layer_params):
         qkv = layer.apply({"params": layer_params}, h, cond, rotary, True, method=layer.project_qkv)
         noised_qkv, clean_qkv = zip(*(jnp.split(x, 2, axis=1) for x in qkv))
-        attended = dense_attention(spec, tuple(x[:, None] for x in noised_qkv), clean_qkv, None)
+        attended: Any = dense_attention(spec, tuple(x[:, None] for x in noised_qkv), clean_qkv, None)
         attended = jnp.concatenate([attended[0][:, 0], attended[1]], axis=1)
         return layer.apply({"params": layer_params}, h, attended, cond, None,
                            method=layer.attention_output_and_mlp)[0], None
@@ -88,6 +90,7 @@ def _condition(model, params):
     return model.condition.apply({"params": params["condition"]}, jnp.zeros((1, 1)))
 
 
-def _layers(model):
+def _layers(model) -> tuple[str, Any]:
+    """Name and module of its only group of layers. Any: what its methods return has no other type."""
     (name, layer, _), = model.groups
     return name, layer

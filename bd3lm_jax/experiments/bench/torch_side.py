@@ -5,7 +5,7 @@ Everything that needs PyTorch is here. It runs on the GPU if PyTorch sees one, e
 
 import os
 
-import flax
+import flax.traverse_util
 import numpy as np
 
 # Threads that wait shall sleep: spinning would count as work and slow down what runs beside. Read by the import below.
