@@ -290,3 +290,16 @@ def test_command_runs(command, home):
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)
 def test_snippets_run(page, home):
     run_snippets(page)
+
+
+# ---- how to work on the code
+
+
+def test_contributing_names_what_is_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    paths = re.findall(r"`((?:bd3lm_jax|configs|docs|launch|\.ci)/[\w./]*)`", text)
+    rooms = re.findall(r"^\| `(\w+/|\w+\.py)` \|", text, re.MULTILINE)
+    assert len(paths) > 10 and len(rooms) > 10
+    assert [path for path in paths + [f"bd3lm_jax/{room}" for room in rooms] if not (ROOT / path).exists()] == []
+    registries = re.findall(r"`([A-Z]+)` in `([\w./]+\.py)`", text)
+    assert registries and all(f"\n{name} = {{" in (ROOT / path).read_text() for name, path in registries)
