@@ -88,7 +88,7 @@ def problem(case: Case) -> tuple[MaskSpec, tuple, tuple]:
     num_clean = case.length - case.block_size
     position = jnp.arange(case.length)[None]
     noised = Tokens(position, position // case.block_size, jnp.ones_like(position), 1)
-    clean = Tokens(*(x[:, :num_clean] for x in (noised.position, noised.block, noised.segment)), view=0)
+    clean = Tokens(*(x[:, :num_clean] for x in (noised.position, noised.block, noised.segment)), noise_sample=0)
     spec = MaskSpec(rule="block_causal", block_size=case.block_size, aligned=True, one_document=True, noised=noised,
                     clean=clean, cache=None)
 
