@@ -63,17 +63,19 @@ class Harness:
         self.path, self.lm = str(path), load(str(path), weights)
         if self.lm.tokenizer is None:
             raise UserError(f"{path} has no tokenizer, and the harness asks in texts")
+        self._tokenizer = self.lm.tokenizer
         self.batch = _batch_rows(batch_size)
         self.sampler, self.seed, self.options = sampler, seed, options
         make_options(**options)  # their types and ranges
-        self._template, self._chat = None, False
+        self._template: ChatTemplate | None = None
+        self._chat = False
         self.scoring = {"estimator": estimator, "draws": draws, "seed": seed, "batch": self.batch}
         self.greedy, self._mc_se = greedy, []
 
     @property
     def tokenizer_name(self) -> str:
         """Names the tokenizer in the harness's caches."""
-        return f"{NAME}-{self.lm.tokenizer.identity}"
+        return f"{NAME}-{self._tokenizer.identity}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The source of the chat template that is used from now on: True for the usual one, or its name; None for
@@ -81,8 +83,11 @@ class Harness:
         self._chat = chat_template not in (False, None)
         if not self._chat:
             return None
-        self._template = ChatTemplate(hf.local(self.path), "" if chat_template is True else chat_template)
-        return self._template.source
+        return self._read_template("" if isinstance(chat_template, bool) else chat_template).source
+
+    def _read_template(self, name: str) -> ChatTemplate:
+        self._template = ChatTemplate(hf.local(self.path), name)
+        return self._template
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a dialogue; without `add_generation_prompt` its last message is to be continued.
@@ -90,34 +95,20 @@ class Harness:
         A dialogue that the template refuses is tried again without its system messages, as the harness's own class of
         models does it. UserError if it is refused then, too, or has no others.
         """
-        if self._template is None:
-            self.chat_template(True)
-        self._chat = True
+        template, self._chat = self._template or self._read_template(""), True
         try:
-            return self._chat_text(chat_history, add_generation_prompt)
+            return _chat_text(template, chat_history, add_generation_prompt)
         except UserError as error:
             without_system = [message for message in chat_history if message["role"] != "system"]
             if len(without_system) in (0, len(chat_history)):
                 raise
-            text = self._chat_text(without_system, add_generation_prompt)
+            text = _chat_text(template, without_system, add_generation_prompt)
             log.note_once(f"warning: {error}; system messages are left out")
             return text
 
-    def _chat_text(self, chat_history: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        if add_generation_prompt:
-            return self._template.render(chat_history, [(len(chat_history), True)])[0]
-        *others, last = chat_history
-        marked = [*others, {**last, "content": last["content"].rstrip() + CONTINUE}]
-        text = self._template.render(marked, [(len(marked), False)])[0]
-        if CONTINUE not in text:
-            raise UserError(f"the chat template of {self._template.directory} leaves the last message out: it cannot "
-                            "be continued")
-        rendered = text[:text.rindex(CONTINUE)]
-        return rendered + last["content"][len(last["content"].rstrip()):]
-
     def _encode(self, text: str) -> np.ndarray:
         """A context; special tokens in it are meant where a template wrote it."""
-        return self.lm.tokenizer.encode_special(text) if self._chat else self.lm.tokenizer.encode(text)
+        return self._tokenizer.encode_special(text) if self._chat else self._tokenizer.encode(text)
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness keeps with the results; mean_mc_se: of all log-likelihoods so far, in nats."""
@@ -128,7 +119,7 @@ class Harness:
         """(log-likelihood in nats, is greedy) of every request's (context, continuation). A context that is too long
         loses its beginning."""
         del disable_tqdm
-        pairs = [self._truncate_pair(*conditional.encode_pair(self.lm.tokenizer, *request.args, special=self._chat))
+        pairs = [self._truncate_pair(*conditional.encode_pair(self._tokenizer, *request.args, special=self._chat))
                  for request in requests]
         return [(scored.nats, bool(scored.greedy)) for scored in self._score(pairs, self.greedy)]
 
@@ -137,7 +128,7 @@ class Harness:
         del disable_tqdm
         pieces, owners = [], []
         for owner, request in enumerate(requests):
-            ids = self.lm.tokenizer.encode(request.args[0])
+            ids = self._tokenizer.encode(request.args[0])
             cut = list(windows(ids, self._prefix_ids(), self.lm.context))
             pieces += cut
             owners += [owner] * len(cut)
@@ -163,8 +154,10 @@ class Harness:
                 samples = self.lm.generate([prompt for _, prompt, _ in chunk], length=length, seed=self.seed,
                                            **dict(options))
                 for (i, prompt, limit), sample in zip(chunk, samples):
-                    whole = len(sample.tokens) <= limit
-                    texts[i] = sample.text if whole else decode_continuation(self.lm.tokenizer, prompt, sample.tokens[:limit])
+                    text = sample.text if len(sample.tokens) <= limit else None
+                    if text is None:
+                        text = decode_continuation(self._tokenizer, prompt, sample.tokens[:limit])
+                    texts[i] = text
         return texts
 
     def _score(self, pairs: list, greedy: bool) -> list[conditional.Score]:
@@ -201,7 +194,8 @@ class Harness:
         limit = int(next((arguments[name] for name in LIMITS if arguments.get(name) is not None), 256))
         sampling_arguments = ("temperature", "top_k", "top_p", "min_p")
         options: dict[str, Any] = {"temperature": 0.0, **self.options, "stop": stop}
-        options |= {name: arguments[name] for name in SAMPLER_OPTIONS if arguments.get(name) and name not in sampling_arguments}
+        options |= {name: arguments[name] for name in SAMPLER_OPTIONS
+                    if arguments.get(name) and name not in sampling_arguments}
         if arguments.get("do_sample"):
             options["temperature"] = float(arguments.get("temperature", self.options.get("temperature", 1.0)))
             options |= {name: arguments[name] for name in sampling_arguments[1:] if arguments.get(name)}
@@ -231,6 +225,19 @@ def _batch_rows(batch_size: int | str) -> int:
     if not str(batch_size).isdecimal() or int(batch_size) < 1:
         raise UserError(f"batch_size is {batch_size!r}, expected a positive number or auto")
     return int(batch_size)
+
+
+def _chat_text(template: ChatTemplate, chat_history: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    if add_generation_prompt:
+        return template.render(chat_history, [(len(chat_history), True)])[0]
+    *others, last = chat_history
+    marked = [*others, {**last, "content": last["content"].rstrip() + CONTINUE}]
+    text = template.render(marked, [(len(marked), False)])[0]
+    if CONTINUE not in text:
+        raise UserError(f"the chat template of {template.directory} leaves the last message out: it cannot "
+                        "be continued")
+    rendered = text[:text.rindex(CONTINUE)]
+    return rendered + last["content"][len(last["content"].rstrip()):]
 
 
 @functools.cache

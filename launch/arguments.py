@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -97,9 +98,10 @@ def define_seed(values: flags.FlagValues, text: str) -> None:
 
 def required(values: flags.FlagValues, name: str) -> str:
     """The value of a flag that has no sensible default. UserError if it is not given."""
-    if not values[name].value:
+    value = values[name].value
+    if not value:
         raise UserError(f"--{name} is missing: see --help for an example")
-    return values[name].value
+    return value
 
 
 def define_step(values: flags.FlagValues) -> None:
@@ -286,7 +288,7 @@ def _load_module(path: str):
     """The module of a config file. UserError if there is none."""
     path = _config_file(path)
     module_spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
-    if module_spec is None:
+    if module_spec is None or module_spec.loader is None:
         raise UserError(f"config file '{path}' is not a Python file: expected a name that ends in .py")
     module = importlib.util.module_from_spec(module_spec)
     with _errors_of(path):
@@ -362,7 +364,7 @@ def _get_config(spec: str) -> ConfigDict:
             raise UserError(f"{spec}: {error}") from None
         if not isinstance(config, (ConfigDict, dict)):
             raise UserError(f"get_config() in config file '{path}' returns {config!r}, expected a ConfigDict or a dict")
-        config = ConfigDict(config)
+        config = ConfigDict(cast(dict, config))
         _check_keys(path, config)
     return config
 

@@ -58,5 +58,5 @@ def main(args: flags.FlagValues) -> dict:
     if args.name:
         return bench(args.name, args.rounds, args.against, args.out, args.workdir)
     for name, module in BENCHES.items():
-        log.note(f"{command_line('bench')} {name:<10}  # {module.__doc__.splitlines()[0]}")
+        log.note(f"{command_line('bench')} {name:<10}  # {(module.__doc__ or '').splitlines()[0]}")
     return {"benches": list(BENCHES)}

@@ -13,6 +13,8 @@ Result: tensors, bytes, path, dtype, format; with --check also checked_tokens, m
 after), largest_logit.
 """
 
+from typing import Any
+
 from absl import flags
 
 from launch.arguments import define_path
@@ -46,5 +48,5 @@ def main(args: flags.FlagValues) -> dict:
 
     source, target = required(args, "from"), required(args, "to")
     names = ("dtype", "check", "max_shard", "weights", "tokenizer", "length", "allow_pickle")
-    options = {name: args[name].value for name in names}
+    options: dict[str, Any] = {name: args[name].value for name in names}
     return convert(source, target, form=args.format, base=base().to_dict(), **options)

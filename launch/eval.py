@@ -43,6 +43,8 @@ Accuracy on a task, by texts that the model writes:
 Result: see docs/tasks.md.
 """
 
+from typing import Any
+
 from absl import flags
 
 from bd3lm_jax.core import paths
@@ -253,7 +255,8 @@ def _watch(args: flags.FlagValues) -> dict:
     """The result; where a signal ended it, it is said before the exit code tells of the signal."""
     from bd3lm_jax.core import log
     from bd3lm_jax.evaluation.watch import FILE, watch
-    result = watch(args.workdir, **_values(args, WATCH) | {"block_size": args["block_size"].value or 0})
+    options: dict[str, Any] = {**_values(args, WATCH), "block_size": args["block_size"].value or 0}
+    result = watch(args.workdir, **options)
     if result["ended"].startswith("SIG"):
         log.result(result)
         if result["ended"] == "SIGINT":
@@ -263,7 +266,7 @@ def _watch(args: flags.FlagValues) -> dict:
     return result
 
 
-def _values(args: flags.FlagValues, names: tuple[str, ...]) -> dict:
+def _values(args: flags.FlagValues, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: args[name].value for name in names}
 
 

@@ -54,7 +54,7 @@ def main(args: flags.FlagValues) -> dict:
     with log.spinner("compiling and filling"):
         filled = infill.infill(lm, texts, options, draws=args.draws)
     for one in filled:
-        log.note(one.text)
+        log.note(one.text or "")
     return {
         "texts": [{"input": text, "text": one.text, "nfe": one.nfe, "score": one.score,
                    "holes": [{"start": span.start, "num_tokens": len(span.tokens), "text": span.text}

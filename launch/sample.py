@@ -25,6 +25,7 @@ import dataclasses
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -151,11 +152,12 @@ def _check_outputs(args: flags.FlagValues) -> None:
     from bd3lm_jax.core.errors import UserError
 
     for name in ("out", "trace"):
-        directory = Path(args[name].value).parent
-        if args[name].value and not (directory.is_dir() and os.access(directory, os.W_OK)):
-            raise UserError(f"cannot write --{name}={args[name].value}: {directory} is no directory, or not yours")
-        if Path(args[name].value or "file").is_dir():
-            raise UserError(f"cannot write --{name}={args[name].value}: it is a directory, expected the name of a file")
+        path = args[name].value or ""
+        directory = Path(path).parent
+        if path and not (directory.is_dir() and os.access(directory, os.W_OK)):
+            raise UserError(f"cannot write --{name}={path}: {directory} is no directory, or not yours")
+        if Path(path or "file").is_dir():
+            raise UserError(f"cannot write --{name}={path}: it is a directory, expected the name of a file")
 
 
 def _traces_beside(args: flags.FlagValues) -> list[dict]:
@@ -173,7 +175,7 @@ def _choose(args: flags.FlagValues, lm) -> tuple[dict, str]:
     from bd3lm_jax.core.errors import UserError
     from bd3lm_jax.evaluation import settings
 
-    set_options = {name: args[name].value for name in OPTIONS if args[name].present}
+    set_options: dict[str, Any] = {name: args[name].value for name in OPTIONS if args[name].present}
     if "block_size" in set_options:
         set_options["block_size"] = _block_size(set_options["block_size"])
     if args.json_schema:

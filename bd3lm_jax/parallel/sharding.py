@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import optax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bd3lm_jax.core.errors import UserError
@@ -123,7 +123,7 @@ def axis_sizes(mesh: MeshConfig, count: int, slices: int) -> tuple[int, ...]:
     return slices * data, *others
 
 
-def check_mesh(mesh: Mesh, model_config: Any, batch: int) -> None:
+def check_mesh(mesh: Mesh | AbstractMesh, model_config: Any, batch: int) -> None:
     """UserError unless "tensor" divides the heads, the axes that split rows divide `batch` (rows over all devices), and
     "expert", where it is not 1, splits experts that are there."""
     expert, tensor, rows = mesh.shape["expert"], mesh.shape["tensor"], num_row_shards(mesh)
