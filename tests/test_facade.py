@@ -24,13 +24,13 @@ import bd3lm_jax
 from ml_collections import ConfigDict
 reveal_type(bd3lm_jax.load("x").generate(length=8))
 reveal_type(bd3lm_jax.load("x").params)
-reveal_type(bd3lm_jax.training.train.train(ConfigDict(), "x"))
+reveal_type(bd3lm_jax.train.train(ConfigDict(), "x"))
 """
 IMPORT = """
 import sys
 import bd3lm_jax
 assert not {"jax", "numpy"} & set(sys.modules), "import bd3lm_jax is to stay light"
-assert bd3lm_jax.training.train.train.__module__ == "bd3lm_jax.training.train"
+assert bd3lm_jax.train.train.__module__ == "bd3lm_jax.training.train"
 assert bd3lm_jax.load.__module__ == bd3lm_jax.LM.__module__ == "bd3lm_jax.lm"
 """
 
