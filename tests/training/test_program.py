@@ -53,7 +53,7 @@ def test_bytes_on_four_devices():
         import sys
         sys.path.insert(0, sys.argv[1])
         from test_program import *
-        config, special = resolved(toy_config(Path("unused")))
+        config, special = resolve_config(toy_config(Path("unused")))
         toy = Program.of(config, special, make_mesh(MeshConfig(data=2, fsdp=2, tensor=1)), jnp.float32)
         device = jax.devices()[3]
         held = sum(s.data.nbytes for x in jax.tree.leaves(toy.initial_state()) for s in x.addressable_shards
