@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bd3lm_jax import unused_keys
-from bd3lm_jax.core import plugins
+from bd3lm_jax.core import plugins, renamed_keys
 from bd3lm_jax.core.errors import lookup
 from bd3lm_jax.core.jax_settings import check_seed
 from bd3lm_jax.core.schema import (
@@ -122,12 +122,12 @@ class Config:
         """How the passes of a run are computed."""
         compute = self.compute
         return trunk.Execution(compute.attention, compute.layers, compute.remat,
-                               one_document=self.data.layout != "pack")
+                               one_document=self.data.packing != "pack")
 
     @property
     def batch_arrays(self) -> tuple[str, ...]:
         """Names of the arrays that a batch brings beside tokens, segments and positions."""
-        from_schedule = ("density",) if self.noise and self.noise.adapt == "running_loss" else ()
+        from_schedule = ("density",) if self.noise and self.noise.adaptive_noise == "running_loss" else ()
         from_data = ("prompt",) if self.data and self.data.source == "sft" else ()
         return tuple(name for name in dict.fromkeys((*self.diffusion.extra_batch_keys, *from_data)) if name not in from_schedule)
 
@@ -146,22 +146,22 @@ class Config:
         sections["model"] = as_section("model", section, lookup(BACKBONES, kind, "backbone model.kind").Config)
         seed = check_seed(as_type("seed", mapping["seed"], int))
         config = cls(seed=seed, **sections)
-        length, block_size = config.data.length, config.block_size
+        length, block_size = config.data.seq_len, config.block_size
         check(length % block_size == 0,
-              f"diffusion.block_size={block_size} does not divide data.length={length}: choose a length that is a "
+              f"diffusion.block_size={block_size} does not divide data.seq_len={length}: choose a length that is a "
               f"multiple, e.g. {-(-length // block_size) * block_size}")
         positions = getattr(config.model, "positions", length)
-        check(length <= positions, f"data.length={length} is more than model.positions={positions}, which the network "
+        check(length <= positions, f"data.seq_len={length} is more than model.positions={positions}, which the network "
               "has learned positions for: raise one or shorten the other")
         check(not trunk.encoder_layers(config.model) or not config.diffusion.causal and block_size < length,
               "model.decoder_layers splits the network by clean and noised blocks, and this objective has no clean "
-              f"blocks before noised ones: use 0, or blocks shorter than data.length={length}")
-        views = config.train.views
-        check(views == 1 or not config.diffusion.causal,
-              f"train.views={views}: an autoregressive model has nothing noised, use 1")
+              f"blocks before noised ones: use 0, or blocks shorter than data.seq_len={length}")
+        noise_samples = config.train.noise_samples
+        check(noise_samples == 1 or not config.diffusion.causal,
+              f"train.noise_samples={noise_samples}: an autoregressive model has nothing noised, use 1")
         group = config.diffusion.noise_sample_multiple
-        check(views % group == 0, f"train.views={views} is no multiple of {group}: diffusion.kind="
-              f"'{config.diffusion.kind}' draws so many views together here, use {-(-views // group) * group}")
+        check(noise_samples % group == 0, f"train.noise_samples={noise_samples} is no multiple of {group}: diffusion.kind="
+              f"'{config.diffusion.kind}' draws so many copies together here, use {-(-noise_samples // group) * group}")
         noise_schedule(config.noise, config.diffusion, config.model.vocab_size)  # raises if they do not go together
         curriculum.check(config)
         annealing.check(config)
@@ -169,8 +169,8 @@ class Config:
         lora.check(config)
         density.check_config(config)
         response_mask.check(config)
-        rows, batch = config.compute.microbatch, config.train.batch
-        check(rows == 0 or batch % rows == 0, f"compute.microbatch={rows} does not divide train.batch={batch}")
+        rows, batch = config.compute.microbatch, config.train.batch_size
+        check(rows == 0 or batch % rows == 0, f"compute.microbatch={rows} does not divide train.batch_size={batch}")
         if not stored:
             unused_keys.check(config)
         return config
@@ -210,27 +210,28 @@ def read_sections(mapping: Nested) -> tuple[dict, dict[str, Any]]:
 def noise_schedule(noise: NoiseConfig, objective: Any,
                    vocab_size: int) -> ClipSearch | CountSchedule | RunningLoss | None:
     """What chooses the noise of an objective; None if its noise is fixed. UserError if they do not go together."""
-    if noise.adapt == "none":
+    if noise.adaptive_noise == "none":
         return None
-    if noise.adapt == "running_loss":
-        check("density" in objective.extra_batch_keys, "noise.adapt='running_loss' chooses the density of tokens, which "
-              f"diffusion.kind='{objective.kind}' does not read: use noise.adapt='none'")
+    if noise.adaptive_noise == "running_loss":
+        check("density" in objective.extra_batch_keys, "noise.adaptive_noise='running_loss' chooses the density of tokens, which "
+              f"diffusion.kind='{objective.kind}' does not read: use noise.adaptive_noise='none'")
         return RunningLoss(vocab_size, noise.count_decay)
-    expected = {"clip": "bernoulli", "counts": "exact_count"}[noise.adapt]
+    expected = {"clip": "bernoulli", "counts": "exact_count"}[noise.adaptive_noise]
     corruption = getattr(objective, "corruption", None) if objective.kind == "masked" else None
     actual = f"not {corruption!r}" if corruption else f"which diffusion.kind='{objective.kind}' does not have"
-    check(corruption == expected, f"noise.adapt='{noise.adapt}' needs diffusion.corruption='{expected}', {actual}: use "
-          "noise.adapt='none'")
-    if noise.adapt == "clip":
+    check(corruption == expected, f"noise.adaptive_noise='{noise.adaptive_noise}' needs diffusion.corruption='{expected}', {actual}: use "
+          "noise.adaptive_noise='none'")
+    if noise.adaptive_noise == "clip":
         return ClipSearch(objective.block_size, objective.clip_low, objective.clip_high, noise.clip_widths,
                           noise.clip_stride)
-    check(not objective.count_probs, "diffusion.count_probs has no effect with noise.adapt='counts': use ()")
+    check(not objective.count_probs, "diffusion.count_probs has no effect with noise.adaptive_noise='counts': use ()")
     return CountSchedule(objective.block_size, noise.count_floor, noise.count_decay)
 
 
 def decisive_hash(nested: Mapping) -> str:
     """`Config.sha256` of a config as `to_dict` gives it, also of one that an earlier version wrote."""
-    return hashlib.sha256(json.dumps(_decisive(nested), sort_keys=True).encode()).hexdigest()
+    by_first_name = {renamed_keys.first_name(key): value for key, value in _decisive(nested).items()}
+    return hashlib.sha256(json.dumps(by_first_name, sort_keys=True).encode()).hexdigest()
 
 
 def _decisive(nested: Mapping) -> dict:

@@ -64,7 +64,7 @@ def load(path: str | Path, weights: str = "ema", dtype: str = "float32", allow_p
         found, params = hf.read_model(path, dtype=dtype, weights=weights, allow_pickle=allow_pickle)
         return published(found, params, hf.read_tokenizer(path, found), dtype, name)
     run = restore.restore(path, weights, dtype, None, step)
-    return LM(run.config, run.params, run.tokenizer, run.model, run.config.data.length,
+    return LM(run.config, run.params, run.tokenizer, run.model, run.config.data.seq_len,
               CheckpointId(run.step, run.meta["config_sha256"]), name=name)
 
 

@@ -43,12 +43,12 @@ RULES = (
     _rule("diffusion.schedule", "loglinear", "diffusion.corruption", "bernoulli", kinds=MASKED),
     _rule("diffusion.eps", 1e-3, "diffusion.corruption", "bernoulli", kinds=MASKED),
     Rule("diffusion.eps", 1e-3, "diffusion.clip_low", lambda config: config.diffusion.kind in MASKED
-         and config.noise.adapt == "none" and (value_of(config, "diffusion.clip_low") or 0) >= config.diffusion.eps),
+         and config.noise.adaptive_noise == "none" and (value_of(config, "diffusion.clip_low") or 0) >= config.diffusion.eps),
     _rule("diffusion.weight", 2.0, "diffusion.hard", False, kinds=("priority",)),
-    *(_rule(f"noise.clip_{name}", unused, "noise.adapt", "clip")
+    *(_rule(f"noise.clip_{name}", unused, "noise.adaptive_noise", "clip")
       for name, unused in (("widths", (0.5, 0.6, 0.7, 0.8, 0.9)), ("stride", 0.05), ("batches", 1))),
-    _rule("noise.count_floor", 0.1, "noise.adapt", "counts"),
-    _rule("noise.count_decay", 0.99, "noise.adapt", "counts", "running_loss"),
+    _rule("noise.count_floor", 0.1, "noise.adaptive_noise", "counts"),
+    _rule("noise.count_decay", 0.99, "noise.adaptive_noise", "counts", "running_loss"),
     Rule("train.lora_alpha", 16.0, "train.lora_rank", lambda config: config.train.lora_rank == 0),
     Rule("train.anneal_steps", 0, "diffusion.block_size",
          lambda config: config.diffusion.block_size == 1 and not config.diffusion.causal, preset=True),
@@ -56,17 +56,17 @@ RULES = (
     _rule("optim.final_lr_fraction", 0.0, "optim.schedule", "cosine", "wsd", preset=True),
     _rule("model.cond_dim", 128, "model.adaln", True, kinds=("dit",), preset=True),
     *(Rule(key, unused, "model.local_layers", lambda config: config.model.local_layers == ())
-      for key, unused in (("model.window", 64), ("model.local_rope_base", 10_000.0))),
-    Rule("model.rope_base", 160_000.0, "model.local_layers", lambda config: config.model.kind == "modernbert"
-         and len(set(config.model.local_layers)) == config.model.layers),
+      for key, unused in (("model.window", 64), ("model.local_rope_theta", 10_000.0))),
+    Rule("model.rope_theta", 160_000.0, "model.local_layers", lambda config: config.model.kind == "modernbert"
+         and len(set(config.model.local_layers)) == config.model.num_layers),
     _rule("data.path", "", "data.source", *LOCAL, "tfds", "mixture"),
     _rule("data.name", "", "data.source", "text", "sft", "tfds", "mixture"),
     _rule("data.field", "text", "data.source", "jsonl", "tfds", "mixture"),
     _rule("data.valid_fraction", 0.01, "data.source", *LOCAL, "tfds", "mixture", preset=True),
-    Rule("eval.sample_length", 256, "eval.samples", lambda config: config.eval.samples == 0, preset=True),
-    Rule("eval.draws", 1, "diffusion.kind", lambda config: config.diffusion.causal, preset=True),
+    Rule("eval.sample_length", 256, "eval.num_samples", lambda config: config.eval.num_samples == 0, preset=True),
+    Rule("eval.mc_samples", 1, "diffusion.kind", lambda config: config.diffusion.causal, preset=True),
     *(Rule(key, unused, "diffusion.kind", lambda config: not _has_bound(config), preset=True)
-      for key, unused in (("eval.draws", 1), ("eval.rows", 4096), ("eval.report_rows", 0),
+      for key, unused in (("eval.mc_samples", 1), ("eval.rows", 4096), ("eval.report_rows", 0),
                           ("checkpoint.keep_best", 1))),
 )
 

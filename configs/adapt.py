@@ -37,15 +37,15 @@ def get_config(arg: str = "") -> ConfigDict:
     if form not in common.SHIFTED:
         raise ValueError(f"config argument shifted={form}: expected one of {', '.join(common.SHIFTED)}")
     config = common.base()
-    config.model = ConfigDict({"kind": "init_from", "shifted": common.SHIFTED[form]})
-    config.data.update(tokenizer=source, length=256)
+    config.model = ConfigDict({"kind": "init_from", "target_shift": common.SHIFTED[form]})
+    config.data.update(tokenizer=source, seq_len=256)
     config.diffusion.corruption = "exact_count"
     config.optim.update(lr=1e-3 if options.lora else 1e-4, beta2=0.99, warmup_steps=100, schedule="wsd",
-                        ema=0.0 if options.lora else 0.995)
-    config.train.update(steps=options.steps, batch=16, init_from=source, lora_rank=options.lora)
+                        ema_decay=0.0 if options.lora else 0.995)
+    config.train.update(steps=options.steps, batch_size=16, init_from=source, lora_rank=options.lora)
     config.log.every = 20
     config.checkpoint.every = 500
-    config.eval.update(every=500, rows=64, batch=16, draws=4)
+    config.eval.update(every=500, rows=64, batch_size=16, mc_samples=4)
     common.set_algo(config, options.algo, options.block_size)
     if options.recipe == "ar":
         common.grow_blocks(config)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference
 
+from bd3lm_jax.core.renamed_keys import RENAMED
+
 
 class Operation(NamedTuple):
     """What a FieldReference does when it is read."""
@@ -31,7 +33,7 @@ OBJECTIVES = {  # beside masked diffusion: algo=NAME -> its `diffusion` section,
                      {"model.time_conditioning": True}),
     "d3pm": ({"kind": "d3pm", "block_size": BLOCK_SIZE, "steps": 1000, "hybrid": 0.01}, {}),
     "md4": ({"kind": "md4", "block_size": BLOCK_SIZE, "schedule": "cosine", "clip": 1e-4}, {}),
-    "genmd4": ({"kind": "genmd4", "block_size": BLOCK_SIZE, "power": 1.0, "eps": 1e-4}, {"train.views": 2}),
+    "genmd4": ({"kind": "genmd4", "block_size": BLOCK_SIZE, "power": 1.0, "eps": 1e-4}, {"train.noise_samples": 2}),
     "uniform": ({"kind": "uniform", "block_size": BLOCK_SIZE, "vocab_size": -1, "eps": 1e-3},
                 {"model.time_conditioning": True}),
     "diffusionbert": ({"kind": "diffusionbert", "block_size": BLOCK_SIZE, "strength": 0.3},
@@ -45,7 +47,7 @@ OBJECTIVES = {  # beside masked diffusion: algo=NAME -> its `diffusion` section,
     "mixed": ({"kind": "mixed", "block_size": 16, "sizes": (1, 2, 4, 8, 16), "schedule": "loglinear",
                "corruption": "exact_count", "complement": False, "eps": 1e-3}, {}),
     "adversarial": ({"kind": "adversarial", "block_size": BLOCK_SIZE, "rate": 0.5, "complement": False,
-                     "importance": False, "hidden": 32, "score_limit": 3.0}, {"train.views": 2}),
+                     "importance": False, "hidden_size": 32, "score_limit": 3.0}, {"train.noise_samples": 2}),
     "ssd_lm": ({"kind": "ssd_lm", "block_size": BLOCK_SIZE, "scale": 5.0}, {"model.time_conditioning": True}),
     "cap": ({"kind": "cap", **MASKED, "coefficient": 1.0}, {}),
     "priority": ({"kind": "priority", "block_size": BLOCK_SIZE, "form": "exact_count", "weight": 2.0, "hard": False,
@@ -53,55 +55,55 @@ OBJECTIVES = {  # beside masked diffusion: algo=NAME -> its `diffusion` section,
                  {"data.density": "unigram:0.5"}),
 }
 SIZES = {  # the paper's small, and the usual medium
-    "tiny": dict(layers=4, width=256, heads=4),
-    "small": dict(layers=12, width=768, heads=12),
-    "medium": dict(layers=24, width=1024, heads=16),
+    "tiny": dict(num_layers=4, hidden_size=256, num_heads=4),
+    "small": dict(num_layers=12, hidden_size=768, num_heads=12),
+    "medium": dict(num_layers=24, hidden_size=1024, num_heads=16),
 }
 MODELS = {  # beside the paper's transformer: name -> its `model` section, at the small size
-    "bert": {"kind": "bert", "vocab_size": -1, **SIZES["small"], "hidden": 3072, "dropout": 0.1, "positions": 256,
+    "bert": {"kind": "bert", "vocab_size": -1, **SIZES["small"], "intermediate_size": 3072, "dropout": 0.1, "positions": 256,
              "unused_positions": 0, "token_types": 1, "norm_eps": 1e-12},
-    "gpt2": {"kind": "gpt2", "vocab_size": -1, **SIZES["small"], "hidden": 3072, "dropout": 0.1, "positions": 256,
-             "norm_eps": 1e-5, "shifted": ""},
-    "modernbert": {"kind": "modernbert", "vocab_size": -1, **SIZES["small"], "hidden": 1152, "dropout": 0.0,
-                   "window": 64, "local_layers": (1, 2, 4, 5, 7, 8, 10, 11), "rope_base": 160_000.0,
-                   "local_rope_base": 10_000.0, "norm_eps": 1e-5},
-    "llama": {"kind": "llama", "vocab_size": -1, **SIZES["small"], "kv_heads": 4, "head_dim": 64, "hidden": 2048,
-              "dropout": 0.0, "rope_base": 10_000.0, "rope_scaling": (), "norm_eps": 1e-5, "qkv_bias": False,
-              "qk_norm": False, "tied": False, "shifted": ""},
-    "moe": {"kind": "moe", "vocab_size": -1, **SIZES["small"], "dense_layers": 1, "kv_heads": 4, "head_dim": 64,
-            "rotary_dim": 32, "hidden": 2048, "experts": 16, "expert_hidden": 512, "shared_hidden": 512, "top_k": 2,
-            "groups": 4, "top_groups": 2, "routed_scale": 2.5, "balance": 0.01, "dropout": 0.0, "rope_base": 10_000.0,
-            "norm_eps": 1e-6, "qk_norm": True, "tied": False},
+    "gpt2": {"kind": "gpt2", "vocab_size": -1, **SIZES["small"], "intermediate_size": 3072, "dropout": 0.1, "positions": 256,
+             "norm_eps": 1e-5, "target_shift": ""},
+    "modernbert": {"kind": "modernbert", "vocab_size": -1, **SIZES["small"], "intermediate_size": 1152, "dropout": 0.0,
+                   "window": 64, "local_layers": (1, 2, 4, 5, 7, 8, 10, 11), "rope_theta": 160_000.0,
+                   "local_rope_theta": 10_000.0, "norm_eps": 1e-5},
+    "llama": {"kind": "llama", "vocab_size": -1, **SIZES["small"], "num_kv_heads": 4, "head_dim": 64, "intermediate_size": 2048,
+              "dropout": 0.0, "rope_theta": 10_000.0, "rope_scaling": (), "norm_eps": 1e-5, "qkv_bias": False,
+              "qk_norm": False, "tie_embeddings": False, "target_shift": ""},
+    "moe": {"kind": "moe", "vocab_size": -1, **SIZES["small"], "dense_layers": 1, "num_kv_heads": 4, "head_dim": 64,
+            "rotary_dim": 32, "intermediate_size": 2048, "num_experts": 16, "expert_intermediate_size": 512, "shared_intermediate_size": 512, "top_k": 2,
+            "groups": 4, "top_groups": 2, "routed_scale": 2.5, "load_balancing": 0.01, "dropout": 0.0, "rope_theta": 10_000.0,
+            "norm_eps": 1e-6, "qk_norm": True, "tie_embeddings": False},
 }
-SHIFTED = {"source": "source", "block": "block", "row": "row", "none": ""}  # argument of adaptations -> model.shifted
+SHIFTED = {"source": "source", "block": "block", "row": "row", "none": ""}  # argument of adaptations -> model.target_shift
 CLIPS = {4: (0.45, 0.95), 16: (0.3, 0.8)}  # the paper's mask probabilities by block size; other sizes: unclipped
 
 
 def base() -> ConfigDict:
     """Every key of every section: BD3-LM's recipe at its small size, on the embedded corpus."""
-    return ConfigDict({
+    return _sections({
         "seed": 0,
         "model": {
             "kind": "dit", "vocab_size": -1, **SIZES["small"], "mlp_ratio": 4, "dropout": 0.1, "adaln": True,
-            "cond_dim": 128, "time_conditioning": False, "rope_base": 10_000.0,
-            "decoder_layers": 0, "shifted": "",
+            "cond_dim": 128, "time_conditioning": False, "rope_theta": 10_000.0,
+            "decoder_layers": 0, "target_shift": "",
         },
         "diffusion": {
             "kind": "masked", "block_size": 4, "schedule": "loglinear", "corruption": "bernoulli", "count_probs": (),
             "complement": False, "clip_low": 0.0, "clip_high": 1.0, "eps": 1e-3,
         },
         "data": {
-            "source": "austen", "path": "", "name": "", "field": "text", "tokenizer": "bpe:2048", "length": 256,
-            "layout": "wrap", "valid_fraction": 0.01, "cache_dir": "", "workers": 2, "density": "",
+            "source": "austen", "path": "", "name": "", "field": "text", "tokenizer": "bpe:2048", "seq_len": 256,
+            "packing": "wrap", "valid_fraction": 0.01, "cache_dir": "", "workers": 2, "density": "",
             "density_fraction": 1.0, "mixture": (),
         },
         "optim": {
             "lr": 3e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0,
             "warmup_steps": 2500, "schedule": "constant", "final_lr_fraction": 0.0, "decay_fraction": 0.2,
-            "ema": 0.9999,
+            "ema_decay": 0.9999,
         },
         "train": {
-            "steps": 1_000_000, "batch": 512, "views": 1, "init_from": "", "block_sizes": (), "anneal_steps": 0,
+            "steps": 1_000_000, "batch_size": 512, "noise_samples": 1, "init_from": "", "block_sizes": (), "anneal_steps": 0,
             "lora_rank": 0, "lora_alpha": 16.0,
         },
         "compute": {
@@ -110,13 +112,45 @@ def base() -> ConfigDict:
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "expert": 1, "slices": 1},
         "log": {"every": 100},
         "checkpoint": {"every": 10_000, "keep": 2, "keep_best": 1},
-        "eval": {"every": 10_000, "rows": 4096, "batch": 32, "draws": 1, "report_rows": 0, "samples": 4,
+        "eval": {"every": 10_000, "rows": 4096, "batch_size": 32, "mc_samples": 1, "report_rows": 0, "num_samples": 4,
                  "sample_length": 256},
         "noise": {
-            "adapt": "none", "clip_widths": (0.5, 0.6, 0.7, 0.8, 0.9), "clip_stride": 0.05, "clip_batches": 1,
+            "adaptive_noise": "none", "clip_widths": (0.5, 0.6, 0.7, 0.8, 0.9), "clip_stride": 0.05, "clip_batches": 1,
             "count_floor": 0.1, "count_decay": 0.99,
         },
     })
+
+
+class _Fields(dict):
+    """The values of a section, by their first names as well (bd3lm_jax/core/renamed_keys.py)."""
+
+    def __init__(self, values: dict, names: dict[str, str]):
+        super().__init__(values)
+        self._names = names
+
+    def _current(self, key):
+        current = self._names.get(key, key)
+        return current if super().__contains__(current) else key
+
+    def __getitem__(self, key):
+        return super().__getitem__(self._current(key))
+
+    def __setitem__(self, key, value):
+        super().__setitem__(self._current(key), value)
+
+    def __delitem__(self, key):
+        super().__delitem__(self._current(key))
+
+    def __contains__(self, key):
+        return super().__contains__(self._current(key))
+
+
+def section(name: str, values: dict) -> ConfigDict:
+    """A section of a config, whose keys config files may also set and read by the names of earlier versions."""
+    result = ConfigDict(values)
+    object.__setattr__(result, "_fields", _Fields(dict(result.items(preserve_field_references=True)),
+                                                  RENAMED.get(name, {})))
+    return result
 
 
 def parse(arg: str, **defaults: str | int) -> SimpleNamespace:
@@ -151,16 +185,22 @@ def algorithms() -> tuple[str, ...]:
 
 def set_algo(config: ConfigDict, algo: str, block_size: int) -> None:
     """Masked diffusion with `block_size` (0: one block a row, MDLM), or another objective."""
-    size = block_size or config.data.get_oneway_ref("length")
+    size = block_size or config.data.get_oneway_ref("seq_len")
     if algo not in OBJECTIVES:
         config.diffusion.block_size = size
         return
     diffusion, changes = OBJECTIVES[algo]
-    config.diffusion = ConfigDict({key: size if value == BLOCK_SIZE else value for key, value in diffusion.items()})
+    config.diffusion = section("diffusion", {key: size if value == BLOCK_SIZE else value
+                                              for key, value in diffusion.items()})
     for key, value in changes.items():
-        section, _, name = key.partition(".")
-        if name in config[section]:  # other backbones have no such input
-            config[section][name] = value
+        changed, _, name = key.partition(".")
+        if name in config[changed]:  # other backbones have no such input
+            config[changed][name] = value
+
+
+def _sections(config: dict) -> ConfigDict:
+    return ConfigDict({name: section(name, values) if isinstance(values, dict) else values
+                       for name, values in config.items()})
 
 
 def computed(function: Callable, *references: FieldReference) -> FieldReference:
@@ -185,7 +225,7 @@ def _growing(size: int, steps: int) -> tuple:
 
 def whole_rows_first(config: ConfigDict) -> None:
     """From a model of whole rows: these for a third of the steps, then blocks."""
-    references = (config.diffusion.get_ref("block_size"), config.data.get_ref("length"), config.train.get_ref("steps"))
+    references = (config.diffusion.get_ref("block_size"), config.data.get_ref("seq_len"), config.train.get_ref("steps"))
     config.train.block_sizes = computed(lambda size, length, steps: tuple({0: length, steps // 3: size}.items())
                                         if size < length else (), *references)
 
@@ -200,9 +240,9 @@ def set_paper_recipe(config: ConfigDict, algo: str, block_size: int) -> None:
 
 def set_model(config: ConfigDict, name: str) -> None:
     """Another backbone than the paper's, one of MODELS, with as many learned positions as a row has tokens."""
-    config.model = ConfigDict(MODELS[name])
+    config.model = section("model", MODELS[name])
     if "positions" in config.model:
-        config.model.positions = config.data.get_oneway_ref("length")
+        config.model.positions = config.data.get_oneway_ref("seq_len")
 
 
 def set_size(config: ConfigDict, size: str) -> None:

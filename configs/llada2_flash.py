@@ -20,22 +20,22 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-SHAPE = dict(vocab_size=157_184, layers=32, dense_layers=1, width=4096, heads=32, kv_heads=4, head_dim=128,
-             rotary_dim=64, hidden=9216, experts=256, expert_hidden=1024, shared_hidden=1024, top_k=8, groups=8,
-             top_groups=4, routed_scale=2.5, balance=0.0, rope_base=600_000.0, norm_eps=1e-6, qk_norm=True)
+SHAPE = dict(vocab_size=157_184, num_layers=32, dense_layers=1, hidden_size=4096, num_heads=32, num_kv_heads=4, head_dim=128,
+             rotary_dim=64, intermediate_size=9216, num_experts=256, expert_intermediate_size=1024, shared_intermediate_size=1024, top_k=8, groups=8,
+             top_groups=4, routed_scale=2.5, load_balancing=0.0, rope_theta=600_000.0, norm_eps=1e-6, qk_norm=True)
 
 
 def get_config(arg: str = "") -> ConfigDict:
     options = common.parse(arg, block_size=32, algo="bd3lm")
     config = common.base()
-    config.data.update(source="jsonl", path="openwebtext", tokenizer="gpt2", length=4096, workers=8)
+    config.data.update(source="jsonl", path="openwebtext", tokenizer="gpt2", seq_len=4096, workers=8)
     common.set_model(config, "moe")
     config.model.update(SHAPE)
     config.optim.update(lr=1e-4, beta2=0.95, weight_decay=0.1, warmup_steps=2000, schedule="cosine",
-                        final_lr_fraction=0.1, ema=0.0)
-    config.train.update(steps=100_000, batch=256)
+                        final_lr_fraction=0.1, ema_decay=0.0)
+    config.train.update(steps=100_000, batch_size=256)
     config.compute.update(remat="full")
     config.mesh.update(data=1, fsdp=-1, expert=16)
-    config.eval.update(rows=256, batch=256, sample_length=1024)
+    config.eval.update(rows=256, batch_size=256, sample_length=1024)
     common.set_algo(config, options.algo, options.block_size)
     return config

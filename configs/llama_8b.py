@@ -19,21 +19,21 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-SHAPE = dict(vocab_size=128_256, layers=32, width=4096, heads=32, kv_heads=8, head_dim=128, hidden=14_336,
-             rope_base=500_000.0)
+SHAPE = dict(vocab_size=128_256, num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=8, head_dim=128, intermediate_size=14_336,
+             rope_theta=500_000.0)
 
 
 def get_config(arg: str = "") -> ConfigDict:
     options = common.parse(arg, block_size=4, algo="bd3lm")
     config = common.base()
-    config.data.update(source="jsonl", path="openwebtext", tokenizer="gpt2", length=4096, workers=8)
+    config.data.update(source="jsonl", path="openwebtext", tokenizer="gpt2", seq_len=4096, workers=8)
     common.set_model(config, "llama")
     config.model.update(SHAPE)
     config.optim.update(lr=3e-4, beta2=0.95, weight_decay=0.1, warmup_steps=2000, schedule="cosine",
-                        final_lr_fraction=0.1, ema=0.0)
-    config.train.update(steps=100_000, batch=256)
+                        final_lr_fraction=0.1, ema_decay=0.0)
+    config.train.update(steps=100_000, batch_size=256)
     config.compute.update(remat="full", microbatch=64)
     config.mesh.update(data=1, fsdp=-1)
-    config.eval.update(rows=256, batch=64, sample_length=1024)
+    config.eval.update(rows=256, batch_size=64, sample_length=1024)
     common.set_algo(config, options.algo, options.block_size)
     return config

@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     options = common.parse(arg, size="small", block_size=4, algo="bd3lm")
     config = common.base()
     common.set_size(config, options.size)
-    config.data.update(source="tfds", name="lm1b", tokenizer="bert-base-uncased", length=128, workers=8)
+    config.data.update(source="tfds", name="lm1b", tokenizer="bert-base-uncased", seq_len=128, workers=8)
     config.eval.sample_length = 128
     common.set_paper_recipe(config, options.algo, options.block_size)
     return config

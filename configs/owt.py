@@ -29,7 +29,7 @@ def get_config(arg: str = "") -> ConfigDict:
     options = common.parse(arg, size="small", block_size=4, algo="bd3lm")
     config = common.base()
     common.set_size(config, options.size)
-    config.data.update(source="jsonl", path="openwebtext", tokenizer="gpt2", length=1024, workers=8,
+    config.data.update(source="jsonl", path="openwebtext", tokenizer="gpt2", seq_len=1024, workers=8,
                        valid_fraction=HELD_OUT / DOCUMENTS)
     config.eval.update(rows=1024, sample_length=1024)
     common.set_paper_recipe(config, options.algo, options.block_size)

@@ -32,12 +32,12 @@ def get_config(arg: str = "") -> ConfigDict:
         raise ValueError("expected text=detokenised or raw and rates=ten or fixed, got "
                          f"text={options.text}, rates={options.rates}")
     config = common.base()
-    config.data.update(source="text", path="wikitext", name=TEXTS[options.text], tokenizer=source, length=256)
-    config.optim.update(lr=5e-5, beta2=0.98, weight_decay=0.01, warmup_steps=200, schedule="wsd", ema=0.0)
-    config.train.update(steps=5000, batch=32, init_from=source)
+    config.data.update(source="text", path="wikitext", name=TEXTS[options.text], tokenizer=source, seq_len=256)
+    config.optim.update(lr=5e-5, beta2=0.98, weight_decay=0.01, warmup_steps=200, schedule="wsd", ema_decay=0.0)
+    config.train.update(steps=5000, batch_size=32, init_from=source)
     config.log.every = 20
     config.checkpoint.every = 500
-    config.eval.update(every=500, rows=64, batch=16, draws=4)
+    config.eval.update(every=500, rows=64, batch_size=16, mc_samples=4)
     common.set_algo(config, "roberta_diffusion", 0)
     config.diffusion.update(protected=PROMPT, special_ids=SPECIAL)
     if options.rates == "fixed":

@@ -27,12 +27,12 @@ def get_config(arg: str = "") -> ConfigDict:
     options = common.parse(arg, block_size=0, algo="mdlm")
     config = common.base()
     config.model = ConfigDict({"kind": "init_from", "dropout": 0.0})
-    config.data.update(source="text", path="heavy.txt", tokenizer=SOURCE, length=144, layout="pad", valid_fraction=0.1)
+    config.data.update(source="text", path="heavy.txt", tokenizer=SOURCE, seq_len=144, packing="pad", valid_fraction=0.1)
     config.diffusion.corruption = "exact_count"
-    config.optim.update(lr=5e-4, beta2=0.99, warmup_steps=40, schedule="cosine", ema=0.99)
-    config.train.update(steps=400, batch=16, init_from=SOURCE)
+    config.optim.update(lr=5e-4, beta2=0.99, warmup_steps=40, schedule="cosine", ema_decay=0.99)
+    config.train.update(steps=400, batch_size=16, init_from=SOURCE)
     config.log.every = 20
     config.checkpoint.every = 400
-    config.eval.update(every=200, rows=256, batch=64, sample_length=144)
+    config.eval.update(every=200, rows=256, batch_size=64, sample_length=144)
     common.set_algo(config, options.algo, options.block_size)
     return config

@@ -9,7 +9,7 @@
 
 A line of the file is {"prompt": ..., "response": ...} or {"messages": [{"role": ..., "content": ...}, ...]}. DIR is a
 published checkpoint or a run directory. A network whose outputs are one token ahead (a causal one, Dream) stays so:
-shifted=source; or say it, shifted=block|row|none (docs/adapt.md), also as --config.model.shifted=block.
+shifted=source; or say it, shifted=block|row|none (docs/adapt.md), also as --config.model.target_shift=block.
 
 Arguments: from=DIR, algo=bd3lm (blocks; block_size=N) | llada (arXiv 2502.09992: one dialogue a row, the rest of it end
 tokens that are learnt, each answer divided by its length) | ar, template=plain|chat|joined (data/dialogues.py; chat
@@ -36,16 +36,16 @@ def get_config(arg: str = "") -> ConfigDict:
                          f"from={source}, algo={options.algo}, template={options.template}, shifted={options.shifted}")
     config = common.base()
     config.data.update(source="sft", path="dialogues.jsonl", name=TEMPLATES[options.template], tokenizer=source,
-                       length=512, layout="pad" if options.algo == "llada" else "pack")
+                       seq_len=512, packing="pad" if options.algo == "llada" else "pack")
     config.diffusion.corruption = "exact_count"
     config.optim.update(lr=1e-3 if options.lora else 2e-5, beta2=0.99, warmup_steps=50, schedule="wsd",
-                        final_lr_fraction=0.1, ema=0.0)
-    config.train.update(steps=2000, batch=16, init_from=source, lora_rank=options.lora)
+                        final_lr_fraction=0.1, ema_decay=0.0)
+    config.train.update(steps=2000, batch_size=16, init_from=source, lora_rank=options.lora)
     config.log.every = 20
     config.checkpoint.every = 500
-    config.eval.update(every=500, rows=64, batch=16, draws=4)
+    config.eval.update(every=500, rows=64, batch_size=16, mc_samples=4)
     common.set_algo(config, options.algo, options.block_size)
-    config.model = ConfigDict({"kind": "init_from", "shifted": common.SHIFTED[options.shifted]})
+    config.model = ConfigDict({"kind": "init_from", "target_shift": common.SHIFTED[options.shifted]})
     if options.algo == "llada":
         config.diffusion.update(sft=True, random_length=0.0, normalise="answer")
     return config

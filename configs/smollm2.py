@@ -11,7 +11,7 @@ steps. The bound is measured before the first step, while training and at the en
 
 Arguments: block_size=N or algo=mdlm (one block a row), steps=N, from=FILE (another causal model). The default is a
 short run; with an accelerator:
-    python -m launch train --config=configs/smollm2.py:steps=3000 --workdir=runs/smollm2-long --config.train.batch=16
+    python -m launch train --config=configs/smollm2.py:steps=3000 --workdir=runs/smollm2-long --config.train.batch_size=16
 Hardware and time: two CPU cores; 60 steps of 14 seconds with a core and a half free, and as long again to measure.
 Expected (measured, seed 0, first 32 rows of *Persuasion*, bits per byte): 1.610 (1.584 .. 1.637) in blocks of 4, 1.774
 (1.749 .. 1.798) in blocks of 16, the causal model itself 1.357 (1.323 .. 1.391). The long run is not measured.
@@ -31,15 +31,15 @@ def get_config(arg: str = "") -> ConfigDict:
     options = common.parse(arg, block_size=4, algo="bd3lm", steps=60, **{"from": ""})
     source = getattr(options, "from") or _packaged()
     config = common.base()
-    config.model = ConfigDict({"kind": "init_from", "shifted": common.SHIFTED["block"]})
-    config.data.update(tokenizer=source, length=256)
+    config.model = ConfigDict({"kind": "init_from", "target_shift": common.SHIFTED["block"]})
+    config.data.update(tokenizer=source, seq_len=256)
     config.diffusion.corruption = "exact_count"
-    config.train.update(steps=options.steps, batch=2, init_from=source)
+    config.train.update(steps=options.steps, batch_size=2, init_from=source)
     steps = config.train.get_oneway_ref("steps")
-    config.optim.update(lr=2e-4, beta2=0.99, warmup_steps=steps // 6, schedule="wsd", ema=0.0)
+    config.optim.update(lr=2e-4, beta2=0.99, warmup_steps=steps // 6, schedule="wsd", ema_decay=0.0)
     config.log.every = 5
     config.checkpoint.every = steps // 2
-    config.eval.update(every=steps // 3, rows=16, batch=4, draws=1, report_rows=32, samples=2,
+    config.eval.update(every=steps // 3, rows=16, batch_size=4, mc_samples=1, report_rows=32, num_samples=2,
                        sample_length=128)
     common.set_algo(config, options.algo, options.block_size)
     common.grow_blocks(config)

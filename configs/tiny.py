@@ -19,14 +19,14 @@ from configs import common
 def get_config(arg: str = "") -> ConfigDict:
     options = common.parse(arg, block_size=4, algo="bd3lm")
     config = common.base()
-    config.model.update(layers=4, width=128, heads=4, dropout=0.0, rope_base=100.0)
-    config.data.update(source="austen", tokenizer="bpe:2048", length=128)
+    config.model.update(num_layers=4, hidden_size=128, num_heads=4, dropout=0.0, rope_theta=100.0)
+    config.data.update(source="austen", tokenizer="bpe:2048", seq_len=128)
     config.diffusion.corruption = "exact_count"
-    config.optim.update(lr=2e-3, beta2=0.99, warmup_steps=45, schedule="wsd", decay_fraction=0.3, ema=0.98)
-    config.train.update(steps=900, batch=8)
+    config.optim.update(lr=2e-3, beta2=0.99, warmup_steps=45, schedule="wsd", decay_fraction=0.3, ema_decay=0.98)
+    config.train.update(steps=900, batch_size=8)
     config.log.every = 10
     config.checkpoint.every = 300
-    config.eval.update(every=300, rows=64, batch=64, sample_length=128)
+    config.eval.update(every=300, rows=64, batch_size=64, sample_length=128)
     common.set_algo(config, options.algo, options.block_size)
     return config
 

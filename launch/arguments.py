@@ -15,7 +15,7 @@ from typing import cast
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from bd3lm_jax.core import paths, synonyms
+from bd3lm_jax.core import paths, renamed_keys, synonyms
 from bd3lm_jax.core.errors import UserError, nearest
 from launch import texts
 
@@ -241,12 +241,7 @@ def load_config(spec: str, overrides: Sequence[str]):
     from bd3lm_jax.config import Config
 
     config = _get_config(spec)
-    known = list(_leaves(config))
-    overrides = texts.decode_overrides(overrides)
-    for word in overrides:
-        key = override_key(word)
-        if key not in known:
-            raise UserError(f"unknown config key '{key}': {_nearest_key(key, known)}")
+    overrides = _known_overrides(texts.decode_overrides(overrides), list(_leaves(config)))
     values = flags.FlagValues()
     try:
         argv = ["launch", *overrides]
@@ -256,6 +251,19 @@ def load_config(spec: str, overrides: Sequence[str]):
         raise UserError(_one_line(error)) from None
     result = Config.from_dict(adapt.resolve(values.config))
     unused_keys.check(result, {override_key(word) for word in overrides})
+    return result
+
+
+def _known_overrides(words: Sequence[str], known: list[str]) -> list[str]:
+    """The words with today's names of their keys. UserError for a key that is not `known`, or is given by two names."""
+    result, spelled = [], {}
+    for word in words:
+        given = override_key(word)
+        key = given if given in known else renamed_keys.current_name(given)
+        if key not in known:
+            raise UserError(f"unknown config key '{given}': {_nearest_key(given, known)}")
+        renamed_keys.check_one_name(spelled.setdefault(key, given), given)
+        result.append(word.replace(given, key, 1))
     return result
 
 
@@ -366,7 +374,21 @@ def _get_config(spec: str) -> ConfigDict:
             raise UserError(f"get_config() in config file '{path}' returns {config!r}, expected a ConfigDict or a dict")
         config = ConfigDict(cast(dict, config))
         _check_keys(path, config)
+    _use_current_names(config)
     return config
+
+
+def _use_current_names(config: ConfigDict) -> None:
+    """Keys that a config file sets by their first names get today's, with the references among them."""
+    for section, names in renamed_keys.RENAMED.items():
+        values = config.get(section)
+        for first, current in names.items() if isinstance(values, ConfigDict) else ():
+            if first in values.keys():
+                if current in values.keys():
+                    renamed_keys.check_one_name(f"{section}.{first}", f"{section}.{current}")
+                value = dict(values.items(preserve_field_references=True))[first]
+                del values[first]
+                values[current] = value
 
 
 def _check_keys(path: str, config: ConfigDict) -> None:

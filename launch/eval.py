@@ -96,7 +96,7 @@ def _define_likelihood(values: flags.FlagValues) -> None:
     flags.DEFINE_string("end_token", "count", "count or skip the end of each document", flag_values=values)
     flags.DEFINE_string("estimator", "", "exact_count, importance, bernoulli, exact (block size up to 8), native, nll "
                         "(AR, block size 1); empty: the best", flag_values=values)
-    flags.DEFINE_integer("draws", 1, "noise draws a row, four noised views each", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("draws", 1, "noise draws a row, four noised copies each", lower_bound=1, flag_values=values)
     flags.DEFINE_string("target_ci", "", "more draws until the Monte-Carlo half width is this part of the nll, e.g. "
                         "0.5% or 0.005", flag_values=values)
     flags.DEFINE_integer("max_draws", 64, "of --target_ci", lower_bound=1, flag_values=values)

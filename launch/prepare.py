@@ -40,7 +40,7 @@ def main(args: flags.FlagValues, config, name: str) -> dict:
         for part in (rows[split].parts if mixed else [rows[split]]) if args.verify else []:
             manifest.verify(part.path)
         if mixed:
-            sources = rows[split].usage(config.train.steps * config.train.batch)
+            sources = rows[split].usage(config.train.steps * config.train.batch_size)
     log.table("Prepared rows", ["split", "rows", "tokens", "documents", "directory"],
               [[split, len(r), r.meta["tokens"], r.meta["documents"], r.path] for split, r in rows.items()])
     if sources:

@@ -24,6 +24,7 @@ import sys
 from absl import flags
 
 from bd3lm_jax.core.errors import UserError, program
+from bd3lm_jax.core.renamed_keys import current_name
 from launch import arguments
 
 TAKES_CONFIG = True
@@ -69,11 +70,11 @@ def load_points(spec: str, overrides: list[str]) -> list:
     from bd3lm_jax.experiments.sweeps.sweep import ARG, Point
 
     path, colon, _ = spec.partition(":")
-    fixed = {arguments.override_key(word) for word in overrides} | ({ARG} if colon else set())
+    fixed = {current_name(arguments.override_key(word)) for word in overrides} | ({ARG} if colon else set())
     launch = (sys.argv[0],) if program() == "bd3lm" else ("-m", "launch")
     points = []
     for i, changes in enumerate(arguments.load_sweep(path)):
-        conflicts = sorted(fixed & changes.keys())
+        conflicts = sorted(key for key in changes if current_name(key) in fixed)
         if conflicts:
             raise UserError(f"'{conflicts[0]}' is given on the command line and by sweep() in '{path}': leave one out")
         try:

@@ -119,4 +119,4 @@ def _check_mesh(config, chips: int, slices: int) -> None:
         raise UserError(f"--slices={slices}, but mesh.slices={config.mesh.slices}: add slices={slices} to --mesh "
                         "of the command, or slices=-1 for as many as there are")
     sharding.check_mesh(AbstractMesh(sizes, sharding.AXES), config.model, config.compute.microbatch
-                        or config.train.batch)
+                        or config.train.batch_size)

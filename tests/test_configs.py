@@ -63,7 +63,7 @@ def test_every_config_file_is_tested():
 @pytest.mark.parametrize(("name", "arg"), [(name, arg) for name in CONFIGS for arg in ARGS[name]])
 def test_builds_and_validates(name, arg):
     config = Config.from_dict(CONFIGS[name].get_config(arg))
-    length = config.data.length
+    length = config.data.seq_len
     algo = dict(word.split("=") for word in arg.split(",") if "=" in word).get("algo", "bd3lm")
     expected = {"ar": 1, "bd3lm": 32 if name == "llada2_flash" else 4, "mixed": 16}.get(algo, length)
     for word in arg.split(","):
@@ -103,7 +103,7 @@ def test_an_experiment_says_what_it_needs_and_validates(path):
 def test_the_small_roberta_sees_whole_rows():
     networks = [flatten(Config.from_dict(roberta.get_config(point["arg"])).to_dict()) for point in roberta.sweep()]
     assert [flat.get("diffusion.block_size") for flat in networks] == [256, 256, None]
-    assert {flat["data.length"] for flat in networks} == {256}
+    assert {flat["data.seq_len"] for flat in networks} == {256}
 
 
 def test_default_arguments_are_the_block_diffusion_model_of_size_4():
@@ -124,7 +124,7 @@ def test_recipe_trains_on_the_published_number_of_tokens():
     """850K steps with one block and 150K with small ones; 65B and 524B tokens in all."""
     for config, billions in ((lm1b, 65), (owt, 524)):
         whole, last = config.get_config("algo=ar"), config.get_config("block_size=4")
-        assert whole.train.steps * whole.train.batch * whole.data.length == pytest.approx(billions * 1e9, rel=0.01)
+        assert whole.train.steps * whole.train.batch_size * whole.data.seq_len == pytest.approx(billions * 1e9, rel=0.01)
         assert last.train.steps + 850_000 == whole.train.steps
 
 
@@ -134,7 +134,7 @@ def test_small_has_the_published_number_of_parameters():
                                "model": {**owt.get_config("small").model.to_dict(), "vocab_size": 50258}})
     params = jax.eval_shape(lambda: trunk.init(models.build(config.model, jnp.float32), jax.random.key(0)))
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
-    padding = (config.model.padded_vocab - 50258) * (2 * config.model.width + 1)
+    padding = (config.model.padded_vocab - 50258) * (2 * config.model.hidden_size + 1)
     assert (total - padding) / 1e6 == pytest.approx(169.6, abs=0.05)
 
 
@@ -205,7 +205,7 @@ WHOLE_ROW = GOLDEN / "bd3lm_block32_is_mdlm"
 
 
 @pytest.mark.parametrize(("name", "arg", "expected"), [
-    ("adapt", "from={ar}", {"model.shifted": "block", "train.anneal_steps": 1000, "diffusion.block_size": 4,
+    ("adapt", "from={ar}", {"model.target_shift": "block", "train.anneal_steps": 1000, "diffusion.block_size": 4,
                             "train.block_sizes": ((0, 1), (500, 2), (1000, 4))}),
     ("smollm2", "from={ar},block_size=16", {"train.block_sizes": ((0, 1), (5, 2), (10, 4), (15, 8), (20, 16)),
                                             "train.anneal_steps": 20, "optim.warmup_steps": 10, "train.steps": 60}),
@@ -214,59 +214,59 @@ WHOLE_ROW = GOLDEN / "bd3lm_block32_is_mdlm"
     ("smollm2", "from={ar},algo=mdlm", {"diffusion.block_size": 256, "train.anneal_steps": 20}),
     ("adapt", "from={ar},block_size=1", {"train.block_sizes": ((0, 1),), "model.adaln": False}),
     ("adapt", "from={ar},block_size=12", {"train.block_sizes": ((0, 1), (333, 2), (666, 4), (1000, 12))}),
-    ("adapt", "from={ar},algo=mdlm", {"diffusion.block_size": 256, "model.shifted": "block"}),
+    ("adapt", "from={ar},algo=mdlm", {"diffusion.block_size": 256, "model.target_shift": "block"}),
     ("adapt", "from={mdlm},recipe=mlm,block_size=16", {"train.block_sizes": ((0, 256), (1000, 16)),
-                                                       "model.shifted": ""}),
-    ("adapt", "from={mdlm},recipe=mdlm,lora=8", {"train.lora_rank": 8, "optim.ema": 0.0, "train.block_sizes": (),
+                                                       "model.target_shift": ""}),
+    ("adapt", "from={mdlm},recipe=mdlm,lora=8", {"train.lora_rank": 8, "optim.ema_decay": 0.0, "train.block_sizes": (),
                                                  "model.adaln": True}),
-    ("sft", "from={mdlm}", {"data.name": "plain", "data.layout": "pack", "diffusion.kind": "masked"}),
-    ("sft", "from={mdlm},algo=llada,lora=4", {"diffusion.sft": True, "data.layout": "pad",
+    ("sft", "from={mdlm}", {"data.name": "plain", "data.packing": "pack", "diffusion.kind": "masked"}),
+    ("sft", "from={mdlm},algo=llada,lora=4", {"diffusion.sft": True, "data.packing": "pad",
                                               "diffusion.normalise": "answer", "diffusion.block_size": 512}),
     ("sft", "from={ar},algo=ar,template=chat", {"data.name": "chat", "diffusion.kind": "ar", "model.adaln": False}),
-    ("sft", "from={ar}", {"model.shifted": "block"}), ("sft", "from={ar},shifted=none", {"model.shifted": ""}),
-    ("sft", "from={ar},algo=llada", {"model.shifted": "block"}), ("sft", "from={ar},algo=ar", {"model.shifted": ""}),
-    ("sft", "from={mdlm},lora=4", {"model.shifted": ""}), ("sft", "from={dream}", {"model.shifted": "block"}),
-    ("sft", "from={dream},algo=llada", {"model.shifted": "row"}), ("sft", "from={bert}", {"data.length": 24}),
-    ("adapt", "from={dream},recipe=mdlm", {"model.shifted": "block", "diffusion.block_size": 4}),
-    ("adapt", "from={dream},recipe=mdlm,shifted=block", {"model.shifted": "block", "diffusion.block_size": 4}),
-    ("adapt", "from={dream},recipe=mdlm,algo=mdlm", {"model.shifted": "row", "diffusion.block_size": 256}),
-    ("adapt", "from={dream},recipe=mdlm,algo=mdlm,shifted=none", {"model.shifted": ""}),
-    ("adapt", "from={ar},shifted=none", {"model.shifted": "", "train.anneal_steps": 1000}),
-    ("adapt", "from={ar},shifted=row,algo=mdlm", {"model.shifted": "row"}),
-    ("adapt", "from={bert},recipe=mlm", {"data.length": 24, "train.block_sizes": ((0, 24), (1000, 4))}),
-    ("roberta_wikitext", "from={mdlm},text=raw", {"data.name": "", "diffusion.protected": 16, "data.length": 256}),
+    ("sft", "from={ar}", {"model.target_shift": "block"}), ("sft", "from={ar},shifted=none", {"model.target_shift": ""}),
+    ("sft", "from={ar},algo=llada", {"model.target_shift": "block"}), ("sft", "from={ar},algo=ar", {"model.target_shift": ""}),
+    ("sft", "from={mdlm},lora=4", {"model.target_shift": ""}), ("sft", "from={dream}", {"model.target_shift": "block"}),
+    ("sft", "from={dream},algo=llada", {"model.target_shift": "row"}), ("sft", "from={bert}", {"data.seq_len": 24}),
+    ("adapt", "from={dream},recipe=mdlm", {"model.target_shift": "block", "diffusion.block_size": 4}),
+    ("adapt", "from={dream},recipe=mdlm,shifted=block", {"model.target_shift": "block", "diffusion.block_size": 4}),
+    ("adapt", "from={dream},recipe=mdlm,algo=mdlm", {"model.target_shift": "row", "diffusion.block_size": 256}),
+    ("adapt", "from={dream},recipe=mdlm,algo=mdlm,shifted=none", {"model.target_shift": ""}),
+    ("adapt", "from={ar},shifted=none", {"model.target_shift": "", "train.anneal_steps": 1000}),
+    ("adapt", "from={ar},shifted=row,algo=mdlm", {"model.target_shift": "row"}),
+    ("adapt", "from={bert},recipe=mlm", {"data.seq_len": 24, "train.block_sizes": ((0, 24), (1000, 4))}),
+    ("roberta_wikitext", "from={mdlm},text=raw", {"data.name": "", "diffusion.protected": 16, "data.seq_len": 256}),
     ("roberta_wikitext", "from={mdlm},rates=fixed", {"diffusion.rates": (0.15,), "data.name": "wikitext"}),
 ])
 def test_adaptations_take_the_network_of_their_source(name, arg, expected):
     if "block_size=12" in arg:
-        expected = expected | {"data.length": 252}
+        expected = expected | {"data.seq_len": 252}
     given = ADAPTING[name].get_config(arg.format(
         ar=GOLDEN / "ar", mdlm=WHOLE_ROW, dream=GOLDEN / "hf/dream", bert=GOLDEN / "hf/bert"))
-    given.data.length = expected.get("data.length", given.data.length)
+    given.data.seq_len = expected.get("data.seq_len", given.data.seq_len)
     if "{bert}" in arg and given.train.block_sizes:
         given.train.block_sizes = expected["train.block_sizes"]
     config = Config.from_dict(resolve(given))
     flat = flatten(config.to_dict())
     assert {key: flat[key] for key in expected} == expected
-    assert config.train.init_from == config.data.tokenizer and config.model.layers == 2
+    assert config.train.init_from == config.data.tokenizer and config.model.num_layers == 2
     assert Config.from_dict(config.to_dict()) == config
     make_schedule(config.optim, config.train.steps)
 
 
 @pytest.mark.parametrize("name, arg, overrides, expected", [
-    ("adapt", "from={bert},recipe=mlm,block_size=4", ["data.length=16", "train.steps=90"],
+    ("adapt", "from={bert},recipe=mlm,block_size=4", ["data.seq_len=16", "train.steps=90"],
      {"train.block_sizes": ((0, 16), (30, 4)), "diffusion.block_size": 4}),
-    ("adapt", "from={bert},recipe=mlm,block_size=4", ["data.length=16", "diffusion.block_size=8"],
+    ("adapt", "from={bert},recipe=mlm,block_size=4", ["data.seq_len=16", "diffusion.block_size=8"],
      {"train.block_sizes": ((0, 16), (1000, 8))}),
-    ("adapt", "from={bert},recipe=mlm,block_size=4", ["data.length=4"], {"train.block_sizes": ()}),
-    ("adapt", "from={ar},block_size=4", ["data.length=16", "train.steps=300"],
+    ("adapt", "from={bert},recipe=mlm,block_size=4", ["data.seq_len=4"], {"train.block_sizes": ()}),
+    ("adapt", "from={ar},block_size=4", ["data.seq_len=16", "train.steps=300"],
      {"train.block_sizes": ((0, 1), (50, 2), (100, 4)), "train.anneal_steps": 100}),
     ("adapt", "from={ar},block_size=4", ["train.anneal_steps=7"], {"train.anneal_steps": 7}),
-    ("adapt", "from={ar},algo=mdlm", ["data.length=16"], {"diffusion.block_size": 16}),
-    ("tiny", "algo=mdlm", ["data.length=64"], {"diffusion.block_size": 64}),
-    ("tiny", "algo=mdlm", ["data.length=64", "diffusion.block_size=8"], {"diffusion.block_size": 8, "data.length": 64}),
-    ("tiny", "algo=sedd", ["data.length=64"], {"diffusion.block_size": 64}),
-    ("smollm2", "from={ar},algo=mdlm", ["data.length=16", "train.steps=30"],
+    ("adapt", "from={ar},algo=mdlm", ["data.seq_len=16"], {"diffusion.block_size": 16}),
+    ("tiny", "algo=mdlm", ["data.seq_len=64"], {"diffusion.block_size": 64}),
+    ("tiny", "algo=mdlm", ["data.seq_len=64", "diffusion.block_size=8"], {"diffusion.block_size": 8, "data.seq_len": 64}),
+    ("tiny", "algo=sedd", ["data.seq_len=64"], {"diffusion.block_size": 64}),
+    ("smollm2", "from={ar},algo=mdlm", ["data.seq_len=16", "train.steps=30"],
      {"diffusion.block_size": 16, "train.anneal_steps": 10, "checkpoint.every": 15}),
 ])
 def test_presets_follow_what_the_command_line_changes(name, arg, overrides, expected):
@@ -278,18 +278,18 @@ def test_presets_follow_what_the_command_line_changes(name, arg, overrides, expe
 
 def test_the_form_of_outputs_can_be_set_on_the_command_line():
     for module in (sft, adapt):
-        config = load_config(f"{module.__file__}:from={GOLDEN / 'ar'}", ["--config.model.shifted=row",
+        config = load_config(f"{module.__file__}:from={GOLDEN / 'ar'}", ["--config.model.target_shift=row",
                                                                          "--config.diffusion.block_size=32",
-                                                                         "--config.data.length=32",
+                                                                         "--config.data.seq_len=32",
                                                                          "--config.train.block_sizes=()"])
-        assert config.model.shifted == "row"
+        assert config.model.target_shift == "row"
 
 
 @pytest.mark.parametrize(("arg", "block_size"), [("", 144), ("block_size=16,algo=bd3lm", 16)])
 def test_the_antibody_network_is_that_of_its_directory(arg, block_size):
     config = Config.from_dict(resolve(sapiens.get_config(arg)))
-    assert (config.model.kind, config.model.width, config.model.vocab_size) == ("bert", 128, 25)
-    assert config.block_size == block_size and config.data.length == config.model.positions == 144
+    assert (config.model.kind, config.model.hidden_size, config.model.vocab_size) == ("bert", 128, 25)
+    assert config.block_size == block_size and config.data.seq_len == config.model.positions == 144
     assert Config.from_dict(config.to_dict()) == config
     make_schedule(config.optim, config.train.steps)
 

@@ -39,7 +39,7 @@ class Lines:
 
 def evaluator(tmp_path, objective):
     lm = make_lm(objective)
-    config = toy_config(tmp_path, {"eval.batch": 4})
+    config = toy_config(tmp_path, {"eval.batch_size": 4})
     object.__setattr__(config, "diffusion", objective)
     object.__setattr__(config, "model", lm.config.model)
     return lm, Evaluator(config, lm.model, SpecialIds(MASK, END), sharding.make_mesh(config.mesh))

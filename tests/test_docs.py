@@ -55,10 +55,10 @@ FILES = {("objectives.md", 0): "my_objective.py", ("objectives.md", 1): "my_conf
 NOT_HERE = {"SmolLM2-135M.gguf", "llama-3.2-1b", "mdlm"}  # checkpoints that snippets load from elsewhere
 RUNS = {"ar": "algo=ar", "tiny-ar": "algo=ar", "mdlm": "algo=mdlm", "mixed": "algo=mixed", "sedd": "algo=sedd",
         "uniform": "algo=uniform", "ssd": "algo=ssd_lm,block_size=16"}  # trained by other commands; else as runs/tiny
-TINY = ("--config.model.layers=1", "--config.model.width=32", "--config.model.heads=2",
+TINY = ("--config.model.num_layers=1", "--config.model.hidden_size=32", "--config.model.num_heads=2",
         "--config.data.tokenizer=bytes")
-SHORT = ("--config.train.steps=3", "--config.train.batch=4", "--config.optim.warmup_steps=0", "--config.log.every=1",
-         "--config.optim.schedule=constant", "--config.eval.samples=1", "--config.eval.sample_length=16",
+SHORT = ("--config.train.steps=3", "--config.train.batch_size=4", "--config.optim.warmup_steps=0", "--config.log.every=1",
+         "--config.optim.schedule=constant", "--config.eval.num_samples=1", "--config.eval.sample_length=16",
          "--stuck_after=0")
 DOCUMENTS = 16
 ALL = [command for page in PAGES for command in commands(page)]
@@ -200,7 +200,7 @@ def run_short(command: Command) -> None:
         ensure(path)
     if name == "train":
         adapted = any("adapt.py" in word for word in words)
-        words += [*SHORT, *(["--config.data.length=64", "--config.train.steps=12"] if adapted else TINY)]
+        words += [*SHORT, *(["--config.data.seq_len=64", "--config.train.steps=12"] if adapted else TINY)]
         if not any(word.startswith("--workdir") for word in words):  # runs/tiny would be that of several commands
             words.append(f"--workdir=runs/{len(list(Path('runs').glob('*')))}")
         words = [re.sub("(--config.train.block_sizes)=.*", r"\1=((0, 1), (1, 4), (2, 32))", word) for word in words]

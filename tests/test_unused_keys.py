@@ -22,11 +22,11 @@ CASES = [  # config, words of the command line, the key without effect, and what
     ("", ["diffusion.clip_low=.3"], "diffusion.clip_low=0.3", "diffusion.corruption='exact_count'"),
     ("", ["diffusion.corruption=bernoulli", "diffusion.complement=True"], "diffusion.complement", "'bernoulli'"),
     ("algo=priority", ["diffusion.hard=True", "diffusion.weight=3."], "diffusion.weight=3.0", "diffusion.hard=True"),
-    ("", ["noise.clip_widths=(.5,.6)"], "noise.clip_widths", "noise.adapt='none'"),
-    ("", ["noise.adapt=counts", "noise.clip_stride=.1"], "noise.clip_stride=0.1", "noise.adapt='counts'"),
-    ("", ["noise.clip_batches=2"], "noise.clip_batches=2", "noise.adapt='none'"),
-    ("", ["noise.count_floor=.2"], "noise.count_floor=0.2", "noise.adapt='none'"),
-    ("", ["noise.count_decay=.9"], "noise.count_decay=0.9", "noise.adapt='none'"),
+    ("", ["noise.clip_widths=(.5,.6)"], "noise.clip_widths", "noise.adaptive_noise='none'"),
+    ("", ["noise.adaptive_noise=counts", "noise.clip_stride=.1"], "noise.clip_stride=0.1", "noise.adaptive_noise='counts'"),
+    ("", ["noise.clip_batches=2"], "noise.clip_batches=2", "noise.adaptive_noise='none'"),
+    ("", ["noise.count_floor=.2"], "noise.count_floor=0.2", "noise.adaptive_noise='none'"),
+    ("", ["noise.count_decay=.9"], "noise.count_decay=0.9", "noise.adaptive_noise='none'"),
     ("", ["train.lora_alpha=8."], "train.lora_alpha=8.0", "train.lora_rank=0"),
     ("block_size=1", ["train.anneal_steps=10"], "train.anneal_steps=10", "diffusion.block_size=1"),
     ("", ["optim.schedule=cosine", "optim.decay_fraction=.5"], "optim.decay_fraction=0.5", "optim.schedule='cosine'"),
@@ -38,9 +38,9 @@ CASES = [  # config, words of the command line, the key without effect, and what
     ("", ["data.source=jsonl", "data.path=x", "data.name=wikitext"], "data.name='wikitext'", "data.source='jsonl'"),
     ("", ["data.valid_fraction=.2"], "data.valid_fraction=0.2", "data.source='austen'"),
     ("", ["data.density_fraction=.5"], "data.density_fraction=0.5", "data.density"),
-    ("", ["eval.samples=0", "eval.sample_length=64"], "eval.sample_length=64", "eval.samples=0"),
-    ("algo=ar", ["eval.draws=4"], "eval.draws=4", "diffusion.kind='ar'"),
-    ("algo=ssd_lm", ["eval.draws=4"], "eval.draws=4", "diffusion.kind='ssd_lm'"),
+    ("", ["eval.num_samples=0", "eval.sample_length=64"], "eval.sample_length=64", "eval.num_samples=0"),
+    ("algo=ar", ["eval.mc_samples=4"], "eval.mc_samples=4", "diffusion.kind='ar'"),
+    ("algo=ssd_lm", ["eval.mc_samples=4"], "eval.mc_samples=4", "diffusion.kind='ssd_lm'"),
     ("algo=ssd_lm", ["checkpoint.keep_best=3"], "checkpoint.keep_best=3", "diffusion.kind='ssd_lm'"),
 ]
 
@@ -54,10 +54,10 @@ def test_a_key_without_effect_is_one_line_that_names_both(arg, words, key, by):
 
 
 @pytest.mark.parametrize("words", [
-    ["diffusion.schedule=loglinear"], ["optim.schedule=constant"], ["optim.schedule=cosine"], ["eval.samples=0"],
+    ["diffusion.schedule=loglinear"], ["optim.schedule=constant"], ["optim.schedule=cosine"], ["eval.num_samples=0"],
     ["diffusion.corruption=bernoulli", "diffusion.schedule=cosine", "diffusion.eps=.01"],
-    ["noise.adapt=counts", "noise.count_floor=.2", "noise.count_decay=.9"], ["diffusion.block_size=1"],
-    ["noise.adapt=clip", "diffusion.corruption=bernoulli", "noise.clip_widths=(.5,.6)", "noise.clip_batches=2"],
+    ["noise.adaptive_noise=counts", "noise.count_floor=.2", "noise.count_decay=.9"], ["diffusion.block_size=1"],
+    ["noise.adaptive_noise=clip", "diffusion.corruption=bernoulli", "noise.clip_widths=(.5,.6)", "noise.clip_batches=2"],
     ["data.source=jsonl", "data.path=x", "data.field=body", "data.valid_fraction=.2"],
 ])
 def test_keys_with_an_effect_and_what_presets_leave_behind(words):

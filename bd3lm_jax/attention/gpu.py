@@ -1,6 +1,6 @@
 """GPU: exact block diffusion attention on cuDNN's flash attention, which knows causal calls and key lengths only.
 
-Rows hold one document each. Noised views shifted by one block and the clean stream are query groups of one call over
+Rows hold one document each. Noised copies shifted by one block and the clean stream are query groups of one call over
 the clean keys (`parts.CleanPrefix`). Small blocks: a plain *causal* call, plus for each block what it misses, the
 strict upper triangle of the aligned clean block, plus the noised block itself. Large blocks: one unmasked call per
 block with its exact keys, and one for all noised blocks. All parts are merged and differentiated as one (`merged.py`).

@@ -12,8 +12,8 @@ NO_GRADS = (None, None, None)
 class CleanPrefix:
     """All queries against the clean keys.
 
-    Noised block b + 1 sees exactly the clean keys that clean block b sees: the noised views, shifted by one block, and
-    the clean stream are groups of queries of one call. In it noised tokens have view 1, clean ones 0. With blocks of
+    Noised block b + 1 sees exactly the clean keys that clean block b sees: the noised copies, shifted by one block, and
+    the clean stream are groups of queries of one call. In it noised tokens have copy 1, clean ones 0. With blocks of
     several sizes the shift is the smallest: a noised token sees no clean key that the tiles of the token so far before
     it leave out, as every size divides `spec.block_size`.
     """
@@ -21,19 +21,19 @@ class CleanPrefix:
     def __init__(self, spec: MaskSpec, noised, clean, flash: Flash):
         self.flash = flash
         clean_q, self.k, self.v = clean
-        self.views, self.noised_length = (0, 0) if noised is None else noised[0].shape[1:3]
-        self.shift = (spec.min_block_size or spec.block_size) if self.views else 0
+        self.noise_samples, self.noised_length = (0, 0) if noised is None else noised[0].shape[1:3]
+        self.shift = (spec.min_block_size or spec.block_size) if self.noise_samples else 0
         self.clean_length = 0 if clean_q is None else clean_q.shape[1]
         self.length = max(self.noised_length - self.shift, self.k.shape[1])
         self.q = self._group(noised and noised[0], clean_q)
         self.kv_tokens = with_noise_sample(spec.clean, 0)
-        noised_tokens = broadcast_noise_samples(with_noise_sample(spec.noised, 1), self.views) if self.views else self.kv_tokens
+        noised_tokens = broadcast_noise_samples(with_noise_sample(spec.noised, 1), self.noise_samples) if self.noise_samples else self.kv_tokens
         self.q_tokens = jax.tree.map(self._group, noised_tokens, self.kv_tokens)
 
     def forward(self):
         out, lse = self.flash.forward(self.q, self.k, self.v, self.q_tokens, self.kv_tokens)
         noised, clean = zip(self._ungroup(out, 0.0), self._ungroup(lse, NEG_INF))
-        return noised if self.views else None, clean if self.clean_length else None
+        return noised if self.noise_samples else None, clean if self.clean_length else None
 
     def backward(self, noised: BackwardInputs | None, clean: BackwardInputs | None):
         grad = BackwardInputs(*map(self._group, noised or clean, clean or noised))
@@ -42,8 +42,8 @@ class CleanPrefix:
         return (dq_noised, None, None), (dq_clean, dk, dv)
 
     def _group(self, noised_BxMxT, clean_BxC):
-        """One quantity of both streams -> `[B, G, N, ...]`, views first; that of an absent stream is not read."""
-        groups = [noised_BxMxT[:, :, self.shift:]] if self.views else []
+        """One quantity of both streams -> `[B, G, N, ...]`, copies first; that of an absent stream is not read."""
+        groups = [noised_BxMxT[:, :, self.shift:]] if self.noise_samples else []
         if self.clean_length:
             groups.append(clean_BxC[:, None])
         return jnp.concatenate([pad_to(x, 2, self.length) for x in groups], axis=1)
@@ -51,8 +51,8 @@ class CleanPrefix:
     def _ungroup(self, x_BxGxN, fill):
         """Inverse of `_group`, with `fill` for the first noised block, which sees no clean key."""
         noised = clean = None
-        if self.views:
-            noised = x_BxGxN[:, :self.views, :self.noised_length - self.shift]
+        if self.noise_samples:
+            noised = x_BxGxN[:, :self.noise_samples, :self.noised_length - self.shift]
             front = [(self.shift if axis == 2 else 0, 0) for axis in range(noised.ndim)]
             noised = jnp.pad(noised, front, constant_values=fill)
         if self.clean_length:
@@ -61,7 +61,7 @@ class CleanPrefix:
 
 
 class OwnBlock:
-    """Noised tokens against their own view; a view is a row of its own to `flash`."""
+    """Noised tokens against their own copy; a copy is a row of its own to `flash`."""
 
     def __init__(self, spec: MaskSpec, noised, flash: Flash):
         self.flash, self.shape = flash, noised[0].shape[:3]
@@ -124,8 +124,8 @@ def with_noise_sample(tokens: Tokens, noise_sample: int) -> Tokens:
     return tokens.replace(noise_sample=jnp.full(tokens.segment.shape, noise_sample))
 
 
-def broadcast_noise_samples(tokens: Tokens, views: int) -> Tokens:
+def broadcast_noise_samples(tokens: Tokens, noise_samples: int) -> Tokens:
     """`[B, T]` -> `[B, M, T]`."""
     def repeat(x):
-        return jnp.broadcast_to(x[:, None], (x.shape[0], views, *x.shape[1:]))
+        return jnp.broadcast_to(x[:, None], (x.shape[0], noise_samples, *x.shape[1:]))
     return jax.tree.map(repeat, tokens)

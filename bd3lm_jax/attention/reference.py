@@ -28,11 +28,11 @@ def dense_attention(spec: MaskSpec, noised, clean, cache):
             queries.append(clean[0])
             q_tokens.append(spec.clean)
     if noised is not None:
-        views = noised[0].shape[1]
+        noise_samples = noised[0].shape[1]
         queries.append(_flatten_noise_samples(noised[0]))
         keys.append(jnp.moveaxis(_flatten_noise_samples(noised[1]), 1, -1))
         values.append(jnp.moveaxis(_flatten_noise_samples(noised[2]), 1, -1))
-        tokens = _noise_sample_tokens(spec.noised, views)
+        tokens = _noise_sample_tokens(spec.noised, noise_samples)
         q_tokens.append(tokens)
         kv_tokens.append(tokens)
     mask = allowed(spec.rule, _concat(q_tokens).expand(2), _concat(kv_tokens).expand(1), spec.window)
@@ -61,15 +61,15 @@ def _attend(q_BxQxHxD, keys, values, mask_BxQxP):
 
 
 def _flatten_noise_samples(x_BxMxTxHxD):
-    batch, views, length, *rest = x_BxMxTxHxD.shape
-    return x_BxMxTxHxD.reshape(batch, views * length, *rest)
+    batch, noise_samples, length, *rest = x_BxMxTxHxD.shape
+    return x_BxMxTxHxD.reshape(batch, noise_samples * length, *rest)
 
 
-def _noise_sample_tokens(tokens: Tokens, views: int) -> Tokens:
-    """Tokens `[B, T]` of one view -> `[B, M T]` of all views, numbered from 1."""
+def _noise_sample_tokens(tokens: Tokens, noise_samples: int) -> Tokens:
+    """Tokens `[B, T]` of one copy -> `[B, M T]` of all copies, numbered from 1."""
     batch, length = tokens.segment.shape
-    tiled = jax.tree.map(lambda x: jnp.tile(x, (1, views)), tokens.replace(noise_sample=tokens.segment))
-    return tiled.replace(noise_sample=jnp.broadcast_to(jnp.repeat(jnp.arange(1, views + 1), length), (batch, views * length)))
+    tiled = jax.tree.map(lambda x: jnp.tile(x, (1, noise_samples)), tokens.replace(noise_sample=tokens.segment))
+    return tiled.replace(noise_sample=jnp.broadcast_to(jnp.repeat(jnp.arange(1, noise_samples + 1), length), (batch, noise_samples * length)))
 
 
 def _concat(parts: list[Tokens]) -> Tokens:

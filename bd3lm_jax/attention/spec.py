@@ -1,6 +1,6 @@
 """Who sees whom: one predicate, from which dense masks, tile lists and tests are derived.
 
-Two streams share a row: the *noised* stream (one or more views of the row, what is predicted) and the *clean* stream
+Two streams share a row: the *noised* stream (one or more copies of the row, what is predicted) and the *clean* stream
 (the context). A finished prefix may sit in a *cache*, which behaves like clean tokens.
 
 Source: BD3-LM (arXiv 2503.09573) section 3 and appendix B.6; segments for packed documents as in LLaDA2.
@@ -18,7 +18,7 @@ class Tokens(flax.struct.PyTreeNode):
     """What the predicate knows of tokens; int32 arrays that broadcast together, normally `[B, T]`.
 
     position: place in its document. block: index of its block in its document. segment: the document within the row,
-    0 for padding. view: 0 for clean tokens, m >= 1 for the m-th noised view. sees: the last position that it may see
+    0 for padding. noise_sample: 0 for clean tokens, m >= 1 for the m-th noised copy. sees: the last position that it may see
     while attention opens (annealing.py); None: all that the rule allows.
     """
 
@@ -58,7 +58,7 @@ class MaskSpec(flax.struct.PyTreeNode):
 def allowed(rule: str, q: Tokens, kv: Tokens, window: int | None = None) -> jax.Array:
     """Whether query token `q` may attend to key token `kv`: bool, shape of the two broadcast together.
 
-    Noised sees its own block of its own view and earlier clean blocks; clean sees clean by `rule`; clean never sees
+    Noised sees its own block of its own copy and earlier clean blocks; clean sees clean by `rule`; clean never sees
     noised; nobody sees another segment or padding. window: nor a token whose place in the document is more than so many
     tokens away, in either direction; None: however far.
     """

@@ -1,6 +1,6 @@
 """TPU: exact attention on jax's Pallas splash attention, one kernel call over both streams, forward and backward.
 
-Queries and keys are the noised views and then the clean stream, each padded to whole tiles. What a token may see by
+Queries and keys are the noised copies and then the clean stream, each padded to whole tiles. What a token may see by
 its row index is static and tells the kernel which tiles to skip; the segments go in row by row. Together they are the
 predicate `spec.allowed`: a document is contiguous and begins at a row index that is a multiple of the block size, so
 inside it positions and block indices are row indices and row blocks less a constant, which no comparison notices.
@@ -24,7 +24,7 @@ from bd3lm_jax.attention.shards import per_device
 from bd3lm_jax.attention.spec import MaskSpec, Tokens, allowed
 
 TILES = (128, 256, 384, 512)  # the kernel wants multiples of 128; larger ones do not fit the fast memory
-MAX_HEAD, MAX_TOKENS = 256, 32768  # what the compilers for v4 to v6e were seen to take, with up to three views
+MAX_HEAD, MAX_TOKENS = 256, 32768  # what the compilers for v4 to v6e were seen to take, with up to three copies
 
 
 def splash_attention(spec: MaskSpec, noised, clean, cache):
@@ -77,22 +77,22 @@ def _attention(spec: MaskSpec, noised, clean):
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """How the streams of a call are joined: the noised views, then the clean stream, each in whole tiles."""
+    """How the streams of a call are joined: the noised copies, then the clean stream, each in whole tiles."""
 
     rule: str
     block_size: int
-    views: int
-    noised: int  # tokens of one view
+    noise_samples: int
+    noised: int  # tokens of one copy
     clean: int  # tokens of the clean stream
     clean_queries: bool
     tile: int  # rows and columns of a tile
 
     @classmethod
     def of(cls, spec: MaskSpec, noised, clean) -> "_Layout":
-        views, length = (0, 0) if noised is None else noised[0].shape[1:3]
+        noise_samples, length = (0, 0) if noised is None else noised[0].shape[1:3]
         clean_length = 0 if clean is None else clean[1].shape[1]
-        tile = choose_tile(length, clean_length, views, spec.block_size)
-        return cls(spec.rule, spec.block_size, views, length, clean_length, clean_length > 0 and clean[0] is not None, tile)
+        tile = choose_tile(length, clean_length, noise_samples, spec.block_size)
+        return cls(spec.rule, spec.block_size, noise_samples, length, clean_length, clean_length > 0 and clean[0] is not None, tile)
 
     def _padded(self, length: int) -> int:
         return -(-length // self.tile) * self.tile
@@ -113,20 +113,20 @@ class _Layout:
 
     def join_segments(self, spec: MaskSpec):
         """Segments `[B, P]` of the joined keys."""
-        parts = [spec.noised] * self.views + [spec.clean] * (self.clean > 0)
+        parts = [spec.noised] * self.noise_samples + [spec.clean] * (self.clean > 0)
         return jnp.concatenate([self._pad(tokens.segment, 1) for tokens in parts], axis=1)
 
     def split(self, joined_BxHxNxD):
         """Inverse of `join`, for the streams that have queries."""
         joined_BxNxHxD = joined_BxHxNxD.swapaxes(1, 2)
-        noised, clean = jnp.split(joined_BxNxHxD, [self.views * self._padded(self.noised)], axis=1)
-        if self.views:
-            noised = noised.reshape(noised.shape[0], self.views, -1, *noised.shape[2:])[:, :, :self.noised]
-        return noised if self.views else None, clean[:, :self.clean] if self.clean_queries else None
+        noised, clean = jnp.split(joined_BxNxHxD, [self.noise_samples * self._padded(self.noised)], axis=1)
+        if self.noise_samples:
+            noised = noised.reshape(noised.shape[0], self.noise_samples, -1, *noised.shape[2:])[:, :, :self.noised]
+        return noised if self.noise_samples else None, clean[:, :self.clean] if self.clean_queries else None
 
     def tokens(self) -> Tokens:
         """The joined keys, as if the row held one document."""
-        streams = [(noise_sample, self._padded(self.noised)) for noise_sample in range(1, self.views + 1)]
+        streams = [(noise_sample, self._padded(self.noised)) for noise_sample in range(1, self.noise_samples + 1)]
         streams.append((0, self._padded(self.clean)))
         row = np.concatenate([np.arange(length, dtype=np.int32) for _, length in streams])
         noise_sample = np.concatenate([np.full(length, noise_sample, np.int32) for noise_sample, length in streams])
@@ -164,8 +164,8 @@ class _Mask(pallas.Mask):
 _allowed = jax.jit(allowed, static_argnums=0)
 
 
-def choose_tile(noised: int, clean: int, views: int, block_size: int) -> int:
-    """Rows and columns of a tile, by estimated time, for `views` noised streams and a clean one of these lengths.
+def choose_tile(noised: int, clean: int, noise_samples: int, block_size: int) -> int:
+    """Rows and columns of a tile, by estimated time, for `noise_samples` noised streams and a clean one of these lengths.
 
     Large tiles compute more pairs that nobody sees, on the diagonals and in padding; small ones spend the time on
     starting: about 0.35 us each, in which the kernel would compute some 256 x 256 pairs (an estimate, not measured).
@@ -173,7 +173,7 @@ def choose_tile(noised: int, clean: int, views: int, block_size: int) -> int:
     def cost(tile):
         noised_tiles, clean_tiles, own_tiles = (-(-n // tile) for n in (noised, clean, block_size))
         prefix_tiles = (clean_tiles + 1) / 2
-        tile_pairs = views * noised_tiles * (own_tiles + prefix_tiles) + clean_tiles * prefix_tiles
+        tile_pairs = noise_samples * noised_tiles * (own_tiles + prefix_tiles) + clean_tiles * prefix_tiles
         return tile_pairs * (tile**2 + 256**2)
     return min(TILES, key=cost)
 

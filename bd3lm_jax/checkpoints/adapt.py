@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from bd3lm_jax import models
 from bd3lm_jax.checkpoints import hf, rundir
 from bd3lm_jax.config import SAME_AS_INIT, Config, read_sections
-from bd3lm_jax.core import jax_settings
+from bd3lm_jax.core import jax_settings, renamed_keys
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.core.log import note
 from bd3lm_jax.core.typed import Nested, as_mapping
@@ -24,7 +24,7 @@ from bd3lm_jax.models import Backbone, trunk
 from bd3lm_jax.scoring import target_shift
 
 # of a model config: no shape depends on it but the vocabulary's
-ADAPTABLE_FIELDS = ("dropout", "vocab_size", "shifted")
+ADAPTABLE_FIELDS = ("dropout", "vocab_size", "target_shift")
 MASK_ROW_NOISE = 0.02  # of a new row, in standard deviations of the rows that are there
 MASK_ROW_FOLD = 0x6D61736B  # tells its random numbers from others
 
@@ -44,7 +44,7 @@ def read_source(path: str) -> Source:
     """The network of a run or of a published checkpoint, without its weights. UserError if there is none."""
     if not hf.is_published(path := hf.local(path)):
         config, _ = rundir.read(path)
-        return Source(path, False, config.model, config.diffusion, config.data.length, -1)
+        return Source(path, False, config.model, config.diffusion, config.data.seq_len, -1)
     model_spec = hf.from_hf_config(path)
     return Source(path, True, model_spec.model, model_spec.objective, model_spec.length, model_spec.mask_id)
 
@@ -61,23 +61,23 @@ def resolve(config: Config | Nested) -> Config | Nested:
         return config
     nested, sections = read_sections(config)
     network = _network_of(dict(section.items()), sections["train"].init_from, sections["diffusion"],
-                          sections["data"].length)
+                          sections["data"].seq_len)
     return nested | {"model": network}
 
 
 def _network_of(overrides: Mapping, path: str, objective: Any, length: int) -> dict:
     """The section `model` of the network in `train.init_from`, with what is given beside `kind` in its place;
-    shifted="source" becomes the form that it has under an objective with rows of `length` tokens
+    target_shift="source" becomes the form that it has under an objective with rows of `length` tokens
     (`target_shift.inherited_shift`)."""
     if not path:
         raise UserError(f"model.kind='{SAME_AS_INIT}' takes the network of train.init_from, which is ''")
     source = read_source(path)
     own = {"kind": source.model.kind, **dataclasses.asdict(source.model)}
-    overrides = {key: x for key, x in overrides.items() if key != "kind"}
-    if overrides.get("shifted") == target_shift.INHERIT:
-        del overrides["shifted"]
-        if "shifted" in own:
-            overrides["shifted"] = target_shift.inherited_shift(source.model, source.objective.causal, objective,
+    overrides = renamed_keys.with_known_names("model", {key: x for key, x in overrides.items() if key != "kind"}, own)
+    if overrides.get("target_shift") == target_shift.INHERIT:
+        del overrides["target_shift"]
+        if "target_shift" in own:
+            overrides["target_shift"] = target_shift.inherited_shift(source.model, source.objective.causal, objective,
                                                                 length)
     return {**own, **overrides}
 
@@ -110,8 +110,8 @@ def check_source(config: Config, tokenizer: Tokenizer) -> None:
     if differing:
         raise UserError(f"{name} is another network ({'; '.join(differing)}; here != there): use model.kind="
                         f"'init_from', which takes its network")
-    if config.data.length > source.length and source.published:
-        raise UserError(f"data.length={config.data.length}, but {name} was made for rows of at most {source.length} "
+    if config.data.seq_len > source.length and source.published:
+        raise UserError(f"data.seq_len={config.data.seq_len}, but {name} was made for rows of at most {source.length} "
                         "tokens: shorten the rows")
     if source.published:
         source_fields = hf.read_tokenizer(source.path, hf.from_hf_config(source.path))

@@ -84,11 +84,11 @@ def published_config(path: str | os.PathLike, found: ModelSpec, length: int) -> 
     if length > found.length:
         raise UserError(f"--length={length} is more than the {found.length} tokens that {path} was trained on")
     config = Config(0, found.model, found.objective, **dict.fromkeys(SECTIONS) | {
-        "data": DataConfig(source="austen", path="", name="", field="text", tokenizer="", length=length, layout="wrap",
+        "data": DataConfig(source="austen", path="", name="", field="text", tokenizer="", seq_len=length, packing="wrap",
                            valid_fraction=0.01, cache_dir="", workers=1, density="", density_fraction=1.0, mixture=()),
         "compute": ComputeConfig(dtype="auto", attention="auto", layers="scan", remat="none", microbatch=0,
                                  loss_chunk=0),
-        "eval": EvalConfig(every=1, rows=0, batch=PUBLISHED_BATCH, draws=1, report_rows=0, samples=0,
+        "eval": EvalConfig(every=1, rows=0, batch_size=PUBLISHED_BATCH, mc_samples=1, report_rows=0, num_samples=0,
                            sample_length=0)})
     if config.block_size >= found.length:  # one block a row
         config = config.at_block_size(length)

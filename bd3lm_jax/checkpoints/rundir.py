@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from bd3lm_jax.config import Config, decisive_hash
-from bd3lm_jax.core import files, lock, plugins
+from bd3lm_jax.core import files, lock, plugins, renamed_keys
 from bd3lm_jax.core.checksummed import CHECKSUM_KEY, ChecksumError, add_checksum, verify_checksum
 from bd3lm_jax.core.errors import RunError, UserError, command_line
 from bd3lm_jax.core.log import METRICS_FILE, note_once
@@ -28,9 +28,9 @@ RUN_OUTPUTS = ("checkpoints", "samples", "plots", "profile", METRICS_FILE, "repo
                "watch.jsonl")
 HASH, FILES = "config_sha256", "files_sha256"  # keys of config.json beside the config itself
 MIGRATIONS = {  # keys that the run directories of earlier versions lack, with values that mean what these runs did
-    "noise": {"adapt": "none", "clip_widths": [0.5, 0.6, 0.7, 0.8, 0.9], "clip_stride": 0.05, "clip_batches": 1,
+    "noise": {"adaptive_noise": "none", "clip_widths": [0.5, 0.6, 0.7, 0.8, 0.9], "clip_stride": 0.05, "clip_batches": 1,
               "count_floor": 0.1, "count_decay": 0.99},
-    "train": {"views": 1, "block_sizes": [], "anneal_steps": 0, "lora_rank": 0, "lora_alpha": 16.0},
+    "train": {"noise_samples": 1, "block_sizes": [], "anneal_steps": 0, "lora_rank": 0, "lora_alpha": 16.0},
     "data": {"density": "", "density_fraction": 1.0, "mixture": []},
     "compute": {"loss_chunk": 0},
     "checkpoint": {"keep_best": 0},
@@ -38,7 +38,7 @@ MIGRATIONS = {  # keys that the run directories of earlier versions lack, with v
     "eval": {"report_rows": 0},
 }
 MIGRATIONS_BY_KIND = {  # the same for objectives and networks
-    "masked": {"complement": False}, "dit": {"decoder_layers": 0, "shifted": ""},
+    "masked": {"complement": False}, "dit": {"decoder_layers": 0, "target_shift": ""},
 }
 
 
@@ -204,7 +204,8 @@ def _migrate(stored: dict) -> dict:
         name: MIGRATIONS_BY_KIND.get(str(sections[name].get("kind")), {})
         for name in ("model", "diffusion")
     }
-    return stored | {name: keys | sections[name] for name, keys in missing.items()}
+    return stored | {name: keys | renamed_keys.with_known_names(name, sections[name], keys)
+                     for name, keys in missing.items()}
 
 
 def check_tokenizer(tokenizer: Tokenizer, identity: str, owner: str) -> None:

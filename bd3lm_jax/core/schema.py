@@ -19,8 +19,8 @@ class DataConfig:
     name: str  # TFDS name, e.g. "lm1b"; of "text" how it was tokenised, of "sft" how a dialogue is written; else ""
     field: str  # JSONL or TFDS key that holds the text
     tokenizer: str  # "bytes", "gpt2", "bert-base-uncased", "bpe:2048" (trained on the corpus), or a tokenizer.json
-    length: int  # tokens a row
-    layout: str  # "wrap", "pack", "pad"
+    seq_len: int  # tokens a row
+    packing: str  # "wrap", "pack", "pad"
     valid_fraction: float  # held out from the end of a local source that names no valid split
     cache_dir: str  # prepared rows; "" = ~/.cache/bd3lm_jax (or $BD3LM_CACHE)
     workers: int  # threads that read batches ahead of the step
@@ -30,8 +30,8 @@ class DataConfig:
 
     def __post_init__(self):
         expand_fields(self, "data.", ("cache_dir", "tokenizer", *(("path",) if self.source != "tfds" else ())))
-        one_of("data.layout", self.layout, ("wrap", "pack", "pad"))
-        check(self.length > 0, f"data.length is {self.length}, expected a positive number of tokens")
+        one_of("data.packing", self.packing, ("wrap", "pack", "pad"))
+        check(self.seq_len > 0, f"data.seq_len is {self.seq_len}, expected a positive number of tokens")
         check(0 < self.valid_fraction < 1, f"data.valid_fraction is {self.valid_fraction}, expected between 0 and 1")
         check(self.source not in ("text", "jsonl", "sft") or self.path, f"data.source={self.source!r} needs data.path")
         check(self.source != "tfds" or self.name, "data.source='tfds' needs data.name, e.g. 'lm1b'")
@@ -52,12 +52,12 @@ class OptimConfig:
     schedule: str  # "constant", "cosine", "wsd" (warm-up, stable, decay)
     final_lr_fraction: float  # learning rate of the last update of cosine and wsd, as a fraction of lr
     decay_fraction: float  # wsd: the part of the steps spent decaying, at least one step
-    ema: float  # 0 = off; warmed up as min(ema, (1 + n) / (10 + n))
+    ema_decay: float  # 0 = off; warmed up as min(ema_decay, (1 + n) / (10 + n))
 
     def __post_init__(self):
         one_of("optim.schedule", self.schedule, ("constant", "cosine", "wsd"))
         check(self.lr > 0, f"optim.lr is {self.lr}, expected a positive number")
-        for name in ("beta1", "beta2", "ema"):
+        for name in ("beta1", "beta2", "ema_decay"):
             value = getattr(self, name)
             check(0 <= value < 1, f"optim.{name} is {value}, expected in [0, 1)")
         for name in ("eps", "weight_decay", "clip_norm", "warmup_steps"):
@@ -71,8 +71,8 @@ class OptimConfig:
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     steps: int
-    batch: int  # rows a step, over all devices
-    views: int  # noised views of each row; they share one pass of the clean stream
+    batch_size: int  # rows a step, over all devices
+    noise_samples: int  # noised copies of each row; they share one pass of the clean stream
     init_from: str  # run or published checkpoint whose (EMA) weights start this run (docs/adapt.md); "" = random
     # Curriculum: from step s on blocks of n tokens, ((s, n), ...), e.g. ((0, 1), (1000, 4)); () = diffusion.block_size
     block_sizes: tuple[tuple[int, int], ...]
@@ -84,8 +84,8 @@ class TrainConfig:
         expand_fields(self, "train.", ("init_from",))
         check_pairs(self.block_sizes)
         check(self.steps >= 1, f"train.steps is {self.steps}, expected at least 1")
-        check(self.batch >= 1, f"train.batch is {self.batch}, expected at least 1")
-        check(self.views >= 1, f"train.views is {self.views}, expected at least 1")
+        check(self.batch_size >= 1, f"train.batch_size is {self.batch_size}, expected at least 1")
+        check(self.noise_samples >= 1, f"train.noise_samples is {self.noise_samples}, expected at least 1")
         check(self.anneal_steps >= 0, f"train.anneal_steps is {self.anneal_steps}, expected at least 0")
         check(self.lora_rank >= 0, f"train.lora_rank is {self.lora_rank}, expected at least 0")
         check(self.lora_alpha > 0, f"train.lora_alpha is {self.lora_alpha}, expected a positive number")
@@ -95,7 +95,7 @@ class TrainConfig:
 class NoiseConfig:
     """Training noise that is chosen from the data (diffusion/clip.py), in place of what `diffusion` says."""
 
-    adapt: str  # "none", "clip" (search for the best interval, every eval.every steps), "counts" (law of the count),
+    adaptive_noise: str  # "none", "clip" (search for the best interval, every eval.every steps), "counts" (law of the count),
     # "running_loss" (the density of every token id)
     clip_widths: tuple[float, ...]  # of the intervals, inside diffusion.clip_low .. diffusion.clip_high
     clip_stride: float  # between the intervals of a width
@@ -104,7 +104,7 @@ class NoiseConfig:
     count_decay: float  # of the running averages by count or by token id, a step
 
     def __post_init__(self):
-        one_of("noise.adapt", self.adapt, ("none", "clip", "counts", "running_loss"))
+        one_of("noise.adaptive_noise", self.adaptive_noise, ("none", "clip", "counts", "running_loss"))
         widths = self.clip_widths
         check(bool(widths) and all(0 < width <= 1 for width in widths),
               f"noise.clip_widths is {widths}, expected numbers above 0 and up to 1")
@@ -173,17 +173,17 @@ class CheckpointConfig:
 class EvalConfig:
     every: int  # steps between validations; the last step is always validated
     rows: int  # rows of the validation split used while training; 0 = all
-    batch: int  # rows a forward pass, over all devices
-    draws: int
+    batch_size: int  # rows a forward pass, over all devices
+    mc_samples: int
     report_rows: int  # rows of each split in the closing report; 0 = all
-    samples: int  # texts in the closing report
-    sample_length: int  # tokens of each; never more than data.length
+    num_samples: int  # texts in the closing report
+    sample_length: int  # tokens of each; never more than data.seq_len
 
     def __post_init__(self):
-        for name in ("every", "batch", "draws"):
+        for name in ("every", "batch_size", "mc_samples"):
             value = getattr(self, name)
             check(value >= 1, f"eval.{name} is {value}, expected at least 1")
-        for name in ("rows", "report_rows", "samples", "sample_length"):
+        for name in ("rows", "report_rows", "num_samples", "sample_length"):
             value = getattr(self, name)
             check(value >= 0, f"eval.{name} is {value}, expected at least 0")
 

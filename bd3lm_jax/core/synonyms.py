@@ -15,13 +15,13 @@ _CONFIG = {  # keys: other names of them
     "optim.beta1": "b1 adam_beta1 adam_b1 betas momentum",
     "optim.beta2": "b2 adam_beta2 adam_b2",
     "optim.eps": "adam_eps adam_epsilon epsilon",
-    "optim.ema": "ema ema_decay ema_rate ema_momentum polyak",
+    "optim.ema_decay": "ema ema_decay ema_rate ema_momentum polyak",
     "train.steps": "steps max_steps num_steps n_steps total_steps num_train_steps train_steps training_steps updates "
                    "iterations num_iterations max_iters train_iters max_updates epochs num_epochs max_epochs "
                    "num_train_epochs",
-    "train.batch": "batch batch_size bs global_batch_size train_batch_size per_device_train_batch_size "
+    "train.batch_size": "batch batch_size bs global_batch_size train_batch_size per_device_train_batch_size "
                    "per_device_batch_size",
-    "train.views": "views num_views noise_samples num_noise_samples",
+    "train.noise_samples": "views noise_samples num_views num_noise_samples",
     "train.init_from": "init_from init_checkpoint pretrained from_pretrained pretrained_model load_from init_weights "
                        "finetune_from model_name_or_path",
     "train.lora_rank": "lora_rank lora_r lora_dim r rank",
@@ -33,32 +33,32 @@ _CONFIG = {  # keys: other names of them
     "compute.attention": "attn attn_implementation attn_impl attention_backend attention_impl flash_attention",
     "compute.remat": "remat gradient_checkpointing activation_checkpointing remat_policy grad_checkpoint checkpointing",
     "compute.layers": "scan_layers",
-    "data.length": "length seq_len seq_length sequence_length max_length max_len max_seq_len max_seq_length context "
+    "data.seq_len": "length seq_len seq_length sequence_length max_length max_len max_seq_len max_seq_length context "
                    "context_length context_size context_window ctx_len n_ctx max_position_embeddings row_length",
     "data.source": "dataset dataset_name corpus data_source data_set",
     "data.path": "data_path data_dir data_file train_file train_path dataset_path files file",
     "data.tokenizer": "tokenizer tokenizer_name tokenizer_path tokenizer_name_or_path",
-    "data.layout": "packing pack wrap padding",
+    "data.packing": "layout packing pack wrap padding",
     "data.field": "text_field text_column column text_key",
     "data.valid_fraction": "val_fraction valid_split validation_split val_split validation_fraction eval_fraction "
                            "test_size",
     "data.workers": "num_workers dataloader_num_workers loader_workers",
     "data.cache_dir": "cache cache_path",
-    "model.layers": "layers num_layers n_layers n_layer num_hidden_layers depth num_blocks n_blocks",
-    "model.width": "width hidden_size hidden_dim d_model n_embd embed_dim embedding_dim emb_dim dim model_dim "
+    "model.num_layers": "layers num_layers n_layers n_layer num_hidden_layers depth num_blocks n_blocks",
+    "model.hidden_size": "width hidden_size hidden_dim d_model n_embd embed_dim embedding_dim emb_dim dim model_dim "
                    "embed_size",
-    "model.heads": "heads num_heads n_heads n_head num_attention_heads attention_heads",
-    "model.kv_heads": "num_kv_heads num_key_value_heads n_kv_heads",
-    "model.hidden": "intermediate_size ffn_dim d_ff mlp_dim ffn_hidden_size ff_dim n_inner",
+    "model.num_heads": "heads num_heads n_heads n_head num_attention_heads attention_heads",
+    "model.num_kv_heads": "num_kv_heads num_key_value_heads n_kv_heads",
+    "model.intermediate_size": "intermediate_size ffn_dim d_ff mlp_dim ffn_hidden_size ff_dim n_inner",
     "model.mlp_ratio": "intermediate_size ffn_dim d_ff mlp_dim ffn_hidden_size ff_dim n_inner expansion mlp_expansion",
     "model.dropout": "dropout dropout_rate dropout_prob p_drop resid_pdrop attention_dropout hidden_dropout_prob",
     "model.vocab_size": "vocab vocabulary_size vocabulary n_vocab num_embeddings",
-    "model.tied": "tie_embeddings tie_word_embeddings tied_embeddings weight_tying",
-    "model.rope_base": "rope_theta rotary_base rope_freq_base",
+    "model.tie_embeddings": "tie_embeddings tie_word_embeddings tied_embeddings weight_tying",
+    "model.rope_theta": "rope_theta rotary_base rope_freq_base",
     "model.norm_eps": "layer_norm_eps rms_norm_eps layer_norm_epsilon layernorm_epsilon",
-    "model.experts": "num_experts n_experts n_routed_experts num_local_experts",
+    "model.num_experts": "num_experts n_experts n_routed_experts num_local_experts",
     "model.top_k": "num_experts_per_tok experts_per_token",
-    "model.balance": "router_aux_loss_coef load_balancing aux_loss",
+    "model.load_balancing": "router_aux_loss_coef load_balancing aux_loss",
     "model.window": "local_attention sliding_window",
     "model.kind": "architecture arch backbone model_type model_name model_kind",
     "model.time_conditioning": "time_conditioned sigma_conditioning timestep_embedding",
@@ -75,9 +75,9 @@ _CONFIG = {  # keys: other names of them
     "checkpoint.keep_best": "save_best load_best_model_at_end",
     "eval.every": "eval_steps eval_every eval_interval eval_freq valid_every val_every val_check_interval "
                   "validation_steps",
-    "eval.batch": "eval_batch eval_batch_size per_device_eval_batch_size valid_batch_size",
-    "eval.draws": "draws mc_samples num_mc_samples mc_num monte_carlo_samples eval_iters",
-    "eval.samples": "num_samples num_sample_batches n_samples",
+    "eval.batch_size": "eval_batch eval_batch_size per_device_eval_batch_size valid_batch_size",
+    "eval.mc_samples": "draws mc_samples num_mc_samples mc_num monte_carlo_samples eval_iters",
+    "eval.num_samples": "num_samples num_sample_batches n_samples",
     "mesh.data": "dp data_parallel dp_size",
     "mesh.fsdp": "fsdp zero fsdp_size shard sharded",
     "mesh.tensor": "tp tensor_parallel tensor_parallel_size tp_size model_parallel",

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, get_args, get_origin
 
-from bd3lm_jax.core import synonyms
+from bd3lm_jax.core import renamed_keys, synonyms
 from bd3lm_jax.core.errors import UserError, nearest
 
 
@@ -63,8 +63,8 @@ def check_known_keys(prefix: str, mapping: Mapping, allowed_keys: list[str]) -> 
 
 def as_section(name: str, values: Any, kind: type) -> Any:
     """A section of a config as the dataclass `kind`. UserError for an unknown, missing or ill-typed key."""
-    values = dict(as_mapping(name, values).items())
     fields: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}
+    values = renamed_keys.with_known_names(name, dict(as_mapping(name, values).items()), fields)
     check_known_keys(f"{name}.", values, list(fields))
     return kind(**{key: as_type(f"{name}.{key}", values[key], fields[key]) for key in fields})
 

@@ -137,12 +137,12 @@ def open_text(config: Any, tokenizer: Tokenizer, *, data: str, split: str, data_
     Raises UserError for a text that is empty, shorter than a block or foreign to the tokenizer, Missing (which is one)
     for a known domain that is not there.
     """
-    stride = convention.stride_for(config.data.length, config.block_size)
+    stride = convention.stride_for(config.data.seq_len, config.block_size)
     found = _find(config.data, data, split, data_dir)
     corpus = _plain(found.corpus, found.style)
     name = data or found.source
     check_overlap(corpus.documents(), tokenizer, name)
-    section = dataclasses.replace(config.data, layout="wrap") if convention.chunks == "sliding" else config.data
+    section = dataclasses.replace(config.data, packing="wrap") if convention.chunks == "sliding" else config.data
     rows = prepare_corpus(corpus, found.source, found.split, section, config.block_size, tokenizer)
     if rows.meta["tokens"] < config.block_size:
         raise UserError(f"the {found.split} split of '{name}' holds {rows.meta['tokens']} tokens, fewer than one block "
@@ -153,7 +153,7 @@ def open_text(config: Any, tokenizer: Tokenizer, *, data: str, split: str, data_
         words_D = np.array([len(document.split()) + end for document in _not_blank(found.corpus, found.style)],
                            np.float64)
     rows = RowsWithBytes(rows, tokenizer, _bytes_of(corpus))
-    rows = rows_to_score(rows, convention, within_documents=config.data.layout != "wrap", block_size=config.block_size,
+    rows = rows_to_score(rows, convention, within_documents=config.data.packing != "wrap", block_size=config.block_size,
                          end_id=tokenizer.end_id)
     changed = count_lossy_documents(corpus.documents(), tokenizer)
     warn_if_lossy(changed, rows.meta["documents"], name)

@@ -45,7 +45,7 @@ def pad(token_docs: Sequence, length: int, end_id: int) -> tuple[np.ndarray, np.
 def place_documents(layout: str, lengths_D: np.ndarray, length: int, block_size: int) -> Layout:
     """Place documents of `lengths_D` tokens (end included) in rows. Only "pack" reads the block size."""
     if layout == "pack" and length % block_size:
-        raise UserError(f"block size {block_size} does not divide data.length={length}: choose a length that is a "
+        raise UserError(f"block size {block_size} does not divide data.seq_len={length}: choose a length that is a "
                         f"multiple, e.g. {-(-length // block_size) * block_size}")
     lengths_D = lengths_D.astype(np.int64)
     if layout == "wrap":

@@ -195,8 +195,8 @@ def prepare_corpus(corpus: Corpus, source: str, split: str, data: DataConfig, bl
                    workers: int = 1) -> Rows:
     """As `prepare`, for the documents of `corpus`, which `source` and `split` name; `data` tells the layout."""
     identity = {"format": FORMAT, "source": source, "split": split, "corpus": corpus.fingerprint(),
-                "tokenizer": tokenizer.identity, "layout": data.layout, "length": data.length,
-                "block_size": block_size if data.layout == "pack" else 0}
+                "tokenizer": tokenizer.identity, "layout": data.packing, "length": data.seq_len,
+                "block_size": block_size if data.packing == "pack" else 0}
     if density is not None:
         identity["density"] = density.identity
     path = cache_directory(data) / f"{source}-{split}-{manifest.digest(identity)}"

@@ -33,7 +33,7 @@ MAX_SUBSETS = 8  # block size up to which the 2^S subsets of a block are gone th
 
 @dataclasses.dataclass(frozen=True)
 class Adversarial(Objective):
-    """Views come in pairs of two draws; with `complement` every draw is followed by what it left unmasked.
+    """Copies come in pairs of two draws; with `complement` every draw is followed by what it left unmasked.
 
     Each masked token weighs n / k, so that the loss of a token is the mean cross-entropy of masked ones; with rate = 0
     as in `Masked`: 1 / (k pi(k)) with uniform pi, and with `complement` twice 1 / (k (pi(k) + pi(n - k))).
@@ -47,13 +47,13 @@ class Adversarial(Objective):
     learns: ClassVar[bool] = True
     block_size: int  # tokens a block
     rate: float  # part of a block's tokens that is masked, at least one; 0: every count 1..n equally often
-    complement: bool  # every second view masks what the one before left unmasked
+    complement: bool  # every second copy masks what the one before left unmasked
     importance: bool  # weights that make up for the scorer's choice
-    hidden: int  # width of the scorer
+    hidden_size: int  # width of the scorer
     score_limit: float  # scores lie between minus and plus this
 
     def __post_init__(self):
-        for name in ("block_size", "hidden"):
+        for name in ("block_size", "hidden_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"diffusion.{name} is {getattr(self, name)}, expected at least 1")
         if not 0 <= self.rate <= 1:
@@ -77,8 +77,8 @@ class Adversarial(Objective):
         """The scorer: one hidden layer over a token's embedding (`width` numbers) and its place in the block. All
         scores begin at 0: uniform masks."""
         del vocab_size
-        draw = jax.random.normal(key, (width + self.block_size, self.hidden)) / math.sqrt(width)
-        return {"token": draw[:width], "place": draw[width:], "out": jnp.zeros(self.hidden)}
+        draw = jax.random.normal(key, (width + self.block_size, self.hidden_size)) / math.sqrt(width)
+        return {"token": draw[:width], "place": draw[width:], "out": jnp.zeros(self.hidden_size)}
 
     def scores(self, learned_params: dict, x0_BxL: jax.Array) -> jax.Array:
         """Float32 `[B, L]` of the scorer `learned_params`, which holds the network's `embedding` `[V', D]` besides."""
@@ -88,20 +88,20 @@ class Adversarial(Objective):
         raw_BxL = jax.nn.gelu(x_BxLxD @ learned_params["token"] + place_LxF) @ learned_params["out"]
         return self.score_limit * jnp.tanh(raw_BxL / self.score_limit)
 
-    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, views: int, mask_id: int, end_id: int,
+    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int, end_id: int,
                 learned_params: dict | None = None) -> Noised:
-        """`views` noised copies; arguments as for `Masked.corrupt`. learnt: as for `scores`; None: all scores are 0.
+        """`noise_samples` noised copies; arguments as for `Masked.corrupt`. learnt: as for `scores`; None: all scores are 0.
 
         Raises:
             UserError: the block size does not divide L, or there are no whole pairs of draws.
         """
         batch, length = x0_BxL.shape
         group = self.noise_sample_multiple
-        if views < 1 or views % group or length % self.block_size:
-            raise UserError(f"{views} views of {length} tokens, expected a multiple of {group} views (pairs of draws"
+        if noise_samples < 1 or noise_samples % group or length % self.block_size:
+            raise UserError(f"{noise_samples} copies of {length} tokens, expected a multiple of {group} copies (pairs of draws"
                             f"{', each with its complement' if self.complement else ''}) and of diffusion.block_size="
                             f"{self.block_size} tokens")
-        draws = views // 2 if self.complement else views
+        draws = noise_samples // 2 if self.complement else noise_samples
         count_key, order_key, level_key = jax.random.split(key, 3)
         maskable_BxPxL = jnp.broadcast_to((segment_BxL != 0)[:, None], (batch, draws, length))
         n_BxPxK = corrupt.maskable_counts(maskable_BxPxL, self.block_size)
@@ -129,7 +129,7 @@ class Adversarial(Objective):
 
     def noise_gradient(self, learned_params: dict, noised: Noised, x0_BxL: jax.Array, segment_BxL: jax.Array,
                        losses_BxMxL: jax.Array) -> dict:
-        """Gradient of minus the sum over rows and views of n f(M), by REINFORCE; a tree like `init_learned_params`'s.
+        """Gradient of minus the sum over rows and copies of n f(M), by REINFORCE; a tree like `init_learned_params`'s.
 
         losses_BxMxL: cross-entropy in nats of masked tokens, anything elsewhere; no gradient goes through them.
         """
@@ -139,13 +139,13 @@ class Adversarial(Objective):
         nats_BxPxK = self._blocks(jnp.where(masked_BxPxL, losses_BxMxL[:, ::step], 0)).sum(-1)
         f_BxPxK = jax.lax.stop_gradient(nats_BxPxK / jnp.maximum(counts_BxPxK, 1))
         n_BxK = corrupt.maskable_counts(segment_BxL != 0, self.block_size)
-        views = 2 * step  # that a pair of draws stands for
+        noise_samples = 2 * step  # that a pair of draws stands for
 
         def loss(scorer_params):
             score_BxL = self.scores({**learned_params, **scorer_params}, x0_BxL)
             log_p_BxPxK = self.log_prob(score_BxL, noised.extra, counts_BxPxK, segment_BxL != 0)
             f_gap, log_p_gap = (x[:, ::2] - x[:, 1::2] for x in (f_BxPxK, log_p_BxPxK))
-            return -views * jnp.sum(n_BxK[:, None] * f_gap * log_p_gap) / 2
+            return -noise_samples * jnp.sum(n_BxK[:, None] * f_gap * log_p_gap) / 2
 
         return jax.grad(loss)({name: value for name, value in learned_params.items() if name != "embedding"})
 

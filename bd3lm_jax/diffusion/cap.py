@@ -1,6 +1,6 @@
 """Masked diffusion with a confidence-aware loss (LLaDA2's CAP, arXiv 2512.15745), for decoding many tokens at a time.
 
-    loss = NELBO a token + coefficient * mean over views of H,    H = mean over i right of entropy(p_i),
+    loss = NELBO a token + coefficient * mean over copies of H,    H = mean over i right of entropy(p_i),
 
 p_i the prediction (SUBS) at a masked position i, right where argmax p_i = x_i. Nothing is learnt through "right": the
 gradient is that of the entropies, so the network grows surer of what it has right, and no surer of what it has wrong.
@@ -21,8 +21,8 @@ from bd3lm_jax.diffusion.masked import Masked, cross_entropy_subs
 class Cap(Masked):
     """As `Masked`, with the entropies of right predictions.
 
-    The mean H of a view (0 where nothing is right) counts every right position alike, as published: the weights of the
-    NELBO (1 / k, 1 / t) are not applied to it. Means over views count a row by its tokens, like the NELBO.
+    The mean H of a copy (0 where nothing is right) counts every right position alike, as published: the weights of the
+    NELBO (1 / k, 1 / t) are not applied to it. Means over copies count a row by its tokens, like the NELBO.
 
     Raises:
         UserError: as `Masked`, or the coefficient is negative.

@@ -44,11 +44,11 @@ class D3PM(Objective):
     def bound(self) -> "D3PM":
         return dataclasses.replace(self, hybrid=0.0)
 
-    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, views: int, mask_id: int,
+    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int,
                 end_id: int) -> Noised:
-        """`views` noised copies of a batch, stratified over rows, views and blocks; arguments as for `Masked.corrupt`.
+        """`noise_samples` noised copies of a batch, stratified over rows, copies and blocks; arguments as for `Masked.corrupt`.
         """
-        noise_draw = independent.sample_noise(key, x0_BxL.shape, views, self.block_size)
+        noise_draw = independent.sample_noise(key, x0_BxL.shape, noise_samples, self.block_size)
         i_BxMxK = jnp.minimum(jnp.floor(noise_draw.time_BxMxK * self.steps) + 1, self.steps)
         prob_BxMxK = i_BxMxK / self.steps
         return independent.apply_masks(noise_draw.order_BxMxL, prob_BxMxK, 1 / prob_BxMxK + self.hybrid,

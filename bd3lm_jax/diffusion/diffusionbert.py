@@ -45,16 +45,16 @@ class DiffusionBERT(Objective):
             raise UserError(f"diffusion.strength is {self.strength}, expected 0 to {1 / math.pi:.4f} (1 / pi): beyond "
                             "it tokens would be uncovered again as the noise grows")
 
-    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, views: int, mask_id: int,
+    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int,
                 end_id: int, density: jax.Array) -> Noised:
-        """`views` noised copies of a batch; times are stratified over all its rows, views and blocks.
+        """`noise_samples` noised copies of a batch; times are stratified over all its rows, copies and blocks.
 
         density: f of every token, float32 `[B, L]`. The rest as for `Masked.corrupt`.
         """
         batch, length = x0_BxL.shape
-        check_rows(views, length, self.block_size)
+        check_rows(noise_samples, length, self.block_size)
         level_key, token_key = jax.random.split(key)
-        t_BxMxK = stratified_uniform(level_key, (batch, views, length // self.block_size))
+        t_BxMxK = stratified_uniform(level_key, (batch, noise_samples, length // self.block_size))
         t_BxMxL = jnp.repeat(t_BxMxK, self.block_size, axis=-1)
         maskable_BxL = segment_BxL != 0
         deviation_BxL = _from_block_mean(density, maskable_BxL, self.block_size)

@@ -25,7 +25,7 @@ class GenMD4(Objective):
 
     With all w equal that is MD4 with the schedule "polynomial:w". Which tokens are masked depends on w, too: that part
     of the gradient is estimated from two masks at the same t, (f_1 - f_2) (grad log q(M_1) - grad log q(M_2)) / 2 a
-    block, f its loss (REINFORCE, leave one out). So views come in pairs.
+    block, f its loss (REINFORCE, leave one out). So copies come in pairs.
 
     e leaves out mask probabilities above 1 - e, about e times the loss of a token masked with all others; with e = 0
     the loss is a bound under these schedules. That w does not enter evaluation: masked tokens tell of the values of
@@ -57,18 +57,18 @@ class GenMD4(Objective):
         del key, width
         return {"log_w": jnp.full(vocab_size, math.log(self.power), jnp.float32)}
 
-    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, views: int, mask_id: int, end_id: int,
+    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int, end_id: int,
                 learned_params: dict[str, jax.Array]) -> Noised:
-        """`views` noised copies of a batch, each two at the same times; further arguments as for `Masked.corrupt`.
+        """`noise_samples` noised copies of a batch, each two at the same times; further arguments as for `Masked.corrupt`.
 
-        Raises UserError for an odd number of views.
+        Raises UserError for an odd number of copies.
         """
-        if views % 2:
-            raise UserError(f"views is {views}, diffusion.kind='genmd4' needs an even number")
+        if noise_samples % 2:
+            raise UserError(f"noise_samples is {noise_samples}, diffusion.kind='genmd4' needs an even number")
         time_key, order_key = jax.random.split(key)
-        times = independent.sample_noise(time_key, x0_BxL.shape, views // 2, self.block_size).time_BxMxK
+        times = independent.sample_noise(time_key, x0_BxL.shape, noise_samples // 2, self.block_size).time_BxMxK
         t_BxMxK = jnp.repeat(times, 2, axis=1)
-        order_BxMxL = jax.random.uniform(order_key, (x0_BxL.shape[0], views, x0_BxL.shape[1]))
+        order_BxMxL = jax.random.uniform(order_key, (x0_BxL.shape[0], noise_samples, x0_BxL.shape[1]))
         prob_BxMxL = jnp.exp(self._log_mask_prob(learned_params, x0_BxL, t_BxMxK))
         return independent.apply_masks(order_BxMxL, prob_BxMxL, 1 / t_BxMxK,
                                        independent.sigma_of_mask_prob((1 - self.eps) * t_BxMxK), x0_BxL, segment_BxL, mask_id)
@@ -86,9 +86,9 @@ class GenMD4(Objective):
     def noise_gradient(self, learned_params: dict[str, jax.Array], noised: Noised, x0_BxL: jax.Array, segment_BxL: jax.Array,
                        losses_BxMxL: jax.Array) -> dict[str, jax.Array]:
         """The part of the gradient of the summed loss that comes from which tokens are masked."""
-        batch, views, length = losses_BxMxL.shape
-        nats_BxMxK = (noised.weight_BxMxL * losses_BxMxL).reshape(batch, views, -1, self.block_size).sum(-1)
-        pairs_BxPx2xK = nats_BxMxK.reshape(batch, views // 2, 2, -1)
+        batch, noise_samples, length = losses_BxMxL.shape
+        nats_BxMxK = (noised.weight_BxMxL * losses_BxMxL).reshape(batch, noise_samples, -1, self.block_size).sum(-1)
+        pairs_BxPx2xK = nats_BxMxK.reshape(batch, noise_samples // 2, 2, -1)
         ahead_BxMxK = (pairs_BxPx2xK - pairs_BxPx2xK[:, :, ::-1]).reshape(nats_BxMxK.shape)
         t_BxMxK = -jnp.expm1(-noised.sigma_BxMxK) / (1 - self.eps)
         masked_BxMxL = noised.weight_BxMxL > 0

@@ -12,22 +12,22 @@ from bd3lm_jax.diffusion.schedule import stratified_uniform
 
 
 class NoiseDraw(NamedTuple):
-    """time_BxMxK in (0, 1), stratified over all rows, views and blocks; order_BxMxL in [0, 1) decides on each token."""
+    """time_BxMxK in (0, 1), stratified over all rows, copies and blocks; order_BxMxL in [0, 1) decides on each token."""
 
     time_BxMxK: jax.Array
     order_BxMxL: jax.Array
 
 
-def sample_noise(key: jax.Array, shape: tuple[int, int], views: int, block_size: int) -> NoiseDraw:
-    """The random numbers of `views` noised views of a batch of `shape` [B, L].
+def sample_noise(key: jax.Array, shape: tuple[int, int], noise_samples: int, block_size: int) -> NoiseDraw:
+    """The random numbers of `noise_samples` noised copies of a batch of `shape` [B, L].
 
-    Raises UserError if the block size does not divide L, or `views` is not positive.
+    Raises UserError if the block size does not divide L, or `noise_samples` is not positive.
     """
     batch, length = shape
-    check_rows(views, length, block_size)
+    check_rows(noise_samples, length, block_size)
     time_key, order_key = jax.random.split(key)
-    return NoiseDraw(stratified_uniform(time_key, (batch, views, length // block_size)),
-                     jax.random.uniform(order_key, (batch, views, length)))
+    return NoiseDraw(stratified_uniform(time_key, (batch, noise_samples, length // block_size)),
+                     jax.random.uniform(order_key, (batch, noise_samples, length)))
 
 
 def apply_masks(order_BxMxL: jax.Array, prob_BxMxn: jax.Array, weight_BxMxn: jax.Array, sigma_BxMxK: jax.Array,

@@ -38,19 +38,19 @@ class Levels(Objective):
             raise UserError(f"diffusion.ramp is {self.ramp}, expected between 0 and 1: without a ramp the text is "
                             "noisy at time 0")
 
-    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, views: int, mask_id: int,
+    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int,
                 end_id: int) -> Noised:
-        """`views` noised copies of a batch, times stratified over all its rows, views and blocks; a level a token.
+        """`noise_samples` noised copies of a batch, times stratified over all its rows, copies and blocks; a level a token.
 
         Arguments and errors as for `Masked.corrupt`.
         """
         batch, length = x0_BxL.shape
-        check_rows(views, length, self.block_size)
+        check_rows(noise_samples, length, self.block_size)
         time_key, token_key = jax.random.split(key)
-        t_BxMxK = stratified_uniform(time_key, (batch, views, length // self.block_size))
+        t_BxMxK = stratified_uniform(time_key, (batch, noise_samples, length // self.block_size))
         place_S = jnp.arange(1, self.block_size + 1)
         prob_BxMxKxS, slope_BxMxKxS = mask_prob_and_slope(place_S, t_BxMxK[..., None], self.block_size, self.ramp)
-        prob_BxMxL, slope_BxMxL = (x.reshape(batch, views, length) for x in (prob_BxMxKxS, slope_BxMxKxS))
+        prob_BxMxL, slope_BxMxL = (x.reshape(batch, noise_samples, length) for x in (prob_BxMxKxS, slope_BxMxKxS))
         masked_BxMxL = jax.random.uniform(token_key, prob_BxMxL.shape) < prob_BxMxL
         masked_BxMxL &= (segment_BxL != 0)[:, None]
         return Noised(

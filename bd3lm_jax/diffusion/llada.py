@@ -22,7 +22,7 @@ class LLaDA(Objective):
 
         sum over masked tokens of (1 / t) cross-entropy, over all tokens of the batch.
 
-    `complement`: views come in pairs, a mask and what it left, which is a mask of level 1 - t with weight 1 / (1 - t):
+    `complement`: copies come in pairs, a mask and what it left, which is a mask of level 1 - t with weight 1 / (1 - t):
     each of the two is unbiased by itself.
     `random_length`: in this part of the batches all rows are cut to one length ~ U{1, ..., L}, behind which is padding.
     `sft`: the tokens of `prompt` (an array of the batch, true on prompts) are never masked and padding becomes end
@@ -85,17 +85,17 @@ class LLaDA(Objective):
                 "positions": gather_last_real(batch["positions"]) + place_L - last_BxL,
                 "prompt": (batch["prompt"] != 0) & real_BxL}
 
-    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, views: int, mask_id: int,
+    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int,
                 end_id: int, prompt: jax.Array | None = None) -> Noised:
-        """`views` noised copies of a batch, their levels stratified over rows and views (or pairs of views).
+        """`noise_samples` noised copies of a batch, their levels stratified over rows and copies (or pairs of copies).
 
         prompt: with `sft`, what is never masked, bool or int `[B, L]`. The rest as for `Masked.corrupt`.
         """
         batch, length = x0_BxL.shape
-        check_rows(views, length, self.block_size)
-        if self.complement and views % 2:
-            raise UserError(f"views is {views}, diffusion.complement needs an even number")
-        parts = views // 2 if self.complement else views
+        check_rows(noise_samples, length, self.block_size)
+        if self.complement and noise_samples % 2:
+            raise UserError(f"noise_samples is {noise_samples}, diffusion.complement needs an even number")
+        parts = noise_samples // 2 if self.complement else noise_samples
         maskable_BxL = segment_BxL != 0
         if self.sft:
             maskable_BxL &= prompt == 0

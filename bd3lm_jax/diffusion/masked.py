@@ -20,7 +20,7 @@ COUNT_RESOLUTION = 2**20  # count probabilities become whole numbers: their sums
 
 
 class Uniforms(NamedTuple):
-    """Numbers in [0, 1) that decide a mask: for P views (or pairs) each block's level, the order of its tokens, and for
+    """Numbers in [0, 1) that decide a mask: for P copies (or pairs) each block's level, the order of its tokens, and for
     clipped schedules (else None) its count."""
 
     level_BxPxK: jax.Array
@@ -34,8 +34,8 @@ class Masked(Objective):
 
     `exact_count` draws the number k of masked tokens from `count_probs`, then a uniform subset: an unbiased estimate of
     the NELBO whatever the schedule (integrating the noise level out leaves 1/k), with far less variance.
-    With `complement` views come in pairs, a mask and what it left: each has weight 1 / (k (pi(k) + pi(n - k))) with
-    pi(0) = 0 in the *sum* of the two (by itself neither is unbiased), hence twice that in the mean over views.
+    With `complement` copies come in pairs, a mask and what it left: each has weight 1 / (k (pi(k) + pi(n - k))) with
+    pi(0) = 0 in the *sum* of the two (by itself neither is unbiased), hence twice that in the mean over copies.
     `bernoulli` draws a time and masks each token independently. It omits the mask probabilities below `eps`, which hold
     `eps` times the cross-entropy of a token masked almost alone, in nats a token.
     `bernoulli` with clip_low, clip_high other than 0, 1 is the paper's clipped schedule: times restricted to these mask
@@ -52,7 +52,7 @@ class Masked(Objective):
     schedule: str  # name for `schedule.get_schedule`; `exact_count` does not depend on it
     corruption: str  # "exact_count", "bernoulli"
     count_probs: tuple[float, ...]  # exact_count: relative probability of masking 1..block_size tokens; () = uniform
-    complement: bool  # exact_count: every second view masks what the one before left unmasked
+    complement: bool  # exact_count: every second copy masks what the one before left unmasked
     clip_low: float  # bernoulli: smallest mask probability of the clipped schedule; 0 with clip_high = 1 is unclipped
     clip_high: float
     eps: float  # bernoulli: no mask probability below this
@@ -105,9 +105,9 @@ class Masked(Objective):
         """Whether the weighted loss estimates the NELBO without bias."""
         return self.corruption == "exact_count" and all(p > 0 for p in self.count_probs)
 
-    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, views: int, mask_id: int,
+    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int,
                 end_id: int, distribution: MaskCountDistribution | ClippedRange | None = None) -> Noised:
-        """`views` noised copies of a batch, independent but for stratification over all its rows, views and blocks,
+        """`noise_samples` noised copies of a batch, independent but for stratification over all its rows, copies and blocks,
         and for pairs of a mask and its complement.
 
         A function of the key and of the global shape: draw it for the whole batch, before microbatches are cut.
@@ -120,19 +120,19 @@ class Masked(Objective):
             law: what takes the place of `count_probs` (exact_count) or of the clip (bernoulli); None for its own.
 
         Raises:
-            UserError: the block size does not divide L, `views` is not positive, or odd with `complement`.
+            UserError: the block size does not divide L, `noise_samples` is not positive, or odd with `complement`.
         """
         batch, length = x0_BxL.shape
-        check_rows(views, length, self.block_size)
-        _check(views % 2 == 0 or not self.complement, f"views is {views}, diffusion.complement needs an even number")
-        parts = views // 2 if self.complement else views
+        check_rows(noise_samples, length, self.block_size)
+        _check(noise_samples % 2 == 0 or not self.complement, f"noise_samples is {noise_samples}, diffusion.complement needs an even number")
+        parts = noise_samples // 2 if self.complement else noise_samples
         distribution = distribution or self._default_distribution(length // self.block_size)
         uniforms = self._uniforms(key, batch, parts, length, clipped=isinstance(distribution, ClippedRange))
         return self.corrupt_with(uniforms, x0_BxL, segment_BxL, mask_id, distribution)
 
     def corrupt_with(self, uniforms: Uniforms, x0_BxL: jax.Array, segment_BxL: jax.Array, mask_id: int,
                      distribution: MaskCountDistribution | ClippedRange | None = None) -> Noised:
-        """As `corrupt`, from given uniforms: P views, or with `complement` P pairs of views.
+        """As `corrupt`, from given uniforms: P copies, or with `complement` P pairs of copies.
 
         The capacity holds if every row of `exact_count` levels has one in each [j/K, (j+1)/K).
         """
@@ -178,7 +178,7 @@ class Masked(Objective):
         return masked_BxMxL, weight_BxMxK, self._count_level(uniforms.order_BxPxL, masked_BxMxL), distribution.capacity
 
     def _complementary(self, uniforms, maskable_BxPxL, distribution):
-        """As `_exact_count`, for P pairs: views 2p and 2p + 1 share out the maskable tokens of their blocks."""
+        """As `_exact_count`, for P pairs: copies 2p and 2p + 1 share out the maskable tokens of their blocks."""
         u = uniforms.order_BxPxL
         masked, counts, n, pi = self._draw_counts(uniforms, maskable_BxPxL, distribution)
         others = n - counts

@@ -52,12 +52,12 @@ class MD4(Objective):
     def _name(self) -> str:
         return SCHEDULES.get(self.schedule, self.schedule)
 
-    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, views: int, mask_id: int,
+    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int,
                 end_id: int) -> Noised:
-        """`views` noised copies of a batch, stratified over rows, views and blocks; arguments as for `Masked.corrupt`.
+        """`noise_samples` noised copies of a batch, stratified over rows, copies and blocks; arguments as for `Masked.corrupt`.
         """
         schedule = get_schedule(self._name)
-        noise_draw = independent.sample_noise(key, x0_BxL.shape, views, self.block_size)
+        noise_draw = independent.sample_noise(key, x0_BxL.shape, noise_samples, self.block_size)
         t_BxMxK, clip_scale = noise_draw.time_BxMxK, 1 - 2 * self.clip
         prob_BxMxK = self.clip + clip_scale * schedule.mask_prob(t_BxMxK)
         weight_BxMxK = clip_scale * schedule.weight(t_BxMxK) * schedule.mask_prob(t_BxMxK) / prob_BxMxK

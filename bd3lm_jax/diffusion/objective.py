@@ -13,7 +13,7 @@ class Objective:
     """Base of the objectives, which are frozen dataclasses of their hyperparameters.
 
     An objective has a `kind` (its name in configs), a `block_size`, and
-    `corrupt(key, x0_BxL, segment_BxL, views, mask_id, end_id, ...) -> Noised`. What it does not say is as for masked
+    `corrupt(key, x0_BxL, segment_BxL, noise_samples, mask_id, end_id, ...) -> Noised`. What it does not say is as for masked
     diffusion:
 
     title: its name in tables and pictures; "" for its kind.
@@ -26,7 +26,7 @@ class Objective:
     `(logits_NxV, target_N, xt_N, sigma_N, mask_id) -> float32 [N]` in nats, what the weights of `Noised` multiply.
     Logits are float32 as the network gives them, V without padding; sigma is that of `Noised`.
     mean_term: None, or a method that takes what `token_loss` takes -> float32 [N] in nats, bool [N]: the plain mean of
-    the one where the other holds and the weight is positive, view by view, joins the loss a token. It needs a
+    the one where the other holds and the weight is positive, copy by copy, joins the loss a token. It needs a
     `token_loss`.
     mixtures: None where the noised stream is ids, else a method `(noised, x0_BxL, vocab_size) -> float32 [B, M, L, V]`:
     a distribution over the vocabulary at every place, computed for a microbatch at a time.
@@ -37,7 +37,7 @@ class Objective:
     sigma_max: the network never sees a larger noise level.
     scores: the network gives log scores, whose total over the tokens is a number of its own (see SEDD).
     redraws: the network gives probabilities of x0 where every token may be a wrong letter, for samplers that redraw.
-    view_group: views come in multiples of this, 2 where a mask and its complement are a pair.
+    noise_sample_multiple: copies come in multiples of this, 2 where a mask and its complement are a pair.
     learns: the objective has parameters, `init_learned_params(key, vocab_size, width)` -> dict of float32 arrays, which
     `corrupt` (with the network's table "embedding" `[V', width]` added) and `token_loss` take as `learnt`. They are
     trained, saved and averaged with those of the network, and not used after. As the noise depends on them, their
@@ -82,10 +82,10 @@ class Objective:
         return batch
 
 
-def check_rows(views: int, length: int, block_size: int) -> None:
+def check_rows(noise_samples: int, length: int, block_size: int) -> None:
     """UserError for rows that `corrupt` cannot noise."""
-    if views < 1:
-        raise UserError(f"views is {views}, expected at least 1 noised view of each row")
+    if noise_samples < 1:
+        raise UserError(f"noise_samples is {noise_samples}, expected at least 1 noised copy of each row")
     if length % block_size:
         raise UserError(f"length {length} is not a multiple of diffusion.block_size={block_size}: pad the rows to "
                         f"{-(-length // block_size) * block_size} tokens")

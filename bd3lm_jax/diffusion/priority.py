@@ -24,7 +24,7 @@ TINY = 1e-12  # keeps quotients finite where their result is not used
 
 
 class PriorityUniforms(NamedTuple):
-    """Numbers in [0, 1) that decide P views (or pairs): each block's rate, the order of its tokens, and for networks
+    """Numbers in [0, 1) that decide P copies (or pairs): each block's rate, the order of its tokens, and for networks
     that see a noise level one that does not tell which tokens are masked."""
 
     level_BxPxK: jax.Array
@@ -42,7 +42,7 @@ class Priority(Objective):
     `rate_low` and `rate_high`; k is uniform on 1..n, without the counts whose k / S rounds to none in that range.
     `hard` is the limit w = infinity: dense tokens first. Blocks whose densities are all equal are masked uniformly.
 
-    `complement` makes pairs of views, the second masks what the first left.
+    `complement` makes pairs of copies, the second masks what the first left.
 
     The weights of the loss are those of uniform masks: 1 / (k pi(k)), in pairs 2 / (k (pi(k) + pi(n - k))); Bernoulli:
     (rate_high - rate_low) / r, the complement's with 1 - r, or rate_low if that is larger. With exact counts and w = 1
@@ -61,7 +61,7 @@ class Priority(Objective):
     form: str  # "exact_count", "bernoulli"
     weight: float  # w: a dense token is masked so many times as often; below 1: less often
     hard: bool  # w = infinity, whatever `weight` says
-    complement: bool  # every second view masks what the one before left unmasked
+    complement: bool  # every second copy masks what the one before left unmasked
     importance: bool  # exact_count: importance weights, so that the loss is the bound
     rate_low: float  # smallest and largest mask rate
     rate_high: float
@@ -93,18 +93,18 @@ class Priority(Objective):
         """w, infinite for hard masks."""
         return math.inf if self.hard else self.weight
 
-    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, views: int, mask_id: int,
+    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int,
                 end_id: int, density: jax.Array) -> Noised:
         """As `Masked.corrupt`. density: float `[B, L]` in [0, 1], of each token."""
         batch, length = x0_BxL.shape
-        _check(views >= 1, f"views is {views}, expected at least 1 noised view of each row")
-        _check(views % 2 == 0 or not self.complement, f"views is {views}, diffusion.complement needs an even number")
+        _check(noise_samples >= 1, f"noise_samples is {noise_samples}, expected at least 1 noised copy of each row")
+        _check(noise_samples % 2 == 0 or not self.complement, f"noise_samples is {noise_samples}, diffusion.complement needs an even number")
         _check(length % self.block_size == 0,
                f"length {length} is not a multiple of diffusion.block_size={self.block_size}: pad the rows to "
                f"{-(-length // self.block_size) * self.block_size} tokens")
         _check(density.shape == x0_BxL.shape,
                f"density has shape {density.shape}, expected one number a token, {x0_BxL.shape}")
-        parts, blocks = views // 2 if self.complement else views, length // self.block_size
+        parts, blocks = noise_samples // 2 if self.complement else noise_samples, length // self.block_size
         level_key, order_key, spread_key = jax.random.split(key, 3)
         if self.form == "exact_count":
             level = systematic_uniform(level_key, batch * parts, blocks).reshape(batch, parts, blocks)
@@ -115,7 +115,7 @@ class Priority(Objective):
 
     def corrupt_with(self, uniforms: PriorityUniforms, x0_BxL: jax.Array, segment_BxL: jax.Array,
                      density_BxL: jax.Array, mask_id: int) -> Noised:
-        """As `corrupt`, from given uniforms: P views, or with `complement` P pairs of views.
+        """As `corrupt`, from given uniforms: P copies, or with `complement` P pairs of copies.
 
         The capacity holds if every row of `exact_count` levels has one in each [j/K, (j+1)/K).
         """
@@ -136,7 +136,7 @@ class Priority(Objective):
         )
 
     def _exact_count(self, uniforms, maskable, density):
-        """The first view's mask; block weights and levels of a view and of its complement; capacity."""
+        """The first copy's mask; block weights and levels of a copy and of its complement; capacity."""
         probs_S, blocks = self._count_probs(), uniforms.level_BxPxK.shape[-1]
         n = corrupt.maskable_counts(maskable, self.block_size)
         distribution_S = jnp.asarray(probs_S, jnp.float32)
@@ -144,7 +144,7 @@ class Priority(Objective):
         masked = corrupt.exact_count(priority_order(uniforms.order_BxPxL, density, self.odds), counts, maskable)
         others = n - counts
         pi_others = corrupt.count_probability(others, distribution_S, n) if self.complement else jnp.zeros_like(pi)
-        chance = pi + pi_others  # of a mask in either view, times its chance given the count under uniform masks
+        chance = pi + pi_others  # of a mask in either copy, times its chance given the count under uniform masks
         if self.importance:
             chance = self._importance(masked, counts, maskable, density > 0, pi, pi_others)
         weights = [(2 if self.complement else 1) / (jnp.maximum(k, 1) * chance) for k in (counts, others)]

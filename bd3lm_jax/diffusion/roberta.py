@@ -42,27 +42,27 @@ class RobertaDiffusion(Objective):
         if any(token < 0 for token in self.special_ids):
             raise UserError(f"diffusion.special_ids is {self.special_ids}, expected token ids of at least 0")
 
-    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, views: int, mask_id: int,
+    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int,
                 end_id: int) -> Noised:
-        """`views` noised copies of a batch, all at one rate; arguments as for `Masked.corrupt`.
+        """`noise_samples` noised copies of a batch, all at one rate; arguments as for `Masked.corrupt`.
 
         Raises:
-            UserError: the block size does not divide L, `views` is not positive, or all tokens are protected.
+            UserError: the block size does not divide L, `noise_samples` is not positive, or all tokens are protected.
         """
         batch, length = x0_BxL.shape
-        check_rows(views, length, self.block_size)
+        check_rows(noise_samples, length, self.block_size)
         if self.protected >= length:
             raise UserError(f"diffusion.protected={self.protected} leaves none of the {length} tokens of a row to mask")
         rate_key, token_key = jax.random.split(key)
         rate = jax.random.choice(rate_key, jnp.asarray(self.rates, jnp.float32))
         protected_ids = jnp.asarray([mask_id, end_id, *self.special_ids])
         maskable_BxL = (segment_BxL != 0) & (jnp.arange(length) >= self.protected) & ~jnp.isin(x0_BxL, protected_ids)
-        masked_BxMxL = (jax.random.uniform(token_key, (batch, views, length)) < rate) & maskable_BxL[:, None]
-        # The step divides by the tokens of all views: this makes it a mean over the masked ones.
-        tokens = views * (segment_BxL != 0).sum()
+        masked_BxMxL = (jax.random.uniform(token_key, (batch, noise_samples, length)) < rate) & maskable_BxL[:, None]
+        # The step divides by the tokens of all copies: this makes it a mean over the masked ones.
+        tokens = noise_samples * (segment_BxL != 0).sum()
         return Noised(
             xt_BxMxL=jnp.where(masked_BxMxL, mask_id, x0_BxL[:, None]).astype(jnp.int32),
             weight_BxMxL=jnp.where(masked_BxMxL, tokens / jnp.maximum(masked_BxMxL.sum(), 1), 0).astype(jnp.float32),
-            sigma_BxMxK=jnp.full((batch, views, 1), -jnp.log1p(-jnp.minimum(rate, MASK_PROB_MAX))),
+            sigma_BxMxK=jnp.full((batch, noise_samples, 1), -jnp.log1p(-jnp.minimum(rate, MASK_PROB_MAX))),
             capacity=length - self.protected,
         )

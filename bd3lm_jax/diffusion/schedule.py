@@ -169,8 +169,8 @@ def systematic_uniform(key: jax.Array, rows: int, blocks: int) -> jax.Array:
 def _inside(key, stratum, count):
     """A uniform point inside each stratum, on a grid so coarse that it never rounds into the next stratum."""
     if count > MAX_STRATA:
-        raise UserError(f"{count} blocks (rows * views * blocks a row) in one batch, expected at most {MAX_STRATA}: "
-                        "use a smaller batch, fewer views or larger blocks")
+        raise UserError(f"{count} blocks (rows * copies * blocks a row) in one batch, expected at most {MAX_STRATA}: "
+                        "use a smaller batch, fewer copies or larger blocks")
     points = 2 ** (22 - (count - 1).bit_length())
     jitter = (jax.random.randint(key, stratum.shape, 0, points) + 0.5) / points
     return (stratum + jitter) / count

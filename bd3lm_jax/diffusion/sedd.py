@@ -60,12 +60,12 @@ class SEDD(Objective):
     def sigma_max(self) -> float:
         return -math.log(self.eps)
 
-    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, views: int, mask_id: int,
+    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int,
                 end_id: int) -> Noised:
         """As `Masked.corrupt`."""
         if self.corruption == "exact_count":
-            return Masked(**self._masked()).corrupt(key, x0_BxL, segment_BxL, views, mask_id, end_id)
-        noise_draw = independent.sample_noise(key, x0_BxL.shape, views, self.block_size)
+            return Masked(**self._masked()).corrupt(key, x0_BxL, segment_BxL, noise_samples, mask_id, end_id)
+        noise_draw = independent.sample_noise(key, x0_BxL.shape, noise_samples, self.block_size)
         t_BxMxK = self.eps + (1 - self.eps) * noise_draw.time_BxMxK
         prob_BxMxK = (1 - self.eps) * t_BxMxK
         return independent.apply_masks(noise_draw.order_BxMxL, prob_BxMxK, (1 - self.eps) / t_BxMxK,

@@ -40,9 +40,9 @@ def noisy_logits(ids, eps, alpha_bar, scale: float) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class SSDLM(Objective):
-    """Every block of a view has a time of its own, uniform in (0, 1) and stratified over rows, views and blocks.
+    """Every block of a copy has a time of its own, uniform in (0, 1) and stratified over rows, copies and blocks.
 
-    What the network reads takes views * L * V numbers a row: it is drawn for a microbatch at a time, from a key of its
+    What the network reads takes copies * L * V numbers a row: it is drawn for a microbatch at a time, from a key of its
     row.
 
     Raises:
@@ -61,30 +61,30 @@ class SSDLM(Objective):
         if not 0 < self.scale < math.inf:
             raise UserError(f"diffusion.scale is {self.scale}, expected a positive number, e.g. 5.0")
 
-    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, views: int, mask_id: int,
+    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int,
                 end_id: int) -> Noised:
-        """Levels of `views` views, and as `extra` keys `[B, M]` of their noise; every real token has weight 1.
+        """Levels of `noise_samples` copies, and as `extra` keys `[B, M]` of their noise; every real token has weight 1.
 
         mask_id, end_id: not used.
 
         Raises:
-            UserError: the block size does not divide L, or `views` is not positive.
+            UserError: the block size does not divide L, or `noise_samples` is not positive.
         """
         batch, length = x0_BxL.shape
-        if views < 1 or length % self.block_size:
-            raise UserError(f"{views} views of {length} tokens, expected at least 1 view and a multiple of "
+        if noise_samples < 1 or length % self.block_size:
+            raise UserError(f"{noise_samples} copies of {length} tokens, expected at least 1 copy and a multiple of "
                             f"diffusion.block_size={self.block_size} tokens")
         level_key, noise_key = jax.random.split(key)
-        t_BxMxK = stratified_uniform(level_key, (batch, views, length // self.block_size))
-        number = jnp.arange(batch)[:, None] * views + jnp.arange(views)
-        shape = (batch, views, length)
+        t_BxMxK = stratified_uniform(level_key, (batch, noise_samples, length // self.block_size))
+        number = jnp.arange(batch)[:, None] * noise_samples + jnp.arange(noise_samples)
+        shape = (batch, noise_samples, length)
         return Noised(xt_BxMxL=jnp.broadcast_to(x0_BxL[:, None], shape).astype(jnp.int32),
                       weight_BxMxL=jnp.broadcast_to((segment_BxL != 0)[:, None], shape).astype(jnp.float32),
                       sigma_BxMxK=-jnp.log(jnp.maximum(alpha_bar(t_BxMxK), ALPHA_BAR_MIN)), capacity=length,
                       extra=jax.vmap(jax.vmap(lambda n: jax.random.fold_in(noise_key, n)))(number))
 
     def soft_inputs(self, noised: Noised, x0_BxL: jax.Array, vocab_size: int) -> jax.Array:
-        """softmax(w_t) of every token and view, float32 `[B, M, L, V]`."""
+        """softmax(w_t) of every token and copy, float32 `[B, M, L, V]`."""
         length = x0_BxL.shape[-1]
         def eps(key):
             return jax.random.normal(key, (length, vocab_size))

@@ -54,16 +54,16 @@ class Uniform(Objective):
     def bound(self) -> "Uniform":
         return dataclasses.replace(self, eps=0.0)
 
-    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, views: int, mask_id: int,
+    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int,
                 end_id: int) -> Noised:
-        """`views` noised copies of a batch, stratified over rows, views and blocks; arguments as for `Masked.corrupt`.
+        """`noise_samples` noised copies of a batch, stratified over rows, copies and blocks; arguments as for `Masked.corrupt`.
 
         Raises UserError if `vocab_size` is still -1.
         """
         if self.vocab_size == -1:
             raise UserError("diffusion.vocab_size is -1, which a run takes from its tokenizer: give the number of ids")
         draw_key, random_token_key = jax.random.split(key)
-        noise_draw = independent.sample_noise(draw_key, x0_BxL.shape, views, self.block_size)
+        noise_draw = independent.sample_noise(draw_key, x0_BxL.shape, noise_samples, self.block_size)
         stretch = 1 - 2 * self.eps
         alpha_BxMxK = jnp.maximum(1 - self.eps - stretch * noise_draw.time_BxMxK, ALPHA_MIN)
         real_BxMxL = jnp.broadcast_to((segment_BxL != 0)[:, None], noise_draw.order_BxMxL.shape)

@@ -62,7 +62,7 @@ def cached_nats(lm, cache_dtype: str):
             return estimator.noised(jax.random.fold_in(key, row), 0, 1, tokens, segments, lm.special)
 
         noised = jax.vmap(noise)(row_ids, tokens, segments)
-        batch, views, length = noised.weight_BxMxL.shape
+        batch, noise_samples, length = noised.weight_BxMxL.shape
         cache = trunk.new_cache(lm.model, params, batch, length, cache_dtype).replace(empty=False)
 
         def body(cache, block):
@@ -72,7 +72,7 @@ def cached_nats(lm, cache_dtype: str):
             return cache, losses.reshape(targets.shape)
 
         losses_KxBxMxS = jax.lax.scan(body, cache, jnp.arange(length // lm.config.block_size))[1]
-        losses_BxMxL = jnp.moveaxis(losses_KxBxMxS, 0, 2).reshape(batch, views, length)
+        losses_BxMxL = jnp.moveaxis(losses_KxBxMxS, 0, 2).reshape(batch, noise_samples, length)
         return (jnp.where(noised.weight_BxMxL > 0, losses_BxMxL, 0) * noised.weight_BxMxL).mean(1)
 
     return nats
@@ -96,7 +96,7 @@ def _weights(lm, segments_BxL) -> np.ndarray:
 
 
 def _score_block(lm, params, noised, tokens, positions, segments, cache: Cache, block):
-    """Logits of the views of a block, `[B, M, S, V]`, and the cache with the clean block stored."""
+    """Logits of the copies of a block, `[B, M, S, V]`, and the cache with the clean block stored."""
     position, segment = _block_slice(lm, positions, block), _block_slice(lm, segments, block)
     where = position, position // lm.config.block_size, segment
     sigma = None

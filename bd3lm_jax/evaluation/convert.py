@@ -109,7 +109,7 @@ def _origin(model: LM, run: Path, weights: str) -> Origin:
     kept: of other weights none were measured."""
     assert model.trained is not None  # it is a run's
     found, step, train = report.read(run) or {}, model.trained.step, model.config.train
-    measured = found.get("step") == step and (weights == "ema" or not model.config.optim.ema)
+    measured = found.get("step") == step and (weights == "ema" or not model.config.optim.ema_decay)
     results = {split: figures for split, figures in found.items() if split in SPLITS} if measured else {}
     base = base_name(train.init_from) if train.init_from else ""
     return Origin(run.name, model.config.data, step, results, base, train.lora_rank)
@@ -175,7 +175,7 @@ def _write_run(model: LM, source: Path, target: Path, length: int, base: Mapping
         objective = model.config.at_block_size(length).diffusion
     sections = {name: {"kind": section.kind, **dataclasses.asdict(section)}
                 for name, section in (("model", model.config.model), ("diffusion", objective))}
-    data = {**base["data"], "tokenizer": str(target / rundir.TOKENIZER), "length": length}
+    data = {**base["data"], "tokenizer": str(target / rundir.TOKENIZER), "seq_len": length}
     config = Config.from_dict({**base, **sections, "data": data}, stored=True)
     state = TrainState(step=jnp.zeros((), jnp.int32), params=model.params, ema={}, opt_state={})
     meta = {"tokenizer": model.tokenizer.identity, "config_sha256": config.sha256(), "losses": []}

@@ -84,8 +84,8 @@ def _cache_directory() -> str:
     from bd3lm_jax.config import DataConfig
     from bd3lm_jax.data.prepare import cache_directory
 
-    path = cache_directory(DataConfig(source="austen", path="", name="", field="text", tokenizer="bytes", length=1,
-                                      layout="wrap", valid_fraction=0.5, cache_dir="", workers=1,
+    path = cache_directory(DataConfig(source="austen", path="", name="", field="text", tokenizer="bytes", seq_len=1,
+                                      packing="wrap", valid_fraction=0.5, cache_dir="", workers=1,
                                       density="", density_fraction=1.0, mixture=()))
     with tempfile.TemporaryFile(dir=path):
         return f"{path} can be written"

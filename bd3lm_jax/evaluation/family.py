@@ -120,7 +120,7 @@ def _texts(run, scorer_model: Scorer | None, texts: int, seed: int) -> dict[str,
                                          "no_texts"))
     if scorer_model is None:
         return row
-    lm = LM(run.config, run.params, run.tokenizer, run.evaluator.model, run.config.data.length)
+    lm = LM(run.config, run.params, run.tokenizer, run.evaluator.model, run.config.data.seq_len)
     try:
         samples = generate_texts(lm, {}, texts, lm.context, lm.context, seed)
     except UserError as error:

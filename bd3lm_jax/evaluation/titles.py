@@ -7,9 +7,9 @@ from typing import Any
 from bd3lm_jax.config import Config
 
 PHRASES = {
-    "seed": "seed {}", "train.steps": "{} steps", "train.batch": "{} rows a step", "train.views": "{} noised copies",
-    "model.decoder_layers": "decoder layers: {}", "model.layers": "{} layers", "model.width": "width {}",
-    "optim.lr": "learning rate {}", "optim.ema": "EMA {}", "data.length": "{} tokens a row",
+    "seed": "seed {}", "train.steps": "{} steps", "train.batch_size": "{} rows a step", "train.noise_samples": "{} noised copies",
+    "model.decoder_layers": "decoder layers: {}", "model.num_layers": "{} layers", "model.hidden_size": "width {}",
+    "optim.lr": "learning rate {}", "optim.ema_decay": "EMA {}", "data.seq_len": "{} tokens a row",
     "diffusion.block_size": "block size {}",
 }
 
@@ -32,10 +32,10 @@ def run_titles(configs: Sequence[Config]) -> list[str]:
 
 def _objective(config: Config) -> str:
     objective, size = config.diffusion, config.block_size
-    if objective.kind == "masked" and size >= config.data.length:
+    if objective.kind == "masked" and size >= config.data.seq_len:
         return "MDLM"
     name = objective.title or objective.kind
-    return f"{name}, S = {size}" if 1 < size < config.data.length else name
+    return f"{name}, S = {size}" if 1 < size < config.data.seq_len else name
 
 
 def _is_distinguishing(key: str, value: Any, same_group: Sequence[dict]) -> bool:

@@ -69,7 +69,7 @@ def _check(runs: dict[str, LM]) -> None:
             raise UserError(f"{workdir} predicts no masked tokens without a noise level: give masked models with "
                             "model.time_conditioning=False")
         if "density" in lm.config.diffusion.extra_batch_keys and not lm.corpus(workdir).density:
-            raise UserError(f"{workdir} learnt its densities (noise.adapt='running_loss'), which are not measured "
+            raise UserError(f"{workdir} learnt its densities (noise.adaptive_noise='running_loss'), which are not measured "
                             "here: give runs with data.density")
         if _comparable(lm) != _comparable(first):
             raise UserError(f"{workdir} has another block size, network or tokenizer than {first_dir}: give runs that "
@@ -161,18 +161,18 @@ def _noise(lm: LM, first: LM, measure, split: str, batch: int, draws: int, seed:
     config, objective = lm.config, lm.config.diffusion
     assert lm.tokenizer is not None  # of a run
     loader = Loader(prepare(config.data, split, config.block_size, lm.tokenizer), batch, seed, None)
-    views = 2 if getattr(objective, "complement", False) else 1
+    noise_samples = 2 if getattr(objective, "complement", False) else 1
     draw = jax.jit(objective.corrupt, static_argnums=(3, 4, 5))
     lengths, gradients, losses = [], [], []
     for step in range(draws):
         rows = loader.get(step)[1]
         key = jax.random.fold_in(jax_settings.key(seed), step)
         needed = {name: rows.pop(name) for name in objective.extra_batch_keys}
-        noised = draw(key, rows["tokens"], rows["segments"], views, lm.special.mask, lm.special.end, **needed)
+        noised = draw(key, rows["tokens"], rows["segments"], noise_samples, lm.special.mask, lm.special.end, **needed)
         lengths.append(masked_runs(np.asarray(noised.weight_BxMxL) > 0))
         nats, gradient = measure(first.params, noised, rows)
-        gradients.append(float(gradient) / views**2)
-        losses.append(float(np.sum(nats * noised.weight_BxMxL)) / views / np.sum(rows["segments"] != 0))
+        gradients.append(float(gradient) / noise_samples**2)
+        losses.append(float(np.sum(nats * noised.weight_BxMxL)) / noise_samples / np.sum(rows["segments"] != 0))
     return {"masked_run": float(np.concatenate(lengths).mean()),
             "gradient": float(np.mean(gradients) / np.mean(losses) ** 2)}
 

@@ -166,12 +166,12 @@ def make_measure(lm: LM):
 
 
 def _draws(objective: Masked, lm: LM, measure, batches: list[dict], seed: int):
-    """Noised views and what `measure` says of them, a batch at a time."""
+    """Noised copies and what `measure` says of them, a batch at a time."""
     draw = jax.jit(objective.corrupt, static_argnums=(3, 4, 5))
     for step, rows in enumerate(batches):
         key = jax.random.fold_in(jax_settings.key(seed), step)
         noised = draw(key, rows["tokens"], rows["segments"], 1, lm.special.mask, lm.special.end)
-        noised = noised.replace(capacity=lm.config.data.length)  # one program for all schedules
+        noised = noised.replace(capacity=lm.config.data.seq_len)  # one program for all schedules
         losses, gradient = measure(lm.params, noised, rows)
         yield noised, rows, losses, gradient
 

@@ -212,7 +212,7 @@ def make_denoiser(lm, plan: Plan):
     form = target_shift.target_shift_of(lm.config.model)
     if form and (plan.approximate_cache or plan.sizes):
         what = "approximate_cache" if plan.approximate_cache else f"block_size='{auto_size.AUTO}'"
-        raise UserError(f"{what} is not there for networks with model.shifted='{form}': leave it out")
+        raise UserError(f"{what} is not there for networks with model.target_shift='{form}': leave it out")
     if plan.sizes is not None:
         return AutoSizeDenoiser(lm.model, plan.settings.block_size, plan.slots, plan.cache_dtype, objective.sigma_max)
     if plan.approximate_cache:

@@ -36,7 +36,7 @@ def against(run: LoadedRun, text: Text, candidate: LikelihoodResult, other: Load
     Monte-Carlo error (None where the pairing leaves no error at all).
     """
     config = other.config
-    same_corpus = dataclasses.replace(run.config.data, length=config.data.length, layout=config.data.layout)
+    same_corpus = dataclasses.replace(run.config.data, seq_len=config.data.seq_len, packing=config.data.packing)
     other_text = open_text(dataclasses.replace(config, data=same_corpus), other.tokenizer, **text_arguments)
     other_rows = other_text.rows
     estimator = _counterpart(candidate.estimator, config)

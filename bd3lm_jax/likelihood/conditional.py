@@ -5,7 +5,7 @@ continuation tokens (BD3-LM, arXiv 2503.09573, noise level integrated out, see `
 
     sum over k = 1..n of E[(1/k) sum over i in M of -log p(x_i | tokens outside M, earlier blocks)],    |M| = k.
 
-Where the last block goes on after the continuation, its other places are masks in every view, as in generation: what
+Where the last block goes on after the continuation, its other places are masks in every copy, as in generation: what
 is bounded is the probability that a text goes on like this, not that it ends there. (`LM.nll` and `eval` score rows
 that end with the text.) For autoregression and S = 1 the likelihood is exact.
 
@@ -82,7 +82,7 @@ def score(lm: Any, prompts: Sequence, continuations: Sequence, *, estimator: str
 
     prompts, continuations: as many of one as of the other, texts or lists of ids; a prompt may be empty. Texts are
     split into tokens by `encode_pair`. estimator: "exact_count"; "exact" (all masks, S <= 8) has no Monte-Carlo error.
-    draws: passes of four noised views, two independent estimates each. greedy: also tell whether greedy decoding (in
+    draws: passes of four noised copies, two independent estimates each. greedy: also tell whether greedy decoding (in
     every block the most confident position first, be it behind the continuation) writes the continuation, at the cost
     of up to S more passes (exact models: none). batch: rows a pass. noise: a text or ids for each pair; those with the
     same one share their masks. None: the prompts.
@@ -303,7 +303,7 @@ def _rows(requests: list[Request], length: int, size: int, mask: int) -> Rows:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _views(model, objective, special, estimator, capacity: int, params, key, index, rows: Rows):
-    """Nats `[R, B]` of R replicates in pass `index`, and whether the likeliest tokens are the text's in all views."""
+    """Nats `[R, B]` of R replicates in pass `index`, and whether the likeliest tokens are the text's in all copies."""
     def noise(noise_id, tokens_L, segments_L):
         return estimator.noised(jax.random.fold_in(key, noise_id), index, 1, tokens_L, segments_L, special)
 

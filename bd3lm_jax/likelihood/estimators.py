@@ -6,7 +6,7 @@ All estimate the same NELBO. In a block of n real tokens it is (BD3-LM, arXiv 25
 
 where CE_i(M) = -log p(x_i | tokens outside M, earlier blocks).
 
-exact        every M, each with weight 1 / (k C(n, k)): no error, 2^S - 1 views.
+exact        every M, each with weight 1 / (k C(n, k)): no error, 2^S - 1 copies.
 exact_count  k ~ pi (uniform), and M together with its complement: each non-empty one has weight
              1 / (k (pi(k) + pi(n-k))) in the sum of the two.
 importance   exact_count with pi learnt from the first rows: pi(k) ~ sd of the mean CE of a pair (k, n-k), Neyman's
@@ -18,15 +18,15 @@ native       the objective's own loss, with the corruption and weights that make
              networks that predict no masked tokens, and to compare with the others.
 
 A sampled estimator gives two independent estimates a row (replicates), from which its error is read. A draw of it is
-one pass of four views, whichever it is, so that equal draws cost the same. In each replicate the levels of a row are a
+one pass of four copies, whichever it is, so that equal draws cost the same. In each replicate the levels of a row are a
 systematic sample: u_b = (permutation(b) + o) / K with one offset o, and draw d of D uses (u_b + d / D) mod 1, so they
 are stratified over the blocks of every draw and over the draws of every block.
 
 An estimator has `name`, `block_size`, `needs_pilot` (whether `from_pilot` makes it from a pilot), `token_loss` (None:
-the cross-entropy of masked tokens, else as `Objective.token_loss`); `views` of a pass, `replicates`
+the cross-entropy of masked tokens, else as `Objective.token_loss`); `noise_samples` of a pass, `replicates`
 that share them in equal parts, one after the other, `num_passes(draws)`; and `noised(key, index, draws, tokens_L,
-segments_L, special)`: the views of pass `index` of one row, a `Noised` without batch dimension. The mean over the
-passes and the views of a replicate is an estimate of the row's nats. The noise is a function of the row's key,
+segments_L, special)`: the copies of pass `index` of one row, a `Noised` without batch dimension. The mean over the
+passes and the copies of a replicate is an estimate of the row's nats. The noise is a function of the row's key,
 replicate and draw alone. To add one, write its class and a line in ESTIMATORS.
 """
 
@@ -47,19 +47,19 @@ from bd3lm_jax.models import trunk
 from bd3lm_jax.scoring.score import SpecialIds
 
 EPS = 1e-3  # of bernoulli, as published
-MAX_EXHAUSTIVE, MAX_VIEWS = 8, 16  # block size of `exact`; views of one pass
-PILOT_PAIRS = 64  # pairs of views that a standard deviation of the pilot is read from, at least
+MAX_EXHAUSTIVE, MAX_VIEWS = 8, 16  # block size of `exact`; copies of one pass
+PILOT_PAIRS = 64  # pairs of copies that a standard deviation of the pilot is read from, at least
 PI_STEPS, PI_FLOOR = 16, 0.25  # learnt probabilities are sixteenths of their mean, and not below a quarter
 
 
 @dataclasses.dataclass(frozen=True)
 class MonteCarlo:
-    """Two replicates of two views each, from uniforms that are stratified over blocks and draws."""
+    """Two replicates of two copies each, from uniforms that are stratified over blocks and draws."""
 
     needs_pilot: ClassVar[bool] = False
     token_loss: ClassVar[None] = None
     replicates: ClassVar[int] = 2
-    views: ClassVar[int] = 4
+    noise_samples: ClassVar[int] = 4
     name: str
     measure: Masked
 
@@ -93,7 +93,7 @@ class Importance(MonteCarlo):
     needs_pilot: ClassVar[bool] = True
 
     def from_pilot(self, counts_NxM: np.ndarray, means_NxM: np.ndarray) -> MonteCarlo:
-        """The estimator for a split, from masked tokens and their mean cross-entropy in N blocks of pilot views.
+        """The estimator for a split, from masked tokens and their mean cross-entropy in N blocks of pilot copies.
 
         Neyman's law for pairs of a mask and its complement: pi(k) ~ sd of the pair's mean. Neighbouring counts share an
         estimate until each has PILOT_PAIRS pairs. Blocks with padding are left out.
@@ -118,7 +118,7 @@ class Importance(MonteCarlo):
 
 @dataclasses.dataclass(frozen=True)
 class Exhaustive:
-    """Every mask of every block; block b of view j has mask number (j + b), so that all views mask about the same."""
+    """Every mask of every block; block b of copy j has mask number (j + b), so that all copies mask about the same."""
 
     needs_pilot: ClassVar[bool] = False
     token_loss: ClassVar[None] = None
@@ -127,33 +127,33 @@ class Exhaustive:
     block_size: int
 
     @property
-    def views(self) -> int:
+    def noise_samples(self) -> int:
         return min(MAX_VIEWS, 2**self.block_size - 1)
 
     def num_passes(self, draws: int) -> int:
         del draws
-        return -(-(2**self.block_size - 1) // self.views)
+        return -(-(2**self.block_size - 1) // self.noise_samples)
 
     def noised(self, key, index, draws: int, tokens_L, segments_L, special: SpecialIds) -> Noised:
         del key
-        size, all_views = self.block_size, self.num_passes(draws) * self.views
+        size, all_views = self.block_size, self.num_passes(draws) * self.noise_samples
         blocks = tokens_L.shape[0] // size
         pattern_JxK = self._patterns(all_views, blocks)
-        pattern_MxK = jax.lax.dynamic_slice_in_dim(jnp.asarray(pattern_JxK), index * self.views, self.views)
+        pattern_MxK = jax.lax.dynamic_slice_in_dim(jnp.asarray(pattern_JxK), index * self.noise_samples, self.noise_samples)
         masked_MxKxS = (pattern_MxK[..., None] >> jnp.arange(size)) & 1 == 1
         real_KxS = segments_L.reshape(blocks, size) != 0
         masked_MxKxS &= ~(masked_MxKxS & ~real_KxS).any(-1, keepdims=True)  # n < S: only the sets of real tokens
         n_K, k_MxK = real_KxS.sum(-1), masked_MxKxS.sum(-1)
         ways = jnp.array([[math.comb(n, k) for k in range(size + 1)] for n in range(size + 1)], jnp.float32)
         weight_MxK = all_views / (jnp.maximum(k_MxK, 1) * jnp.maximum(ways[n_K, k_MxK], 1))
-        masked_MxL = masked_MxKxS.reshape(self.views, -1)
+        masked_MxL = masked_MxKxS.reshape(self.noise_samples, -1)
         most = ((pattern_JxK[..., None] >> np.arange(size)) & 1).sum((1, 2)).max()
         return Noised(xt_BxMxL=jnp.where(masked_MxL, special.mask, tokens_L).astype(jnp.int32),
                       weight_BxMxL=jnp.where(masked_MxL, jnp.repeat(weight_MxK, size, axis=-1), 0),
-                      sigma_BxMxK=jnp.zeros((self.views, blocks)), capacity=int(most))
+                      sigma_BxMxK=jnp.zeros((self.noise_samples, blocks)), capacity=int(most))
 
     def _patterns(self, all_views: int, blocks: int) -> np.ndarray:
-        """Bits that say which tokens are masked, `[views of all passes, K]`; 0 in views too many."""
+        """Bits that say which tokens are masked, `[copies of all passes, K]`; 0 in copies too many."""
         number = 2**self.block_size - 1
         view = np.arange(all_views)[:, None]
         return np.where(view < number, (view + np.arange(blocks)) % number + 1, 0)
@@ -167,7 +167,7 @@ class SinglePass:
     token_loss: ClassVar[None] = None
     name: ClassVar[str] = "nll"
     replicates: ClassVar[int] = 1
-    views: ClassVar[int] = 1
+    noise_samples: ClassVar[int] = 1
     objective: Any
 
     @property
@@ -180,19 +180,19 @@ class SinglePass:
 
     def noised(self, key, index, draws: int, tokens_L, segments_L, special: SpecialIds) -> Noised:
         del index, draws
-        noised = self.objective.corrupt(key, tokens_L[None], segments_L[None], views=1, mask_id=special.mask,
+        noised = self.objective.corrupt(key, tokens_L[None], segments_L[None], noise_samples=1, mask_id=special.mask,
                                         end_id=special.end)
         return jax.tree.map(lambda x: x[0], noised)
 
 
 @dataclasses.dataclass(frozen=True)
 class OwnObjective:
-    """Two replicates of two views each as the objective draws them, under its own loss."""
+    """Two replicates of two copies each as the objective draws them, under its own loss."""
 
     needs_pilot: ClassVar[bool] = False
     name: ClassVar[str] = "native"
     replicates: ClassVar[int] = 2
-    views: ClassVar[int] = 4
+    noise_samples: ClassVar[int] = 4
     objective: Any
 
     @property
@@ -211,11 +211,11 @@ class OwnObjective:
 
         def replicate(number):
             drawn = self.objective.corrupt(jax.random.fold_in(jax.random.fold_in(key, number), index), tokens_L[None],
-                                           segments_L[None], self.views // self.replicates, special.mask, special.end)
+                                           segments_L[None], self.noise_samples // self.replicates, special.mask, special.end)
             return jax.tree.map(lambda x: x[0], drawn)
 
         drawn = jax.vmap(replicate)(jnp.arange(self.replicates))
-        return jax.tree.map(lambda x: x.reshape(self.views, *x.shape[2:]), drawn)
+        return jax.tree.map(lambda x: x.reshape(self.noise_samples, *x.shape[2:]), drawn)
 
 
 def lattice(key, index, number: int, blocks: int) -> jax.Array:

@@ -58,7 +58,7 @@ def make_scores(model: Backbone, objective: Any, estimator: Any, special: Specia
 
     Tokens that are not `scored` (bool [B, L]) are given: never masked, never counted. Returns contributions in nats,
     float32 `[B, R, L]` (summed over L and averaged over passes: an estimate of the row by each of R replicates), and of
-    every block of the M views the masked tokens, int32 `[B, M, K]`, and their mean cross-entropy, float32 `[B, M, K]`.
+    every block of the M copies the masked tokens, int32 `[B, M, K]`, and their mean cross-entropy, float32 `[B, M, K]`.
     """
     def noise(key, index, tokens, segments):
         return estimator.noised(key, index, draws, tokens, segments, special)
@@ -76,16 +76,16 @@ def make_scores(model: Backbone, objective: Any, estimator: Any, special: Specia
 def score_views(model: Backbone, params: dict, objective: Any, noised: Any, tokens_BxL, position_BxL, segment_BxL,
                 scored_BxL, special: SpecialIds, execution: Execution,
                 replicates: int, token_loss: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What `make_scores` returns, of given views."""
+    """What `make_scores` returns, of given copies."""
     scored = score(model, params, objective, noised, tokens_BxL, position_BxL, segment_BxL, execution,
                    end_id=special.end)
     losses = jnp.where(scored.weight_BxMxC == 0, 0, row_losses(model, params, scored, special.mask, 0, token_loss))
     place = jax.vmap(jax.vmap(lambda losses, index: jnp.zeros(tokens_BxL.shape[1]).at[index].add(losses)))
     losses_BxMxL = jnp.where(scored_BxL[:, None], place(losses, scored.index_BxMxC), 0)
     nats_BxMxL = losses_BxMxL * noised.weight_BxMxL + jnp.where(exceeds_capacity(noised), jnp.nan, 0)[..., None]
-    batch, views, length = nats_BxMxL.shape
-    nats_BxRxL = nats_BxMxL.reshape(batch, replicates, views // replicates, length).mean(2)
-    blocks = (batch, views, -1, objective.block_size)
+    batch, noise_samples, length = nats_BxMxL.shape
+    nats_BxRxL = nats_BxMxL.reshape(batch, replicates, noise_samples // replicates, length).mean(2)
+    blocks = (batch, noise_samples, -1, objective.block_size)
     counts_BxMxK = ((noised.weight_BxMxL > 0) & scored_BxL[:, None]).reshape(blocks).sum(-1)
     return nats_BxRxL, counts_BxMxK, losses_BxMxL.reshape(blocks).sum(-1) / jnp.maximum(counts_BxMxK, 1)
 
@@ -115,7 +115,7 @@ def open_run(workdir: str, weights: str, batch: int, block_size: int = 0, length
     else:
         run = restore(path, weights, None, mesh, step)
     config = run.config.at_trained_block_size(block_size) if block_size else run.config
-    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch=batch or config.eval.batch))
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=batch or config.eval.batch_size))
     evaluator = Evaluator(config, run.model, SpecialIds(run.tokenizer.mask_id, run.tokenizer.end_id), mesh)
     return LoadedRun(workdir, config, run.tokenizer, run.params, evaluator, run.step, run.meta["config_sha256"])
 
@@ -127,7 +127,7 @@ class Evaluator:
         self.config, self.model, self.special, self.mesh = config, model, special, mesh
         self.execution = dataclasses.replace(config.execution, remat="none")
         devices = sharding.num_row_shards(mesh)
-        self.batch = -(-config.eval.batch // devices) * devices
+        self.batch = -(-config.eval.batch_size // devices) * devices
         self.sharding = batch_sharding(mesh)
         self._programs = {}
         self.alive = lambda: None  # called after every batch
@@ -173,7 +173,7 @@ class Evaluator:
         """The estimator with the count law of a pilot, whose noise and rows depend on nothing but seed and split."""
         parts = [part for _, passes in self._batches(estimator, params, rows, ids, 1, seed, PILOT_ROUND)
                  for part in passes]
-        counts, means = (np.concatenate([part[i].swapaxes(1, 2).reshape(-1, estimator.views) for part in parts])
+        counts, means = (np.concatenate([part[i].swapaxes(1, 2).reshape(-1, estimator.noise_samples) for part in parts])
                          for i in (1, 2))
         return estimator.from_pilot(counts, means)
 

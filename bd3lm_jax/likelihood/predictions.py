@@ -23,7 +23,7 @@ class Rows(flax.struct.PyTreeNode):
 
 
 class Predictions(NamedTuple):
-    """What the network says of C places of every view `[B, M, C]`: -log p of the text's token and of the likeliest one,
+    """What the network says of C places of every copy `[B, M, C]`: -log p of the text's token and of the likeliest one,
     that token, loss weight (0 where not scored), and where in the row the place is."""
 
     loss_BxMxC: jax.Array
@@ -52,8 +52,8 @@ def predictions(model, objective, special, capacity: int, params, noised: Noised
         return lse_C - target_C, lse_C - best_C, fast_argmax(logits_CxV)
 
     shape = scored.target_BxMxC.shape
-    views = tuple(x.reshape(-1, *x.shape[2:]) for x in (scored.features_BxMxCxD, scored.target_BxMxC))
-    loss, best, token = (x.reshape(shape) for x in jax.lax.map(losses, views))  # the logits of one view at a time
+    noise_samples = tuple(x.reshape(-1, *x.shape[2:]) for x in (scored.features_BxMxCxD, scored.target_BxMxC))
+    loss, best, token = (x.reshape(shape) for x in jax.lax.map(losses, noise_samples))  # the logits of one copy at a time
     counted = jnp.take_along_axis(jnp.broadcast_to(rows.scored_BxL[:, None], noised.xt_BxMxL.shape),
                                   scored.index_BxMxC, axis=2)
     return Predictions(loss, best, token, jnp.where(counted, scored.weight_BxMxC, 0), scored.index_BxMxC)

@@ -22,10 +22,10 @@ class BertConfig:
 
     kind: ClassVar[str] = "bert"
     vocab_size: int
-    layers: int
-    width: int
-    heads: int
-    hidden: int  # of the MLP
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    intermediate_size: int  # of the MLP
     dropout: float  # of what each half of a layer adds
     positions: int  # learned ones: the most tokens a document may have
     unused_positions: int  # rows of the position table before that of the first token: RoBERTa has 2, BERT none
@@ -33,7 +33,7 @@ class BertConfig:
     norm_eps: float
 
     def __post_init__(self):
-        check_config(self, ("layers", "width", "heads", "hidden", "positions", "token_types"))
+        check_config(self, ("num_layers", "hidden_size", "num_heads", "intermediate_size", "positions", "token_types"))
         if self.unused_positions < 0:
             raise UserError(f"model.unused_positions is {self.unused_positions}, expected 0 (BERT) or more (RoBERTa: "
                             "2)")
@@ -46,7 +46,7 @@ class BertConfig:
 def build(config: BertConfig, dtype: Any) -> Backbone:
     """The backbone that computes in `dtype`; parameters are float32."""
     return Backbone(config=config, embed=Embed(config, dtype), condition=None, rotary=lambda position: (),
-                    groups=(("blocks", Block(config, dtype), config.layers),), head=Head(config, dtype), dtype=dtype,
+                    groups=(("blocks", Block(config, dtype), config.num_layers),), head=Head(config, dtype), dtype=dtype,
                     tied=True)
 
 
@@ -61,9 +61,9 @@ class Embed(nn.Module):
         """Tokens as `shared.embed_tokens` takes them, int32 positions `[..., T]` -> `[..., T, D]`."""
         config, dtype = self.config, self.dtype
         rows = config.unused_positions + config.positions
-        tokens = self.param("embedding", NORMAL, (config.padded_vocab, config.width))
-        places = self.param("position", NORMAL, (rows, config.width))
-        types = self.param("token_type", NORMAL, (config.token_types, config.width))
+        tokens = self.param("embedding", NORMAL, (config.padded_vocab, config.hidden_size))
+        places = self.param("position", NORMAL, (rows, config.hidden_size))
+        types = self.param("token_type", NORMAL, (config.token_types, config.hidden_size))
         h = embed_tokens(tokens, ids, dtype) + embed_tokens(places, position + config.unused_positions, dtype)
         return _norm(config, dtype, name="norm")(h + types[0].astype(dtype))
 
@@ -76,12 +76,12 @@ class Block(nn.Module):
 
     def setup(self):
         config, dtype = self.config, self.dtype
-        size = config.width // config.heads
-        self.q, self.k, self.v = (nn.DenseGeneral((config.heads, size), dtype=dtype, kernel_init=NORMAL)
+        size = config.hidden_size // config.num_heads
+        self.q, self.k, self.v = (nn.DenseGeneral((config.num_heads, size), dtype=dtype, kernel_init=NORMAL)
                                   for _ in range(3))
-        self.out = nn.DenseGeneral(config.width, axis=(-2, -1), dtype=dtype, kernel_init=NORMAL)
-        self.mlp_in = nn.Dense(config.hidden, dtype=dtype, kernel_init=NORMAL)
-        self.mlp_out = nn.Dense(config.width, dtype=dtype, kernel_init=NORMAL)
+        self.out = nn.DenseGeneral(config.hidden_size, axis=(-2, -1), dtype=dtype, kernel_init=NORMAL)
+        self.mlp_in = nn.Dense(config.intermediate_size, dtype=dtype, kernel_init=NORMAL)
+        self.mlp_out = nn.Dense(config.hidden_size, dtype=dtype, kernel_init=NORMAL)
         self.norm1, self.norm2 = _norm(config, dtype), _norm(config, dtype)
 
     def __call__(self, h, cond, rotary):
@@ -110,7 +110,7 @@ class Head(nn.Module):
     dtype: Any
 
     def setup(self):
-        self.dense = nn.Dense(self.config.width, dtype=self.dtype, kernel_init=NORMAL)
+        self.dense = nn.Dense(self.config.hidden_size, dtype=self.dtype, kernel_init=NORMAL)
         self.norm = _norm(self.config, self.dtype)
         self.bias = self.param("bias", nn.initializers.zeros, (self.config.padded_vocab,))
 

@@ -24,29 +24,29 @@ class DiTConfig:
 
     kind: ClassVar[str] = "dit"
     vocab_size: int
-    layers: int
-    width: int
-    heads: int
+    num_layers: int
+    hidden_size: int
+    num_heads: int
     mlp_ratio: int
     dropout: float
     adaln: bool
     cond_dim: int
     time_conditioning: bool  # the noise level is an input; otherwise the adaLN input is a constant
-    rope_base: float
+    rope_theta: float
     decoder_layers: int = 0  # last layers, which alone run on noised blocks (E2D2); 0: all of them, the plain form
-    shifted: str = ""  # whether outputs are one token ahead (shifted.py)
+    target_shift: str = ""  # whether outputs are one token ahead (shifted.py)
 
     def __post_init__(self):
-        for name in ("layers", "width", "heads", "mlp_ratio", "cond_dim"):
+        for name in ("num_layers", "hidden_size", "num_heads", "mlp_ratio", "cond_dim"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}, expected at least 1")
-        if not 0 <= self.decoder_layers <= self.layers:
-            raise UserError(f"model.decoder_layers is {self.decoder_layers}, expected 0 (all layers) to model.layers="
-                            f"{self.layers}")
+        if not 0 <= self.decoder_layers <= self.num_layers:
+            raise UserError(f"model.decoder_layers is {self.decoder_layers}, expected 0 (all layers) to model.num_layers="
+                            f"{self.num_layers}")
         if self.vocab_size != -1 and self.vocab_size < 2:
             raise UserError(f"model.vocab_size is {self.vocab_size}, expected at least 2, or -1 for the tokenizer's")
-        if self.width % (2 * self.heads):
-            raise UserError(f"model.width={self.width} must be a multiple of 2 * model.heads={2 * self.heads} (RoPE)")
+        if self.hidden_size % (2 * self.num_heads):
+            raise UserError(f"model.hidden_size={self.hidden_size} must be a multiple of 2 * model.num_heads={2 * self.num_heads} (RoPE)")
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout is {self.dropout}, expected in [0, 1)")
         if self.time_conditioning and not self.adaln:
@@ -59,7 +59,7 @@ class DiTConfig:
 
 def build(config: DiTConfig, dtype: Any) -> Backbone:
     """The backbone that computes in `dtype`; parameters are float32."""
-    frequencies = config.rope_base ** (-jnp.arange(0, config.width // config.heads, 2) / (config.width // config.heads))
+    frequencies = config.rope_theta ** (-jnp.arange(0, config.hidden_size // config.num_heads, 2) / (config.hidden_size // config.num_heads))
 
     def rotary(position):
         """cos and sin `[..., T, 1, Dh / 2]`, float32."""
@@ -67,7 +67,7 @@ def build(config: DiTConfig, dtype: Any) -> Backbone:
         return jnp.cos(angle), jnp.sin(angle)
 
     return Backbone(config=config, embed=Embed(config, dtype), condition=Condition(config) if config.adaln else None,
-                    rotary=rotary, groups=(("blocks", Block(config, dtype), config.layers),), head=Head(config, dtype),
+                    rotary=rotary, groups=(("blocks", Block(config, dtype), config.num_layers),), head=Head(config, dtype),
                     dtype=dtype)
 
 
@@ -83,8 +83,8 @@ class Embed(nn.Module):
     def __call__(self, ids, position=None):
         """int32 `[..., T]`, or weights of the vocabulary's tokens float `[..., T, V]` -> `[..., T, D]`."""
         del position  # enters by RoPE
-        shape = (self.config.padded_vocab, self.config.width)
-        bound = 1 / math.sqrt(self.config.width)
+        shape = (self.config.padded_vocab, self.config.hidden_size)
+        bound = 1 / math.sqrt(self.config.hidden_size)
         table = self.param("embedding", lambda key: jax.random.uniform(key, shape, jnp.float32, -bound, bound))
         return embed_tokens(table, ids, self.dtype)
 
@@ -114,13 +114,13 @@ class Block(nn.Module):
 
     def setup(self):
         config, dtype = self.config, self.dtype
-        heads, size = config.heads, config.width // config.heads
+        heads, size = config.num_heads, config.hidden_size // config.num_heads
         self.norm1, self.norm2 = _norm(dtype), _norm(dtype)
         self.qkv = nn.DenseGeneral((3, heads, size), use_bias=False, dtype=dtype, kernel_init=UNIFORM_FAN_IN)
-        self.out = nn.DenseGeneral(config.width, axis=(-2, -1), use_bias=False, dtype=dtype,
+        self.out = nn.DenseGeneral(config.hidden_size, axis=(-2, -1), use_bias=False, dtype=dtype,
                                    kernel_init=UNIFORM_FAN_IN)
-        self.mlp_in = nn.Dense(config.mlp_ratio * config.width, dtype=dtype, kernel_init=UNIFORM_FAN_IN)
-        self.mlp_out = nn.Dense(config.width, dtype=dtype, kernel_init=UNIFORM_FAN_IN)
+        self.mlp_in = nn.Dense(config.mlp_ratio * config.hidden_size, dtype=dtype, kernel_init=UNIFORM_FAN_IN)
+        self.mlp_out = nn.Dense(config.hidden_size, dtype=dtype, kernel_init=UNIFORM_FAN_IN)
         if config.adaln:
             self.modulation = _modulation(6, config, dtype)
 
@@ -192,7 +192,7 @@ def _norm(dtype):
 
 
 def _modulation(parts, config, dtype):
-    return nn.DenseGeneral((parts, config.width), dtype=dtype, kernel_init=nn.initializers.zeros)
+    return nn.DenseGeneral((parts, config.hidden_size), dtype=dtype, kernel_init=nn.initializers.zeros)
 
 
 def _per_token(modulation, length, parts):

@@ -26,7 +26,7 @@ def compute_dtype(name: str):
 
 
 def two_stream(*args, **kwargs) -> jax.Array:
-    """Hidden states `[B, M, L, D]` of M noised views: `two_stream_out` without the rest."""
+    """Hidden states `[B, M, L, D]` of M noised copies: `two_stream_out` without the rest."""
     return two_stream_out(*args, **kwargs).noised
 
 
@@ -38,7 +38,7 @@ def one_stream(*args, **kwargs) -> jax.Array:
 def two_stream_out(model: Backbone, params: dict, xt_BxMxL, x0_BxL, position_BxL, segment_BxL, *, block_size: int,
                    sizes: RowBlockSizes | None = None, sigma_BxMxn=None, clean_sigma_Bx1=None, execution: Execution,
                    dropout_keys=None, max_visible_position_BxL=None) -> ForwardOutput:
-    """M noised views, every block seeing the clean blocks before it (BD3-LM eq. 6).
+    """M noised copies, every block seeing the clean blocks before it (BD3-LM eq. 6).
 
     The last clean block is read by nobody and left out; with one block a row (MDLM) there is no clean stream.
     xt: ids, or float `[B, M, L, V]` as in `trunk.Stream`. sizes: of each row's blocks where they differ; block_size is

@@ -30,17 +30,17 @@ class GPT2Config:
 
     kind: ClassVar[str] = "gpt2"
     vocab_size: int
-    layers: int
-    width: int
-    heads: int
-    hidden: int  # of the MLP
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    intermediate_size: int  # of the MLP
     dropout: float  # of what each half of a layer adds
     positions: int  # learned ones: the most tokens a document may have
     norm_eps: float
-    shifted: str = ""  # whether outputs are one token ahead (shifted.py)
+    target_shift: str = ""  # whether outputs are one token ahead (shifted.py)
 
     def __post_init__(self):
-        check_config(self, ("layers", "width", "heads", "hidden", "positions"))
+        check_config(self, ("num_layers", "hidden_size", "num_heads", "intermediate_size", "positions"))
 
     @property
     def padded_vocab(self) -> int:
@@ -50,7 +50,7 @@ class GPT2Config:
 def build(config: GPT2Config, dtype: Any) -> Backbone:
     """The backbone that computes in `dtype`; parameters are float32."""
     return Backbone(config=config, embed=Embed(config, dtype), condition=None, rotary=lambda position: (),
-                    groups=(("blocks", Block(config, dtype), config.layers),), head=Head(config, dtype), dtype=dtype,
+                    groups=(("blocks", Block(config, dtype), config.num_layers),), head=Head(config, dtype), dtype=dtype,
                     tied=True)
 
 
@@ -64,8 +64,8 @@ class Embed(nn.Module):
     def __call__(self, ids, position):
         """Tokens as `shared.embed_tokens` takes them, int32 positions `[..., T]` -> `[..., T, D]`."""
         config = self.config
-        tokens = self.param("embedding", NORMAL, (config.padded_vocab, config.width))
-        places = self.param("position", NORMAL, (config.positions, config.width))
+        tokens = self.param("embedding", NORMAL, (config.padded_vocab, config.hidden_size))
+        places = self.param("position", NORMAL, (config.positions, config.hidden_size))
         return embed_tokens(tokens, ids, self.dtype) + embed_tokens(places, position, self.dtype)
 
 
@@ -77,12 +77,12 @@ class Block(nn.Module):
 
     def setup(self):
         config, dtype = self.config, self.dtype
-        size, narrow = config.width // config.heads, nn.initializers.normal(0.02 / (2 * config.layers) ** 0.5)
+        size, narrow = config.hidden_size // config.num_heads, nn.initializers.normal(0.02 / (2 * config.num_layers) ** 0.5)
         self.norm1, self.norm2 = _norm(config, dtype), _norm(config, dtype)
-        self.qkv = nn.DenseGeneral((3, config.heads, size), dtype=dtype, kernel_init=NORMAL)
-        self.out = nn.DenseGeneral(config.width, axis=(-2, -1), dtype=dtype, kernel_init=narrow)
-        self.mlp_in = nn.Dense(config.hidden, dtype=dtype, kernel_init=NORMAL)
-        self.mlp_out = nn.Dense(config.width, dtype=dtype, kernel_init=narrow)
+        self.qkv = nn.DenseGeneral((3, config.num_heads, size), dtype=dtype, kernel_init=NORMAL)
+        self.out = nn.DenseGeneral(config.hidden_size, axis=(-2, -1), dtype=dtype, kernel_init=narrow)
+        self.mlp_in = nn.Dense(config.intermediate_size, dtype=dtype, kernel_init=NORMAL)
+        self.mlp_out = nn.Dense(config.hidden_size, dtype=dtype, kernel_init=narrow)
 
     def __call__(self, h, cond, rotary):
         """All parameters once, for `init`."""

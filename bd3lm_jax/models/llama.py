@@ -27,23 +27,23 @@ class LlamaConfig:
 
     kind: ClassVar[str] = "llama"
     vocab_size: int
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int  # heads of keys and values, each shared by heads / kv_heads queries
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int  # heads of keys and values, each shared by heads / kv_heads queries
     head_dim: int
-    hidden: int  # of the MLP
+    intermediate_size: int  # of the MLP
     dropout: float
-    rope_base: float
+    rope_theta: float
     rope_scaling: tuple[float, ...]  # (): none; (factor,): all wavelengths longer; Llama 3.1: `llama3_frequencies`
     norm_eps: float
     qkv_bias: bool  # Qwen2, Dream
     qk_norm: bool  # RMSNorm of every query and key before RoPE (Qwen3)
-    tied: bool  # the output layer is the embedding table
-    shifted: str = ""  # whether outputs are one token ahead (shifted.py)
+    tie_embeddings: bool  # the output layer is the embedding table
+    target_shift: str = ""  # whether outputs are one token ahead (shifted.py)
 
     def __post_init__(self):
-        check_sizes(self, ("layers", "width", "heads", "kv_heads", "head_dim", "hidden"))
+        check_sizes(self, ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"))
         if self.head_dim % 2:
             raise UserError(f"model.head_dim is {self.head_dim}, expected an even number (RoPE)")
         if len(self.rope_scaling) not in (NORMAL, LINEAR, LLAMA3) or not all(x > 0 for x in self.rope_scaling):
@@ -58,23 +58,23 @@ class LlamaConfig:
 def check_sizes(config: Any, positive: tuple[str, ...]) -> None:
     """UserError unless these fields are positive and what all networks of this kind have is in order."""
     check_ranges(config, positive)
-    if config.heads % config.kv_heads:
-        raise UserError(f"model.kv_heads={config.kv_heads} does not divide model.heads={config.heads}")
-    if not (config.norm_eps > 0 and config.rope_base > 1):
-        raise UserError(f"model.norm_eps is {config.norm_eps} and model.rope_base {config.rope_base}, expected above 0 "
+    if config.num_heads % config.num_kv_heads:
+        raise UserError(f"model.num_kv_heads={config.num_kv_heads} does not divide model.num_heads={config.num_heads}")
+    if not (config.norm_eps > 0 and config.rope_theta > 1):
+        raise UserError(f"model.norm_eps is {config.norm_eps} and model.rope_theta {config.rope_theta}, expected above 0 "
                         "and above 1")
 
 
 def build(config: LlamaConfig, dtype: Any) -> Backbone:
     """The backbone that computes in `dtype`; parameters are float32."""
-    frequencies = rope_frequencies(config.head_dim, config.rope_base)
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta)
     if len(config.rope_scaling) == LINEAR:
         frequencies = frequencies / config.rope_scaling[0]
     elif len(config.rope_scaling) == LLAMA3:
         frequencies = llama3_frequencies(frequencies, *config.rope_scaling)
     return Backbone(config=config, embed=Embed(config, dtype), condition=None, rotary=make_rotary(frequencies),
-                    groups=(("blocks", Block(config, dtype), config.layers),), head=Head(config, dtype), dtype=dtype,
-                    tied=config.tied)
+                    groups=(("blocks", Block(config, dtype), config.num_layers),), head=Head(config, dtype), dtype=dtype,
+                    tied=config.tie_embeddings)
 
 
 def rope_frequencies(rotary_dims: int, base: float) -> np.ndarray:
@@ -110,7 +110,7 @@ class Embed(nn.Module):
     def __call__(self, ids, position=None):
         """int32 `[..., T]`, or weights of the vocabulary's tokens float `[..., T, V]` -> `[..., T, D]`."""
         del position  # enters by RoPE
-        table = self.param("embedding", INIT, (self.config.padded_vocab, self.config.width), jnp.float32)
+        table = self.param("embedding", INIT, (self.config.padded_vocab, self.config.hidden_size), jnp.float32)
         return embed_tokens(table, ids, self.dtype)
 
 
@@ -123,14 +123,14 @@ class Block(nn.Module):
     def setup(self):
         config, dtype = self.config, self.dtype
         self.norm1, self.norm2 = (rms_norm(config.norm_eps, dtype) for _ in range(2))
-        self.q = head_projection(config.heads, config.head_dim, config.qkv_bias, dtype)
-        self.k = head_projection(config.kv_heads, config.head_dim, config.qkv_bias, dtype)
-        self.v = head_projection(config.kv_heads, config.head_dim, config.qkv_bias, dtype)
+        self.q = head_projection(config.num_heads, config.head_dim, config.qkv_bias, dtype)
+        self.k = head_projection(config.num_kv_heads, config.head_dim, config.qkv_bias, dtype)
+        self.v = head_projection(config.num_kv_heads, config.head_dim, config.qkv_bias, dtype)
         if config.qk_norm:
             self.q_norm, self.k_norm = (rms_norm(config.norm_eps, dtype) for _ in range(2))
-        self.out = output_projection(config.width, dtype)
-        self.gate, self.up = (dense(config.hidden, dtype) for _ in range(2))
-        self.down = dense(config.width, dtype)
+        self.out = output_projection(config.hidden_size, dtype)
+        self.gate, self.up = (dense(config.intermediate_size, dtype) for _ in range(2))
+        self.down = dense(config.hidden_size, dtype)
 
     def __call__(self, h, cond, rotary):
         """All parameters once, for `init`."""
@@ -161,8 +161,8 @@ class Head(nn.Module):
 
     def setup(self):
         self.norm = rms_norm(self.config.norm_eps, self.dtype)
-        if not self.config.tied:
-            self.linear = Kernel((self.config.width, self.config.padded_vocab))
+        if not self.config.tie_embeddings:
+            self.linear = Kernel((self.config.hidden_size, self.config.padded_vocab))
 
     def __call__(self, h, cond):
         """h `[..., T, D]` -> logits float32 `[..., T, V]`, without the padding of the vocabulary."""
@@ -174,7 +174,7 @@ class Head(nn.Module):
 
     def output_layer(self):
         """Its float32 kernel `[D, V']` and bias `[V']` (zeros), V' = config.padded_vocab."""
-        kernel_DxV = tied_kernel(self) if self.config.tied else self.linear()
+        kernel_DxV = tied_kernel(self) if self.config.tie_embeddings else self.linear()
         return kernel_DxV, jnp.zeros(kernel_DxV.shape[1], jnp.float32)
 
 

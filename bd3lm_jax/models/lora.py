@@ -63,11 +63,11 @@ def scale_of(train: Any) -> float:
 
 def check(config: Any) -> None:
     """UserError for what frozen weights do not go with."""
-    rank, adapt = config.train.lora_rank, config.noise.adapt
-    frozen = config.train.init_from and not config.optim.ema and adapt == "none" and not config.diffusion.learns
+    rank, adapt = config.train.lora_rank, config.noise.adaptive_noise
+    frozen = config.train.init_from and not config.optim.ema_decay and adapt == "none" and not config.diffusion.learns
     if rank and not frozen:
         raise UserError(f"train.lora_rank={rank} trains updates of weights that are there: it needs train.init_from, "
-                        "optim.ema=0, noise.adapt='none' and an objective without parameters of its own")
+                        "optim.ema_decay=0, noise.adaptive_noise='none' and an objective without parameters of its own")
 
 
 def _takes_lora(path: tuple[str, ...], x) -> bool:

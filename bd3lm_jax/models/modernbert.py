@@ -32,24 +32,24 @@ class ModernBertConfig:
 
     kind: ClassVar[str] = "modernbert"
     vocab_size: int
-    layers: int
-    width: int
-    heads: int
-    hidden: int  # of the MLP, which has as many gates
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    intermediate_size: int  # of the MLP, which has as many gates
     dropout: float  # of what the MLP adds
     window: int  # local layers see so many tokens to either side
     local_layers: tuple[int, ...]  # numbers of the layers with a window; the others see everything
-    rope_base: float  # of the layers that see everything
-    local_rope_base: float
+    rope_theta: float  # of the layers that see everything
+    local_rope_theta: float
     norm_eps: float
 
     def __post_init__(self):
-        check_config(self, ("layers", "width", "heads", "hidden", "window"))
-        if self.width % (2 * self.heads):
-            raise UserError(f"model.width={self.width} must be a multiple of 2 * model.heads={2 * self.heads} (RoPE)")
-        if not set(self.local_layers) <= set(range(self.layers)):
+        check_config(self, ("num_layers", "hidden_size", "num_heads", "intermediate_size", "window"))
+        if self.hidden_size % (2 * self.num_heads):
+            raise UserError(f"model.hidden_size={self.hidden_size} must be a multiple of 2 * model.num_heads={2 * self.num_heads} (RoPE)")
+        if not set(self.local_layers) <= set(range(self.num_layers)):
             raise UserError(f"model.local_layers is {self.local_layers}, expected numbers from 0 to "
-                            f"model.layers-1={self.layers - 1}")
+                            f"model.num_layers-1={self.num_layers - 1}")
 
     @property
     def padded_vocab(self) -> int:
@@ -57,16 +57,16 @@ class ModernBertConfig:
 
     def runs(self) -> tuple[tuple[str, range, bool], ...]:
         """Neighbouring layers that are alike, which are stacked: name, their numbers, whether they see a window."""
-        local = [layer in self.local_layers for layer in range(self.layers)]
-        starts = [layer for layer in range(self.layers) if layer < 2 or local[layer] != local[layer - 1]]
+        local = [layer in self.local_layers for layer in range(self.num_layers)]
+        starts = [layer for layer in range(self.num_layers) if layer < 2 or local[layer] != local[layer - 1]]
         return tuple((f"blocks{i}", range(start, stop), local[start])
-                     for i, (start, stop) in enumerate(zip(starts, [*starts[1:], self.layers])))
+                     for i, (start, stop) in enumerate(zip(starts, [*starts[1:], self.num_layers])))
 
 
 def build(config: ModernBertConfig, dtype: Any) -> Backbone:
     """The backbone that computes in `dtype`; parameters are float32."""
-    size = config.width // config.heads
-    frequencies = [base ** (-jnp.arange(0, size, 2) / size) for base in (config.rope_base, config.local_rope_base)]
+    size = config.hidden_size // config.num_heads
+    frequencies = [base ** (-jnp.arange(0, size, 2) / size) for base in (config.rope_theta, config.local_rope_theta)]
 
     def rotary(position):
         """cos and sin `[..., T, 1, Dh / 2]`, float32: of layers that see everything, and of local ones."""
@@ -87,7 +87,7 @@ class Embed(nn.Module):
     def __call__(self, ids, position):
         """Tokens as `shared.embed_tokens` takes them -> `[..., T, D]`."""
         del position  # enters by RoPE
-        tokens = self.param("embedding", NORMAL, (self.config.padded_vocab, self.config.width))
+        tokens = self.param("embedding", NORMAL, (self.config.padded_vocab, self.config.hidden_size))
         return _norm(self.config, self.dtype, name="norm")(embed_tokens(tokens, ids, self.dtype))
 
 
@@ -101,14 +101,14 @@ class Block(nn.Module):
 
     def setup(self):
         config, dtype = self.config, self.dtype
-        size, scaled_init = config.width // config.heads, nn.initializers.normal(0.02 / (2 * config.layers) ** 0.5)
+        size, scaled_init = config.hidden_size // config.num_heads, nn.initializers.normal(0.02 / (2 * config.num_layers) ** 0.5)
         if not self.first:
             self.norm1 = _norm(config, dtype)
         self.norm2 = _norm(config, dtype)
-        self.qkv = nn.DenseGeneral((3, config.heads, size), use_bias=False, dtype=dtype, kernel_init=NORMAL)
-        self.out = nn.DenseGeneral(config.width, axis=(-2, -1), use_bias=False, dtype=dtype, kernel_init=scaled_init)
-        self.gated_in = nn.DenseGeneral((2, config.hidden), use_bias=False, dtype=dtype, kernel_init=NORMAL)
-        self.mlp_out = nn.Dense(config.width, use_bias=False, dtype=dtype, kernel_init=scaled_init)
+        self.qkv = nn.DenseGeneral((3, config.num_heads, size), use_bias=False, dtype=dtype, kernel_init=NORMAL)
+        self.out = nn.DenseGeneral(config.hidden_size, axis=(-2, -1), use_bias=False, dtype=dtype, kernel_init=scaled_init)
+        self.gated_in = nn.DenseGeneral((2, config.intermediate_size), use_bias=False, dtype=dtype, kernel_init=NORMAL)
+        self.mlp_out = nn.Dense(config.hidden_size, use_bias=False, dtype=dtype, kernel_init=scaled_init)
 
     def __call__(self, h, cond, rotary):
         """All parameters once, for `init`."""
@@ -139,7 +139,7 @@ class Head(nn.Module):
 
     def setup(self):
         self.norm1, self.norm2 = _norm(self.config, self.dtype), _norm(self.config, self.dtype)
-        self.dense = nn.Dense(self.config.width, use_bias=False, dtype=self.dtype, kernel_init=NORMAL)
+        self.dense = nn.Dense(self.config.hidden_size, use_bias=False, dtype=self.dtype, kernel_init=NORMAL)
         self.bias = self.param("bias", nn.initializers.zeros, (self.config.padded_vocab,))
 
     def __call__(self, h, cond):

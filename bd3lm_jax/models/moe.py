@@ -36,46 +36,46 @@ class MoEConfig:
 
     kind: ClassVar[str] = "moe"
     vocab_size: int
-    layers: int
+    num_layers: int
     dense_layers: int  # the first ones, without experts
-    width: int
-    heads: int
-    kv_heads: int  # heads of keys and values, each shared by heads / kv_heads queries
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int  # heads of keys and values, each shared by heads / kv_heads queries
     head_dim: int
     rotary_dim: int  # numbers of a head that turn
-    hidden: int  # of the MLP of dense layers
-    experts: int
-    expert_hidden: int
-    shared_hidden: int  # of what every token goes through beside its experts; 0: nothing
+    intermediate_size: int  # of the MLP of dense layers
+    num_experts: int
+    expert_intermediate_size: int
+    shared_intermediate_size: int  # of what every token goes through beside its experts; 0: nothing
     top_k: int  # experts of a token
     groups: int  # of experts
     top_groups: int  # groups that a token may choose from
     routed_scale: float  # of the experts' sum
-    balance: float  # coefficient of the load-balancing loss (`experts.load_balancing_loss`) of every layer; 0: none
+    load_balancing: float  # coefficient of the load-balancing loss (`experts.load_balancing_loss`) of every layer; 0: none
     dropout: float
-    rope_base: float
+    rope_theta: float
     norm_eps: float
     qk_norm: bool
-    tied: bool  # the output layer is the embedding table
+    tie_embeddings: bool  # the output layer is the embedding table
 
     def __post_init__(self):
-        check_sizes(self, ("layers", "width", "heads", "kv_heads", "head_dim", "hidden", "experts", "expert_hidden",
+        check_sizes(self, ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "num_experts", "expert_intermediate_size",
                            "top_k", "groups", "top_groups"))
-        if not 0 <= self.dense_layers < self.layers:
-            raise UserError(f"model.dense_layers is {self.dense_layers}, expected 0 to model.layers - 1 = "
-                            f"{self.layers - 1}: with dense layers alone use model.kind='llama'")
+        if not 0 <= self.dense_layers < self.num_layers:
+            raise UserError(f"model.dense_layers is {self.dense_layers}, expected 0 to model.num_layers - 1 = "
+                            f"{self.num_layers - 1}: with dense layers alone use model.kind='llama'")
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise UserError(f"model.rotary_dim is {self.rotary_dim}, expected an even number up to model.head_dim="
                             f"{self.head_dim}")
-        if self.experts % self.groups or self.experts < 2 * self.groups:
-            raise UserError(f"model.groups={self.groups} must divide model.experts={self.experts} into groups of at "
+        if self.num_experts % self.groups or self.num_experts < 2 * self.groups:
+            raise UserError(f"model.groups={self.groups} must divide model.num_experts={self.num_experts} into groups of at "
                             "least 2")
-        most = self.top_groups * (self.experts // self.groups)
+        most = self.top_groups * (self.num_experts // self.groups)
         if self.top_groups > self.groups or self.top_k > most:
             raise UserError(f"model.top_groups={self.top_groups} of {self.groups} groups hold {most} experts, expected "
                             f"at most {self.groups} groups, and at least model.top_k={self.top_k} experts in them")
-        if self.shared_hidden < 0 or self.balance < 0 or self.routed_scale <= 0:
-            raise UserError(f"model.shared_hidden={self.shared_hidden} and model.balance={self.balance} must be at "
+        if self.shared_intermediate_size < 0 or self.load_balancing < 0 or self.routed_scale <= 0:
+            raise UserError(f"model.shared_intermediate_size={self.shared_intermediate_size} and model.load_balancing={self.load_balancing} must be at "
                             f"least 0, model.routed_scale={self.routed_scale} above 0")
 
     @property
@@ -86,11 +86,11 @@ class MoEConfig:
 def build(config: MoEConfig, dtype: Any) -> Backbone:
     """The backbone that computes in `dtype`; parameters, router and routing are float32."""
     groups = (("blocks0", Block(config, dtype, False), config.dense_layers),
-              ("blocks1", Block(config, dtype, True), config.layers - config.dense_layers))
+              ("blocks1", Block(config, dtype, True), config.num_layers - config.dense_layers))
     return Backbone(config=config, embed=Embed(config, dtype), condition=None,
-                    rotary=make_rotary(rope_frequencies(config.rotary_dim, config.rope_base)),
+                    rotary=make_rotary(rope_frequencies(config.rotary_dim, config.rope_theta)),
                     groups=tuple(group for group in groups if group[2]), head=Head(config, dtype), dtype=dtype,
-                    tied=config.tied)
+                    tied=config.tie_embeddings)
 
 
 class Block(nn.Module):
@@ -102,21 +102,21 @@ class Block(nn.Module):
 
     def setup(self):
         config, dtype = self.config, self.dtype
-        queries_per_kv = config.heads // config.kv_heads
+        queries_per_kv = config.num_heads // config.num_kv_heads
         self.norm1, self.norm2 = (rms_norm(config.norm_eps, dtype) for _ in range(2))
         # By key head its queries, the key, the value: heads that belong together stay on one device.
-        self.grouped_qkv = nn.DenseGeneral((config.kv_heads, queries_per_kv + 2, config.head_dim), use_bias=False, dtype=dtype,
+        self.grouped_qkv = nn.DenseGeneral((config.num_kv_heads, queries_per_kv + 2, config.head_dim), use_bias=False, dtype=dtype,
                                            kernel_init=INIT)
         if config.qk_norm:
             self.q_norm, self.k_norm = (rms_norm(config.norm_eps, dtype) for _ in range(2))
-        self.out = output_projection(config.width, dtype)
+        self.out = output_projection(config.hidden_size, dtype)
         if not self.sparse:
-            self.mlp = SwiGLU(config.width, config.hidden, dtype)
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, dtype)
             return
-        self.router = Router(config.width, config.experts)
+        self.router = Router(config.hidden_size, config.num_experts)
         self.experts = Experts(config, dtype)
-        if config.shared_hidden:
-            self.shared = SwiGLU(config.width, config.shared_hidden, dtype)
+        if config.shared_intermediate_size:
+            self.shared = SwiGLU(config.hidden_size, config.shared_intermediate_size, dtype)
 
     def __call__(self, h, cond, rotary):
         """All parameters once, for `init`."""
@@ -128,7 +128,7 @@ class Block(nn.Module):
         if queries:
             qkv = self.grouped_qkv(x)
             q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
-            q = q.reshape(*q.shape[:-3], self.config.heads, self.config.head_dim)
+            q = q.reshape(*q.shape[:-3], self.config.num_heads, self.config.head_dim)
             q = self._norm_and_rotate(q, "q_norm", rotary)
         else:
             kernel = self.grouped_qkv.variables["params"]["kernel"][..., -2:, :].astype(self.dtype)
@@ -150,11 +150,11 @@ class Block(nn.Module):
         config, aux = self.config, 0.0
         routing = experts.route(*self.router(x), groups=config.groups, top_groups=config.top_groups,
                                 top_k=config.top_k, scale=config.routed_scale)
-        if config.balance:
+        if config.load_balancing:
             real = jnp.any(attended != 0, axis=(-2, -1))  # padding sees nobody: exactly nothing
-            aux = config.balance * experts.load_balancing_loss(routing, real)
+            aux = config.load_balancing * experts.load_balancing_loss(routing, real)
         expert_output = self.experts(x, routing)
-        if config.shared_hidden:
+        if config.shared_intermediate_size:
             expert_output = expert_output + self.shared(x)
         return h + row_dropout(expert_output, dropout_keys, 1, rate), aux
 
@@ -162,8 +162,8 @@ class Block(nn.Module):
         """FLOPs of the empty slots among the experts' tiles, which are computed and not needed."""
         if not self.sparse:
             return 0
-        tiles, size = experts.tile_shape(tokens * self.config.top_k, self.config.experts)
-        return 6 * self.config.width * self.config.expert_hidden * (tiles * size - tokens * self.config.top_k)
+        tiles, size = experts.tile_shape(tokens * self.config.top_k, self.config.num_experts)
+        return 6 * self.config.hidden_size * self.config.expert_intermediate_size * (tiles * size - tokens * self.config.top_k)
 
 
 class SwiGLU(nn.Module):
@@ -201,7 +201,7 @@ class Experts(nn.Module):
     dtype: Any
 
     def setup(self):
-        number, width, hidden = self.config.experts, self.config.width, self.config.expert_hidden
+        number, width, hidden = self.config.num_experts, self.config.hidden_size, self.config.expert_intermediate_size
         self.gate, self.up = (Kernel((number, width, hidden)) for _ in range(2))
         self.down = Kernel((number, hidden, width))
 

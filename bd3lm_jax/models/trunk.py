@@ -97,7 +97,7 @@ def is_time_conditioned(model_config) -> bool:
 def encoder_layers(model_config) -> int:
     """Layers that only clean tokens go through; noised ones enter behind them (E2D2, arXiv 2510.22852)."""
     decoder = getattr(model_config, "decoder_layers", 0)
-    return model_config.layers - decoder if decoder else 0
+    return model_config.num_layers - decoder if decoder else 0
 
 
 def init(model: Backbone, key) -> dict:

@@ -127,16 +127,16 @@ def check_mesh(mesh: Mesh | AbstractMesh, model_config: Any, batch: int) -> None
     """UserError unless "tensor" divides the heads, the axes that split rows divide `batch` (rows over all devices), and
     "expert", where it is not 1, splits experts that are there."""
     expert, tensor, rows = mesh.shape["expert"], mesh.shape["tensor"], num_row_shards(mesh)
-    if model_config.heads % tensor:
-        raise UserError(f"mesh.tensor={tensor} does not divide model.heads={model_config.heads}: "
-                        f"use a divisor of {model_config.heads}")
+    if model_config.num_heads % tensor:
+        raise UserError(f"mesh.tensor={tensor} does not divide model.num_heads={model_config.num_heads}: "
+                        f"use a divisor of {model_config.num_heads}")
     if expert > 1:
-        experts = getattr(model_config, "experts", 0)
+        experts = getattr(model_config, "num_experts", 0)
         if not experts:
             raise UserError(f"mesh.expert={expert} splits experts, and model.kind='{model_config.kind}' has none: "
                             "use 1")
         if experts % (expert * tensor):
-            raise UserError(f"mesh.expert x mesh.tensor = {expert * tensor} does not divide model.experts={experts}: "
+            raise UserError(f"mesh.expert x mesh.tensor = {expert * tensor} does not divide model.num_experts={experts}: "
                             f"use divisors of {experts}")
     if batch % rows:
         axes = " x ".join(f"mesh.{axis}" for axis in BATCH_AXES if axis != "expert" or expert > 1)

@@ -28,21 +28,21 @@ class Parts(NamedTuple):
     head: float
 
 
-def train_step(model_config: Any, objective: Any, *, batch: int, length: int, views: int,
+def train_step(model_config: Any, objective: Any, *, batch: int, length: int, noise_samples: int,
                schedule: Any = None) -> float:
-    """FLOPs that a step on `batch` rows of `length` tokens needs, over all devices; `views` noised views a row.
+    """FLOPs that a step on `batch` rows of `length` tokens needs, over all devices; `noise_samples` noised copies a row.
 
     schedule: what chooses the noise from the data (`Config.schedule`); None: the objective's own noise.
     """
-    return 3 * forward(model_config, objective, batch=batch, length=length, views=views, schedule=schedule)
+    return 3 * forward(model_config, objective, batch=batch, length=length, noise_samples=noise_samples, schedule=schedule)
 
 
-def forward(model_config: Any, objective: Any, *, batch: int, length: int, views: int, schedule: Any = None) -> float:
+def forward(model_config: Any, objective: Any, *, batch: int, length: int, noise_samples: int, schedule: Any = None) -> float:
     """FLOPs of the forward pass of `train_step`; without a schedule also that of the likelihood bound."""
-    return sum(parts(model_config, objective, batch=batch, length=length, views=views, schedule=schedule))
+    return sum(parts(model_config, objective, batch=batch, length=length, noise_samples=noise_samples, schedule=schedule))
 
 
-def parts(model_config: Any, objective: Any, *, batch: int, length: int, views: int, schedule: Any = None) -> Parts:
+def parts(model_config: Any, objective: Any, *, batch: int, length: int, noise_samples: int, schedule: Any = None) -> Parts:
     """FLOPs of a forward pass by part. Rows hold one document each (packed rows need less attention).
 
     Rows whose blocks are of several sizes (`mixed`) count as the mean over these sizes.
@@ -55,16 +55,16 @@ def parts(model_config: Any, objective: Any, *, batch: int, length: int, views: 
     model = models.build(model_config, jnp.float32)
     params = jax.eval_shape(lambda: trunk.init(model, jax_settings.key(0)))
     objectives = [objective.at(size) for size in objective.sizes] if hasattr(objective, "sizes") else [objective]
-    layers, attention = np.mean([_body(model, params, one, batch, length, views) for one in objectives], axis=0)
-    scored = scored_positions(objective, batch, length, views, schedule)
-    return Parts(float(layers), float(attention), _head(model, params, (batch, views, scored)))
+    layers, attention = np.mean([_body(model, params, one, batch, length, noise_samples) for one in objectives], axis=0)
+    scored = scored_positions(objective, batch, length, noise_samples, schedule)
+    return Parts(float(layers), float(attention), _head(model, params, (batch, noise_samples, scored)))
 
 
-def _body(model, params, objective, batch: int, length: int, views: int) -> tuple[float, float]:
+def _body(model, params, objective, batch: int, length: int, noise_samples: int) -> tuple[float, float]:
     """FLOPs of the layers and of attention, of blocks of one size."""
     model_config = model.config
-    level = (batch, views, length // objective.block_size) if trunk.is_time_conditioned(model_config) else (1, 1)
-    clean, noised_views = (length, 0) if objective.causal else (length - objective.block_size, views)
+    level = (batch, noise_samples, length // objective.block_size) if trunk.is_time_conditioned(model_config) else (1, 1)
+    clean, noised_views = (length, 0) if objective.causal else (length - objective.block_size, noise_samples)
     layers = attention = first = 0
     for index, (name, block, layer_count) in enumerate(model.groups):
         layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params[name])
@@ -74,18 +74,18 @@ def _body(model, params, objective, batch: int, length: int, views: int) -> tupl
         peeled = int(not objective.causal and index == len(model.groups) - 1)
         noised_layers = layer_count - min(max(trunk.encoder_layers(model_config) - first, 0), layer_count)
         first += layer_count
-        clean_pairs, noised_pairs = _pairs(objective, length, views, getattr(block, "window", None))
+        clean_pairs, noised_pairs = _pairs(objective, length, noise_samples, getattr(block, "window", None))
         layers += noised_layers * on_noised.all + (layer_count - peeled) * on_clean.all + peeled * on_clean.keys_values
         attention += 4 * batch * on_noised.width * (noised_layers * noised_pairs + (layer_count - peeled) * clean_pairs)
     if objective.soft_inputs is not None:  # mixtures of tokens instead of ids
-        soft_inputs = jax.ShapeDtypeStruct((batch, views, length, model_config.vocab_size), jnp.float32)
+        soft_inputs = jax.ShapeDtypeStruct((batch, noise_samples, length, model_config.vocab_size), jnp.float32)
         places = jax.ShapeDtypeStruct(soft_inputs.shape[:-1], jnp.int32)
         layers += count(lambda p, *x: model.embed.apply({"params": p}, *x), params["embed"], soft_inputs, places)
     return layers, attention
 
 
-def scored_positions(objective: Any, batch: int, length: int, views: int, schedule: Any = None) -> int:
-    """Positions of a view that reach the output layer: the static capacity of the objective's masks, or of those that
+def scored_positions(objective: Any, batch: int, length: int, noise_samples: int, schedule: Any = None) -> int:
+    """Positions of a copy that reach the output layer: the static capacity of the objective's masks, or of those that
     a schedule may choose."""
     def noised(ids):
         arrays: dict[str, Any] = {name: jnp.zeros(ids.shape) for name in objective.extra_batch_keys}
@@ -94,7 +94,7 @@ def scored_positions(objective: Any, batch: int, length: int, views: int, schedu
         if objective.learns:
             learned = objective.init_learned_params(jax_settings.key(0), 1, 1)
             arrays["learned_params"] = {**learned, "embedding": jnp.zeros((1, 1))}
-        return objective.corrupt(jax_settings.key(0), ids, ids, views=views, mask_id=0, end_id=0, **arrays)
+        return objective.corrupt(jax_settings.key(0), ids, ids, noise_samples=noise_samples, mask_id=0, end_id=0, **arrays)
 
     return min(jax.eval_shape(noised, jax.ShapeDtypeStruct((batch, length), jnp.int32)).capacity, length)
 
@@ -139,14 +139,14 @@ def _layer(model, block, layer, params, shape, level) -> _Layer:
     return _Layer(before + after, before - 2 * math.prod(h.shape) * width, width)
 
 
-def _pairs(objective, length: int, views: int, window: int | None) -> tuple[float, float]:
+def _pairs(objective, length: int, noise_samples: int, window: int | None) -> tuple[float, float]:
     """Pairs (query, key) that see each other in one row and layer: clean queries, noised queries."""
     size, place = (1 if objective.causal else objective.block_size), np.arange(length)
     reach = length if window is None else window
     last = np.minimum(place // size * size + size - 1, place + reach)
     pairs = last - np.maximum(place - reach, 0) + 1  # of each query, whichever stream its keys are in
     clean = length if objective.causal else length - size
-    return float(pairs[:clean].sum()), 0.0 if objective.causal else float(views * pairs.sum())
+    return float(pairs[:clean].sum()), 0.0 if objective.causal else float(noise_samples * pairs.sum())
 
 
 def _head(model, params, shape) -> int:

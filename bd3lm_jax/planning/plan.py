@@ -72,8 +72,8 @@ def phases(config: Config) -> dict[int, tuple[float, float]]:
     for (first, size), end in zip(pairs, [*(start for start, _ in pairs[1:]), steps]):
         part = compiled_by_name.get(size, (0.0, 0.0))[0] + max(min(end, steps) - first, 0) / steps
         at = config.in_phase(size, False)
-        compiled_by_name[size] = part, flops.train_step(at.model, at.diffusion, batch=at.train.batch,
-                                                        length=at.data.length, views=at.train.views,
+        compiled_by_name[size] = part, flops.train_step(at.model, at.diffusion, batch=at.train.batch_size,
+                                                        length=at.data.seq_len, noise_samples=at.train.noise_samples,
                                                         schedule=at.schedule)
     return {size: both for size, both in compiled_by_name.items() if both[0]}
 
@@ -142,7 +142,7 @@ def _expected(program: Program, accelerator: Accelerator, compiled_by_name: dict
     links_s = sent / accelerator.links_bandwidth
     return {"device": accelerator.name, "compiler": name, "bytes_needed": total,
             "fits": total <= accelerator.usable_memory,
-            "tokens_per_s": config.train.batch * config.data.length / max(compute_s, links_s),
+            "tokens_per_s": config.train.batch_size * config.data.seq_len / max(compute_s, links_s),
             "step_ms": 1e3 * max(compute_s, links_s), "bound_by": "compute" if compute_s >= links_s else "links"}
 
 
@@ -159,7 +159,7 @@ def _name(compiler: str) -> str:
 
 
 def _show(config: Config, result: dict, figures: dict[str, dict], utilisation: float) -> None:
-    log.table(f"Plan: {config.train.batch} rows of {config.data.length} tokens a step", ("", ""), [
+    log.table(f"Plan: {config.train.batch_size} rows of {config.data.seq_len} tokens a step", ("", ""), [
         ("parameters", f"{result['params']:,}"), ("devices", f"{result['devices']} ({_mesh_text(result['mesh'])})"),
         ("FLOPs a step (needed)", f"{result['flops_per_step']:.3e}")])
     rows = [(f"memory: {kind}", *(_size(x["bytes_per_device"][kind]) for x in figures.values()))

@@ -18,12 +18,12 @@ def size_at(pairs: tuple[tuple[int, int], ...], step: int) -> int | None:
 
 def check(config: Any) -> None:
     """UserError for block sizes, of a curriculum or side by side, that do not fit the rest of a Config."""
-    largest, length = config.trained_block_sizes[-1], config.data.length
+    largest, length = config.trained_block_sizes[-1], config.data.seq_len
     if length % largest:
-        raise UserError(f"diffusion.sizes has blocks of {largest} tokens, which do not divide data.length={length}: "
+        raise UserError(f"diffusion.sizes has blocks of {largest} tokens, which do not divide data.seq_len={length}: "
                         f"choose a length that is a multiple, e.g. {-(-length // largest) * largest}")
-    if config.data.layout == "pack" and config.block_size != largest:
-        raise UserError(f"diffusion.block_size={config.block_size} with data.layout='pack': documents must begin at "
+    if config.data.packing == "pack" and config.block_size != largest:
+        raise UserError(f"diffusion.block_size={config.block_size} with data.packing='pack': documents must begin at "
                         f"multiples of the largest of diffusion.sizes, {largest}: use {largest}, or layout 'wrap'")
     sizes, final = [size for _, size in config.train.block_sizes], config.block_size
     if not sizes:
@@ -35,15 +35,15 @@ def check(config: Any) -> None:
         raise UserError(f"train.block_sizes ends with blocks of {sizes[-1]} tokens, but evaluation and sampling would "
                         f"use diffusion.block_size={final}: make them equal")
     for size in sizes:
-        if data.length % size:
+        if data.seq_len % size:
             raise UserError(f"train.block_sizes has blocks of {size} tokens, which do not divide "
-                            f"data.length={data.length}: choose divisors of {data.length}")
-        if data.layout == "pack" and final % size:
-            raise UserError(f"train.block_sizes has blocks of {size} tokens, but with data.layout='pack' documents "
+                            f"data.seq_len={data.seq_len}: choose divisors of {data.seq_len}")
+        if data.packing == "pack" and final % size:
+            raise UserError(f"train.block_sizes has blocks of {size} tokens, but with data.packing='pack' documents "
                             f"begin at multiples of diffusion.block_size={final}: choose its divisors, or layout "
                             "'wrap'")
-    if config.noise.adapt != "none":
-        raise UserError(f"noise.adapt='{config.noise.adapt}' learns about blocks of one size, and train.block_sizes "
-                        "has several: use noise.adapt='none'")
+    if config.noise.adaptive_noise != "none":
+        raise UserError(f"noise.adaptive_noise='{config.noise.adaptive_noise}' learns about blocks of one size, and train.block_sizes "
+                        "has several: use noise.adaptive_noise='none'")
     if getattr(objective, "count_probs", ()):
         raise UserError("diffusion.count_probs is for blocks of one size, and train.block_sizes has several: use ()")

@@ -26,7 +26,7 @@ def maskable_segments(objective: Any, batch: dict) -> jax.Array:
 
 
 def zero_prompt_weights(objective: Any, batch: dict, noised: Noised) -> Noised:
-    """The noised views with weight 0 on prompts."""
+    """The noised copies with weight 0 on prompts."""
     if not uses_response_mask(objective, batch):
         return noised
     return noised.replace(weight_BxMxL=jnp.where(batch["prompt"][:, None] == 0, noised.weight_BxMxL, 0))

@@ -25,7 +25,7 @@ class SpecialIds:
 
 
 class LossInputs(NamedTuple):
-    """What the output layer and the loss need: C = capacity positions of each view, which hold all that count.
+    """What the output layer and the loss need: C = capacity positions of each copy, which hold all that count.
 
     features_BxMxCxD go into the output layer; weight_BxMxC is 0 where a position does not count; index_BxMxC says where
     in the row it stands; xt_BxMxC and sigma_BxMxC: the noised token there and its level (for an objective's own loss).
@@ -87,7 +87,7 @@ def score(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_
 
 
 def exceeds_capacity(noised: Noised) -> jax.Array:
-    """Views `[B, M]` that mask more tokens than their capacity: no objective may draw them."""
+    """Copies `[B, M]` that mask more tokens than their capacity: no objective may draw them."""
     return (noised.weight_BxMxL > 0).sum(-1) > noised.capacity
 
 
@@ -109,7 +109,7 @@ def total_loss(model: Backbone, params: dict, scored: LossInputs, mask_id: int, 
                token_loss: TokenLoss | None = None, mean_term: TokenLoss | None = None) -> jax.Array:
     """Sum of weight * loss over all positions of `scored`, in nats; arguments as for `row_losses`.
 
-    mean_term: `Objective.mean_term`, which counts the tokens of the row in every view.
+    mean_term: `Objective.mean_term`, which counts the tokens of the row in every copy.
     """
     arrays = _group_by_device(scored.features_BxMxCxD, scored.target_BxMxC, scored.weight_BxMxC)
     if token_loss is None:

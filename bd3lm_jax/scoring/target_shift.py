@@ -1,6 +1,6 @@
 """Shifted targets: networks whose output at token i predicts token i + 1, as the heads of autoregressive models do.
 
-`model.shifted` says so, so that adapted weights keep what they know of the next token (Dream, arXiv 2508.15487).
+`model.target_shift` says so, so that adapted weights keep what they know of the next token (Dream, arXiv 2508.15487).
     ""       output i is of token i
     "row"    one block a row, which the network reads as it is: token i is predicted by output i - 1, the first one by
              its own (Dream)
@@ -23,7 +23,7 @@ INHERIT = "source"  # in a config that takes the network of train.init_from: as 
 
 def target_shift_of(model_config: Any) -> str:
     """One of FORMS."""
-    return getattr(model_config, "shifted", "")
+    return getattr(model_config, "target_shift", "")
 
 
 def inherited_shift(source_model: Any, was_causal: bool, objective: Any, length: int) -> str:
@@ -55,9 +55,9 @@ def check(config: Any) -> None:
     """UserError for a form that does not go with the objective of a Config."""
     form, objective = target_shift_of(config.model), config.diffusion
     if form not in TARGET_SHIFTS:
-        raise UserError(f"model.shifted is {form!r}, expected one of {', '.join(map(repr, TARGET_SHIFTS))}")
+        raise UserError(f"model.target_shift is {form!r}, expected one of {', '.join(map(repr, TARGET_SHIFTS))}")
     if form and not _supports_target_shift(objective):
-        raise UserError(f"model.shifted='{form}' has no effect with diffusion.kind='{objective.kind}': use ''")
-    if form == "row" and objective.block_size < config.data.length:
-        raise UserError(f"model.shifted='row' is for one block a row, and diffusion.block_size={objective.block_size} "
-                        f"with data.length={config.data.length}: use 'block'")
+        raise UserError(f"model.target_shift='{form}' has no effect with diffusion.kind='{objective.kind}': use ''")
+    if form == "row" and objective.block_size < config.data.seq_len:
+        raise UserError(f"model.target_shift='row' is for one block a row, and diffusion.block_size={objective.block_size} "
+                        f"with data.seq_len={config.data.seq_len}: use 'block'")

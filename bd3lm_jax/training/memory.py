@@ -42,7 +42,7 @@ def advice(program: Program, limit_bytes: int) -> str:
     """What the step needs a device, and the cheapest change that needs at most `limit_bytes`, as one line.
 
     Tried in this order, each with those before: more remat, smaller microbatches, weights split over all devices
-    (fsdp), fewer views.
+    (fsdp), fewer copies.
     """
     needed = _bytes_needed(program)
     allowed = min(limit_bytes, REQUIRED_RATIO * needed)
@@ -56,7 +56,7 @@ def advice(program: Program, limit_bytes: int) -> str:
         if needed_bytes <= allowed:
             return f"{summary}: {_flags(program.config, config)} would need {needed_bytes / GIB:.1f}"
     state = bytes_per_device(program.arguments()[0])
-    return (f"{summary}, and neither remat, microbatches, fsdp nor fewer views would do (weights and optimiser take "
+    return (f"{summary}, and neither remat, microbatches, fsdp nor fewer copies would do (weights and optimiser take "
             f"{state / GIB:.1f}): use more devices, with mesh.fsdp, or a smaller model")
 
 
@@ -95,22 +95,22 @@ def tpu_padding(program: Program) -> int:
     from bd3lm_jax.attention.splash import choose_tile
 
     config, mesh = program.config, program.mesh
-    objective, compute, length = config.diffusion, config.compute, config.data.length
+    objective, compute, length = config.diffusion, config.compute, config.data.seq_len
     if compute.attention not in ("auto", "splash") or length <= attention.SMALL:
         return 0
     smallest = config.trained_block_sizes[0]
-    views, clean = (0, length) if objective.causal else (config.train.views, length - smallest)
-    tile = choose_tile(length if views else 0, clean, views, objective.block_size)
-    real = views * length + clean
-    padded = (views * -(-length // tile) + -(-clean // tile)) * tile
-    head = getattr(config.model, "head_dim", config.model.width // config.model.heads)
+    noise_samples, clean = (0, length) if objective.causal else (config.train.noise_samples, length - smallest)
+    tile = choose_tile(length if noise_samples else 0, clean, noise_samples, objective.block_size)
+    real = noise_samples * length + clean
+    padded = (noise_samples * -(-length // tile) + -(-clean // tile)) * tile
+    head = getattr(config.model, "head_dim", config.model.hidden_size // config.model.num_heads)
     size = jnp.dtype(program.model.dtype).itemsize
     lanes = -(-head // LANES) * LANES
     arrays = 4 if compute.remat == "none" else 1
     extra = arrays * size * (padded * lanes - real * head) + 4 * (padded * SUBLANES - real)
-    rows = (compute.microbatch or config.train.batch) // sharding.num_row_shards(mesh)
-    layers = 1 if compute.remat == "full" else config.model.layers
-    return rows * config.model.heads // mesh.shape["tensor"] * layers * extra
+    rows = (compute.microbatch or config.train.batch_size) // sharding.num_row_shards(mesh)
+    layers = 1 if compute.remat == "full" else config.model.num_layers
+    return rows * config.model.num_heads // mesh.shape["tensor"] * layers * extra
 
 
 def _bytes_needed(program: Program) -> float:
@@ -129,16 +129,16 @@ def _cheaper(config: Config, mesh: jax.sharding.Mesh) -> Iterator[Config]:
     data = mesh.shape["data"] // slices
     split = dataclasses.replace(config.mesh, data=1, fsdp=data * mesh.shape["fsdp"])
     policies = list(REMAT)[list(REMAT).index(config.compute.remat):]
-    first = config.compute.microbatch or config.train.batch
+    first = config.compute.microbatch or config.train.batch_size
     computed = [(policy, first) for policy in policies]
     computed += [(policies[-1], rows) for rows in _halves(first, sharding.num_row_shards(mesh))[1:]]
-    for views in _halves(config.train.views, config.diffusion.noise_sample_multiple):
+    for noise_samples in _halves(config.train.noise_samples, config.diffusion.noise_sample_multiple):
         for axes in [config.mesh, split] if data > 1 else [config.mesh]:
             for policy, rows in computed:
                 compute = dataclasses.replace(config.compute, remat=policy,
-                                              microbatch=0 if rows == config.train.batch else rows)
+                                              microbatch=0 if rows == config.train.batch_size else rows)
                 changed = dataclasses.replace(config, compute=compute, mesh=axes,
-                                              train=dataclasses.replace(config.train, views=views))
+                                              train=dataclasses.replace(config.train, noise_samples=noise_samples))
                 if changed != config:
                     yield changed
 
@@ -161,6 +161,6 @@ def _flags(config: Config, changed: Config) -> str:
     def values(config: Config) -> dict[str, Any]:
         return {"compute.remat": config.compute.remat, "compute.microbatch": config.compute.microbatch,
                 **{f"mesh.{axis}": getattr(config.mesh, axis) for axis in sharding.AXES},
-                "train.views": config.train.views}
+                "train.noise_samples": config.train.noise_samples}
     before = values(config)
     return " ".join(f"--config.{key}={value}" for key, value in values(changed).items() if value != before[key])

@@ -84,7 +84,7 @@ def make_block_moments(config: Config, model: Backbone, special: SpecialIds):
 
 def block_losses(model: Backbone, params: Any, objective: Any, special: SpecialIds, noised: Noised, rows: dict,
                  execution: Execution) -> tuple[jax.Array, jax.Array]:
-    """Weighted loss of every block and view in nats a token, float32 `[B, M, K]`, and where there are tokens.
+    """Weighted loss of every block and copy in nats a token, float32 `[B, M, K]`, and where there are tokens.
 
     rows: `tokens`, `positions` and `segments`, int32 `[B, L]`.
     """

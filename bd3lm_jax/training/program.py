@@ -43,7 +43,7 @@ class Program:
 
         Raises UserError if the mesh divides neither heads nor rows.
         """
-        sharding.check_mesh(mesh, config.model, config.compute.microbatch or config.train.batch)
+        sharding.check_mesh(mesh, config.model, config.compute.microbatch or config.train.batch_size)
         model = models.build(config.model, dtype)
         tx = optim.make_optimizer(config.optim, config.train.steps)
         abstract = jax.eval_shape(lambda: _initial_state(config, model, tx))
@@ -74,7 +74,7 @@ class Program:
 
     def arguments(self) -> tuple[TrainState, dict]:
         """Shapes and shardings of what the step takes."""
-        shape = (self.config.train.batch, self.config.data.length)
+        shape = (self.config.train.batch_size, self.config.data.seq_len)
         ints, floats = (jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(self.mesh))
                         for dtype in (jnp.int32, jnp.float32))
         batch = dict.fromkeys(BATCH_KEYS, ints) | dict.fromkeys(self.config.batch_arrays, floats)
@@ -100,6 +100,6 @@ def bytes_needed(compiled: jax.stages.Compiled) -> int:
 
 def _initial_state(config: Config, model: Backbone, tx: optax.GradientTransformation) -> TrainState:
     params = parameters.init(model, config.diffusion, config.train.lora_rank, jax_settings.key(config.seed))
-    ema = jax.tree.map(jnp.copy, params) if config.optim.ema > 0 else {}
+    ema = jax.tree.map(jnp.copy, params) if config.optim.ema_decay > 0 else {}
     noise = config.schedule.init_state() if config.schedule else {}
     return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(trainable_params(params)), noise)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from bd3lm_jax.config import Config
-from bd3lm_jax.core import checksummed, files, plots
+from bd3lm_jax.core import checksummed, files, plots, renamed_keys
 from bd3lm_jax.core.errors import UserError, command_line
 from bd3lm_jax.core.log import note, note_once, pluralize, save, spinner, table
 from bd3lm_jax.core.stats import format_interval, format_number
@@ -22,7 +22,7 @@ from bd3lm_jax.likelihood import paired
 from bd3lm_jax.parallel import distributed
 
 REPORT = "report.json"
-SETTINGS = ("draws", "report_rows", "samples", "sample_length")  # of the section eval
+SETTINGS = ("mc_samples", "report_rows", "num_samples", "sample_length")  # of the section eval
 BYTE_ORDERS = (3, 4, 5)
 COUNTED_TOKENS = 20_000_000  # of a split up to which count models sort it, and all documents are decoded again
 
@@ -38,7 +38,7 @@ def write_report(run: Any, weights: Any, valid: dict, evaluator: Any) -> None:
     if valid and config.data.source == "austen":
         rows = distributed.process0_first(lambda: _test_rows(run))
         with spinner("measuring the test split"):
-            estimate = evaluator.run(weights, rows, estimator=valid["estimator"], draws=config.eval.draws,
+            estimate = evaluator.run(weights, rows, estimator=valid["estimator"], draws=config.eval.mc_samples,
                                      seed=config.seed, num_rows=config.eval.report_rows)
         splits["test"] = (rows, estimate)
     if jax.process_index() > 0:
@@ -55,9 +55,9 @@ def write_report(run: Any, weights: Any, valid: dict, evaluator: Any) -> None:
     plots.loss_curve(run.workdir)
     if hasattr(config.schedule, "distribution"):
         plots.noise_over_steps(run.workdir)
-    if config.eval.samples and jax.process_count() > 1:
+    if config.eval.num_samples and jax.process_count() > 1:
         note(f"no samples of a run of many processes: {command_line('sample')} --workdir={run.workdir}")
-    elif config.eval.samples:
+    elif config.eval.num_samples:
         _samples(run, weights)
     numbers = {split: {key: value for key, value in estimate.items() if key != "wall_s"}
                for split, (_, estimate) in splits.items()}
@@ -84,7 +84,9 @@ def read_finished_report(run: Any) -> dict | None:
 
 def _settings(config: Config) -> dict:
     """What decides the report of a run beside its weights."""
-    return {"config_sha256": config.sha256(), **{name: getattr(config.eval, name) for name in SETTINGS}}
+    by_first_name = {renamed_keys.first_name(f"eval.{name}").partition(".")[2]: getattr(config.eval, name)
+                     for name in SETTINGS}
+    return {"config_sha256": config.sha256(), **by_first_name}
 
 
 def read(workdir: str | os.PathLike) -> dict | None:
@@ -155,10 +157,10 @@ def _samples(run, weights) -> None:
 
     if jax.default_backend() == "cpu":  # simulated devices share few threads, which collectives in a loop can starve
         weights = jax.device_put(weights, jax.local_devices()[0])
-    lm = LM(run.config, weights, run.tokenizer, run.program.model, run.config.data.length)
+    lm = LM(run.config, weights, run.tokenizer, run.program.model, run.config.data.seq_len)
     length = min(run.config.eval.sample_length, lm.context)
     with spinner("writing samples"):
-        samples = lm.generate(num=run.config.eval.samples, length=length, seed=run.config.seed)
+        samples = lm.generate(num=run.config.eval.num_samples, length=length, seed=run.config.seed)
     note(f"{pluralize(len(samples), 'sample')}:")
     for sample in samples:
         note("  " + sample.text.replace("\n", "\n  "))

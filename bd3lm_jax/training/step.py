@@ -63,7 +63,7 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
         noise_key, dropout_key = jax.random.split(key)
         batch = objective.prepare_batch(jax.random.fold_in(noise_key, PREPARE_FOLD), batch, special.end)
         tokens = batch["tokens"]
-        noised = draw_noise(config, special, noise_key, batch, config.train.views, state.noise,
+        noised = draw_noise(config, special, noise_key, batch, config.train.noise_samples, state.noise,
                             objective_params(state.params))
         dropout_keys = jax.vmap(lambda row: jax.random.fold_in(dropout_key, row))(jnp.arange(tokens.shape[0]))
         rows = {**batch, "noised": noised, "dropout_keys": dropout_keys}
@@ -73,7 +73,7 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
         total, grads, batch_statistics = sum_over_rows(lambda part: gradients(state.params, part), rows,
                                                        config.compute.microbatch or tokens.shape[0])
         scored = noised.weight_BxMxL > 0 if objective.causal else response_mask.maskable_segments(objective, batch) != 0
-        count = config.train.views * jnp.maximum(jnp.sum(scored), 1).astype(jnp.float32)
+        count = config.train.noise_samples * jnp.maximum(jnp.sum(scored), 1).astype(jnp.float32)
         loss, grads = total / count, jax.tree.map(lambda g: g / count, grads)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -81,7 +81,7 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
         def update(params, ema, opt_state, noise):
             updates, opt_state = tx.update(grads, opt_state, trainable_params(params))
             params = params | optax.apply_updates(trainable_params(params), updates)
-            ema = optim.update_ema(ema, params, config.optim.ema, state.step + 1)
+            ema = optim.update_ema(ema, params, config.optim.ema_decay, state.step + 1)
             return params, ema, opt_state, schedule.update_state(noise, batch_statistics) if learns else noise
 
         # A branch, not a selection: the new state is written over the old one, with no second copy.
@@ -98,14 +98,14 @@ def objective_params(params: dict) -> dict | None:
     return {**params[OBJECTIVE_PARAMS], "embedding": params["embed"]["embedding"]} if OBJECTIVE_PARAMS in params else None
 
 
-def draw_noise(config: Config, special: SpecialIds, key, batch: dict, views: int, noise: dict,
+def draw_noise(config: Config, special: SpecialIds, key, batch: dict, noise_samples: int, noise: dict,
                learned_params: dict | None = None) -> Noised:
-    """Noised views of a batch as training draws them when the schedule of the noise is in the state `noise`.
+    """Noised copies of a batch as training draws them when the schedule of the noise is in the state `noise`.
 
     learnt: as `objective_params` gives it.
     """
     objective, schedule = config.diffusion, config.schedule
-    arguments = key, batch["tokens"], response_mask.maskable_segments(objective, batch), views, special.mask, special.end
+    arguments = key, batch["tokens"], response_mask.maskable_segments(objective, batch), noise_samples, special.mask, special.end
     corrupt_kwargs = {name: batch[name] for name in config.batch_arrays if name in objective.extra_batch_keys}
     corrupt_kwargs |= {} if learned_params is None else {"learned_params": learned_params}
     if isinstance(schedule, RunningLoss):

@@ -169,13 +169,13 @@ def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evalua
     config, program, start = run.config, run.program, int(state.step)
     step_fns = program.steps()
     replicas.check_program(lambda: step_fns[config.phase_at(start)].lower(*program.arguments()))
-    loader = Loader(run.rows["train"], config.train.batch, config.seed, sharding.batch_sharding(program.mesh))
-    tokens_a_step = config.train.batch * config.data.length
+    loader = Loader(run.rows["train"], config.train.batch_size, config.seed, sharding.batch_sharding(program.mesh))
+    tokens_a_step = config.train.batch_size * config.data.seq_len
     pending, clock, valid = None, _Clock(), {}
     schedule, warmup = (make(config.optim, config.train.steps) for make in (optim.make_schedule, optim.warmup_steps))
     choose_noise = NoiseSelector(config, program.model, program.special, program.mesh)
     window = _MetricsWindow(config, tokens_a_step, schedule, losses)
-    log.note(f"{program.num_params:,} parameters, {len(run.rows['train'])} rows of {config.data.length} tokens, "
+    log.note(f"{program.num_params:,} parameters, {len(run.rows['train'])} rows of {config.data.seq_len} tokens, "
              f"{program.mesh.size} x {jax.devices()[0].device_kind}; compiling the step")
     if warmup != config.optim.warmup_steps:
         log.note(f"optim.warmup_steps={config.optim.warmup_steps} leaves no room within train.steps="
@@ -242,7 +242,7 @@ def _validate(run: Run, evaluator: Evaluator, weights, is_final: bool) -> dict:
     settings, rows = run.config.eval, run.valid_rows
     with spinner("validating"):
         measured = evaluator.measure(weights, rows, estimator=default_estimator(run.config), target=None,
-                                     draws=settings.draws if is_final else 1, seed=run.config.seed,
+                                     draws=settings.mc_samples if is_final else 1, seed=run.config.seed,
                                      num_rows=settings.report_rows if is_final else settings.rows)
     if is_final and jax.process_index() == 0:
         paired.save(run.workdir, measured, rows)
@@ -257,7 +257,7 @@ def _best_checkpoint_bound(run: Run, evaluator: Evaluator, state: TrainState, va
         return None
     settings, rows = run.config.eval, len(run.rows["valid"])
     measured, regular_rows = (min(count or rows, rows) for count in (settings.report_rows, settings.rows))
-    if is_final and (settings.draws > 1 or measured != regular_rows):
+    if is_final and (settings.mc_samples > 1 or measured != regular_rows):
         valid = _validate(run, evaluator, _weights(run, state), is_final=False)
     return valid["nll"]
 
@@ -300,7 +300,7 @@ class _MetricsWindow:
                     "train/tokens_per_s": rate}
             if self.config.train.block_sizes:
                 line["train/block_size"] = self.config.block_size_at(step - 1)
-            if self.objective.is_bound and not getattr(self.config.model, "balance", 0):
+            if self.objective.is_bound and not getattr(self.config.model, "load_balancing", 0):
                 line["train/nll"] = loss
         if valid:
             line |= self._log_validation(step, valid, log)

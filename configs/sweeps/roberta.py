@@ -19,9 +19,9 @@ from configs import common, tiny
 def get_config(arg: str = "") -> ConfigDict:
     options = common.parse(arg, algo="roberta_diffusion")
     config = tiny.get_config(f"algo={options.algo}")
-    config.data.length = 256
+    config.data.seq_len = 256
     common.set_algo(config, options.algo, 0)
-    config.train.update(steps=1800, batch=4)
+    config.train.update(steps=1800, batch_size=4)
     config.optim.warmup_steps = 90
     config.eval.sample_length = 256
     return config

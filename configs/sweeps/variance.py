@@ -25,5 +25,5 @@ def sweep():
         low, high = common.CLIPS[block_size]
         linear = {"diffusion.corruption": "bernoulli"}
         for noise in ({}, linear, linear | {"diffusion.clip_low": low, "diffusion.clip_high": high},
-                      {"noise.adapt": "counts"}):
+                      {"noise.adaptive_noise": "counts"}):
             yield {"diffusion.block_size": block_size} | noise

@@ -40,7 +40,7 @@ def at(tokens, i):
 
 
 @pytest.mark.ci_slow
-@pytest.mark.parametrize(("sizes", "documents", "length", "views", "clean_output"), [
+@pytest.mark.parametrize(("sizes", "documents", "length", "noise_samples", "clean_output"), [
     ((1, 2, 4, 8, 16), [48], 48, 1, True),
     ((1, 16), [41], 48, 2, True),
     ((4, 8, 32), [64], 64, 1, False),  # blocks over several tiles
@@ -49,11 +49,11 @@ def at(tokens, i):
     ((1, 40), [40], 40, 1, True),  # the largest is the row
     ((8,), [40], 40, 1, True),
 ])
-def test_blocked_attention_is_dense_attention(monkeypatch, sizes, documents, length, views, clean_output):
+def test_blocked_attention_is_dense_attention(monkeypatch, sizes, documents, length, noise_samples, clean_output):
     monkeypatch.setattr(blocked, "TILE", 16)
     monkeypatch.setattr(blocked, "OWN_TILE", 8)
     spec = mixed_spec(sizes, documents, length)
-    assert_equal_to_dense(blocked_attention, spec, *streams_for(spec, 2, 1, views, clean_output))
+    assert_equal_to_dense(blocked_attention, spec, *streams_for(spec, 2, 1, noise_samples, clean_output))
 
 
 def test_a_batch_may_lack_some_of_the_sizes(monkeypatch):

@@ -27,7 +27,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(blocked, "OWN_TILE", 8)
 
 
-# length, block size, documents of each row, heads, key heads, views, is the clean stream's own output wanted
+# length, block size, documents of each row, heads, key heads, copies, is the clean stream's own output wanted
 TWO_STREAM = [
     (48, 4, [[48]], 2, 2, 1, True),
     (40, 1, [[40]], 1, 1, 1, True),
@@ -42,10 +42,10 @@ TWO_STREAM = [
 ]
 
 
-@pytest.mark.parametrize("length, block_size, rows, heads, kv_heads, views, clean_output", TWO_STREAM)
-def test_two_streams(small_tiles, length, block_size, rows, heads, kv_heads, views, clean_output):
+@pytest.mark.parametrize("length, block_size, rows, heads, kv_heads, noise_samples, clean_output", TWO_STREAM)
+def test_two_streams(small_tiles, length, block_size, rows, heads, kv_heads, noise_samples, clean_output):
     spec = two_stream_spec(rows, length, block_size)
-    assert_equal_to_dense(blocked_attention, spec, *streams_for(spec, heads, kv_heads, views, clean_output))
+    assert_equal_to_dense(blocked_attention, spec, *streams_for(spec, heads, kv_heads, noise_samples, clean_output))
 
 
 def test_one_document_is_a_promise_not_a_need(small_tiles):

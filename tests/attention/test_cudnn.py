@@ -42,12 +42,12 @@ def both(mask_type, q, k, count=1):
     return {(target, mask_type, SIZE**-0.5, q, k): count for target in (FORWARD, BACKWARD)}
 
 
-@pytest.mark.parametrize("views", [1, 2])
-def test_small_blocks_take_one_causal_call(views):
-    """Noised views and the clean stream are more heads on the same keys."""
+@pytest.mark.parametrize("noise_samples", [1, 2])
+def test_small_blocks_take_one_causal_call(noise_samples):
+    """Noised copies and the clean stream are more heads on the same keys."""
     spec = two_stream_spec([[512]] * BATCH, 512, 16)
-    q, k = (BATCH, 496, (views + 1) * HEADS, SIZE), (BATCH, 496, KV_HEADS, SIZE)
-    assert cudnn_calls(spec, abstract(views, 512), abstract(496)) == both("CAUSAL", q, k)
+    q, k = (BATCH, 496, (noise_samples + 1) * HEADS, SIZE), (BATCH, 496, KV_HEADS, SIZE)
+    assert cudnn_calls(spec, abstract(noise_samples, 512), abstract(496)) == both("CAUSAL", q, k)
 
 
 def test_large_blocks_take_a_call_each():

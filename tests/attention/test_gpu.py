@@ -26,7 +26,7 @@ def small(monkeypatch):
     gpu.self_check.cache_clear()
 
 
-# length, block size, document of each row, heads, key heads, views, is the clean stream's own output wanted
+# length, block size, document of each row, heads, key heads, copies, is the clean stream's own output wanted
 TWO_STREAM = [
     (40, 1, [40, 33], 1, 1, 1, True),
     (48, 4, [48, 29], 4, 2, 2, True),
@@ -39,10 +39,10 @@ TWO_STREAM = [
 ]
 
 
-@pytest.mark.parametrize("length, block_size, documents, heads, kv_heads, views, clean_output", TWO_STREAM)
-def test_two_streams(small, length, block_size, documents, heads, kv_heads, views, clean_output):
+@pytest.mark.parametrize("length, block_size, documents, heads, kv_heads, noise_samples, clean_output", TWO_STREAM)
+def test_two_streams(small, length, block_size, documents, heads, kv_heads, noise_samples, clean_output):
     spec = two_stream_spec([[n] if n else [] for n in documents], length, block_size)
-    assert_equal_to_dense(gpu_attention, spec, *streams_for(spec, heads, kv_heads, views, clean_output))
+    assert_equal_to_dense(gpu_attention, spec, *streams_for(spec, heads, kv_heads, noise_samples, clean_output))
 
 
 @pytest.mark.parametrize("block_size", [4, 32])

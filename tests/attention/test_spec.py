@@ -53,7 +53,7 @@ def test_two_stream_equals_mask_inside_published_models(model, block_size):
 
 
 def sees(rule, block_size, q, kv):
-    """The rules as written in the paper, for one query and one key given as (document, place, view)."""
+    """The rules as written in the paper, for one query and one key given as (document, place, copy)."""
     (q_document, q_place, q_view), (kv_document, kv_place, kv_view) = q, kv
     if q_document != kv_document or kv_document == 0:
         return False

@@ -29,7 +29,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(splash, "TILES", (128,))
 
 
-# length, block size, documents of each row, heads, key heads, views, is the clean stream's own output wanted
+# length, block size, documents of each row, heads, key heads, copies, is the clean stream's own output wanted
 TWO_STREAM = [
     (300, 4, [[300]], 4, 2, 1, True),
     (280, 40, [[280], [233]], 1, 1, 2, False),  # blocks that straddle tiles, padding
@@ -39,10 +39,10 @@ TWO_STREAM = [
 ]
 
 
-@pytest.mark.parametrize("length, block_size, rows, heads, kv_heads, views, clean_output", TWO_STREAM)
-def test_two_streams(small_tiles, length, block_size, rows, heads, kv_heads, views, clean_output):
+@pytest.mark.parametrize("length, block_size, rows, heads, kv_heads, noise_samples, clean_output", TWO_STREAM)
+def test_two_streams(small_tiles, length, block_size, rows, heads, kv_heads, noise_samples, clean_output):
     spec = two_stream_spec(rows, length, block_size)
-    assert_equal_to_dense(splash_attention, spec, *streams_for(spec, heads, kv_heads, views, clean_output))
+    assert_equal_to_dense(splash_attention, spec, *streams_for(spec, heads, kv_heads, noise_samples, clean_output))
 
 
 @pytest.mark.parametrize("rule", ["causal", "bidirectional"])

@@ -47,12 +47,12 @@ def test_dense_attention_looks_no_further():
 
 
 @pytest.mark.parametrize("window", [1, 9])
-@pytest.mark.parametrize("length, block_size, rows, views", [
+@pytest.mark.parametrize("length, block_size, rows, noise_samples", [
     (48, 4, [[48]], 1), (40, 40, [[37]], 1), (64, 32, [[64], [50]], 2), (48, 4, [[12, 28], [4, 44]], 1),
 ])
-def test_two_streams(small_tiles, window, length, block_size, rows, views):
+def test_two_streams(small_tiles, window, length, block_size, rows, noise_samples):
     spec = two_stream_spec(rows, length, block_size).replace(window=window)
-    assert_equal_to_dense(blocked_attention, spec, *streams_for(spec, 2, 1, views, True))
+    assert_equal_to_dense(blocked_attention, spec, *streams_for(spec, 2, 1, noise_samples, True))
 
 
 @pytest.mark.parametrize("rule, block_size", [("causal", 1), ("block_causal", 4), ("bidirectional", 40)])

@@ -31,7 +31,7 @@ from bd3lm_jax.models.dit import DiTConfig
 from bd3lm_jax.training.train import train
 
 SAME = {"kind": "init_from"}
-STILL = {"optim.lr": 1e-12, "train.steps": 1, "optim.ema": 0.0}  # a step that leaves the weights where they were
+STILL = {"optim.lr": 1e-12, "train.steps": 1, "optim.ema_decay": 0.0}  # a step that leaves the weights where they were
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def parsed(nested) -> Config:
 
 def test_an_autoregressive_run_becomes_a_block_model(home, ar_run, tmp_path, capsys):
     """Its network, found from `train.init_from`; every weight but the row of the mask token stays as it was."""
-    config = parsed(start(home, ar_run, **{"eval.rows": 0, "eval.draws": 1}))
+    config = parsed(start(home, ar_run, **{"eval.rows": 0, "eval.mc_samples": 1}))
     assert config.model == rundir.read(ar_run)[0].model and not config.model.adaln
     train(config, str(tmp_path / "run"))
     before, after = read_metrics(tmp_path / "run")
@@ -220,9 +220,9 @@ def test_a_causal_model_starts_at_its_own_likelihood(home, tmp_path, name):
     published network on the rows of that batch, behind an end token; then blocks of two are trained, whole and by
     updates of rank 2."""
     source, length = published(tmp_path / name, f"hf/{name}", 257), 24
-    changes = {"data.length": length, "train.batch": 4, "train.steps": 2, "eval.rows": 4}
+    changes = {"data.seq_len": length, "train.batch_size": 4, "train.steps": 2, "eval.rows": 4}
     sizes = {"diffusion.block_size": 2, "train.block_sizes": ((0, 1), (1, 2)), "train.anneal_steps": 2}
-    model = {"model": {**SAME, "shifted": "block", "dropout": 0.0}}
+    model = {"model": {**SAME, "target_shift": "block", "dropout": 0.0}}
     config = parsed(start(home, source, **changes, **sizes) | model)
     train(config, str(tmp_path / "run"))
     rows = prepare(config.data, "train", 2, ByteTokenizer())
@@ -243,12 +243,12 @@ def test_dream_is_cut_into_blocks(home, tmp_path):
     """Its outputs stay one token ahead ("row" becomes "block"): blocks of one token begin at the loss that the same
     weights have in the published network, causal and behind an end token, as those of any causal network do."""
     source = published(tmp_path / "dream", "hf/dream", 258)
-    changes = {"data.length": 24, "train.batch": 4, "eval.rows": 4, "diffusion.block_size": 1}
-    config = parsed(start(home, source, **changes) | {"model": {**SAME, "shifted": "source"}})
-    assert (hf.from_hf_config(source).model.shifted, config.model.shifted) == ("row", "block")
+    changes = {"data.seq_len": 24, "train.batch_size": 4, "eval.rows": 4, "diffusion.block_size": 1}
+    config = parsed(start(home, source, **changes) | {"model": {**SAME, "target_shift": "source"}})
+    assert (hf.from_hf_config(source).model.target_shift, config.model.target_shift) == ("row", "block")
     train(config, str(tmp_path / "run"))
     plain = hf.from_hf_config(source)
-    model = dataclasses.replace(plain.model, shifted="")
+    model = dataclasses.replace(plain.model, target_shift="")
     ar = bd3lm_jax.lm.published(plain._replace(model=model, objective=Autoregression(bos=True)),
                                 hf.read_model(source)[1], ByteTokenizer(), "float32")
     rows = prepare(config.data, "train", 1, ByteTokenizer())
@@ -278,8 +278,8 @@ def test_what_does_not_fit_is_refused(home, ar_run, tmp_path):
     with pytest.raises(UserError, match="unknown config key 'model.depth'"):
         parsed(start(home, ar_run) | {"model": {**SAME, "depth": 2}})
     source = published(tmp_path / "ar", "ar", 257)
-    with pytest.raises(UserError, match="data.length=64, but train.init_from=.* at most 32 tokens: shorten the rows"):
-        train(parsed(start(home, source, **{"data.length": 64})), str(tmp_path / "run"))
+    with pytest.raises(UserError, match="data.seq_len=64, but train.init_from=.* at most 32 tokens: shorten the rows"):
+        train(parsed(start(home, source, **{"data.seq_len": 64})), str(tmp_path / "run"))
     write_tokenizer(source, 257)
     with pytest.raises(UserError, match="data.tokenizer='bytes' is not the tokenizer of train.init_from=.*: ids would "
                                         "mean other text; use data.tokenizer=.*ar$"):

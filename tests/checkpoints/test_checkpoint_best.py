@@ -124,7 +124,7 @@ def test_training_keeps_its_best(tmp_path, monkeypatch):
     valid/nll tells which step is to stay; the last one is compared by the same rows and noise as the others."""
     write_text(tmp_path / "text.txt", 80)
     changes = {"train.steps": 8, "eval.every": 2, "checkpoint.every": 1, "checkpoint.keep": 1, "eval.rows": 4,
-               "eval.report_rows": 3, "optim.ema": 0.0, "optim.lr": 1.0, "optim.warmup_steps": 8}
+               "eval.report_rows": 3, "optim.ema_decay": 0.0, "optim.lr": 1.0, "optim.warmup_steps": 8}
     bounds, original = {}, Checkpoints.save
 
     def save(self, step, *arguments, bound, **options):

@@ -78,8 +78,8 @@ def test_a_claim_may_be_repeated_with_what_does_not_change_the_run(tmp_path, con
                                  mesh=dataclasses.replace(config.mesh, data=1))
     rundir.create_or_validate(workdir, longer, BYTES)
     assert rundir.read(workdir)[0] == longer
-    other = dataclasses.replace(longer, seed=7, train=dataclasses.replace(longer.train, batch=16))
-    with pytest.raises(UserError, match="another config .seed: 7 != 0; train.batch: 16 != 8; here != there"):
+    other = dataclasses.replace(longer, seed=7, train=dataclasses.replace(longer.train, batch_size=16))
+    with pytest.raises(UserError, match="another config .seed: 7 != 0; train.batch_size: 16 != 8; here != there"):
         rundir.create_or_validate(workdir, other, BYTES)
     assert rundir.read(workdir)[0] == longer
 
@@ -169,7 +169,7 @@ def damage(path, old, new):
 
 
 @pytest.mark.parametrize(("old", "new"), [
-    ('"rope_base": ', '"rope_base": 1'), ('"valid_fraction": 0.1', '"valid_fraction": 0.2'),
+    ('"rope_theta": ', '"rope_theta": 1'), ('"valid_fraction": 0.1', '"valid_fraction": 0.2'),
     ('"block_size": ', '"block_size": 3'), ('"seed": 0', '"seed": 1'), ('"config_sha256": "', '"config_sha256": "f'),
     ('"config_sha256"', '"config_sha255"')])
 @pytest.mark.parametrize("sealed", [True, False])
@@ -191,8 +191,8 @@ def test_a_config_that_was_changed_is_refused(tmp_path, config, old, new, sealed
 
 def test_changes_that_decide_nothing_are_told(tmp_path, config, capsys):
     rundir.create_or_validate(tmp_path / "run", config, BYTES)
-    damage(tmp_path / "run" / "config.json", f'"draws": {config.eval.draws}', '"draws": 77')
-    assert rundir.read(tmp_path / "run")[0].eval.draws == 77
+    damage(tmp_path / "run" / "config.json", f'"mc_samples": {config.eval.mc_samples}', '"mc_samples": 77')
+    assert rundir.read(tmp_path / "run")[0].eval.mc_samples == 77
     assert "config.json was changed since training wrote it, in keys that do not decide" in capsys.readouterr().err
     rundir.create_or_validate(tmp_path / "run", config, BYTES)
     assert rundir.read(tmp_path / "run")[0] == config

@@ -18,11 +18,11 @@ from launch.arguments import load_config, parse_flags
 
 @pytest.mark.parametrize("given, ours", [
     ("optim.learning_rate", "optim.lr"), ("train.learning_rate", "optim.lr"), ("learning_rate", "optim.lr"),
-    ("train.batch_size", "train.batch"), ("batch_size", "train.batch"), ("data.seq_len", "data.length"),
-    ("model.max_length", "data.length"), ("data.max_seq_len", "data.length"), ("model.num_layers", "model.layers"),
-    ("model.n_layer", "model.layers"), ("model.hidden_size", "model.width"), ("model.d_model", "model.width"),
-    ("model.num_heads", "model.heads"), ("model.n_heads", "model.heads"), ("optim.ema_decay", "optim.ema"),
-    ("train.ema", "optim.ema"), ("train.max_steps", "train.steps"), ("train.num_steps", "train.steps"),
+    ("batch_size", "train.batch_size"),
+    ("model.max_length", "data.seq_len"), ("data.max_seq_len", "data.seq_len"),
+    ("model.n_layer", "model.num_layers"), ("model.d_model", "model.hidden_size"),
+    ("model.n_heads", "model.num_heads"),
+    ("train.ema", "optim.ema_decay"), ("train.max_steps", "train.steps"), ("train.num_steps", "train.steps"),
     ("train.epochs", "train.steps"), ("optim.warmup", "optim.warmup_steps"), ("train.warmup", "optim.warmup_steps"),
     ("train.seed", "seed"), ("data.random_seed", "seed"), ("data.vocab_size", "model.vocab_size"),
     ("train.dropout", "model.dropout"), ("model.dropout_rate", "model.dropout"), ("optim.wd", "optim.weight_decay"),
@@ -30,7 +30,7 @@ from launch.arguments import load_config, parse_flags
     ("optim.Learning-Rate", "optim.lr"), ("compute.gradient_checkpointing", "compute.remat"),
     ("eval.interval", "eval.every"), ("train.save_steps", "checkpoint.every"), ("data.dataset", "data.source"),
     ("model.intermediate_size", "model.mlp_ratio"), ("diffusion.noise_schedule", "diffusion.schedule"),
-    ("diffusion.block_length", "diffusion.block_size"), ("model.rope_theta", "model.rope_base"),
+    ("diffusion.block_length", "diffusion.block_size"),
 ])
 def test_config_keys(given, ours):
     with pytest.raises(UserError) as error:
@@ -39,8 +39,7 @@ def test_config_keys(given, ours):
 
 
 @pytest.mark.parametrize("section, name, ours", [
-    ("optim", "learning_rate", "optim.lr"), ("train", "seq_len", "data.length"), ("model", "hidden_size",
-                                                                                  "model.width")])
+    ("optim", "learning_rate", "optim.lr"), ("train", "seq_len", "data.seq_len"), ("model", "d_model", "model.hidden_size")])
 def test_config_keys_of_a_file(section, name, ours):
     config = copy.deepcopy(tiny.get_config().to_dict())
     config[section][name] = 1
@@ -50,7 +49,7 @@ def test_config_keys_of_a_file(section, name, ours):
 
 @pytest.mark.parametrize("command, given, ours", [
     (train, "learning_rate", "--config.optim.lr"), (train, "lr", "--config.optim.lr"),
-    (train, "steps", "--config.train.steps"), (train, "batch_size", "--config.train.batch"),
+    (train, "steps", "--config.train.steps"), (train, "batch_size", "--config.train.batch_size"),
     (train, "seed", "--config.seed"), (train, "output_dir", "workdir"), (sample, "max_new_tokens", "length"),
     (sample, "num_samples", "num"), (sample, "temp", "temperature"), (sample, "cfg_scale", "guidance"),
     (sample, "output", "out"), (eval_command, "mc_samples", "draws"), (eval_command, "batch_size", "batch"),

@@ -36,8 +36,8 @@ def test_entries_belong_to_their_tokens(sums, layout, monkeypatch):
     for text in documents:  # all characters are ASCII: a byte is a character
         inside = {i for start, end in arithmetic.find(text) for i in range(start, end)}
         flags.append([7 if i in inside else 3 for i in range(len(text))])
-    lay_out = {"pack": lambda: packing.pack(flags, data.length, BLOCK, 3)}
-    expected = lay_out.get(layout, lambda: getattr(packing, layout)(flags, data.length, 3))()[0]
+    lay_out = {"pack": lambda: packing.pack(flags, data.seq_len, BLOCK, 3)}
+    expected = lay_out.get(layout, lambda: getattr(packing, layout)(flags, data.seq_len, 3))()[0]
     order = np.random.default_rng(0).permutation(len(rows))
     np.testing.assert_array_equal(rows.density(order), (expected[order] == 7).astype(np.float32))
     assert rows.density(order).dtype == np.float32 and 0.05 < rows.density(order).mean() < 0.9

@@ -88,7 +88,7 @@ def test_words_of_a_document_that_is_scored_in_part(opened, tmp_path):
     (tmp_path / "ptb.txt").write_text("the price rose N times\n" * 9)
     found = [text.describe(Costs(lambda ids, sizes: 1.4 * sizes).measure(None, text.rows)) for text in (
         opened("ptb", data_dir=str(tmp_path), convention=ScoringConvention("independent", 0, first, "count"),
-               changes={"data.layout": "pad"}) for first in ("predict", "skip"))]
+               changes={"data.packing": "pad"}) for first in ("predict", "skip"))]
     assert found[1]["words"] < found[0]["words"]
     assert found[1]["word_ppl"] == pytest.approx(found[0]["word_ppl"])
 
@@ -150,7 +150,7 @@ def test_windows_follow_the_layout_of_the_run(opened, tmp_path):
     documents = stream.rows.meta["documents"]
     ids = np.arange(len(stream.rows))
     assert stream.rows.scored(ids).sum() == stream.rows.meta["tokens"] - 1
-    padded = opened("", convention=convention, changes={"data.layout": "pad"})
+    padded = opened("", convention=convention, changes={"data.packing": "pad"})
     ids = np.arange(len(padded.rows))
     assert padded.rows.scored(ids).sum() == padded.rows.meta["tokens"] - documents
 

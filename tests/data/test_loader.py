@@ -46,7 +46,7 @@ def test_first_rows_are_uniform():
 
 
 def test_host_batches(data_config):
-    rows = prepare(data_config(layout="pack"), "test", 8, ByteTokenizer())
+    rows = prepare(data_config(packing="pack"), "test", 8, ByteTokenizer())
     ids, batch = Loader(rows, 6, 1, None).get(4)
     np.testing.assert_array_equal(ids, row_ids(len(rows), 6, 1, 4))
     np.testing.assert_array_equal(batch["tokens"], rows.tokens(ids))

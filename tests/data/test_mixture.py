@@ -119,10 +119,10 @@ def mixed_config(data_config, tmp_path):
 
 
 def test_rows_are_those_of_the_sources(mixed_config, data_config, tmp_path):
-    rows = prepare(mixed_config(layout="pack"), "train", BLOCK, ByteTokenizer())
-    own = [prepare(data_config(source="text", path=str(tmp_path / "letters.txt"), layout="pack"), "train", BLOCK,
+    rows = prepare(mixed_config(packing="pack"), "train", BLOCK, ByteTokenizer())
+    own = [prepare(data_config(source="text", path=str(tmp_path / "letters.txt"), packing="pack"), "train", BLOCK,
                    ByteTokenizer()),
-           prepare(data_config(source="jsonl", path=str(tmp_path / "more.jsonl"), layout="pack"), "train", BLOCK,
+           prepare(data_config(source="jsonl", path=str(tmp_path / "more.jsonl"), packing="pack"), "train", BLOCK,
                    ByteTokenizer())]
     assert [part.path for part in rows.parts] == [part.path for part in own]  # one cache, alone or mixed
     ids = np.random.default_rng(0).integers(0, len(rows), 60)

@@ -89,5 +89,5 @@ def test_no_documents_no_rows():
 
 
 def test_block_size_must_divide_the_length():
-    with pytest.raises(UserError, match="block size 5 does not divide data.length=12.*15"):
+    with pytest.raises(UserError, match="block size 5 does not divide data.seq_len=12.*15"):
         packing.pack([[1]], LENGTH, 5, END)

@@ -37,15 +37,15 @@ def slow_rows(data, split):
     """tokens, segments, positions and documents one token at a time from the pieces of packing.py."""
     documents = [list(text.encode()) for text in load_documents(data, split)]
     end = ByteTokenizer().end_id
-    if data.layout == "pack":
-        tokens, pieces = packing.pack(documents, data.length, BLOCK, end)
+    if data.packing == "pack":
+        tokens, pieces = packing.pack(documents, data.seq_len, BLOCK, end)
     else:
-        tokens, pieces = getattr(packing, data.layout)(documents, data.length, end)
+        tokens, pieces = getattr(packing, data.packing)(documents, data.seq_len, end)
     segments, positions, owners = np.zeros_like(tokens), np.zeros_like(tokens), np.full_like(tokens, -1)
     for row, group in itertools.groupby(pieces.tolist(), key=lambda piece: piece[0]):
         for index, (_, start, length, document) in enumerate(group):
             for i in range(length):
-                wrapped = data.layout == "wrap"
+                wrapped = data.packing == "wrap"
                 segments[row, start + i] = 1 if wrapped else index + 1
                 positions[row, start + i] = start + i if wrapped else i
                 owners[row, start + i] = document
@@ -56,7 +56,7 @@ def slow_rows(data, split):
 def test_rows_match_a_slow_loop(text_config, layout, monkeypatch):
     monkeypatch.setattr(prepare_module, "CHUNK_TOKENS", 96)  # three rows at a time
     monkeypatch.setattr(parts, "PART_CHARS", 100)
-    data = text_config(layout=layout)
+    data = text_config(packing=layout)
     rows = prepare(data, "train", BLOCK, ByteTokenizer())
     expected = slow_rows(data, "train")
     order = np.random.default_rng(0).integers(0, len(rows), 50)
@@ -68,7 +68,7 @@ def test_rows_match_a_slow_loop(text_config, layout, monkeypatch):
 
 @pytest.mark.parametrize("layout", ["wrap", "pack", "pad"])
 def test_accounting(text_config, layout):
-    data = text_config(layout=layout)
+    data = text_config(packing=layout)
     rows = prepare(data, "train", BLOCK, ByteTokenizer())
     documents = list(load_documents(data, "train"))
     text = join_documents(documents)
@@ -83,7 +83,7 @@ def test_accounting(text_config, layout):
 
 
 def test_the_embedded_corpus_in_wide_ids(data_config):
-    data = data_config(tokenizer="gpt2", length=128)
+    data = data_config(tokenizer="gpt2", seq_len=128)
     tokenizer = prepare_tokenizer(data)
     rows = prepare(data, "test", 1, tokenizer)
     assert rows.meta["bytes"] == 463_316
@@ -102,10 +102,10 @@ def test_what_decides_the_content_decides_the_directory(text_config, data_config
     tokenizer = ByteTokenizer()
     different = [
         prepare(text_config(), "train", 4, tokenizer), prepare(text_config(), "valid", 4, tokenizer),
-        prepare(text_config(length=64), "train", 4, tokenizer),
-        prepare(text_config(layout="pack"), "train", 4, tokenizer),
-        prepare(text_config(layout="pack"), "train", 8, tokenizer),
-        prepare(text_config(layout="pad"), "train", 4, tokenizer),
+        prepare(text_config(seq_len=64), "train", 4, tokenizer),
+        prepare(text_config(packing="pack"), "train", 4, tokenizer),
+        prepare(text_config(packing="pack"), "train", 8, tokenizer),
+        prepare(text_config(packing="pad"), "train", 4, tokenizer),
         prepare(text_config(valid_fraction=0.4), "train", 4, tokenizer),
         prepare(text_config(), "train", 4, prepare_tokenizer(data_config(tokenizer="bpe:260"))),
     ]

@@ -48,7 +48,7 @@ def test_parts_and_workers_change_nothing(text_config, tmp_path, monkeypatch, la
     expected = one_part(text_config, tmp_path, tokenizer, layout=layout)
     monkeypatch.setattr(parts, "PART_CHARS", PART)
     for workers in (1, 2):
-        data, calls = text_config(layout=layout, cache_dir=str(tmp_path / f"of{workers}")), []
+        data, calls = text_config(packing=layout, cache_dir=str(tmp_path / f"of{workers}")), []
         rows = prepare(data, "train", BLOCK, tokenizer, lambda *counts: calls.append(counts), workers)
         assert content(rows) == expected
         assert len(calls) > 8 and calls == sorted(calls)
@@ -67,7 +67,7 @@ def test_dialogues_in_parts(data_config, tmp_path, monkeypatch):
                             for i in range(200)))
 
     def make(**changes):
-        return data_config(source="sft", path=str(path), layout="pad", **changes)
+        return data_config(source="sft", path=str(path), packing="pad", **changes)
 
     expected = one_part(make, tmp_path, ByteTokenizer())
     monkeypatch.setattr(parts, "PART_CHARS", PART)

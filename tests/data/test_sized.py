@@ -25,7 +25,7 @@ def word_pieces(normalizer=None) -> SubwordTokenizer:
 def rows(data_config, tmp_path):
     def get(tokenizer, texts=TEXTS, length=6, layout="wrap"):
         (tmp_path / "a.txt").write_text("".join(text + "\n" for text in texts), encoding="utf-8")
-        data = data_config(source="text", path=str(tmp_path / "a.txt"), length=length, layout=layout)
+        data = data_config(source="text", path=str(tmp_path / "a.txt"), seq_len=length, packing=layout)
         return prepare(data, "all", 2, tokenizer)
 
     return get

@@ -20,7 +20,7 @@ def wrapped(data_config, tmp_path):
     (tmp_path / "a.txt").write_text("".join(text + "\n" for text in TEXTS), encoding="utf-8")
 
     def rows(layout="wrap"):
-        data = data_config(source="text", path=str(tmp_path / "a.txt"), length=LENGTH, layout=layout)
+        data = data_config(source="text", path=str(tmp_path / "a.txt"), seq_len=LENGTH, packing=layout)
         return prepare(data, "all", 4, prepare_tokenizer(data))
 
     return rows
@@ -128,7 +128,7 @@ def test_bad_conventions(arguments, message):
 
 def test_nothing_left_to_score(data_config, tmp_path):
     (tmp_path / "a.txt").write_text("a\n")
-    data = data_config(source="text", path=str(tmp_path / "a.txt"), length=2)
+    data = data_config(source="text", path=str(tmp_path / "a.txt"), seq_len=2)
     rows = prepare(data, "all", 1, prepare_tokenizer(data))
     with pytest.raises(UserError, match="no token is left to score"):
         rows_to_score(rows, ScoringConvention("independent", 0, "skip", "skip"), within_documents=True, block_size=1,

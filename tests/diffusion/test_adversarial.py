@@ -26,7 +26,7 @@ from bd3lm_jax.training.step import make_step
 from configs import common
 
 SIZE, VOCAB, WIDTH = 4, 6, 3
-PLAIN = Adversarial(block_size=SIZE, rate=0.5, complement=False, importance=False, hidden=5, score_limit=3.0)
+PLAIN = Adversarial(block_size=SIZE, rate=0.5, complement=False, importance=False, hidden_size=5, score_limit=3.0)
 
 
 @functools.cache
@@ -72,11 +72,11 @@ def test_the_probability_of_a_set_is_the_sum_over_its_orders():
         assert found[b, view, k] == pytest.approx(expected, rel=1e-5)
 
 
-def drawn(it, views, number, learned_params=None, seed=0):
-    """Views of `number` copies of one block of tokens, the third of which may not be masked."""
+def drawn(it, noise_samples, number, learned_params=None, seed=0):
+    """`number` noised copies of one block of tokens, the third of which may not be masked."""
     x0 = np.broadcast_to(ROWS[0, :SIZE], (number, SIZE))
     segment = np.broadcast_to(np.array([1, 1, 0, 1]), x0.shape)
-    return quick_jit(lambda key: it.corrupt(key, x0, segment, views, VOCAB, END, learned_params=learned_params))(
+    return quick_jit(lambda key: it.corrupt(key, x0, segment, noise_samples, VOCAB, END, learned_params=learned_params))(
         jax.random.key(seed))
 
 
@@ -111,8 +111,8 @@ def test_the_rate_is_kept_exactly_and_complements_share_out(rate, counts):
         np.testing.assert_array_equal(masked[:, pair].astype(int) + masked[:, pair + 1], segment)
         np.testing.assert_array_equal(masked[:, pair].reshape(6, 3, SIZE).sum(-1), np.array(counts)[n])
     alone = dataclasses.replace(it, complement=False)
-    views = quick_jit(lambda: alone.corrupt(jax.random.key(0), x0, segment, 2, VOCAB, END, learned_params=scorer()))()
-    assert views.capacity == 3 * counts[SIZE] >= (np.asarray(views.weight_BxMxL) > 0).sum(-1).max()
+    noise_samples = quick_jit(lambda: alone.corrupt(jax.random.key(0), x0, segment, 2, VOCAB, END, learned_params=scorer()))()
+    assert noise_samples.capacity == 3 * counts[SIZE] >= (np.asarray(noise_samples.weight_BxMxL) > 0).sum(-1).max()
 
 
 CE = np.random.default_rng(2).uniform(0.2, 5, size=(2**SIZE, SIZE))  # cross-entropy of each token under each mask
@@ -164,7 +164,7 @@ def test_reinforce_is_the_derivative_of_the_enumerated_loss():
                 changed[index] += sign * 1e-5
                 moved.append(expected_loss({**own, name: changed})[0])
             slope = (moved[0] - moved[1]) / 2e-5
-            # Two views of a block of three tokens: the gradient of minus the sum over views of n f.
+            # Two copies of a block of three tokens: the gradient of minus the sum over copies of n f.
             assert found[name][index] == pytest.approx(-2 * 3 * slope, rel=2e-3, abs=2e-4)
 
 
@@ -185,7 +185,7 @@ def test_importance_weights_give_the_loss_of_uniform_masks(rate, complement):
     if rate > 0 and complement:
         expected = (expected + 3 * uniform(1)) / 2
     assert abs(nats.mean() - expected) < 4.5 * nats.std() / math.sqrt(len(nats))
-    if complement:  # what one view has too much of the other has too little of: hardly a bias on this toy
+    if complement:  # what one copy has too much of the other has too little of: hardly a bias on this toy
         return
     plain = np.asarray(drawn(dataclasses.replace(it, importance=False), 4, 6000, scorer()).weight_BxMxL, np.float64)
     biased = np.sum(plain * CE[number_of(plain > 0)], axis=-1).mean(1)
@@ -206,19 +206,19 @@ def test_when_it_is_a_bound_and_what_is_refused():
     for changes in ({"rate": 0.5}, {"importance": False}):
         assert not dataclasses.replace(bound, **changes).is_bound
     for changes, message in (({"rate": 1.2}, "rate is 1.2"), ({"rate": -0.1}, "rate is -0.1"),
-                             ({"hidden": 0}, "hidden"), ({"score_limit": 0.0}, "score_limit"),
+                             ({"hidden_size": 0}, "hidden_size"), ({"score_limit": 0.0}, "score_limit"),
                              ({"importance": True, "block_size": 16}, "block_size is 16, expected at most 8")):
         with pytest.raises(UserError, match=message):
             dataclasses.replace(PLAIN, **changes)
-    with pytest.raises(UserError, match="3 views .*multiple of 2 views"):
+    with pytest.raises(UserError, match="3 copies .*multiple of 2 copies"):
         drawn(PLAIN, 3, 2)
 
 
 def trained():
     """A network and its adversary on rows whose even letters are all the same: masks of the others cost more."""
     section = {"kind": "adversarial", **common.OBJECTIVES["adversarial"][0], "block_size": 8}
-    config = toy_config(Path("unused"), {"diffusion": section, "train.views": 2, "train.batch": 8,
-                                         "compute.microbatch": 4, "optim.ema": 0.0})
+    config = toy_config(Path("unused"), {"diffusion": section, "train.noise_samples": 2, "train.batch_size": 8,
+                                         "compute.microbatch": 4, "optim.ema_decay": 0.0})
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=MASK + 1))
     model, params = network(config, scale=0.1)
     params = params | {

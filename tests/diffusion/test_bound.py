@@ -44,7 +44,7 @@ def test_enumeration_of_masks_is_the_likelihood(size):
                 start = i // size * size  # earlier blocks are clean, whatever is masked there
                 observed = set(range(start + size)) - {j for j in hidden if j >= start}
                 total += weight_L[i] * LAW.cross_entropy(i, observed)
-    np.testing.assert_allclose(total / (estimator.num_passes(1) * estimator.views), LAW.nats, rtol=1e-6)
+    np.testing.assert_allclose(total / (estimator.num_passes(1) * estimator.noise_samples), LAW.nats, rtol=1e-6)
 
 
 @pytest.mark.parametrize("schedule", ["loglinear", "cosine", "square"])

@@ -25,7 +25,7 @@ BATCH, PADDING = 4, 10
 
 
 def make_config(**changes):
-    changes = {"diffusion": SECTION, "train.views": 2, "train.batch": BATCH} | changes
+    changes = {"diffusion": SECTION, "train.noise_samples": 2, "train.batch_size": BATCH} | changes
     return toy_config(Path("unused"), changes)
 
 
@@ -52,7 +52,7 @@ def model_of_letters():
 
 
 def by_hand(logits_BxMxLxV, noised, tokens_BxL, segment_BxL, coefficient):
-    """The objective of a batch in nats a token, view by view; and how many predictions are right."""
+    """The objective of a batch in nats a token, copy by copy; and how many predictions are right."""
     weight_BxMxL = np.asarray(noised.weight_BxMxL, np.float64)
     total, right = 0.0, 0
     for b, m in np.ndindex(weight_BxMxL.shape[:2]):

@@ -127,13 +127,13 @@ def counts(floor=0.1, decay=0.9, size=SIZE):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def table_step(objective, schedule, key, state):
-    """A training step without a network: the loss a block and view, the state after it, the masked tokens a row."""
-    views = 2
-    noised = objective.corrupt(key, TOKENS_BxL, PADDED_BxL, views, MASK, END,
+    """A training step without a network: the loss a block and copy, the state after it, the masked tokens a row."""
+    noise_samples = 2
+    noised = objective.corrupt(key, TOKENS_BxL, PADDED_BxL, noise_samples, MASK, END,
                                schedule.distribution(state, LENGTH // SIZE))
     losses, masked = table_losses(noised.xt_BxMxL), noised.weight_BxMxL > 0
     state = schedule.update_state(state, schedule.batch_statistics(losses, masked))
-    estimates = (losses * noised.weight_BxMxL).reshape(ROWS, views, -1, SIZE).sum(-1)
+    estimates = (losses * noised.weight_BxMxL).reshape(ROWS, noise_samples, -1, SIZE).sum(-1)
     return estimates, state, masked.sum(-1), noised
 
 

@@ -118,7 +118,7 @@ def test_md4_is_a_bound_without_a_clip_only():
     (lambda: MD4(4, "linear", 0.1).corrupt(jax.random.key(0), np.zeros((1, 6)), np.ones((1, 6)), 1, MASK, 0),
      "length 6 is not a multiple of diffusion.block_size=4: pad the rows to 8 tokens"),
     (lambda: MD4(3, "linear", 0.1).corrupt(jax.random.key(0), np.zeros((1, 6)), np.ones((1, 6)), 0, MASK, 0),
-     "views is 0"),
+     "noise_samples is 0"),
 ])
 def test_bad_settings(make, words):
     with pytest.raises(UserError, match=words):

@@ -27,7 +27,7 @@ def by_hand(t_MxL, strength=0.3):
 
 @pytest.fixture(scope="module")
 def drawn():
-    """Times, masks and weights `[rows * views, 8]`, float64."""
+    """Times, masks and weights `[rows * copies, 8]`, float64."""
     rows = (np.tile(x, (ROWS, 1)) for x in (np.arange(8), SEGMENT_L, DENSITY_L))
     noised = jax.jit(lambda ids, segments, density: OBJECTIVE.corrupt(
         jax.random.key(0), ids, segments, VIEWS, MASK, END, density))(*rows)

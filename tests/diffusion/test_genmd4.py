@@ -106,7 +106,7 @@ def test_gradient_of_the_schedules_is_that_of_the_enumerated_bound(t):
     own = learned_params(W)
     direct = jax.grad(lambda own: jnp.sum(noised.weight_BxMxL * expected_losses(own)))(own)["log_w"]
     through_masks = objective.noise_gradient(own, noised, x0_PxL, np.ones_like(x0_PxL), expected_losses(own))["log_w"]
-    found = np.asarray(direct + through_masks)[:LETTERS] / 2  # a mean over the views of a pair
+    found = np.asarray(direct + through_masks)[:LETTERS] / 2  # a mean over the copies of a pair
     expected = [(expected_loss(x, t, log_w + step) - expected_loss(x, t, log_w - step)) / 2e-5
                 for step in 1e-5 * np.eye(LETTERS)]
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
@@ -145,7 +145,7 @@ def test_one_schedule_for_all_is_md4(power):
 
 
 def test_what_is_masked():
-    """Both views of a pair at one time, token v with probability (1-e) t^w_v."""
+    """Both copies of a pair at one time, token v with probability (1-e) t^w_v."""
     x0 = np.tile(np.arange(LETTERS), (4000, 2)).astype(np.int32)
     segment = np.tile(np.arange(6) < 5, (4000, 1)).astype(np.int32)
     noised = genmd4(3, eps=0.2).corrupt(jax.random.key(0), x0, segment, 2, BLANK, 0, learned_params(W))
@@ -165,10 +165,10 @@ def test_what_is_masked():
     (lambda: genmd4(power=0.0), "diffusion.power is 0.0"),
     (lambda: genmd4(eps=0.5), "diffusion.eps is 0.5"),
     (lambda: genmd4().corrupt(jax.random.key(0), np.zeros((1, 2)), np.ones((1, 2)), 1, 2, 0, learned_params(W)),
-     "views is 1, diffusion.kind='genmd4' needs an even number"),
+     "noise_samples is 1, diffusion.kind='genmd4' needs an even number"),
     (lambda: make_lm(genmd4(4)).nll(make_ids(1, 4), estimator="native"), "estimator 'native'.* use exact_count"),
     (lambda: toy_config(Path("unused"), {"diffusion": {"kind": "genmd4", "block_size": 4, "power": 1.0, "eps": 0.0}}),
-     "train.views=1 is no multiple of 2: diffusion.kind='genmd4'"),
+     "train.noise_samples=1 is no multiple of 2: diffusion.kind='genmd4'"),
 ])
 def test_bad_settings(make, words):
     with pytest.raises(UserError, match=words):

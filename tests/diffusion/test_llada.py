@@ -17,9 +17,9 @@ ANSWERS = dataclasses.replace(PLAIN, block_size=4, sft=True)
 corrupt = jax.jit(LLaDA.corrupt, static_argnums=(0, 4, 5, 6))
 
 
-def draw(objective, segment_BxL, views, seed=0, **more):
+def draw(objective, segment_BxL, noise_samples, seed=0, **more):
     tokens_BxL = np.broadcast_to(np.arange(segment_BxL.shape[1]), segment_BxL.shape)
-    noised = corrupt(objective, jax.random.key(seed), tokens_BxL, segment_BxL, views, MASK, END, **more)
+    noised = corrupt(objective, jax.random.key(seed), tokens_BxL, segment_BxL, noise_samples, MASK, END, **more)
     masked_BxMxL = np.asarray(noised.xt_BxMxL) == MASK
     t_BxMx1 = 1 - np.exp(-np.asarray(noised.sigma_BxMxK, np.float64))
     return masked_BxMxL, np.asarray(noised.weight_BxMxL, np.float64), t_BxMx1
@@ -41,9 +41,9 @@ def nats_of_masks(size):
 @pytest.mark.parametrize("complement", [False, True])
 def test_its_mean_is_the_likelihood_at_every_block_size(size, complement):
     """Losses of all masks of the toy are enumerated; the draws say how often each comes and with which weight."""
-    rows, views = 2**15, 2
+    rows, noise_samples = 2**15, 2
     objective = dataclasses.replace(PLAIN, block_size=size, complement=complement)
-    masked, weight, t = draw(objective, np.ones((rows, LENGTH), np.int32), views)
+    masked, weight, t = draw(objective, np.ones((rows, LENGTH), np.int32), noise_samples)
     np.testing.assert_allclose(weight, np.where(masked, 1 / t, 0), rtol=1e-2)  # t comes from a float32 level
     pattern = (masked * 2**np.arange(LENGTH)).sum(-1)
     loss = (weight.max(-1) * nats_of_masks(size)[pattern]).mean(1)
@@ -67,7 +67,7 @@ def test_pairs_cover_each_token_once():
         np.testing.assert_array_equal(masked[:, first].astype(int) + masked[:, first + 1], segment)
     np.testing.assert_allclose(t[:, 1], 1 - t[:, 0], atol=1e-6)
     assert np.all((weight > 0) == masked)
-    with pytest.raises(UserError, match="views is 3, diffusion.complement needs an even number"):
+    with pytest.raises(UserError, match="noise_samples is 3, diffusion.complement needs an even number"):
         draw(dataclasses.replace(PLAIN, block_size=12, complement=True), segment, 3)
 
 
@@ -110,14 +110,14 @@ def test_padding_becomes_end_tokens_of_the_answer():
 
 @pytest.mark.parametrize("normalise", ["tokens", "answer"])
 def test_normalisations(normalise):
-    """The loss of the step, sum of weight * nats / (views * tokens), against LLaDA's formulas by hand."""
-    views, nats = 3, np.random.default_rng(0).exponential(size=(3, 3, 8))
+    """The loss of the step, sum of weight * nats / (copies * tokens), against LLaDA's formulas by hand."""
+    noise_samples, nats = 3, np.random.default_rng(0).exponential(size=(3, 3, 8))
     objective = dataclasses.replace(ANSWERS, normalise=normalise)
     segment = np.ones_like(SEGMENT)
-    masked, weight, t = draw(objective, segment, views, prompt=PROMPT)
+    masked, weight, t = draw(objective, segment, noise_samples, prompt=PROMPT)
     assert not masked[np.broadcast_to(PROMPT[:, None] == 1, masked.shape)].any() and masked[2, :, 7].any()
-    step = (weight * nats).sum() / (views * segment.sum())
-    of_rows = (masked * nats / t).sum((1, 2)) / views
+    step = (weight * nats).sum() / (noise_samples * segment.sum())
+    of_rows = (masked * nats / t).sum((1, 2)) / noise_samples
     lengths = np.array([5, 7, 1])
     by_hand = of_rows.sum() / lengths.sum() if normalise == "tokens" else (of_rows / lengths).mean()
     assert step == pytest.approx(by_hand, rel=1e-4)

@@ -135,7 +135,7 @@ def test_what_is_masked(name):
     np.testing.assert_array_equal(xt, np.where(weight > 0, MASK, x0_BxL[:, None]))
     assert not weight[np.broadcast_to(segment_BxL[:, None] == 0, weight.shape)].any()
     assert np.isfinite(weight).all() and np.isfinite(noised.sigma_BxMxK).all() and np.min(noised.sigma_BxMxK) >= 0
-    assert (weight > 0).any() and (xt[:, 0] != xt[:, 1]).any()  # views have their own noise
+    assert (weight > 0).any() and (xt[:, 0] != xt[:, 1]).any()  # copies have their own noise
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -292,5 +292,5 @@ def test_bad_shapes():
     x0_BxL, segment_BxL = batch()
     with pytest.raises(UserError, match="length 64 is not a multiple of diffusion.block_size=5.* 65 tokens"):
         objective(block_size=5).corrupt(jax.random.key(0), x0_BxL, segment_BxL, 1, MASK, END)
-    with pytest.raises(UserError, match="views is 0"):
+    with pytest.raises(UserError, match="noise_samples is 0"):
         objective().corrupt(jax.random.key(0), x0_BxL, segment_BxL, 0, MASK, END)

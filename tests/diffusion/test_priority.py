@@ -312,7 +312,7 @@ def test_bad_shapes():
     key = jax.random.key(0)
     with pytest.raises(UserError, match="length 64 is not a multiple of diffusion.block_size=5"):
         objective(block_size=5).corrupt(key, x0, segment, 2, MASK, END, tags)
-    with pytest.raises(UserError, match="views is 3, diffusion.complement needs an even number"):
+    with pytest.raises(UserError, match="noise_samples is 3, diffusion.complement needs an even number"):
         objective(complement=True).corrupt(key, x0, segment, 3, MASK, END, tags)
     with pytest.raises(UserError, match=r"density has shape \(256, 63\), expected one number a token, \(256, 64\)"):
         objective().corrupt(key, x0, segment, 2, MASK, END, tags[:, 1:])

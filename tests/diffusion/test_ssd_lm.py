@@ -31,13 +31,13 @@ X0 = np.random.default_rng(0).integers(0, VOCAB, size=(24, LENGTH)).astype(np.in
 
 def make_config(**changes):
     section = {"kind": "ssd_lm", "block_size": BLOCK, "scale": SCALE}
-    return toy_config(Path("unused"), {"diffusion": section, "model.time_conditioning": True, "train.views": VIEWS,
-                                       "train.batch": BATCH} | changes)
+    return toy_config(Path("unused"), {"diffusion": section, "model.time_conditioning": True, "train.noise_samples": VIEWS,
+                                       "train.batch_size": BATCH} | changes)
 
 
 @functools.cache
 def drawn():
-    """Noised views of X0, and what the network reads."""
+    """Noised copies of X0, and what the network reads."""
     segment = np.ones_like(X0)
     segment[-1, -5:] = 0
 
@@ -96,7 +96,7 @@ def test_the_law_of_what_the_network_reads():
     assert kept.mean() > 0.99 and standard_normal(z[kept])
     assert not standard_normal(z[kept] * 1.5) and not standard_normal(z[kept] + 0.3)
     first, second = z[:, 0].ravel(), z[:, 1].ravel()
-    assert abs(np.corrcoef(first, second)[0, 1]) < 4 / math.sqrt(len(first))  # views are independent
+    assert abs(np.corrcoef(first, second)[0, 1]) < 4 / math.sqrt(len(first))  # copies are independent
 
 
 def test_every_real_token_counts_once():
@@ -166,8 +166,8 @@ def test_operations_of_the_mixtures():
     model = make_config().model
     model = dataclasses.replace(model, vocab_size=MASK + 1)
     all_scored = dataclasses.replace(Masked.uniform_counts(BLOCK), corruption="bernoulli")
-    ours, others = (flops.parts(model, it, batch=2, length=LENGTH, views=3) for it in (IT, all_scored))
-    assert ours.layers - others.layers == 2 * (MASK + 1) * model.width * 2 * 3 * LENGTH
+    ours, others = (flops.parts(model, it, batch=2, length=LENGTH, noise_samples=3) for it in (IT, all_scored))
+    assert ours.layers - others.layers == 2 * (MASK + 1) * model.hidden_size * 2 * 3 * LENGTH
     assert ours[1:] == others[1:]
 
 

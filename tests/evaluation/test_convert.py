@@ -160,10 +160,10 @@ def test_an_objective_and_a_form_of_ours_come_back(tmp_path):
     source = with_tokenizer(tmp_path, "bd3lm_block4", 66)
     converted(source, tmp_path / "run", form="native")
     rewrite_config(tmp_path / "run", {"diffusion": {"corruption": "exact_count", "clip_low": 0.0, "clip_high": 1.0},
-                                      "model": {"shifted": "block"}})
+                                      "model": {"target_shift": "block"}})
     converted(tmp_path / "run", tmp_path / "out")
     found, ours = hf.from_hf_config(tmp_path / "out"), bd3lm_jax.load(tmp_path / "run").config
-    assert (found.objective, found.model) == (ours.diffusion, ours.model) and found.model.shifted == "block"
+    assert (found.objective, found.model) == (ours.diffusion, ours.model) and found.model.target_shift == "block"
     assert load_file(tmp_path / "out" / "model.safetensors")["sampling_eps_min"] == np.float32(1e-3)
 
 
@@ -242,7 +242,7 @@ def test_the_card_of_figures_that_are_missing(tmp_path):
 def test_figures_are_those_of_the_weights(tmp_path, step, ema, weights, known):
     """A run whose checkpoint is of step 0 and whose report speaks of the average, where one is kept, of some step."""
     converted(with_tokenizer(tmp_path, "bd3lm_block4", 66), tmp_path / "run", form="native")
-    rewrite_config(tmp_path / "run", {"optim": {"ema": ema}})
+    rewrite_config(tmp_path / "run", {"optim": {"ema_decay": ema}})
     numbers = {"nll": 4.25, "nll_ci95": [4.0, 4.5], "ppl": 70.1, "ppl_ci95": [54.6, 90.0], "bits_per_byte": 1.5,
                "estimator": "exact_count", "documents": 7}
     (tmp_path / "run" / "report.json").write_text(json.dumps({"step": step, "valid": numbers}))
@@ -357,13 +357,13 @@ def test_another_rope_base(tmp_path):
     """As `configs/tiny.py` has it: the published code rotates by the frequencies in the file."""
     source = with_tokenizer(tmp_path, "bd3lm_block4", 66)
     converted(source, tmp_path / "run", form="native")
-    rewrite_config(tmp_path / "run", {"model": {"rope_base": 100.0}})
+    rewrite_config(tmp_path / "run", {"model": {"rope_theta": 100.0}})
     converted(tmp_path / "run", tmp_path / "out")
     ids = np.random.default_rng(0).integers(0, 66, (1, 32))
     run, out, first = (bd3lm_jax.load(path) for path in (tmp_path / "run", tmp_path / "out", source))
-    assert out.config.model == run.config.model and out.config.model.rope_base == 100
+    assert out.config.model == run.config.model and out.config.model.rope_theta == 100
     np.testing.assert_array_equal(out.logits(ids), run.logits(ids))
     assert np.abs(out.logits(ids) - first.logits(ids)).max() > 1e-3
-    half = out.config.model.width // out.config.model.heads // 2
+    half = out.config.model.hidden_size // out.config.model.num_heads // 2
     np.testing.assert_allclose(load_file(tmp_path / "out" / "model.safetensors")["backbone.rotary_emb.inv_freq"],
                                100.0 ** (-np.arange(half) / half), rtol=1e-6)

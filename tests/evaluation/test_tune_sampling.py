@@ -133,7 +133,7 @@ def test_a_bidirectional_model_from_training_to_its_settings(tmp_path, capsys):
     """All settings of a model of block size = length, short windows among them; `sample` then takes what was found."""
     write_text(tmp_path / "text.txt", 200)
     run, length = tmp_path / "run", 2 * tune_sampling.SHORT_BLOCK
-    train(toy_config(tmp_path, {"data.length": length, "eval.sample_length": length, "train.steps": 2,
+    train(toy_config(tmp_path, {"data.seq_len": length, "eval.sample_length": length, "train.steps": 2,
                                 "diffusion.block_size": length}), str(run))
     assert main(["bench", "sampling", f"--workdir={run}", "--rounds=1", "--texts=2"]) == 0
     written = json.loads((run / "sampling.json").read_text())

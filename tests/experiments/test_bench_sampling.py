@@ -8,7 +8,7 @@ from bd3lm_jax.diffusion import Masked
 from bd3lm_jax.experiments.bench import sampling
 from bd3lm_jax.generation import generation
 
-TINY = {"layers": 2, "width": 16, "heads": 2, "vocab_size": 24}
+TINY = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "vocab_size": 24}
 
 
 @pytest.mark.ci_slow

@@ -26,7 +26,7 @@ def runs(tmp_path_factory):
     directory = tmp_path_factory.mktemp("density")
     write_text(directory / "train.txt", 60)
     write_text(directory / "test.txt", 20, seed=1)
-    common_ = {"data.path": str(directory), "train.steps": 2, "train.views": 2}
+    common_ = {"data.path": str(directory), "train.steps": 2, "train.noise_samples": 2}
     train(toy_config(directory, common_ | {"diffusion.complement": True}), str(directory / "uniform"))
     hard = {"diffusion": PRIORITY | {"hard": True, "complement": True}, "data.density": "unigram:0.5"}
     train(toy_config(directory, common_ | hard), str(directory / "hard"))

@@ -78,7 +78,7 @@ def test_a_given_up_run_goes_on_without_the_rule(stage):
 
 
 def test_only_runs_of_equal_training_are_held_against_each_other(stage):
-    stage.overrides = [{"train.batch": 16}, {"train.steps": 12}, {}]
+    stage.overrides = [{"train.batch_size": 16}, {"train.steps": 12}, {}]
     # the report of the second has step 6
     assert stage.sweep(give_up=StoppingRule(margin=0.1, after=0.0))["ok"] is False
     assert [run["status"] for run in stage.sweep(dry_run=True)["runs"]] == ["finished", "failed", "finished"]
@@ -188,7 +188,7 @@ def test_six_real_runs_with_one_killed_half_way(tmp_path):
             slow_down(0.05)
 
         def get_config():
-            return {toy_dict(tmp_path, {"checkpoint.every": 20, "eval.draws": 2})!r}
+            return {toy_dict(tmp_path, {"checkpoint.every": 20, "eval.mc_samples": 2})!r}
 
         def sweep():
             for lr in (1e-2, 3e-3, 1e-3):

@@ -64,15 +64,15 @@ def logits(config, params, ids, position, mask):
     """float64 [T, V] of tokens at these positions that see each other by mask [T, T]."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     h = params["embed"]["embedding"][ids]
-    for layer in range(config.layers):
+    for layer in range(config.num_layers):
         p = jax.tree.map(lambda x: x[layer], params["blocks"])
         x = rms(h, p["norm1"]["scale"], config.norm_eps)
         q, k, v = (np.einsum("td,dhe->the", x, p[name]["kernel"]) + p[name].get("bias", 0) for name in "qkv")
         if config.qk_norm:
             q, k = (rms(x, p[name]["scale"], config.norm_eps) for x, name in ((q, "q_norm"), (k, "k_norm")))
-        q, k = (turned(x, position, config.rope_base, config.head_dim) for x in (q, k))
+        q, k = (turned(x, position, config.rope_theta, config.head_dim) for x in (q, k))
         h = h + np.einsum("the,hed->td", attention(q, k, v, mask), p["out"]["kernel"])
         h = h + swiglu(p, rms(h, p["norm2"]["scale"], config.norm_eps))
     h = rms(h, params["head"]["norm"]["scale"], config.norm_eps)
-    kernel = params["embed"]["embedding"].T if config.tied else params["head"]["linear"]["kernel"]
+    kernel = params["embed"]["embedding"].T if config.tie_embeddings else params["head"]["linear"]["kernel"]
     return (h @ kernel)[:, :config.vocab_size]

@@ -39,12 +39,12 @@ def make_stream(seed, shape, heads, kv_heads, size=4):
     return tuple(draw.normal(size=(*shape, n, size)).astype(np.float32) for n in (heads, kv_heads, kv_heads))
 
 
-def streams_for(spec, heads, kv_heads, views, clean_output):
+def streams_for(spec, heads, kv_heads, noise_samples, clean_output):
     """Random (q, k, v) of both streams of a mask; None for an absent stream and for an unwanted clean query."""
     noised = clean = None
     if spec.noised is not None:
         batch, length = spec.noised.segment.shape
-        noised = make_stream(0, (batch, views, length), heads, kv_heads)
+        noised = make_stream(0, (batch, noise_samples, length), heads, kv_heads)
     if spec.clean is not None:
         clean = make_stream(1, spec.clean.segment.shape, heads, kv_heads)
         clean = clean if clean_output else (None, *clean[1:])

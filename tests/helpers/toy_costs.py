@@ -36,7 +36,7 @@ def causal_config(length: int, bos: bool, layout: str = "wrap") -> Config:
     config = Config.from_dict(tiny.get_config("algo=ar").to_dict())
     objective = dataclasses.replace(config.diffusion, bos=bos)
     return dataclasses.replace(config, diffusion=objective,
-                               data=dataclasses.replace(config.data, length=length, layout=layout))
+                               data=dataclasses.replace(config.data, seq_len=length, packing=layout))
 
 
 def opened(name: str, config: Config, tokenizer, cost) -> LoadedRun:

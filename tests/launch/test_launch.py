@@ -84,7 +84,7 @@ BAD = [
     (("train", "--config.optm.rate=1"), "did you mean 'optim'?"),
     (("train", "--config.optim.learning_rate=1"), "did you mean 'optim.lr'?"),
     (("train", "--config.diffusion.schedule=cosine"), "diffusion.schedule='cosine' has no effect with"),
-    (("train", "--batch_size=4"), "'batch_size'. Did you mean: --config.train.batch"),
+    (("train", "--batch_size=4"), "'batch_size'. Did you mean: --config.train.batch_size"),
     (("sample", "--max_new_tokens=9"), "'max_new_tokens'. Did you mean: length"),
     (("train", "--config.zebra=1"), "known: checkpoint, compute, data"),
     (("train", "--config.train.steps=many"), "--config.train.steps=many: invalid literal for int()"),
@@ -92,7 +92,7 @@ BAD = [
     (("train", "--config.model.adaln=perhaps"), "--config.model.adaln=perhaps"),
     (("train", "--config.diffusion.count_probs=(1, 'a')"), "config key 'diffusion.count_probs' is 'a' (str)"),
     (("train", "--config.train.steps=0"), "train.steps is 0, expected at least 1"),
-    (("train", "--config.diffusion.block_size=3"), "block_size=3 does not divide data.length=128"),
+    (("train", "--config.diffusion.block_size=3"), "block_size=3 does not divide data.seq_len=128"),
     (("train", "--config.data.source=autsen"), "data.source is 'autsen'"),
     (("train", "--mesh=rows=8"), "--mesh: 'rows=8' is not one of data=N, fsdp=N, tensor=N"),
     (("train", "--for=v5e"), "--for goes with --plan"),
@@ -254,7 +254,7 @@ def test_prepare_counts_rows_and_tokens(capsys, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("".join(f"line number {i}\n" for i in range(200)))
     code, out, _ = run(capsys, "prepare", "--config.data.source=text", f"--config.data.path={path}",
-                       "--config.data.tokenizer=bytes", "--config.data.length=64", "--config.data.valid_fraction=0.1")
+                       "--config.data.tokenizer=bytes", "--config.data.seq_len=64", "--config.data.valid_fraction=0.1")
     result = json.loads(out)
     sizes = [len(f"line number {i}\n") for i in range(200)]
     assert code == 0

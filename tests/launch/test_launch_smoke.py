@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
-SMALL = ("--config.data.source=text", "--config.data.tokenizer=bytes", "--config.data.length=32",
-         "--config.data.valid_fraction=0.1", "--config.model.layers=1", "--config.model.width=32",
-         "--config.model.heads=2", "--config.train.steps=3", "--config.train.batch=4", "--config.log.every=1",
+SMALL = ("--config.data.source=text", "--config.data.tokenizer=bytes", "--config.data.seq_len=32",
+         "--config.data.valid_fraction=0.1", "--config.model.num_layers=1", "--config.model.hidden_size=32",
+         "--config.model.num_heads=2", "--config.train.steps=3", "--config.train.batch_size=4", "--config.log.every=1",
          "--config.optim.warmup_steps=1",
-         "--config.eval.batch=4", "--config.eval.rows=4", "--config.eval.samples=1", "--config.eval.sample_length=32")
+         "--config.eval.batch_size=4", "--config.eval.rows=4", "--config.eval.num_samples=1", "--config.eval.sample_length=32")
 
 
 @pytest.fixture(scope="module")

@@ -32,17 +32,17 @@ def test_points_hold_config_and_command(config_file):
     path = config_file("def sweep():\n"
                        "    for lr in np.array([1e-3, 2e-3]):\n"
                        "        yield {'optim.lr': lr, 'model.adaln': False, 'data.cache_dir': 'a b',\n"
-                       "               'diffusion.count_probs': [1, 2, 3, 4], 'train.batch': np.int64(4)}\n")
+                       "               'diffusion.count_probs': [1, 2, 3, 4], 'train.batch_size': np.int64(4)}\n")
     first, second = load_points(path, ["--config.train.steps=7"])
     assert second.overrides == {"optim.lr": 0.002, "model.adaln": False, "data.cache_dir": "a b",
-                                "diffusion.count_probs": (1, 2, 3, 4), "train.batch": 4}
+                                "diffusion.count_probs": (1, 2, 3, 4), "train.batch_size": 4}
     assert json.dumps(second.overrides) and not isinstance(second.overrides["optim.lr"], np.generic)
     assert second.command == (sys.executable, "-m", "launch", "train", f"--config={path}", "--config.train.steps=7",
                               "--config.optim.lr=0.002", "--config.model.adaln=False", "--config.data.cache_dir=a b",
-                              "--config.diffusion.count_probs=(1, 2, 3, 4)", "--config.train.batch=4")
+                              "--config.diffusion.count_probs=(1, 2, 3, 4)", "--config.train.batch_size=4")
     config = second.config
     assert (config.optim.lr, config.model.adaln, config.data.cache_dir) == (0.002, False, "a b")
-    assert (config.train.steps, config.train.batch) == (7, 4)
+    assert (config.train.steps, config.train.batch_size) == (7, 4)
     assert config.diffusion.count_probs == (1.0, 2.0, 3.0, 4.0) and first.config.optim.lr == 0.001
 
 

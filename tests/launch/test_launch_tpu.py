@@ -11,7 +11,7 @@ from launch.__main__ import main
 
 GCLOUD = ("--accelerator=v5litepod-16", "--project=p", "--zone=us-central1-a", "--shared=/mnt/runs")
 SLURM = ("--engine=slurm", "--accelerator=H100:8")
-TRAIN = ("train", "--config=configs/tiny.py", "--mesh=data=-1,fsdp=4", "--config.train.batch=32")
+TRAIN = ("train", "--config=configs/tiny.py", "--mesh=data=-1,fsdp=4", "--config.train.batch_size=32")
 
 
 @pytest.fixture(autouse=True)
@@ -99,8 +99,8 @@ BAD = [
     ((*GCLOUD, "--slices=2", "--", "train", "--mesh=data=32"), "does not fit 32 devices"),
     ((*GCLOUD, "--slices=2", "--", "train", "--mesh=data=16,slices=3"), "--slices=2, but mesh.slices=3: add slices=2"),
     ((*GCLOUD, "--", "train", "--mesh=data=8,expert=2"), "model.kind='dit' has none"),
-    ((*GCLOUD, "--", "train", "--mesh=tensor=16"), "mesh.tensor=16 does not divide model.heads"),
-    ((*GCLOUD, "--", "train", "--mesh=data=16", "--config.train.batch=24"), "does not divide a batch of 24 rows"),
+    ((*GCLOUD, "--", "train", "--mesh=tensor=16"), "mesh.tensor=16 does not divide model.num_heads"),
+    ((*GCLOUD, "--", "train", "--mesh=data=16", "--config.train.batch_size=24"), "does not divide a batch of 24 rows"),
     ((*GCLOUD, "--", "eval", "--workdir=runs/tiny", "--estimator=nonsense"), "unknown estimator 'nonsense': known: "),
     ((*GCLOUD, "--", "eval", "--workdir=runs/tiny", "--split=foo"), "unknown split 'foo': known: test, train, valid"),
     ((*GCLOUD, "--", "eval", "--workdir=runs/tiny", "--chunks=slinding"), "--chunks=slinding: did you mean 'sliding'"),

@@ -30,9 +30,9 @@ def test_a_token_of_each_row_depends_on_what_its_block_size_allows(backend):
     """Every clean and every noised token is changed in a row of its own: whose output moves, against BD3-LM's rules."""
     lm = make_lm(masked(4))
     execution = dataclasses.replace(forward.DEFAULT_EXECUTION, backend=backend)
-    base, views = make_ids(2, LENGTH)
+    base, noise_samples = make_ids(2, LENGTH)
     clean, noised, sizes = (np.repeat(x, 1 + 2 * LENGTH, axis=0) for x in (
-        np.tile(base, (3, 1)), np.tile(views, (3, 1)), np.array(SIZES)))
+        np.tile(base, (3, 1)), np.tile(noise_samples, (3, 1)), np.array(SIZES)))
     changed = np.tile(np.arange(1 + 2 * LENGTH) - 1, 3)  # -1: nothing; then clean tokens, then noised ones
     for row, token in enumerate(changed):
         stream = clean if token < LENGTH else noised
@@ -104,7 +104,7 @@ def test_the_largest_size_near_the_best_is_recommended(within, best):
 def run(tmp_path_factory):
     home = tmp_path_factory.mktemp("mixed")
     write_text(home / "text.txt", 80)
-    config = toy_config(home, {"diffusion": SECTION, "train.steps": 3, "train.views": 2, "compute.microbatch": 4})
+    config = toy_config(home, {"diffusion": SECTION, "train.steps": 3, "train.noise_samples": 2, "compute.microbatch": 4})
     return str(home / "run"), train(config, str(home / "run"))
 
 
@@ -133,8 +133,8 @@ def test_one_size_makes_no_curve():
 
 @pytest.mark.parametrize(("changes", "words"), [
     ({"diffusion": SECTION | {"sizes": (1, 3), "block_size": 1}}, "blocks of 3 tokens, which do not divide"),
-    ({"diffusion": SECTION | {"block_size": 2}, "data.layout": "pack"}, "largest of diffusion.sizes, 4"),
-    ({"diffusion": SECTION, "noise.adapt": "counts"}, "diffusion.kind='mixed' does not have"),
+    ({"diffusion": SECTION | {"block_size": 2}, "data.packing": "pack"}, "largest of diffusion.sizes, 4"),
+    ({"diffusion": SECTION, "noise.adaptive_noise": "counts"}, "diffusion.kind='mixed' does not have"),
     ({"diffusion": SECTION, "train.block_sizes": ((0, 4),)}, "no effect with diffusion.kind='mixed'"),
 ])
 def test_bad_configs(changes, words):

@@ -145,7 +145,7 @@ def draw_masks(key, index, segments_L, size=4):
 
 
 def hidden(start, stop, prompt_noise=7, index=0, size=4):
-    """Which places are masked in every view, bool `[M, L]`, for a continuation at start..stop-1."""
+    """Which places are masked in every copy, bool `[M, L]`, for a continuation at start..stop-1."""
     segments = (np.arange(24) >= start) & (np.arange(24) < stop)
     return np.asarray(draw_masks(jax.random.key(prompt_noise), index, segments.astype(np.int32), size))
 

@@ -103,18 +103,18 @@ def test_enumeration_is_the_bound_of_every_row():
     nats, over = estimates(estimator, 1, 0)
     np.testing.assert_allclose(nats[0, 0], [bound(n) for n in REAL_K], rtol=1e-5)
     np.testing.assert_array_equal(nats[0], nats[-1])  # nothing is random
-    assert over <= 0 and estimator.views == 15 and estimator.num_passes(1) == 1
+    assert over <= 0 and estimator.noise_samples == 15 and estimator.num_passes(1) == 1
 
 
 @pytest.mark.parametrize("size", range(1, 9))
 def test_enumeration_meets_every_mask_of_every_block_once(size):
-    """For S = 8 the 255 masks come in 16 passes of 16 views; one view is left over."""
+    """For S = 8 the 255 masks come in 16 passes of 16 copies; one copy is left over."""
     estimator = estimators.Exhaustive(size)
     tokens, segments = jnp.zeros(4 * size, int), jnp.ones(4 * size, int)
-    views = [estimator.noised(None, i, 1, tokens, segments, SPECIAL) for i in range(estimator.num_passes(1))]
-    hidden = np.concatenate([np.asarray(view.xt_BxMxL) == SPECIAL.mask for view in views]).reshape(-1, 4, size)
-    weight = np.concatenate([np.asarray(view.weight_BxMxL) for view in views]).reshape(-1, 4, size)
-    assert len(hidden) <= 256 and estimator.views <= 16
+    noise_samples = [estimator.noised(None, i, 1, tokens, segments, SPECIAL) for i in range(estimator.num_passes(1))]
+    hidden = np.concatenate([np.asarray(view.xt_BxMxL) == SPECIAL.mask for view in noise_samples]).reshape(-1, 4, size)
+    weight = np.concatenate([np.asarray(view.weight_BxMxL) for view in noise_samples]).reshape(-1, 4, size)
+    assert len(hidden) <= 256 and estimator.noise_samples <= 16
     for block in range(4):
         patterns = (hidden[:, block] * 2**np.arange(size)).sum(-1)
         assert sorted(patterns[patterns > 0]) == list(range(1, 2**size))
@@ -122,7 +122,7 @@ def test_enumeration_meets_every_mask_of_every_block_once(size):
     ways = np.array([math.comb(size, i) for i in range(size + 1)])
     expected = len(hidden) / (np.maximum(k, 1) * ways[k])
     np.testing.assert_allclose(weight, np.where(hidden, expected[..., None], 0), rtol=1e-6)
-    assert hidden.sum((1, 2)).max() == views[0].capacity
+    assert hidden.sum((1, 2)).max() == noise_samples[0].capacity
 
 
 def test_lattice_is_systematic_in_every_draw_and_over_draws():
@@ -146,7 +146,7 @@ def test_too_many_draws_for_the_grid():
 
 
 def pilot(sd_by_class, pairs, size, seed=0):
-    """Counts and means of one pair of views in each of `pairs` blocks, of normal pair means with known sd."""
+    """Counts and means of one pair of copies in each of `pairs` blocks, of normal pair means with known sd."""
     draw = np.random.default_rng(seed)
     counts = draw.integers(1, size + 1, pairs)
     nats = draw.normal(5, [sd_by_class[max(k, size - k)] for k in counts])
@@ -198,7 +198,7 @@ def test_where_one_pass_is_exact_it_is_taken(name, objective, tmp_path):
     changes = {"diffusion": AR, "model.adaln": False} if objective == "ar" else {"diffusion.block_size": 1}
     config = toy_config(tmp_path, changes)
     estimator = estimators.make(name, config)
-    assert (estimator.name, estimator.num_passes(9), estimator.views) == ("nll", 1, 1)
+    assert (estimator.name, estimator.num_passes(9), estimator.noise_samples) == ("nll", 1, 1)
     assert estimators.default_estimator(config) == "nll"
 
 

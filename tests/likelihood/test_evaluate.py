@@ -124,7 +124,7 @@ def test_twice_the_same_and_whatever_the_batch(prepared):
     first, second = (evaluator.run(params, rows, estimator="exact_count", draws=2, seed=1) for _ in range(2))
     assert {**first, "wall_s": 0} == {**second, "wall_s": 0}
     assert len(rows) % 5
-    other = prepared({"eval.batch": 5})[0].run(params, rows, estimator="exact_count", draws=2, seed=1)
+    other = prepared({"eval.batch_size": 5})[0].run(params, rows, estimator="exact_count", draws=2, seed=1)
     for key in ("nll", "nll_mc_se", "bits_per_byte", "ppl"):
         assert other[key] == pytest.approx(first[key], rel=1e-6)
     assert (other["tokens"], other["documents"]) == (first["tokens"], first["documents"])
@@ -204,7 +204,7 @@ def test_bytes_tokens_and_documents_are_all_counted(home, prepared):
 
 @pytest.mark.parametrize("layout", ["pack", "pad"])
 def test_layouts_count_the_same_tokens_and_documents(prepared, layout):
-    evaluator, _, params, rows = prepared({"data.layout": layout})
+    evaluator, _, params, rows = prepared({"data.packing": layout})
     wrapped = prepared()[3]
     result = evaluator.run(params, rows, estimator="exact_count", draws=1, seed=0)
     assert (result["tokens"], result["documents"]) == (wrapped.meta["tokens"], wrapped.meta["documents"])

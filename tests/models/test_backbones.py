@@ -21,11 +21,11 @@ from bd3lm_jax.parallel import sharding
 from bd3lm_jax.planning import flops
 
 VOCAB, LENGTH, BLOCK = 30, 12, 4
-SIZES = dict(vocab_size=VOCAB, layers=2, width=16, heads=2, hidden=24, dropout=0.0, norm_eps=1e-5)
+SIZES = dict(vocab_size=VOCAB, num_layers=2, hidden_size=16, num_heads=2, intermediate_size=24, dropout=0.0, norm_eps=1e-5)
 GPT2 = GPT2Config(**SIZES, positions=16)
 BERT = BertConfig(**SIZES, positions=16, unused_positions=2, token_types=2)
-MODERN = ModernBertConfig(**SIZES, window=2, local_layers=(1,), rope_base=1e4, local_rope_base=100.0)
-LOCAL = dataclasses.replace(MODERN, layers=1, local_layers=(0,))
+MODERN = ModernBertConfig(**SIZES, window=2, local_layers=(1,), rope_theta=1e4, local_rope_theta=100.0)
+LOCAL = dataclasses.replace(MODERN, num_layers=1, local_layers=(0,))
 ALL = pytest.mark.parametrize("config", [GPT2, BERT, MODERN], ids=lambda config: config.kind)
 
 
@@ -56,7 +56,7 @@ def run(model, params, noised, clean, *, rule="block_causal", block_size=BLOCK, 
 
 def influence(outputs_of, *inputs):
     """Which tokens of the inputs (weights of the vocabulary `[T, V]`) move which outputs: bool [outputs, tokens]."""
-    weight = np.random.default_rng(1).normal(size=SIZES["width"]).astype(np.float32)
+    weight = np.random.default_rng(1).normal(size=SIZES["hidden_size"]).astype(np.float32)
     gradients = jax.jit(jax.jacrev(lambda *xs: outputs_of(*xs) @ weight, argnums=range(len(inputs))))(*inputs)
     return np.concatenate([np.any(np.asarray(x) != 0, axis=-1).reshape(x.shape[0], -1) for x in gradients], axis=1)
 
@@ -146,7 +146,7 @@ def test_cached_tokens_equal_one_causal_pass(config):
 @pytest.mark.ci_slow
 @ALL
 def test_views_are_rows_of_their_own(config):
-    """Two views of a row in one pass, and each alone without scan, in tiles, with everything computed again."""
+    """Two copies of a row in one pass, and each alone without scan, in tiles, with everything computed again."""
     model, params = network(config)
     noised, clean = batch_of_two()
     both = run(model, params, noised, without_last_block(clean)).noised
@@ -210,7 +210,7 @@ def test_every_parameter_has_a_sharding_rule_that_fits(config):
 
 
 def test_layers_that_are_alike_are_stacked():
-    config = dataclasses.replace(MODERN, layers=7, local_layers=(1, 2, 4, 5))
+    config = dataclasses.replace(MODERN, num_layers=7, local_layers=(1, 2, 4, 5))
     assert config.runs() == (("blocks0", range(1), False), ("blocks1", range(1, 3), True),
                              ("blocks2", range(3, 4), False), ("blocks3", range(4, 6), True),
                              ("blocks4", range(6, 7), False))
@@ -220,30 +220,30 @@ def test_layers_that_are_alike_are_stacked():
 
 def by_hand(config, tokens: int, pairs: float, mlp_matrices: int) -> float:
     """Forward pass: 8 D^2 + 4 D F (6 D F with gates) a token and layer, 4 D a pair, a head with a layer of its own."""
-    width, hidden, vocab = config.width, config.hidden, 128
-    layers = config.layers * tokens * (8 * width**2 + 2 * mlp_matrices * width * hidden)
+    width, hidden, vocab = config.hidden_size, config.intermediate_size, 128
+    layers = config.num_layers * tokens * (8 * width**2 + 2 * mlp_matrices * width * hidden)
     dense = 0 if config is GPT2 else 2 * width**2
     return layers + 4 * width * pairs + tokens * (dense + 2 * width * vocab)
 
 
 def test_flops_by_hand():
     causal = 2 * LENGTH * (LENGTH + 1) / 2
-    assert flops.forward(GPT2, AR(bos=False), batch=1, length=LENGTH, views=1) == by_hand(GPT2, LENGTH, causal, 2)
+    assert flops.forward(GPT2, AR(bos=False), batch=1, length=LENGTH, noise_samples=1) == by_hand(GPT2, LENGTH, causal, 2)
     whole = Masked.uniform_counts(LENGTH)  # every token may be masked, and is scored
     assert flops.scored_positions(whole, 1, LENGTH, 1) == LENGTH
-    assert flops.forward(BERT, whole, batch=1, length=LENGTH, views=1) == by_hand(BERT, LENGTH, 2 * LENGTH**2, 2)
+    assert flops.forward(BERT, whole, batch=1, length=LENGTH, noise_samples=1) == by_hand(BERT, LENGTH, 2 * LENGTH**2, 2)
     local = sum(abs(i - j) <= MODERN.window for i in range(LENGTH) for j in range(LENGTH))
     expected = by_hand(MODERN, LENGTH, LENGTH**2 + local, 3)
-    assert flops.forward(MODERN, whole, batch=1, length=LENGTH, views=1) == expected
+    assert flops.forward(MODERN, whole, batch=1, length=LENGTH, noise_samples=1) == expected
 
 
 @pytest.mark.parametrize("config, change, message", [
     (GPT2, {"positions": 0}, "model.positions is 0"),
-    (GPT2, {"width": 15}, "model.width=15 must be a multiple of model.heads=2"),
+    (GPT2, {"hidden_size": 15}, "model.hidden_size=15 must be a multiple of model.num_heads=2"),
     (BERT, {"unused_positions": -1}, "model.unused_positions is -1"),
     (BERT, {"dropout": 1.0}, "model.dropout is 1.0"),
-    (MODERN, {"width": 18, "heads": 18}, r"model.width=18 must be a multiple of 2 \* model.heads=36"),
-    (MODERN, {"local_layers": (2,)}, r"model.local_layers is \(2,\), expected numbers from 0 to model.layers-1=1"),
+    (MODERN, {"hidden_size": 18, "num_heads": 18}, r"model.hidden_size=18 must be a multiple of 2 \* model.num_heads=36"),
+    (MODERN, {"local_layers": (2,)}, r"model.local_layers is \(2,\), expected numbers from 0 to model.num_layers-1=1"),
     (MODERN, {"vocab_size": 1}, "model.vocab_size is 1"),
 ])
 def test_wrong_config(config, change, message):

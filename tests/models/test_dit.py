@@ -12,9 +12,9 @@ from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.models import build, trunk
 from bd3lm_jax.models.dit import Condition, DiTConfig, rotate
 
-TINY = DiTConfig(vocab_size=67, layers=2, width=16, heads=2, mlp_ratio=4, dropout=0.0, adaln=True, cond_dim=8,
-                 time_conditioning=False, rope_base=1e4)
-PAPER = dataclasses.replace(TINY, vocab_size=50258, layers=12, width=768, heads=12, cond_dim=128)
+TINY = DiTConfig(vocab_size=67, num_layers=2, hidden_size=16, num_heads=2, mlp_ratio=4, dropout=0.0, adaln=True, cond_dim=8,
+                 time_conditioning=False, rope_theta=1e4)
+PAPER = dataclasses.replace(TINY, vocab_size=50258, num_layers=12, hidden_size=768, num_heads=12, cond_dim=128)
 
 
 @functools.cache
@@ -34,7 +34,7 @@ def shapes_of(config):
 
 def count_parameters(config):
     """Numbers in the network, without the rows that pad the vocabulary."""
-    unused = (config.padded_vocab - config.vocab_size) * (2 * config.width + 1)
+    unused = (config.padded_vocab - config.vocab_size) * (2 * config.hidden_size + 1)
     return sum(x.size for x in jax.tree.leaves(shapes_of(config))) - unused
 
 
@@ -132,9 +132,9 @@ def test_vocabulary_padding_is_invisible():
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"layers": 0}, "model.layers is 0"),
+    ({"num_layers": 0}, "model.num_layers is 0"),
     ({"vocab_size": 1}, "model.vocab_size is 1"),
-    ({"width": 18}, "model.width=18 must be a multiple of 2 \\* model.heads=4"),
+    ({"hidden_size": 18}, "model.hidden_size=18 must be a multiple of 2 \\* model.num_heads=4"),
     ({"dropout": 1.0}, "model.dropout is 1.0"),
     ({"adaln": False, "time_conditioning": True}, "needs model.adaln=True"),
 ])

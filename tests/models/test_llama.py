@@ -19,9 +19,9 @@ from bd3lm_jax.models.trunk import Stream
 from bd3lm_jax.parallel import sharding
 from bd3lm_jax.planning import flops
 
-TINY = LlamaConfig(vocab_size=31, layers=2, width=16, heads=4, kv_heads=2, head_dim=6, hidden=24, dropout=0.0,
-                   rope_base=100.0, rope_scaling=(), norm_eps=1e-5, qkv_bias=True, qk_norm=True, tied=False)
-TIED = dataclasses.replace(TINY, qkv_bias=False, qk_norm=False, tied=True, kv_heads=1)
+TINY = LlamaConfig(vocab_size=31, num_layers=2, hidden_size=16, num_heads=4, num_kv_heads=2, head_dim=6, intermediate_size=24, dropout=0.0,
+                   rope_theta=100.0, rope_scaling=(), norm_eps=1e-5, qkv_bias=True, qk_norm=True, tie_embeddings=False)
+TIED = dataclasses.replace(TINY, qkv_bias=False, qk_norm=False, tie_embeddings=True, num_kv_heads=1)
 LENGTH, BLOCK = 12, 4
 
 
@@ -181,7 +181,7 @@ def test_every_leaf_has_a_sharding(config):
 @pytest.mark.parametrize("objective", [AR(bos=False), Masked.uniform_counts(16)], ids=["causal", "blocks"])
 def test_flops_by_hand(objective):
     """2 a multiply-add: projections with fewer key heads, three matrices of the MLP, attention of all query heads."""
-    config, length = dataclasses.replace(TINY, vocab_size=128, layers=3), 64
+    config, length = dataclasses.replace(TINY, vocab_size=128, num_layers=3), 64
     width, q, kv, hidden = 16, 4 * 6, 2 * 6, 24
     layer = 2 * (width * (q + 2 * kv) + q * width + 3 * width * hidden)
     if objective.causal:
@@ -193,12 +193,12 @@ def test_flops_by_hand(objective):
         tokens = 3 * length * layer + 2 * clean * layer + clean * 4 * width * kv
         pairs, scored = 3 * noised_pairs + 2 * clean_pairs, flops.scored_positions(objective, 1, length, 1)
     expected = tokens + 4 * q * pairs + 2 * width * 128 * scored
-    assert flops.forward(config, objective, batch=1, length=length, views=1) == pytest.approx(expected, rel=1e-3)
+    assert flops.forward(config, objective, batch=1, length=length, noise_samples=1) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"layers": 0}, "model.layers is 0"), ({"hidden": 0}, "model.hidden is 0"),
-    ({"kv_heads": 3}, "model.kv_heads=3 does not divide model.heads=4"),
+    ({"num_layers": 0}, "model.num_layers is 0"), ({"intermediate_size": 0}, "model.intermediate_size is 0"),
+    ({"num_kv_heads": 3}, "model.num_kv_heads=3 does not divide model.num_heads=4"),
     ({"head_dim": 5}, "model.head_dim is 5, expected an even number"),
     ({"rope_scaling": (2.0, 1.0)}, "model.rope_scaling is"), ({"rope_scaling": (0.0,)}, "model.rope_scaling is"),
     ({"dropout": 1.0}, "model.dropout is 1.0"), ({"vocab_size": 1}, "model.vocab_size is 1"),

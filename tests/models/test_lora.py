@@ -37,7 +37,7 @@ def runs(home):
     return home / "base", home / "updated", result
 
 
-CHANGES = {"train.lora_rank": RANK, "train.lora_alpha": ALPHA, "train.steps": 3, "optim.ema": 0.0,
+CHANGES = {"train.lora_rank": RANK, "train.lora_alpha": ALPHA, "train.steps": 3, "optim.ema_decay": 0.0,
            "optim.weight_decay": 0.1}
 
 
@@ -122,7 +122,7 @@ def test_a_stopped_run_goes_on_and_is_a_start_itself(home, runs, tmp_path):
     for steps in (1, 3):
         train(toy_config(home, changes | {"train.steps": steps}), str(tmp_path / "run"))
     jax.tree.map(np.testing.assert_array_equal, stored(tmp_path / "run"), stored(updated))
-    train(toy_config(home, {"train.init_from": str(updated), "train.steps": 1, "optim.lr": 1e-12, "optim.ema": 0.0}),
+    train(toy_config(home, {"train.init_from": str(updated), "train.steps": 1, "optim.lr": 1e-12, "optim.ema_decay": 0.0}),
           str(tmp_path / "again"))
     merge_lora, again = (paths(restore(x, "params", None, None).params) for x in (updated, tmp_path / "again"))
     for path in merge_lora:
@@ -130,7 +130,7 @@ def test_a_stopped_run_goes_on_and_is_a_start_itself(home, runs, tmp_path):
 
 
 def test_what_does_not_go_with_updates_is_refused(home):
-    for changes in ({}, {"train.init_from": "x", "optim.ema": 0.9},
-                    {"train.init_from": "x", "optim.ema": 0.0, "noise.adapt": "counts"}):
+    for changes in ({}, {"train.init_from": "x", "optim.ema_decay": 0.9},
+                    {"train.init_from": "x", "optim.ema_decay": 0.0, "noise.adaptive_noise": "counts"}):
         with pytest.raises(UserError, match="train.lora_rank=2 trains updates of weights that are there: it needs"):
             toy_config(home, {"train.lora_rank": 2} | changes)

@@ -30,7 +30,7 @@ tx = optax.sgd(0.1)
 
 
 def step_of(microbatch, mesh):
-    config = toy_config(Path("unused"), {"model": {"kind": kind, **MODELS[kind]}, "optim.ema": 0.0,
+    config = toy_config(Path("unused"), {"model": {"kind": kind, **MODELS[kind]}, "optim.ema_decay": 0.0,
                                          "compute.microbatch": microbatch})
     model, params = network(config)
     state = TrainState(jnp.int32(0), params, {}, tx.init(params))

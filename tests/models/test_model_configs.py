@@ -13,7 +13,7 @@ from bd3lm_jax.models import BACKBONES
 from bd3lm_jax.training.train import train
 from configs import common, tiny
 
-SMALL = {"layers": 3, "width": 32, "heads": 2, "hidden": 32, "dropout": 0.0}
+SMALL = {"num_layers": 3, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "dropout": 0.0}
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "modernbert"])
@@ -23,7 +23,7 @@ def test_sections(name, algo):
     common.set_model(config, name)
     common.set_algo(config, algo, 4 if algo == "bd3lm" else 0)
     found = Config.from_dict(config)
-    assert isinstance(found.model, BACKBONES[name].Config) and found.model.layers == 12
+    assert isinstance(found.model, BACKBONES[name].Config) and found.model.num_layers == 12
     assert getattr(found.model, "positions", LENGTH) >= LENGTH
     assert Config.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
@@ -39,8 +39,8 @@ def test_objectives_that_tell_the_level_are_refused():
 def test_rows_longer_than_the_learned_positions_are_refused():
     config = tiny.get_config()
     common.set_model(config, "gpt2")
-    config.data.length, config.model.positions = 256, 128
-    with pytest.raises(UserError, match="data.length=256 is more than model.positions=128"):
+    config.data.seq_len, config.model.positions = 256, 128
+    with pytest.raises(UserError, match="data.seq_len=256 is more than model.positions=128"):
         Config.from_dict(config)
 
 

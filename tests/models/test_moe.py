@@ -25,9 +25,9 @@ from bd3lm_jax.planning import flops
 from bd3lm_jax.scoring.score import SpecialIds, score
 from bd3lm_jax.training.step import make_step
 
-TINY = MoEConfig(vocab_size=24, layers=3, dense_layers=1, width=16, heads=4, kv_heads=2, head_dim=6, rotary_dim=4,
-                 hidden=20, experts=8, expert_hidden=10, shared_hidden=12, top_k=2, groups=4, top_groups=2,
-                 routed_scale=2.5, balance=0.0, dropout=0.0, rope_base=100.0, norm_eps=1e-5, qk_norm=True, tied=False)
+TINY = MoEConfig(vocab_size=24, num_layers=3, dense_layers=1, hidden_size=16, num_heads=4, num_kv_heads=2, head_dim=6, rotary_dim=4,
+                 intermediate_size=20, num_experts=8, expert_intermediate_size=10, shared_intermediate_size=12, top_k=2, groups=4, top_groups=2,
+                 routed_scale=2.5, load_balancing=0.0, dropout=0.0, rope_theta=100.0, norm_eps=1e-5, qk_norm=True, tie_embeddings=False)
 LENGTH, BLOCK = 12, 4
 
 
@@ -39,7 +39,7 @@ def chosen(config, p, x):
     """Experts of one token and their weights."""
     score = 1 / (1 + np.exp(-(x @ p["router"]["kernel"])))
     ranked = score + p["router"]["bias"]
-    members = np.arange(config.experts).reshape(config.groups, -1)
+    members = np.arange(config.num_experts).reshape(config.groups, -1)
     value = [np.sort(ranked[group])[-2:].sum() for group in members]
     best = members[np.argsort(value)[-config.top_groups:]].ravel()
     choice = best[np.argsort(ranked[best])[-config.top_k:]]
@@ -58,13 +58,13 @@ def numpy_logits(config, params, ids, position, mask, seen=None):
     """float64 [T, V]; `seen` is called with the parameters and the input of every mixture."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     layers = [("blocks0", i) for i in range(config.dense_layers)]
-    layers += [("blocks1", i) for i in range(config.layers - config.dense_layers)]
-    h, share = params["embed"]["embedding"][ids], config.heads // config.kv_heads
+    layers += [("blocks1", i) for i in range(config.num_layers - config.dense_layers)]
+    h, share = params["embed"]["embedding"][ids], config.num_heads // config.num_kv_heads
     for group, i in layers:
         p = jax.tree.map(lambda x: x[i], params[group])
         qkv = np.einsum("td,dgse->tgse", rms(h, p["norm1"]["scale"], config.norm_eps), p["grouped_qkv"]["kernel"])
-        q, k, v = qkv[:, :, :share].reshape(len(h), config.heads, -1), qkv[:, :, share], qkv[:, :, share + 1]
-        q, k = (turned(rms(x, p[name]["scale"], config.norm_eps), position, config.rope_base, config.rotary_dim)
+        q, k, v = qkv[:, :, :share].reshape(len(h), config.num_heads, -1), qkv[:, :, share], qkv[:, :, share + 1]
+        q, k = (turned(rms(x, p[name]["scale"], config.norm_eps), position, config.rope_theta, config.rotary_dim)
                 for x, name in ((q, "q_norm"), (k, "k_norm")))
         h = h + np.einsum("the,hed->td", attention(q, k, v, mask), p["out"]["kernel"])
         x = rms(h, p["norm2"]["scale"], config.norm_eps)
@@ -72,7 +72,7 @@ def numpy_logits(config, params, ids, position, mask, seen=None):
             seen(p, x)
         h = h + (swiglu(p["mlp"], x) if group == "blocks0" else mixture(config, p, x))
     h = rms(h, params["head"]["norm"]["scale"], config.norm_eps)
-    kernel = params["embed"]["embedding"].T if config.tied else params["head"]["linear"]["kernel"]
+    kernel = params["embed"]["embedding"].T if config.tie_embeddings else params["head"]["linear"]["kernel"]
     return (h @ kernel)[:, :config.vocab_size]
 
 
@@ -84,7 +84,7 @@ def two_stream(model, params, xt, x0, execution=trunk.Execution("dense", "scan",
     return trunk.logits(model, params, out.noised)[:, 0], out.aux
 
 
-@pytest.mark.parametrize("changes", [{}, {"dense_layers": 0, "layers": 1, "tied": True}], ids=["groups", "no-dense"])
+@pytest.mark.parametrize("changes", [{}, {"dense_layers": 0, "num_layers": 1, "tie_embeddings": True}], ids=["groups", "no-dense"])
 def test_two_streams_in_numpy(changes):
     config = dataclasses.replace(TINY, **changes)
     model, params = network(config)
@@ -142,7 +142,7 @@ def test_cached_blocks_equal_the_two_stream_pass():
 def test_balance_of_every_layer_and_stream_in_numpy():
     """The coefficient times the imbalance of the noised rows in all mixtures and of the clean ones in all but the
     last, whose outcome nobody reads."""
-    config = dataclasses.replace(TINY, balance=0.3)
+    config = dataclasses.replace(TINY, load_balancing=0.3)
     model, params = network(config)
     xt, x0 = rows(0), rows(1)
     mask, place = llama_oracle.two_stream_mask(LENGTH, BLOCK)
@@ -166,7 +166,7 @@ def test_balance_of_every_layer_and_stream_in_numpy():
 
 
 def test_padding_does_not_count_in_the_balance():
-    model, params = network(dataclasses.replace(TINY, balance=0.3))
+    model, params = network(dataclasses.replace(TINY, load_balancing=0.3))
     ids = rows()
 
     @jax.jit
@@ -189,8 +189,8 @@ def test_the_training_loss_holds_the_balance():
     found = {}
     for balance in (0.0, 0.5):
         model = {"kind": "moe", **dataclasses.asdict(dataclasses.replace(TINY, **small, vocab_size=MASK + 1,
-                                                                         balance=balance))}
-        config = toy_config(Path("unused"), {"model": model, "data.length": LENGTH, "optim.ema": 0.0})
+                                                                         load_balancing=balance))}
+        config = toy_config(Path("unused"), {"model": model, "data.seq_len": LENGTH, "optim.ema_decay": 0.0})
         backbone, params = toy_network(config)
         tx = optax.sgd(1.0)
         state = TrainState(jnp.int32(0), params, {}, tx.init(params))
@@ -200,7 +200,7 @@ def test_the_training_loss_holds_the_balance():
         found[balance] = float(metrics["loss"]), moved
         if balance:
             noise_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))[0]
-            noised = config.diffusion.corrupt(noise_key, ids, batch["segments"], views=1, mask_id=MASK, end_id=END)
+            noised = config.diffusion.corrupt(noise_key, ids, batch["segments"], noise_samples=1, mask_id=MASK, end_id=END)
             aux = quick_jit(lambda p: score(backbone, p, config.diffusion, noised, ids, batch["positions"],
                                             batch["segments"], forward.DEFAULT_EXECUTION).aux)(params)
     assert found[0.5][0] - found[0.0][0] == pytest.approx(float(aux) / ids.size, rel=1e-3) and aux > 0
@@ -222,15 +222,15 @@ def test_flops_by_hand():
     dense, sparse = 3 * 16 * 20, 3 * 16 * (2 * 10 + 12) + 16 * 8 + 2 * 16
     tokens = 2 * length * (3 * projections + dense + 2 * sparse)
     expected = tokens + 4 * 24 * 3 * length * length + 2 * 16 * 128 * flops.scored_positions(objective, 1, length, 1)
-    assert flops.forward(config, objective, batch=1, length=length, views=1) == pytest.approx(expected, rel=1e-3)
+    assert flops.forward(config, objective, batch=1, length=length, noise_samples=1) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"dense_layers": 3}, "model.dense_layers is 3, expected 0 to model.layers - 1 = 2"),
+    ({"dense_layers": 3}, "model.dense_layers is 3, expected 0 to model.num_layers - 1 = 2"),
     ({"rotary_dim": 8}, "model.rotary_dim is 8, expected an even number up to model.head_dim=6"),
-    ({"groups": 3}, "model.groups=3 must divide model.experts=8"), ({"groups": 8}, "groups of at least 2"),
+    ({"groups": 3}, "model.groups=3 must divide model.num_experts=8"), ({"groups": 8}, "groups of at least 2"),
     ({"top_groups": 5}, "model.top_groups=5 of 4 groups"), ({"top_k": 5}, "hold 4 experts"),
-    ({"balance": -1.0}, "model.balance=-1.0 must be at least 0"),
+    ({"load_balancing": -1.0}, "model.load_balancing=-1.0 must be at least 0"),
 ])
 def test_wrong_config(change, message):
     with pytest.raises(UserError, match=message):

@@ -19,8 +19,8 @@ from bd3lm_jax.models.trunk import Stream
 
 BLOCK_MODELS = ("bd3lm_block4", "bd3lm_time_conditioned", "bd3lm_block32_is_mdlm")
 TOLERANCE = 2e-5
-CONFIG = DiTConfig(vocab_size=31, layers=2, width=16, heads=2, mlp_ratio=2, dropout=0.0, adaln=True, cond_dim=8,
-                   time_conditioning=True, rope_base=1e4)
+CONFIG = DiTConfig(vocab_size=31, num_layers=2, hidden_size=16, num_heads=2, mlp_ratio=2, dropout=0.0, adaln=True, cond_dim=8,
+                   time_conditioning=True, rope_theta=1e4)
 MASK = 30
 
 
@@ -138,7 +138,7 @@ def test_bound_at_block_size_one_is_the_chain_rule():
     length, x0 = 9, make_ids(2, 9)
     rows = forward.single_document_rows(x0)
     objective = Masked.uniform_counts(1)
-    noised = objective.corrupt(jax.random.key(0), x0, rows[1], views=1, mask_id=MASK, end_id=-1)
+    noised = objective.corrupt(jax.random.key(0), x0, rows[1], noise_samples=1, mask_id=MASK, end_id=-1)
     logits = two_stream_logits(model, params, noised.xt_BxMxL, x0, *rows, block_size=1)
     nats = cross_entropy_subs(logits.reshape(-1, 31), x0.reshape(-1), MASK).reshape(2, length)
     bound = np.sum(noised.weight_BxMxL[:, 0] * nats, axis=-1)

@@ -21,8 +21,8 @@ from bd3lm_jax.models.forward import Execution
 from bd3lm_jax.planning import flops
 
 VOCAB, MASK, END, BLOCK, LENGTH, VIEWS = 31, 30, 3, 4, 12, 2
-CONFIG = DiTConfig(vocab_size=VOCAB, layers=4, width=16, heads=2, mlp_ratio=2, dropout=0.0, adaln=True, cond_dim=8,
-                   time_conditioning=True, rope_base=1e4, decoder_layers=2)
+CONFIG = DiTConfig(vocab_size=VOCAB, num_layers=4, hidden_size=16, num_heads=2, mlp_ratio=2, dropout=0.0, adaln=True, cond_dim=8,
+                   time_conditioning=True, rope_theta=1e4, decoder_layers=2)
 X0 = np.random.default_rng(1).integers(0, MASK, size=(2, LENGTH)).astype(np.int32)
 XT = np.where(np.random.default_rng(2).uniform(size=(2, VIEWS, LENGTH)) < 0.5, MASK, X0[:, None])
 SIGMA = np.random.default_rng(3).uniform(0.1, 2, size=(2, VIEWS, LENGTH // BLOCK)).astype(np.float32)
@@ -52,7 +52,7 @@ def attention(query, key, value, mask):
 
 def by_hand(model, params, decoder=CONFIG.decoder_layers):
     """Two passes, one after the other: clean tokens through all layers, keeping keys and values of each; then every
-    view through the last ones, with a dense mask."""
+    copy through the last ones, with a dense mask."""
     (_, block, count), = model.groups
     layer = [{"params": jax.tree.map(lambda x, i=i: x[i], params["blocks"])} for i in range(count)]
     place = np.arange(LENGTH)
@@ -212,13 +212,13 @@ def test_the_count_of_operations():
     """One more encoder layer: 24 D^2 a clean token (a smaller MLP here: 16 D^2), all pairs in dense attention, no
     noised token; what `flops` says of it, with the pairs that see each other; and what the compiler counts."""
     rows, width, clean = 2, 256, LENGTH - BLOCK
-    configs = [dataclasses.replace(CONFIG, time_conditioning=False, layers=layers, width=width, decoder_layers=1)
+    configs = [dataclasses.replace(CONFIG, time_conditioning=False, num_layers=layers, hidden_size=width, decoder_layers=1)
                for layers in (2, 3)]
     before, after = (flops.count(*gradient_of(config)) for config in configs)
     tokens = 3 * 16 * width**2 * rows * clean
     adaln = 3 * 2 * 8 * 6 * width
     assert after - before == pytest.approx(tokens + 3 * 4 * width * rows * clean**2, abs=2 * adaln)
-    said = [flops.parts(config, Masked.uniform_counts(BLOCK), batch=rows, length=LENGTH, views=VIEWS)
+    said = [flops.parts(config, Masked.uniform_counts(BLOCK), batch=rows, length=LENGTH, noise_samples=VIEWS)
             for config in configs]
     assert 3 * (said[1].layers - said[0].layers) == pytest.approx(tokens, abs=2 * adaln)
     assert said[1].attention - said[0].attention == 4 * width * rows * (clean * LENGTH / 2)
@@ -231,9 +231,9 @@ def test_the_count_of_operations():
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"model.decoder_layers": 2}, "expected 0 .all layers. to model.layers=1"),
-    ({"model.layers": 2, "model.decoder_layers": 1, "diffusion": {"kind": "ar", "bos": True}}, "no clean blocks"),
-    ({"model.layers": 2, "model.decoder_layers": 1, "diffusion.block_size": 32}, "no clean blocks"),
+    ({"model.decoder_layers": 2}, "expected 0 .all layers. to model.num_layers=1"),
+    ({"model.num_layers": 2, "model.decoder_layers": 1, "diffusion": {"kind": "ar", "bos": True}}, "no clean blocks"),
+    ({"model.num_layers": 2, "model.decoder_layers": 1, "diffusion.block_size": 32}, "no clean blocks"),
 ])
 def test_what_cannot_be_split(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):

@@ -16,8 +16,8 @@ from bd3lm_jax.models.forward import DEFAULT_EXECUTION
 from bd3lm_jax.models.trunk import Stream
 from bd3lm_jax.planning import flops
 
-CONFIG = DiTConfig(vocab_size=31, layers=3, width=16, heads=2, mlp_ratio=2, dropout=0.0, adaln=True, cond_dim=8,
-                   time_conditioning=True, rope_base=1e4)
+CONFIG = DiTConfig(vocab_size=31, num_layers=3, hidden_size=16, num_heads=2, mlp_ratio=2, dropout=0.0, adaln=True, cond_dim=8,
+                   time_conditioning=True, rope_theta=1e4)
 LENGTH, BLOCK = 12, 4
 
 
@@ -133,13 +133,13 @@ def loop_over_layers(model, params):
     """Both streams as one long row through every layer in full, without scan, peeling or tiles."""
     noised, clean = batch_of_two()
     _, block, count = model.groups[0]
-    views, length, kept = 2, LENGTH, LENGTH - BLOCK
+    noise_samples, length, kept = 2, LENGTH, LENGTH - BLOCK
     views_of = np.repeat([1, 2, 0], [length, length, kept])
     place = np.concatenate([np.arange(length), np.arange(length), np.arange(kept)])
     q, k = (views_of[:, None], place[:, None] // BLOCK), (views_of[None], place[None] // BLOCK)
     own_block = (q[0] == k[0]) & (q[0] > 0) & (q[1] == k[1])
     mask = own_block | (k[0] == 0) & np.where(q[0] > 0, k[1] < q[1], k[1] <= q[1])
-    sigma = jnp.repeat(noised.sigma, BLOCK, axis=-1).reshape(2, views * length)
+    sigma = jnp.repeat(noised.sigma, BLOCK, axis=-1).reshape(2, noise_samples * length)
     cond = model.condition.apply({"params": params["condition"]}, jnp.pad(sigma, ((0, 0), (0, kept))))
     ids = jnp.concatenate([noised.ids.reshape(2, -1), clean.ids], axis=1)
     h = params["embed"]["embedding"][ids]
@@ -150,8 +150,8 @@ def loop_over_layers(model, params):
         scores = jnp.where(mask, jnp.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(8), -jnp.inf)
         attended = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), value)
         h, _ = block.apply(variables, h, attended, cond, None, method=block.attention_output_and_mlp)
-    logits = model.head.apply({"params": params["head"]}, h, cond)[:, :views * length]
-    return logits.reshape(2, views, length, -1)
+    logits = model.head.apply({"params": params["head"]}, h, cond)[:, :noise_samples * length]
+    return logits.reshape(2, noise_samples, length, -1)
 
 
 @functools.cache
@@ -394,5 +394,5 @@ def test_what_is_not_wanted_costs_nothing_behind_the_last_attention():
                                atol=1e-5)
     saved = flops.count(lambda p: forward(p, None), params) - flops.count(lambda p: forward(p, output_positions),
                                                                           params)
-    width = CONFIG.width
+    width = CONFIG.hidden_size
     assert saved == 2 * (LENGTH - 2) * 2 * (width * width + 2 * CONFIG.mlp_ratio * width * width)

@@ -55,8 +55,8 @@ def test_the_rules_split_heads_hidden_layer_and_vocabulary():
 
 @pytest.mark.parametrize("adaln", [True, False])
 def test_the_rules_cover_the_dit(adaln):
-    config = dit.DiTConfig(vocab_size=100, layers=2, width=D, heads=H, mlp_ratio=4, dropout=0.0, adaln=adaln,
-                           cond_dim=C, time_conditioning=False, rope_base=1e4)
+    config = dit.DiTConfig(vocab_size=100, num_layers=2, hidden_size=D, num_heads=H, mlp_ratio=4, dropout=0.0, adaln=adaln,
+                           cond_dim=C, time_conditioning=False, rope_theta=1e4)
     params = jax.eval_shape(lambda: trunk.init(dit.build(config, jnp.float32), jax.random.key(0)))
     specs = sharding.param_specs(params)
     assert specs["blocks"]["qkv"]["kernel"] == P(None, "fsdp", None, "tensor", None)
@@ -165,7 +165,7 @@ def test_a_mesh_that_does_not_fit_slices_names_them():
 def test_check_mesh():
     model = types.SimpleNamespace(heads=H)
     sharding.check_mesh(abstract_mesh(2, 2, 4), model, batch=8)
-    with pytest.raises(UserError, match="mesh.tensor=3 does not divide model.heads=4"):
+    with pytest.raises(UserError, match="mesh.tensor=3 does not divide model.num_heads=4"):
         sharding.check_mesh(abstract_mesh(1, 1, 3), model, batch=8)
     with pytest.raises(UserError, match="fsdp = 6 does not divide a batch of 8 rows: use a multiple of 6, e.g. 12"):
         sharding.check_mesh(abstract_mesh(3, 2, 1), model, batch=8)
@@ -177,7 +177,7 @@ def test_an_axis_of_experts_needs_experts():
     sharding.check_mesh(abstract_mesh(1, 1, 4), types.SimpleNamespace(heads=H, kind="moe", experts=6), batch=4)
     with pytest.raises(UserError, match="mesh.expert=2 splits experts, and model.kind='dit' has none: use 1"):
         sharding.check_mesh(abstract_mesh(1, 1, 1, expert=2), dense, batch=8)
-    with pytest.raises(UserError, match="expert x mesh.tensor = 16 does not divide model.experts=8"):
+    with pytest.raises(UserError, match="expert x mesh.tensor = 16 does not divide model.num_experts=8"):
         sharding.check_mesh(abstract_mesh(1, 1, 4, expert=4), mixture, batch=8)
     with pytest.raises(UserError, match="mesh.data x mesh.fsdp x mesh.expert = 4 does not divide a batch of 6 rows"):
         sharding.check_mesh(abstract_mesh(2, 1, 1, expert=2), mixture, batch=6)

@@ -18,15 +18,15 @@ from bd3lm_jax.models import forward, trunk
 from bd3lm_jax.models.dit import DiTConfig
 from bd3lm_jax.planning import flops
 
-PAPER = DiTConfig(vocab_size=50258, layers=12, width=768, heads=12, mlp_ratio=4, dropout=0.0, adaln=True, cond_dim=128,
-                  time_conditioning=False, rope_base=1e4)
+PAPER = DiTConfig(vocab_size=50258, num_layers=12, hidden_size=768, num_heads=12, mlp_ratio=4, dropout=0.0, adaln=True, cond_dim=128,
+                  time_conditioning=False, rope_theta=1e4)
 LENGTH = 1024
-SMALL = dataclasses.replace(PAPER, vocab_size=1024, layers=3, width=256, heads=4)
+SMALL = dataclasses.replace(PAPER, vocab_size=1024, num_layers=3, hidden_size=256, num_heads=4)
 ROWS, SHORT = 2, 128
 
 
-def paper_step(objective, views):
-    return flops.train_step(PAPER, objective, batch=1, length=LENGTH, views=views)
+def paper_step(objective, noise_samples):
+    return flops.train_step(PAPER, objective, batch=1, length=LENGTH, noise_samples=noise_samples)
 
 
 def by_hand(clean: int, noised: int, clean_layers: int, pairs: float, scored: float) -> float:
@@ -37,14 +37,14 @@ def by_hand(clean: int, noised: int, clean_layers: int, pairs: float, scored: fl
     return 3 * (layers + keys_values + 4 * width * pairs + 2 * width * vocab * scored)
 
 
-@pytest.mark.parametrize(("size", "views"), [(16, 1), (16, 2), (4, 1), (128, 3), (1024, 1)])
-def test_two_streams_by_hand(size, views):
+@pytest.mark.parametrize(("size", "noise_samples"), [(16, 1), (16, 2), (4, 1), (128, 3), (1024, 1)])
+def test_two_streams_by_hand(size, noise_samples):
     blocks, clean = LENGTH // size, LENGTH - size
-    noised_pairs = views * sum(size * (block * size + size) for block in range(blocks))
+    noised_pairs = noise_samples * sum(size * (block * size + size) for block in range(blocks))
     clean_pairs = sum(size * (block + 1) * size for block in range(blocks - 1))
-    scored = views * flops.scored_positions(Masked.uniform_counts(size), 1, LENGTH, views)
-    expected = by_hand(clean, views * LENGTH, 11, 12 * noised_pairs + 11 * clean_pairs, scored)
-    assert paper_step(Masked.uniform_counts(size), views) == pytest.approx(expected, rel=1e-3)
+    scored = noise_samples * flops.scored_positions(Masked.uniform_counts(size), 1, LENGTH, noise_samples)
+    expected = by_hand(clean, noise_samples * LENGTH, 11, 12 * noised_pairs + 11 * clean_pairs, scored)
+    assert paper_step(Masked.uniform_counts(size), noise_samples) == pytest.approx(expected, rel=1e-3)
 
 
 def test_blocks_of_several_sizes_by_hand():
@@ -65,15 +65,15 @@ def test_autoregressive_by_hand():
     assert paper_step(AR(bos=True), 1) == pytest.approx(by_hand(LENGTH, 0, 12, pairs, LENGTH), rel=1e-3)
 
 
-@pytest.mark.parametrize(("views", "limit"), [(1, 1.55), (2, 1.22), (3, 1.12)])
-def test_a_view_costs_little_more_than_an_autoregressive_step(views, limit):
-    ratio = paper_step(Masked.uniform_counts(16), views) / views / paper_step(AR(bos=True), 1)
+@pytest.mark.parametrize(("noise_samples", "limit"), [(1, 1.55), (2, 1.22), (3, 1.12)])
+def test_a_view_costs_little_more_than_an_autoregressive_step(noise_samples, limit):
+    ratio = paper_step(Masked.uniform_counts(16), noise_samples) / noise_samples / paper_step(AR(bos=True), 1)
     assert 1 < ratio <= limit
 
 
 def test_forward_is_a_third_and_rows_are_alike():
-    step = functools.partial(flops.train_step, SMALL, Masked.uniform_counts(16), length=SHORT, views=1)
-    assert step(batch=2) == 3 * flops.forward(SMALL, Masked.uniform_counts(16), batch=2, length=SHORT, views=1)
+    step = functools.partial(flops.train_step, SMALL, Masked.uniform_counts(16), length=SHORT, noise_samples=1)
+    assert step(batch=2) == 3 * flops.forward(SMALL, Masked.uniform_counts(16), batch=2, length=SHORT, noise_samples=1)
     assert step(batch=8) == pytest.approx(4 * step(batch=2), rel=0.005)  # but for the constant adaLN
 
 
@@ -88,7 +88,7 @@ def most_masked(objective, schedule, state, draws=20):
     """Masked tokens of the rows that mask most, among rows drawn as training draws them in a state of its noise."""
     ids = jnp.ones((4, LENGTH), jnp.int32)
     blocks = LENGTH // objective.block_size
-    draw = quick_jit(lambda key: objective.corrupt(key, ids, ids, views=1, mask_id=0, end_id=0,
+    draw = quick_jit(lambda key: objective.corrupt(key, ids, ids, noise_samples=1, mask_id=0, end_id=0,
                                                    distribution=schedule.distribution(state, blocks)))
     return max(int((draw(jax.random.key(i)).weight_BxMxL > 0).sum(-1).max()) for i in range(draws))
 
@@ -103,7 +103,7 @@ def test_noise_from_the_data_scores_what_it_may_mask(size):
     scored = flops.scored_positions(counts, 4, LENGTH, 1, learnt)
     assert scored - size < most_masked(counts, learnt, state) <= scored
     assert scored > 1.2 * flops.scored_positions(counts, 4, LENGTH, 1)
-    head = [flops.parts(SMALL, counts, batch=4, length=LENGTH, views=1, schedule=x).head for x in (learnt, None)]
+    head = [flops.parts(SMALL, counts, batch=4, length=LENGTH, noise_samples=1, schedule=x).head for x in (learnt, None)]
     assert head[0] / head[1] == pytest.approx(scored / flops.scored_positions(counts, 4, LENGTH, 1), rel=1e-3)
 
 
@@ -115,9 +115,9 @@ def test_searched_clips_score_what_they_may_mask():
     assert 0.95 * scored < found <= scored < LENGTH
 
 
-def gradient(layers: int, size: int, views: int, time_conditioning: bool = False):
+def gradient(layers: int, size: int, noise_samples: int, time_conditioning: bool = False):
     """The gradient of the hidden states, unrolled, with dense attention; its abstract arguments."""
-    config = dataclasses.replace(SMALL, layers=layers, time_conditioning=time_conditioning)
+    config = dataclasses.replace(SMALL, num_layers=layers, time_conditioning=time_conditioning)
     model = models.build(config, jnp.float32)
     execution = forward.Execution("dense", "unroll", "none", one_document=True)
 
@@ -128,17 +128,17 @@ def gradient(layers: int, size: int, views: int, time_conditioning: bool = False
                                   sigma_BxMxn=sigma, execution=execution).sum()
 
     params = jax.eval_shape(lambda: trunk.init(model, jax.random.key(0)))
-    ids = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((ROWS, views, SHORT), (ROWS, SHORT))]
+    ids = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((ROWS, noise_samples, SHORT), (ROWS, SHORT))]
     return jax.grad(loss), params, *ids
 
 
-def of_a_layer(size: int, views: int, time_conditioning: bool = False) -> float:
+def of_a_layer(size: int, noise_samples: int, time_conditioning: bool = False) -> float:
     """What `flops` says of one more layer, with all pairs of tokens in place of those that see each other."""
-    configs = [dataclasses.replace(SMALL, layers=layers, time_conditioning=time_conditioning) for layers in (2, 3)]
-    two, three = (flops.parts(config, Masked.uniform_counts(size), batch=ROWS, length=SHORT, views=views)
+    configs = [dataclasses.replace(SMALL, num_layers=layers, time_conditioning=time_conditioning) for layers in (2, 3)]
+    two, three = (flops.parts(config, Masked.uniform_counts(size), batch=ROWS, length=SHORT, noise_samples=noise_samples)
                   for config in configs)
-    pairs = (views * SHORT + SHORT - size) ** 2
-    return 3 * (three.layers - two.layers + 4 * SMALL.width * ROWS * pairs)
+    pairs = (noise_samples * SHORT + SHORT - size) ** 2
+    return 3 * (three.layers - two.layers + 4 * SMALL.hidden_size * ROWS * pairs)
 
 
 def test_a_layer_costs_what_the_compiler_counts():
@@ -149,10 +149,10 @@ def test_a_layer_costs_what_the_compiler_counts():
     assert counted[1] - counted[0] == pytest.approx(of_a_layer(16, 1), rel=0.03)
 
 
-@pytest.mark.parametrize(("size", "views", "time_conditioning"), [(16, 1, False), (16, 2, True), (SHORT, 2, False)])
-def test_a_layer_costs_what_its_products_do(size, views, time_conditioning):
-    two, three = (flops.count(*gradient(layers, size, views, time_conditioning)) for layers in (2, 3))
-    assert three - two == pytest.approx(of_a_layer(size, views, time_conditioning), rel=0.002)
+@pytest.mark.parametrize(("size", "noise_samples", "time_conditioning"), [(16, 1, False), (16, 2, True), (SHORT, 2, False)])
+def test_a_layer_costs_what_its_products_do(size, noise_samples, time_conditioning):
+    two, three = (flops.count(*gradient(layers, size, noise_samples, time_conditioning)) for layers in (2, 3))
+    assert three - two == pytest.approx(of_a_layer(size, noise_samples, time_conditioning), rel=0.002)
 
 
 def test_the_output_layer_costs_what_the_compiler_counts():
@@ -163,9 +163,9 @@ def test_the_output_layer_costs_what_the_compiler_counts():
         return jax.nn.log_softmax(trunk.logits(model, params, h))[..., 0].sum()
 
     params = jax.eval_shape(lambda: trunk.init(model, jax.random.key(0)))
-    h = jax.ShapeDtypeStruct((ROWS, 2, positions, SMALL.width), jnp.float32)
+    h = jax.ShapeDtypeStruct((ROWS, 2, positions, SMALL.hidden_size), jnp.float32)
     compiled = quick_jit(jax.grad(loss, argnums=(0, 1))).lower(params, h).compile()
-    head = flops.parts(SMALL, objective, batch=ROWS, length=SHORT, views=2).head
+    head = flops.parts(SMALL, objective, batch=ROWS, length=SHORT, noise_samples=2).head
     assert compiled.cost_analysis()["flops"] == pytest.approx(3 * head, rel=0.05)
 
 

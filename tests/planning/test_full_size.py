@@ -40,7 +40,7 @@ class Trained:  # stands for "bpe:N": N ids and a mask on top, without training 
 
 
 def lowered(config, tokenizer, mesh):
-    sharding.check_mesh(mesh, config.model, config.train.batch)
+    sharding.check_mesh(mesh, config.model, config.train.batch_size)
     model, tx = models.build(config.model, jnp.bfloat16), optim.make_optimizer(config.optim, config.train.steps)
 
     def initial():
@@ -49,7 +49,7 @@ def lowered(config, tokenizer, mesh):
 
     abstract = jax.eval_shape(initial)
     shardings = sharding.state_shardings(tx, abstract, mesh)
-    shape, split = (config.train.batch, config.data.length), sharding.batch_sharding(mesh)
+    shape, split = (config.train.batch_size, config.data.seq_len), sharding.batch_sharding(mesh)
     rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
     step = jax.jit(make_step(config, model, tx, SpecialIds(tokenizer.mask_id, tokenizer.end_id)), donate_argnums=0,
                    out_shardings=(shardings, None))
@@ -64,7 +64,7 @@ for arg in args:
     tokenizer = Trained(spec) if spec.startswith("bpe:") else get_tokenizer(spec, tuple)
     config = resolve(Config.from_dict(get_config(arg).to_dict()), tokenizer)
     for shape in meshes:
-        if config.model.heads % shape[2]:
+        if config.model.num_heads % shape[2]:
             continue
         mesh = sharding.make_mesh(MeshConfig(*shape))
         state, program = lowered(config, tokenizer, mesh)

@@ -21,8 +21,8 @@ from launch.__main__ import main
 from launch.arguments import load_config
 
 CONFIG = "configs/tiny.py:algo=ar"
-SMALL = ("--config.model.layers=2", "--config.model.width=64", "--config.model.heads=2", "--config.data.length=64",
-         "--config.data.tokenizer=bpe:1151", "--config.train.batch=16", "--config.compute.dtype=float32")
+SMALL = ("--config.model.num_layers=2", "--config.model.hidden_size=64", "--config.model.num_heads=2", "--config.data.seq_len=64",
+         "--config.data.tokenizer=bpe:1151", "--config.train.batch_size=16", "--config.compute.dtype=float32")
 MATRICES = 1152 * 64 + 2 * (4 + 2 * 4) * 64 * 64 + 64 * 1152  # embedding, two layers, output layer
 VECTORS = 2 * (2 * 64 + 5 * 64) + 64 + 1152  # norms and biases
 PARAMS = MATRICES + VECTORS
@@ -63,7 +63,7 @@ def test_gradients_are_what_devices_send(four):
 
 def test_speed_is_flops_over_peak(four):
     config = load_config(CONFIG, SMALL)
-    needed = flops.train_step(plan.resolve_config(config)[0].model, config.diffusion, batch=16, length=64, views=1)
+    needed = flops.train_step(plan.resolve_config(config)[0].model, config.diffusion, batch=16, length=64, noise_samples=1)
     assert four["flops_per_step"] == needed
     assert [row["device"] for row in four["expected"]] == ["H100"]
     check_speeds(four, 0.5)
@@ -78,7 +78,7 @@ def test_a_curriculum_is_planned_by_its_parts():
     assert {size: part for size, (part, _) in found.items()} == {4: pytest.approx(0.5), 16: pytest.approx(0.5)}
     for size, (_, work) in found.items():
         objective = dataclasses.replace(config.diffusion, block_size=size)
-        assert work == flops.train_step(config.model, objective, batch=16, length=64, views=1)
+        assert work == flops.train_step(config.model, objective, batch=16, length=64, noise_samples=1)
     plain = plan.resolve_config(load_config("configs/tiny.py", SMALL))[0]
     assert plan.phases(plain)[plain.block_size][0] == 1
     short = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2))
@@ -120,7 +120,7 @@ def test_bad_input(capsys, monkeypatch, flag, message):
 
 @pytest.mark.parametrize(("mesh", "message"), [
     ("data=3", "mesh.data x mesh.fsdp = 3 does not divide a batch of 16 rows"),
-    ("tensor=4", "mesh.tensor=4 does not divide model.heads=2"),
+    ("tensor=4", "mesh.tensor=4 does not divide model.num_heads=2"),
 ])
 def test_a_mesh_that_train_refuses(mesh, message):
     done = subprocess.run([sys.executable, "-m", "launch", "train", "--plan", *SMALL, f"--mesh={mesh}"], cwd=ROOT,
@@ -220,6 +220,6 @@ def test_the_tpu_compiler_is_asked_by_itself():
 @pytest.mark.libtpu
 def test_the_tpu_compiler_runs_out_of_memory():
     pytest.importorskip("libtpu")
-    found = run("--for=v5e", "--config.train.batch=65536")
+    found = run("--for=v5e", "--config.train.batch_size=65536")
     assert found["bytes_per_device"]["total"] > hardware.ACCELERATORS["v5e"].memory
     assert found["expected"][0]["fits"] is False and found["communication"] is None

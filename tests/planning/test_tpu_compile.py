@@ -46,8 +46,8 @@ rows, length, block_size, heads, kv_heads, head_size = 4, 2048, 16, 4, 2, 64
 mesh = mesh_of(topology, data, fsdp)
 def shape(*shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
-def tokens(length, view):
-    return Tokens(*[shape(rows, length, dtype=jnp.int32)] * 3, view)
+def tokens(length, copy):
+    return Tokens(*[shape(rows, length, dtype=jnp.int32)] * 3, copy)
 def stream(*lead):
     return tuple(shape(*lead, n, head_size) for n in (heads, kv_heads, kv_heads))
 kept = length - block_size
@@ -76,8 +76,8 @@ from bd3lm_jax.generation import generation
 from bd3lm_jax.generation.options import Options
 
 special, length = SpecialIds(mask=511, end=0), 512
-config = toy_config(Path("unused"), {"model.layers": 3, "model.width": 128, "model.heads": 2, "model.vocab_size": 512,
-                                     "data.length": length, "diffusion.block_size": 16, "train.batch": 32,
+config = toy_config(Path("unused"), {"model.num_layers": 3, "model.hidden_size": 128, "model.num_heads": 2, "model.vocab_size": 512,
+                                     "data.seq_len": length, "diffusion.block_size": 16, "train.batch_size": 32,
                                      "mesh.data": 1} | json.loads(sys.argv[1]))
 """
 

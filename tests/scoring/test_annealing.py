@@ -37,7 +37,7 @@ def dense(size, max_visible_position):
 
 @pytest.mark.parametrize("size", [1, 4, 12])
 def test_causal_at_first_and_block_causal_at_the_end(size):
-    """By enumeration over pairs of tokens, each stream and view."""
+    """By enumeration over pairs of tokens, each stream and copy."""
     first, end, plain = dense(size, sample_max_visible_position(0, size)), dense(
         size, sample_max_visible_position(STEPS, size)), dense(size, None)
     for i in range(2 * LENGTH):

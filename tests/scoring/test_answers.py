@@ -19,7 +19,7 @@ from bd3lm_jax.training.step import draw_noise, make_step
 from bd3lm_jax.training.train import train
 
 SPECIAL = SpecialIds(MASK, END)
-SFT = {"data.source": "sft", "data.path": "there", "data.layout": "pack"}
+SFT = {"data.source": "sft", "data.path": "there", "data.packing": "pack"}
 LLADA = {"kind": "llada", "block_size": LENGTH, "complement": False, "random_length": 0.0, "sft": True,
          "normalise": "answer"}
 
@@ -87,11 +87,11 @@ def dialogues(path, number=60):
 
 
 @pytest.mark.ci_slow
-@pytest.mark.parametrize("changes", [{}, {"diffusion": LLADA, "data.layout": "pad"},
+@pytest.mark.parametrize("changes", [{}, {"diffusion": LLADA, "data.packing": "pad"},
                                      {"diffusion": AR, "model.adaln": False}], ids=["blocks", "llada", "ar"])
 def test_runs_on_dialogues(tmp_path, changes):
     """Prepared, trained and validated on answers: every answer with its end token, and nothing else."""
-    sft = SFT | {"data.path": dialogues(tmp_path / "d.jsonl"), "train.steps": 12, "data.length": 16} | changes
+    sft = SFT | {"data.path": dialogues(tmp_path / "d.jsonl"), "train.steps": 12, "data.seq_len": 16} | changes
     if "diffusion" in changes and changes["diffusion"]["kind"] == "llada":
         sft["diffusion"] = {**LLADA, "block_size": 16}
     result = train(toy_config(tmp_path, sft), str(tmp_path / "run"))

@@ -67,7 +67,7 @@ def test_every_step_is_that_of_a_run_of_its_block_size(home, whole):
         config = rundir.resolve(config, tokenizer)
         mesh = sharding.make_mesh(config.mesh)
         built = Program.of(config, SpecialIds(tokenizer.mask_id, tokenizer.end_id), mesh, np.float32)
-        loader = Loader(prepare(config.data, "train", size, tokenizer), config.train.batch, config.seed, None)
+        loader = Loader(prepare(config.data, "train", size, tokenizer), config.train.batch_size, config.seed, None)
         with jax.set_mesh(mesh):
             state, step = state or built.initial_state(), built.step()
             for i in steps:
@@ -94,15 +94,15 @@ def test_a_curriculum_is_read_back_and_decides_what_is_learned(home, whole):
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    ({"train.block_sizes": ((0, 5), (3, 4))}, "blocks of 5 tokens, which do not divide data.length=32"),
+    ({"train.block_sizes": ((0, 5), (3, 4))}, "blocks of 5 tokens, which do not divide data.seq_len=32"),
     ({"train.block_sizes": ((0, 1), (3, 8))}, "ends with blocks of 8 tokens, .* diffusion.block_size=4"),
     ({"train.block_sizes": ((1, 1), (3, 4))}, "begin at step 0"),
     ({"train.block_sizes": ((0, 1), (3, 2), (3, 4))}, "the steps rising"),
     ({"train.block_sizes": ((0, 1, 2), (3, 4))}, "expected pairs"),
     ({"train.block_sizes": ((0, 0), (3, 4))}, "expected pairs"),
     ({"train.block_sizes": (0, 4)}, "train.block_sizes"),
-    ({"train.block_sizes": ((0, 8), (3, 4)), "data.layout": "pack"}, "documents begin at multiples of"),
-    ({"train.block_sizes": PAIRS, "noise.adapt": "counts"}, "noise.adapt='counts' learns about blocks of one size"),
+    ({"train.block_sizes": ((0, 8), (3, 4)), "data.packing": "pack"}, "documents begin at multiples of"),
+    ({"train.block_sizes": PAIRS, "noise.adaptive_noise": "counts"}, "noise.adaptive_noise='counts' learns about blocks of one size"),
     ({"train.block_sizes": PAIRS, "diffusion.count_probs": (1.0, 1.0, 1.0, 2.0)}, "count_probs is for blocks of one"),
     ({"train.block_sizes": ((0, 1),), "diffusion": {"kind": "ar", "bos": True}}, "no effect with diffusion.kind='ar'"),
 ])

@@ -26,7 +26,7 @@ from bd3lm_jax.scoring.score import score
 def shifted_lm(size, form="block"):
     """The network of the autoregressive toy model, its mask token a token like others, with blocks."""
     ar = make_lm(Autoregression(bos=True))
-    config = dataclasses.replace(ar.config.model, shifted=form)
+    config = dataclasses.replace(ar.config.model, target_shift=form)
     whole = dataclasses.replace(ar.config, model=config, diffusion=masked(size))
     return bd3lm_jax.LM(whole, ar.params, LETTERS, build(config, jnp.float32), CONTEXT)
 
@@ -124,10 +124,10 @@ def test_likelihoods_and_holes_are_those_of_the_autoregressive_model():
 
 
 def test_forms_that_do_not_fit_are_refused(tmp_path):
-    with pytest.raises(UserError, match="model.shifted is 'blocks', expected one of '', 'row', 'block'"):
-        toy_config(tmp_path, {"model.shifted": "blocks"})
-    with pytest.raises(UserError, match="model.shifted='row' is for one block a row, and diffusion.block_size=4"):
-        toy_config(tmp_path, {"model.shifted": "row"})
-    with pytest.raises(UserError, match="model.shifted='block' has no effect with diffusion.kind='ar': use ''"):
-        toy_config(tmp_path, {"model.shifted": "block", "diffusion": AR, "model.adaln": False})
-    assert target_shift.target_shift_of(toy_config(tmp_path, {"model.shifted": "block"}).model) == "block"
+    with pytest.raises(UserError, match="model.target_shift is 'blocks', expected one of '', 'row', 'block'"):
+        toy_config(tmp_path, {"model.target_shift": "blocks"})
+    with pytest.raises(UserError, match="model.target_shift='row' is for one block a row, and diffusion.block_size=4"):
+        toy_config(tmp_path, {"model.target_shift": "row"})
+    with pytest.raises(UserError, match="model.target_shift='block' has no effect with diffusion.kind='ar': use ''"):
+        toy_config(tmp_path, {"model.target_shift": "block", "diffusion": AR, "model.adaln": False})
+    assert target_shift.target_shift_of(toy_config(tmp_path, {"model.target_shift": "block"}).model) == "block"

@@ -26,8 +26,8 @@ OBJECTIVES = {
     "clipped": {"diffusion.corruption": "bernoulli", "diffusion.clip_low": 0.45, "diffusion.clip_high": 0.95},
     "mdlm": {"diffusion.block_size": LENGTH},
     "time_conditioned": {"model.time_conditioning": True},
-    "views": {"train.views": 3},
-    "complement": {"train.views": 2, "diffusion.complement": True, "compute.loss_chunk": 7},
+    "copies": {"train.noise_samples": 3},
+    "complement": {"train.noise_samples": 2, "diffusion.complement": True, "compute.loss_chunk": 7},
     "ar": {"diffusion": AR, "model.adaln": False},
 }
 
@@ -45,9 +45,9 @@ class Setting:
     """A step in use: its config, network, first state (weights and average differ), and how often it was traced."""
 
     def __init__(self, changes, tx):
-        self.config = toy_config(Path("unused"), {"optim.ema": 0.99, **changes})
+        self.config = toy_config(Path("unused"), {"optim.ema_decay": 0.99, **changes})
         self.model, params = network(self.config)
-        average = jax.tree.map(lambda p: p + 1.0, params) if self.config.optim.ema else {}
+        average = jax.tree.map(lambda p: p + 1.0, params) if self.config.optim.ema_decay else {}
         self.state = TrainState(jnp.int32(0), params, average, tx.init(params))
         self.traces = 0
         step = make_step(self.config, self.model, tx, SPECIAL)
@@ -66,7 +66,7 @@ def setting(name):
 
 def noise_of_step(config, step, batch):
     key = jax.random.fold_in(jax.random.key(config.seed), step)
-    return quick_jit(functools.partial(config.diffusion.corrupt, views=config.train.views, mask_id=MASK, end_id=END))(
+    return quick_jit(functools.partial(config.diffusion.corrupt, noise_samples=config.train.noise_samples, mask_id=MASK, end_id=END))(
         jax.random.split(key)[0], batch["tokens"], batch["segments"])
 
 
@@ -95,12 +95,12 @@ def direct_loss(config, model, params, noised, batch):
         logits = model.head.apply({"params": params["head"]}, h, cond)
     odds = jnp.exp(logits - logits.max(-1, keepdims=True)).at[..., MASK].set(0)
     chosen = jnp.take_along_axis(odds, batch["tokens"][:, None, :, None], axis=-1)[..., 0]
-    losses = jnp.sum(noised.weight_BxMxL * -jnp.log(chosen / odds.sum(-1))) / config.train.views
+    losses = jnp.sum(noised.weight_BxMxL * -jnp.log(chosen / odds.sum(-1))) / config.train.noise_samples
     return losses / jnp.sum(batch["segments"] != 0)
 
 
 SLOW_NAMES = [pytest.param(name, marks=pytest.mark.ci_slow)
-              for name in ("bernoulli", "mdlm", "time_conditioned", "views")]
+              for name in ("bernoulli", "mdlm", "time_conditioned", "copies")]
 
 
 @pytest.mark.parametrize("name", ["exact_count", "clipped", "complement", "ar", *SLOW_NAMES])
@@ -112,7 +112,7 @@ def test_loss_is_the_formula_and_goes_down(name):
     new, metrics = it.step(it.state.replace(step=jnp.int32(5)), batch)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=2e-6)
     masked = np.asarray(noised.weight_BxMxL > 0).sum() / np.asarray(batch["segments"] != 0).sum()
-    np.testing.assert_allclose(metrics["masked"], masked / it.config.train.views, rtol=1e-6)
+    np.testing.assert_allclose(metrics["masked"], masked / it.config.train.noise_samples, rtol=1e-6)
     assert not metrics["overflow"]
     assert int(new.step) == 6 and bool(metrics["finite"])
 
@@ -212,7 +212,7 @@ def test_counted_positions_come_first_and_in_order():
 def test_microbatches_change_nothing():
     """Not even dropout; and an average that is off stays off."""
     batch, results = make_batch(padding=6), {}
-    changes = {"model.dropout": 0.2, "train.batch": BATCH, "optim.ema": 0.0}
+    changes = {"model.dropout": 0.2, "train.batch_size": BATCH, "optim.ema_decay": 0.0}
     for rows in (0, 1, 2):
         it = Setting({**changes, "compute.microbatch": rows}, optax.sgd(0.1))
         results[rows] = it.step(it.state, batch)
@@ -235,7 +235,7 @@ def test_bfloat16_follows_float32():
         it = setting("exact_count")
         model = models.build(it.model.config, jnp.dtype(dtype))
         state = TrainState(jnp.int32(0), it.state.params, {}, optax.sgd(1.0).init(it.state.params))
-        config = dataclasses.replace(it.config, optim=dataclasses.replace(it.config.optim, ema=0.0))
+        config = dataclasses.replace(it.config, optim=dataclasses.replace(it.config.optim, ema_decay=0.0))
         new, metrics = quick_jit(make_step(config, model, optax.sgd(1.0), SPECIAL))(state, batch)
         assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((new.params, metrics["loss"])))
         change = jax.tree.map(lambda new, old: np.ravel(new - old), new.params, state.params)

@@ -28,13 +28,13 @@ def test_the_config_of_the_objective_builds(arg):
 
 @pytest.mark.parametrize("changes, words", [
     ({"diffusion": PRIORITY}, "diffusion.kind='priority' needs the density of every token: set data.density, one of "),
-    ({"data.density": "python"}, "data.density='python' has no effect with diffusion.kind='masked' and noise.adapt='n"),
-    ({"data.density": "python", "diffusion": PRIORITY, "noise.adapt": "running_loss"}, "data.density='python' has no"),
-    ({"noise.adapt": "running_loss"}, "'running_loss' chooses the density of tokens, which diffusion.kind='masked'"),
+    ({"data.density": "python"}, "data.density='python' has no effect with diffusion.kind='masked' and noise.adaptive_noise='n"),
+    ({"data.density": "python", "diffusion": PRIORITY, "noise.adaptive_noise": "running_loss"}, "data.density='python' has no"),
+    ({"noise.adaptive_noise": "running_loss"}, "'running_loss' chooses the density of tokens, which diffusion.kind='masked'"),
     ({"data.density": "frequency", "diffusion": PRIORITY | {"importance": True}}, "importance=True needs tags, and"),
-    ({"data.density": "python", "diffusion": PRIORITY | {"complement": True}}, "train.views=1 is no multiple of 2"),
+    ({"data.density": "python", "diffusion": PRIORITY | {"complement": True}}, "train.noise_samples=1 is no multiple of 2"),
     ({"data.density": "pyton", "diffusion": PRIORITY}, "unknown data.density 'pyton': did you mean 'python'?"),
-    ({"data.density": "python", "noise.adapt": "counts", "diffusion": PRIORITY}, "noise.adapt='counts' needs"),
+    ({"data.density": "python", "noise.adaptive_noise": "counts", "diffusion": PRIORITY}, "noise.adaptive_noise='counts' needs"),
 ])
 def test_what_does_not_go_together(tmp_path, changes, words):
     with pytest.raises(UserError) as error:
@@ -73,7 +73,7 @@ def test_an_objective_that_needs_a_density_has_one_in_the_configs(name):
 def test_the_running_loss_of_the_network_is_a_density(tmp_path):
     """No data.density; importance weights make the loss the bound, so that it is logged as such."""
     write_text(tmp_path / "text.txt", 80)
-    config = toy_config(tmp_path, {"diffusion": PRIORITY | {"importance": True}, "noise.adapt": "running_loss",
+    config = toy_config(tmp_path, {"diffusion": PRIORITY | {"importance": True}, "noise.adaptive_noise": "running_loss",
                                    "train.steps": 3, "eval.every": 1})
     train_module.train(config, str(tmp_path / "run"))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -78,7 +78,7 @@ def test_sigterm_with_nothing_to_save_ends_the_run_at_once(home, whole, tmp_path
 @pytest.mark.parametrize("during", [True, False])
 def test_sigterm_is_not_kept_waiting_by_a_validation(home, whole, tmp_path, monkeypatch, during):
     """Told during the validation of step 3, or before it: step 3 is saved without, and the run goes on bit for bit."""
-    config, measured = toy_config(home, {"eval.every": 3, "eval.batch": 1}), []
+    config, measured = toy_config(home, {"eval.every": 3, "eval.batch_size": 1}), []
     with monkeypatch.context() as patched, pytest.raises(Preempted, match="after step 3, which is saved"):
         if during:
             tells(patched, training.Evaluator, "_documents")  # after the first batch

@@ -28,7 +28,7 @@ def program(changes, devices=1) -> Program:
 
 @pytest.fixture(scope="module")
 def toy():
-    return program({"train.batch": 16, "train.views": 4})
+    return program({"train.batch_size": 16, "train.noise_samples": 4})
 
 
 @pytest.fixture
@@ -41,9 +41,9 @@ def said(monkeypatch, toy):
         return found[1]
 
     def compiler(program):
-        compute, views = program.config.compute, program.config.train.views
+        compute, noise_samples = program.config.compute, program.config.train.noise_samples
         part = {"none": 1.0, "dots": 0.6, "attention": 0.4, "full": 0.2}[compute.remat]
-        return 100 * MIB * part * (compute.microbatch or 16) / 16 * views / 4
+        return 100 * MIB * part * (compute.microbatch or 16) / 16 * noise_samples / 4
 
     monkeypatch.setattr(memory, "GIB", MIB)
     monkeypatch.setattr(memory, "_bytes_needed", compiler)
@@ -54,7 +54,7 @@ def said(monkeypatch, toy):
     (99, "--config.compute.remat=dots"), (60, "--config.compute.remat=dots"), (59, "--config.compute.remat=attention"),
     (20, "--config.compute.remat=full"), (19, "--config.compute.remat=full --config.compute.microbatch=8"),
     (1.3, "--config.compute.remat=full --config.compute.microbatch=1"),
-    (1.2, "--config.compute.remat=full --config.compute.microbatch=1 --config.train.views=2"),
+    (1.2, "--config.compute.remat=full --config.compute.microbatch=1 --config.train.noise_samples=2"),
 ])
 def test_the_cheapest_change_that_fits(said, limit, flags):
     assert said(limit) == flags
@@ -65,7 +65,7 @@ def test_nothing_fits(said, toy):
     state = bytes_per_device(toy.arguments()[0]) / MIB
     assert memory.advice(toy, limit * MIB) == (
         f"out of memory: the step needs about 100.0 GiB a device, there are {limit:.1f}, and neither remat, "
-        f"microbatches, fsdp nor fewer views would do (weights and optimiser take {state:.1f}): use more devices, with "
+        f"microbatches, fsdp nor fewer copies would do (weights and optimiser take {state:.1f}): use more devices, with "
         "mesh.fsdp, or a smaller model")
 
 
@@ -76,10 +76,10 @@ def test_figures_are_the_compiler_s(toy, monkeypatch):
 
 
 def test_pairs_of_views_stay_pairs():
-    changes = {"train.views": 4, "diffusion.complement": True, "diffusion.corruption": "exact_count"}
+    changes = {"train.noise_samples": 4, "diffusion.complement": True, "diffusion.corruption": "exact_count"}
     toy = program(changes)
-    views = {config.train.views for config in memory._cheaper(toy.config, toy.mesh)}
-    assert views == {4, 2}
+    noise_samples = {config.train.noise_samples for config in memory._cheaper(toy.config, toy.mesh)}
+    assert noise_samples == {4, 2}
 
 
 def test_weights_are_split_when_they_do_not_fit():
@@ -98,7 +98,7 @@ def test_weights_are_split_when_they_do_not_fit():
 
 def kept(**changes) -> int:
     """Padding of attention with 12 layers of 4 heads of 64, 8 rows of 1024 tokens, in 16 bits."""
-    base = {"model.layers": 12, "model.width": 256, "model.heads": 4, "train.batch": 8, "data.length": 1024,
+    base = {"model.num_layers": 12, "model.hidden_size": 256, "model.num_heads": 4, "train.batch_size": 8, "data.seq_len": 1024,
             "diffusion.block_size": 16, "compute.remat": "attention", "mesh.data": 1}
     config, special = resolve_config(toy_config(Path("unused"), base | changes))
     return memory.tpu_padding(Program.of(config, special, make_mesh(config.mesh, jax.devices()[:1]), jnp.float16))
@@ -119,7 +119,7 @@ def test_padding_is_that_of_kept_layers_and_of_a_microbatch():
     # 2048 queries in tiles of full lanes of 16 bits, and 8 sublanes of the log-sum-exp; 2032 of 64 numbers and one.
     assert whole == 12 * 8 * 4 * (2048 * (128 * 2 + 8 * 4) - 2032 * (64 * 2 + 4))
     assert kept(**{"compute.remat": "none"}) - whole == 3 * 12 * 8 * 4 * 2 * (2048 * 128 - 2032 * 64)
-    assert kept(**{"model.heads": 2}) == 12 * 8 * 2 * (2048 * (128 * 2 + 8 * 4) - 2032 * (128 * 2 + 4))
+    assert kept(**{"model.num_heads": 2}) == 12 * 8 * 2 * (2048 * (128 * 2 + 8 * 4) - 2032 * (128 * 2 + 4))
     assert kept(diffusion={"kind": "ar", "bos": True}) == 12 * 8 * 4 * 1024 * (128 * 2 + 8 * 4 - 64 * 2 - 4)
 
 

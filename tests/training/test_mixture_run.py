@@ -32,7 +32,7 @@ def mixed(tmp_path):
 def test_prepare_says_what_will_be_read(tmp_path, mixed, capsys):
     words = [f"--config.{key}={value}" for key, value in mixed.items()]
     words += [f"--config.data.cache_dir={tmp_path / 'cache'}", "--config.data.tokenizer=bytes", "--verify",
-              "--config.train.batch=8"]
+              "--config.train.batch_size=8"]
     assert main(["prepare", *words]) == 0
     result = json.loads(capsys.readouterr().out)
     assert [x["rows_seen"] for x in result["sources"]] == [18, 6]

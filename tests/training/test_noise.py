@@ -26,8 +26,8 @@ from bd3lm_jax.training.train import train
 
 SPECIAL = SpecialIds(MASK, END)
 BATCH, BLOCKS = 4, LENGTH // 4
-COUNTS = {"noise.adapt": "counts", "noise.count_decay": 0.5}
-CLIP = {"noise.adapt": "clip", "diffusion.corruption": "bernoulli", "noise.clip_widths": (0.5, 0.8),
+COUNTS = {"noise.adaptive_noise": "counts", "noise.count_decay": 0.5}
+CLIP = {"noise.adaptive_noise": "clip", "diffusion.corruption": "bernoulli", "noise.clip_widths": (0.5, 0.8),
         "noise.clip_stride": 0.25}
 
 
@@ -50,7 +50,7 @@ def token_losses(model, params, objective, noised, batch):
 @pytest.mark.ci_slow
 @pytest.mark.parametrize("microbatch", [0, 2])
 def test_steps_learn_the_squared_mean_losses_of_their_own_noise(microbatch):
-    config = toy_config(Path("unused"), {**COUNTS, "train.batch": BATCH, "train.views": 2, "optim.ema": 0.0,
+    config = toy_config(Path("unused"), {**COUNTS, "train.batch_size": BATCH, "train.noise_samples": 2, "optim.ema_decay": 0.0,
                                          "compute.microbatch": microbatch})
     model, params = network(config)
     tx, traces = optax.sgd(0.1), []
@@ -104,7 +104,7 @@ def test_block_losses():
 
 
 def chooser_and_state():
-    config = toy_config(Path("unused"), {**CLIP, "noise.clip_batches": 2, "eval.every": 5, "train.batch": BATCH})
+    config = toy_config(Path("unused"), {**CLIP, "noise.clip_batches": 2, "eval.every": 5, "train.batch_size": BATCH})
     model, params = network(config)
     state = TrainState(jnp.int32(0), params, {}, (), config.schedule.init_state())
     return NoiseSelector(config, model, SPECIAL, sharding.make_mesh(config.mesh)), state
@@ -195,8 +195,8 @@ def test_runs_go_on_bit_for_bit_with_the_noise_they_had(name, home, tmp_path, mo
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"noise.adapt": "clips"}, "noise.adapt is 'clips'"),
-    ({"noise.adapt": "clip"}, "noise.adapt='clip' needs diffusion.corruption='bernoulli', not 'exact_count'"),
+    ({"noise.adaptive_noise": "clips"}, "noise.adaptive_noise is 'clips'"),
+    ({"noise.adaptive_noise": "clip"}, "noise.adaptive_noise='clip' needs diffusion.corruption='bernoulli', not 'exact_count'"),
     ({**COUNTS, "diffusion.corruption": "bernoulli"}, "needs diffusion.corruption='exact_count', not 'bernoulli'"),
     ({**COUNTS, "diffusion.count_probs": (1.0, 1.0, 1.0, 2.0)}, "diffusion.count_probs has no effect"),
     ({**COUNTS, "diffusion": AR, "model.adaln": False}, "which diffusion.kind='ar' does not have"),
@@ -225,7 +225,7 @@ def test_devices_choose_the_same_noise(changes, home, tmp_path):
     """
     found = {}
     for devices, mesh in ((1, {}), (8, {"mesh.data": 4, "mesh.fsdp": 2})):
-        config = toy_dict(home, {**changes, "eval.every": 2, "train.steps": 4, "train.batch": 16, **mesh})
+        config = toy_dict(home, {**changes, "eval.every": 2, "train.steps": 4, "train.batch_size": 16, **mesh})
         done = run_python(code, json.dumps(config), tmp_path / str(devices), devices=devices)
         assert done.returncode == 0, done.stderr
         found[devices] = noise_lines(tmp_path / str(devices))

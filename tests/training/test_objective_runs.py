@@ -32,7 +32,7 @@ def trained(directory, algo, **changes):
 
 def test_a_run_without_a_bound(tmp_path):
     """It trains to its end, samples, goes on, and nowhere reports a likelihood."""
-    result, lines = trained(tmp_path, "ssd_lm", **{"eval.samples": 1, "eval.sample_length": 16})
+    result, lines = trained(tmp_path, "ssd_lm", **{"eval.num_samples": 1, "eval.sample_length": 16})
     assert result["valid_nll"] is None and result["valid_ppl"] is None and result["train_nll"] is None
     assert np.isfinite(lines[-1]["train/loss"]) and not any("nll" in key for line in lines for key in line)
     assert set(report.read(tmp_path / "run")) == {"step", "settings"}
@@ -42,24 +42,24 @@ def test_a_run_without_a_bound(tmp_path):
     samples = lm.generate(num=2, length=LENGTH, steps=3, top_p=0.9)
     assert samples == lm.generate(num=2, length=LENGTH, sampler="simplex", steps=3, top_p=0.9)
     assert all(sample.nfe == 3 * LENGTH // 8 or sample.stop == "end" for sample in samples)
-    again, _ = trained(tmp_path, "ssd_lm", **{"eval.samples": 1, "eval.sample_length": 16})
+    again, _ = trained(tmp_path, "ssd_lm", **{"eval.num_samples": 1, "eval.sample_length": 16})
     assert again["step"] == 2
 
 
 def test_a_run_with_parameters_of_the_objective(tmp_path):
     """They are saved, restored and go on; the bound is measured under uniform masks."""
-    result, lines = trained(tmp_path, "adversarial", **{"train.views": 2})
+    result, lines = trained(tmp_path, "adversarial", **{"train.noise_samples": 2})
     assert result["train_nll"] is None and 0 < result["valid_nll"] < 8
     lm = bd3lm_jax.load(str(tmp_path / "run"))
     assert set(lm.params[OBJECTIVE_PARAMS]) == {"token", "place", "out"} and np.any(lm.params[OBJECTIVE_PARAMS]["out"])
     assert len(lm.generate(num=1, length=16)) == 1
-    further, more = trained(tmp_path, "adversarial", **{"train.views": 2, "train.steps": 3})
+    further, more = trained(tmp_path, "adversarial", **{"train.noise_samples": 2, "train.steps": 3})
     assert further["step"] == 3 and len(more) == len(lines) + 1
 
 
 def test_a_split_network_trains_and_writes(tmp_path):
     write_text(tmp_path / "text.txt", 200)
-    result = train(toy_config(tmp_path, {"model.layers": 3, "model.decoder_layers": 1, "train.steps": 2}),
+    result = train(toy_config(tmp_path, {"model.num_layers": 3, "model.decoder_layers": 1, "train.steps": 2}),
                    str(tmp_path / "run"))
     assert 0 < result["valid_nll"] < 8
     lm = bd3lm_jax.load(str(tmp_path / "run"))

@@ -11,7 +11,7 @@ from bd3lm_jax.core.state import LORA
 from bd3lm_jax.training.optim import ema_decay, make_optimizer, make_schedule, update_ema, warmup_steps
 
 OPTIM = dict(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, clip_norm=1.0, warmup_steps=10,
-             schedule="constant", final_lr_fraction=0.1, decay_fraction=0.2, ema=0.999)
+             schedule="constant", final_lr_fraction=0.1, decay_fraction=0.2, ema_decay=0.999)
 
 
 def optim(**changes):

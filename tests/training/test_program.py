@@ -66,6 +66,6 @@ def test_bytes_on_four_devices():
 
 def test_a_mesh_that_does_not_divide_is_refused():
     with pytest.raises(UserError, match="does not divide a batch of 7 rows"):
-        run = toy_config(Path("unused"), {"train.batch": 7})
+        run = toy_config(Path("unused"), {"train.batch_size": 7})
         mesh = jax.sharding.AbstractMesh((2, 1, 1, 1), AXES)
         Program.of(resolve_config(run)[0], SPECIAL, mesh, jnp.float32)

@@ -21,11 +21,11 @@ def run(tmp_path_factory):
     """What `train` hands to the report, with random weights."""
     directory = tmp_path_factory.mktemp("report")
     write_text(directory / "text.txt", 200)
-    config = toy_config(directory, {"eval.samples": 2, "eval.sample_length": 16})
+    config = toy_config(directory, {"eval.num_samples": 2, "eval.sample_length": 16})
     tokenizer = prepare_tokenizer(config.data)
     rows = {split: prepare(config.data, split, 4, tokenizer) for split in ("train", "valid")}
     model, params = network(config)
-    config = toy_config(directory, {"eval.samples": 2, "eval.sample_length": 16, "model.vocab_size": 258})
+    config = toy_config(directory, {"eval.num_samples": 2, "eval.sample_length": 16, "model.vocab_size": 258})
     run = types.SimpleNamespace(config=config, workdir=directory / "run", tokenizer=tokenizer, rows=rows,
                                 valid_rows=RowsWithBytes(rows["valid"], tokenizer),
                                 program=types.SimpleNamespace(model=model))
@@ -100,7 +100,7 @@ def test_the_embedded_corpus_is_tested_too(run, capsys, monkeypatch):
     monkeypatch.setattr(report, "_count_models", lambda run, split, rows: {f"counts of {split}": 3.0})
     other = types.SimpleNamespace(**vars(run) | {"config": austen})
     report.write_report(other, params, ESTIMATE, types.SimpleNamespace(run=evaluate))
-    assert calls == [{"estimator": "exact_count", "draws": austen.eval.draws, "seed": austen.seed, "num_rows": 0}]
+    assert calls == [{"estimator": "exact_count", "draws": austen.eval.mc_samples, "seed": austen.seed, "num_rows": 0}]
     shown = capsys.readouterr().err
     assert "test: bound on the NLL, 33 documents" in shown and "counts of test" in shown and "counts of valid" in shown
     assert "samples:" not in shown

@@ -258,8 +258,8 @@ def test_devices_and_meshes_give_the_same_losses(home, tmp_path):
     """
     found, rows = {}, {}
     for name, (devices, mesh) in MESHES.items():
-        workdir, more, changes = tmp_path / name, tmp_path / f"{name}-more", {"model.layers": 3} | mesh
-        runs = [(toy_dict(home, changes | {"train.steps": 5, "eval.samples": int(name == "all")}), str(workdir)),
+        workdir, more, changes = tmp_path / name, tmp_path / f"{name}-more", {"model.num_layers": 3} | mesh
+        runs = [(toy_dict(home, changes | {"train.steps": 5, "eval.num_samples": int(name == "all")}), str(workdir)),
                 (toy_dict(home, changes | {"train.steps": 7}), str(more))]
         if name != "one":  # which has nothing to go on from: seven steps at once
             shutil.copytree(tmp_path / "one", more)

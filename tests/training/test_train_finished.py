@@ -17,7 +17,7 @@ def same(result: dict) -> dict:
 @pytest.mark.ci_slow
 def test_its_stored_report_at_once_or_again_where_other_settings_are_wanted(tmp_path, monkeypatch, capsys):
     write_text(tmp_path / "text.txt", 100)
-    changes = {"train.steps": 2, "eval.samples": 1}
+    changes = {"train.steps": 2, "eval.num_samples": 1}
     first = train(toy_config(tmp_path, changes), tmp_path / "run")
     stored = (tmp_path / "run" / report.REPORT).read_bytes()
     capsys.readouterr()
@@ -35,7 +35,7 @@ def test_its_stored_report_at_once_or_again_where_other_settings_are_wanted(tmp_
         return bool(closings)
 
     assert not repeats(**{"log.every": 5, "data.workers": 2})  # decides nothing of a report
-    assert repeats(**{"eval.draws": 3}), "more draws are another report"
+    assert repeats(**{"eval.mc_samples": 3}), "more draws are another report"
     foreign = json.loads(stored)
     foreign["settings"]["config_sha256"] = "0" * 64
     (tmp_path / "run" / report.REPORT).write_text(json.dumps(foreign))

@@ -51,10 +51,10 @@ def from_hf_config(path, published: dict, scalars: dict[str, float]) -> ModelSpe
     require(type(rope_base) in (int, float) and rope_base > 0,
             f"{path}: '{ROPE_KEY}' is {rope_base!r}, expected a positive number")
     model = DiTConfig(
-        vocab_size=published["vocab_size"], layers=published["n_blocks"], width=published["hidden_dim"],
-        heads=published["n_heads"], mlp_ratio=MLP_RATIO, dropout=float(published["dropout"]),
+        vocab_size=published["vocab_size"], num_layers=published["n_blocks"], hidden_size=published["hidden_dim"],
+        num_heads=published["n_heads"], mlp_ratio=MLP_RATIO, dropout=float(published["dropout"]),
         adaln=published["adaln"], cond_dim=published["cond_dim"], time_conditioning=published["time_conditioning"],
-        rope_base=float(rope_base), shifted=read_shifted(path, published, ""))
+        rope_theta=float(rope_base), target_shift=read_shifted(path, published, ""))
     objective = objective_from_config(path, published, _objective(published, scalars))
     return ModelSpec(model, objective, length, model.vocab_size - 1)
 
@@ -76,15 +76,15 @@ def to_hf_config(model: DiTConfig, objective, length: int) -> dict:
     limits = constants(model, objective)
     config = {
         "model_type": "bd3lm", "architectures": ["BD3LM"], **algo, "vocab_size": model.vocab_size,
-        "model_length": length, "block_size": objective.block_size, "hidden_dim": model.width,
-        "cond_dim": model.cond_dim, "n_blocks": model.layers, "n_heads": model.heads, "dropout": model.dropout,
+        "model_length": length, "block_size": objective.block_size, "hidden_dim": model.hidden_size,
+        "cond_dim": model.cond_dim, "n_blocks": model.num_layers, "n_heads": model.num_heads, "dropout": model.dropout,
         "adaln": model.adaln, "causal": objective.causal, "cross_attn": not algo, "attn_backend": "sdpa",
         "time_conditioning": model.time_conditioning, "var_min": CLIP[0] in limits,
         **{name: round(float(limits[name]), 6) for name in CLIP if name in limits},
     }
-    own_keys: dict[str, Any] = {SHIFTED: model.shifted} if model.shifted else {}
-    if model.rope_base != ROPE_BASE:
-        own_keys[ROPE_KEY] = model.rope_base
+    own_keys: dict[str, Any] = {SHIFTED: model.target_shift} if model.target_shift else {}
+    if model.rope_theta != ROPE_BASE:
+        own_keys[ROPE_KEY] = model.rope_theta
     return config | own_keys | objective_to_config(objective, _objective(config, limits))
 
 
@@ -111,8 +111,8 @@ def _objective(published: dict, scalars: dict) -> Masked | AR | SEDD:
 
 def layout(config: DiTConfig) -> dict[str, ParamMapping]:
     """Path of each of our parameters -> its published source."""
-    width, cond, hidden, vocab = config.width, config.cond_dim, config.mlp_ratio * config.width, config.vocab_size
-    heads, size, layers = config.heads, config.width // config.heads, range(config.layers)
+    width, cond, hidden, vocab = config.hidden_size, config.cond_dim, config.mlp_ratio * config.hidden_size, config.vocab_size
+    heads, size, layers = config.num_heads, config.hidden_size // config.num_heads, range(config.num_layers)
     block, output = "backbone.blocks.{layer}.", "backbone.output_layer."
     table = ParamMapping("backbone.vocab_embed.embedding", (vocab, width), unchanged, unchanged)
     leaves = {
@@ -148,17 +148,17 @@ def buffer_shapes(config: DiTConfig, names: set[str]) -> dict[str, tuple[int, ..
     """Name -> shape of the tensors beside parameters that a checkpoint with tensors of these names must hold. The
     limits of the clip may be absent, but not one of them alone."""
     limits = dict.fromkeys(CLIP, ()) if names & set(CLIP) else {}
-    return {INV_FREQ: (config.width // config.heads // 2,)} | limits
+    return {INV_FREQ: (config.hidden_size // config.num_heads // 2,)} | limits
 
 
 def check_buffers(path, config: DiTConfig, tensors: dict[str, np.ndarray]) -> None:
     """UserError unless the tensors of `buffer_shapes` say what the network computes."""
     found, expected = tensors[INV_FREQ], _frequencies(config)
     require(np.allclose(found, expected, rtol=1e-5, atol=0),
-            f"{path}: {INV_FREQ} is not that of RoPE base {config.rope_base:g} ('{ROPE_KEY}' in config.json, or else "
+            f"{path}: {INV_FREQ} is not that of RoPE base {config.rope_theta:g} ('{ROPE_KEY}' in config.json, or else "
             f"{ROPE_BASE:g}): entry 1 of {found.size} is {found[1:2]}, expected {expected[1:2]}")
 
 
 def _frequencies(config: DiTConfig) -> np.ndarray:
-    half = config.width // config.heads // 2
-    return config.rope_base ** (-np.arange(half) / half)
+    half = config.hidden_size // config.num_heads // 2
+    return config.rope_theta ** (-np.arange(half) / half)

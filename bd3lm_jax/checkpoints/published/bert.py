@@ -69,8 +69,8 @@ def from_hf_config(path, published: dict, scalars: dict[str, float]) -> ModelSpe
     require(length > 0, f"{path}: max_position_embeddings={published['max_position_embeddings']} leaves no position "
             f"behind the first {unused}")
     model = BertConfig(
-        vocab_size=published["vocab_size"], layers=published["num_hidden_layers"], width=published["hidden_size"],
-        heads=published["num_attention_heads"], hidden=published["intermediate_size"],
+        vocab_size=published["vocab_size"], num_layers=published["num_hidden_layers"], hidden_size=published["hidden_size"],
+        num_heads=published["num_attention_heads"], intermediate_size=published["intermediate_size"],
         dropout=float(published.get("hidden_dropout_prob", 0.0)), positions=length, unused_positions=unused,
         token_types=published["type_vocab_size"], norm_eps=float(published["layer_norm_eps"]))
     causal = published.get("is_decoder", False) is True
@@ -85,8 +85,8 @@ def to_hf_config(model: BertConfig, objective, length: int) -> dict:
     return {
         "model_type": names.kind, "architectures": [names.architectures[objective.causal]],
         "vocab_size": model.vocab_size, "max_position_embeddings": model.positions + model.unused_positions,
-        "hidden_size": model.width, "num_hidden_layers": model.layers, "num_attention_heads": model.heads,
-        "intermediate_size": model.hidden, "hidden_dropout_prob": model.dropout, "attention_probs_dropout_prob": 0.0,
+        "hidden_size": model.hidden_size, "num_hidden_layers": model.num_layers, "num_attention_heads": model.num_heads,
+        "intermediate_size": model.intermediate_size, "hidden_dropout_prob": model.dropout, "attention_probs_dropout_prob": 0.0,
         "layer_norm_eps": model.norm_eps, "type_vocab_size": model.token_types, "is_decoder": objective.causal,
         "pad_token_id": max(model.unused_positions - 1, 0), **{key: values[0] for key, values in CHOICES.items()},
         **language.write_objective(names.kind, objective, model.positions, causal=objective.causal),
@@ -95,8 +95,8 @@ def to_hf_config(model: BertConfig, objective, length: int) -> dict:
 
 def layout(config: BertConfig) -> dict[str, ParamMapping]:
     """Path of each of our parameters -> its published source."""
-    width, hidden, layers, names = config.width, config.hidden, range(config.layers), _names(config)
-    heads, size = config.heads, config.width // config.heads
+    width, hidden, layers, names = config.hidden_size, config.intermediate_size, range(config.num_layers), _names(config)
+    heads, size = config.num_heads, config.hidden_size // config.num_heads
     embeddings, block = f"{names.kind}.embeddings.", f"{names.kind}.encoder.layer.{{layer}}."
     rows = config.unused_positions + config.positions
     table = ParamMapping(_table(names), (config.vocab_size, width), unchanged, unchanged)
@@ -128,7 +128,7 @@ def layout(config: BertConfig) -> dict[str, ParamMapping]:
 
 def buffer_shapes(config: BertConfig, names: set[str]) -> dict[str, tuple[int, ...]]:
     """Name -> shape of tensors that may be there beside parameters."""
-    width, parts, rows = config.width, _names(config), config.unused_positions + config.positions
+    width, parts, rows = config.hidden_size, _names(config), config.unused_positions + config.positions
     optional_shapes = {
         f"{parts.kind}.embeddings.position_ids": (1, rows), f"{parts.kind}.embeddings.token_type_ids": (1, rows),
         f"{parts.kind}.pooler.dense.weight": (width, width), f"{parts.kind}.pooler.dense.bias": (width,),

@@ -43,11 +43,11 @@ def from_hf_config(path, published: dict, scalars: dict[str, float]) -> ModelSpe
     language.check_choices(path, published, CHOICES)
     width, hidden, length = published["n_embd"], published.get("n_inner"), published["n_positions"]
     require(hidden is None or type(hidden) is int, f"{path}: 'n_inner' is {hidden!r}, expected int or null")
-    model = GPT2Config(vocab_size=published["vocab_size"], layers=published["n_layer"], width=width,
-                       heads=published["n_head"], hidden=hidden or 4 * width,
+    model = GPT2Config(vocab_size=published["vocab_size"], num_layers=published["n_layer"], hidden_size=width,
+                       num_heads=published["n_head"], intermediate_size=hidden or 4 * width,
                        dropout=float(published.get("resid_pdrop", 0.0)), positions=length,
                        norm_eps=float(published["layer_norm_epsilon"]),
-                       shifted=language.read_shifted(path, published, ""))
+                       target_shift=language.read_shifted(path, published, ""))
     return ModelSpec(model, language.read_objective(path, published, length, causal=True), length,
                      language.mask_id(path, published))
 
@@ -57,18 +57,18 @@ def to_hf_config(model: GPT2Config, objective, length: int) -> dict:
     del length  # the context is what positions were learned for
     return {
         "model_type": GPT2Config.kind, "architectures": ["GPT2LMHeadModel"], "vocab_size": model.vocab_size,
-        "n_positions": model.positions, "n_embd": model.width, "n_layer": model.layers, "n_head": model.heads,
-        "n_inner": model.hidden, "resid_pdrop": model.dropout, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+        "n_positions": model.positions, "n_embd": model.hidden_size, "n_layer": model.num_layers, "n_head": model.num_heads,
+        "n_inner": model.intermediate_size, "resid_pdrop": model.dropout, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
         "layer_norm_epsilon": model.norm_eps, **{key: values[0] for key, values in CHOICES.items()},
         **language.write_objective(GPT2Config.kind, objective, model.positions, causal=True),
-        **({language.SHIFTED: model.shifted} if model.shifted else {}),
+        **({language.SHIFTED: model.target_shift} if model.target_shift else {}),
     }
 
 
 def layout(config: GPT2Config) -> dict[str, ParamMapping]:
     """Path of each of our parameters -> its published source."""
-    width, hidden, layers = config.width, config.hidden, range(config.layers)
-    heads, size, block = config.heads, config.width // config.heads, f"{PREFIX}h.{{layer}}."
+    width, hidden, layers = config.hidden_size, config.intermediate_size, range(config.num_layers)
+    heads, size, block = config.num_heads, config.hidden_size // config.num_heads, f"{PREFIX}h.{{layer}}."
     table = ParamMapping(TABLE, (config.vocab_size, width), unchanged, unchanged)
     return {
         "embed.embedding": padded(table, 0, config.padded_vocab),
@@ -102,12 +102,12 @@ def buffer_shapes(config: GPT2Config, names: set[str]) -> dict[str, tuple[int, .
     """Name -> shape of tensors that may be there beside parameters: the output layer, which is the token table, and
     what older versions kept for the causal mask."""
     masks: dict[str, tuple[int, ...]] = {}
-    for layer in range(config.layers):
+    for layer in range(config.num_layers):
         masks |= {f"{PREFIX}h.{layer}.attn.bias": (1, 1, config.positions, config.positions),
                   f"{PREFIX}h.{layer}.attn.masked_bias": ()}
     tables = (OUTPUT, TABLE) if OUTPUT in names else ()
     found = {name: shape for name, shape in masks.items() if name in names}
-    return {**dict.fromkeys(tables, (config.vocab_size, config.width)), **found}
+    return {**dict.fromkeys(tables, (config.vocab_size, config.hidden_size)), **found}
 
 
 def check_buffers(path, config: GPT2Config, tensors: dict[str, np.ndarray]) -> None:

@@ -27,7 +27,7 @@ def read_objective(path, published: dict, length: int, causal: bool) -> Any:
 
 
 def read_shifted(path, published: dict, default: str) -> str:
-    """Our `model.shifted` of a network that became a diffusion model; usual: what it is where nobody says."""
+    """Our `model.target_shift` of a network that became a diffusion model; usual: what it is where nobody says."""
     value_read = published.get(SHIFTED, default)
     require(value_read in ("", "row", "block"), f"{path}: '{SHIFTED}' is {value_read!r}, expected '', 'row' or 'block'")
     return value_read

@@ -51,12 +51,12 @@ def from_hf_config(path, published: dict, scalars: dict[str, float]) -> ModelSpe
     part = partial_of(path, published)
     require(part == 1, f"{path}: '{PARTIAL}' is {part}, expected 1 for model_type '{kind}'")
     model = LlamaConfig(
-        vocab_size=published["vocab_size"], layers=published["num_hidden_layers"], width=published["hidden_size"],
-        heads=heads, kv_heads=published.get("num_key_value_heads") or heads, head_dim=head_dim_of(path, published),
-        hidden=published["intermediate_size"], dropout=0.0, rope_base=theta, rope_scaling=scaling,
+        vocab_size=published["vocab_size"], num_layers=published["num_hidden_layers"], hidden_size=published["hidden_size"],
+        num_heads=heads, num_kv_heads=published.get("num_key_value_heads") or heads, head_dim=head_dim_of(path, published),
+        intermediate_size=published["intermediate_size"], dropout=0.0, rope_theta=theta, rope_scaling=scaling,
         norm_eps=float(published["rms_norm_eps"]), qkv_bias=kind in ("qwen2", "Dream"), qk_norm=kind == "qwen3",
-        tied=published.get("tie_word_embeddings", False),
-        shifted=read_shifted(path, published, "row" if kind == "Dream" else ""))
+        tie_embeddings=published.get("tie_word_embeddings", False),
+        target_shift=read_shifted(path, published, "row" if kind == "Dream" else ""))
     length = published["max_position_embeddings"]
     length = window_of(path, published, length)
     objective = read_objective(path, published, length, causal=kind != "Dream")
@@ -69,22 +69,22 @@ def to_hf_config(model: LlamaConfig, objective, length: int) -> dict:
             "model.qk_norm: use one of them")
     kind = "qwen3" if model.qk_norm else "llama"
     if model.qkv_bias:
-        require(model.head_dim * model.heads == model.width, f"model.qkv_bias=True is published as Qwen2, whose "
-                f"heads fill the width: model.head_dim is {model.head_dim}, expected {model.width / model.heads:g}")
-        dream = objective == Masked.uniform_counts(length) and model.shifted == "row"
+        require(model.head_dim * model.num_heads == model.hidden_size, f"model.qkv_bias=True is published as Qwen2, whose "
+                f"heads fill the width: model.head_dim is {model.head_dim}, expected {model.hidden_size / model.num_heads:g}")
+        dream = objective == Masked.uniform_counts(length) and model.target_shift == "row"
         kind = "Dream" if dream else "qwen2"
     names = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
              "Dream": "DreamModel"}
     return {
         "model_type": kind, "architectures": [names[kind]], "vocab_size": model.vocab_size,
-        "hidden_size": model.width, "intermediate_size": model.hidden, "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads, "num_key_value_heads": model.kv_heads, "head_dim": model.head_dim,
-        "max_position_embeddings": length, "rms_norm_eps": model.norm_eps, "rope_theta": model.rope_base,
+        "hidden_size": model.hidden_size, "intermediate_size": model.intermediate_size, "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads, "num_key_value_heads": model.num_kv_heads, "head_dim": model.head_dim,
+        "max_position_embeddings": length, "rms_norm_eps": model.norm_eps, "rope_theta": model.rope_theta,
         "rope_scaling": _published_scaling(model.rope_scaling), "hidden_act": "silu", "attention_bias": False,
-        "attention_dropout": 0.0, "tie_word_embeddings": model.tied,
+        "attention_dropout": 0.0, "tie_word_embeddings": model.tie_embeddings,
         **({"mlp_bias": False} if kind == "llama" else {"use_sliding_window": False, "sliding_window": None}),
         **write_objective(kind, objective, length, causal=kind != "Dream"),
-        **({SHIFTED: model.shifted} if model.shifted and kind != "Dream" else {}),
+        **({SHIFTED: model.target_shift} if model.target_shift and kind != "Dream" else {}),
     }
 
 
@@ -170,24 +170,24 @@ def head_dim_of(path, published: dict) -> int:
 
 def layout(config: LlamaConfig) -> dict[str, ParamMapping]:
     """Path of each of our parameters -> its published source."""
-    width, vocab, layers = config.width, config.vocab_size, range(config.layers)
+    width, vocab, layers = config.hidden_size, config.vocab_size, range(config.num_layers)
     block, attention = "model.layers.{layer}.", "model.layers.{layer}.self_attn."
     leaves = {
         "embed.embedding": padded(ParamMapping(EMBED, (vocab, width), unchanged, unchanged), 0, config.padded_vocab),
         "blocks.norm1.scale": vector(f"{block}input_layernorm.weight", width, layers),
         "blocks.norm2.scale": vector(f"{block}post_attention_layernorm.weight", width, layers),
         "head.norm.scale": vector("model.norm.weight", width),
-        "blocks.out.kernel": linear(f"{attention}o_proj.weight", (config.heads, config.head_dim), width, layers),
-        **swiglu("blocks", f"{block}mlp.", width, config.hidden, layers),
+        "blocks.out.kernel": linear(f"{attention}o_proj.weight", (config.num_heads, config.head_dim), width, layers),
+        **swiglu("blocks", f"{block}mlp.", width, config.intermediate_size, layers),
     }
-    for name, heads in (("q", config.heads), ("k", config.kv_heads), ("v", config.kv_heads)):
+    for name, heads in (("q", config.num_heads), ("k", config.num_kv_heads), ("v", config.num_kv_heads)):
         sizes = (heads, config.head_dim)
         leaves[f"blocks.{name}.kernel"] = linear(f"{attention}{name}_proj.weight", width, sizes, layers)
         if config.qkv_bias:
             leaves[f"blocks.{name}.bias"] = bias(f"{attention}{name}_proj.bias", sizes, layers)
         if config.qk_norm and name != "v":
             leaves[f"blocks.{name}_norm.scale"] = vector(f"{attention}{name}_norm.weight", config.head_dim, layers)
-    if not config.tied:
+    if not config.tie_embeddings:
         leaves["head.linear.kernel"] = padded(linear(HEAD, width, vocab), 1, config.padded_vocab)
     return leaves
 
@@ -202,15 +202,15 @@ def buffer_shapes(config: LlamaConfig, names: set[str]) -> dict[str, tuple[int, 
     """Tensors beside parameters that such a checkpoint may hold: an output layer that repeats a tied embedding (which
     is then read as well), frequencies of RoPE."""
     found = {name: (config.head_dim // 2,) for name in names if name.endswith(INV_FREQ)}
-    table = dict.fromkeys((HEAD, EMBED), (config.vocab_size, config.width))
-    return found | (table if config.tied and HEAD in names else {})
+    table = dict.fromkeys((HEAD, EMBED), (config.vocab_size, config.hidden_size))
+    return found | (table if config.tie_embeddings and HEAD in names else {})
 
 
 def check_buffers(path, config: LlamaConfig, tensors: dict[str, np.ndarray]) -> None:
     """UserError unless the tensors of `buffer_shapes` say what the network computes."""
-    if config.tied:
+    if config.tie_embeddings:
         check_tied(path, tensors, HEAD, EMBED)
-    expected = rope_frequencies(config.head_dim, config.rope_base)
+    expected = rope_frequencies(config.head_dim, config.rope_theta)
     for name in filter(lambda name: name.endswith(INV_FREQ), tensors):
         require(np.allclose(tensors[name], expected, rtol=1e-2), f"{path}: {name} is not that of rope_theta "
-                f"{config.rope_base:g}: entry 1 is {tensors[name][1:2]}, expected {expected[1:2]}")
+                f"{config.rope_theta:g}: entry 1 is {tensors[name][1:2]}, expected {expected[1:2]}")

@@ -38,10 +38,10 @@ def from_hf_config(path, published: dict, scalars: dict[str, float]) -> ModelSpe
     length = published["max_position_embeddings"]
     full_base, local_base = _rope_bases(path, published)
     model = ModernBertConfig(
-        vocab_size=published["vocab_size"], layers=published["num_hidden_layers"], width=published["hidden_size"],
-        heads=published["num_attention_heads"], hidden=published["intermediate_size"],
+        vocab_size=published["vocab_size"], num_layers=published["num_hidden_layers"], hidden_size=published["hidden_size"],
+        num_heads=published["num_attention_heads"], intermediate_size=published["intermediate_size"],
         dropout=float(published.get("mlp_dropout", 0.0)), window=published["local_attention"] // 2,
-        local_layers=_local_layers(path, published), rope_base=full_base, local_rope_base=local_base,
+        local_layers=_local_layers(path, published), rope_theta=full_base, local_rope_theta=local_base,
         norm_eps=float(published["norm_eps"]))
     return ModelSpec(model, language.read_objective(path, published, length, causal=False), length,
                      language.mask_id(path, published))
@@ -83,18 +83,18 @@ def _rope_bases(path, published: dict) -> tuple[float, float]:
 def to_hf_config(model: ModernBertConfig, objective, length: int) -> dict:
     """Content of config.json, the inverse of `from_hf_config`, with the keys of all versions. Raises UserError for an
     objective that it cannot say."""
-    types = [LOCAL if layer in model.local_layers else FULL for layer in range(model.layers)]
-    bases = {FULL: model.rope_base, LOCAL: model.local_rope_base}
-    period = next((n for n in range(1, model.layers + 1)
+    types = [LOCAL if layer in model.local_layers else FULL for layer in range(model.num_layers)]
+    bases = {FULL: model.rope_theta, LOCAL: model.local_rope_theta}
+    period = next((n for n in range(1, model.num_layers + 1)
                    if all((kind == LOCAL) == (layer % n > 0) for layer, kind in enumerate(types))), None)
     return {
         "model_type": ModernBertConfig.kind, "architectures": ["ModernBertForMaskedLM"],
-        "vocab_size": model.vocab_size, "max_position_embeddings": length, "hidden_size": model.width,
-        "num_hidden_layers": model.layers, "num_attention_heads": model.heads, "intermediate_size": model.hidden,
+        "vocab_size": model.vocab_size, "max_position_embeddings": length, "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers, "num_attention_heads": model.num_heads, "intermediate_size": model.intermediate_size,
         "mlp_dropout": model.dropout, "embedding_dropout": 0.0, "attention_dropout": 0.0, "norm_eps": model.norm_eps,
         "local_attention": 2 * model.window, "layer_types": types,
         **({} if period is None else {"global_attn_every_n_layers": period}),
-        "global_rope_theta": model.rope_base, "local_rope_theta": model.local_rope_base,
+        "global_rope_theta": model.rope_theta, "local_rope_theta": model.local_rope_theta,
         "rope_parameters": {kind: {"rope_theta": base, "rope_type": "default"} for kind, base in bases.items()},
         **{key: values[0] for key, values in CHOICES.items()},
         **language.write_objective(ModernBertConfig.kind, objective, length, causal=False),
@@ -103,7 +103,7 @@ def to_hf_config(model: ModernBertConfig, objective, length: int) -> dict:
 
 def layout(config: ModernBertConfig) -> dict[str, ParamMapping]:
     """Path of each of our parameters -> its published source."""
-    width, hidden, heads, size = config.width, config.hidden, config.heads, config.width // config.heads
+    width, hidden, heads, size = config.hidden_size, config.intermediate_size, config.num_heads, config.hidden_size // config.num_heads
     table = ParamMapping(TABLE, (config.vocab_size, width), unchanged, unchanged)
     leaves = {
         "embed.embedding": padded(table, 0, config.padded_vocab),
@@ -129,7 +129,7 @@ def layout(config: ModernBertConfig) -> dict[str, ParamMapping]:
 
 def buffer_shapes(config: ModernBertConfig, names: set[str]) -> dict[str, tuple[int, ...]]:
     """Name -> shape of tensors that may be there beside parameters: the output layer, which is the token table."""
-    return dict.fromkeys((OUTPUT, TABLE), (config.vocab_size, config.width)) if OUTPUT in names else {}
+    return dict.fromkeys((OUTPUT, TABLE), (config.vocab_size, config.hidden_size)) if OUTPUT in names else {}
 
 
 def check_buffers(path, config: ModernBertConfig, tensors: dict[str, np.ndarray]) -> None:

@@ -52,16 +52,16 @@ def from_hf_config(path, published: dict, scalars: dict[str, float]) -> ModelSpe
     length, expert_hidden = published["max_position_embeddings"], published["moe_intermediate_size"]
     shared = published.get("moe_shared_expert_intermediate_size") or expert_hidden
     model = MoEConfig(
-        vocab_size=published["vocab_size"], layers=published["num_hidden_layers"],
-        dense_layers=published["first_k_dense_replace"], width=published["hidden_size"], heads=heads,
-        kv_heads=published.get("num_key_value_heads") or heads, head_dim=head_dim,
-        rotary_dim=_rotary_dim(path, published, head_dim), hidden=published["intermediate_size"],
-        experts=published["num_experts"], expert_hidden=expert_hidden,
-        shared_hidden=shared * published["num_shared_experts"], top_k=published["num_experts_per_tok"],
+        vocab_size=published["vocab_size"], num_layers=published["num_hidden_layers"],
+        dense_layers=published["first_k_dense_replace"], hidden_size=published["hidden_size"], num_heads=heads,
+        num_kv_heads=published.get("num_key_value_heads") or heads, head_dim=head_dim,
+        rotary_dim=_rotary_dim(path, published, head_dim), intermediate_size=published["intermediate_size"],
+        num_experts=published["num_experts"], expert_intermediate_size=expert_hidden,
+        shared_intermediate_size=shared * published["num_shared_experts"], top_k=published["num_experts_per_tok"],
         groups=published["n_group"], top_groups=published["topk_group"],
-        routed_scale=float(published["routed_scaling_factor"]), balance=float(published.get(BALANCE, 0.0)),
-        dropout=0.0, rope_base=theta, norm_eps=float(published["rms_norm_eps"]),
-        qk_norm=published.get("use_qk_norm", True), tied=published.get("tie_word_embeddings", False))
+        routed_scale=float(published["routed_scaling_factor"]), load_balancing=float(published.get(BALANCE, 0.0)),
+        dropout=0.0, rope_theta=theta, norm_eps=float(published["rms_norm_eps"]),
+        qk_norm=published.get("use_qk_norm", True), tie_embeddings=published.get("tie_word_embeddings", False))
     objective = read_objective(path, published, length, causal=False)
     return ModelSpec(model, objective, length, mask_id(path, published))
 
@@ -78,51 +78,51 @@ def _rotary_dim(path, published: dict, head_dim: int) -> int:
 
 def to_hf_config(model: MoEConfig, objective, length: int) -> dict:
     """The config.json of such a network. Raises UserError if its shared experts are no whole number of experts."""
-    shared, rest = divmod(model.shared_hidden, model.expert_hidden)
-    require(rest == 0, f"model.shared_hidden={model.shared_hidden} is no multiple of model.expert_hidden="
-            f"{model.expert_hidden}, which LLaDA2's layout needs")
-    own = {BALANCE: model.balance} if model.balance else {}
+    shared, rest = divmod(model.shared_intermediate_size, model.expert_intermediate_size)
+    require(rest == 0, f"model.shared_intermediate_size={model.shared_intermediate_size} is no multiple of model.expert_intermediate_size="
+            f"{model.expert_intermediate_size}, which LLaDA2's layout needs")
+    own = {BALANCE: model.load_balancing} if model.load_balancing else {}
     return own | {
         "model_type": "llada2_moe", "architectures": ["LLaDA2MoeModelLM"], "vocab_size": model.vocab_size,
-        "hidden_size": model.width, "intermediate_size": model.hidden, "num_hidden_layers": model.layers,
-        "first_k_dense_replace": model.dense_layers, "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_heads, "head_dim": model.head_dim,
+        "hidden_size": model.hidden_size, "intermediate_size": model.intermediate_size, "num_hidden_layers": model.num_layers,
+        "first_k_dense_replace": model.dense_layers, "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads, "head_dim": model.head_dim,
         "partial_rotary_factor": model.rotary_dim / model.head_dim, "rotary_dim": model.rotary_dim,
-        "max_position_embeddings": length, "rms_norm_eps": model.norm_eps, "rope_theta": model.rope_base,
-        "rope_scaling": None, "num_experts": model.experts, "num_experts_per_tok": model.top_k,
-        "moe_intermediate_size": model.expert_hidden, "num_shared_experts": shared, "n_group": model.groups,
+        "max_position_embeddings": length, "rms_norm_eps": model.norm_eps, "rope_theta": model.rope_theta,
+        "rope_scaling": None, "num_experts": model.num_experts, "num_experts_per_tok": model.top_k,
+        "moe_intermediate_size": model.expert_intermediate_size, "num_shared_experts": shared, "n_group": model.groups,
         "topk_group": model.top_groups, "routed_scaling_factor": model.routed_scale, "use_qk_norm": model.qk_norm,
-        "attention_dropout": 0.0, "tie_word_embeddings": model.tied,
+        "attention_dropout": 0.0, "tie_word_embeddings": model.tie_embeddings,
         **{key: value for key, (value,) in CHOICES.items()}, **write_objective("llada2_moe", objective, length, False),
     }
 
 
 def layout(config: MoEConfig) -> dict[str, ParamMapping]:
     """Path of each of our parameters -> its published source."""
-    width, vocab = config.width, config.vocab_size
+    width, vocab = config.hidden_size, config.vocab_size
     leaves = {
         "embed.embedding": padded(ParamMapping(EMBED, (vocab, width), unchanged, unchanged), 0, config.padded_vocab),
         "head.norm.scale": vector("model.norm.weight", width),
     }
-    if not config.tied:
+    if not config.tie_embeddings:
         leaves["head.linear.kernel"] = padded(linear(HEAD, width, vocab), 1, config.padded_vocab)
-    dense, sparse = range(config.dense_layers), range(config.dense_layers, config.layers)
+    dense, sparse = range(config.dense_layers), range(config.dense_layers, config.num_layers)
     if dense:
         leaves |= _attention("blocks0", config, dense)
-        leaves |= swiglu("blocks0.mlp", "model.layers.{layer}.mlp.", width, config.hidden, dense)
+        leaves |= swiglu("blocks0.mlp", "model.layers.{layer}.mlp.", width, config.intermediate_size, dense)
     leaves |= _attention("blocks1", config, sparse)
     mlp = "model.layers.{layer}.mlp."
-    leaves["blocks1.router.kernel"] = linear(f"{mlp}gate.weight", width, config.experts, sparse)
-    leaves["blocks1.router.bias"] = vector(f"{mlp}gate.expert_bias", config.experts, sparse)
-    leaves |= swiglu("blocks1.experts", mlp + "experts.{expert}.", width, config.expert_hidden, sparse, config.experts)
-    if config.shared_hidden:
-        leaves |= swiglu("blocks1.shared", f"{mlp}shared_experts.", width, config.shared_hidden, sparse)
+    leaves["blocks1.router.kernel"] = linear(f"{mlp}gate.weight", width, config.num_experts, sparse)
+    leaves["blocks1.router.bias"] = vector(f"{mlp}gate.expert_bias", config.num_experts, sparse)
+    leaves |= swiglu("blocks1.experts", mlp + "experts.{expert}.", width, config.expert_intermediate_size, sparse, config.num_experts)
+    if config.shared_intermediate_size:
+        leaves |= swiglu("blocks1.shared", f"{mlp}shared_experts.", width, config.shared_intermediate_size, sparse)
     return leaves
 
 
 def _attention(group: str, config: MoEConfig, layers: range) -> dict[str, ParamMapping]:
     """All of a layer but its MLP."""
-    block, width, heads = "model.layers.{layer}.", config.width, (config.heads, config.head_dim)
+    block, width, heads = "model.layers.{layer}.", config.hidden_size, (config.num_heads, config.head_dim)
     leaves = {
         f"{group}.norm1.scale": vector(f"{block}input_layernorm.weight", width, layers),
         f"{group}.norm2.scale": vector(f"{block}post_attention_layernorm.weight", width, layers),
@@ -140,11 +140,11 @@ def _attention(group: str, config: MoEConfig, layers: range) -> dict[str, ParamM
 
 def _grouped(name: str, config: MoEConfig, layers: range) -> ParamMapping:
     """All queries, all keys, all values as published; by key head its queries, the key and the value in ours."""
-    width, size, pairs, share = config.width, config.head_dim, config.kv_heads, config.heads // config.kv_heads
-    shape = ((config.heads + 2 * pairs) * size, width)
+    width, size, pairs, share = config.hidden_size, config.head_dim, config.num_kv_heads, config.num_heads // config.num_kv_heads
+    shape = ((config.num_heads + 2 * pairs) * size, width)
 
     def read(w):
-        q, k, v = np.split(w.T.reshape(width, -1, size), (config.heads, config.heads + pairs), axis=1)
+        q, k, v = np.split(w.T.reshape(width, -1, size), (config.num_heads, config.num_heads + pairs), axis=1)
         parts = q.reshape(width, pairs, share, size), k[:, :, None], v[:, :, None]
         return np.concatenate(parts, axis=2)
 
@@ -158,10 +158,10 @@ def _grouped(name: str, config: MoEConfig, layers: range) -> ParamMapping:
 
 def buffer_shapes(config: MoEConfig, names: set[str]) -> dict[str, tuple[int, ...]]:
     """An output layer that repeats a tied embedding (which is then read as well) may be there."""
-    return dict.fromkeys((HEAD, EMBED), (config.vocab_size, config.width)) if config.tied and HEAD in names else {}
+    return dict.fromkeys((HEAD, EMBED), (config.vocab_size, config.hidden_size)) if config.tie_embeddings and HEAD in names else {}
 
 
 def check_buffers(path, config: MoEConfig, tensors: dict[str, np.ndarray]) -> None:
     """UserError unless the tensors of `buffer_shapes` say what the network computes."""
-    if config.tied:
+    if config.tie_embeddings:
         check_tied(path, tensors, HEAD, EMBED)

@@ -51,7 +51,7 @@ def run_case(case: Case, rounds: int) -> list[dict]:
     with tempfile.TemporaryDirectory() as directory:
         for layout in LAYOUTS:
             data = DataConfig(source="text" if case.path else "austen", path=case.path, name="", field="text",
-                              tokenizer=case.tokenizer, length=case.length, layout=layout, valid_fraction=0.01,
+                              tokenizer=case.tokenizer, seq_len=case.length, packing=layout, valid_fraction=0.01,
                               cache_dir=directory, workers=1, density="", density_fraction=1.0, mixture=())
             rows += preparing(case, data, rounds) + reading(case, data, rounds)
     return rows
@@ -65,7 +65,7 @@ def reading(case: Case, data: DataConfig, rounds: int) -> list[dict]:
     memory = prepared.tokens(np.arange(len(prepared)))
     variants = _variants(memory=lambda: [memory[row_ids] for row_ids in ids],
                          loader=lambda: [loader.get(step) for step in range(case.batches)])
-    rows = compare(f"reading {case.batches} batches of {case.batch} x {case.length}, {data.layout}", variants, "memory",
+    rows = compare(f"reading {case.batches} batches of {case.batch} x {case.length}, {data.packing}", variants, "memory",
                    rounds)
     num_rows = case.batches * case.batch
     return _with_rates(rows, num_rows, num_rows * case.length)
@@ -81,7 +81,7 @@ def preparing(case: Case, data: DataConfig, rounds: int) -> list[dict]:
             return prepare(dataclasses.replace(data, cache_dir=empty), "train", case.block_size, tokenizer)
 
     meta = build().meta
-    rows = compare(f"preparing {meta['tokens']:,} tokens ({case.tokenizer}), {data.layout}",
+    rows = compare(f"preparing {meta['tokens']:,} tokens ({case.tokenizer}), {data.packing}",
                    _variants(tokenizer=lambda: tokenizer.encode_batch(documents), prepare=build), "tokenizer", rounds)
     return _with_rates(rows, meta["rows"], meta["tokens"])
 

@@ -1,6 +1,6 @@
 """Evaluation against its own forward passes: what reading rows, drawing masks and adding up cost beside the network.
 
-evaluate is `Evaluator.measure`, as the `eval` command runs it; forward scores the same views, drawn before, batch after
+evaluate is `Evaluator.measure`, as the `eval` command runs it; forward scores the same copies, drawn before, batch after
 batch, and fetches nothing but the end. Rows are spread over all devices.
 """
 
@@ -29,7 +29,7 @@ from bd3lm_jax.scoring.score import SpecialIds
 SMALL = step.Case(layers=6, width=256, heads=4, batch=8, length=512, block_size=16, vocab=8192)
 PAPER = step.Case(layers=12, width=768, heads=12, batch=64, length=1024, block_size=16, vocab=50258)
 BATCHES, ESTIMATOR = 4, "exact_count"
-NOTE = "Ratios to forward, the same noised views without host work; 1.25 is 0.8 of its throughput."
+NOTE = "Ratios to forward, the same noised copies without host work; 1.25 is 0.8 of its throughput."
 AGAINST = ()
 LIMITS = (Limit("", "evaluate", "forward", "time_ratio", 1.25),)
 
@@ -46,13 +46,13 @@ def run_case(case: step.Case, rounds: int) -> list[dict]:
         text = np.random.default_rng(0).integers(97, 123, case.batch * BATCHES * case.length - 1, np.uint8).tobytes()
         (Path(directory) / "text.txt").write_bytes(text + b"\n")
         data = DataConfig(source="text", path=f"{directory}/text.txt", name="", field="text", tokenizer="bytes",
-                          length=case.length, layout="wrap", valid_fraction=0.01, cache_dir=directory, workers=1,
+                          seq_len=case.length, packing="wrap", valid_fraction=0.01, cache_dir=directory, workers=1,
                           density="", density_fraction=1.0, mixture=())
         tokenizer = get_tokenizer("bytes", tuple)
         rows = prepare(data, "all", case.block_size, tokenizer)
         config = step.config_of(case, "two_stream", "none")
         config = dataclasses.replace(config, data=data, eval=EvalConfig(
-            every=1, rows=0, batch=case.batch, draws=1, report_rows=0, samples=0, sample_length=1))
+            every=1, rows=0, batch_size=case.batch, mc_samples=1, report_rows=0, num_samples=0, sample_length=1))
         mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
         model = models.build(config.model, compute_dtype("auto"))
         special = SpecialIds(tokenizer.mask_id, tokenizer.end_id)
@@ -67,7 +67,7 @@ def run_case(case: step.Case, rounds: int) -> list[dict]:
 
 
 def _forward(evaluator: Evaluator, params, rows):
-    """Scores of all batches, whose views are drawn here."""
+    """Scores of all batches, whose copies are drawn here."""
     estimator = estimators.make(ESTIMATOR, evaluator.config)
     key = jax.random.fold_in(jax_settings.key(0), 0)
 

@@ -42,8 +42,8 @@ def prepare_at_once(home: Path, rounds: int, seed: int, processes: int, killed: 
     """Rows in parts and a trained tokenizer, by so many processes in an empty cache, `killed` of them at random
     moments: all others get what one alone gets, and the next call leaves nothing beside it."""
     began, outcomes, details = time.monotonic(), collections.Counter(), []
-    data = DataConfig(source="text", path=str(home / TEXT), name="", field="text", tokenizer=TOKENIZER, length=32,
-                      layout="wrap", valid_fraction=0.1, cache_dir=str(home / "alone"), workers=1, density="",
+    data = DataConfig(source="text", path=str(home / TEXT), name="", field="text", tokenizer=TOKENIZER, seq_len=32,
+                      packing="wrap", valid_fraction=0.1, cache_dir=str(home / "alone"), workers=1, density="",
                       density_fraction=1.0, mixture=())
     expected = concurrent_prepare.content(data)
     for i in range(rounds):

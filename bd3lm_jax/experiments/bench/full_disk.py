@@ -77,7 +77,7 @@ def full() -> Iterator[None]:
 
 def data_config(place: Place, **changes) -> DataConfig:
     return DataConfig(**{"source": "text", "path": str(place.text), "name": "", "field": "text", "tokenizer": "bytes",
-                         "length": 32, "layout": "wrap", "valid_fraction": 0.1, "cache_dir": str(place.directory),
+                         "seq_len": 32, "packing": "wrap", "valid_fraction": 0.1, "cache_dir": str(place.directory),
                          "workers": 1, "density": "", "density_fraction": 1.0, "mixture": ()} | changes)
 
 

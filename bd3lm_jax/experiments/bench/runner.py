@@ -24,7 +24,7 @@ class Variant:
 
     run() starts it once and returns what `wait` waits for; None: it is not run. temp_bytes: temporary memory by the
     compiler's account. flops: of the matrix products of one run, flops_needed: what the mathematics asks for. parts: a
-    run does the work of so many (noised views), and times and FLOPs are given for one of them. None: not known.
+    run does the work of so many (noised copies), and times and FLOPs are given for one of them. None: not known.
     """
 
     name: str

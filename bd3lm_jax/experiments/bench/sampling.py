@@ -27,8 +27,8 @@ from bd3lm_jax.models import trunk
 from bd3lm_jax.models.dit import DiTConfig
 from bd3lm_jax.models.forward import compute_dtype
 
-SMALL = {"layers": 6, "width": 256, "heads": 4, "vocab_size": 8192}
-PAPER = {"layers": 12, "width": 768, "heads": 12, "vocab_size": 50258}
+SMALL = {"num_layers": 6, "hidden_size": 256, "num_heads": 4, "vocab_size": 8192}
+PAPER = {"num_layers": 12, "hidden_size": 768, "num_heads": 12, "vocab_size": 50258}
 LENGTH = {"cpu": 256}  # of the texts, by backend; elsewhere 1024
 SHAPES = {"cpu": ((4, 1), (16, 1), (4, 8), (16, 8))}  # (block size, batch)
 ELSEWHERE = tuple((size, batch) for batch in (1, 32, 128) for size in (4, 16))
@@ -61,9 +61,9 @@ def run(rounds: int, against: str) -> list[dict]:
 def run_case(sizes: dict, length: int, size: int, batch: int, rounds: int) -> list[dict]:
     """All variants at one block size and batch."""
     lm, ar = make_lm(sizes, Masked.uniform_counts(size), length), make_lm(sizes, AR(bos=True), length)
-    split = make_lm(sizes | {"decoder_layers": max(sizes["layers"] // 3, 1)}, Masked.uniform_counts(size), length)
+    split = make_lm(sizes | {"decoder_layers": max(sizes["num_layers"] // 3, 1)}, Masked.uniform_counts(size), length)
     options = generation.Options()
-    case = (f"S={size}, batch {batch}, {length} tokens, {sizes['layers']} x {sizes['width']}, "
+    case = (f"S={size}, batch {batch}, {length} tokens, {sizes['num_layers']} x {sizes['hidden_size']}, "
             f"V={sizes['vocab_size']}")
     variants = [
         Variant("ar_cached", sampler(ar, options, batch)),
@@ -80,7 +80,7 @@ def run_case(sizes: dict, length: int, size: int, batch: int, rounds: int) -> li
 def make_lm(sizes: dict, objective: Any, length: int) -> LM:
     """A fresh network (all tokens are alike to it) without a tokenizer, so without end token."""
     config = DiTConfig(mlp_ratio=4, dropout=0.0, adaln=not objective.causal, cond_dim=128, time_conditioning=False,
-                       rope_base=1e4, **sizes)
+                       rope_theta=1e4, **sizes)
     model = models.build(config, compute_dtype("auto"))
     params = jax.jit(functools.partial(trunk.init, model))(jax_settings.key(0))
     return LM(Config(0, config, objective, **dict.fromkeys(SECTIONS)), params, None, model, length)

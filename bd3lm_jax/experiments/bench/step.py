@@ -53,7 +53,7 @@ PAPER = Case(layers=12, width=768, heads=12, batch=4, length=1024, block_size=16
 ACCELERATOR = dataclasses.replace(PAPER, batch=8)
 COUNTED, COMPILED = "counted", "compiled only"
 NOTE = ("Ratios to the autoregressive step of the same network. two_stream_views2: times and FLOPs are per noised "
-        "view (those of the step, halved), memory is that of the whole step. FLOPs: of the matrix products that run.")
+        "copy (those of the step, halved), memory is that of the whole step. FLOPs: of the matrix products that run.")
 AGAINST = ("torch",)
 LIMITS = (
     Limit(str(SMALL), "two_stream", "ar", "cpu_ratio", 1.65),
@@ -101,7 +101,7 @@ def compiled_only(case: Case) -> list[dict]:
     return compare(f"{case}, {COMPILED}", variants, "published_structure", 0)
 
 
-OBJECTIVES = {  # variant of this library -> objective of a case, noised views
+OBJECTIVES = {  # variant of this library -> objective of a case, noised copies
     "ar": (lambda case: AR(bos=True), 1),
     "mdlm": (lambda case: Masked.uniform_counts(case.length), 1),
     "two_stream": (lambda case: Masked.uniform_counts(case.block_size), 1),
@@ -113,26 +113,26 @@ STRUCTURES = {"two_pass": two_pass_loss, "published_structure": published_loss} 
 
 
 def _objective(name: str, case: Case) -> tuple[Any, int]:
-    objective, views = OBJECTIVES.get(name, OBJECTIVES["two_stream"])
-    return objective(case), views
+    objective, noise_samples = OBJECTIVES.get(name, OBJECTIVES["two_stream"])
+    return objective(case), noise_samples
 
 
 def config_of(case: Case, name: str, remat: str) -> Config:
     """The run of a variant: no dropout, no average of the weights, constant learning rate."""
-    objective, views = _objective(name, case)
+    objective, noise_samples = _objective(name, case)
     decoder_layers = max(case.layers // SPLIT[name], 1) if name in SPLIT else 0
     return Config(
         seed=0,
-        model=DiTConfig(vocab_size=case.vocab, layers=case.layers, width=case.width, heads=case.heads, mlp_ratio=4,
-                        dropout=0.0, adaln=True, cond_dim=128, time_conditioning=False, rope_base=1e4,
+        model=DiTConfig(vocab_size=case.vocab, num_layers=case.layers, hidden_size=case.width, num_heads=case.heads, mlp_ratio=4,
+                        dropout=0.0, adaln=True, cond_dim=128, time_conditioning=False, rope_theta=1e4,
                         decoder_layers=decoder_layers),
         diffusion=objective,
-        data=DataConfig(source="austen", path="", name="", field="text", tokenizer="bytes", length=case.length,
-                        layout="wrap", valid_fraction=0.01, cache_dir="", workers=1, density="", density_fraction=1.0,
+        data=DataConfig(source="austen", path="", name="", field="text", tokenizer="bytes", seq_len=case.length,
+                        packing="wrap", valid_fraction=0.01, cache_dir="", workers=1, density="", density_fraction=1.0,
                         mixture=()),
         optim=OptimConfig(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0, warmup_steps=0,
-                          schedule="constant", final_lr_fraction=0.0, decay_fraction=0.0, ema=0.0),
-        train=TrainConfig(steps=1, batch=case.batch, views=views, init_from="", block_sizes=(),
+                          schedule="constant", final_lr_fraction=0.0, decay_fraction=0.0, ema_decay=0.0),
+        train=TrainConfig(steps=1, batch_size=case.batch, noise_samples=noise_samples, init_from="", block_sizes=(),
                           anneal_steps=0, lora_rank=0, lora_alpha=1.0),
         compute=ComputeConfig(dtype="auto", attention="auto", layers="scan", remat=remat, microbatch=0, loss_chunk=0),
         mesh=None, log=None, checkpoint=None, eval=None)
@@ -140,10 +140,10 @@ def config_of(case: Case, name: str, remat: str) -> Config:
 
 def measured(name: str, case: Case, remat: str, abstract: bool) -> Variant:
     """A step in JAX. abstract: compiled, not run."""
-    objective, views = _objective(name, case)
+    objective, noise_samples = _objective(name, case)
     model = config_of(case, name, remat).model
-    needed = flops.train_step(model, objective, batch=case.batch, length=case.length, views=views)
-    return compiled(name, *program(name, case, remat, abstract), carries=True, flops_needed=needed, parts=views)
+    needed = flops.train_step(model, objective, batch=case.batch, length=case.length, noise_samples=noise_samples)
+    return compiled(name, *program(name, case, remat, abstract), carries=True, flops_needed=needed, parts=noise_samples)
 
 
 def program(name: str, case: Case, remat: str, abstract: bool) -> tuple[Callable, tuple]:
@@ -175,7 +175,7 @@ def _step_of(loss: Callable, config: Config, model: Backbone, tx: optax.Gradient
 def noise(config: Config, state: TrainState, batch: dict, special: SpecialIds) -> Noised:
     """What `make_step` draws for a step."""
     key = jax.random.split(jax.random.fold_in(jax_settings.key(config.seed), state.step))[0]
-    return config.diffusion.corrupt(key, batch["tokens"], batch["segments"], views=config.train.views,
+    return config.diffusion.corrupt(key, batch["tokens"], batch["segments"], noise_samples=config.train.noise_samples,
                                     mask_id=special.mask, end_id=special.end)
 
 
@@ -186,7 +186,7 @@ def setting(config: Config, abstract: bool) -> tuple[Backbone, optax.GradientTra
 
     def make():
         params = trunk.init(model, jax_settings.key(0))
-        shape = (config.train.batch, config.data.length)
+        shape = (config.train.batch_size, config.data.seq_len)
         tokens = jax.random.randint(jax_settings.key(1), shape, 0, config.model.vocab_size - 1)
         positions, segments = single_document_rows(tokens)
         batch = {"tokens": tokens, "segments": segments, "positions": positions}

@@ -1,7 +1,7 @@
 """Other ways to compute the two-stream loss of a `dit` network, for comparison: the same numbers at another cost.
 
 Each is `loss(model, params, objective, noised, tokens_BxL, mask_id)`: the sum over all tokens of weight * cross-entropy
-in nats, float32 scalar, for one noised view of rows that hold one document each.
+in nats, float32 scalar, for one noised copy of rows that hold one document each.
 """
 
 from typing import Any

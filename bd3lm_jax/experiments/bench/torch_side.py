@@ -69,13 +69,13 @@ class Published(torch.nn.Module):
 
     def __init__(self, params: dict, config, block_size: int, length: int):
         super().__init__()
-        self.layers, self.heads, self.vocab, self.length = config.layers, config.heads, config.vocab_size, length
+        self.layers, self.heads, self.vocab, self.length = config.num_layers, config.num_heads, config.vocab_size, length
         weights = {name: torch.nn.Parameter(_tensor(x)) for name, x in _flat(params)}
         self.weights = torch.nn.ParameterDict(weights)
         index = torch.arange(2 * length, device=DEVICE)
         mask = two_stream_mask(length, block_size)(None, None, index[:, None], index[None])
-        size = config.width // config.heads
-        angle = (index % length)[:, None] * config.rope_base ** (-torch.arange(0, size, 2, device=DEVICE) / size)
+        size = config.hidden_size // config.num_heads
+        angle = (index % length)[:, None] * config.rope_theta ** (-torch.arange(0, size, 2, device=DEVICE) / size)
         self.mask, self.cos, self.sin = mask, angle.cos()[:, None], angle.sin()[:, None]
 
     def forward(self, xt_BxL, x0_BxL, mask_id: int):

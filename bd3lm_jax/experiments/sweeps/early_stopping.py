@@ -56,7 +56,7 @@ def comparable_key(config: Config) -> tuple[int, int, int, str]:
     """Equal for runs whose steps compare: steps (and with them the learning rate's decay), batch and length, and the
     tokenizer unless it is one whose bits per byte compare with those of others."""
     name = config.data.tokenizer
-    return config.train.steps, config.train.batch, config.data.length, "" if name.startswith(BYTE_LEVEL) else name
+    return config.train.steps, config.train.batch_size, config.data.seq_len, "" if name.startswith(BYTE_LEVEL) else name
 
 
 class ValidationCurve:

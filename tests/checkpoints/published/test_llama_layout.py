@@ -82,23 +82,23 @@ def test_config_out_and_in_again(name, tmp_path):
 
 
 def small(**changes):
-    values = dict(vocab_size=50, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=64, dropout=0.0,
-                  rope_base=5e5, rope_scaling=(), norm_eps=1e-5, qkv_bias=False, qk_norm=False, tied=False)
+    values = dict(vocab_size=50, num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=64, dropout=0.0,
+                  rope_theta=5e5, rope_scaling=(), norm_eps=1e-5, qkv_bias=False, qk_norm=False, tie_embeddings=False)
     return LlamaConfig(**values | changes)
 
 
 @pytest.mark.parametrize("form, changes, objective, kind", [
     (llama, {}, AR(bos=False), "llama"),
-    (llama, {"tied": True, "rope_scaling": (8.0, 1.0, 4.0, 64.0)}, AR(bos=False), "llama"),
+    (llama, {"tie_embeddings": True, "rope_scaling": (8.0, 1.0, 4.0, 64.0)}, AR(bos=False), "llama"),
     (llama, {"rope_scaling": (2.0,)}, Masked.uniform_counts(4), "llama"),
     (llama, {"qk_norm": True, "head_dim": 16}, AR(bos=False), "qwen3"),
     (llama, {"qkv_bias": True}, Masked.uniform_counts(8), "qwen2"),
-    (llama, {"qkv_bias": True, "shifted": "row"}, Masked.uniform_counts(64), "Dream"),
-    (llama, {"shifted": "block"}, Masked.uniform_counts(4), "llama"),
+    (llama, {"qkv_bias": True, "target_shift": "row"}, Masked.uniform_counts(64), "Dream"),
+    (llama, {"target_shift": "block"}, Masked.uniform_counts(4), "llama"),
     (llama, {}, dataclasses.replace(Masked.uniform_counts(4), corruption="bernoulli", clip_low=0.3), "llama"),
     (llama, {}, SEDD(block_size=4, corruption="bernoulli", eps=1e-3), "llama"),
     (llama, {}, AR(bos=True), "llama"),
-    (llada, {"kv_heads": 1, "qkv_bias": True, "tied": True}, Masked.uniform_counts(16), "llada"),
+    (llada, {"num_kv_heads": 1, "qkv_bias": True, "tie_embeddings": True}, Masked.uniform_counts(16), "llada"),
 ])
 def test_networks_of_ours_have_a_published_config(form, changes, objective, kind, tmp_path):
     published = json.loads(json.dumps(form.to_hf_config(small(**changes), objective, 64)))
@@ -121,7 +121,7 @@ def test_networks_that_nobody_publishes(form, changes, message):
     ({"attention_bias": True}, "'attention_bias' is True, supported: False"),
     ({"rms_norm_eps": ...}, "key 'rms_norm_eps' is missing"),
     ({"num_attention_heads": 5, "head_dim": None}, "hidden_size=32 is no multiple of num_attention_heads=5"),
-    ({"num_key_value_heads": 3}, "model.kv_heads=3 does not divide model.heads=4"),
+    ({"num_key_value_heads": 3}, "model.num_kv_heads=3 does not divide model.num_heads=4"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn', supported: default, linear"),
     ({"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, "needs the number low_freq_factor, high_freq"),
     ({"num_key_value_heads": 4}, r"misshapen: model.layers.0.self_attn.k_proj.weight \(is \[16, 32\]"),

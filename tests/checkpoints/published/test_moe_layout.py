@@ -66,7 +66,7 @@ def test_where_queries_keys_and_values_lie():
 
 @pytest.mark.parametrize("objective", [Masked.uniform_counts(96), Masked.uniform_counts(4)], ids=["row", "blocks"])
 def test_config_out_and_in_again(objective, tmp_path):
-    model = dataclasses.replace(hf.read_model(LLADA2)[0].model, balance=0.01)
+    model = dataclasses.replace(hf.read_model(LLADA2)[0].model, load_balancing=0.01)
     published = json.loads(json.dumps(moe.to_hf_config(model, objective, 96)))
     assert moe.from_hf_config(tmp_path, published, {}) == (model, objective, 96, -1)
 
@@ -75,7 +75,7 @@ def test_config_out_and_in_again(objective, tmp_path):
     ({"score_function": "softmax"}, "'score_function' is 'softmax', supported: 'sigmoid'"),
     ({"use_qkv_bias": True}, "'use_qkv_bias' is True, supported: False"),
     ({"num_experts": ...}, "key 'num_experts' is missing"),
-    ({"n_group": 3}, "model.groups=3 must divide model.experts=8"),
+    ({"n_group": 3}, "model.groups=3 must divide model.num_experts=8"),
     ({"num_experts": 12}, r"missing: model.layers.1.mlp.experts.10.down_proj.weight.*misshapen: "),
     ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope scaling is not supported"),
     ({"partial_rotary_factor": 0.4}, "model.rotary_dim is 3"),
