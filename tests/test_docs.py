@@ -303,3 +303,10 @@ def test_contributing_names_what_is_there():
     assert [path for path in paths + [f"bd3lm_jax/{room}" for room in rooms] if not (ROOT / path).exists()] == []
     registries = re.findall(r"`([A-Z]+)` in `([\w./]+\.py)`", text)
     assert registries and all(f"\n{name} = {{" in (ROOT / path).read_text() for name, path in registries)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))],
+                         ids=lambda page: page.name)
+def test_files_that_pages_name_are_there(page):
+    named = set(re.findall(r"\b(?:bd3lm_jax|launch|configs|docs|tests)/[\w/]+\.\w+", page.read_text(encoding="utf-8")))
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
