@@ -3,7 +3,7 @@
     pip install airrship
     airrship -o heavy --shm --all_alleles -n 20000 --seed 1
     python -m launch train --config=configs/sapiens.py --config.data.path=heavy.txt --workdir=runs/sapiens
-    python -m launch sample --workdir=runs/sapiens --num=64 --length=144 --temperature=0.5 > samples.json
+    python -m launch sample --workdir=runs/sapiens --num_samples=64 --length=144 --temperature=0.5 > samples.json
     python docs/antibodies.py heavy.txt samples.json
 
 airrship (AGPL, no dependency of ours) simulates repertoires of human heavy chains by recombination and hypermutation;

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, config_flags
 
 from bd3lm_jax.core import paths, renamed_keys, synonyms
 from bd3lm_jax.core.errors import UserError, nearest
-from launch import texts
+from launch import flag_names, texts
 
 DEFAULT_CONFIG = "configs/tiny.py"
 SHIPPED = Path(__file__).parents[1] / "configs"  # the presets of this package, in a checkout and where it is installed
@@ -38,13 +38,15 @@ def parse_flags(define: Callable[[flags.FlagValues], None], argv: Sequence[str],
     """Values of the flags that `define` declares; one word without dashes is the value of the flag `positional`.
 
     takes_config: the command has keys of a config as well, which an unknown flag may have meant.
-    UserError for an unknown flag, a bad value, a stray argument, a text that is not UTF-8.
+
+    UserError for an unknown flag, two spellings of one flag (`flag_names`), a bad value, a stray argument, a text that
+    is not UTF-8.
     """
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
     define(values)
     try:
-        rest = values(["launch", *argv])[1:]
+        rest = values(["launch", *flag_names.canonical(argv, values)])[1:]
     except flags.UnrecognizedFlagError as error:
         raise UserError(_unknown_flag(error, list(values), takes_config)) from None
     except flags.Error as error:
@@ -119,43 +121,6 @@ def step_of(args: flags.FlagValues) -> int | str:
     return args.step
 
 
-def define_processes(values: flags.FlagValues) -> None:
-    """Flags of commands that several processes can run together."""
-    flags.DEFINE_boolean("distributed", False, "one of many processes: found on TPUs, Slurm and OpenMPI, else told by "
-                         "the next three", flag_values=values)
-    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0", flag_values=values)
-    flags.DEFINE_integer("processes", None, "how many there are", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("process_id", None, "which one this is, from 0", lower_bound=0, flag_values=values)
-    flags.DEFINE_float("join_within", 300.0, "seconds for all processes to find each other", lower_bound=1.0,
-                       flag_values=values)
-    flags.DEFINE_float("heartbeat", 100.0, "seconds of silence after which another process counts as dead",
-                       lower_bound=2.0, flag_values=values)
-
-
-def check_processes(args: flags.FlagValues) -> None:
-    """UserError for flags of many processes that do not fit together."""
-    named_flags = [name for name in ("coordinator", "processes", "process_id") if args[name].present]
-    if not args.distributed:
-        if named_flags:
-            raise UserError(f"--{named_flags[0]} goes with --distributed: add it")
-    elif named_flags and len(named_flags) < 3:
-        raise UserError(
-            f"--{named_flags[0]} needs its companions: --coordinator=HOST:PORT --processes=N --process_id=I")
-
-
-def join_processes(args: flags.FlagValues) -> None:
-    """Join the other processes if --distributed says so. UserError as `check_processes`, and on all processes if they
-    cannot compute the same."""
-    check_processes(args)
-    if not args.distributed:
-        return
-    from bd3lm_jax.parallel import distributed, replicas
-
-    distributed.join(args.coordinator, args.processes, args.process_id, args.join_within,
-                     args.heartbeat)
-    replicas.check_start()
-
-
 def flags_help(define: Callable[[flags.FlagValues], None]) -> str:
     """One line a flag, with its default."""
     values = flags.FlagValues()
@@ -191,11 +156,12 @@ def common(argv: Sequence[str]) -> list[str]:
     words = iter(before)
     for word in words:
         name, equals, value = word.partition("=")
-        if name.lstrip("-") not in ("import", "compile_cache") or not word.startswith("-"):
+        name = name.lstrip("-").replace("-", "_")
+        if name not in ("import", "compile_cache") or not word.startswith("-"):
             rest.append(word)
             continue
         value = value if equals else next(words, "")
-        if name.lstrip("-") == "import":
+        if name == "import":
             modules.append(value)
         elif value in ("on", "off"):
             os.environ["BD3LM_COMPILE_CACHE"] = value  # also of the processes that a command starts

@@ -30,7 +30,7 @@ def define(values: flags.FlagValues) -> None:
                       flag_values=values)
     flags.DEFINE_integer("check", 0, "compare the logits of so many random tokens before and after", lower_bound=0,
                          flag_values=values)
-    flags.DEFINE_string("max_shard", "5GB", "of a safetensors file; more than that becomes several with an index",
+    flags.DEFINE_string("max_shard_size", "5GB", "of a safetensors file; more than that becomes several with an index",
                         flag_values=values)
     flags.DEFINE_enum("weights", "ema", ["ema", "params"], "averaged weights, or the last ones", flag_values=values)
     define_path(values, "tokenizer", "", "for a source that brings none: gpt2, bert-base-uncased, bytes, or the path "
@@ -47,6 +47,6 @@ def main(args: flags.FlagValues) -> dict:
     from launch.arguments import required
 
     source, target = required(args, "from"), required(args, "to")
-    names = ("dtype", "check", "max_shard", "weights", "tokenizer", "length", "allow_pickle")
+    names = ("dtype", "check", "weights", "tokenizer", "length", "allow_pickle")
     options: dict[str, Any] = {name: args[name].value for name in names}
-    return convert(source, target, form=args.format, base=base().to_dict(), **options)
+    return convert(source, target, form=args.format, base=base().to_dict(), max_shard=args.max_shard_size, **options)

@@ -2,13 +2,13 @@
 
 Likelihood, with a 95 % interval over documents and draws:
   python -m launch eval --workdir=runs/tiny
-  python -m launch eval --workdir=runs/tiny --split=valid --draws=8
+  python -m launch eval --workdir=runs/tiny --split=valid --mc_samples=8
   python -m launch eval --workdir=runs/tiny --data=my_text.txt
-  python -m launch eval --workdir=runs/tiny --data=sotu --chunks=sliding --stride=64
+  python -m launch eval --workdir=runs/tiny --data=sotu --context_mode=sliding --stride=64
   python -m launch eval --workdir=runs/tiny-ar,runs/tiny --data=all      # every named text, each run against the first
   python -m launch eval --workdir=runs/tiny --estimator=exact             # every mask: no Monte-Carlo error (S <= 8)
   python -m launch eval --workdir=runs/tiny --target_ci=0.1%              # draws until that part is so tight
-  python -m launch eval --workdir=runs/tiny --against=runs/tiny-ar        # paired difference, interval and p-value
+  python -m launch eval --workdir=runs/tiny --baseline=runs/tiny-ar       # paired difference, interval and p-value
   python -m launch eval --workdir=SmolLM2-135M --data=austen --length=512 # a published checkpoint
   python -m launch eval --workdir=runs/mixed --block_size=4               # of a model trained with several
   python -m launch eval --workdir=runs/mixed --curve                      # at each of them, with calls and tokens/s
@@ -49,27 +49,27 @@ from absl import flags
 
 from bd3lm_jax.core import paths
 from bd3lm_jax.core.errors import Preempted, UserError, lookup, nearest
+from launch import processes
 from launch.arguments import (
-    check_processes,
     define_path,
-    define_processes,
     define_seed,
     define_step,
-    join_processes,
     required,
     step_of,
 )
 
 TAKES_CONFIG = False
-LIKELIHOOD = ("split", "data_dir", "chunks", "stride", "first_token", "end_token", "estimator", "draws", "seed",
-              "weights", "batch", "max_draws")  # handed over as they are; data, against and target_ci as well
-PROCESSES = ("distributed", "coordinator", "processes", "process_id", "join_within", "heartbeat")
-WATCH = ("split", "data", "data_dir", "chunks", "stride", "first_token", "end_token", "estimator", "draws", "seed",
-         "weights", "batch", "block_size", "watch_for")
-CURVE = ("split", "estimator", "draws", "seed", "weights", "batch")
+LIKELIHOOD = ("split", "data_dir", "context_mode", "stride", "first_token", "end_token", "estimator", "mc_samples",
+              "seed", "weights", "batch_size", "max_mc_samples")  # data, baseline and target_ci as well
+WATCH = ("split", "data", "data_dir", "context_mode", "stride", "first_token", "end_token", "estimator", "mc_samples",
+         "seed", "weights", "batch_size", "block_size", "watch_timeout")
+CURVE = ("split", "estimator", "mc_samples", "seed", "weights", "batch_size")
 QUALITY = ("scorer", "weights", "split", "reference", "stride", "max_tokens", "mauve", "plot")
-TASK = ("file", "against", "allow_code_execution", "unsafe_code_execution", "num_problems", "draws_per_problem",
-        "shots", "seed", "weights")
+TASK = ("file", "baseline", "allow_code_execution", "unsafe_code_execution", "num_problems", "samples_per_problem",
+        "num_fewshot", "seed", "weights")
+PARAMETER_OF = {"context_mode": "chunks", "mc_samples": "draws", "max_mc_samples": "max_draws", "batch_size": "batch",
+                "baseline": "against", "watch_timeout": "watch_for", "samples_per_problem": "draws_per_problem",
+                "num_fewshot": "shots"}  # of the library, where a flag has another name
 SAMPLER = ("sampler", "length", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "steps", "threshold",
            "block_size")  # of --task: what is given goes to LM.generate
 
@@ -78,7 +78,7 @@ def define(values: flags.FlagValues) -> None:
     _define_likelihood(values)
     _define_quality(values)
     _define_task(values)
-    define_processes(values)
+    processes.define(values)
 
 
 def _define_likelihood(values: flags.FlagValues) -> None:
@@ -88,31 +88,32 @@ def _define_likelihood(values: flags.FlagValues) -> None:
     define_path(values, "data", "", "a .txt or .jsonl file (all of it); a named text: austen, moby_dick, sotu, "
                 "wikitext2, ptb, lm1b, lambada, ag_news, pubmed, arxiv; or all of these; empty: the run's own")
     define_path(values, "data_dir", "", "where NAME.txt or NAME.jsonl of named texts are")
-    flags.DEFINE_string("chunks", "independent", "independent rows, or sliding windows that score their last tokens",
-                        flag_values=values)
+    flags.DEFINE_string("context_mode", "independent", "independent rows, or sliding windows that score their last "
+                        "tokens", flag_values=values)
     flags.DEFINE_integer("stride", 0, "of sliding windows, in tokens; 0: half a row", flag_values=values)
     flags.DEFINE_string("first_token", "", "predict or skip the first token of each row; empty: predict if possible",
                         flag_values=values)
     flags.DEFINE_string("end_token", "count", "count or skip the end of each document", flag_values=values)
     flags.DEFINE_string("estimator", "", "exact_count, importance, bernoulli, exact (block size up to 8), native, nll "
                         "(AR, block size 1); empty: the best", flag_values=values)
-    flags.DEFINE_integer("draws", 1, "noise draws a row, four noised copies each", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("mc_samples", 1, "noise draws a row, four noised copies each", lower_bound=1,
+                         flag_values=values)
     flags.DEFINE_string("target_ci", "", "more draws until the Monte-Carlo half width is this part of the nll, e.g. "
                         "0.5% or 0.005", flag_values=values)
-    flags.DEFINE_integer("max_draws", 64, "of --target_ci", lower_bound=1, flag_values=values)
-    define_path(values, "against", "", "run directory of a model to compare with on the same documents")
+    flags.DEFINE_integer("max_mc_samples", 64, "of --target_ci", lower_bound=1, flag_values=values)
+    define_path(values, "baseline", "", "run directory of a model to compare with on the same documents")
     define_seed(values, "of the noise")
     flags.DEFINE_enum("weights", "ema", ["ema", "params"], "averaged weights, or the last ones", flag_values=values)
-    flags.DEFINE_integer("batch", 0, "rows a pass; 0: the run's own", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer("batch_size", 0, "rows a pass; 0: the run's own", lower_bound=0, flag_values=values)
     define_step(values)
     flags.DEFINE_boolean("watch", False, "follow a run that trains: evaluate each new checkpoint, until the last one",
                          flag_values=values)
-    flags.DEFINE_float("watch_for", 3600.0, "of --watch: end after so many seconds without a new checkpoint; 0: never",
-                       lower_bound=0.0, flag_values=values)
+    flags.DEFINE_float("watch_timeout", 3600.0, "of --watch: end after so many seconds without a new "
+                       "checkpoint; 0: never", lower_bound=0.0, flag_values=values)
     flags.DEFINE_boolean("curve", False, "likelihood, calls and speed at every block size the model was trained with",
                          flag_values=values)
-    flags.DEFINE_float("within", 0.01, "of --curve: the largest block size is recommended whose nll is at most this "
-                       "part above the best", lower_bound=0.0, flag_values=values)
+    flags.DEFINE_float("nll_tolerance", 0.01, "of --curve: the largest block size is recommended whose nll is at most "
+                       "this part above the best", lower_bound=0.0, flag_values=values)
 
 
 def _define_quality(values: flags.FlagValues) -> None:
@@ -137,8 +138,10 @@ def _define_task(values: flags.FlagValues) -> None:
                          "no sandbox: it can then do whatever you can do", flag_values=values)
     flags.DEFINE_integer("num_problems", 0, "of --task: only the first so many; 0: all", lower_bound=0,
                          flag_values=values)
-    flags.DEFINE_integer("draws_per_problem", 1, "of --task: texts for each problem", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("shots", 0, "of --task: solved problems before each prompt", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer("samples_per_problem", 1, "of --task: texts for each problem", lower_bound=1,
+                         flag_values=values)
+    flags.DEFINE_integer("num_fewshot", 0, "of --task: solved problems before each prompt", lower_bound=0,
+                         flag_values=values)
     flags.DEFINE_string("sampler", None, "of --task, as all flags below: see python -m launch sample --help",
                         flag_values=values)
     for name in ("length", "top_k", "steps", "block_size"):
@@ -158,7 +161,7 @@ def main(args: flags.FlagValues) -> dict:
         return _task(args)
     if args.watch:
         return _watch(args)
-    join_processes(args)
+    processes.join(args)
     from bd3lm_jax.core.log import spinner
 
     with spinner("measuring"):
@@ -191,26 +194,26 @@ def _check_likelihood(args: flags.FlagValues) -> None:
     from bd3lm_jax.likelihood.estimators import ESTIMATORS
 
     _check_only(args, "a likelihood (neither --samples nor --task)",
-                ("workdir", "data", "against", "target_ci", "block_size", "length", "curve", "within", "step",
-                 "watch", "watch_for", *LIKELIHOOD, *PROCESSES))
+           ("workdir", "data", "baseline", "target_ci", "block_size", "length", "curve", "nll_tolerance", "step",
+            "watch", "watch_timeout", *LIKELIHOOD, *processes.FLAGS))
     if args.watch:
         _check_only(args, "--watch", ("workdir", "watch", *WATCH))
-    elif args["watch_for"].present:
-        raise UserError("--watch_for goes with --watch: add it")
+    elif args["watch_timeout"].present:
+        raise UserError("--watch_timeout goes with --watch: add it")
     if args.curve:
-        _check_only(args, "--curve", ("workdir", "curve", "within", *CURVE, *PROCESSES))
+        _check_only(args, "--curve", ("workdir", "curve", "nll_tolerance", *CURVE, *processes.FLAGS))
     if args.data == "all" and not args.watch:
-        if args.against:
-            raise UserError("--against does not go with --data=all: give --workdir=A,B instead")
+        if args.baseline:
+            raise UserError("--baseline does not go with --data=all: give --workdir=A,B instead")
         for name in ("block_size", "step"):
             if args[name].present:
                 raise UserError(f"--{name} does not go with --data=all: give one --data at a time")
     if args.estimator:
         lookup(ESTIMATORS, args.estimator, "estimator")
-    ScoringConvention(args.chunks, args.stride, args.first_token or "skip", args.end_token)
+    ScoringConvention(args.context_mode, args.stride, args.first_token or "skip", args.end_token)
     _fraction(args.target_ci)
     step_of(args)
-    check_processes(args)
+    processes.check(args)
 
 
 def _check_only(args: flags.FlagValues, what: str, names: tuple[str, ...]) -> None:
@@ -238,7 +241,7 @@ def _likelihood(args: flags.FlagValues) -> dict:
     if args.curve:
         from bd3lm_jax.evaluation.block_sizes import curve
 
-        return curve(workdir, within=args.within, **_values(args, CURVE))
+        return curve(workdir, within=args.nll_tolerance, **_values(args, CURVE))
     if args.data == "all":
         from bd3lm_jax.evaluation.suite import evaluate_suite
 
@@ -248,7 +251,7 @@ def _likelihood(args: flags.FlagValues) -> dict:
     overrides = {name: args[name].value for name in ("block_size", "length") if args[name].value}
     if args["step"].present:
         overrides["step"] = step_of(args)
-    return evaluate_run(workdir, data=args.data, against=args.against, target_ci=target_ci, **overrides, **common)
+    return evaluate_run(workdir, data=args.data, against=args.baseline, target_ci=target_ci, **overrides, **common)
 
 
 def _watch(args: flags.FlagValues) -> dict:
@@ -266,8 +269,8 @@ def _watch(args: flags.FlagValues) -> dict:
     return result
 
 
-def _values(args: flags.FlagValues, names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: args[name].value for name in names}
+def _values(args: flags.FlagValues, names: tuple[str, ...]) -> dict:
+    return {PARAMETER_OF.get(name, name): args[name].value for name in names}
 
 
 def _fraction(text: str) -> float:

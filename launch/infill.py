@@ -30,7 +30,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("top_k", None, "only the k likeliest tokens", lower_bound=1, flag_values=values)
     flags.DEFINE_float("top_p", None, "only the nucleus of this mass", lower_bound=0.0, upper_bound=1.0,
                        flag_values=values)
-    flags.DEFINE_integer("draws", 4, "of the likelihood that chooses a length", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("mc_samples", 4, "of the likelihood that chooses a length", lower_bound=1, flag_values=values)
     define_seed(values, "of all random choices")
     flags.DEFINE_enum("weights", "ema", ["ema", "params"], "averaged weights, or the last ones", flag_values=values)
 
@@ -52,7 +52,7 @@ def main(args: flags.FlagValues) -> dict:
     sampler = {name: args[name].value for name in ("steps", "threshold", "temperature", "top_k", "top_p")}
     options = make_options(sampler=args.sampler, seed=args.seed, **sampler)
     with log.spinner("compiling and filling"):
-        filled = infill.infill(lm, texts, options, draws=args.draws)
+        filled = infill.infill(lm, texts, options, draws=args.mc_samples)
     for one in filled:
         log.note(one.text or "")
     return {

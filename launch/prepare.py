@@ -1,7 +1,7 @@
 """Tokenise and pack the corpus of a config once, ahead of time; training and evaluation read the result.
 
   python -m launch prepare
-  python -m launch prepare --config=configs/lm1b.py --split=train,valid,test --workers=8
+  python -m launch prepare --config=configs/lm1b.py --split=train,valid,test --num_workers=8
   python -m launch prepare --config.data.source=mixture "--config.data.mixture=(('austen',0.7),('text:my_texts',0.3))"
 
 A large text is kept in parts as they are done: the same command, after a kill, goes on where it was (docs/data.md).
@@ -16,8 +16,8 @@ TAKES_CONFIG = True
 
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_list("split", ["train", "valid"], "which of train, valid and test", flag_values=values)
-    flags.DEFINE_integer("workers", 1, "processes that tokenise, where a text has several parts; 1: this one, whose "
-                         "tokenizer uses all cores", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("num_workers", 1, "processes that tokenise, where a text has several parts; 1: this one, "
+                         "whose tokenizer uses all cores", lower_bound=1, flag_values=values)
     flags.DEFINE_boolean("verify", False, "read what is prepared from end to end, also beyond the first GiB of a file, "
                          "which is all that other commands look at", flag_values=values)
 
@@ -35,7 +35,7 @@ def main(args: flags.FlagValues, config, name: str) -> dict:
         def progress(documents: int, tokens: int, split: str = split) -> None:
             log.note(f"{split}: {documents:,} documents, {tokens:,} tokens")
 
-        rows[split] = prepare(config.data, split, config.block_size, tokenizer, progress, args.workers)
+        rows[split] = prepare(config.data, split, config.block_size, tokenizer, progress, args.num_workers)
         mixed = isinstance(rows[split], MixedRows)
         for part in (rows[split].parts if mixed else [rows[split]]) if args.verify else []:
             manifest.verify(part.path)

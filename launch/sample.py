@@ -3,18 +3,18 @@
   python -m launch sample --workdir=runs/tiny
   python -m launch sample --workdir=runs/tiny --prompt="Anne smiled" --prompt="The captain" --seed=1 --top_p=0.9
   python -m launch sample --workdir=runs/tiny --prefer=speed            # as bench sampling --workdir=runs/tiny measured
-  python -m launch sample --workdir=runs/tiny --num=1 --animate --trace=trace.html     # see it write
-  python -m launch sample --workdir=runs/tiny --length=2560 --window                   # longer than it was trained on
+  python -m launch sample --workdir=runs/tiny --num_samples=1 --animate --trace=trace.html     # see it write
+  python -m launch sample --workdir=runs/tiny --length=2560 --sliding_window         # longer than it was trained on
   python -m launch sample --workdir=runs/tiny --constraint='[A-Z][a-z]+ (smiled|sighed)\\.'
 
 Flags by purpose:
-  what          --workdir --step --weights --num --length --prompt --seed
+  what          --workdir --step --weights --num_samples --length --prompt --seed
   speed         --prefer --settings or by hand --sampler --steps --threshold --block_size --block_confidence
-  choice        --temperature --top_k --top_p --min_p --repetition_penalty --guidance --constraint --json_schema
-                --forced
+  choice        --temperature --top_k --top_p --min_p --repetition_penalty --guidance_scale --constraint
+                --json_schema --fixed_tokens
   ends          --stop --min_length --min_entropy
-  cache         --window --cache_dtype --approximate_cache
-  output        --out --animate --trace --beside
+  cache         --sliding_window --cache_dtype --approximate_cache
+  output        --out --animate --trace --compare_traces
 
 Result: samples (prompt_index from 0 and prompt, both null without prompts; text, num_tokens, nfe, stop), tokens_per_s,
 nfe_per_token, seed, sampler (name and all settings as they were used, where they come from, and the bytes of a token in
@@ -33,8 +33,8 @@ from launch.arguments import define_path, define_paths, define_seed, define_step
 
 TAKES_CONFIG = False
 OPTIONS = ("sampler", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "steps", "threshold",
-           "block_size", "block_confidence", "stop", "min_length", "min_entropy", "window", "cache_dtype",
-           "approximate_cache", "guidance", "constraint", "seed")  # what is given goes to LM.generate
+           "block_size", "block_confidence", "stop", "min_length", "min_entropy", "sliding_window", "cache_dtype",
+           "approximate_cache", "guidance_scale", "constraint", "seed")  # what is given goes to LM.generate
 
 
 def define(values: flags.FlagValues) -> None:
@@ -48,7 +48,7 @@ def _define_what(values: flags.FlagValues) -> None:
     define_path(values, "workdir", "", "run directory, or one in Hugging Face layout")
     flags.DEFINE_enum("weights", "ema", ["ema", "params"], "averaged weights, or the last ones", flag_values=values)
     define_step(values)
-    flags.DEFINE_integer("num", 4, "texts, for each prompt if there are any", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("num_samples", 4, "texts, for each prompt if there are any", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("length", None, "tokens of prompt and text; by default 256, or the model's context if less",
                          lower_bound=1, flag_values=values)
     flags.DEFINE_multi_string("prompt", None, "how a text begins", flag_values=values)
@@ -85,13 +85,13 @@ def _define_choice(values: flags.FlagValues) -> None:
                        upper_bound=1.0, flag_values=values)
     flags.DEFINE_float("repetition_penalty", 1.0, "above 1: fewer tokens that were there before", lower_bound=0.0,
                        flag_values=values)
-    flags.DEFINE_float("guidance", 0.0, "weight of classifier-free guidance by the prompt; two passes a call",
+    flags.DEFINE_float("guidance_scale", 0.0, "weight of classifier-free guidance by the prompt; two passes a call",
                        flag_values=values)
     flags.DEFINE_string("constraint", None, "a regular expression that each new text matches as a whole",
                         flag_values=values)
     define_path(values, "json_schema", "", "a JSON schema (file) that each new text satisfies")
-    flags.DEFINE_multi_string("forced", None, "PLACE:TEXT, what stands at a place of every text; the first token of "
-                              "the prompt has place 0", flag_values=values)
+    flags.DEFINE_multi_string("fixed_tokens", None, "PLACE:TEXT, what stands at a place of every text; the first "
+                              "token of the prompt has place 0", flag_values=values)
 
 
 def _define_rest(values: flags.FlagValues) -> None:
@@ -99,7 +99,8 @@ def _define_rest(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("min_length", 0, "new tokens before the text may end", lower_bound=0, flag_values=values)
     flags.DEFINE_float("min_entropy", None, "give a text up whose last 256 tokens have a lower entropy (nats)",
                        lower_bound=0.0, flag_values=values)
-    flags.DEFINE_bool("window", False, "texts may be longer than what the model was trained on", flag_values=values)
+    flags.DEFINE_bool("sliding_window", False, "texts may be longer than what the model was trained on",
+                      flag_values=values)
     flags.DEFINE_string("cache_dtype", "compute", "of keys and values: float32, bfloat16, int8, or the network's own",
                         flag_values=values)
     flags.DEFINE_string("approximate_cache", "", "prefix or dual, of a bidirectional model with --block_size: faster, "
@@ -107,7 +108,7 @@ def _define_rest(values: flags.FlagValues) -> None:
     define_path(values, "out", "", "write the texts to this JSONL file as well")
     flags.DEFINE_bool("animate", False, "show the texts as they are written", flag_values=values)
     define_path(values, "trace", "", "write an HTML page that shows how they were written, step by step")
-    define_paths(values, "beside", "of --trace: a page of another run, to be played side by side in this one")
+    define_paths(values, "compare_traces", "of --trace: a page of another run, to be played side by side in this one")
 
 
 def main(args: flags.FlagValues) -> dict:
@@ -131,10 +132,10 @@ def main(args: flags.FlagValues) -> dict:
         samples = _watch(args, lm, length, options, other_traces)
     else:
         with spinner("compiling and writing"):
-            samples = lm.generate(args.prompt, num=args.num, length=length, **chosen)
+            samples = lm.generate(args.prompt, num=args.num_samples, length=length, **chosen)
     seconds = time.perf_counter() - start
     sampler = _sampler_settings(lm, options) | {"source": source}
-    origins = [(index, prompt) for index, prompt in enumerate(args.prompt or ()) for _ in range(args.num)]
+    origins = [(index, prompt) for index, prompt in enumerate(args.prompt or ()) for _ in range(args.num_samples)]
     origins = origins or [(None, None)] * len(samples)
     _print_samples(samples, origins, sampler)
     entries = [{"prompt_index": index, "prompt": prompt, "text": sample.text, "num_tokens": len(sample.tokens),
@@ -161,13 +162,13 @@ def _check_outputs(args: flags.FlagValues) -> None:
 
 
 def _traces_beside(args: flags.FlagValues) -> list[dict]:
-    """Records of the pages of --beside."""
+    """Records of the pages of --compare_traces."""
     from bd3lm_jax.core.errors import UserError
     from bd3lm_jax.generation import trace
 
-    if args.beside and not args.trace:
-        raise UserError("--beside goes with --trace=FILE.html: the page on which all are shown")
-    return [trace.read_html(path) for path in args.beside or ()]
+    if args.compare_traces and not args.trace:
+        raise UserError("--compare_traces goes with --trace=FILE.html: the page on which all are shown")
+    return [trace.read_html(path) for path in args.compare_traces or ()]
 
 
 def _choose(args: flags.FlagValues, lm) -> tuple[dict, str]:
@@ -182,8 +183,8 @@ def _choose(args: flags.FlagValues, lm) -> tuple[dict, str]:
         if args.constraint is not None:
             raise UserError("--constraint and --json_schema are two constraints: give one of them")
         set_options["constraint"] = settings.read_object(args.json_schema)
-    if args.forced:
-        set_options["forced"] = _forced(args.forced)
+    if args.fixed_tokens:
+        set_options["fixed_tokens"] = _fixed_tokens(args.fixed_tokens)
     chosen, source = settings.settings_for(lm, args.workdir, args.settings, args.prefer or "")
     usual = {"seed": args.seed, "sampler": lm.config.diffusion.sampler}
     return usual | settings.merge_settings(chosen, set_options), source
@@ -198,7 +199,7 @@ def _block_size(word: str) -> int | str:
     return word if word == AUTO else int(word)
 
 
-def _forced(words: list[str]) -> dict[str, str]:
+def _fixed_tokens(words: list[str]) -> dict[str, str]:
     """["12: said"] -> {"12": " said"}"""
     from bd3lm_jax.core.errors import UserError
 
@@ -206,7 +207,8 @@ def _forced(words: list[str]) -> dict[str, str]:
     for word in words:
         place, colon, text = word.partition(":")
         if not colon or not text or place in entries:
-            raise UserError(f"--forced={word}: expected PLACE:TEXT, each place once, e.g. --forced='12: said'")
+            raise UserError(f"--fixed_tokens={word}: expected PLACE:TEXT, each place once, e.g. "
+                            "--fixed_tokens='12: said'")
         entries[place] = text
     return entries
 
@@ -217,7 +219,7 @@ def _watch(args: flags.FlagValues, lm, length: int, options, other_traces: list[
 
     from bd3lm_jax.generation import animate, stream, trace
 
-    events = stream.stream(lm, args.prompt, args.num, length, options)
+    events = stream.stream(lm, args.prompt, args.num_samples, length, options)
     if args.animate:
         events = animate.animate(events, lm, Console(stderr=True, highlight=False))
     events = list(events)

@@ -4,7 +4,7 @@
   python -m launch sweep --dry_run                              # which runs, how far, and their commands
   python -m launch sweep --config=configs/tiny.py --config.train.steps=300 --workdir=runs/sweeps/short --parallel=2
   python -m launch sweep --index=2                              # run number 2 only: a task of an array job
-  python -m launch sweep --give_up=0.1                          # stop runs that fall 0.1 bits per byte behind
+  python -m launch sweep --early_stopping=0.1                          # stop runs that fall 0.1 bits per byte behind
 
 A config file with a sweep (each dict: what changes; "arg" is what get_config is called with):
 
@@ -12,7 +12,7 @@ A config file with a sweep (each dict: what changes; "arg" is what get_config is
       for lr in (1e-3, 3e-3):
           yield {"optim.lr": lr}
 
-Run it again to go on: finished runs are skipped, without --give_up also those that were given up. Ctrl-C and
+Run it again to go on: finished runs are skipped, without --early_stopping also those that were given up. Ctrl-C and
 SIGTERM let the runs save and stop. More: docs/sweeps.md.
 Result: sweep, runs (name, status, overrides, step, valid_nll, nll_ci95, valid_ppl, bits_per_byte, workdir, log, error,
 retries, difference and difference_ci95 to the baseline in nats a token, paired by document).
@@ -39,9 +39,9 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean("dry_run", False, "list the runs, train nothing", flag_values=values)
     flags.DEFINE_integer("retries", 2, "how often a run is started again that was preempted (exit code 42), stuck (75) "
                          "or killed (134, 137)", lower_bound=0, flag_values=values)
-    flags.DEFINE_float("give_up", None, "stop a run when its validation bound is so many bits per byte behind the best "
-                       "one at the same step; empty: never", flag_values=values)
-    flags.DEFINE_float("give_up_after", 0.5, "never before this part of its steps", flag_values=values)
+    flags.DEFINE_float("early_stopping", None, "stop a run when its validation bound is so many bits per byte behind the "
+                       "best one at the same step; empty: never", flag_values=values)
+    flags.DEFINE_float("early_stopping_after", 0.5, "never before this part of its steps", flag_values=values)
     flags.DEFINE_string("baseline", "0", "the run that the table compares the others with, counted from 0, or best",
                         flag_values=values)
 
@@ -50,9 +50,9 @@ def main(args: flags.FlagValues, spec: str, overrides: list[str]) -> dict:
     from bd3lm_jax.experiments.sweeps.early_stopping import StoppingRule
     from bd3lm_jax.experiments.sweeps.sweep import sweep
 
-    if args.give_up is None and args["give_up_after"].present:
-        raise UserError("--give_up_after goes with --give_up: add it")
-    rule = None if args.give_up is None else StoppingRule(args.give_up, args.give_up_after)
+    if args.early_stopping is None and args["early_stopping_after"].present:
+        raise UserError("--early_stopping_after goes with --early_stopping: add it")
+    rule = None if args.early_stopping is None else StoppingRule(args.early_stopping, args.early_stopping_after)
     baseline = int(args.baseline) if args.baseline.isdecimal() else args.baseline
     points = load_points(spec, overrides)
     workdir = args.workdir or f"runs/sweeps/{arguments.config_name(spec)}"

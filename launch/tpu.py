@@ -1,10 +1,10 @@
 """Show (or do) what a cluster needs to train, evaluate or sweep: create, run, logs, resume, delete.
 
   python -m launch tpu --engine=gcloud --accelerator=v5litepod-16 --name=owt --project=P --zone=us-central1-a \\
-      --shared=/mnt/nfs/runs --spot -- train --config=configs/owt.py --mesh=data=-1,fsdp=4
+      --shared_dir=/mnt/nfs/runs --spot -- train --config=configs/owt.py --mesh=data=-1,fsdp=4
   python -m launch tpu --engine=xpk --accelerator=v6e-256 --slices=2 --name=owt --project=P --zone=us-east5-b \\
-      --shared=/mnt/runs -- train --config=configs/owt.py --mesh=fsdp=-1,slices=2
-  python -m launch tpu --engine=skypilot --accelerator=H100:8 --name=owt --shared=gs://bucket/runs -- train
+      --shared_dir=/mnt/runs -- train --config=configs/owt.py --mesh=fsdp=-1,slices=2
+  python -m launch tpu --engine=skypilot --accelerator=H100:8 --name=owt --shared_dir=gs://bucket/runs -- train
   python -m launch tpu --engine=slurm --accelerator=H100:8 --name=sizes -- sweep --config=configs/tiny.py
   python -m launch tpu --engine=gcloud ... --action=logs --run -- train       # does one action instead of showing it
 
@@ -21,7 +21,7 @@ import os
 from absl import flags
 
 from bd3lm_jax.core.errors import UserError, nearest
-from launch import arguments
+from launch import arguments, processes
 
 TAKES_CONFIG = False
 TAKES_COMMAND = True
@@ -39,9 +39,9 @@ def define(values: flags.FlagValues) -> None:
                         flag_values=values)
     flags.DEFINE_integer("slices", 1, "of gcloud and xpk", lower_bound=1, flag_values=values)
     flags.DEFINE_boolean("spot", False, "machines that can be taken away", flag_values=values)
-    flags.DEFINE_string("shared", "", "directory that all hosts see, where runs/ will lie (skypilot: or gs://BUCKET); "
-                        "--workdir and --config of the command are relative to the checkout", flag_values=values)
-    flags.DEFINE_integer("restarts", 20, "at most, after exit code 42, 75, 134 or 137", lower_bound=0,
+    flags.DEFINE_string("shared_dir", "", "directory that all hosts see, where runs/ will lie (skypilot: or "
+                        "gs://BUCKET); --workdir and --config of the command are relative to the checkout", flag_values=values)
+    flags.DEFINE_integer("max_restarts", 20, "after exit code 42, 75, 134 or 137", lower_bound=0,
                          flag_values=values)
     flags.DEFINE_string("action", "all", "create, run, logs, resume, delete or all", flag_values=values)
     flags.DEFINE_boolean("run", False, "do the action, with the --mesh and the rest as given; otherwise only show it",
@@ -57,7 +57,7 @@ def main(args: flags.FlagValues, words: list[str]) -> dict:
     chips, hosts = slice_type.chips * args.slices, slice_type.hosts * args.slices
     words, points = check_command(words, chips, hosts, args.engine == "slurm", args.slices)
     job = clusters.Job(name=args.name, slice=slice_type, slices=args.slices, project=args.project, zone=args.zone,
-                       cluster=args.cluster, shared=args.shared, spot=args.spot, restarts=args.restarts,
+                       cluster=args.cluster, shared=args.shared_dir, spot=args.spot, restarts=args.max_restarts,
                        out=os.path.abspath(args.out or f"runs/clusters/{args.name}"), command=tuple(words),
                        points=points)
     return clusters.launch(args.engine, job, args.action, args.run)
@@ -93,7 +93,7 @@ def check_command(words: list[str], chips: int, hosts: int, array: bool, slices:
             raise UserError(
                 f"eval --{single_host_flag} has one host, and the accelerator has {hosts}: take a smaller one")
         command.check(args)
-    arguments.check_processes(args)
+    processes.check(args)
     return words, 0
 
 

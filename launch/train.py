@@ -6,7 +6,7 @@
   python -m launch train --config=configs/tiny.py:algo=ar --workdir=runs/tiny-ar
   python -m launch train --distributed --mesh=data=-1,fsdp=4        # on every host of a TPU slice: docs/clusters.md
   python -m launch train --config=configs/owt.py --mesh=data=8,fsdp=4 --plan               # what it will need
-  python -m launch train --config=configs/owt.py --mesh=data=8,fsdp=4 --plan --for=v5e     # on one of them
+  python -m launch train --config=configs/owt.py --mesh=data=8,fsdp=4 --plan --accelerator=v5e     # on one of them
 
 Result: workdir, step, train_nll, valid_nll (nats a token), valid_ppl, tokens_per_s, step_ms, params, wall_s.
 With --plan nothing is read, downloaded or trained; result: params, devices, mesh, flops_per_step, bytes_per_device,
@@ -21,7 +21,8 @@ import re
 from absl import flags
 
 from bd3lm_jax.core.errors import UserError
-from launch.arguments import define_path, define_processes, join_processes
+from launch import processes
+from launch.arguments import define_path
 
 TAKES_CONFIG = True
 
@@ -33,14 +34,14 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean("profile", False, "trace a few steps into WORKDIR/profile", flag_values=values)
     flags.DEFINE_boolean("plan", False, "do not train: say what training needs, no accelerator needed",
                          flag_values=values)
-    flags.DEFINE_enum("for", None, ["v4", "v5e", "v5p", "v6e", "H100", "H200"],
-                      "with --plan: the accelerator; empty: all, TPUs with the figures of one compile by the TPU "
+    flags.DEFINE_enum("accelerator", None, ["v4", "v5e", "v5p", "v6e", "H100", "H200"],
+                      "with --plan: which one; empty: all, TPUs with the figures of one compile by the TPU "
                       "compiler (package libtpu, else estimated); a TPU: its own", flag_values=values)
-    flags.DEFINE_float("utilisation", 0.4, "with --plan: the part of the peak that is reached", lower_bound=1e-3,
-                       upper_bound=1.0, flag_values=values)
-    flags.DEFINE_float("stuck_after", 1800.0, "seconds without a finished step, validation or save after which the "
-                       "process ends with exit code 75; 0: never", lower_bound=0.0, flag_values=values)
-    define_processes(values)
+    flags.DEFINE_float("mfu", 0.4, "with --plan: model FLOPs utilisation, the part of the peak that is reached",
+                       lower_bound=1e-3, upper_bound=1.0, flag_values=values)
+    flags.DEFINE_float("watchdog_timeout", 1800.0, "seconds without a finished step, validation or save after which "
+                       "the process ends with exit code 75; 0: never", lower_bound=0.0, flag_values=values)
+    processes.define(values)
 
 
 def main(args: flags.FlagValues, config, name: str) -> dict:
@@ -49,13 +50,13 @@ def main(args: flags.FlagValues, config, name: str) -> dict:
     if args.plan:
         from bd3lm_jax.planning.plan import plan
 
-        return plan(config, target=args["for"].value or "", utilisation=args.utilisation)
-    if args["for"].present:
-        raise UserError("--for goes with --plan: training uses the devices that are there")
-    join_processes(args)
+        return plan(config, target=args.accelerator or "", utilisation=args.mfu)
+    if args["accelerator"].present:
+        raise UserError("--accelerator goes with --plan: training uses the devices that are there")
+    processes.join(args)
     from bd3lm_jax.training.train import train
 
-    return train(config, args.workdir or f"runs/{name}", profile=args.profile, stuck_after=args.stuck_after)
+    return train(config, args.workdir or f"runs/{name}", profile=args.profile, stuck_after=args.watchdog_timeout)
 
 
 def parse_mesh(words: list[str]):

@@ -23,14 +23,14 @@ from bd3lm_jax.core import plugins
 from bd3lm_jax.core.errors import lookup
 from bd3lm_jax.data import corpora, domains
 from bd3lm_jax.diffusion import OBJECTIVES
-from launch import arguments
+from launch import arguments, processes
 from launch.__main__ import COMMANDS, main
 
 ADAPTED = "from=gpt2"
 NOT_PARSED = {  # part of a command -> why it is no command as it stands
     "launch COMMAND --help": "COMMAND stands for any",
     "tiny.py:...": "... stands for what the table says",
-    "eval --against": "names a flag",
+    "eval --baseline": "names a flag",
     ADAPTED: "reads weights, which are there where it is run",
     "configs/smollm2.py": "reads weights of a package that is not installed here",
 }
@@ -59,7 +59,7 @@ TINY = ("--config.model.num_layers=1", "--config.model.hidden_size=32", "--confi
         "--config.data.tokenizer=bytes")
 SHORT = ("--config.train.steps=3", "--config.train.batch_size=4", "--config.optim.warmup_steps=0", "--config.log.every=1",
          "--config.optim.schedule=constant", "--config.eval.num_samples=1", "--config.eval.sample_length=16",
-         "--stuck_after=0")
+         "--watchdog_timeout=0")
 DOCUMENTS = 16
 ALL = [command for page in PAGES for command in commands(page)]
 LAUNCHED = [command for command in ALL if command.launch is not None]
@@ -159,7 +159,7 @@ def test_command_is_parsed_and_resolved(command, home):
         arguments.load_config(spec, overrides)
     if name == "train":
         module.parse_mesh(args.mesh)
-        arguments.check_processes(args)
+        processes.check(args)
     if name == "eval":
         module.check(args)
     if name == "bench" and args.name:
@@ -209,15 +209,15 @@ def run_short(command: Command) -> None:
             ensure("runs/tiny-ar")
             run("convert", "--from=runs/tiny-ar", "--to=tiny-ar-hf")
     if name == "sample":
-        words += ["--num=1"]
+        words += ["--num_samples=1"]
         if any(re.match("--length=....?$", word) for word in words):
-            words += ["--length=144" if "--window" in words else "--length=100"]
+            words += ["--length=144" if "--sliding_window" in words else "--length=100"]
         words += ["--min_length=90"] * any("--min_length" in word for word in words)
-    words += ["--draws=1"] * any(word.startswith("--draws") for word in words)
+    words += ["--mc_samples=1"] * any(word.startswith("--mc_samples") for word in words)
     if name == "eval" and (files := [word for word in words if word.startswith("--samples=")]):
         for file in files[0].partition("=")[2].split(","):
             if not Path(file).exists():
-                Path(file).write_text(run("sample", "--workdir=runs/tiny", "--num=2", "--length=100"))
+                Path(file).write_text(run("sample", "--workdir=runs/tiny", "--num_samples=2", "--length=100"))
     said = run(name, *words)
     if command.out:
         Path(command.out).write_text(said + "\n")
@@ -227,7 +227,7 @@ def run_short(command: Command) -> None:
 
 def runs_of(words: list[str]) -> list[str]:
     """Run directories that a command reads."""
-    values = [word.partition("=")[2] for word in words if re.match("--(workdir|against|scorer|from)=", word)]
+    values = [word.partition("=")[2] for word in words if re.match("--(workdir|baseline|scorer|from)=", word)]
     return [path for value in values for path in value.split(",") if path.startswith("runs/")]
 
 

@@ -82,7 +82,7 @@ def trained(installed):
 def test_train_and_sample(installed, trained):
     assert (trained["step"], trained["workdir"]) == (2, "runs/tiny")
     assert (installed.folder / "runs/tiny/config.json").is_file()
-    done = installed.bd3lm("sample", "--workdir=runs/tiny", "--num=1", "--length=8")
+    done = installed.bd3lm("sample", "--workdir=runs/tiny", "--num_samples=1", "--length=8")
     assert len(json.loads(done.stdout.splitlines()[-1])["samples"]) == 1
 
 

@@ -111,7 +111,7 @@ def _encode_with(workers: int, parts: Iterator[list[str]], tokenizer: Tokenizer,
             yield next_part()
     except BrokenProcessPool:
         raise RunError(f"one of {workers} workers was killed, perhaps for want of memory: run the same command again, "
-                       "with fewer --workers; what is done is kept") from None
+                       "with fewer --num_workers; what is done is kept") from None
     finally:
         pool.shutdown(cancel_futures=True)
         (work / TOKENIZER).unlink(missing_ok=True)

@@ -13,48 +13,50 @@ from bd3lm_jax.core.errors import UserError, nearest
 from bd3lm_jax.data import packing
 from bd3lm_jax.data.rows import MeasuredRows, TokenRows
 
-CHUNKS, FIRST_TOKENS, END_TOKENS = ("independent", "sliding"), ("predict", "skip"), ("count", "skip")
+CONTEXT_MODES, FIRST_TOKENS, END_TOKENS = ("independent", "sliding"), ("predict", "skip"), ("count", "skip")
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoringConvention:
     """How a text is cut and which of its tokens count.
 
-    chunks: "independent": every row is scored by itself. "sliding": rows start every `stride` tokens and only their
-    last `stride` tokens are scored, given the others (the first row of a text is scored whole); the text is one
+    context_mode: "independent": every row is scored by itself. "sliding": rows start every `stride` tokens and only
+    their last `stride` tokens are scored, given the others (the first row of a text is scored whole); the text is one
     document, or with the layout "wrap", as in training, all documents one after another.
     first_token: "skip" gives the token that opens a row or a document in it, before which there is nothing to see.
     end_token: "skip" gives the end of every document.
     Bits per byte are over the bytes of the tokens that are scored: a token that is given counts no byte either.
 
     Raises:
-        UserError: an unknown word, or a stride that does not go with the chunks.
+        UserError: an unknown word, or a stride that does not go with the context.
     """
 
-    chunks: str
+    context_mode: str
     stride: int  # sliding: tokens; 0 for half a row
     first_token: str
     end_token: str
 
     def __post_init__(self):
-        for name, choices in (("chunks", CHUNKS), ("first_token", FIRST_TOKENS), ("end_token", END_TOKENS)):
+        for name, choices in (("context_mode", CONTEXT_MODES), ("first_token", FIRST_TOKENS),
+                              ("end_token", END_TOKENS)):
             value = getattr(self, name)
             if value not in choices:
                 raise UserError(f"--{name}={value}: {nearest(str(value), choices)}")
         if self.stride < 0:
             raise UserError(f"--stride={self.stride}: expected a number of tokens, or 0 for half a row")
-        if self.stride and self.chunks != "sliding":
-            raise UserError(f"--stride={self.stride} has no effect with --chunks={self.chunks}: add --chunks=sliding")
+        if self.stride and self.context_mode != "sliding":
+            raise UserError(f"--stride={self.stride} has no effect with --context_mode={self.context_mode}: add "
+                            "--context_mode=sliding")
 
     def stride_for(self, length: int, block_size: int) -> int:
         """Tokens between the starts of rows of `length` tokens. UserError unless it is a multiple of the block size."""
-        if self.chunks == "independent":
+        if self.context_mode == "independent":
             return length
         stride = self.stride or length // 2
         if not 1 <= stride <= length or stride % block_size:
             blocks = length // 2 // block_size
             advice = (f"expected a multiple of {block_size} up to {length}, e.g. --stride={blocks * block_size}"
-                      if blocks else "use --chunks=independent")
+                      if blocks else "use --context_mode=independent")
             raise UserError(f"a stride of {stride} tokens does not go with rows of {length} tokens in blocks of "
                             f"{block_size}, which are scored whole: {advice}")
         return stride

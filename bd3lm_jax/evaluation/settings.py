@@ -7,6 +7,7 @@ from bd3lm_jax.core import log
 from bd3lm_jax.core.checksummed import CHECKSUM_KEY, ChecksumError, verify_checksum
 from bd3lm_jax.core.errors import UserError, command_line
 from bd3lm_jax.core.untrusted_files import read_bytes
+from bd3lm_jax.generation.options import by_field
 from bd3lm_jax.lm import LM
 
 FILE = "sampling.json"  # in the run directory, written by `python -m launch bench sampling --workdir=DIR`
@@ -65,7 +66,7 @@ def merge_settings(preset: dict[str, Any], explicit: dict[str, Any]) -> dict[str
     out."""
     if explicit.get("sampler", preset.get("sampler")) != preset.get("sampler"):
         preset = {name: value for name, value in preset.items() if name not in OF_SAMPLER}
-    return {**preset, **explicit}
+    return by_field(preset) | by_field(explicit)
 
 
 def read_object(path: str | Path) -> dict[str, Any]:

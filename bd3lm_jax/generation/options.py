@@ -14,9 +14,12 @@ from bd3lm_jax.generation.sampling.filters import check_filters
 from bd3lm_jax.models import cache
 
 
+FIELD_OF = {"sliding_window": "window", "fixed_tokens": "forced", "guidance_scale": "guidance"}  # keyword: its field
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How texts are written; each is a keyword of `LM.generate`.
+    """How texts are written; each is a keyword of `LM.generate`, also under its name in FIELD_OF.
 
     sampler: one of `compatibility.ALL_SAMPLERS`. temperature, top_k, top_p, min_p, repetition_penalty: see
     `sampling/filters.py`. forbidden: ids never drawn. steps, threshold: of the sampler; None: its usual ones.
@@ -62,11 +65,12 @@ class Options:
 
 
 def make_options(**options) -> Options:
-    """UserError for a name that is none."""
+    """UserError for a name that is none, or for two names of one option."""
+    options = by_field(options)
     field_names = [field.name for field in dataclasses.fields(Options)]
     for name in options:
         if name not in field_names:
-            suggestion = synonyms.flag(name, (*field_names, "length", "num"))  # with those of `LM.generate` itself
+            suggestion = synonyms.flag(name, (*field_names, *FIELD_OF, "length", "num"))  # those of `LM.generate` too
             raise UserError(f"unknown option '{name}': "
                             + (f"did you mean '{suggestion}'?" if suggestion else nearest(name, field_names)))
     for name in ("stop", "forbidden"):  # lists from callers become hashable
@@ -74,6 +78,14 @@ def make_options(**options) -> Options:
             value = options[name]
             options[name] = (value,) if isinstance(value, str) else tuple(value)
     return Options(**options)
+
+
+def by_field(options: dict[str, Any]) -> dict[str, Any]:
+    """Keywords of `LM.generate` as fields of `Options`. UserError for two names of one option."""
+    for name, field in FIELD_OF.items():
+        if name in options and field in options:
+            raise UserError(f"{name} and {field} are two names of one option: give one of them")
+    return {FIELD_OF.get(name, name): value for name, value in options.items()}
 
 
 def check_options(lm, options: Options) -> None:
@@ -129,8 +141,8 @@ def _check_block_size(lm, options: Options) -> None:
 def _check_auto_size(options: Options) -> None:
     if not 0 <= options.block_confidence <= 1:
         raise UserError(f"block_confidence is {options.block_confidence}, expected 0 to 1, a probability")
-    refused = {"window": options.window, "constraint": options.constraint is not None, "guidance": options.guidance,
-               "min_entropy": options.min_entropy is not None}
+    refused = {"sliding_window": options.window, "constraint": options.constraint is not None,
+               "guidance_scale": options.guidance, "min_entropy": options.min_entropy is not None}
     conflicting = [name for name, value in refused.items() if value]
     if conflicting:
         raise UserError(f"block_size='{AUTO}' gives every row blocks of its own, which does not go with "

@@ -30,7 +30,8 @@ def encode_prompts(lm, prompts, num: int, length: int, window: bool) -> list[np.
         raise UserError(f"num is {num}, expected at least 1 sample")
     if length < 1 or (length > lm.context and not window):
         raise UserError(f"length is {length}, expected 1 to {lm.context}, the tokens the model was trained on"
-                        + (", or a sliding window (window=True, --window)" if length > lm.context else ""))
+                        + (", or a sliding window (sliding_window=True, --sliding_window)"
+                           if length > lm.context else ""))
     positions = getattr(lm.config.model, "positions", None)
     if positions is not None and length > positions:
         raise UserError(f"length is {length}, and model.kind='{lm.config.model.kind}' has learned {positions} "

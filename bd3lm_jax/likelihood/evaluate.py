@@ -36,7 +36,7 @@ MIN_FREEDOM = 120  # degrees of freedom of the draws before a target is judged: 
 CHUNK_TOKENS = 1 << 20  # whose bytes are counted at a time
 QUEUE = 2  # batches in flight: the device goes on while the host reads rows and adds up
 PILOT_ROWS, PILOT_ROUND = 32, 2**32 - 1  # what "importance" learns from; a round that is never scored
-GIVE_UP_FACTOR = 4  # a target that seems to need so many times --max_draws is given up before they are drawn
+GIVE_UP_FACTOR = 4  # a target that seems to need so many times --max_mc_samples is given up before they are drawn
 
 
 class Target(NamedTuple):
@@ -241,7 +241,7 @@ def _target_reached(total: "LikelihoodResult", target: Target) -> bool:
     if is_last or needed > GIVE_UP_FACTOR * target.max_draws:
         nll = total.rows_UxR.mean(0).sum() / total.tokens_N.sum()
         raise RunError(f"{reached} (nll {nll:.4f}), wanted: {target.ci:.3%}, which takes about {math.ceil(needed)} "
-                       f"draws and --max_draws is {target.max_draws}: raise --max_draws or --target_ci")
+                       f"draws and --max_mc_samples is {target.max_draws}: raise --max_mc_samples or --target_ci")
     return False
 
 

@@ -59,7 +59,7 @@ def join(coordinator: str, processes: int | None, process_id: int | None, within
                                        heartbeat_timeout_seconds=int(heartbeat),
                                        shutdown_timeout_seconds=SHUTDOWN_WAIT_S)
     except ValueError as error:
-        raise UserError(f"--distributed found no cluster ({error}): give --coordinator=HOST:PORT --processes=N "
+        raise UserError(f"--distributed found no cluster ({error}): give --coordinator=HOST:PORT --num_processes=N "
                         "--process_id=I") from None
     except RuntimeError as error:
         kind = WatchdogTimeout if re.search(LOST_PEER_PATTERN, str(error), re.I) else RunError

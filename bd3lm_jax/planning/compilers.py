@@ -84,7 +84,7 @@ def check_tpu(target: str, number: int) -> None:
     """UserError if there is no TPU compiler, or no slice of `number` devices of that TPU."""
     shapes = _slices(target)
     if not has_tpu_compiler():
-        raise UserError(f"--for={target} needs the TPU compiler: {INSTALL}, or leave it out for estimates")
+        raise UserError(f"--accelerator={target} needs the TPU compiler: {INSTALL}, or leave it out for estimates")
     if number != 1 and number not in shapes:
         raise UserError(f"the mesh has {number} devices, a slice of {target} has 1, {', '.join(map(str, shapes))}")
 
@@ -128,7 +128,7 @@ def _ask(command: Sequence[str], question: str) -> CompiledCost:
 
 def _slices(target: str) -> dict[int, str]:
     """Names of slices by number of devices."""
-    return {math.prod(map(int, shape.split("x"))): shape for shape in lookup(SLICES, target, "TPU --for")}
+    return {math.prod(map(int, shape.split("x"))): shape for shape in lookup(SLICES, target, "TPU --accelerator")}
 
 
 def tpu_devices(target: str, number: int, slices: int) -> list[Any]:

@@ -100,7 +100,7 @@ def test_bound_of_a_block_model(tmp_path, capsys):
                           for line in (tmp_path / "text.txt").read_text().splitlines()])
     rows = ids[:len(ids) // 32 * 32].reshape(-1, 32)
     found = result_of(capsys, "eval", f"--workdir={directory}", f"--data={tmp_path / 'text.txt'}",
-                      "--estimator=exact_count", "--draws=4")
+                      "--estimator=exact_count", "--mc_samples=4")
     expected = lm.nll(rows, draws=16)
     assert found["length"] == 32
     assert found["nll"] == pytest.approx(expected.mean, abs=4 * found["nll_mc_se"] + 0.02)
@@ -108,7 +108,7 @@ def test_bound_of_a_block_model(tmp_path, capsys):
 
 def test_texts_and_holes(tmp_path, capsys):
     directory = published(tmp_path, "bd3lm_block4", 66)
-    found = result_of(capsys, "sample", f"--workdir={directory}", "--num=2", "--length=12", "--prompt=w3 w4")
+    found = result_of(capsys, "sample", f"--workdir={directory}", "--num_samples=2", "--length=12", "--prompt=w3 w4")
     assert [sample["num_tokens"] <= 10 and isinstance(sample["text"], str) for sample in found["samples"]] == [True] * 2
     filled = result_of(capsys, "infill", f"--workdir={directory}", "--text=w3 w4 [MASK:2] w5")
     assert filled["texts"][0]["holes"][0]["num_tokens"] == 2
@@ -121,7 +121,7 @@ def test_greedy_text_of_a_causal_model(tmp_path, capsys):
     ids = [3, 4]
     while len(ids) < 12 and ids[-1] != 58:
         ids.append(int(np.asarray(lm.logits([ids]))[0, -1].argmax()))
-    found = result_of(capsys, "sample", f"--workdir={directory}", "--num=1", "--length=12", "--prompt=w3 w4",
+    found = result_of(capsys, "sample", f"--workdir={directory}", "--num_samples=1", "--length=12", "--prompt=w3 w4",
                       "--temperature=0")
     assert found["samples"][0]["text"] == lm.tokenizer.decode([i for i in ids[2:] if i != 58])
     assert lm.special.mask == -1
@@ -220,7 +220,7 @@ def test_names_on_the_hub_are_evaluated(tmp_path, capsys, monkeypatch):
     hub(monkeypatch, lambda name, **_: asked.append(name) or str(directory))
     monkeypatch.chdir(tmp_path)
     flags = f"--data={tmp_path / 'text.txt'}", f"--length={LENGTH}"
-    code, out, err = run(capsys, "eval", "--workdir=org/one", "--against=org/two", *flags)
+    code, out, err = run(capsys, "eval", "--workdir=org/one", "--baseline=org/two", *flags)
     found, expected = json.loads(out), result_of(capsys, "eval", f"--workdir={directory}", *flags)
     assert code == 0 and set(asked) == {"org/one", "org/two"} and "org/one less org/two" in err
     assert found["nll"] == expected["nll"] and found["against"]["workdir"] == "org/two"

@@ -111,7 +111,7 @@ def test_one_of_each_kind_trains_evaluates_and_samples(outside, capsys):
     stored = json.loads((outside / "run" / "config.json").read_text())
     assert (stored["imports"], stored["diffusion"]["kind"]) == (["outside"], "halves")
     for words in (("eval", workdir, "--split=valid"),
-                  ("sample", workdir, "--num=1", "--length=16", "--sampler=rightmost")):
+                  ("sample", workdir, "--num_samples=1", "--length=16", "--sampler=rightmost")):
         code, said = run(capsys, *words, "--import=outside")
         assert code == 0, said
 

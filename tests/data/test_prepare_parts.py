@@ -143,7 +143,7 @@ def test_a_killed_worker_is_one_line_and_its_work_is_kept(text_config, tmp_path,
             child.kill()
             child.join()
 
-    with pytest.raises(RunError, match="one of 2 workers was killed.* fewer --workers"):
+    with pytest.raises(RunError, match="one of 2 workers was killed.* fewer --num_workers"):
         prepare(text_config(), "train", BLOCK, ByteTokenizer(), kill, 2)
     left = os.listdir(tmp_path / "cache")
     assert len(left) == 1 and left[0].endswith(".parts")

@@ -107,7 +107,7 @@ def test_arrange(wrapped):
 def test_a_stride_is_a_number_of_blocks():
     sliding = ScoringConvention("sliding", 0, "predict", "count")
     assert sliding.stride_for(128, 4) == 64 and PLAIN.stride_for(128, 4) == 128
-    with pytest.raises(UserError, match="stride of 64 .* 128 tokens in blocks of 128.*--chunks=independent"):
+    with pytest.raises(UserError, match="stride of 64 .* 128 tokens in blocks of 128.*--context_mode=independent"):
         sliding.stride_for(128, 128)
     for stride in (6, 132):
         with pytest.raises(UserError, match=f"stride of {stride} .* multiple of 4 up to 128, e.g. --stride=64"):
@@ -115,10 +115,10 @@ def test_a_stride_is_a_number_of_blocks():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (("slide", 0, "predict", "count"), "--chunks=slide: did you mean 'sliding'"),
+    (("slide", 0, "predict", "count"), "--context_mode=slide: did you mean 'sliding'"),
     (("independent", 0, "skip!", "count"), "--first_token=skip!: did you mean 'skip'"),
     (("independent", 0, "skip", "drop"), "--end_token=drop: known: count, skip"),
-    (("independent", 4, "skip", "skip"), "--stride=4 has no effect with --chunks=independent"),
+    (("independent", 4, "skip", "skip"), "--stride=4 has no effect with --context_mode=independent"),
     (("sliding", -1, "skip", "skip"), "--stride=-1: expected a number"),
 ])
 def test_bad_conventions(arguments, message):

@@ -135,7 +135,7 @@ def test_a_bidirectional_model_from_training_to_its_settings(tmp_path, capsys):
     run, length = tmp_path / "run", 2 * tune_sampling.SHORT_BLOCK
     train(toy_config(tmp_path, {"data.seq_len": length, "eval.sample_length": length, "train.steps": 2,
                                 "diffusion.block_size": length}), str(run))
-    assert main(["bench", "sampling", f"--workdir={run}", "--rounds=1", "--texts=2"]) == 0
+    assert main(["bench", "sampling", f"--workdir={run}", "--rounds=1", "--num_samples=2"]) == 0
     written = json.loads((run / "sampling.json").read_text())
     windows = [line for line in written["measured"] if line["settings"].get("block_size") == tune_sampling.SHORT_BLOCK]
     assert {line["settings"]["sampler"] for line in windows} == {"first_hitting", "threshold", "confidence"}
@@ -144,7 +144,7 @@ def test_a_bidirectional_model_from_training_to_its_settings(tmp_path, capsys):
     assert written["cache"] == [], "there is no exact cache to make smaller"
     for name in settings.PREFERENCES:
         capsys.readouterr()
-        assert main(["sample", f"--workdir={run}", "--num=1", f"--length={length}", f"--prefer={name}"]) == 0
+        assert main(["sample", f"--workdir={run}", "--num_samples=1", f"--length={length}", f"--prefer={name}"]) == 0
         used = json.loads(capsys.readouterr().out)["sampler"]
         expected = {"name": written[name]["sampler"], **{key: value for key, value in written[name].items()
                                                          if key != "sampler"}}

@@ -272,16 +272,16 @@ def command(monkeypatch, capsys):
     ("last step", 0, ""), ("nothing new", 0, ""), ("SIGTERM", 42, "run the same command again"),
     ("SIGINT", 130, "interrupted")])
 def test_the_result_is_said_however_it_ended(command, ended, code, said):
-    found, out, err, given = command(ended, "--workdir=w", "--watch", "--split=valid", "--watch_for=9")
+    found, out, err, given = command(ended, "--workdir=w", "--watch", "--split=valid", "--watch_timeout=9")
     assert (found, json.loads(out.splitlines()[-1])) == (code, {"ended": ended}) and said in err
     assert given == [("w", ASKED | {"split": "valid", "watch_for": 9.0})]
 
 
 @pytest.mark.parametrize("argv, said", [
-    (("--watch", "--against=v"), "--against does not go with --watch"),
+    (("--watch", "--baseline=v"), "--baseline does not go with --watch"),
     (("--watch", "--distributed"), "--distributed does not go with --watch"),
     (("--watch", "--step=3"), "--step does not go with --watch"),
-    (("--watch_for=3",), "--watch_for goes with --watch"),
+    (("--watch_timeout=3",), "--watch_timeout goes with --watch"),
     (("--step=first",), "--step=first: expected latest, best or the number of a step")])
 def test_flags_that_do_not_go_with_it(command, argv, said):
     code, _, err, given = command("", "--workdir=w", *argv)

@@ -36,7 +36,7 @@ def test_picture_shows_ratios_to_the_first_baseline():
     ("stepp", 1, "", "unknown benchmark 'stepp': did you mean 'step'"),
     ("step", 0, "", "rounds is 0, expected at least 1"),
     ("step", 1, "torhc", "benchmark 'step' cannot run against 'torhc': known: torch"),
-    ("loss", 1, "torch", "benchmark 'loss' cannot run against 'torch': leave --against out"),
+    ("loss", 1, "torch", "benchmark 'loss' cannot run against 'torch': leave --baseline out"),
 ])
 def test_wrong_requests(tmp_path, name, rounds, against, message):
     with pytest.raises(UserError, match=message):
@@ -46,7 +46,7 @@ def test_wrong_requests(tmp_path, name, rounds, against, message):
 
 def test_pytorch_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match=r"--against=torch needs a package that is missing: pip install 'bd3lm_jax\[b"):
+    with pytest.raises(UserError, match=r"--baseline=torch needs a package that is missing: pip install 'bd3lm_jax\[b"):
         bench("step", 1, "torch", tmp_path)
 
 

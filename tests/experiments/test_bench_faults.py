@@ -97,7 +97,7 @@ def test_one_of_two_processes_leaves_in_the_time_it_is_given(runs, tmp_path, mon
     started = []
     monkeypatch.setattr(kills.subprocess, "Popen", lambda words, **_: started.append(words))
     runs.processes = 2
-    for flags, heartbeat in (((), 10), (("--heartbeat=100",), 100)):
+    for flags, heartbeat in (((), 10), (("--heartbeat_timeout=100",), 100)):
         runs.start(tmp_path / "run", *flags)
         for words in started[-2:]:
             args = arguments.parse_flags(train.define, [word for word in words[4:] if "--config." not in word])

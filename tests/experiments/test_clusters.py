@@ -265,7 +265,7 @@ def test_skypilot_tells_gpus_of_several_hosts_where_they_are(tmp_path, recorded)
     run = sky_yaml(job(tmp_path, "H100:16", project="", command=("train",)))["run"]
     environment = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
     assert bash(run, cwd=tmp_path, env=os.environ | environment).returncode == 0
-    assert recorded()[-1] == ["python", "-m", "launch", "train", "--coordinator=10.0.0.1:8476", "--processes=2",
+    assert recorded()[-1] == ["python", "-m", "launch", "train", "--coordinator=10.0.0.1:8476", "--num_processes=2",
                               "--process_id=1"]
 
 
@@ -287,7 +287,7 @@ def test_execute_does_one_action_and_stops_at_a_failure(tmp_path, recorded):
 
 WRONG = [
     ("gcloud", {"project": ""}, "--project is missing: engine 'gcloud'"), ("xpk", {"zone": ""}, "--zone is missing"),
-    ("gcloud", {"shared": ""}, "--shared is missing"), ("xpk", {"shared": ""}, "--shared is missing"),
+    ("gcloud", {"shared": ""}, "--shared_dir is missing"), ("xpk", {"shared": ""}, "--shared_dir is missing"),
     ("gcloud", {"shared": "gs://b"}, "mounts no bucket"),
     ("gcloud", {"accelerator": "H100:8"}, "queued resources of TPUs"),
     ("slurm", {"accelerator": "v6e-8"}, "is for GPUs"), ("slurm", {"spot": True}, "--spot means nothing"),

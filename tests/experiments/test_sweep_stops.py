@@ -178,7 +178,7 @@ def test_a_disk_that_is_full(tmp_path):
 
 @pytest.mark.ci_slow
 def test_six_real_runs_with_one_killed_half_way(tmp_path):
-    """The second call goes on where the killed one had saved, completes, and shows what `eval --against` finds."""
+    """The second call goes on where the killed one had saved, completes, and shows what `eval --baseline` finds."""
     write_text(tmp_path / "text.txt", 100)
     (tmp_path / "toy.py").write_text(textwrap.dedent(f"""
         import os
@@ -221,7 +221,7 @@ def test_six_real_runs_with_one_killed_half_way(tmp_path):
     assert len(table) == 6 and all(f"{run['valid_nll']:.4f}" in line and f"{run['valid_nll']:.4f}" in second.stderr
                                    for run, line in zip(runs, table))
     told = subprocess.run([sys.executable, "-m", "launch", "eval", f"--workdir={runs[2]['workdir']}", "--split=valid",
-                           f"--against={runs[0]['workdir']}", "--draws=2"], timeout=300, **settings)
+                           f"--baseline={runs[0]['workdir']}", "--mc_samples=2"], timeout=300, **settings)
     against = json.loads(told.stdout.splitlines()[-1])["against"]
     assert runs[2]["difference"] == pytest.approx(against["difference"], abs=1e-6)
     for ours, theirs in zip(runs[2]["difference_ci95"], against["difference_ci95"]):  # errors of draws by other means

@@ -95,16 +95,16 @@ BAD = [
     (("train", "--config.diffusion.block_size=3"), "block_size=3 does not divide data.seq_len=128"),
     (("train", "--config.data.source=autsen"), "data.source is 'autsen'"),
     (("train", "--mesh=rows=8"), "--mesh: 'rows=8' is not one of data=N, fsdp=N, tensor=N"),
-    (("train", "--for=v5e"), "--for goes with --plan"),
-    (("train", "--plan", "--for=v3"), "value should be one of <v4|v5e|v5p|v6e|H100|H200>"),
-    (("train", "--plan", "--utilisation=1.5"), "--utilisation=1.5"),
+    (("train", "--accelerator=v5e"), "--accelerator goes with --plan"),
+    (("train", "--plan", "--accelerator=v3"), "value should be one of <v4|v5e|v5p|v6e|H100|H200>"),
+    (("train", "--plan", "--mfu=1.5"), "--mfu=1.5"),
     (("prepare", "--split=tets"), "unknown split 'tets': did you mean 'test'?"),
     (("prepare", "--config.data.tokenizer=gpt3"), "gpt3"),
     (("eval",), "--workdir is missing"),
-    (("eval", "--workdir=x", "--draws=0"), "--draws=0"),
+    (("eval", "--workdir=x", "--mc_samples=0"), "--mc_samples=0"),
     (("eval", "--workdir=x", "--weights=emma"), "--weights=emma"),
     (("sample",), "--workdir is missing"),
-    (("sample", "--workdir=x", "--num=0"), "--num=0"),
+    (("sample", "--workdir=x", "--num_samples=0"), "--num_samples=0"),
     (("sample", "--workdir=x", "--top_p=1.5"), "--top_p=1.5"),
     (("sample", "--workdir=x", "--temperature=warm"), "--temperature=warm"),
     (("bench", "--rounds=0"), "--rounds=0"),
@@ -224,7 +224,7 @@ def test_plan_trains_nothing(capsys, monkeypatch):
     stand_in(monkeypatch, "bd3lm_jax.training.train", train=recorder(trained, {}))
     stand_in(monkeypatch, "bd3lm_jax.planning.plan", plan=recorder(calls, {"params": 1}))
     assert run(capsys, "train", "--plan")[:2] == (0, '{"params": 1}\n')
-    assert run(capsys, "train", "--plan", "--for=v5p", "--utilisation=0.6", "--mesh=data=8")[0] == 0
+    assert run(capsys, "train", "--plan", "--accelerator=v5p", "--mfu=0.6", "--mesh=data=8")[0] == 0
     (_, first), ((config,), second) = calls
     assert (first, second) == ({"target": "", "utilisation": 0.4}, {"target": "v5p", "utilisation": 0.6})
     assert config.mesh.data == 8 and not trained
@@ -233,9 +233,9 @@ def test_plan_trains_nothing(capsys, monkeypatch):
 def test_eval_hands_every_flag_over(capsys, monkeypatch):
     calls = []
     stand_in(monkeypatch, "bd3lm_jax.evaluation.evaluate_run", evaluate_run=recorder(calls, {"nll": 1.0}))
-    code, out, _ = run(capsys, "eval", "--workdir=w", "--split=valid", "--data=d.txt", "--estimator=nll", "--draws=3",
-                       "--seed=4", "--weights=params", "--batch=5", "--target_ci=0.5%", "--max_draws=9", "--against=v",
-                       "--chunks=sliding", "--stride=7", "--data_dir=d", "--first_token=skip", "--end_token=skip")
+    code, out, _ = run(capsys, "eval", "--workdir=w", "--split=valid", "--data=d.txt", "--estimator=nll",
+                       "--draws=3", "--seed=4", "--weights=params", "--batch=5", "--target_ci=0.5%", "--max-draws=9", "--against=v",
+                       "--chunks=sliding", "--stride=7", "--data-dir=d", "--first_token=skip", "--end_token=skip")
     assert (code, json.loads(out)) == (0, {"nll": 1.0})
     assert calls == [(("w",), {"split": "valid", "data": "d.txt", "estimator": "nll", "draws": 3, "seed": 4,
                                "weights": "params", "batch": 5, "target_ci": 0.005, "max_draws": 9, "against": "v",
@@ -273,7 +273,7 @@ def test_bench_lists_and_runs(capsys, monkeypatch):
     for words in (("step", "--rounds=3"), ("--rounds=3", "step"), ("--name=step", "--rounds=3")):
         assert run(capsys, "bench", *words)[:2] == (0, '{"ratio": 1.5}\n')
     assert calls == [(("step", 3, "", "runs/bench", ""), {})] * 3
-    assert run(capsys, "bench", "step", "--against=torch", "--out=d")[0] == 0
+    assert run(capsys, "bench", "step", "--baseline=torch", "--out=d")[0] == 0
     assert calls[-1] == (("step", 7, "torch", "d", ""), {})
 
 

@@ -27,7 +27,7 @@ def test_there_and_back(tmp_path, capsys):
                                     "format": "native"}
     assert bd3lm_jax.load(tmp_path / "run").context == 16
     code, out, err = run(capsys, f"--from={tmp_path / 'run'}", f"--to={tmp_path / 'out'}", "--dtype=bfloat16",
-                         "--check=8", "--max_shard=0.05MB")
+                         "--check=8", "--max_shard_size=0.05MB")
     result = json.loads(out.splitlines()[-1])
     assert code == 0 and result.keys() == {"tensors", "bytes", "path", "dtype", "format", "checked_tokens",
                                            "max_difference", "largest_logit"}

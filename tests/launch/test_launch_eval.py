@@ -48,8 +48,8 @@ def test_samples(capsys, calls):
 
 
 def test_task(capsys, calls):
-    assert run(capsys, "--workdir=w", "--task=gsm8k", "--file=f", "--against=v", "--num_problems=3", "--seed=2",
-               "--draws_per_problem=5", "--shots=2", "--temperature=0", "--block_size=8",
+    assert run(capsys, "--workdir=w", "--task=gsm8k", "--file=f", "--baseline=v", "--num_problems=3", "--seed=2",
+               "--samples_per_problem=5", "--num_fewshot=2", "--temperature=0", "--block_size=8",
                "--sampler=confidence")[0] == 0
     assert run(capsys, "--workdir=w", "--task=humaneval", "--allow_code_execution")[0] == 0
     assert calls == [
@@ -71,7 +71,7 @@ def test_a_likelihood_without_other_flags(capsys, calls):
 
 def test_block_sizes(capsys, calls):
     assert run(capsys, "--workdir=w", "--block_size=4")[0] == 0
-    assert run(capsys, "--workdir=w", "--curve", "--within=0.05", "--split=valid", "--draws=3")[0] == 0
+    assert run(capsys, "--workdir=w", "--curve", "--nll_tolerance=0.05", "--split=valid", "--mc_samples=3")[0] == 0
     assert calls[0][2]["block_size"] == 4
     assert calls[1] == ("curve", ("w",), {"within": 0.05, "split": "valid", "estimator": "", "draws": 3, "seed": 0,
                                           "weights": "ema", "batch": 0})
@@ -82,7 +82,7 @@ def test_block_sizes(capsys, calls):
     (("--workdir=w", "--data=all", "--block_size=4"), "--block_size does not go with --data=all"),
     (("--samples=a", "--task=gsm8k"), "two evaluations"),
     (("--samples=a", "--workdir=w"), "--workdir does not go with --samples"),
-    (("--samples=a", "--draws=2"), "--draws does not go with --samples"),
+    (("--samples=a", "--mc_samples=2"), "--mc_samples does not go with --samples"),
     (("--workdir=w", "--scorer=s"), "--scorer does not go with a likelihood"),
     (("--workdir=w", "--temperature=1"), "--temperature does not go with a likelihood"),
     (("--task=gsm8k", "--workdir=w", "--data=all"), "--data does not go with --task"),

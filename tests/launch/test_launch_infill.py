@@ -22,7 +22,7 @@ def run(capsys, *argv):
 
 def test_the_result(capsys, tmp_path):
     (tmp_path / "texts.txt").write_text("ab[MASK]e\n\nabcek[MASK:1-2]f\n", encoding="utf-8")
-    code, out, err = run(capsys, "--text=a[MASK:3]b", f"--file={tmp_path / 'texts.txt'}", "--draws=1")
+    code, out, err = run(capsys, "--text=a[MASK:3]b", f"--file={tmp_path / 'texts.txt'}", "--mc_samples=1")
     result = json.loads(out.splitlines()[-1])
     assert code == 0 and [len(one["holes"]) for one in result["texts"]] == [1, 1, 1]
     assert result["texts"][0]["holes"][0].keys() == {"start", "num_tokens", "text"}
@@ -45,7 +45,7 @@ def test_flags_reach_the_sampler(capsys):
     ((), "nothing to fill: give --text or --file, with holes: [MASK], [MASK:5] or [MASK:2-8]"),
     (("--text=abc",), "the text 'abc' has no hole"), (("--file=nowhere.txt",), "--file=nowhere.txt does not exist"),
     (("--text=a[MASK]", "--sampler=first"), "unknown sampler 'first': did you mean 'first_hitting'"),
-    (("--text=a[MASK]", "--draws=0"), "--draws=0")])
+    (("--text=a[MASK]", "--mc_samples=0"), "--mc_samples=0")])
 def test_bad_usage(capsys, argv, message):
     code, out, err = run(capsys, *argv)
     assert (code, out) == (2, "") and message in err and len(err.splitlines()) == 1

@@ -32,7 +32,7 @@ def sample(capsys, *words):
 def test_the_checkpoint_that_is_loaded(capsys, lm, monkeypatch, words, step):
     asked = []
     monkeypatch.setattr("bd3lm_jax.load", lambda path, weights, step: asked.append(step) or lm)
-    assert sample(capsys, "--num=1", "--length=8", *words)[0] == 0
+    assert sample(capsys, "--num_samples=1", "--length=8", *words)[0] == 0
     assert asked == [step]
 
 
@@ -55,13 +55,13 @@ def test_the_result(capsys, lm):
 
 def test_every_text_names_its_prompt(capsys, lm):
     """Several texts of each prompt, also when they are watched; without prompts there is none to name."""
-    code, result, err = sample(capsys, "--prompt=ab", "--prompt=c", "--num=2", "--length=8")
+    code, result, err = sample(capsys, "--prompt=ab", "--prompt=c", "--num_samples=2", "--length=8")
     named = [(one["prompt_index"], one["prompt"]) for one in result["samples"]]
     assert named == [(0, "ab"), (0, "ab"), (1, "c"), (1, "c")]
     assert [line.split(":")[0] for line in err.splitlines() if line.startswith("--- ")] == [
         "--- sample 0 of prompt 0 'ab'", "--- sample 1 of prompt 0 'ab'", "--- sample 2 of prompt 1 'c'",
         "--- sample 3 of prompt 1 'c'"]
-    _, result, err = sample(capsys, "--num=2", "--length=8")
+    _, result, err = sample(capsys, "--num_samples=2", "--length=8")
     assert [(one["prompt_index"], one["prompt"]) for one in result["samples"]] == [(None, None)] * 2
     assert "--- sample 1: " in err
 
@@ -93,7 +93,7 @@ def test_preferences_and_files(capsys, calls, tmp_path):
     assert (preset["name"], preset["threshold"]) == ("threshold", 0.6)
     path = tmp_path / "s.json"
     path.write_text(json.dumps({"speed": {"sampler": "confidence", "steps": 2}}))
-    words = (f"--settings={path}", "--prefer=speed", "--num=2", "--length=8")
+    words = (f"--settings={path}", "--prefer=speed", "--num_samples=2", "--length=8")
     used = sample(capsys, *words)[1]["sampler"]
     assert (used["name"], used["steps"], used["source"]) == ("confidence", 2, f"speed of {path}")
     sample(capsys, *words, "--steps=1")
@@ -111,14 +111,14 @@ def test_preferences_and_files(capsys, calls, tmp_path):
 
 def test_forced_texts_and_approximate_caches(capsys, calls):
     """Whether they fit the model is for `generate` to say."""
-    words = ("--forced=5:ab", "--forced=9: c:d", "--approximate_cache=dual", "--block_size=4")
+    words = ("--fixed_tokens=5:ab", "--fixed_tokens=9: c:d", "--approximate_cache=dual", "--block_size=4")
     used = sample(capsys, *words)[1]["sampler"]
     assert calls[0]["forced"] == used["forced"] == {"5": "ab", "9": " c:d"}
     assert calls[0]["approximate_cache"] == used["approximate_cache"] == "dual"
-    for word in ("--forced=5", "--forced=5:"):
+    for word in ("--fixed_tokens=5", "--fixed_tokens=5:"):
         code, _, err = sample(capsys, word)
         assert code == 2 and "expected PLACE:TEXT" in err
-    assert sample(capsys, "--forced=5:a", "--forced=5:b")[0] == 2
+    assert sample(capsys, "--fixed_tokens=5:a", "--fixed_tokens=5:b")[0] == 2
 
 
 def test_a_schema_is_read_from_its_file(capsys, calls, tmp_path):
@@ -131,16 +131,16 @@ def test_a_schema_is_read_from_its_file(capsys, calls, tmp_path):
 
 
 def test_texts_that_are_watched_are_the_same(capsys, lm, tmp_path):
-    words = ("--num=3", "--length=16", "--seed=2")
+    words = ("--num_samples=3", "--length=16", "--seed=2")
     page, lines = tmp_path / "trace.html", tmp_path / "texts.jsonl"
     watched = sample(capsys, *words, "--animate", f"--trace={page}", f"--out={lines}")[1]
     assert watched["samples"] == sample(capsys, *words)[1]["samples"]
     assert "<html" in page.read_text() and watched["samples"][0]["text"] in lines.read_text()
     both = tmp_path / "both.html"
-    sample(capsys, *words, f"--trace={both}", f"--beside={page}")
+    sample(capsys, *words, f"--trace={both}", f"--compare_traces={page}")
     assert both.read_text().count("<iframe") == 2
-    code, _, err = sample(capsys, f"--beside={page}")
-    assert code == 2 and "--beside goes with --trace" in err
+    code, _, err = sample(capsys, f"--compare_traces={page}")
+    assert code == 2 and "--compare_traces goes with --trace" in err
     found = sample_files.read(str(lines))
     assert found.texts == [one["text"] for one in watched["samples"]]
     assert found.nfe_per_token == pytest.approx(watched["nfe_per_token"])
@@ -152,7 +152,7 @@ def test_texts_that_are_watched_are_the_same(capsys, lm, tmp_path):
     ("--settings=/nowhere/s.json", "cannot read /nowhere/s.json: No such file"),
     ("--prefer=fast", "--prefer=fast"), ("--steps=0", "--steps=0"), ("--block_size=8", "block_size is 8, expected 4")])
 def test_bad_flags(capsys, lm, flag, message):
-    code, _, err = sample(capsys, "--num=1", "--length=8", flag)
+    code, _, err = sample(capsys, "--num_samples=1", "--length=8", flag)
     assert code == 2 and message in err and len(err.strip().splitlines()[-1]) < 300
 
 
@@ -160,9 +160,9 @@ def test_bench_sampling_of_a_run(capsys, monkeypatch):
     calls = []
     monkeypatch.setattr("bd3lm_jax.evaluation.tune_sampling.tune_sampling",
                         lambda *a, **k: calls.append((a, k)) or {"bench": "sampling"})
-    assert main(["bench", "sampling", "--workdir=w", "--scorer=s", "--rounds=2", "--texts=5"]) == 0
+    assert main(["bench", "sampling", "--workdir=w", "--scorer=s", "--rounds=2", "--num_samples=5"]) == 0
     assert calls == [(("w",), {"scorer": "s", "rounds": 2, "texts": 5})]
     assert capsys.readouterr().out == '{"bench": "sampling"}\n'
-    for words in (("step", "--scorer=s"), ("step", "--texts=3"), ("sampling", "--workdir=w", "--out=d")):
+    for words in (("step", "--scorer=s"), ("step", "--num_samples=3"), ("sampling", "--workdir=w", "--out=d")):
         assert main(["bench", *words]) == 2
     assert "bench sampling --workdir=DIR" in capsys.readouterr().err

@@ -51,7 +51,7 @@ def test_eval(home, trained):
 
 
 def test_sample(home, trained):
-    result = launch(home, "sample", f"--workdir={home / 'run'}", "--num=2", "--length=16", "--prompt=the")
+    result = launch(home, "sample", f"--workdir={home / 'run'}", "--num_samples=2", "--length=16", "--prompt=the")
     assert set(result) == {"samples", "tokens_per_s", "nfe_per_token", "seed", "sampler"}
     assert len(result["samples"]) == 2
     for sample in result["samples"]:

@@ -83,10 +83,12 @@ def test_args_of_the_command_line_apply_to_all(config_file):
     ("def sweep():\n    yield {}\n", ("--index=-1",), "--index=-1"),
     ("def sweep():\n    yield {}\n", ("--parallel=0",), "--parallel=0"),
     ("def sweep():\n    yield {}\n", ("--retries=-1",), "--retries=-1"),
-    ("def sweep():\n    yield {}\n", ("--give_up=0",), "give_up is 0.0, expected bits per byte above 0"),
-    ("def sweep():\n    yield {}\n", ("--give_up=nan",), "give_up is nan, expected bits per byte above 0"),
-    ("def sweep():\n    yield {}\n", ("--give_up=1", "--give_up_after=1"), "give_up_after is 1.0, expected a part of"),
-    ("def sweep():\n    yield {}\n", ("--give_up_after=0.2",), "--give_up_after goes with --give_up: add it"),
+    ("def sweep():\n    yield {}\n", ("--early_stopping=0",), "early_stopping is 0.0, expected bits per byte above 0"),
+    ("def sweep():\n    yield {}\n", ("--early_stopping=nan",), "early_stopping is nan, expected bits per byte above 0"),
+    ("def sweep():\n    yield {}\n", ("--early_stopping=1", "--early_stopping_after=1"),
+     "early_stopping_after is 1.0, expected a part of"),
+    ("def sweep():\n    yield {}\n", ("--early_stopping_after=0.2",),
+     "--early_stopping_after goes with --early_stopping: add it"),
     ("def sweep():\n    yield {}\n", ("--baseline=1",), "baseline is 1, the sweep has runs 0 to 0"),
     ("def sweep():\n    yield {}\n", ("--baseline=worst",), "baseline is 'worst', expected the number of a run or"),
 ])
@@ -117,7 +119,7 @@ def test_the_library_is_told_what_was_asked(monkeypatch, capsys):
         (len(points), workdir, settings)) or {"sweep": "x", "runs": [], "ok": False})
     assert main(["sweep", "--parallel=2", "--index=1"]) == 1
     assert main(["sweep", "--workdir=here"]) == 1
-    assert main(["sweep", "--workdir=here", "--retries=0", "--give_up=0.1", "--give_up_after=0.25",
+    assert main(["sweep", "--workdir=here", "--retries=0", "--early_stopping=0.1", "--early_stopping_after=0.25",
                  "--baseline=best"]) == 1
     usual = {"parallel": 1, "index": None, "dry_run": False, "retries": 2, "give_up": None, "baseline": 0}
     assert calls == [(3, "runs/sweeps/tiny", usual | {"parallel": 2, "index": 1}), (3, "here", usual),

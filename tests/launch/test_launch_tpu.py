@@ -9,7 +9,7 @@ from places import ROOT
 
 from launch.__main__ import main
 
-GCLOUD = ("--accelerator=v5litepod-16", "--project=p", "--zone=us-central1-a", "--shared=/mnt/runs")
+GCLOUD = ("--accelerator=v5litepod-16", "--project=p", "--zone=us-central1-a", "--shared_dir=/mnt/runs")
 SLURM = ("--engine=slurm", "--accelerator=H100:8")
 TRAIN = ("train", "--config=configs/tiny.py", "--mesh=data=-1,fsdp=4", "--config.train.batch_size=32")
 
@@ -103,15 +103,16 @@ BAD = [
     ((*GCLOUD, "--", "train", "--mesh=data=16", "--config.train.batch_size=24"), "does not divide a batch of 24 rows"),
     ((*GCLOUD, "--", "eval", "--workdir=runs/tiny", "--estimator=nonsense"), "unknown estimator 'nonsense': known: "),
     ((*GCLOUD, "--", "eval", "--workdir=runs/tiny", "--split=foo"), "unknown split 'foo': known: test, train, valid"),
-    ((*GCLOUD, "--", "eval", "--workdir=runs/tiny", "--chunks=slinding"), "--chunks=slinding: did you mean 'sliding'"),
+    ((*GCLOUD, "--", "eval", "--workdir=runs/tiny", "--context_mode=slinding"),
+     "--context_mode=slinding: did you mean 'sliding'"),
     ((*GCLOUD, "--", "eval", "--workdir=runs/tiny", "--stride=3"), "--stride=3 has no effect"),
     ((*GCLOUD, "--", "eval", "--workdir=runs/tiny", "--target_ci=3"), "--target_ci=3: expected a part of the nll"),
     ((*GCLOUD, "--", "eval", "--workdir=runs/tiny", "--step=last"), "--step=last: expected latest, best or"),
     ((*GCLOUD, "--", "eval", "--workdir=runs/tiny", "--temperature=1"), "--temperature does not go with a likelihood"),
     ((*GCLOUD, "--", "eval", "--workdir=runs/tiny", "--curve", "--stride=4"), "--stride does not go with --curve"),
-    ((*GCLOUD, "--", "eval", "--workdir=a,b", "--data=all", "--against=c"), "--against does not go with --data=all"),
-    ((*GCLOUD, "--", "eval", "--workdir=runs/tiny", "--processes=2"), "--processes needs its companions"),
-    ((*GCLOUD, "--", "train", *TRAIN[1:], "--processes=2"), "--processes needs its companions"),
+    ((*GCLOUD, "--", "eval", "--workdir=a,b", "--data=all", "--baseline=c"), "--baseline does not go with --data=all"),
+    ((*GCLOUD, "--", "eval", "--workdir=runs/tiny", "--num_processes=2"), "--num_processes needs its companions"),
+    ((*GCLOUD, "--", "train", *TRAIN[1:], "--num_processes=2"), "--num_processes needs its companions"),
     ((*GCLOUD, "--", "eval"), "--workdir is missing"),
     ((*GCLOUD, "--", "eval", "--workdir=runs/tiny", "--watch"), "eval --watch has one host, and the accelerator has 4"),
     ((*GCLOUD, "--", "eval", "--samples=a.json"), "eval --samples has one host, and the accelerator has 4"),
@@ -141,8 +142,8 @@ def test_bad_usage_writes_nothing(capsys, tmp_path, argv, said):
 
 
 @pytest.mark.parametrize(("argv", "said"), [
-    (("--processes=2",), "--processes goes with --distributed"),
-    (("--distributed", "--processes=2"), "--processes needs its companions"),
+    (("--num_processes=2",), "--num_processes goes with --distributed"),
+    (("--distributed", "--num_processes=2"), "--num_processes needs its companions"),
     (("--distributed", "--coordinator=h:1"), "--coordinator needs its companions"),
 ])
 @pytest.mark.parametrize("command", [("train",), ("eval", "--workdir=x")])

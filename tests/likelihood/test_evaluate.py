@@ -273,7 +273,7 @@ def test_draws_until_the_target_is_met(prepared, capsys):
 @pytest.mark.parametrize(("ci", "max_draws"), [(1e-6, 8), (0.004, 1)])
 def test_a_target_out_of_reach(prepared, ci, max_draws):
     evaluator, _, params, rows = prepared()
-    with pytest.raises(RunError, match=r"is \+- .*% of the nll after \d draws? .* about \d+ draws and --max_draws is"):
+    with pytest.raises(RunError, match=r"is \+- .*% of the nll after \d draws? .* about \d+ draws and --max_mc_s"):
         evaluator.measure(params, rows, estimator="exact_count", draws=1, seed=0, target=Target(ci, max_draws))
 
 

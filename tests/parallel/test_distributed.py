@@ -36,7 +36,8 @@ def runs(tmp_path):
 
     def start(workdir, count, devices, *flags, ranks=None, command=()):
         command = command or ("train", f"--config={tmp_path / 'toy.py'}")
-        joined = ("--distributed", f"--coordinator=127.0.0.1:{free_port()}", f"--processes={count}", "--heartbeat=60")
+        joined = ("--distributed", f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}",
+                  "--heartbeat_timeout=60")
         for i in ranks or range(count):
             words = [sys.executable, HELPERS / "toy_fed.py", tmp_path / f"{workdir}.{i}.fed", *command,
                      f"--workdir={tmp_path / workdir}", *flags, *((*joined, f"--process_id={i}") if count > 1 else ())]
@@ -119,7 +120,7 @@ def wait_for_steps(tmp_path, workdir, steps, processes):
 @pytest.mark.ci_slow
 def test_different_configurations_are_found_before_anything_is_done(tmp_path, runs):
     """Both processes leave with 2 and name the keys, also those that may differ between two runs of a directory."""
-    joined = ("--distributed", f"--coordinator=127.0.0.1:{free_port()}", "--processes=2")
+    joined = ("--distributed", f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2")
     flags = ((*joined, "--process_id=0"), (*joined, "--process_id=1", "--config.optim.lr=0.5", "--config.log.every=7"))
     processes = [runs(f"run{i}", 1, 2, *words)[0] for i, words in enumerate(flags)]
     assert [process.wait(SECONDS) for process in processes] == [2, 2]
@@ -139,7 +140,7 @@ OLDER = "--xla_cpu_max_isa=SSE4_2"  # code as for an older processor, which roun
     (1, OLDER, True, 1, "replicas differ from those of device 0 of process 0 (params/")])
 def test_processes_that_cannot_compute_the_same(tmp_path, runs, monkeypatch, devices, flags, unlike, code, message):
     """Both leave with the same words before anything is saved, also where only the values show it."""
-    joined = ("--distributed", f"--coordinator=127.0.0.1:{free_port()}", "--processes=2", "--mesh=data=-1")
+    joined = ("--distributed", f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", "--mesh=data=-1")
     if unlike:
         monkeypatch.setenv("TOY_UNLIKE", "1")
     monkeypatch.setenv("XLA_FLAGS", "")
@@ -155,7 +156,7 @@ def test_processes_that_cannot_compute_the_same(tmp_path, runs, monkeypatch, dev
 @pytest.mark.ci_slow
 def test_a_work_directory_that_is_not_shared_is_found_before_anything_is_done(tmp_path, runs):
     port = 20000 + (os.getpid() * 7 + 9998) % 20000
-    joined = ("--distributed", f"--coordinator=127.0.0.1:{port}", "--processes=2")
+    joined = ("--distributed", f"--coordinator=127.0.0.1:{port}", "--num_processes=2")
     processes = [runs(f"run{i}", 1, 2, *joined, f"--process_id={i}")[0] for i in range(2)]
     assert [process.wait(SECONDS) for process in processes] == [2, 2], said(tmp_path, "run0", 0, "err")
     for i in range(2):
@@ -191,7 +192,7 @@ def test_what_one_process_cannot_read_none_of_them_uses(tmp_path, runs, monkeypa
 
 @pytest.mark.parametrize(("rank", "missing"), [(1, "the coordinator"), (0, "the other process")])
 def test_processes_that_do_not_find_each_other_say_for_how_long_they_tried(tmp_path, runs, rank, missing):
-    (process,) = runs("run", 2, 1, "--join_within=1.5", ranks=[rank])
+    (process,) = runs("run", 2, 1, "--init_timeout=1.5", ranks=[rank])
     assert process.wait(SECONDS) == 75, missing
     last = said(tmp_path, "run", rank, "err").splitlines()[-1]
     assert last.startswith("error: not all processes have joined at 127.0.0.1:") and "within 1.5 s" in last
@@ -268,7 +269,7 @@ def test_what_is_told_goes_before_what_is_found(cluster):
 @pytest.mark.parametrize("left", [(), ("SLURM_JOB_ID", "SLURM_NTASKS")])
 def test_where_no_cluster_is_found_that_is_said(cluster, left):
     """Nor is a Slurm allocation without srun one."""
-    with pytest.raises(UserError, match="--distributed found no cluster .*: give --coordinator=HOST:PORT --processes"):
+    with pytest.raises(UserError, match="--distributed found no cluster .*: give --coordinator=HOST:PORT --num_p"):
         cluster({name: SLURM[name] for name in left})
 
 

@@ -41,7 +41,7 @@ def run(*flags: str) -> dict:
 @pytest.fixture(scope="module")
 def four():
     """By the CPU compiler."""
-    return run("--mesh=data=4", "--utilisation=0.5", "--for=H100")
+    return run("--mesh=data=4", "--mfu=0.5", "--accelerator=H100")
 
 
 def test_sizes(four):
@@ -96,7 +96,7 @@ def check_speeds(found, utilisation):
 
 
 def test_split_weights():
-    split = run("--mesh=fsdp=4", "--for=H200")
+    split = run("--mesh=fsdp=4", "--accelerator=H200")
     for kind, copies in STATE.items():
         assert split["bytes_per_device"][kind] == pytest.approx(copies * 4 * (MATRICES / 4 + VECTORS), abs=16)
     assert split["communication"]["all-gather"]["bytes"] > 3 / 4 * 4 * (64 + 1) * 1152
@@ -106,8 +106,8 @@ def test_split_weights():
     ("--mesh=data=4,fsdp", "--mesh: 'fsdp' is not one of data=N, fsdp=N, tensor=N, expert=N, slices=N"),
     ("--mesh=rows=4", "--mesh: 'rows=4' is not one of"),
     ("--mesh=data=-1,fsdp=-1", "at most one -1"),
-    ("--for=v7", "value should be one of <v4|v5e|v5p|v6e|H100|H200>"),
-    ("--utilisation=0", "--utilisation=0"),
+    ("--accelerator=v7", "value should be one of <v4|v5e|v5p|v6e|H100|H200>"),
+    ("--mfu=0", "--mfu=0"),
     ("--config.model.vocab_size=1000", "smaller than the 1152 ids"),
     ("--config.data.tokenizer=bpe:9", "expected bpe:N with N at least 257"),
 ])
@@ -197,7 +197,7 @@ def test_without_it_a_line_says_how_to_get_it(monkeypatch, capsys):
 @pytest.mark.libtpu
 def test_the_tpu_compiler_is_asked():
     pytest.importorskip("libtpu")
-    found = run("--mesh=data=2,fsdp=2", "--for=v5e")
+    found = run("--mesh=data=2,fsdp=2", "--accelerator=v5e")
     assert (found["compiler"], [row["device"] for row in found["expected"]]) == ("v5e", ["v5e"])
     assert found["communication"]["all-gather"]["bytes"] > 1 / 2 * 4 * 64 * 1152
     assert found["bytes_per_device"]["total"] > found["bytes_per_device"]["params"] * 4
@@ -220,6 +220,6 @@ def test_the_tpu_compiler_is_asked_by_itself():
 @pytest.mark.libtpu
 def test_the_tpu_compiler_runs_out_of_memory():
     pytest.importorskip("libtpu")
-    found = run("--for=v5e", "--config.train.batch_size=65536")
+    found = run("--accelerator=v5e", "--config.train.batch_size=65536")
     assert found["bytes_per_device"]["total"] > hardware.ACCELERATORS["v5e"].memory
     assert found["expected"][0]["fits"] is False and found["communication"] is None

@@ -60,9 +60,9 @@ def bench(name: str, rounds: int, against: str, out: str | os.PathLike,
         raise UserError(f"rounds is {rounds}, expected at least 1")
     if against and against not in module.AGAINST:
         raise UserError(f"benchmark '{name}' cannot run against '{against}': " + (
-            f"known: {', '.join(module.AGAINST)}" if module.AGAINST else "leave --against out"))
+            f"known: {', '.join(module.AGAINST)}" if module.AGAINST else "leave --baseline out"))
     if against and importlib.util.find_spec(against) is None:
-        raise UserError(f"--against={against} needs a package that is missing: pip install 'bd3lm_jax[bench]'")
+        raise UserError(f"--baseline={against} needs a package that is missing: pip install 'bd3lm_jax[bench]'")
     needs_runs = getattr(module, "WORKDIR", False)
     if needs_runs != bool(workdir):
         raise UserError(f"benchmark '{name}' measures a trained run: give --workdir=DIR" if needs_runs else

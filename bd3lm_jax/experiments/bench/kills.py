@@ -87,9 +87,9 @@ class Runs:
         for i in range(self.processes):
             environment |= last if i == self.processes - 1 else {}
             if self.processes > 1:
-                joined = ("--distributed", f"--coordinator=127.0.0.1:{port}", f"--processes={self.processes}",
-                          f"--process_id={i}", "--mesh=data=2", f"--heartbeat={HEARTBEAT_S}",
-                          f"--join_within={JOIN_S}")
+                joined = ("--distributed", f"--coordinator=127.0.0.1:{port}", f"--num_processes={self.processes}",
+                          f"--process_id={i}", "--mesh=data=2", f"--heartbeat_timeout={HEARTBEAT_S}",
+                          f"--init_timeout={JOIN_S}")
             with open(self._log(workdir, i), "wb") as file:
                 found.append(subprocess.Popen([*words, *joined, *flags], stdin=subprocess.DEVNULL, stdout=file,
                                               stderr=file, env=environment))
@@ -207,7 +207,7 @@ def stop_one(runs: Runs) -> dict:
     """SIGSTOP to one of two processes: the watchdog of the other ends it, and the same command goes on."""
     began, outcomes, faults, ends = time.monotonic(), collections.Counter(), [], []
     workdir = runs.home / "stopped"
-    started = runs.start(workdir, f"--stuck_after={STUCK_S}", "--heartbeat=100")
+    started = runs.start(workdir, f"--watchdog_timeout={STUCK_S}", "--heartbeat_timeout=100")
     runs.wait_for_step(workdir, 5, started)
     started[1].send_signal(signal.SIGSTOP)
     faults += _left(runs, workdir, started, 1, ends, outcomes, expected=(75,))

@@ -1,4 +1,4 @@
-"""PyTorch's side of `--against=torch`: its attention paths, and the two-stream network as it was published, eager.
+"""PyTorch's side of `--baseline=torch`: its attention paths, and the two-stream network as it was published, eager.
 
 Everything that needs PyTorch is here. It runs on the GPU if PyTorch sees one, else on all CPU cores.
 """

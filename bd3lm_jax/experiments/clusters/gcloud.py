@@ -25,8 +25,8 @@ def check(job: Job) -> None:
     if not job.slice.is_tpu:
         raise UserError(f"engine 'gcloud' has queued resources of TPUs, not {job.slice.name}: use skypilot or slurm")
     if (job.hosts > 1 or job.spot) and not job.shared:
-        raise UserError("--shared is missing: several hosts, or machines that can be taken, keep runs/ in a directory "
-                        "that all of them see, e.g. an NFS share that the image mounts")
+        raise UserError("--shared_dir is missing: several hosts, or machines that can be taken, keep runs/ in a "
+                        "directory that all of them see, e.g. an NFS share that the image mounts")
     reject_bucket("gcloud", job)
 
 

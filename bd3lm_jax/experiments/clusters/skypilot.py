@@ -54,8 +54,8 @@ def _run(job: Job) -> list[str]:
     """exec, so that SIGTERM reaches Python. GPUs of several hosts are told where the first one is."""
     line = f"exec {command_line(job, f'{VENV}/bin/python')}"
     if not job.slice.is_tpu and job.hosts > 1:
-        line += (f' --coordinator="$(echo "$SKYPILOT_NODE_IPS" | head -n 1):{PORT}" --processes="$SKYPILOT_NUM_NODES" '
-                 '--process_id="$SKYPILOT_NODE_RANK"')
+        line += (f' --coordinator="$(echo "$SKYPILOT_NODE_IPS" | head -n 1):{PORT}" '
+                 '--num_processes="$SKYPILOT_NUM_NODES" --process_id="$SKYPILOT_NODE_RANK"')
     return [line]
 
 

@@ -27,9 +27,9 @@ class StoppingRule:
 
     def __post_init__(self):
         if not 0 < self.margin < math.inf:
-            raise UserError(f"give_up is {self.margin}, expected bits per byte above 0")
+            raise UserError(f"early_stopping is {self.margin}, expected bits per byte above 0")
         if not 0 <= self.after < 1:
-            raise UserError(f"give_up_after is {self.after}, expected a part of the steps, from 0 to below 1")
+            raise UserError(f"early_stopping_after is {self.after}, expected a part of the steps, from 0 to below 1")
 
     def verdict(self, steps: int, own_curve: Mapping[int, float],
                 other_curves: Mapping[str, Mapping[int, float]]) -> str | None:
