@@ -11,6 +11,7 @@ from toy_runs import toy_config
 from bd3lm_jax.data.windows import ConditionedRows, Windows
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.likelihood.evaluate import Evaluator
+from bd3lm_jax.likelihood.options import EstimatorOptions
 from bd3lm_jax.parallel import sharding
 from bd3lm_jax.scoring.score import SpecialIds
 
@@ -101,7 +102,7 @@ def test_the_first_token_of_a_block_model_is_seen_and_never_masked(tmp_path):
     lm, measure = evaluator(tmp_path, masked(4))
     rows = ConditionedRows(Windows(Lines(), LENGTH, True, END), first=True, end=False, end_id=END)
     plain = Windows(Lines(), LENGTH, True, END)
-    results = [measure.measure(lm.params, x, estimator="exact", draws=1, seed=0, target=None).rows_UxR.mean(0)
+    results = [measure.measure(lm.params, x, EstimatorOptions("exact")).rows_UxR.mean(0)
                for x in (rows, plain)]
     for row in range(2):
         x0 = plain.tokens(np.array([row]))

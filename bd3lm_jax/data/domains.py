@@ -91,7 +91,8 @@ class Text(NamedTuple):
         result = measured.summary(self.rows)
         del result["nll_by_count"]
         described = {"data": self.name, "split": self.split, **result, "bits_per_byte_comparable": not self.changed,
-                     "changed_documents": self.changed, "chunks": self.convention.chunks, "stride": self.stride,
+                     "changed_documents": self.changed, "chunks": self.convention.context_mode,
+                     "stride": self.stride,
                      "length": self.rows.length, "first_token": self.convention.first_token,
                      "end_token": self.convention.end_token}
         if self.words_D is not None:
@@ -112,7 +113,7 @@ class Text(NamedTuple):
         return self.tokenizer == other.tokenizer or not (self.changed or other.changed)
 
 
-def convention_for(configs: Iterable[Any], *, chunks: str, stride: int, first_token: str,
+def convention_for(configs: Iterable[Any], *, context_mode: str, stride: int, first_token: str,
                    end_token: str) -> ScoringConvention:
     """The convention asked for, for models with these Configs; first_token "" is "predict" if all of them can.
 
@@ -122,7 +123,7 @@ def convention_for(configs: Iterable[Any], *, chunks: str, stride: int, first_to
     if first_token == "predict" and not all_predict:
         raise UserError("--first_token=predict: an autoregressive model here has no beginning token "
                         "(diffusion.bos=False) and cannot predict the first token: use --first_token=skip")
-    return ScoringConvention(chunks, stride, first_token or ("predict" if all_predict else "skip"), end_token)
+    return ScoringConvention(context_mode, stride, first_token or ("predict" if all_predict else "skip"), end_token)
 
 
 def open_text(config: Any, tokenizer: Tokenizer, *, data: str, split: str, data_dir: str,
@@ -142,7 +143,8 @@ def open_text(config: Any, tokenizer: Tokenizer, *, data: str, split: str, data_
     corpus = _plain(found.corpus, found.style)
     name = data or found.source
     check_overlap(corpus.documents(), tokenizer, name)
-    section = dataclasses.replace(config.data, packing="wrap") if convention.chunks == "sliding" else config.data
+    is_sliding = convention.context_mode == "sliding"
+    section = dataclasses.replace(config.data, packing="wrap") if is_sliding else config.data
     rows = prepare_corpus(corpus, found.source, found.split, section, config.block_size, tokenizer)
     if rows.meta["tokens"] < config.block_size:
         raise UserError(f"the {found.split} split of '{name}' holds {rows.meta['tokens']} tokens, fewer than one block "

@@ -162,7 +162,7 @@ def rows_to_score(rows: TokenRows, convention: ScoringConvention, *, within_docu
     Raises UserError for a stride that is no multiple of the block size, and if no token is left to score.
     """
     stride = convention.stride_for(rows.length, block_size)
-    if convention.chunks == "sliding":
+    if convention.context_mode == "sliding":
         rows = Windows(rows, stride, within_documents, end_id)
     first, end = convention.first_token == "skip", convention.end_token == "skip"
     if not (first or end):

@@ -1,51 +1,45 @@
 """The likelihood of one split under a run, and what another run makes of the same documents."""
 
+import dataclasses
 from typing import Any
 
 from bd3lm_jax.checkpoints.hf import is_published, local
 from bd3lm_jax.core import jax_settings, log
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.core.stats import format_interval, format_number
-from bd3lm_jax.data import domains
 from bd3lm_jax.likelihood import compare, estimators
 from bd3lm_jax.likelihood.estimators import default_estimator
-from bd3lm_jax.likelihood.evaluate import Target, open_run
+from bd3lm_jax.likelihood.evaluate import open_run
+from bd3lm_jax.likelihood.options import EstimatorOptions, ModelOptions, TextOptions
 
 
 @jax_settings.pinned()
-def evaluate_run(workdir: str, *, split: str, data: str, estimator: str, draws: int, seed: int, weights: str,
-                 batch: int, target_ci: float, max_draws: int, against: str, data_dir: str, chunks: str, stride: int,
-                 first_token: str, end_token: str, block_size: int = 0, length: int = 0,
-                 step: int | str = "latest") -> dict[str, Any]:
-    """The `eval` command: likelihood of a split under a checkpoint of a run, by default the newest.
+def evaluate_run(workdir: str, *, text: TextOptions = TextOptions(), estimator: EstimatorOptions = EstimatorOptions(),
+                 model: ModelOptions = ModelOptions(), baseline: str = "") -> dict[str, Any]:
+    """The `eval` command: likelihood of a text under a checkpoint of a run, by default the newest.
 
-    data, split, data_dir: which text (`domains.open_text`). chunks, stride, first_token, end_token: what of it counts
-    (`domains.convention_for`). estimator: "" for the best one. target_ci: as `Target`, 0 for none; then `draws`
-    is the size of a round. block_size, length, step: as for `open_run`. against: another run whose newest checkpoint to
-    compare with on the same documents, or "" (see `compare.py`). Published checkpoints have no corpus of their own:
-    they need `data`.
+    baseline: another run whose newest checkpoint to compare with on the same documents, or "" (see `compare.py`).
+    Published checkpoints have no corpus of their own: they need `text.data`.
     """
-    paths = {name: local(name) for name in (workdir, against) if name}
+    paths = {name: local(name) for name in (workdir, baseline) if name}
     published_paths = [name for name, path in paths.items() if is_published(path)]
-    if workdir in published_paths and not data:
+    if workdir in published_paths and not text.data:
         raise UserError(f"{workdir} is a published checkpoint, which brings no corpus: give --data=austen or another "
                         "text")
-    if length and not published_paths:
-        raise UserError(f"--length={length} is for published checkpoints: {workdir} has the length it was trained with")
-    run = open_run(paths[workdir], weights, batch, block_size, length, step)._replace(workdir=workdir)
-    estimators.make(estimator or default_estimator(run.config), run.config)  # refuse before any text is read
-    other = open_run(paths[against], weights, batch, length=length)._replace(workdir=against) if against else None
-    convention = domains.convention_for([side.config for side in (run, other) if side is not None], chunks=chunks,
-                                        stride=stride, first_token=first_token, end_token=end_token)
-    text_arguments = {"data": data, "split": split, "data_dir": data_dir, "convention": convention}
-    text = domains.open_text(run.config, run.tokenizer, **text_arguments)
-    target = Target(target_ci, max_draws) if target_ci else None
-    measured = run.evaluator.measure(run.params, text.rows, estimator=estimator or default_estimator(run.config),
-                                     draws=draws, seed=seed, target=target)
-    result = {**text.describe(measured), "step": run.step, "config_sha256": run.config_sha256}
-    show(workdir, f"{text.name}, {text.split}", result, measured.nll_by_count)
+    if model.length and not published_paths:
+        raise UserError(f"--length={model.length} is for published checkpoints: {workdir} has the length it was "
+                        "trained with")
+    run = open_run(paths[workdir], model)._replace(workdir=workdir)
+    estimators.make(estimator.estimator or default_estimator(run.config), run.config)  # refuse before a text is read
+    newest = dataclasses.replace(model, block_size=0, step="latest")
+    other = open_run(paths[baseline], newest)._replace(workdir=baseline) if baseline else None
+    convention = text.convention_for([side.config for side in (run, other) if side is not None])
+    scored = text.open(run.config, run.tokenizer, convention)
+    measured = run.evaluator.measure(run.params, scored.rows, estimator)
+    result = {**scored.describe(measured), "step": run.step, "config_sha256": run.config_sha256}
+    show(workdir, f"{scored.name}, {scored.split}", result, measured.nll_by_count)
     if other is not None:
-        result["against"] = compare.against(run, text, measured, other, text_arguments, draws)
+        result["against"] = compare.against(run, scored, measured, other, text, estimator.draws)
         result["wall_s"] += result["against"].pop("wall_s")
     return result
 

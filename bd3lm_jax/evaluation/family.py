@@ -19,7 +19,7 @@ from bd3lm_jax.checkpoints import rundir
 from bd3lm_jax.core import log, plots
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.core.stats import format_interval
-from bd3lm_jax.data.domains import OWN, Text, convention_for, open_text
+from bd3lm_jax.data.domains import Text
 from bd3lm_jax.evaluation import suite
 from bd3lm_jax.evaluation.scorer import Scorer
 from bd3lm_jax.evaluation.suite import Scored
@@ -27,6 +27,7 @@ from bd3lm_jax.evaluation.titles import run_titles
 from bd3lm_jax.evaluation.tune_sampling import generate_texts, text_metrics
 from bd3lm_jax.likelihood import estimators
 from bd3lm_jax.likelihood.evaluate import open_run
+from bd3lm_jax.likelihood.options import EstimatorOptions, TextOptions
 from bd3lm_jax.lm import LM
 
 
@@ -47,12 +48,13 @@ def compare(workdirs: Sequence[str], *, split: str, scorer: str, texts: int, dra
     """
     scorer_model = Scorer(_model(scorer), scorer, 0) if scorer else None
     configs = [rundir.read(workdir)[0] for workdir in workdirs]
-    convention = convention_for(configs, chunks="independent", stride=0, first_token="", end_token="count")
+    options = TextOptions(split=split)
+    convention = options.convention_for(configs)
     rows, first = [], None
     for workdir, title in zip(workdirs, run_titles(configs)):
         began = time.perf_counter()
-        run = open_run(workdir, "ema", 0)
-        text = open_text(run.config, run.tokenizer, data=OWN, split=split, data_dir="", convention=convention)
+        run = open_run(workdir)
+        text = options.open(run.config, run.tokenizer, convention)
         row = {"name": Path(workdir).name, "title": title, "workdir": str(workdir), "kind": run.config.diffusion.kind,
                "block_size": run.config.block_size, "step": run.step, "params": _size(run.params),
                "first_token": convention.first_token}
@@ -90,7 +92,7 @@ def _bounds(run, text: Text, draws: int, seed: int) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(("estimator", "bound", "bound_ci95", "difference", "difference_ci95", "native",
                                          "native_ci95", "scored"))
     for name in dict.fromkeys([common, *["native"] * _has_own_bound(objective)]):
-        measured = run.evaluator.measure(run.params, text.rows, estimator=name, draws=draws, seed=seed, target=None)
+        measured = run.evaluator.measure(run.params, text.rows, EstimatorOptions(name, draws, seed))
         result = text.describe(measured)
         if name == common:
             row |= {"estimator": name, "bound": result["bits_per_byte"], "bound_ci95": result["bits_per_byte_ci95"],

@@ -4,6 +4,7 @@ A low perplexity alone is no quality: a text that repeats one phrase has the low
 and repetition say so, and the same figures of real text say what is usual at that length.
 """
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Sequence
@@ -28,16 +29,30 @@ AVERAGING = {"gen_ppl": "exp(nats of all texts / tokens of all texts)",
              "intervals": "95 %, over texts"}
 
 
-@jax_settings.pinned()
-def evaluate_samples(paths: Sequence[str], *, scorer: str, weights: str, split: str, reference: str, stride: int,
-                     max_tokens: int, mauve: bool, plot: str) -> dict[str, Any]:
-    """The `eval --samples` command: figures of the texts in each path (see `sample_files.read`).
+@dataclasses.dataclass(frozen=True)
+class QualityOptions:
+    """How texts are judged.
 
     scorer: directory of a causal model, "" for none: then words are counted and there is no perplexity. weights: of
     the scorer, "ema" or "params". reference: "" for the scorer's own corpus (`split` of it), "none", or a file as for
     samples. stride: of the windows over long texts, in tokens, 0 for half the context. max_tokens: what of each text
     counts, 0 for all. mauve: compute MAUVE as well. plot: where to draw several paths, "" for quality.png beside the
     first.
+    """
+
+    scorer: str = ""
+    weights: str = "ema"
+    split: str = "test"
+    reference: str = ""
+    stride: int = 0
+    max_tokens: int = 0
+    mauve: bool = False
+    plot: str = ""
+
+
+@jax_settings.pinned()
+def evaluate_samples(paths: Sequence[str], options: QualityOptions) -> dict[str, Any]:
+    """The `eval --samples` command: figures of the texts in each path (see `sample_files.read`).
 
     Returns {"scorer", "unit", "window", "stride", "max_tokens", "first_token", "averaging", "rows": [`figures` with
     "name", "path", "block_size", "nfe_per_token", "stops", "mauve", "reference"], "reference", "plot", "wall_s"}.
@@ -45,9 +60,10 @@ def evaluate_samples(paths: Sequence[str], *, scorer: str, weights: str, split: 
     """
     began = time.perf_counter()
     files = [sample_files.read(path) for path in paths]
-    tokens = Scorer(load(scorer, weights), scorer, stride) if scorer else Words()
-    real, source = _real_texts(tokens, reference, split)
-    rows = [_row(file, name, tokens, real, max_tokens, mauve)
+    scorer, max_tokens = options.scorer, options.max_tokens
+    tokens = Scorer(load(scorer, options.weights), scorer, options.stride) if scorer else Words()
+    real, source = _real_texts(tokens, options.reference, options.split)
+    rows = [_row(file, name, tokens, real, max_tokens, options.mauve)
             for file, name in zip(files, sample_files.names(files))]
     for note in dict.fromkeys(row.pop("mauve_note") for row in rows):
         if note:
@@ -56,7 +72,7 @@ def evaluate_samples(paths: Sequence[str], *, scorer: str, weights: str, split: 
                 "max_tokens": max_tokens or None, "first_token": "skip" if tokens.first else "predict",
                 "averaging": AVERAGING}
     show(rows, settings, source)
-    plot_path = _save_plot(plot or _beside(paths[0]), rows) if len(rows) > 1 and scorer else None
+    plot_path = _save_plot(options.plot or _beside(paths[0]), rows) if len(rows) > 1 and scorer else None
     return {**settings, "rows": rows, "reference": source, "plot": plot_path, "wall_s": time.perf_counter() - began}
 
 

@@ -1,5 +1,6 @@
 """Zero-shot suite: models measured on every named text that is there; one table, one plot, paired differences."""
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +11,10 @@ from bd3lm_jax.checkpoints.restore import published_config
 from bd3lm_jax.core import jax_settings, log, plots
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.core.stats import format_interval
-from bd3lm_jax.data.domains import DOMAINS, OWN, MissingText, Text, convention_for, open_text
+from bd3lm_jax.data.domains import DOMAINS, OWN, MissingText, Text
 from bd3lm_jax.likelihood import compare
-from bd3lm_jax.likelihood.estimators import default_estimator
-from bd3lm_jax.likelihood.evaluate import LikelihoodResult, LoadedRun, Target, open_run
+from bd3lm_jax.likelihood.evaluate import LikelihoodResult, LoadedRun, open_run
+from bd3lm_jax.likelihood.options import EstimatorOptions, ModelOptions, TextOptions
 
 PLOT = "domains.png"
 BETTER, WORSE, UNCLEAR = "better", "worse", "not told apart"
@@ -30,14 +31,14 @@ class Scored(NamedTuple):
 
 
 @jax_settings.pinned()
-def evaluate_suite(workdirs: Sequence[str], *, split: str, data_dir: str, chunks: str, stride: int, first_token: str,
-                   end_token: str, estimator: str, draws: int, seed: int, weights: str, batch: int, target_ci: float,
-                   max_draws: int, length: int = 0) -> dict[str, Any]:
-    """The `eval --data=all` command: every model on the packaged texts and on those that `data_dir` or TFDS hold.
+def evaluate_suite(workdirs: Sequence[str], *, text: TextOptions = TextOptions(),
+                   estimator: EstimatorOptions = EstimatorOptions(),
+                   model: ModelOptions = ModelOptions()) -> dict[str, Any]:
+    """The `eval --data=all` command: every model on the packaged texts and on those that `text.data_dir` or TFDS hold.
 
-    workdirs: runs, and published checkpoints, which get rows of `length` tokens (`restore.restore_published`). One run
-    is measured on its own corpus too. Of several, each is compared with the first, document by document, in
-    bits per byte: tokenizers may differ. The other arguments are those of `evaluate_run` and `domains.open_text`.
+    workdirs: runs, and published checkpoints, which get rows of `model.length` tokens (`restore.restore_published`).
+    One run is measured on its own corpus too. Of several, each is compared with the first, document by document, in
+    bits per byte: tokenizers may differ. `text.data` is not used.
 
     Returns {"domains": results of `eval` with "workdir" and, from the second run on, "against"; "skipped": {name: why};
     "plot": path, in the first run directory, or in the working directory if there is none; "wall_s"}. Raises UserError
@@ -48,19 +49,19 @@ def evaluate_suite(workdirs: Sequence[str], *, split: str, data_dir: str, chunks
         raise UserError(f"--workdir={','.join(workdirs)} names a run twice")
     paths = [hf.local(workdir) for workdir in workdirs]
     own = [path for path in paths if not hf.is_published(path)]
+    length = model.length
     if length and len(own) == len(paths):
         raise UserError(f"--length={length} is for published checkpoints: runs have the length they were trained with")
     runs = [
         rundir.read(path) if path in own else published_config(path, hf.from_hf_config(path), length) for path in paths
     ]
-    convention = convention_for([config for config, _ in runs], chunks=chunks, stride=stride, first_token=first_token,
-                                end_token=end_token)
+    convention = text.convention_for([config for config, _ in runs])
     skipped, texts = {}, {}
     for workdir, (config, tokenizer) in zip(workdirs, runs):
         for name in _names(runs, len(own)):
             try:
-                text = open_text(config, tokenizer, data=name, split=split, data_dir=data_dir, convention=convention)
-                texts.setdefault(workdir, []).append(text)
+                opened = dataclasses.replace(text, data=name).open(config, tokenizer, convention)
+                texts.setdefault(workdir, []).append(opened)
             except UserError as error:
                 if name != OWN and not isinstance(error, MissingText):
                     raise
@@ -69,9 +70,8 @@ def evaluate_suite(workdirs: Sequence[str], *, split: str, data_dir: str, chunks
         log.note(f"skipped {name}: {reason}")
     if not texts:
         raise UserError("none of the texts is here: see the lines above")
-    target = Target(target_ci, max_draws) if target_ci else None
-    scored = [_score(open_run(path, weights, batch, length=0 if path in own else length)._replace(workdir=workdir),
-                     texts[workdir], estimator, draws, seed, target) for workdir, path in zip(workdirs, paths)]
+    scored = [_score(open_run(path, dataclasses.replace(model, length=0 if path in own else length))
+                     ._replace(workdir=workdir), texts[workdir], estimator) for workdir, path in zip(workdirs, paths)]
     for others in scored[1:]:
         for first, other in zip(scored[0], others):
             other.result["against"] = difference(other, first)
@@ -88,12 +88,11 @@ def _names(runs, own_corpora: int) -> list[str]:
     return [*own, *DOMAINS]
 
 
-def _score(run: LoadedRun, texts: Sequence[Text], estimator: str, draws: int, seed: int, target) -> list[Scored]:
+def _score(run: LoadedRun, texts: Sequence[Text], estimator: EstimatorOptions) -> list[Scored]:
     scored = []
     for text in texts:
         log.note(f"{run.workdir}: {text.name}, {log.pluralize(len(text.rows), 'row')}")
-        measured = run.evaluator.measure(run.params, text.rows, estimator=estimator or default_estimator(run.config),
-                                         draws=draws, seed=seed, target=target)
+        measured = run.evaluator.measure(run.params, text.rows, estimator)
         result = {**text.describe(measured), "workdir": run.workdir, "step": run.step,
                   "config_sha256": run.config_sha256}
         scored.append(Scored(run.workdir, text, measured, result))

@@ -4,6 +4,7 @@ Everything in the run directory is only read, but for the file `watch.jsonl`, wh
 """
 
 import contextlib
+import dataclasses
 import signal
 import time
 from pathlib import Path
@@ -17,10 +18,11 @@ from bd3lm_jax.core import jax_settings, log
 from bd3lm_jax.core.errors import RunError, UserError
 from bd3lm_jax.core.signals import Signals
 from bd3lm_jax.core.stats import format_interval, format_number
-from bd3lm_jax.data import domains
+from bd3lm_jax.data.domains import Text
 from bd3lm_jax.likelihood import estimators
 from bd3lm_jax.likelihood.estimators import default_estimator
 from bd3lm_jax.likelihood.evaluate import LoadedRun, open_run
+from bd3lm_jax.likelihood.options import EstimatorOptions, ModelOptions, TextOptions
 
 FILE = "watch.jsonl"  # of the run directory: a line an evaluation
 POLL_S = 2.0  # between looks at the directory
@@ -36,38 +38,39 @@ class _Interrupted(Exception):
 
 
 @jax_settings.pinned()
-def watch(workdir: str, *, watch_for: float, data: str, split: str, data_dir: str, chunks: str, stride: int,
-          first_token: str, end_token: str, estimator: str, draws: int, seed: int, weights: str, batch: int,
-          block_size: int) -> dict[str, Any]:
+def watch(workdir: str, *, text: TextOptions = TextOptions(), estimator: EstimatorOptions = EstimatorOptions(),
+          model: ModelOptions = ModelOptions(), timeout: float = 3600.0) -> dict[str, Any]:
     """Evaluate each newest checkpoint of a run once, until that of its last step (`train.steps`) is done.
 
-    watch_for: seconds without a new checkpoint after which the watch ends, 0 for never. The other arguments as for
-    `evaluate_run`. A line of `watch.jsonl` holds the step, the figures of `eval` and `arguments`, these arguments:
-    what stands there for the same arguments and config is not evaluated again. A checkpoint that is deleted while it is
-    read is passed over, a damaged one with a warning, until it is saved anew; if it is the last one, the watch waits
-    for that.
+    timeout: seconds without a new checkpoint after which the watch ends, 0 for never. estimator, model: no target, no
+    step. A line of `watch.jsonl` holds the step, the figures of `eval` and, as "asked", the options: what stands there
+    for the same options and config is not evaluated again. A checkpoint that is deleted while it is read is passed
+    over, a damaged one with a warning, until it is saved anew; if it is the last one, the watch waits for that.
 
-    Returns the last line, `ended` ("last step", "nothing new", or the name of the signal that came) and `follower`: all
-    lines of these arguments. Raises UserError for a published checkpoint and wrong arguments, RunError if no checkpoint
+    Returns the last line, `ended` ("last step", "nothing new", or the name of the signal that came) and `watched`: all
+    lines of these options. Raises UserError for a published checkpoint and wrong options, RunError if no checkpoint
     came in time.
     """
     if hf.is_published(workdir):
         raise UserError(f"{workdir} is a published checkpoint: --watch follows a run that trains")
-    arguments = {
-        "data": data, "split": split, "data_dir": data_dir, "chunks": chunks, "stride": stride,
-        "first_token": first_token, "end_token": end_token, "estimator": estimator, "draws": draws, "seed": seed,
-        "weights": weights, "block_size": block_size
-    }
     with Signals() as signals:
-        follower = _RunFollower(Path(workdir), arguments, batch, signals)
-        ended = _follow(follower, watch_for, signals)
+        follower = _RunFollower(Path(workdir), text, estimator, model, signals)
+        ended = _follow(follower, timeout, signals)
     if not follower.lines and ended == NOTHING_NEW:
-        raise RunError(f"no checkpoint came in {workdir} within {watch_for:g} s: is anything training there?")
+        raise RunError(f"no checkpoint came in {workdir} within {timeout:g} s: is anything training there?")
     return {**(follower.lines[-1] if follower.lines else {}), "workdir": workdir, "ended": ended,
             "watched": follower.lines}
 
 
-def _follow(follower: "_RunFollower", watch_for: float, signals: Signals) -> str:
+def _options_record(text: TextOptions, estimator: EstimatorOptions, model: ModelOptions) -> dict[str, Any]:
+    """The options as every version has written them; `batch_size` changes no figure."""
+    return {"data": text.data, "split": text.split, "data_dir": text.data_dir, "chunks": text.context_mode,
+            "stride": text.stride, "first_token": text.first_token, "end_token": text.end_token,
+            "estimator": estimator.estimator, "draws": estimator.draws, "seed": estimator.seed,
+            "weights": model.weights, "block_size": model.block_size}
+
+
+def _follow(follower: "_RunFollower", timeout: float, signals: Signals) -> str:
     """Evaluate what comes; returns why it ended."""
     last_progress = time.monotonic()
     while not signals.received:
@@ -80,7 +83,7 @@ def _follow(follower: "_RunFollower", watch_for: float, signals: Signals) -> str
             last_progress = time.monotonic()
         elif follower.finished():
             return LAST
-        elif watch_for and time.monotonic() - last_progress > watch_for:
+        elif timeout and time.monotonic() - last_progress > timeout:
             return NOTHING_NEW
         else:
             signals.wait(POLL_S)
@@ -90,9 +93,11 @@ def _follow(follower: "_RunFollower", watch_for: float, signals: Signals) -> str
 class _RunFollower:
     """A run directory, which need not be there yet, and what is known of its checkpoints."""
 
-    def __init__(self, workdir: Path, arguments: dict[str, Any], batch: int, signals: Signals):
-        self._workdir, self._arguments, self._batch, self._signals = workdir, arguments, batch, signals
-        self._text: domains.Text | None = None  # from when the run is there
+    def __init__(self, workdir: Path, text: TextOptions, estimator: EstimatorOptions, model: ModelOptions,
+                 signals: Signals):
+        self._workdir, self._text_options, self._estimator, self._model = workdir, text, estimator, model
+        self._signals, self._record = signals, _options_record(text, estimator, model)
+        self._text: Text | None = None  # from when the run is there
         self._run: LoadedRun | None = None  # from the first checkpoint on
         self._started, self._sha256, self._done_steps, self.lines = False, "", set(), []
         self._damaged = set()  # as `_version`
@@ -131,12 +136,9 @@ class _RunFollower:
             self._damaged.add(version)
             return
         assert self._run is not None and self._text is not None
-        arguments = self._arguments
-        measured = self._run.evaluator.measure(
-            params, self._text.rows, estimator=arguments["estimator"] or default_estimator(self._run.config),
-            draws=arguments["draws"], seed=arguments["seed"], target=None)
+        measured = self._run.evaluator.measure(params, self._text.rows, self._estimator)
         result = self._text.describe(measured)
-        line = {"step": step, **result, "config_sha256": self._sha256, "asked": arguments}
+        line = {"step": step, **result, "config_sha256": self._sha256, "asked": self._record}
         log.append(self._workdir / FILE, line)
         self._done_steps.add(step)
         self.lines.append(line)
@@ -147,26 +149,22 @@ class _RunFollower:
     def _open_when_present(self) -> bool:
         """Whether there is a run. When it is first there: refuse what does not fit, learn what was done before."""
         if not self._started and (self._workdir / rundir.CONFIG).exists():
-            arguments, (config, tokenizer) = self._arguments, rundir.read(self._workdir)
-            self._sha256 = config.sha256()
-            config = config.at_trained_block_size(arguments["block_size"]) if arguments["block_size"] else config
-            estimators.make(arguments["estimator"] or default_estimator(config), config)
-            convention = domains.convention_for([config], **{name: arguments[name] for name in (
-                "chunks", "stride", "first_token", "end_token")})
-            self._text = domains.open_text(config, tokenizer, convention=convention,
-                                           **{name: arguments[name] for name in ("data", "split", "data_dir")})
+            config, tokenizer = rundir.read(self._workdir)
+            self._sha256, block_size = config.sha256(), self._model.block_size
+            config = config.at_trained_block_size(block_size) if block_size else config
+            estimators.make(self._estimator.estimator or default_estimator(config), config)
+            self._text = self._text_options.open(config, tokenizer, self._text_options.convention_for([config]))
             self.lines = [line for line in log.read_lines(self._workdir / FILE, _is_evaluation)
-                          if line["asked"] == self._arguments and line["config_sha256"] == self._sha256]
+                          if line["asked"] == self._record and line["config_sha256"] == self._sha256]
             self._done_steps = {line["step"] for line in self.lines}
             self._started = True
         return self._started
 
     def _read(self, step: int) -> Any:
         """The weights of a step. The network and its programs are made once."""
-        arguments = self._arguments
         if self._run is not None:
-            return restore(self._workdir, arguments["weights"], None, self._run.evaluator.mesh, step).params
-        run = open_run(str(self._workdir), arguments["weights"], self._batch, arguments["block_size"], step=step)
+            return restore(self._workdir, self._model.weights, None, self._run.evaluator.mesh, step).params
+        run = open_run(str(self._workdir), dataclasses.replace(self._model, step=step))
         run.evaluator.alive = self._raise_if_signalled
         self._run = run._replace(params=None)  # one checkpoint's at a time
         return run.params

@@ -21,8 +21,8 @@ from bd3lm_jax.data import density
 from bd3lm_jax.data.loader import Loader
 from bd3lm_jax.data.prepare import prepare
 from bd3lm_jax.experiments.variance import make_measure
-from bd3lm_jax.likelihood.estimators import default_estimator
 from bd3lm_jax.likelihood.evaluate import open_run
+from bd3lm_jax.likelihood.options import EstimatorOptions
 from bd3lm_jax.lm import LM, load
 from bd3lm_jax.models import trunk
 
@@ -143,15 +143,14 @@ class TaggedRows:
 
 
 def _bounds(workdir: str, tags: str, split: str, draws: int, seed: int) -> dict[str, dict]:
-    run = open_run(workdir, "ema", 0)
+    run = open_run(workdir)
     data = dataclasses.replace(run.config.data, density=tags, density_fraction=1.0)
     parts = DOMAINS.get(data.source, (data.source,)) if tags in BY_TEXT else (data.source,)
     found = {}
     for source in parts:
         tagged = TaggedRows(
             prepare(dataclasses.replace(data, source=source), split, run.config.block_size, run.tokenizer))
-        measured = run.evaluator.measure(run.params, tagged, estimator=default_estimator(run.config), draws=draws,
-                                         seed=seed, target=None)
+        measured = run.evaluator.measure(run.params, tagged, EstimatorOptions(draws=draws, seed=seed))
         found[source] = tagged.intervals(measured.documents_UxN, measured.tokens_N)
     return found
 

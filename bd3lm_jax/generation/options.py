@@ -13,7 +13,6 @@ from bd3lm_jax.generation.sampling.auto_size import AUTO
 from bd3lm_jax.generation.sampling.filters import check_filters
 from bd3lm_jax.models import cache
 
-
 FIELD_OF = {"sliding_window": "window", "fixed_tokens": "forced", "guidance_scale": "guidance"}  # keyword: its field
 
 

@@ -15,18 +15,18 @@ from bd3lm_jax.config import Config
 from bd3lm_jax.core import log, stats
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.core.stats import Estimates, format_interval, format_number
-from bd3lm_jax.data.domains import Text, open_text
+from bd3lm_jax.data.domains import Text
 from bd3lm_jax.likelihood import estimators
 from bd3lm_jax.likelihood.evaluate import LikelihoodResult, LoadedRun
+from bd3lm_jax.likelihood.options import EstimatorOptions, TextOptions
 
 
-def against(run: LoadedRun, text: Text, candidate: LikelihoodResult, other: LoadedRun, text_arguments: dict[str, Any],
+def against(run: LoadedRun, text: Text, candidate: LikelihoodResult, other: LoadedRun, options: TextOptions,
             draws: int) -> dict:
     """The "against" object of the `eval` command.
 
-    ours: what `run` scored on `text`. which: arguments of `domains.open_text` that opened it. draws: of a round of
-    `other`, which has as many rounds as `candidate`. Nats per token where both have one tokenizer and score the same
-    tokens, else bits per byte.
+    candidate: what `run` scored on `text`, which `options` opened. draws: of a round of `other`, which has as many
+    rounds as `candidate`. Nats per token where both have one tokenizer and score the same tokens, else bits per byte.
 
     Returns `workdir`, `estimator`, `step`, `config_sha256` and `wall_s` of the other run, its `bits_per_byte` (and
     `nll`), and: `unit` of the difference, `difference`, `difference_ci95` (documents and draws), `difference_mc_se`
@@ -37,15 +37,14 @@ def against(run: LoadedRun, text: Text, candidate: LikelihoodResult, other: Load
     """
     config = other.config
     same_corpus = dataclasses.replace(run.config.data, seq_len=config.data.seq_len, packing=config.data.packing)
-    other_text = open_text(dataclasses.replace(config, data=same_corpus), other.tokenizer, **text_arguments)
+    other_text = options.open(dataclasses.replace(config, data=same_corpus), other.tokenizer, text.convention)
     other_rows = other_text.rows
     estimator = _counterpart(candidate.estimator, config)
     same_rows = other_rows.meta["hash"] == text.rows.meta["hash"]
     same_masks = same_rows and estimator is candidate.estimator and estimator.replicates > 1
-    baseline = other.evaluator.measure(
-        other.params, other_rows, estimator=estimator,
-        draws=candidate.round_draws if same_masks else draws, rounds=candidate.rounds, target=None,
-        seed=candidate.seed if same_rows else candidate.seed + 1)  # other rows: noise of their own
+    baseline = other.evaluator.measure(other.params, other_rows, EstimatorOptions(
+        estimator, candidate.round_draws if same_masks else draws,
+        candidate.seed if same_rows else candidate.seed + 1), rounds=candidate.rounds)  # other rows: their own noise
     same_tokenizer, comparable = text.tokenizer == other_text.tokenizer, text.comparable_with(other_text)
     if same_tokenizer and np.array_equal(candidate.tokens_N, baseline.tokens_N):
         sides, unit = (candidate.per_token(), baseline.per_token()), "nats per token"

@@ -26,6 +26,7 @@ from bd3lm_jax.core.stats import ppl_of
 from bd3lm_jax.data.loader import place_rows
 from bd3lm_jax.data.rows import TokenRows
 from bd3lm_jax.likelihood import estimators
+from bd3lm_jax.likelihood.options import EstimatorOptions, ModelOptions, Target
 from bd3lm_jax.models import Backbone
 from bd3lm_jax.models.forward import Execution
 from bd3lm_jax.parallel import sharding
@@ -37,15 +38,6 @@ CHUNK_TOKENS = 1 << 20  # whose bytes are counted at a time
 QUEUE = 2  # batches in flight: the device goes on while the host reads rows and adds up
 PILOT_ROWS, PILOT_ROUND = 32, 2**32 - 1  # what "importance" learns from; a round that is never scored
 GIVE_UP_FACTOR = 4  # a target that seems to need so many times --max_mc_samples is given up before they are drawn
-
-
-class Target(NamedTuple):
-    """Draw until the 95 % half width of the Monte-Carlo part is `ci` of the nll, at most `max_draws` draws a row.
-
-    Texts of few rows take draws until their spread is known with MIN_FREEDOM degrees of freedom, or all of them."""
-
-    ci: float
-    max_draws: int
 
 
 def check_draws(draws: int) -> None:
@@ -102,22 +94,30 @@ class LoadedRun(NamedTuple):
     config_sha256: str
 
 
-def open_run(workdir: str, weights: str, batch: int, block_size: int = 0, length: int = 0,
-             step: int | str = "latest") -> LoadedRun:
-    """A checkpoint of a run (`step`: as for `restore.restore`), or a published one (`hf.local`), over all devices.
-
-    weights: "ema" or "params"; batch: rows a pass, 0 for the run's own; block_size: one that it was trained with, 0 for
-    its usual one; length: tokens a row of a published checkpoint (`restore.restore_published`)."""
+def open_run(workdir: str, options: ModelOptions = ModelOptions()) -> LoadedRun:
+    """A checkpoint of a run, or a published one (`hf.local`), over all devices."""
     mesh, path = sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1, slices=-1)), local(workdir)
     if is_published(path):
-        refuse_step(workdir, step)
-        run = restore_published(path, weights, mesh, length)
+        refuse_step(workdir, options.step)
+        run = restore_published(path, options.weights, mesh, options.length)
     else:
-        run = restore(path, weights, None, mesh, step)
-    config = run.config.at_trained_block_size(block_size) if block_size else run.config
-    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=batch or config.eval.batch_size))
+        run = restore(path, options.weights, None, mesh, options.step)
+    config = run.config.at_trained_block_size(options.block_size) if options.block_size else run.config
+    batch_size = options.batch_size or config.eval.batch_size
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=batch_size))
     evaluator = Evaluator(config, run.model, SpecialIds(run.tokenizer.mask_id, run.tokenizer.end_id), mesh)
     return LoadedRun(workdir, config, run.tokenizer, run.params, evaluator, run.step, run.meta["config_sha256"])
+
+
+class _Round(NamedTuple):
+    """Draws of one round: its noise is a function of (seed, number) and of rows, replicates and draws."""
+
+    estimator: Any
+    params: Any
+    rows: Any
+    draws: int
+    seed: int
+    number: int
 
 
 class Evaluator:
@@ -139,29 +139,29 @@ class Evaluator:
         mean cross-entropy of the masked tokens of blocks with k of them, by k. Deterministic in (params, rows, seed,
         draws), whatever the devices.
         """
-        return self.measure(params, rows, estimator=estimator, draws=draws, seed=seed, target=None,
-                            num_rows=num_rows).summary(rows)
+        options = EstimatorOptions(estimator, draws, seed)
+        return self.measure(params, rows, options, num_rows=num_rows).summary(rows)
 
-    def measure(self, params, rows: TokenRows, *, estimator: Any, draws: int, seed: int, target: Target | None,
-                num_rows: int = 0, rounds: int = 1) -> "LikelihoodResult":
-        """As `run`, as sums by row and document. estimator: a name, or an estimator (say, one that has learnt).
+    def measure(self, params, rows: TokenRows, options: EstimatorOptions, *, num_rows: int = 0,
+                rounds: int = 1) -> "LikelihoodResult":
+        """As `run`, as sums by row and document.
 
-        `rounds` rounds of `draws` draws, or with a target until it is met. Raises RunError if `max_draws` do not meet
-        it.
+        `rounds` rounds of draws, or with a target until it is met. Raises RunError if `max_draws` do not meet it.
         """
-        check_draws(draws)
+        check_draws(options.draws)
+        estimator, target, seed = options.estimator, options.target, options.seed
         began = time.perf_counter()
         ids = np.arange(len(rows) if num_rows == 0 else min(num_rows, len(rows)))
         with jax.set_mesh(self.mesh):
             if isinstance(estimator, str):
-                estimator = estimators.make(estimator, self.config)
+                estimator = estimators.make(estimator or estimators.default_estimator(self.config), self.config)
             if estimator.needs_pilot:
                 estimator = self._run_pilot(estimator, params, rows, ids[:PILOT_ROWS], seed)
-            draws = draws if estimator.replicates > 1 else 1
+            draws = options.draws if estimator.replicates > 1 else 1
             total = LikelihoodResult(estimator, draws, seed, self.config.block_size, ids, self._documents)
             round_, is_done = 0, False
             while not is_done:
-                for batch, passes in self._batches(estimator, params, rows, ids, draws, seed, round_):
+                for batch, passes in self._batches(_Round(estimator, params, rows, draws, seed, round_), ids):
                     total.add(round_, passes, self._documents(rows, batch))
                     self.alive()
                 total.wall_s = time.perf_counter() - began
@@ -171,39 +171,41 @@ class Evaluator:
 
     def _run_pilot(self, estimator, params, rows, ids, seed):
         """The estimator with the count law of a pilot, whose noise and rows depend on nothing but seed and split."""
-        parts = [part for _, passes in self._batches(estimator, params, rows, ids, 1, seed, PILOT_ROUND)
-                 for part in passes]
+        pilot = _Round(estimator, params, rows, 1, seed, PILOT_ROUND)
+        parts = [part for _, passes in self._batches(pilot, ids) for part in passes]
         counts, means = (np.concatenate([part[i].swapaxes(1, 2).reshape(-1, estimator.noise_samples) for part in parts])
                          for i in (1, 2))
         return estimator.from_pilot(counts, means)
 
-    def _batches(self, estimator, params, rows, ids, draws: int, seed: int, round_: int):
+    def _batches(self, round_: "_Round", ids: np.ndarray):
         """Yields row ids and the passes of their scores (NumPy, see `make_scores`) batch by batch, a few in flight."""
         pending = collections.deque()
         for start in range(0, len(ids), self.batch):
             batch = ids[start:start + self.batch]
-            pending.append((batch, self._start(estimator, params, rows, batch, draws, seed, round_)))
+            pending.append((batch, self._start(round_, batch)))
             if len(pending) > QUEUE:
                 yield _fetch(*pending.popleft())
         while pending:
             yield _fetch(*pending.popleft())
 
-    def _start(self, estimator, params, rows, ids, draws, seed, round_):
+    def _start(self, round_: "_Round", ids: np.ndarray):
         """All passes of a batch, on their way. A short batch is filled up with its last row, which then counts nothing.
         """
+        rows, draws = round_.rows, round_.draws
         padded = np.concatenate([ids, np.full(self.batch - len(ids), ids[-1])])
         arrays = place_rows(rows, padded, self.sharding)
         row_ids = jax.make_array_from_callback(padded.shape, self.sharding,
                                                lambda index: padded[index].astype(np.int32))
+
         def scored_part(index: Any) -> np.ndarray:
             return rows.scored(padded[index[0]])[:, index[1]]
 
         scored = jax.make_array_from_callback((len(padded), rows.length), self.sharding, scored_part)
-        key = jax.random.fold_in(jax_settings.key(seed), round_)
-        program = self._program(estimator, draws)
+        key = jax.random.fold_in(jax_settings.key(round_.seed), round_.number)
+        program = self._program(round_.estimator, draws)
         batch = arrays["tokens"], arrays["positions"], arrays["segments"], scored
-        return [sharding.block_until_ready_if_simulated(program(params, key, index, row_ids, *batch))
-                for index in range(estimator.num_passes(draws))]
+        return [sharding.block_until_ready_if_simulated(program(round_.params, key, index, row_ids, *batch))
+                for index in range(round_.estimator.num_passes(draws))]
 
     def _program(self, estimator, draws: int):
         if (estimator, draws) not in self._programs:

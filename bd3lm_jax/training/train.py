@@ -26,8 +26,9 @@ from bd3lm_jax.data.prepare import Rows, prepare, prepare_tokenizer
 from bd3lm_jax.data.token_bytes import RowsWithBytes
 from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.likelihood import paired
-from bd3lm_jax.likelihood.estimators import default_estimator, has_bound
+from bd3lm_jax.likelihood.estimators import has_bound
 from bd3lm_jax.likelihood.evaluate import Evaluator
+from bd3lm_jax.likelihood.options import EstimatorOptions
 from bd3lm_jax.models import forward, lora
 from bd3lm_jax.parallel import distributed, replicas, sharding
 from bd3lm_jax.parallel.watchdog import Watchdog
@@ -241,8 +242,8 @@ def _validate(run: Run, evaluator: Evaluator, weights, is_final: bool) -> dict:
         return {}
     settings, rows = run.config.eval, run.valid_rows
     with spinner("validating"):
-        measured = evaluator.measure(weights, rows, estimator=default_estimator(run.config), target=None,
-                                     draws=settings.mc_samples if is_final else 1, seed=run.config.seed,
+        options = EstimatorOptions(draws=settings.mc_samples if is_final else 1, seed=run.config.seed)
+        measured = evaluator.measure(weights, rows, options,
                                      num_rows=settings.report_rows if is_final else settings.rows)
     if is_final and jax.process_index() == 0:
         paired.save(run.workdir, measured, rows)

@@ -158,7 +158,7 @@ def test_windows_follow_the_layout_of_the_run(opened, tmp_path):
 def test_models_that_cannot_predict_the_first_token(tmp_path):
     blocks = toy_config(tmp_path)
     without_bos = toy_config(tmp_path, {"diffusion": {"kind": "ar", "bos": False}, "model.adaln": False})
-    options = {"chunks": "independent", "stride": 0, "end_token": "count"}
+    options = {"context_mode": "independent", "stride": 0, "end_token": "count"}
     assert convention_for([blocks], first_token="", **options) == PLAIN
     assert convention_for([blocks, without_bos], first_token="", **options).first_token == "skip"
     with pytest.raises(UserError, match="no beginning token.*--first_token=skip"):

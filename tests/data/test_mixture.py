@@ -158,7 +158,7 @@ def test_validation_is_over_all_and_over_each(mixed_config):
     """`eval` of the mixture scores the validation texts of all sources, of a source by its name those of that one."""
     data = mixed_config()
     config = SimpleNamespace(data=data, block_size=BLOCK, diffusion=SimpleNamespace(causal=False))
-    convention = SimpleNamespace(chunks="independent", stride=0, first_token="predict", end_token="count",
+    convention = SimpleNamespace(context_mode="independent", stride=0, first_token="predict", end_token="count",
                                  stride_for=lambda *sizes: 0)
     texts = {name: list(open_text(config, ByteTokenizer(), data=name, split="valid", data_dir="",
                                   convention=convention).corpus.documents())

@@ -4,17 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from toy_evaluation import evaluated
 from toy_runs import AR, toy_config, write_text
 
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.evaluation import family
-from bd3lm_jax.evaluation.evaluate_run import evaluate_run
 from bd3lm_jax.experiments.bench.family import runs_of
 from bd3lm_jax.training.train import train
 from configs import common
-
-EVAL = dict(split="valid", data="", estimator="", draws=1, seed=0, weights="ema", batch=0, target_ci=0.0, max_draws=1,
-            against="", data_dir="", chunks="independent", stride=0, first_token="", end_token="count")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +27,7 @@ def runs(tmp_path_factory):
 def test_rows_say_what_eval_and_the_metrics_say(runs):
     rows = family.compare(list(runs.values()), split="valid", scorer=runs["ar"], texts=2, draws=1, seed=0)
     for row, (name, workdir) in zip(rows, runs.items()):
-        told = evaluate_run(workdir, **EVAL)
+        told = evaluated(workdir)
         assert row["name"] == name and row["estimator"] == told["estimator"] and row["step"] == told["step"]
         np.testing.assert_allclose(row["bound"], told["bits_per_byte"], rtol=1e-6)
         np.testing.assert_allclose(row["bound_ci95"], told["bits_per_byte_ci95"], rtol=1e-6)
@@ -42,7 +39,7 @@ def test_rows_say_what_eval_and_the_metrics_say(runs):
     np.testing.assert_allclose(blocks["difference"], blocks["bound"] - ar["bound"], rtol=1e-6)
     assert ar["tokens_per_call"] == pytest.approx(1, abs=0.05) and ar["native"] is None
     assert blocks["native"] is None  # the common bound is its own
-    told = evaluate_run(runs["d3pm"], **EVAL | {"estimator": "native"})
+    told = evaluated(runs["d3pm"], estimator="native")
     assert d3pm["estimator"] == "exact_count" and d3pm["native"] == pytest.approx(told["bits_per_byte"], rel=1e-6)
     assert uniform["estimator"] == "native" and uniform["native"] is None
     family.show(rows, runs["ar"])

@@ -3,6 +3,7 @@ import json
 import math
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,11 +15,10 @@ from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data import textmetrics
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.evaluation import quality
-from bd3lm_jax.evaluation.quality import evaluate_samples, figures, perplexity
+from bd3lm_jax.evaluation.quality import QualityOptions, evaluate_samples, figures, perplexity
 from bd3lm_jax.evaluation.scorer import Words
 
-OPTIONS = {"scorer": "toy", "weights": "ema", "split": "test", "reference": "none", "stride": 0, "max_tokens": 0,
-           "mauve": False, "plot": ""}
+OPTIONS = QualityOptions(scorer="toy", reference="none")
 
 
 @pytest.fixture
@@ -138,14 +138,14 @@ def test_the_scorers_own_corpus_is_the_reference(tmp_path, monkeypatch, tables):
     own = bd3lm_jax.LM(dataclasses.replace(toy.config, data=data), toy.params, LETTERS, toy.model, CONTEXT)
     monkeypatch.setattr(quality, "load", lambda path, weights: own)
     path = write(tmp_path / "a.json", ["aaa", "bbbbb"])
-    result = evaluate_samples([path], **OPTIONS | {"reference": ""})
+    result = evaluate_samples([path], replace(OPTIONS, reference=""))
     real = result["rows"][0]["reference"]
     assert result["reference"] == "text, test" and (real["samples"], real["tokens"], real["length_max"]) == (2, 8, 5)
     pieces = [own.nll(np.array([ids]), estimator="nll").total for ids in ([0, 1, 0], [2, 3, END, 0, 1])]
     assert real["gen_ppl"] == pytest.approx(math.exp(sum(pieces) / 8), rel=1e-5)
     names = [row[0] for row in tables[0][2]]
     assert names == ["a", "  real"]
-    without = evaluate_samples([path], **OPTIONS | {"reference": "", "split": "valid"})  # a directory without the split
+    without = evaluate_samples([path], replace(OPTIONS, reference="", split="valid"))  # a directory without the split
     assert without["reference"] is None and without["rows"][0]["reference"] is None
 
 
@@ -154,7 +154,7 @@ def test_the_scorers_own_corpus_is_the_reference(tmp_path, monkeypatch, tables):
 
 def test_known_text_has_the_perplexity_of_the_model(lm, tmp_path, tables):
     texts = letters(3, 9)
-    result = evaluate_samples([write(tmp_path / "a.json", [*texts, ""], nfe=2, block_size=4)], **OPTIONS)
+    result = evaluate_samples([write(tmp_path / "a.json", [*texts, ""], nfe=2, block_size=4)], OPTIONS)
     row, = result["rows"]
     direct = lm.nll(make_ids(3, 9), estimator="nll")
     assert row["gen_ppl"] == pytest.approx(math.exp(direct.mean), rel=1e-5)
@@ -169,7 +169,7 @@ def test_known_text_has_the_perplexity_of_the_model(lm, tmp_path, tables):
 
 
 def test_no_perplexity_without_the_entropy(lm, tmp_path, tables):
-    evaluate_samples([write(tmp_path / "a.json", letters(2, 30))], **OPTIONS)
+    evaluate_samples([write(tmp_path / "a.json", letters(2, 30))], OPTIONS)
     title, columns, lines = tables[0]
     assert "windows of 24 every 12" in title
     assert columns[2].startswith("gen. PPL") and columns[4] == "entropy"
@@ -178,7 +178,7 @@ def test_no_perplexity_without_the_entropy(lm, tmp_path, tables):
 
 def test_only_the_first_tokens(lm, tmp_path, tables):
     path = write(tmp_path / "a.json", letters(3, 9))
-    row = evaluate_samples([path], **OPTIONS | {"max_tokens": 4})["rows"][0]
+    row = evaluate_samples([path], replace(OPTIONS, max_tokens=4))["rows"][0]
     direct = lm.nll(make_ids(3, 9)[:, :4], estimator="nll")
     assert row["gen_ppl"] == pytest.approx(math.exp(direct.mean), rel=1e-5) and row["length_max"] == 4
 
@@ -188,7 +188,7 @@ def test_several_files_make_one_table_and_one_plot(lm, tmp_path, tables, monkeyp
     monkeypatch.setattr(quality.plots, "save", lambda figure, path: figures_.append(figure) or save(figure, path))
     paths = [write(tmp_path / f"{name}.json", letters(2, 8, seed=i), nfe, size)
              for i, (name, nfe, size) in enumerate((("a", 1, 4), ("b", 2, 8), ("c", 3, 8), ("d", None, None)))]
-    result = evaluate_samples(paths, **OPTIONS | {"reference": paths[0]})
+    result = evaluate_samples(paths, replace(OPTIONS, reference=paths[0]))
     assert [row[0] for row in tables[0][2]] == ["a", "  real", "b", "  real", "c", "  real", "d", "  real"]
     assert result["plot"] == str(tmp_path / "quality.png") and (tmp_path / "quality.png").stat().st_size > 1000
     axes = figures_[0].axes[0]
@@ -197,22 +197,22 @@ def test_several_files_make_one_table_and_one_plot(lm, tmp_path, tables, monkeyp
     np.testing.assert_allclose(drawn["block size 4"], [[1, rows[0]["gen_ppl"]]])
     np.testing.assert_allclose(drawn["block size 8"], [[2, rows[1]["gen_ppl"]], [3, rows[2]["gen_ppl"]]])
     assert len(drawn) == 2 and f"H {rows[0]['entropy']:.2f}" in axes.texts[0].get_text()
-    nowhere = evaluate_samples(paths, **OPTIONS | {"plot": str(tmp_path / "a.json" / "q.png")})
+    nowhere = evaluate_samples(paths, replace(OPTIONS, plot=str(tmp_path / "a.json" / "q.png")))
     assert nowhere["plot"] is None and len(nowhere["rows"]) == 4
-    again = evaluate_samples(paths, **OPTIONS | {"reference": paths[0], "plot": str(tmp_path / "other.png")})
+    again = evaluate_samples(paths, replace(OPTIONS, reference=paths[0], plot=str(tmp_path / "other.png")))
     assert (tmp_path / "other.png").exists()
     assert len({json.dumps({**r, "wall_s": 0, "plot": 0}) for r in (again, result)}) == 1  # nan is not itself
 
 
 def test_the_order_of_the_texts_does_not_matter(lm, tmp_path, tables):
     texts = [*letters(20, 5), *letters(3, 40)]
-    rows = [evaluate_samples([write(tmp_path / "a.json", order)], **OPTIONS)["rows"][0]
+    rows = [evaluate_samples([write(tmp_path / "a.json", order)], OPTIONS)["rows"][0]
             for order in (texts, texts[::-1])]
     assert rows[0]["gen_ppl"] == pytest.approx(rows[1]["gen_ppl"], rel=1e-6)
 
 
 def test_without_a_scorer_words_are_counted(tmp_path, tables):
-    result = evaluate_samples([write(tmp_path / "a.json", ["the cat the cat", " "])], **OPTIONS | {"scorer": ""})
+    result = evaluate_samples([write(tmp_path / "a.json", ["the cat the cat", " "])], replace(OPTIONS, scorer=""))
     row = result["rows"][0]
     assert result["unit"] == "words" and result["window"] is None and "gen_ppl" not in row
     assert row["entropy"] == pytest.approx(math.log(2)) and row["tokens"] == 4 and row["empty"] == 1
@@ -221,12 +221,12 @@ def test_without_a_scorer_words_are_counted(tmp_path, tables):
 
 def test_bad_input(lm, tmp_path, tables):
     with pytest.raises(UserError, match="no file"):
-        evaluate_samples([str(tmp_path / "none.json")], **OPTIONS)
+        evaluate_samples([str(tmp_path / "none.json")], OPTIONS)
     with pytest.raises(UserError, match="none of 2 texts has a token to score"):
-        evaluate_samples([write(tmp_path / "a.json", ["", ""])], **OPTIONS)
+        evaluate_samples([write(tmp_path / "a.json", ["", ""])], OPTIONS)
     good = write(tmp_path / "b.json", ["ab"])
     with pytest.raises(UserError, match="holds no text that is not blank"):
-        evaluate_samples([good], **OPTIONS | {"reference": write(tmp_path / "c.json", [" "])})
+        evaluate_samples([good], replace(OPTIONS, reference=write(tmp_path / "c.json", [" "])))
 
 
 # ---- MAUVE
@@ -248,10 +248,10 @@ def mauve(monkeypatch):
 def test_mauve_compares_texts_with_real_ones(lm, tmp_path, tables, mauve):
     real = write(tmp_path / "real.json", ["abcdefgh"])
     path = write(tmp_path / "a.json", ["abc", "cb"])
-    result = evaluate_samples([path], **OPTIONS | {"mauve": True, "reference": real})
+    result = evaluate_samples([path], replace(OPTIONS, mauve=True, reference=real))
     assert result["rows"][0]["mauve"] == 0.5
     assert mauve == [{"p_text": ["abc", "ab"], "q_text": ["abc", "cb"], "verbose": False}]
-    evaluate_samples([path], **OPTIONS | {"reference": real})
+    evaluate_samples([path], replace(OPTIONS, reference=real))
     assert len(mauve) == 1  # only when asked for
 
 
@@ -260,7 +260,7 @@ def test_mauve_that_cannot_be_had_is_null_and_says_why(lm, tmp_path, tables, mon
     monkeypatch.setattr(quality.log, "note", notes.append)
     path = write(tmp_path / "a.json", ["abc", "cb"])
     monkeypatch.setitem(sys.modules, "mauve", None)
-    assert evaluate_samples([path], **OPTIONS | {"mauve": True, "reference": path})["rows"][0]["mauve"] is None
+    assert evaluate_samples([path], replace(OPTIONS, mauve=True, reference=path))["rows"][0]["mauve"] is None
     assert "pip install mauve-text" in notes[0]
-    assert evaluate_samples([path], **OPTIONS | {"mauve": True})["rows"][0]["mauve"] is None
+    assert evaluate_samples([path], replace(OPTIONS, mauve=True))["rows"][0]["mauve"] is None
     assert any("needs a scorer and real text" in note for note in notes)

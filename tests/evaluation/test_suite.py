@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from places import HF
+from toy_evaluation import evaluated, options_of
 from toy_runs import AR, toy_config, write_text
 from word_tokenizer import write_tokenizer
 
@@ -13,14 +14,11 @@ from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data import corpora, domains
 from bd3lm_jax.data.domains import Domain
 from bd3lm_jax.evaluation import suite
-from bd3lm_jax.evaluation.evaluate_run import evaluate_run
 from bd3lm_jax.evaluation.suite import evaluate_suite
-from bd3lm_jax.likelihood.estimators import default_estimator
 from bd3lm_jax.likelihood.evaluate import open_run
+from bd3lm_jax.likelihood.options import EstimatorOptions
 from bd3lm_jax.training.train import train
 
-OPTIONS = {"split": "valid", "chunks": "independent", "stride": 0, "first_token": "", "end_token": "count",
-           "estimator": "", "draws": 1, "seed": 0, "weights": "ema", "batch": 0, "target_ci": 0.0, "max_draws": 64}
 LLAMA = HF / "llama"
 FEW = {"near": Domain("Near text", file="a file", word_ppl=True), "far": Domain("Far text"), "gone": Domain("Gone")}
 
@@ -53,7 +51,7 @@ def both(home):
             patch.setattr(module, "DOMAINS", FEW)
         lines = []
         patch.setattr(suite.log, "table", lambda title, columns, rows: lines.extend([title, columns, *rows]))
-        result = evaluate_suite([str(home / "ar"), str(home / "blocks")], data_dir=str(home), **OPTIONS)
+        result = evaluate_suite([str(home / "ar"), str(home / "blocks")], **options_of(data_dir=str(home)))
     return result, lines
 
 
@@ -84,11 +82,10 @@ def test_differences_are_paired_by_document(home, both):
     """The ar run is exact: its documents from a measurement of its own, the bound from the mean of its estimates."""
     nats = []
     for name in ("blocks", "ar"):
-        run = open_run(str(home / name), "ema", 0)
+        run = open_run(str(home / name))
         text = domains.open_text(run.config, run.tokenizer, data="far", split="test", data_dir=str(home),
                                  convention=domains.ScoringConvention("independent", 0, "predict", "count"))
-        nats.append(run.evaluator.measure(run.params, text.rows, estimator=default_estimator(run.config), draws=1,
-                                          seed=0, target=None).documents_UxN.mean(0))
+        nats.append(run.evaluator.measure(run.params, text.rows, EstimatorOptions()).documents_UxN.mean(0))
     size = np.array([len(line) + 1 for line in (home / "far.txt").read_text().splitlines()])
     expected = (nats[0] - nats[1]).sum() / size.sum() / math.log(2)
     against = both[0]["domains"][3]["against"]
@@ -114,11 +111,11 @@ def test_the_table_says_who_is_better(both):
 
 
 def test_one_run_is_measured_on_its_own_corpus_too(home):
-    result = evaluate_suite([str(home / "blocks")], data_dir="", **OPTIONS)
+    result = evaluate_suite([str(home / "blocks")], **options_of())
     assert [entry["data"] for entry in result["domains"]] == ["text"]
     assert sorted(result["skipped"]) == sorted(FEW)
     assert [entry["split"] for entry in result["domains"]] == ["valid"]
-    again = evaluate_suite([str(home / "blocks")], data_dir="", **OPTIONS)
+    again = evaluate_suite([str(home / "blocks")], **options_of())
     assert [{**entry, "wall_s": 0} for entry in again["domains"]] == [{**e, "wall_s": 0} for e in result["domains"]]
 
 
@@ -136,13 +133,13 @@ def test_published_models_take_part(home, tmp_path, monkeypatch):
     write_tokenizer(tmp_path / "model", 59)
     for name in ("near", "far"):
         words_of(tmp_path / f"{name}.txt", 9)
-    options = OPTIONS | {"data_dir": str(tmp_path), "length": 32}
+    options = options_of(data_dir=str(tmp_path), length=32)
     result = evaluate_suite(["model", str(home / "ar")], **options)
     assert [(entry["data"], Path(entry["workdir"]).name) for entry in result["domains"]] == [
         (data, run) for run in ("model", "ar") for data in ("near", "far")]
     assert result["plot"] == str(home / "ar" / "plots" / "domains.png")
     assert {(entry["length"], entry["first_token"]) for entry in result["domains"]} == {(32, "skip")}
-    alone = evaluate_run("model", data="near", against="", length=32, **OPTIONS | {"data_dir": str(tmp_path)})
+    alone = evaluated("model", data="near", length=32, data_dir=str(tmp_path))
     assert result["domains"][0]["nll"] == alone["nll"] and alone["tokens"] == result["domains"][0]["tokens"] > 100
     assert result["domains"][2]["against"]["workdir"] == "model"
     only = evaluate_suite(["model"], **options)
@@ -151,11 +148,11 @@ def test_published_models_take_part(home, tmp_path, monkeypatch):
 
 def test_a_length_is_for_published_models(home):
     with pytest.raises(UserError, match="--length=16 is for published checkpoints: runs have the length"):
-        evaluate_suite([str(home / "ar")], data_dir="", **OPTIONS | {"length": 16})
+        evaluate_suite([str(home / "ar")], **options_of(length=16))
 
 
 def test_a_run_without_the_split_is_measured_on_the_rest(home):
-    result = evaluate_suite([str(home / "blocks")], data_dir=str(home), **OPTIONS | {"split": "test"})
+    result = evaluate_suite([str(home / "blocks")], **options_of("test", data_dir=str(home)))
     assert [entry["data"] for entry in result["domains"]] == ["near", "far"]
     assert "has no test split" in result["skipped"]["text"]
 
@@ -163,11 +160,11 @@ def test_a_run_without_the_split_is_measured_on_the_rest(home):
 def test_bad_input_is_found_before_anything_is_measured(home, monkeypatch):
     monkeypatch.setattr(suite, "open_run", None)
     with pytest.raises(UserError, match="names a run twice"):
-        evaluate_suite([str(home / "ar")] * 2, data_dir="", **OPTIONS)
+        evaluate_suite([str(home / "ar")] * 2, **options_of())
     with pytest.raises(UserError, match="no run directory"):
-        evaluate_suite([str(home / "nothing")], data_dir="", **OPTIONS)
+        evaluate_suite([str(home / "nothing")], **options_of())
     with pytest.raises(UserError, match="stride of 6 .* blocks of 4"):
-        evaluate_suite([str(home / "ar"), str(home / "blocks")], data_dir=str(home),
-                       **OPTIONS | {"chunks": "sliding", "stride": 6})
+        evaluate_suite([str(home / "ar"), str(home / "blocks")], **options_of(
+            data_dir=str(home), context_mode="sliding", stride=6))
     with pytest.raises(UserError, match="none of the texts is here"):
-        evaluate_suite([str(home / "ar"), str(home / "blocks")], data_dir="", **OPTIONS)
+        evaluate_suite([str(home / "ar"), str(home / "blocks")], **options_of())

@@ -8,6 +8,7 @@ import sys
 import types
 
 import pytest
+from toy_evaluation import options_of
 from toy_runs import environment, toy_config, toy_dict, write_text
 
 from bd3lm_jax.checkpoints.checkpoint import Checkpoints
@@ -17,9 +18,6 @@ from bd3lm_jax.evaluation import watch
 from bd3lm_jax.likelihood import evaluate
 from bd3lm_jax.training.train import train
 from launch.__main__ import main
-
-ASKED = {"data": "", "split": "valid", "data_dir": "", "chunks": "independent", "stride": 0, "first_token": "",
-         "end_token": "count", "estimator": "", "draws": 1, "seed": 0, "weights": "ema", "batch": 0, "block_size": 0}
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +84,7 @@ def test_every_newest_checkpoint_once_with_one_program(whole, run, script, monke
     monkeypatch.setattr(evaluate, "make_scores", counting)
     left = script(arrives(whole, run, 1, 2), lambda _: None, arrives(whole, run, 4), goes(run, 1, 2),
                   arrives(whole, run, 6))
-    result = watch.watch(str(run), watch_for=0, **ASKED)
+    result = watch.watch(str(run), timeout=0, **options_of())
     assert not left and result["ended"] == "last step" and len(traces) == 1
     assert {line["step"]: line["nll"] for line in result["watched"]} == pytest.approx(valid(whole), rel=1e-6)
     assert (result["step"], result["nll"]) == (6, result["watched"][-1]["nll"])
@@ -97,13 +95,13 @@ def test_every_newest_checkpoint_once_with_one_program(whole, run, script, monke
 
 def test_a_watch_that_is_started_again_does_nothing_twice(whole, run, script, monkeypatch):
     script(arrives(whole, run, 2), arrives(whole, run, 6))
-    first = watch.watch(str(run), watch_for=0, **ASKED)
+    first = watch.watch(str(run), timeout=0, **options_of())
     with open(run / watch.FILE, "a") as file:
         file.write('{"step": 7, "cut off')
     with monkeypatch.context() as patch:
         patch.setattr(watch, "open_run", None)
-        assert watch.watch(str(run), watch_for=0, **ASKED) == first
-    other = watch.watch(str(run), watch_for=0, **ASKED | {"seed": 1})
+        assert watch.watch(str(run), timeout=0, **options_of()) == first
+    other = watch.watch(str(run), timeout=0, **options_of(seed=1))
     assert [line["step"] for line in other["watched"]] == [6] and other["nll"] != first["nll"]
     lines = read_lines(run / watch.FILE)
     assert [(line["step"], line["asked"]["seed"]) for line in lines] == [(2, 0), (6, 0), (6, 1)]
@@ -117,7 +115,7 @@ def test_nothing_in_the_run_directory_changes(whole, tmp_path, script):
     shutil.copytree(whole, tmp_path / "run")
     before = contents(tmp_path / "run")
     script()
-    watch.watch(str(tmp_path / "run"), watch_for=0, **ASKED)
+    watch.watch(str(tmp_path / "run"), timeout=0, **options_of())
     assert contents(tmp_path / "run") == before
 
 
@@ -131,7 +129,7 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_passed_over(whole, run, scri
 
     monkeypatch.setattr(Checkpoints, "_record", deleting)
     script(arrives(whole, run, 2), arrives(whole, run, 3), arrives(whole, run, 6))
-    result = watch.watch(str(run), watch_for=0, **ASKED)
+    result = watch.watch(str(run), timeout=0, **options_of())
     assert [line["step"] for line in result["watched"]] == [2, 6]
 
 
@@ -141,7 +139,7 @@ def test_a_damaged_checkpoint_is_told_once(whole, run, script, capsys):
         shutil.rmtree(run / "checkpoints" / "3" / "ema")
 
     script(damaged, lambda _: None, arrives(whole, run, 6))
-    result = watch.watch(str(run), watch_for=0, **ASKED)
+    result = watch.watch(str(run), timeout=0, **options_of())
     assert [line["step"] for line in result["watched"]] == [6]
     assert capsys.readouterr().err.count("checkpoints/3 is damaged") == 1
 
@@ -153,7 +151,7 @@ def test_a_damaged_last_checkpoint_is_waited_for_until_it_is_saved_anew(whole, r
         shutil.rmtree(run / "checkpoints" / "6" / "ema")
 
     left = script(damaged, lambda _: None, goes(run, 6), arrives(whole, run, 5), arrives(whole, run, 6))
-    result = watch.watch(str(run), watch_for=0, **ASKED)
+    result = watch.watch(str(run), timeout=0, **options_of())
     assert not left and result["ended"] == "last step"
     assert [line["step"] for line in result["watched"]] == [5, 6] and result["nll"] == pytest.approx(valid(whole)[6])
     assert capsys.readouterr().err.count("checkpoints/6 is damaged") == 1
@@ -165,22 +163,22 @@ def test_a_damaged_last_checkpoint_alone_is_no_end(whole, run, script):
     shutil.rmtree(run / "checkpoints" / "6" / "ema")
     script()
     with pytest.raises(RunError, match="no checkpoint came in"):
-        watch.watch(str(run), watch_for=0.01, **ASKED)
+        watch.watch(str(run), timeout=0.01, **options_of())
 
 
 def test_it_waits_for_a_run_but_not_for_ever(tmp_path, whole, run, script, capsys):
     script()
     with pytest.raises(RunError, match="no checkpoint came in .*absent within 0.01 s"):
-        watch.watch(str(tmp_path / "absent"), watch_for=0.01, **ASKED)
+        watch.watch(str(tmp_path / "absent"), timeout=0.01, **options_of())
     assert "waiting for a run in" in capsys.readouterr().err and not (tmp_path / "absent").exists()
     arrives(whole, run, 2)(None)
-    result = watch.watch(str(run), watch_for=0.01, **ASKED)
+    result = watch.watch(str(run), timeout=0.01, **options_of())
     assert (result["ended"], result["step"]) == ("nothing new", 2)
 
 
 def test_a_signal_ends_it_between_and_within_evaluations(whole, run, script, monkeypatch):
     script(arrives(whole, run, 2), lambda signals: signals.received.append(signal.SIGTERM))
-    result = watch.watch(str(run), watch_for=0, **ASKED)
+    result = watch.watch(str(run), timeout=0, **options_of())
     assert (result["ended"], [line["step"] for line in result["watched"]]) == ("SIGTERM", [2])
     original = evaluate.Evaluator._documents
 
@@ -190,7 +188,7 @@ def test_a_signal_ends_it_between_and_within_evaluations(whole, run, script, mon
 
     monkeypatch.setattr(evaluate.Evaluator, "_documents", interrupted)
     script(arrives(whole, run, 6))
-    result = watch.watch(str(run), watch_for=0, **ASKED)
+    result = watch.watch(str(run), timeout=0, **options_of())
     assert (result["ended"], [line["step"] for line in result["watched"]]) == ("SIGINT", [2])
     assert [line["step"] for line in read_lines(run / watch.FILE)] == [2]
 
@@ -212,13 +210,13 @@ def test_a_line_after_one_that_was_cut_off_is_whole(tmp_path):
 def test_what_cannot_be_is_refused_before_the_first_checkpoint(run, script, wrong, said):
     script()
     with pytest.raises(UserError, match=said):
-        watch.watch(str(run), watch_for=0, **ASKED | wrong)
+        watch.watch(str(run), timeout=0, **options_of(**wrong))
 
 
 def test_a_published_checkpoint_is_refused(monkeypatch):
     monkeypatch.setattr(watch.hf, "is_published", lambda path: True)
     with pytest.raises(UserError, match="model is a published checkpoint: --watch follows a run that trains"):
-        watch.watch("model", watch_for=0, **ASKED)
+        watch.watch("model", timeout=0, **options_of())
 
 
 RUN = """
@@ -246,7 +244,7 @@ def test_a_run_does_not_notice_that_it_is_watched(tmp_path):
     for name in ("alone", "watched"):
         process = subprocess.Popen([sys.executable, "-c", RUN, config, str(tmp_path / name)], env=environment())
         if name == "watched":
-            result = watch.watch(str(tmp_path / name), watch_for=240, **ASKED)
+            result = watch.watch(str(tmp_path / name), timeout=240, **options_of())
             assert result["ended"] == "last step" and result["step"] == 60
         assert process.wait(300) == 0
     assert left_by(tmp_path / "watched") == left_by(tmp_path / "alone")
@@ -274,7 +272,7 @@ def command(monkeypatch, capsys):
 def test_the_result_is_said_however_it_ended(command, ended, code, said):
     found, out, err, given = command(ended, "--workdir=w", "--watch", "--split=valid", "--watch_timeout=9")
     assert (found, json.loads(out.splitlines()[-1])) == (code, {"ended": ended}) and said in err
-    assert given == [("w", ASKED | {"split": "valid", "watch_for": 9.0})]
+    assert given == [("w", options_of() | {"timeout": 9.0})]
 
 
 @pytest.mark.parametrize("argv, said", [

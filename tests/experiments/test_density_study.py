@@ -38,7 +38,7 @@ def test_bounds_of_both_kinds_add_up(runs, tmp_path):
     rows = bench("density", 2, "", tmp_path, ",".join(runs))["rows"]
     assert [row["masks"] for row in rows] == ["masked, pairs", "priority, hard, 100% of documents tagged, pairs"]
     for row in rows:
-        run = open_run(row["run"], "ema", 0)
+        run = open_run(row["run"])
         plain = RowsWithBytes(prepare(run.config.data, "test", 4, run.tokenizer), run.tokenizer)
         whole = run.evaluator.run(run.params, plain, estimator="exact_count", draws=1, seed=0)
         (parts,) = row["bounds"].values()
@@ -56,7 +56,7 @@ def test_bounds_of_both_kinds_add_up(runs, tmp_path):
 
 @pytest.mark.ci_slow
 def test_parts_by_a_slow_loop(runs):
-    run = open_run(runs[1], "ema", 0)
+    run = open_run(runs[1])
     rows = prepare(run.config.data, "test", 4, ByteTokenizer())
     tagged, ids = TaggedRows(rows), np.arange(len(rows))
     values, documents, density = rows.tokens(ids) + 0.5, rows.documents(ids), rows.density(ids)

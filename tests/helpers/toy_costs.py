@@ -17,8 +17,8 @@ class Costs:
     def __init__(self, cost):
         self.cost = cost
 
-    def measure(self, params, rows, **settings) -> LikelihoodResult:
-        del params, settings
+    def measure(self, params, rows, options=None, **settings) -> LikelihoodResult:
+        del params, options, settings
         ids = np.arange(len(rows))
         measured = LikelihoodResult(SinglePass(AR(bos=True)), 1, 0, 1, ids, self.documents)
         nats_BxL = np.where(rows.scored(ids), self.cost(rows.tokens(ids), rows.sizes(ids)), 0)

@@ -12,6 +12,7 @@ import pytest
 from places import ROOT
 
 from bd3lm_jax.core.errors import Preempted, RunError, UserError
+from bd3lm_jax.likelihood.options import EstimatorOptions, ModelOptions, Target, TextOptions
 from launch.__main__ import COMMANDS, main
 
 TINY = str(ROOT / "configs" / "tiny.py")
@@ -232,16 +233,16 @@ def test_plan_trains_nothing(capsys, monkeypatch):
 
 def test_eval_hands_every_flag_over(capsys, monkeypatch):
     calls = []
-    stand_in(monkeypatch, "bd3lm_jax.evaluation.evaluate_run", evaluate_run=recorder(calls, {"nll": 1.0}))
+    monkeypatch.setattr("bd3lm_jax.evaluation.evaluate_run.evaluate_run", recorder(calls, {"nll": 1.0}))
     code, out, _ = run(capsys, "eval", "--workdir=w", "--split=valid", "--data=d.txt", "--estimator=nll",
                        "--draws=3", "--seed=4", "--weights=params", "--batch=5", "--target_ci=0.5%", "--max-draws=9", "--against=v",
                        "--chunks=sliding", "--stride=7", "--data-dir=d", "--first_token=skip", "--end_token=skip")
     assert (code, json.loads(out)) == (0, {"nll": 1.0})
-    assert calls == [(("w",), {"split": "valid", "data": "d.txt", "estimator": "nll", "draws": 3, "seed": 4,
-                               "weights": "params", "batch": 5, "target_ci": 0.005, "max_draws": 9, "against": "v",
-                               "chunks": "sliding", "stride": 7, "data_dir": "d", "first_token": "skip",
-                               "end_token": "skip"})]
-    assert run(capsys, "eval", "--workdir=w", "--target_ci=0.02")[0] == 0 and calls[-1][1]["target_ci"] == 0.02
+    assert calls == [(("w",), {
+        "text": TextOptions("d.txt", "valid", "d", "sliding", 7, "skip", "skip"), "model": ModelOptions("params", 5),
+        "estimator": EstimatorOptions("nll", 3, 4, Target(0.005, 9)), "baseline": "v"})]
+    assert run(capsys, "eval", "--workdir=w", "--target_ci=0.02")[0] == 0
+    assert calls[-1][1]["estimator"].target == Target(0.02, 64)
 
 
 @pytest.mark.parametrize("target", ["tight", "0", "200%", "-1%"])

@@ -1,12 +1,11 @@
-"""Flags of `eval` and what its three evaluations get."""
+"""Flags of `eval` and what its jobs get."""
 
 import json
-import sys
-import types
 
 import pytest
 
-from bd3lm_jax.evaluation import tasks
+from bd3lm_jax.evaluation import block_sizes, evaluate_run, quality, suite, tasks
+from bd3lm_jax.likelihood.options import EstimatorOptions, ModelOptions, TextOptions
 from launch.__main__ import main
 
 
@@ -14,16 +13,13 @@ from launch.__main__ import main
 def calls(monkeypatch):
     """Calls of the library: (name, arguments, keywords)."""
     found = []
-    for module, name in (("evaluation.quality", "evaluate_samples"), ("tasks", "evaluate_task"),
-                         ("evaluation.evaluate_run", "evaluate_run"), ("evaluation.block_sizes", "curve")):
+    for module, name in ((quality, "evaluate_samples"), (tasks, "evaluate_task"), (evaluate_run, "evaluate_run"),
+                         (suite, "evaluate_suite"), (block_sizes, "curve")):
         def call(*args, name=name, **kwargs):
             found.append((name, args, kwargs))
             return {"done": 1}
 
-        if module == "tasks":  # whose registry is read
-            monkeypatch.setattr(tasks, name, call)
-        else:
-            monkeypatch.setitem(sys.modules, f"bd3lm_jax.{module}", types.SimpleNamespace(**{name: call}))
+        monkeypatch.setattr(module, name, call)
     return found
 
 
@@ -39,12 +35,9 @@ def test_samples(capsys, calls):
     assert (code, json.loads(out)) == (0, {"done": 1})
     assert run(capsys, "--samples=run")[0] == 0
     assert calls == [
-        ("evaluate_samples", (["a.json", "b.json"],),
-         {"scorer": "s", "reference": "none", "stride": 32, "max_tokens": 9, "mauve": True, "plot": "p.png",
-          "split": "valid", "weights": "params"}),
-        ("evaluate_samples", (["run"],),
-         {"scorer": "", "reference": "", "stride": 0, "max_tokens": 0, "mauve": False, "plot": "", "split": "test",
-          "weights": "ema"})]
+        ("evaluate_samples", (["a.json", "b.json"], quality.QualityOptions("s", "params", "valid", "none", 32, 9, True,
+                                                                          "p.png")), {}),
+        ("evaluate_samples", (["run"], quality.QualityOptions()), {})]
 
 
 def test_task(capsys, calls):
@@ -53,28 +46,31 @@ def test_task(capsys, calls):
                "--sampler=confidence")[0] == 0
     assert run(capsys, "--workdir=w", "--task=humaneval", "--allow_code_execution")[0] == 0
     assert calls == [
-        ("evaluate_task", ("w",),
-         {"task": "gsm8k", "file": "f", "against": "v", "allow_code_execution": False,
-          "unsafe_code_execution": False, "num_problems": 3, "draws_per_problem": 5, "shots": 2, "seed": 2,
-          "weights": "ema",
-          "sampler": {"sampler": "confidence", "temperature": 0.0, "block_size": 8}}),
-        ("evaluate_task", ("w",),
-         {"task": "humaneval", "file": "", "against": "", "allow_code_execution": True,
-          "unsafe_code_execution": False, "num_problems": 0, "draws_per_problem": 1, "shots": 0, "seed": 0,
-          "weights": "ema", "sampler": {}})]
+        ("evaluate_task", ("w", "gsm8k", tasks.TaskOptions("f", 3, 5, 2, 2)),
+         {"baseline": "v", "sampler": {"sampler": "confidence", "temperature": 0.0, "block_size": 8}}),
+        ("evaluate_task", ("w", "humaneval", tasks.TaskOptions(allow_code_execution=True)),
+         {"baseline": "", "sampler": {}})]
 
 
 def test_a_likelihood_without_other_flags(capsys, calls):
     assert run(capsys, "--workdir=w", "--data=x.txt")[0] == 0
-    assert calls[0][0] == "evaluate_run" and "scorer" not in calls[0][2]
+    assert calls == [("evaluate_run", ("w",), {"text": TextOptions("x.txt"), "estimator": EstimatorOptions(),
+                                               "model": ModelOptions(), "baseline": ""})]
+
+
+def test_all_texts(capsys, calls):
+    assert run(capsys, "--workdir=w,v", "--data=all", "--length=64", "--data_dir=d")[0] == 0
+    assert calls == [("evaluate_suite", (["w", "v"],),
+                      {"text": TextOptions("all", data_dir="d"), "estimator": EstimatorOptions(),
+                       "model": ModelOptions(length=64)})]
 
 
 def test_block_sizes(capsys, calls):
-    assert run(capsys, "--workdir=w", "--block_size=4")[0] == 0
-    assert run(capsys, "--workdir=w", "--curve", "--nll_tolerance=0.05", "--split=valid", "--mc_samples=3")[0] == 0
-    assert calls[0][2]["block_size"] == 4
-    assert calls[1] == ("curve", ("w",), {"within": 0.05, "split": "valid", "estimator": "", "draws": 3, "seed": 0,
-                                          "weights": "ema", "batch": 0})
+    assert run(capsys, "--workdir=w", "--block_size=4", "--step=3")[0] == 0
+    assert run(capsys, "--workdir=w", "--curve", "--within=0.05", "--split=valid", "--mc_samples=3")[0] == 0
+    assert calls[0][2]["model"] == ModelOptions(block_size=4, step=3)
+    assert calls[1] == ("curve", ("w",), {"tolerance": 0.05, "split": "valid", "estimator": EstimatorOptions(draws=3),
+                                          "model": ModelOptions()})
 
 
 @pytest.mark.parametrize("argv, said", [
@@ -86,6 +82,8 @@ def test_block_sizes(capsys, calls):
     (("--workdir=w", "--scorer=s"), "--scorer does not go with a likelihood"),
     (("--workdir=w", "--temperature=1"), "--temperature does not go with a likelihood"),
     (("--task=gsm8k", "--workdir=w", "--data=all"), "--data does not go with --task"),
+    (("--workdir=w", "--curve", "--watch"), "--curve does not go with --watch"),
+    (("--workdir=w", "--nll_tolerance=0.1"), "--nll_tolerance goes with --curve: add it"),
     (("--task=gsm8k",), "--workdir is missing"), ((), "--workdir is missing")])
 def test_flags_that_do_not_go_together(capsys, calls, argv, said):
     code, _, err = run(capsys, *argv)

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toy_evaluation import evaluated
 from toy_lm import CONTEXT, MASK, make_ids, make_lm, masked
 from toy_runs import toy_config, write_text
 
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion.mixed import Mixed
 from bd3lm_jax.evaluation import block_sizes
-from bd3lm_jax.evaluation.evaluate_run import evaluate_run
 from bd3lm_jax.likelihood.estimators import make
 from bd3lm_jax.models import forward
 from bd3lm_jax.models.forward import RowBlockSizes
@@ -112,15 +112,12 @@ def run(tmp_path_factory):
 def test_a_run_with_several_sizes_trains_and_gives_the_curve(run):
     workdir, result = run
     assert result["train_nll"] is None and np.isfinite(result["valid_nll"])
-    found = block_sizes.curve(workdir, split="valid", estimator="", draws=1, seed=0, weights="ema", batch=0,
-                              within=0.01)
+    found = block_sizes.curve(workdir, split="valid")
     assert [row["block_size"] for row in found["rows"]] == [1, 2, 4]
     assert found["recommended"] in SIZES and found["rows"][0]["estimator"] == "nll"
     assert found["rows"][2]["nll"] == pytest.approx(result["valid_nll"], rel=1e-5)
     assert found["rows"][0]["nfe_per_token"] >= 1
-    same = evaluate_run(workdir, split="valid", data="", estimator="", draws=1, seed=0, weights="ema", batch=0,
-                        target_ci=0.0, max_draws=1, against="", data_dir="", chunks="independent", stride=0,
-                        first_token="", end_token="count", block_size=2)
+    same = evaluated(workdir, block_size=2)
     assert same["nll"] == pytest.approx(found["rows"][1]["nll"], rel=1e-6)
 
 

@@ -7,13 +7,14 @@ import shutil
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
+from toy_evaluation import evaluated
 from toy_intervals import bell_mccaffrey
 from toy_runs import AR, toy_config, write_text
 
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
-from bd3lm_jax.evaluation.evaluate_run import evaluate_run
 from bd3lm_jax.likelihood.evaluate import open_run
+from bd3lm_jax.likelihood.options import EstimatorOptions
 from bd3lm_jax.training.train import train
 
 pytestmark = pytest.mark.ci_slow  # seven runs are trained
@@ -37,17 +38,14 @@ def runs(tmp_path_factory):
 
 
 def compared(runs, first, second, **changes):
-    arguments = {"split": "valid", "data": "", "estimator": "", "draws": 2, "seed": 0, "weights": "ema", "batch": 0,
-                 "target_ci": 0.0, "max_draws": 64, "data_dir": "",
-                 "chunks": "independent", "stride": 0, "first_token": "", "end_token": "count"}
-    return evaluate_run(str(runs / first), against=str(runs / second) if second else "", **arguments | changes)
+    return evaluated(runs / first, str(runs / second) if second else "", **{"draws": 2} | changes)
 
 
 def document_nats(runs, name, estimator, draws=2):
     """Nats, UTF-8 bytes and tokens of every document, by an evaluation of its own."""
-    run = open_run(str(runs / name), "ema", 0)
+    run = open_run(str(runs / name))
     rows = prepare(run.config.data, "valid", run.config.block_size, run.tokenizer)
-    found = run.evaluator.measure(run.params, rows, estimator=estimator, draws=draws, seed=0, target=None)
+    found = run.evaluator.measure(run.params, rows, EstimatorOptions(estimator, draws))
     return found.documents_UxN.mean(0), found.tokens_N
 
 

@@ -7,14 +7,15 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toy_evaluation import evaluated
 from toy_runs import AR, END, LENGTH, MASK, network, quick_jit, run_python, toy_config, write_text
 
 from bd3lm_jax.core import stats
 from bd3lm_jax.core.errors import RunError, UserError
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
 from bd3lm_jax.data.token_bytes import RowsWithBytes
-from bd3lm_jax.evaluation.evaluate_run import evaluate_run
 from bd3lm_jax.likelihood.evaluate import Evaluator, Target
+from bd3lm_jax.likelihood.options import EstimatorOptions
 from bd3lm_jax.models import forward
 from bd3lm_jax.parallel import sharding
 from bd3lm_jax.scoring.score import SpecialIds
@@ -259,14 +260,14 @@ def test_other_estimators_mean_the_same(prepared, estimator):
 
 def test_draws_until_the_target_is_met(prepared, capsys):
     evaluator, _, params, rows = prepared()
-    once = evaluator.measure(params, rows, estimator="exact_count", draws=2, seed=0, target=None)
+    once = evaluator.measure(params, rows, EstimatorOptions("exact_count", draws=2))
     half = stats.mc_margin(once.rows_UxR) / once.rows_UxR.mean(0).sum()
-    tight = evaluator.measure(params, rows, estimator="exact_count", draws=2, seed=0, target=Target(half / 2, 64))
+    tight = evaluator.measure(params, rows, EstimatorOptions("exact_count", 2, target=Target(half / 2, 64)))
     assert once.draws == 2 and 4 <= tight.draws <= 20 and tight.draws % 2 == 0
     assert stats.mc_margin(tight.rows_UxR) / tight.rows_UxR.mean(0).sum() <= half / 2
     np.testing.assert_allclose(tight.rows_UxR[:2], once.rows_UxR, rtol=1e-9)  # the first round is what one round is
     assert "more draws cannot shrink the part that comes from the choice of documents" in capsys.readouterr().err
-    exact = evaluator.measure(params, rows, estimator="exact", draws=2, seed=0, target=Target(1e-9, 2))
+    exact = evaluator.measure(params, rows, EstimatorOptions("exact", 2, target=Target(1e-9, 2)))
     assert exact.draws == 1
 
 
@@ -274,7 +275,7 @@ def test_draws_until_the_target_is_met(prepared, capsys):
 def test_a_target_out_of_reach(prepared, ci, max_draws):
     evaluator, _, params, rows = prepared()
     with pytest.raises(RunError, match=r"is \+- .*% of the nll after \d draws? .* about \d+ draws and --max_mc_s"):
-        evaluator.measure(params, rows, estimator="exact_count", draws=1, seed=0, target=Target(ci, max_draws))
+        evaluator.measure(params, rows, EstimatorOptions("exact_count", target=Target(ci, max_draws)))
 
 
 def test_tokens_that_nobody_predicts_are_not_counted(prepared):
@@ -293,13 +294,6 @@ def run(home):
     workdir = home / "run"
     train(toy_config(home, {"train.steps": 2}), str(workdir))
     return workdir
-
-
-def evaluated(workdir, **changes):
-    arguments = {"split": "valid", "data": "", "estimator": "", "draws": 1, "seed": 0, "weights": "ema", "batch": 0,
-                 "target_ci": 0.0, "max_draws": 64, "against": "", "data_dir": "",
-                 "chunks": "independent", "stride": 0, "first_token": "", "end_token": "count"}
-    return evaluate_run(str(workdir), **arguments | changes)
 
 
 @pytest.mark.ci_slow
@@ -359,10 +353,10 @@ def test_eight_devices_give_the_same_result(run):
         import json, sys
         import jax
         from bd3lm_jax.evaluation.evaluate_run import evaluate_run
+        from bd3lm_jax.likelihood.options import EstimatorOptions, ModelOptions, TextOptions
         assert len(jax.devices()) == 8
-        print(json.dumps(evaluate_run(sys.argv[1], split="valid", data="", estimator="", draws=2, seed=0, weights="ema",
-                                      batch=12, target_ci=0.0, max_draws=64, against="", data_dir="",
-                                      chunks="independent", stride=0, first_token="", end_token="count")))
+        print(json.dumps(evaluate_run(sys.argv[1], text=TextOptions(split="valid"), model=ModelOptions(batch_size=12),
+                                      estimator=EstimatorOptions(draws=2))))
     """
     done = run_python(code, run, devices=8)
     assert done.returncode == 0, done.stderr

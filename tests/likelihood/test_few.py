@@ -5,11 +5,11 @@ import types
 
 import numpy as np
 import pytest
+from toy_evaluation import evaluated
 from toy_runs import toy_config, write_text
 
 from bd3lm_jax.core.errors import RunError
 from bd3lm_jax.evaluation.convert import convert
-from bd3lm_jax.evaluation.evaluate_run import evaluate_run
 from bd3lm_jax.likelihood import evaluate
 from bd3lm_jax.likelihood.evaluate import Target
 from bd3lm_jax.training import report
@@ -42,13 +42,6 @@ def test_a_target_is_judged_when_enough_is_known(rows, spread, draws, monkeypatc
     assert abs(bias) < 0.08 * target.ci + 2.5 * error
 
 
-def evaluated(workdir, **changes):
-    arguments = {"split": "valid", "data": "", "estimator": "", "draws": 1, "seed": 0, "weights": "ema", "batch": 0,
-                 "target_ci": 0.0, "max_draws": 64, "against": "", "data_dir": "",
-                 "chunks": "independent", "stride": 0, "first_token": "", "end_token": "count"}
-    return evaluate_run(str(workdir), **arguments | changes)
-
-
 @pytest.mark.ci_slow
 def test_a_run_whose_validation_split_is_one_document(tmp_path, capsys):
     """No interval, and a sentence, in training, evaluation, the model card and the table of a sweep."""
@@ -59,7 +52,7 @@ def test_a_run_whose_validation_split_is_one_document(tmp_path, capsys):
     assert valid["documents"] == 1 and valid["nll_ci95"] == valid["bits_per_byte_ci95"] == [None, None]
     result = evaluated(workdir)
     assert math.isnan(result["nll_ci95"][0]) and result["ci95_missing"].startswith("no interval over 1 document")
-    compared = evaluated(workdir, against=str(workdir))["against"]
+    compared = evaluated(workdir, baseline=str(workdir))["against"]
     assert compared["difference"] == 0 and math.isnan(compared["p_value"]) and compared["ci95_missing"]
     options = {"form": "hf", "dtype": "float32", "check": 0, "max_shard": "5GB", "weights": "ema", "tokenizer": "",
                "length": 0, "allow_pickle": False, "base": {}}

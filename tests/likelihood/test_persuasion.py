@@ -16,6 +16,7 @@ from bd3lm_jax.data.windows import ScoringConvention
 from bd3lm_jax.evaluation import suite
 from bd3lm_jax.evaluation.suite import Scored
 from bd3lm_jax.likelihood import compare
+from bd3lm_jax.likelihood.options import TextOptions
 
 WHOLE, SKIP = (ScoringConvention("independent", 0, first, "count") for first in ("predict", "skip"))
 CONVENTIONS = {"whole": WHOLE, "skip": SKIP, "no ends": ScoringConvention("independent", 0, "skip", "skip"),
@@ -125,8 +126,8 @@ def test_eval_against_a_model_that_scores_other_tokens(persuasion, tokenizers, o
     config, text = persuasion(*ours, SKIP)
     run = opened("ours", config, tokenizers[ours[0]], per_byte)
     other = opened("theirs", causal_config(theirs[1], False), tokenizers[theirs[0]], per_byte)
-    which = {"data": "austen", "split": "test", "data_dir": "", "convention": SKIP}
-    found = compare.against(run, text, run.evaluator.measure(None, text.rows), other, which, 1)
+    options = TextOptions("austen")
+    found = compare.against(run, text, run.evaluator.measure(None, text.rows), other, options, 1)
     assert found["unit"] == unit and found["comparable"] and found["bits_per_byte"] == pytest.approx(PER_BYTE)
     assert found["difference"] == pytest.approx(0, abs=1e-9) and found["p_value"] == 1
 
@@ -144,9 +145,9 @@ def test_a_tokenizer_that_loses_text_is_not_compared_with_others(persuasion, tok
     assert not found["comparable"] and found["difference"] is found["p_value"] is found["difference_ci95"] is None
     assert suite._verdict(found) == suite.INCOMPARABLE
     assert suite.difference(sides[1], sides[1])["comparable"]  # the same tokenizer loses the same
-    which = {"data": "austen", "split": "test", "data_dir": "", "convention": WHOLE}
+    options = TextOptions("austen")
     run, other = (opened(name, config, tokenizers[name], per_byte) for name in ("bpe", "bert"))
-    against = compare.against(run, known, run.evaluator.measure(None, known.rows), other, which, 1)
+    against = compare.against(run, known, run.evaluator.measure(None, known.rows), other, options, 1)
     assert not against["comparable"] and against["difference"] is None
     assert "bpe and bert do not compare" in capsys.readouterr().err
 

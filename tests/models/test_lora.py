@@ -107,7 +107,7 @@ def test_evaluation_reads_the_merged_weights(home, runs):
     for path in {key.rpartition("/")[0] for key in paths(params[LORA])}:
         a, b = (paths(params[LORA])[f"{path}/{part}"].astype(np.float64) for part in "ab")
         by_hand[path] = by_hand[path] + ALPHA / RANK * (a @ b).reshape(by_hand[path].shape)
-    run = evaluate.open_run(str(updated), "ema", 0)
+    run = evaluate.open_run(str(updated))
     for path, x in paths(run.params).items():
         np.testing.assert_allclose(x, by_hand[path], rtol=1e-5, atol=1e-6)
     rows = RowsWithBytes(prepare(run.config.data, "valid", 4, run.tokenizer), run.tokenizer)

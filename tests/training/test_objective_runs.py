@@ -4,20 +4,17 @@ import json
 
 import numpy as np
 import pytest
+from toy_evaluation import evaluated
 from toy_runs import LENGTH, toy_config, write_text
 
 import bd3lm_jax
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.core.state import OBJECTIVE_PARAMS
-from bd3lm_jax.evaluation.evaluate_run import evaluate_run
 from bd3lm_jax.training import report
 from bd3lm_jax.training.train import train
 from configs import common
 
 pytestmark = pytest.mark.ci_slow
-EVAL = {"split": "valid", "data": "", "estimator": "", "draws": 1, "seed": 0, "weights": "ema", "batch": 0,
-        "target_ci": 0.0, "max_draws": 1, "against": "", "data_dir": "", "chunks": "independent", "stride": 0,
-        "first_token": "", "end_token": "count"}
 
 
 def trained(directory, algo, **changes):
@@ -37,7 +34,7 @@ def test_a_run_without_a_bound(tmp_path):
     assert np.isfinite(lines[-1]["train/loss"]) and not any("nll" in key for line in lines for key in line)
     assert set(report.read(tmp_path / "run")) == {"step", "settings"}
     with pytest.raises(UserError, match="'ssd_lm' has no bound on its likelihood"):
-        evaluate_run(str(tmp_path / "run"), **EVAL)
+        evaluated(tmp_path / "run")
     lm = bd3lm_jax.load(str(tmp_path / "run"))
     samples = lm.generate(num=2, length=LENGTH, steps=3, top_p=0.9)
     assert samples == lm.generate(num=2, length=LENGTH, sampler="simplex", steps=3, top_p=0.9)

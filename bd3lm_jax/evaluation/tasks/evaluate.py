@@ -1,12 +1,14 @@
 """The accuracy of a model on a task: prompts, completions, verdicts, intervals, and a record of each of them."""
 
 import collections
+import dataclasses
 import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,54 +37,70 @@ class Completion(NamedTuple):
     stop: str
 
 
+@dataclasses.dataclass(frozen=True)
+class TaskOptions:
+    """Which problems of a task, how often, and whether generated code may run.
+
+    file: problems, JSON lines in the task's own format ("": the packaged ones). num_problems: the first ones of the
+    file, 0 for all. samples_per_problem: completions of each; the score is the mean over problems of the part that is
+    right, which is without bias for pass@1. num_fewshot: problems of the file, the first ones, that stand solved before
+    each prompt and are not scored. unsafe_code_execution: run generated code even where this machine offers no sandbox.
+    """
+
+    file: str = ""
+    num_problems: int = 0
+    samples_per_problem: int = 1
+    num_fewshot: int = 0
+    seed: int = 0
+    weights: str = "ema"
+    allow_code_execution: bool = False
+    unsafe_code_execution: bool = False
+
+
 @jax_settings.pinned()
-def evaluate_task(workdir: str | os.PathLike, *, task: str, file: str, against: str, allow_code_execution: bool,
-                  num_problems: int, draws_per_problem: int, shots: int, sampler: dict[str, Any], seed: int,
-                  weights: str, unsafe_code_execution: bool = False) -> dict[str, Any]:
+def evaluate_task(workdir: str | os.PathLike, task: str, options: TaskOptions = TaskOptions(), *,
+                  sampler: Mapping[str, Any] = MappingProxyType({}), baseline: str = "") -> dict[str, Any]:
     """Task accuracy of a model, as the `eval --task` command gives it.
 
-    task: a name in TASKS. file: its problems, JSON lines in the task's own format ("": the packaged ones). against:
-    another model to compare with on the same problems, or "". unsafe_code_execution: run generated code even where this
-    machine offers no sandbox. num_problems: the first ones of the file, 0 for all.
-    draws_per_problem: completions of each; the score is the mean over problems of the part that is right, which is
-    without bias for pass@1. shots: problems of the file, the first ones, that stand solved before each prompt and are
-    not scored. sampler: keywords of `LM.generate`; its `length` counts prompt and completion (left out: the model's
-    context).
+    task: a name in TASKS. sampler: keywords of `LM.generate`; its `length` counts prompt and completion (left out: the
+    model's context). baseline: another model to compare with on the same problems, or "".
 
     Returns `score` and `score_ci95` (over problems), what was asked and how, `outcomes` (how often what happened),
     `step` and `config_sha256` of the checkpoint (None if it is no run's) and `lines`, the JSON-lines file in
-    `workdir`/tasks with every prompt, completion and verdict; with `against` the same of the other model and
+    `workdir`/tasks with every prompt, completion and verdict; of a baseline the same as `against`, with
     `difference`, `difference_ci95` and `p_value` (McNemar's test with one draw, else a paired t test).
 
     Raises UserError for wrong input before anything is generated: code that may not run, files, numbers.
     """
     began = time.perf_counter()
     chosen = lookup(TASKS, task, "task")
-    _check_numbers(num_problems=(num_problems, 0), draws_per_problem=(draws_per_problem, 1), shots=(shots, 0))
+    shots, draws = options.num_fewshot, options.samples_per_problem
+    _check_numbers(num_problems=(options.num_problems, 0), samples_per_problem=(draws, 1), num_fewshot=(shots, 0))
     settings = _sampler_settings(sampler)
-    mechanism = _check_execution(chosen, allow_code_execution, unsafe_code_execution)
-    source = read_problems(chosen, file)
+    mechanism = _check_execution(chosen, options.allow_code_execution, options.unsafe_code_execution)
+    source = read_problems(chosen, options.file)
     if shots >= len(source.problems):
         raise UserError(f"{source.path} holds {len(source.problems)} problems, of which {shots} shots leave none")
-    workdir, against = hf.local(workdir), against and hf.local(against)
-    for model in filter(None, (workdir, against)):
+    workdir, baseline = hf.local(workdir), baseline and hf.local(baseline)
+    for model in filter(None, (workdir, baseline)):
         if not Path(model).exists():
             raise UserError(f"no run directory {model}: train first ({command_line('train')} --workdir={model}), or "
                             "give a published checkpoint")
     examples, problems = source.problems[:shots], source.problems[shots:]
-    problems = problems[:num_problems or len(problems)]
+    problems = problems[:options.num_problems or len(problems)]
     task_settings = {"task": task, "file": source.path.name, "file_sha256": source.sha256, "problems": len(problems),
-                     "draws_per_problem": draws_per_problem, "prompt_format": chosen.prompt_format, "shots": shots,
-                     "stop": list(chosen.stop), "sampler": settings, "seed": seed, "weights": weights}
+                     "draws_per_problem": draws, "prompt_format": chosen.prompt_format, "shots": shots,
+                     "stop": list(chosen.stop), "sampler": settings, "seed": options.seed,
+                     "weights": options.weights}
     prompts = [_prompt(examples, problem) for problem in problems]
-    run = _TaskRun(chosen, problems, prompts, sampler, task_settings, _folder(workdir), mechanism)
+    run = _TaskRun(chosen, problems, prompts, dict(sampler), task_settings, _folder(workdir), mechanism)
     candidate = run.measure(workdir, "")
     result = {"workdir": str(workdir), **task_settings, **candidate.summary(), "metric": chosen.metric,
               "sandbox": {"limits": LIMITS._asdict(), "mechanism": mechanism} if chosen.runs_code else None}
-    if against:
-        baseline = run.measure(against, f"-against-{Path(against).name}")
-        found = score.paired(candidate.scores_N, baseline.scores_N)
-        result["against"] = {"workdir": against, **baseline.summary(), "difference": found.difference,
+    if baseline:
+        other = run.measure(baseline, f"-against-{Path(baseline).name}")
+        found = score.paired(candidate.scores_N, other.scores_N)
+        result["against"] = {"workdir": baseline, **other.summary(), "difference": found.difference,
                              "difference_ci95": [found.low, found.high], "p_value": found.p_value, "test": found.test}
     _show(result)
     return result | {"wall_s": time.perf_counter() - began}
@@ -193,7 +211,7 @@ def _check_execution(task: Task, allowed: bool, unsafe: bool) -> str:
     return mechanism
 
 
-def _sampler_settings(sampler: dict[str, Any]) -> dict[str, Any]:
+def _sampler_settings(sampler: Mapping[str, Any]) -> dict[str, Any]:
     """All settings of the sampler, also those that were not given. UserError for unknown ones."""
     from bd3lm_jax.generation.options import make_options
 

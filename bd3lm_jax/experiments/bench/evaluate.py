@@ -21,6 +21,7 @@ from bd3lm_jax.experiments.bench import step
 from bd3lm_jax.experiments.bench.runner import Limit, Variant, compare
 from bd3lm_jax.likelihood import estimators
 from bd3lm_jax.likelihood.evaluate import Evaluator, score_views
+from bd3lm_jax.likelihood.options import EstimatorOptions
 from bd3lm_jax.models import trunk
 from bd3lm_jax.models.forward import compute_dtype
 from bd3lm_jax.parallel import sharding
@@ -60,8 +61,8 @@ def run_case(case: step.Case, rounds: int) -> list[dict]:
         with jax.set_mesh(mesh):
             params = jax.jit(lambda: trunk.init(model, jax_settings.key(0)))()
             forward = _forward(evaluator, params, rows)
-        evaluate = Variant("evaluate", lambda: evaluator.measure(params, rows, estimator=ESTIMATOR, draws=1, seed=0,
-                                                                 target=None), wait=lambda _: None)
+        evaluate = Variant("evaluate", lambda: evaluator.measure(params, rows, EstimatorOptions(ESTIMATOR)),
+                           wait=lambda _: None)
         return compare(f"{case}, {len(jax.devices())} devices", [Variant("forward", forward), evaluate], "forward",
                        rounds)
 

@@ -9,11 +9,16 @@ import pytest
 
 from bd3lm_jax.checkpoints import hf
 from bd3lm_jax.core.errors import UserError
-from bd3lm_jax.evaluation.tasks import TASKS, evaluate_task, read_problems, score, score_completions
+from bd3lm_jax.evaluation.tasks import TASKS, TaskOptions, evaluate_task, read_problems, score, score_completions
 from bd3lm_jax.lm import CheckpointId
 
-ARGUMENTS = {"task": "gsm8k", "against": "", "allow_code_execution": False, "num_problems": 0, "draws_per_problem": 1,
-             "shots": 0, "sampler": {"temperature": 0.0}, "seed": 3, "weights": "ema"}
+SAMPLER = {"temperature": 0.0}
+
+
+def evaluate(run, file, task="gsm8k", sampler=SAMPLER, baseline="", **options):
+    return evaluate_task(run, task, TaskOptions(file=file, **{"seed": 3} | options), sampler=sampler, baseline=baseline)
+
+
 linux = pytest.mark.skipif(sys.platform != "linux", reason="programs run only on Linux")
 
 
@@ -71,8 +76,7 @@ def test_gguf_files_and_models_of_the_hub_keep_their_lines_in_the_working_direct
     snapshot.mkdir(parents=True)
     monkeypatch.setattr(hf, "local", lambda path: str(snapshot) if path == "org/name" else path)
     for model, place in (("model.GGUF", "tasks/model.GGUF"), ("org/name", "tasks/org--name")):
-        result = evaluate_task(model, task="gsm8k", file=file, against="", allow_code_execution=False, num_problems=0,
-                               draws_per_problem=1, shots=0, sampler={}, seed=0, weights="ema")
+        result = evaluate_task(model, "gsm8k", TaskOptions(file=file))
         assert str(Path(result["lines"]).parent) == place and Path(result["lines"]).exists()
         assert result["score"] == 1 / 8
     assert not list(snapshot.iterdir())
@@ -89,7 +93,7 @@ def lines(result):
 
 def test_exact_match_is_counted_with_its_interval(models, file):
     [run] = models(run=lambda prompt, _: f" {number(prompt)}\nQuestion: 99" if number(prompt) < 3 else "no idea")
-    result = evaluate_task(run, file=file, **ARGUMENTS)
+    result = evaluate(run, file)
     assert result["score"] == 3 / 8 and result["score_ci95"] == list(score.wilson_interval(3, 8)[1:])
     assert result["outcomes"] == {"no answer": 5, "correct": 3} and result["metric"] == "exact_match"
     assert result["sampler"]["temperature"] == 0.0 and result["sampler"]["top_p"] is None
@@ -107,7 +111,7 @@ def test_exact_match_is_counted_with_its_interval(models, file):
 
 def test_draws_are_averaged_within_problems(models, file):
     [run] = models(run=lambda prompt, draw: f"{number(prompt) if draw < number(prompt) else -1}")
-    result = evaluate_task(run, file=file, **ARGUMENTS | {"draws_per_problem": 4, "num_problems": 4})
+    result = evaluate(run, file, samples_per_problem=4, num_problems=4)
     assert result["score"] == pytest.approx((0 + 1 + 2 + 3) / 16) and result["problems"] == 4
     assert result["score_ci95"] == list(score.mean_interval([0, 0.25, 0.5, 0.75])[1:])
     assert [(line["problem"], line["draw"]) for line in lines(result)][3:6] == [
@@ -117,7 +121,7 @@ def test_draws_are_averaged_within_problems(models, file):
 def test_models_are_compared_problem_by_problem(models, file):
     run, other = models(run=lambda prompt, _: str(number(prompt)),
                         other=lambda prompt, _: str(number(prompt) if number(prompt) < 2 else -1))
-    result = evaluate_task(run, file=file, **ARGUMENTS | {"against": other})
+    result = evaluate(run, file, baseline=other)
     found = result["against"]
     assert (result["score"], found["score"], found["difference"]) == (1.0, 0.25, 0.75)
     assert found["p_value"] == pytest.approx(2 / 2**6) and found["test"] == "exact McNemar"
@@ -127,7 +131,7 @@ def test_models_are_compared_problem_by_problem(models, file):
 
 def test_shots_stand_before_the_prompt_and_are_not_scored(models, file):
     [run] = models(run=lambda prompt, _: str(number(prompt)))
-    result = evaluate_task(run, file=file, **ARGUMENTS | {"shots": 2})
+    result = evaluate(run, file, num_fewshot=2)
     assert result["problems"] == 6 and result["score"] == 1.0 and result["shots"] == 2
     assert lines(result)[0]["prompt"] == ("Question: q0\nAnswer: think\n#### 0\n\nQuestion: q1\nAnswer: think\n#### 1"
                                           "\n\nQuestion: q2\nAnswer:")
@@ -137,11 +141,11 @@ def test_prompts_without_room_count_as_wrong(models, tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"question": question, "answer": "#### 1"}) + "\n"
                                               for question in ("short", "x" * 300)))
     [run] = models(run=lambda prompt, _: "1")
-    result = evaluate_task(run, file=str(tmp_path / "a.jsonl"), **ARGUMENTS)
+    result = evaluate(run, str(tmp_path / "a.jsonl"))
     assert result["score"] == 0.5 and result["outcomes"] == {"correct": 1, "too long": 1}
     assert models.lms[run].asked[0]["prompts"] == ["Question: short\nAnswer:"]
     with pytest.raises(UserError, match="no prompt of gsm8k leaves room in 10 tokens"):
-        evaluate_task(run, file=str(tmp_path / "a.jsonl"), **ARGUMENTS | {"sampler": {"length": 10}})
+        evaluate(run, str(tmp_path / "a.jsonl"), sampler={"length": 10})
 
 
 @linux
@@ -149,8 +153,7 @@ def test_programs_are_run(models):
     solutions = {problem.prompt: problem.reference for problem in read_problems(TASKS["humaneval"], "").problems}
     [run] = models(run=lambda prompt, draw: solutions[prompt] + "\n# more" if draw else "    exit()")
     models.lms[run].context = 10000
-    result = evaluate_task(run, file="", **ARGUMENTS | {"task": "humaneval", "unsafe_code_execution": True,
-                                                        "num_problems": 3, "draws_per_problem": 2})
+    result = evaluate(run, "", "humaneval", unsafe_code_execution=True, num_problems=3, samples_per_problem=2)
     assert result["score"] == 0.5 and result["outcomes"] == {"SystemExit": 3, "passed": 3}
     assert result["metric"] == "pass@1" and result["sandbox"]["limits"]["processes"] > 0
     assert len(result["file_sha256"]) == 64 and result["file"] == "HumanEval.jsonl.gz"
@@ -160,24 +163,24 @@ def test_programs_are_run(models):
     ({"task": "human_eval"}, "did you mean 'humaneval'"),
     ({"task": "humaneval"}, "--allow_code_execution"),
     ({"num_problems": -1}, "num_problems is -1"),
-    ({"draws_per_problem": 0}, "draws_per_problem is 0"),
-    ({"shots": 8}, "8 shots leave none"),
+    ({"samples_per_problem": 0}, "samples_per_problem is 0"),
+    ({"num_fewshot": 8}, "8 shots leave none"),
     ({"sampler": {"stop": "x", "seed": 1}}, "sampler holds seed, stop"),
     ({"sampler": {"temperatur": 1}}, "did you mean 'temperature'"),
-    ({"against": "nowhere"}, "no run directory nowhere"),
+    ({"baseline": "nowhere"}, "no run directory nowhere"),
     ({"file": ""}, "give --file"),
 ])
 def test_bad_input_is_refused_before_anything_is_written(models, file, changes, said):
     [run] = models(run=lambda prompt, _: pytest.fail("asked"))
     with pytest.raises(UserError, match=said):
-        evaluate_task(run, **{"file": file, **ARGUMENTS, **changes})
+        evaluate(run, **{"file": file, **changes})
 
 
 def test_a_directory_that_cannot_be_written_is_refused_first(models, file):
     [run] = models(run=lambda prompt, _: pytest.fail("asked"))
     with open(f"{run}/tasks", "w"):
         with pytest.raises(UserError, match="cannot write .*tasks, where completions are kept: File exists"):
-            evaluate_task(run, file=file, **ARGUMENTS)
+            evaluate(run, file)
 
 
 def test_completions_and_problems_must_be_as_many(file):
