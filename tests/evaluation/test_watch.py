@@ -88,7 +88,11 @@ def test_every_newest_checkpoint_once_with_one_program(whole, run, script, monke
     assert not left and result["ended"] == "last step" and len(traces) == 1
     assert {line["step"]: line["nll"] for line in result["watched"]} == pytest.approx(valid(whole), rel=1e-6)
     assert (result["step"], result["nll"]) == (6, result["watched"][-1]["nll"])
-    assert [line["step"] for line in read_lines(run / watch.FILE)] == [2, 4, 6]
+    lines = read_lines(run / watch.FILE)
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert lines[0]["asked"] == {  # as the lines of earlier versions
+        "data": "", "split": "valid", "data_dir": "", "chunks": "independent", "stride": 0, "first_token": "",
+        "end_token": "count", "estimator": "", "draws": 1, "seed": 0, "weights": "ema", "block_size": 0}
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
     assert [line.split(":")[0] for line in said] == ["step 2", "step 4", "step 6"]
 
