@@ -70,12 +70,12 @@ def check(args: flags.FlagValues) -> eval_flags.Job:
     if args.split not in (*SPLITS, ALL_SPLITS):
         raise UserError(f"unknown split '{args.split}': {nearest(args.split, SPLITS)}")
     for name in args:
-        if args[name].present and name not in job.flags:
+        if args[name].present and name not in job.takes:
             raise UserError(f"--{name} goes with --{COMPANIONS[name]}: add it"
                             if name in COMPANIONS and job.name == eval_likelihood.NAME else
                             f"--{name} does not go with {job.name}: see --help")
     job.check(args)
-    if "workdir" in job.flags:
+    if "workdir" in job.takes:
         required(args, "workdir")
     return job
 

@@ -17,11 +17,11 @@ LIKELIHOOD = ("workdir", *TEXT, *ESTIMATOR, "target_ci", "max_mc_samples", *WEIG
 
 
 class Job(NamedTuple):
-    """One of the evaluations. name: of it in messages. flags: all that it takes. check: UserError for values of them
+    """One of the evaluations. name: of it in messages. takes: all its flags. check: UserError for values of them
     that mean nothing, before anything is loaded. run: the result of the command."""
 
     name: str
-    flags: tuple[str, ...]
+    takes: tuple[str, ...]
     check: Callable[[flags.FlagValues], None]
     run: Callable[[flags.FlagValues], dict]
 
