@@ -21,8 +21,8 @@ from launch.__main__ import COMMANDS
 
 FLAGS = [(module, name) for module, names in {
     train: ("workdir",), sweep: ("workdir",), convert: ("from", "to", "tokenizer"), infill: ("workdir", "file"),
-    sample: ("workdir", "settings", "json_schema", "out", "trace", "beside"), bench: ("workdir", "out", "scorer"),
-    evaluate: ("workdir", "data", "data_dir", "against", "samples", "scorer", "reference", "plot", "file"),
+    sample: ("workdir", "settings", "json_schema", "out", "trace", "compare_traces"), bench: ("workdir", "out", "scorer"),
+    evaluate: ("workdir", "data", "data_dir", "baseline", "samples", "scorer", "reference", "plot", "file"),
     tpu: ("out",), clean: ("workdir", "cache_dir")}.items() for name in names]
 
 
@@ -30,14 +30,14 @@ FLAGS = [(module, name) for module, names in {
 def test_every_path_flag_expands_a_home_and_refuses_a_scheme(module, name, monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
     found = arguments.parse_flags(module.define, [f"--{name}=~/x"])[name].value
-    assert found == (["/somewhere/x"] if name == "beside" else "/somewhere/x")
+    assert found == (["/somewhere/x"] if name == "compare_traces" else "/somewhere/x")
     for url in ("gs://bucket/run", "s3://bucket/run", "hf://org/name", "https://host/run"):
         with pytest.raises(UserError, match=f"{name}.*{url}: {url.partition(':')[0]}:// is no local path"):
             arguments.parse_flags(module.define, [f"--{name}={url}"])
 
 
 def test_no_flag_that_says_it_is_a_path_is_forgotten():
-    words, others = ("directory", " file", "page"), ("shared", "max_shard")  # which may be a bucket, and a size
+    words, others = ("directory", " file", "page"), ("shared_dir", "max_shard_size")  # which may be a bucket, and a size
     for command in COMMANDS:
         module, values = importlib.import_module(f"launch.{command}"), flags.FlagValues()
         module.define(values)
@@ -140,7 +140,7 @@ def test_a_result_is_said_in_every_locale(locale):
 
 
 LOCALES = [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONUTF8": "1"}]
-TEXT_FLAGS = {"sample": ("prompt", "stop", "constraint", "forced"), "infill": ("text",)}
+TEXT_FLAGS = {"sample": ("prompt", "stop", "constraint", "fixed_tokens"), "infill": ("text",)}
 
 
 @pytest.mark.parametrize("locale", LOCALES)
