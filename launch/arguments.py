@@ -380,7 +380,7 @@ def _nearest_key(key: str, known: list[str]) -> str:
     section, leaf = key.partition(".")[0], key.rpartition(".")[2]
     same_name = [name for name in known if name.rpartition(".")[2] == leaf]
     suggestion = synonyms.config_key(key, known)
-    if suggestion and not same_name:
+    if suggestion and (not same_name or suggestion in same_name):
         return f"did you mean '{suggestion}'?"
     same_section = [name for name in known if name.startswith(f"{section}.")]
     sections = {name.partition(".")[0] for name in known}
