@@ -39,26 +39,28 @@ SAME_AS_INIT = "init_from"  # as model.kind: the network whose weights start the
 # Sections and keys that may differ when a run goes on. More steps change a decaying learning rate from there on.
 RESUMABLE = ("mesh", "log", "checkpoint", "eval", "train.steps", "data.cache_dir", "data.workers", "compute.attention",
              "compute.layers", "compute.remat", "compute.microbatch", "compute.loss_chunk")
+NO_RUN: dict[str, Any] = dict.fromkeys(SECTIONS)  # the sections of a checkpoint that is no run's
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run. `model` and `diffusion` are the dataclasses of the registered backbone and objective.
 
-    A published checkpoint knows only `model` and `diffusion`: its other sections are None.
+    A published checkpoint knows only `model` and `diffusion`: its other sections are None (NO_RUN). Their types are those
+    of a run, which all but the facade deal with.
     """
 
     seed: int
     model: Any
     diffusion: Any
-    data: DataConfig | None
-    optim: OptimConfig | None
-    train: TrainConfig | None
-    compute: ComputeConfig | None
-    mesh: MeshConfig | None
-    log: LogConfig | None
-    checkpoint: CheckpointConfig | None
-    eval: EvalConfig | None
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    compute: ComputeConfig
+    mesh: MeshConfig
+    log: LogConfig
+    checkpoint: CheckpointConfig
+    eval: EvalConfig
     noise: NoiseConfig | None = None
 
     def __post_init__(self):

@@ -12,7 +12,7 @@ import numpy as np
 from bd3lm_jax import models
 from bd3lm_jax.checkpoints.published import ModelSpec
 from bd3lm_jax.checkpoints.published.mapping import check_bos, check_mask
-from bd3lm_jax.config import SECTIONS, Config, DataConfig
+from bd3lm_jax.config import NO_RUN, Config, DataConfig
 from bd3lm_jax.core import jax_settings, plugins, stats
 from bd3lm_jax.core.errors import UserError, command_line
 from bd3lm_jax.data.tokenizers import Tokenizer
@@ -70,7 +70,7 @@ def load(path: str | Path, weights: str = "ema", dtype: str = "float32", allow_p
 
 def published(found: ModelSpec, params: dict, tokenizer: Tokenizer | None, dtype: str, name: str = "") -> "LM":
     """The model of a published checkpoint; its tokenizer knows the mask token (`hf.resolve_block_size`)."""
-    config = Config(0, found.model, found.objective, **dict.fromkeys(SECTIONS))
+    config = Config(0, found.model, found.objective, **NO_RUN)
     return LM(config, params, tokenizer, models.build(found.model, jnp.dtype(dtype)), found.length,
               mask_id=found.mask_id if tokenizer is None else None, any_length=True, name=name)
 
@@ -102,9 +102,11 @@ class LM:
     @property
     def special(self) -> SpecialIds:
         """Mask and end token, -1 where there is none (no end token without tokenizer)."""
-        known = self.tokenizer is not None
-        mask_id = self.tokenizer.mask_id if known else self.config.model.vocab_size - 1
-        return SpecialIds(mask_id if self._mask_id is None else self._mask_id, self.tokenizer.end_id if known else -1)
+        if self.tokenizer is None:
+            mask_id, end_id = self.config.model.vocab_size - 1, -1
+        else:
+            mask_id, end_id = self.tokenizer.mask_id, self.tokenizer.end_id
+        return SpecialIds(mask_id if self._mask_id is None else self._mask_id, end_id)
 
     def corpus(self, path: str) -> DataConfig:
         """What the run in `path` was trained on. UserError for a published checkpoint, which brings no corpus."""
@@ -227,7 +229,7 @@ class LM:
             parts = [self._scores(estimator, objective)(self.params, key, index, jnp.arange(batch), padded, position,
                                                         segment, scored)[0]
                      for index in range(estimator.num_passes(1))]
-            estimates.append(np.mean(parts, axis=0, dtype=np.float64)[..., :length])
+            estimates.append(np.asarray(np.mean(parts, axis=0, dtype=np.float64))[..., :length])
         return np.concatenate(estimates, axis=1)
 
     @jax_settings.pinned()

@@ -32,5 +32,5 @@ def as_utf8(value: Any, name: str) -> Any:
         return value
     try:
         return os.fsencode(value).decode("utf-8")  # the bytes that the locale has no characters for
-    except UnicodeError as error:
+    except (UnicodeEncodeError, UnicodeDecodeError) as error:
         raise UserError(f"{name}={value!a} is not UTF-8 ({error.reason}): give UTF-8 text") from None

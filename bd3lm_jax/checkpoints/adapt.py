@@ -56,7 +56,7 @@ def resolve(config: Config | Nested) -> Config | Nested:
     """
     if isinstance(config, Config):
         return config
-    section = dict(as_mapping("", config).items()).get("model")
+    section: Any = dict(as_mapping("", config).items()).get("model")
     if not hasattr(section, "items") or dict(section.items()).get("kind") != SAME_AS_INIT:
         return config
     nested, sections = read_sections(config)

@@ -12,7 +12,7 @@ from bd3lm_jax.checkpoints.checkpoint import Checkpoints
 from bd3lm_jax.checkpoints.checkpoint_selection import LATEST
 from bd3lm_jax.checkpoints.published import ModelSpec
 from bd3lm_jax.checkpoints.published.mapping import check_mask
-from bd3lm_jax.config import SECTIONS, ComputeConfig, Config, DataConfig, EvalConfig
+from bd3lm_jax.config import NO_RUN, ComputeConfig, Config, DataConfig, EvalConfig
 from bd3lm_jax.core import compile_cache, jax_settings
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data.tokenizers import Tokenizer
@@ -83,9 +83,10 @@ def published_config(path: str | os.PathLike, found: ModelSpec, length: int) -> 
     length = length or min(found.length, PUBLISHED_LENGTH)
     if length > found.length:
         raise UserError(f"--length={length} is more than the {found.length} tokens that {path} was trained on")
-    config = Config(0, found.model, found.objective, **dict.fromkeys(SECTIONS) | {
-        "data": DataConfig(source="austen", path="", name="", field="text", tokenizer="", seq_len=length, packing="wrap",
-                           valid_fraction=0.01, cache_dir="", workers=1, density="", density_fraction=1.0, mixture=()),
+    config = Config(0, found.model, found.objective, **NO_RUN | {
+        "data": DataConfig(source="austen", path="", name="", field="text", tokenizer="", seq_len=length,
+                           packing="wrap", valid_fraction=0.01, cache_dir="", workers=1, density="",
+                           density_fraction=1.0, mixture=()),
         "compute": ComputeConfig(dtype="auto", attention="auto", layers="scan", remat="none", microbatch=0,
                                  loss_chunk=0),
         "eval": EvalConfig(every=1, rows=0, batch_size=PUBLISHED_BATCH, mc_samples=1, report_rows=0, num_samples=0,

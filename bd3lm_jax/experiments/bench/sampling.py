@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bd3lm_jax import models
-from bd3lm_jax.config import SECTIONS, Config
+from bd3lm_jax.config import NO_RUN, Config
 from bd3lm_jax.core import jax_settings
 from bd3lm_jax.diffusion import AR, Masked
 from bd3lm_jax.experiments.bench.runner import Limit, Variant, compare
@@ -83,7 +83,7 @@ def make_lm(sizes: dict, objective: Any, length: int) -> LM:
                        rope_theta=1e4, **sizes)
     model = models.build(config, compute_dtype("auto"))
     params = jax.jit(functools.partial(trunk.init, model))(jax_settings.key(0))
-    return LM(Config(0, config, objective, **dict.fromkeys(SECTIONS)), params, None, model, length)
+    return LM(Config(0, config, objective, **NO_RUN), params, None, model, length)
 
 
 class Denoising(NamedTuple):
