@@ -7,7 +7,7 @@ static, and these hold for every state.
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -45,10 +45,10 @@ class ClipSearch:
             intervals_found += [(self.low + i * self.stride, self.low + i * self.stride + width) for i in range(max(starts, 0))]
         return np.round(intervals_found or [(self.low, self.high)], 6)
 
-    def init_state(self) -> dict[str, np.ndarray]:
+    def init_state(self) -> dict[str, Any]:
         return self.state_for_interval(np.array([self.low, self.high]))
 
-    def state_for_interval(self, interval: np.ndarray) -> dict[str, np.ndarray]:
+    def state_for_interval(self, interval: np.ndarray) -> dict[str, Any]:
         """The state in which the noise is clipped to an interval `[2]`."""
         return {"low": np.float32(interval[0]), "high": np.float32(interval[1])}
 

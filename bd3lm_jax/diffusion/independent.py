@@ -18,7 +18,7 @@ class NoiseDraw(NamedTuple):
     order_BxMxL: jax.Array
 
 
-def sample_noise(key: jax.Array, shape: tuple[int, int], noise_samples: int, block_size: int) -> NoiseDraw:
+def sample_noise(key: jax.Array, shape: tuple[int, ...], noise_samples: int, block_size: int) -> NoiseDraw:
     """The random numbers of `noise_samples` noised copies of a batch of `shape` [B, L].
 
     Raises UserError if the block size does not divide L, or `noise_samples` is not positive.
