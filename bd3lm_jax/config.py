@@ -61,7 +61,7 @@ class Config:
     log: LogConfig
     checkpoint: CheckpointConfig
     eval: EvalConfig
-    noise: NoiseConfig | None = None
+    noise: NoiseConfig = NO_RUN["noise"]
 
     def __post_init__(self):
         check(not self.diffusion.needs_time_conditioning or is_time_conditioned(self.model),
@@ -138,7 +138,7 @@ class Config:
         """Validate a nested mapping; a Config stays what it is. UserError for an unknown, missing or ill-typed key, and
         unless it is that of a run which was `stored` for one that is set and has no effect. Reads no checkpoint: a
         mapping whose network is that of `train.init_from` goes through `adapt.resolve` first."""
-        if isinstance(mapping, cls):
+        if isinstance(mapping, Config):
             return mapping
         mapping, sections = read_sections(mapping)
         section = dict(as_mapping("model", mapping["model"]).items())

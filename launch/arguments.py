@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -347,7 +347,7 @@ def _get_config(spec: str) -> ConfigDict:
 def _use_current_names(config: ConfigDict) -> None:
     """Keys that a config file sets by their first names get today's, with the references among them."""
     for section, names in renamed_keys.RENAMED.items():
-        values = config.get(section)
+        values: Any = config.get(section)
         for first, current in names.items() if isinstance(values, ConfigDict) else ():
             if first in values.keys():
                 if current in values.keys():

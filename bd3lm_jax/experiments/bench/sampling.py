@@ -110,7 +110,7 @@ def sampler(lm: LM, options: generation.Options, batch: int, wrap=None):
 
 def fused(lm: LM, plan, params, batch: int) -> Denoising:
     """As `LM.generate` does it."""
-    denoiser = generation.make_denoiser(lm, plan)
+    denoiser: Any = generation.make_denoiser(lm, plan)  # one whose prefill takes four arguments
     no_tokens = jnp.zeros((batch, 0), jnp.int32)
     return Denoising(functools.partial(denoiser, params), denoiser.prefill(params, no_tokens, no_tokens, 0))
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from bd3lm_jax import models
-from bd3lm_jax.config import ComputeConfig, Config, DataConfig, OptimConfig, TrainConfig
+from bd3lm_jax.config import NO_RUN, ComputeConfig, Config, DataConfig, OptimConfig, TrainConfig
 from bd3lm_jax.core import jax_settings
 from bd3lm_jax.core.state import TrainState
 from bd3lm_jax.diffusion.ar import AR
@@ -135,7 +135,7 @@ def config_of(case: Case, name: str, remat: str) -> Config:
         train=TrainConfig(steps=1, batch_size=case.batch, noise_samples=noise_samples, init_from="", block_sizes=(),
                           anneal_steps=0, lora_rank=0, lora_alpha=1.0),
         compute=ComputeConfig(dtype="auto", attention="auto", layers="scan", remat=remat, microbatch=0, loss_chunk=0),
-        mesh=None, log=None, checkpoint=None, eval=None)
+        mesh=NO_RUN["mesh"], log=NO_RUN["log"], checkpoint=NO_RUN["checkpoint"], eval=NO_RUN["eval"])
 
 
 def measured(name: str, case: Case, remat: str, abstract: bool) -> Variant:
