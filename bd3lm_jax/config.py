@@ -31,7 +31,7 @@ from bd3lm_jax.data import corpora, density
 from bd3lm_jax.diffusion import OBJECTIVES
 from bd3lm_jax.diffusion.clip import ClipSearch, CountSchedule
 from bd3lm_jax.diffusion.running import RunningLoss
-from bd3lm_jax.models import BACKBONES, lora, trunk
+from bd3lm_jax.models import BACKBONES, layers, lora, trunk
 from bd3lm_jax.models.trunk import is_time_conditioned
 from bd3lm_jax.scoring import annealing, curriculum, response_mask, target_shift
 
@@ -203,7 +203,7 @@ def read_sections(mapping: Nested) -> tuple[dict, dict[str, Any]]:
     check_known_keys("", mapping, [field.name for field in dataclasses.fields(Config)])
     sections = {name: as_section(name, mapping[name], kind) for name, kind in SECTIONS.items()}
     corpora.check(sections["data"])
-    one_of("compute.remat", sections["compute"].remat, tuple(trunk.REMAT))
+    one_of("compute.remat", sections["compute"].remat, tuple(layers.REMAT))
     section = dict(as_mapping("diffusion", mapping["diffusion"]).items())
     kind = lookup(OBJECTIVES, section.pop("kind", ""), "objective diffusion.kind")
     return mapping, sections | {"diffusion": as_section("diffusion", section, kind)}

@@ -121,7 +121,7 @@ class ComputeConfig:
     dtype: str  # "auto" (bfloat16 on accelerators, float32 on CPU), "float32", "bfloat16"
     attention: str  # backend name, "auto"
     layers: str  # "scan", "unroll"
-    remat: str  # what is computed again to save memory: "none", "dots", "attention", "full" (trunk.REMAT)
+    remat: str  # what is computed again to save memory: "none", "dots", "attention", "full" (models.layers.REMAT)
     microbatch: int  # rows a forward pass, over all devices; 0 = the whole batch
     loss_chunk: int  # positions that go through the output layer at a time, a device; 0 = automatic
 

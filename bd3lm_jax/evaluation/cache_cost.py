@@ -102,8 +102,9 @@ def _score_block(lm, params, noised, tokens, positions, segments, cache: Cache, 
     sigma = None
     if trunk.is_time_conditioned(lm.config.model):
         sigma = jax.lax.dynamic_slice_in_dim(noised.sigma_BxMxK, block, 1, axis=2)
-    h = _hidden(lm, params, Stream(_block_slice(lm, noised.xt_BxMxL, block), *where, sigma), None, cache, block).noised
-    updated = _hidden(lm, params, None, Stream(_block_slice(lm, tokens, block), *where), cache, block).cache
+    stream, size = Stream(_block_slice(lm, noised.xt_BxMxL, block), *where, sigma), lm.config.block_size
+    h = trunk.decode(lm.model, params, stream, None, cache, None, block_size=size, execution=UNROLLED).noised
+    updated = _prefill(lm, params, Stream(_block_slice(lm, tokens, block), *where), cache, block, "block_causal").cache
     return trunk.logits(lm.model, params, h, sigma), updated
 
 
@@ -115,15 +116,13 @@ def _score_token(lm, params, noised, tokens, positions, segments, cache: Cache, 
     position = _block_slice(lm, positions, block)
     clean = Stream(_block_slice(lm, noised.xt_BxMxL[:, 0], block), position, position,
                    _block_slice(lm, segments, block))
-    out = _hidden(lm, params, None, clean, cache, block)
+    out = _prefill(lm, params, clean, cache, block, "causal")
     return trunk.logits(lm.model, params, out.clean)[:, None], out.cache
 
 
-def _hidden(lm, params, noised: Stream | None, clean: Stream | None, cache: Cache, block):
+def _prefill(lm, params, clean: Stream, cache: Cache, block, rule: str):
     size = lm.config.block_size
-    return trunk.forward(lm.model, params, noised=noised, clean=clean, cache=cache, write_at=block * size,
-                         rule="causal" if lm.config.diffusion.causal else "block_causal", block_size=size,
-                         execution=UNROLLED, dropout_keys=None)
+    return trunk.prefill(lm.model, params, clean, cache, block * size, rule=rule, block_size=size, execution=UNROLLED)
 
 
 def _block_slice(lm, x, block):

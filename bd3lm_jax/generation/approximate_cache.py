@@ -113,8 +113,8 @@ class ApproximateDenoiser(NamedTuple):
         is_visible = (slot >= real_from) & (ids >= 0)
         tokens = Stream(jnp.maximum(ids, 0), jnp.maximum(slot - lead_Bx1, 0), jnp.zeros_like(ids),
                         is_visible.astype(jnp.int32), sigma)
-        out = trunk.forward(self.model, params, noised=None, clean=tokens, cache=cache, write_at=first,
-                            rule="bidirectional", block_size=self.length, execution=UNROLLED, dropout_keys=None)
+        out = trunk.prefill(self.model, params, tokens, cache, first, rule="bidirectional", block_size=self.length,
+                            execution=UNROLLED)
         return jnp.take_along_axis(out.clean, (places - first)[..., None], axis=1), out.cache
 
 

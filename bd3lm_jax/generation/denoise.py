@@ -53,8 +53,10 @@ class BlockDenoiser(NamedTuple):
         if previous is not None:
             before = jnp.maximum(position - size, 0)
             clean = Stream(previous.ids, before, before // size, previous.real.astype(jnp.int32))
-        h, cache = _forward(self, params, noised, clean, cache, start - size, "block_causal", size, positions_BxP)
-        return trunk.logits(self.model, params, h[:, 0], sigma), cache
+        slot, cache = _make_room(self, cache, start - size, clean)
+        out = trunk.decode(self.model, params, noised, clean, cache, slot, block_size=size, execution=UNROLLED,
+                           output_positions_BxP=positions_BxP)
+        return trunk.logits(self.model, params, out.noised[:, 0], sigma), out.cache
 
 
 class AutoSizeDenoiser(NamedTuple):
@@ -86,9 +88,8 @@ class AutoSizeDenoiser(NamedTuple):
                            previous.real.astype(jnp.int32))
             # Where there is no block before, what is written is seen by nobody, and is overwritten later.
             write_at = jnp.where(previous.real.any(-1), before_B, start_B)
-        out = trunk.forward(self.model, params, noised=noised, clean=clean, cache=cache, write_at=write_at,
-                            rule="block_causal", block_size=self.size, execution=UNROLLED, dropout_keys=None,
-                            output_positions_BxP=positions_BxP)
+        out = trunk.decode(self.model, params, noised, clean, cache, write_at, block_size=self.size,
+                           execution=UNROLLED, output_positions_BxP=positions_BxP)
         return trunk.logits(self.model, params, out.noised[:, 0], sigma), out.cache
 
 
@@ -158,8 +159,9 @@ class CausalDenoiser(NamedTuple):
             ids, real = jnp.where(block > 0, ids, self.end_id), real | (block == 0)
         position = jnp.full_like(ids, 0) + at
         clean = Stream(ids, position, position, real.astype(jnp.int32))
-        h, cache = _forward(self, params, None, clean, cache, at, "causal", 1)
-        return trunk.logits(self.model, params, h), cache
+        slot, cache = _make_room(self, cache, at, clean)
+        out = trunk.prefill(self.model, params, clean, cache, slot, rule="causal", block_size=1, execution=UNROLLED)
+        return trunk.logits(self.model, params, out.clean), out.cache
 
 
 class UncachedDenoiser(NamedTuple):
@@ -188,9 +190,8 @@ class UncachedDenoiser(NamedTuple):
         position = jnp.broadcast_to(start + jnp.arange(size), canvas_BxS.shape[:2])
         ones = jnp.ones_like(position)
         noised = Stream(canvas_BxS[:, None], position, ones * block, ones)
-        both_streams = trunk.forward(self.model, params, noised=noised, clean=clean, rule="block_causal", block_size=size,
-                                     cache=trunk.new_cache(self.model, params, *ids.shape, "compute"), write_at=0,
-                                     execution=UNROLLED, dropout_keys=None)
+        empty = trunk.new_cache(self.model, params, *ids.shape, "compute")
+        both_streams = trunk.decode(self.model, params, noised, clean, empty, 0, block_size=size, execution=UNROLLED)
         h = jnp.take_along_axis(both_streams.noised[:, 0], positions_BxP[..., None], axis=1)
         return trunk.logits(self.model, params, h), cache
 
@@ -234,16 +235,12 @@ def _store(denoiser, params, ids_BxN, real_BxN, origin, block_size: int, rule: s
         return cache.replace(empty=False)
     position = jnp.broadcast_to(origin + jnp.arange(count), ids_BxN.shape)
     clean = Stream(ids_BxN, position, position // block_size, real_BxN.astype(jnp.int32))
-    stored = trunk.forward(denoiser.model, params, noised=None, clean=clean, cache=cache, write_at=0, rule=rule,
-                           block_size=block_size, execution=UNROLLED, dropout_keys=None).cache
+    stored = trunk.prefill(denoiser.model, params, clean, cache, 0, rule=rule, block_size=block_size,
+                           execution=UNROLLED).cache
     return stored.shift_slots(origin % denoiser.slots)
 
 
-def _forward(denoiser, params, noised, clean, cache: Cache, position, rule: str, block_size: int, output_positions_BxP=None):
-    """Hidden states of what is predicted, and the cache with the clean stream stored at its place in the ring."""
+def _make_room(denoiser, cache: Cache, position, clean: Stream | None) -> tuple[jax.Array, Cache]:
+    """The slot of a place in the ring, and the cache without what the clean stream will replace there."""
     slot = jnp.maximum(position, 0) % denoiser.slots
-    if clean is not None:
-        cache = cache.invalidate(slot, clean.ids.shape[1])
-    out = trunk.forward(denoiser.model, params, noised=noised, clean=clean, cache=cache, write_at=slot, rule=rule,
-                        block_size=block_size, execution=UNROLLED, dropout_keys=None, output_positions_BxP=output_positions_BxP)
-    return (out.clean if noised is None else out.noised), out.cache
+    return slot, cache if clean is None else cache.invalidate(slot, clean.ids.shape[1])

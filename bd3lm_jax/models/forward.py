@@ -44,7 +44,7 @@ def two_stream_out(model: Backbone, params: dict, xt_BxMxL, x0_BxL, position_BxL
     xt: ids, or float `[B, M, L, V]` as in `trunk.Stream`. sizes: of each row's blocks where they differ; block_size is
     then the largest, and only the smallest is left out. sigma: noise level of each n-th part of the row, clean_sigma:
     one for the whole row (published checkpoints); None is the constant 0 (and all that networks without time
-    conditioning take). sees: the last position that each token sees (annealing.py), None: all of its block.
+    conditioning take). max_visible_position: as in `attention.Tokens`.
     """
     length = x0_BxL.shape[1]
     block = position_BxL // (block_size if sizes is None else sizes.size_B[:, None])
@@ -54,19 +54,16 @@ def two_stream_out(model: Backbone, params: dict, xt_BxMxL, x0_BxL, position_BxL
     if clean_length > 0:
         clean = Stream(*(x[:, :clean_length] for x in (x0_BxL, position_BxL, block, segment_BxL)), clean_sigma_Bx1,
                        None if max_visible_position_BxL is None else max_visible_position_BxL[:, :clean_length])
-    return _run(model, params, noised, clean, "block_causal", block_size, execution, dropout_keys, min_block_size)
+    return trunk.two_streams(model, params, noised, clean, block_size=block_size, execution=execution,
+                             dropout_keys=dropout_keys, min_block_size=min_block_size)
 
 
 def one_stream_out(model: Backbone, params: dict, ids_BxL, position_BxL, segment_BxL, *, rule: str, block_size: int,
                    sigma_Bxn=None, execution: Execution, dropout_keys=None) -> ForwardOutput:
     """A plain pass; rule "causal", "block_causal" or "bidirectional"."""
     clean = Stream(ids_BxL, position_BxL, position_BxL // block_size, segment_BxL, sigma_Bxn)
-    return _run(model, params, None, clean, rule, block_size, execution, dropout_keys)
-
-
-def _run(model, params, noised, clean, rule, block_size, execution, dropout_keys, min_block_size=None):
-    return trunk.forward(model, params, noised=noised, clean=clean, cache=None, write_at=None, rule=rule,
-                         block_size=block_size, min_block_size=min_block_size, execution=execution, dropout_keys=dropout_keys)
+    return trunk.prefill(model, params, clean, rule=rule, block_size=block_size, execution=execution,
+                         dropout_keys=dropout_keys)
 
 
 def single_document_rows(ids_BxL) -> tuple[jax.Array, jax.Array]:

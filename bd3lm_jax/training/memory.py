@@ -15,7 +15,7 @@ from bd3lm_jax.config import Config
 from bd3lm_jax.core import hardware
 from bd3lm_jax.core.errors import RunError
 from bd3lm_jax.core.log import note
-from bd3lm_jax.models.trunk import REMAT
+from bd3lm_jax.models.layers import REMAT
 from bd3lm_jax.parallel import sharding
 from bd3lm_jax.training.program import Program, bytes_needed, bytes_per_device
 

@@ -135,12 +135,12 @@ def test_an_end_token_saves_the_later_windows():
 def test_fewer_positions_are_computed(monkeypatch):
     """Token positions through the network, counted as they run: the whole canvas once a window, then what is out of
     date: the window, or the windows from it on in a size that is compiled."""
-    counted, whole = [], trunk.forward
+    counted, whole = [], trunk.prefill
 
-    def counting(*args, clean, **options):
+    def counting(model, params, clean, *args, **options):
         jax.debug.callback(lambda: counted.append(clean.ids.shape[1]))
-        return whole(*args, clean=clean, **options)
-    monkeypatch.setattr(approximate_cache.trunk, "hidden", counting)
+        return whole(model, params, clean, *args, **options)
+    monkeypatch.setattr(approximate_cache.trunk, "prefill", counting)
     lm = bidirectional()
     lm = type(lm)(lm.config, lm.params, lm.tokenizer, lm.model, lm.context)  # compiled with the counter
     totals = {}

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trunk_passes import run_pass
 
 from bd3lm_jax.generation.denoise import BlockDenoiser, CausalDenoiser, GuidedDenoiser, UncachedDenoiser
 from bd3lm_jax.generation.sampling import SAMPLERS, DenoiserContext, Filters, Request, Settings, run_blocks, start
@@ -157,8 +158,8 @@ def ask_plainly(model, params, noised, clean, cache, size, rule):
     room = jax.tree.map(jnp.zeros_like, cache[0])
     cache = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=-1), *cache, room)
     at = cache.segment.shape[1] - size
-    out = trunk.forward(model, params, noised=noised, clean=clean, cache=cache, write_at=at, rule=rule, block_size=size,
-                        execution=trunk.Execution("dense", "unroll", "none", False), dropout_keys=None)
+    out = run_pass(model, params, noised, clean, cache=cache, write_at=at, rule=rule, block_size=size,
+                   execution=trunk.Execution("dense", "unroll", "none", False))
     h = out.clean if noised is None else out.noised[:, 0]
     return trunk.logits(model, params, h), jax.tree.map(lambda x: x[..., at:], out.cache)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trunk_passes import run_pass
 
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import AR, Masked
@@ -49,9 +50,8 @@ def make_stream(ids, block_size):
 @functools.partial(jax.jit, static_argnames=("model", "rule", "block_size", "backend", "remat", "layers"))
 def run(model, params, noised, clean, *, rule="block_causal", block_size=BLOCK, backend="dense", remat="none",
         layers="scan", dropout_keys=None, cache=None, write_at=None):
-    return trunk.forward(model, params, noised=noised, clean=clean, cache=cache, write_at=write_at, rule=rule,
-                         block_size=block_size, execution=trunk.Execution(backend, layers, remat, False),
-                         dropout_keys=dropout_keys)
+    return run_pass(model, params, noised, clean, cache=cache, write_at=write_at, rule=rule, block_size=block_size,
+                    execution=trunk.Execution(backend, layers, remat, False), dropout_keys=dropout_keys)
 
 
 def influence(outputs_of, *inputs):

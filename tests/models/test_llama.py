@@ -9,6 +9,7 @@ import llama_oracle
 import numpy as np
 import pytest
 from llama_oracle import network
+from trunk_passes import run_pass
 
 from bd3lm_jax.attention import blocked
 from bd3lm_jax.core.errors import UserError
@@ -113,8 +114,8 @@ def part(ids, where):
 
 @functools.partial(jax.jit, static_argnames=("model", "rule", "block_size"))
 def cached(model, params, noised, clean, cache, write_at, rule, block_size):
-    return trunk.forward(model, params, noised=noised, clean=clean, cache=cache, write_at=write_at, rule=rule,
-                         block_size=block_size, execution=forward.DEFAULT_EXECUTION, dropout_keys=None)
+    return run_pass(model, params, noised, clean, cache=cache, write_at=write_at, rule=rule, block_size=block_size,
+                    execution=forward.DEFAULT_EXECUTION)
 
 
 def test_cached_blocks_equal_the_two_stream_pass():

@@ -13,6 +13,7 @@ import pytest
 from llama_oracle import attention, network, rms, swiglu, turned
 from toy_runs import END, MASK, quick_jit, toy_config
 from toy_runs import network as toy_network
+from trunk_passes import run_pass
 
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.core.state import TrainState
@@ -116,8 +117,8 @@ def test_two_streams_leak_nothing():
 
 @functools.partial(jax.jit, static_argnames=("model",))
 def cached(model, params, noised, clean, cache, write_at):
-    return trunk.forward(model, params, noised=noised, clean=clean, cache=cache, write_at=write_at, rule="block_causal",
-                         block_size=BLOCK, execution=forward.DEFAULT_EXECUTION, dropout_keys=None)
+    return run_pass(model, params, noised, clean, cache=cache, write_at=write_at, block_size=BLOCK,
+                    execution=forward.DEFAULT_EXECUTION)
 
 
 def part(ids, where):

@@ -145,9 +145,8 @@ def test_bound_at_block_size_one_is_the_chain_rule():
 
     @jax.jit
     def ask(cache, asked, before, write_at):
-        out = trunk.forward(model, params, noised=asked, clean=before, cache=cache, write_at=write_at,
-                            rule="block_causal", block_size=1, execution=Execution("dense", "scan", "none", False),
-                            dropout_keys=None)
+        out = trunk.decode(model, params, asked, before, cache, write_at, block_size=1,
+                           execution=Execution("dense", "scan", "none", False))
         return trunk.logits(model, params, out.noised)[:, 0, 0], out.cache
 
     cache, before, chain = trunk.new_cache(model, params, 2, length, "compute"), None, np.zeros(2)

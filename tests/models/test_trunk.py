@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trunk_passes import run_pass
 
 from bd3lm_jax.attention import blocked
 from bd3lm_jax.models import build, trunk
@@ -47,9 +48,8 @@ def make_stream(ids, block_size, documents=None, sigma=None):
 @functools.partial(jax.jit, static_argnames=("model", "rule", "block_size", "backend", "remat", "layers"))
 def run(model, params, noised, clean, *, rule="block_causal", block_size=BLOCK, backend="dense", remat="none",
         layers="scan", dropout_keys=None, cache=None, write_at=None):
-    return trunk.forward(model, params, noised=noised, clean=clean, cache=cache, write_at=write_at, rule=rule,
-                         block_size=block_size, execution=trunk.Execution(backend, layers, remat, False),
-                         dropout_keys=dropout_keys)
+    return run_pass(model, params, noised, clean, cache=cache, write_at=write_at, rule=rule, block_size=block_size,
+                    execution=trunk.Execution(backend, layers, remat, False), dropout_keys=dropout_keys)
 
 
 def influence(logits_of, params, groups):
@@ -385,9 +385,8 @@ def test_what_is_not_wanted_costs_nothing_behind_the_last_attention():
     output_positions = np.array([[3, 0], [7, 11]])
 
     def forward(params, output_positions):
-        return trunk.forward(model, params, noised=noised, clean=None, cache=None, write_at=None, rule="block_causal",
-                             block_size=BLOCK, execution=DEFAULT_EXECUTION, dropout_keys=None,
-                             output_positions_BxP=output_positions).noised
+        return trunk.two_streams(model, params, noised, None, block_size=BLOCK, execution=DEFAULT_EXECUTION,
+                                 output_positions_BxP=output_positions).noised
 
     every, some = jax.jit(lambda p: (forward(p, None), forward(p, output_positions)))(params)
     np.testing.assert_allclose(some, np.take_along_axis(np.asarray(every), output_positions[:, None, :, None], 2),

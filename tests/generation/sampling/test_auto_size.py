@@ -36,8 +36,7 @@ def forward(model, params, canvas, prefix, position, block):
     ones = jnp.ones_like(canvas)
     noised = Stream(canvas[:, None], position + jnp.arange(canvas.shape[1])[None], 99 * ones, ones)
     cache = trunk.new_cache(model, params, 1, 24, "compute")
-    h = trunk.forward(model, params, noised=noised, clean=clean, cache=cache, write_at=0, rule="block_causal",
-                      block_size=CANVAS, execution=DEFAULT_EXECUTION, dropout_keys=None).noised
+    h = trunk.decode(model, params, noised, clean, cache, 0, block_size=CANVAS, execution=DEFAULT_EXECUTION).noised
     return trunk.logits(model, params, h)[0, 0]
 
 
