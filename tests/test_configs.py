@@ -165,7 +165,7 @@ def test_other_networks_are_one_line_of_a_config(name):
         assert config.model.kind == name and Config.from_dict(config.to_dict()) == config
         network = dataclasses.replace(config.model, vocab_size=300)
         params = jax.eval_shape(lambda: trunk.init(models.build(network, jnp.float32), jax.random.key(0)))
-        sharding.param_specs(params)  # every leaf has a rule
+        sharding.param_specs(params, models.sharding_rules(network))  # every leaf has a rule
 
 
 @pytest.mark.parametrize(("arg", "message"), [

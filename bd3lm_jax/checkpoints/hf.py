@@ -80,8 +80,8 @@ def read_model(path: str | os.PathLike, *, dtype: str = "float32", weights: str 
     one after the other, each device its own part.
 
     path: a directory, or a GGUF file. dtype: of the parameters, one of DTYPES. weights: "ema" or "params", where both
-    are there. mesh: where the parameters lie, by `sharding.RULES`; None for the first device. allow_pickle: read the
-    tensors of pickled files as well.
+    are there. mesh: where the parameters lie, by `models.sharding_rules`; None for the first device. allow_pickle: read
+    the tensors of pickled files as well.
 
     Raises:
         UserError: unreadable files, an unsupported architecture, or tensors that are not exactly the expected ones.
@@ -257,7 +257,7 @@ def _open(path: Path, allow_pickle: bool) -> tuple[Path, dict, ModuleType, Path,
 
 def _shardings(config, mesh: jax.sharding.Mesh) -> dict[str, jax.sharding.NamedSharding]:
     abstract = jax.eval_shape(lambda: trunk.init(models.build(config, jnp.float32), jax_settings.key(0)))
-    return cast(dict, flatten_dict(sharding.param_shardings(abstract, mesh), sep="."))
+    return cast(dict, flatten_dict(sharding.param_shardings(abstract, mesh, models.sharding_rules(config)), sep="."))
 
 
 def write_model(target: str | os.PathLike, described: ModelSpec, params: dict, *, dtype: str, max_shard: int,

@@ -47,7 +47,8 @@ def restore(workdir: str | os.PathLike, weights: str, dtype: str | None, mesh: M
     abstract = jax.eval_shape(lambda: parameters.init(model, config.diffusion, config.train.lora_rank,
                                                       jax_settings.key(0)))
     if mesh is not None:
-        abstract = sharding.with_shardings(abstract, sharding.param_shardings(abstract, mesh))
+        rules = models.sharding_rules(config.model)
+        abstract = sharding.with_shardings(abstract, sharding.param_shardings(abstract, mesh, rules))
     with Checkpoints(workdir, 1, read_only=True) as checkpoints:
         params, meta, found = checkpoints.restore_params(weights, abstract, step)
     rundir.check_tokenizer(tokenizer, meta["tokenizer"], f"the checkpoint in {workdir}")

@@ -1,28 +1,40 @@
-"""Networks by name. A backbone module offers `Config` (frozen dataclass with `kind`) and `build(config, dtype)`."""
+"""Networks by name: one file each, with everything that is said of the network, and one line here.
+
+A module outside the package adds a network by the same line, `BACKBONES[name] = Entry(...)`.
+"""
 
 from typing import Any, NamedTuple
 
-from bd3lm_jax.models import bert, dit, gpt2, llama, modernbert, moe, trunk
+from bd3lm_jax.models import bert, dit, gpt2, llama, modernbert, moe, shared, trunk
 from bd3lm_jax.models.trunk import Backbone
+from bd3lm_jax.parallel.sharding import Rules
 
 
 class Entry(NamedTuple):
+    """A network: its config (a frozen dataclass with `kind`), `build(config, dtype)`, and where its parameters lie."""
+
     Config: type
     build: Any
+    sharding: Rules = shared.SHARDING
 
 
 BACKBONES = {
-    "dit": Entry(dit.DiTConfig, dit.build),
-    "bert": Entry(bert.BertConfig, bert.build),
+    "dit": Entry(dit.DiTConfig, dit.build, dit.SHARDING),
+    "bert": Entry(bert.BertConfig, bert.build, bert.SHARDING),
     "gpt2": Entry(gpt2.GPT2Config, gpt2.build),
-    "modernbert": Entry(modernbert.ModernBertConfig, modernbert.build),
+    "modernbert": Entry(modernbert.ModernBertConfig, modernbert.build, modernbert.SHARDING),
     "llama": Entry(llama.LlamaConfig, llama.build),
-    "moe": Entry(moe.MoEConfig, moe.build),
+    "moe": Entry(moe.MoEConfig, moe.build, moe.SHARDING),
 }
 
-__all__ = ["BACKBONES", "Backbone", "build", "trunk"]
+__all__ = ["BACKBONES", "Backbone", "Entry", "build", "sharding_rules", "trunk"]
 
 
 def build(config, dtype) -> Backbone:
     """The backbone of a model config, computing in `dtype`."""
     return BACKBONES[config.kind].build(config, dtype)
+
+
+def sharding_rules(config) -> Rules:
+    """Where the parameters of a network lie, by their paths (`parallel.sharding.param_specs`)."""
+    return BACKBONES[config.kind].sharding

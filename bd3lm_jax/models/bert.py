@@ -8,8 +8,10 @@ import dataclasses
 from typing import Any, ClassVar
 
 import flax.linen as nn
+from jax.sharding import PartitionSpec as P
 
 from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.models import shared
 from bd3lm_jax.models.shared import check_config, embed_tokens, logits_of, pad_vocab_size, row_dropout, tied_kernel
 from bd3lm_jax.models.trunk import Backbone
 
@@ -41,6 +43,9 @@ class BertConfig:
     @property
     def padded_vocab(self) -> int:
         return pad_vocab_size(self.vocab_size)
+
+
+SHARDING = (*shared.SHARDING, (r"embed/token_type", P()))
 
 
 def build(config: BertConfig, dtype: Any) -> Backbone:

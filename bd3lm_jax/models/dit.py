@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.models import shared
 from bd3lm_jax.models.shared import embed_tokens, pad_vocab_size, queries_keys_values, row_dropout
 from bd3lm_jax.models.trunk import Backbone
 
@@ -55,6 +57,15 @@ class DiTConfig:
     @property
     def padded_vocab(self) -> int:
         return pad_vocab_size(self.vocab_size)
+
+
+SHARDING = (
+    *shared.SHARDING,
+    (r"condition/fc[12]/(kernel|bias)", P()),
+    (r"blocks\d*/modulation/kernel", P(None, None, None, "fsdp")),
+    (r"head/modulation/kernel", P(None, None, "fsdp")),
+    (r"(.*/)?modulation/bias", P()),
+)
 
 
 def build(config: DiTConfig, dtype: Any) -> Backbone:

@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.models import shared
 from bd3lm_jax.models.dit import rotate
 from bd3lm_jax.models.shared import (
     check_config,
@@ -61,6 +63,9 @@ class ModernBertConfig:
         starts = [layer for layer in range(self.num_layers) if layer < 2 or local[layer] != local[layer - 1]]
         return tuple((f"blocks{i}", range(start, stop), local[start])
                      for i, (start, stop) in enumerate(zip(starts, [*starts[1:], self.num_layers])))
+
+
+SHARDING = (*shared.SHARDING, (r"blocks\d*/gated_in/kernel", P(None, "fsdp", None, "tensor")))
 
 
 def build(config: ModernBertConfig, dtype: Any) -> Backbone:

@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from bd3lm_jax.core.errors import UserError
-from bd3lm_jax.models import experts
+from bd3lm_jax.models import experts, shared
 from bd3lm_jax.models.dit import rotate
 from bd3lm_jax.models.llama import (
     INIT,
@@ -28,6 +29,7 @@ from bd3lm_jax.models.llama import (
 )
 from bd3lm_jax.models.shared import pad_vocab_size, row_dropout
 from bd3lm_jax.models.trunk import Backbone
+from bd3lm_jax.parallel.sharding import EXPERT_AXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,17 @@ class MoEConfig:
     @property
     def padded_vocab(self) -> int:
         return pad_vocab_size(self.vocab_size)
+
+
+SHARDING = (
+    *shared.SHARDING,
+    (r"blocks\d*/grouped_qkv/kernel", P(None, "fsdp", "tensor", None, None)),
+    (r"blocks\d*/(mlp|shared)/(gate|up)/kernel", P(None, "fsdp", "tensor")),
+    (r"blocks\d*/(mlp|shared)/down/kernel", P(None, "tensor", "fsdp")),
+    (r"blocks\d*/router/(kernel|bias)", P()),
+    (r"blocks\d*/experts/(gate|up)/kernel", P(None, EXPERT_AXES, "fsdp", None)),
+    (r"blocks\d*/experts/down/kernel", P(None, EXPERT_AXES, None, "fsdp")),
+)
 
 
 def build(config: MoEConfig, dtype: Any) -> Backbone:

@@ -5,8 +5,35 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.parallel.sharding import Rules
+
+# Sharding of the parameters that most networks have. Layers are stacked: parameters under "blocks" (or "blocks0",
+# "blocks1", ... where layers differ) have a leading layer axis.
+SHARDING: Rules = (
+    (r"embed/embedding", P("tensor", "fsdp")),
+    (r"embed/position", P(None, "fsdp")),
+    (r"(.*/)?([qk]_)?norm\d?/(scale|bias)", P()),
+    (r"blocks\d*/qkv/kernel", P(None, "fsdp", None, "tensor", None)),
+    (r"blocks\d*/qkv/bias", P(None, None, "tensor", None)),
+    (r"blocks\d*/[qkv]/kernel", P(None, "fsdp", "tensor", None)),
+    (r"blocks\d*/[qkv]/bias", P(None, "tensor", None)),
+    (r"blocks\d*/out/kernel", P(None, "tensor", None, "fsdp")),
+    (r"blocks\d*/out/bias", P()),
+    (r"blocks\d*/(gate|up)/kernel", P(None, "fsdp", "tensor")),
+    (r"blocks\d*/down/kernel", P(None, "tensor", "fsdp")),
+    (r"blocks\d*/mlp_in/kernel", P(None, "fsdp", "tensor")),
+    (r"blocks\d*/mlp_in/bias", P(None, "tensor")),
+    (r"blocks\d*/mlp_out/kernel", P(None, "tensor", "fsdp")),
+    (r"blocks\d*/mlp_out/bias", P()),
+    (r"head/dense/kernel", P("fsdp", None)),
+    (r"head/dense/bias", P()),
+    (r"head/bias", P("tensor")),
+    (r"head/linear/kernel", P("fsdp", "tensor")),
+    (r"head/linear/bias", P("tensor")),
+)
 
 
 def check_ranges(config: Any, positive: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Where arrays live: the device mesh, one path rule for every parameter, and activation constraints.
+"""Where arrays live: the device mesh, parameters by the path rules of their network, and activation constraints.
 
 Mesh axes: "data" replicates the parameters, "fsdp" shards them, "expert" splits the experts of a mixture (all three
 split the batch), "tensor" splits heads, the hidden layer of the MLP, the vocabulary, and experts once more.
@@ -21,48 +21,16 @@ from jax.sharding import PartitionSpec as P
 
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.core.schema import MeshConfig
-from bd3lm_jax.core.state import TrainState, trainable_params
+from bd3lm_jax.core.state import LORA, OBJECTIVE_PARAMS, TrainState, trainable_params
 
 AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
 EXPERT_AXES = ("expert", "tensor")
 
-# (pattern of the whole path, spec). Layers are stacked: parameters under "blocks" (or "blocks0", "blocks1", ... where
-# layers differ) have a leading layer axis.
-RULES = (
-    (r"embed/embedding", P("tensor", "fsdp")),
-    (r"condition/fc[12]/(kernel|bias)", P()),
-    (r"embed/position", P(None, "fsdp")),
-    (r"embed/token_type", P()),
-    (r"(.*/)?([qk]_)?norm\d?/(scale|bias)", P()),
-    (r"blocks\d*/qkv/kernel", P(None, "fsdp", None, "tensor", None)),
-    (r"blocks\d*/qkv/bias", P(None, None, "tensor", None)),
-    (r"blocks\d*/[qkv]/kernel", P(None, "fsdp", "tensor", None)),
-    (r"blocks\d*/[qkv]/bias", P(None, "tensor", None)),
-    (r"blocks\d*/grouped_qkv/kernel", P(None, "fsdp", "tensor", None, None)),
-    (r"blocks\d*/out/kernel", P(None, "tensor", None, "fsdp")),
-    (r"blocks\d*/out/bias", P()),
-    (r"blocks\d*/gated_in/kernel", P(None, "fsdp", None, "tensor")),
-    (r"blocks\d*/((mlp|shared)/)?(gate|up)/kernel", P(None, "fsdp", "tensor")),
-    (r"blocks\d*/((mlp|shared)/)?down/kernel", P(None, "tensor", "fsdp")),
-    (r"blocks\d*/router/(kernel|bias)", P()),
-    (r"blocks\d*/experts/(gate|up)/kernel", P(None, EXPERT_AXES, "fsdp", None)),
-    (r"blocks\d*/experts/down/kernel", P(None, EXPERT_AXES, None, "fsdp")),
-    (r"blocks\d*/mlp_in/kernel", P(None, "fsdp", "tensor")),
-    (r"blocks\d*/mlp_in/bias", P(None, "tensor")),
-    (r"blocks\d*/mlp_out/kernel", P(None, "tensor", "fsdp")),
-    (r"blocks\d*/mlp_out/bias", P()),
-    (r"blocks\d*/modulation/kernel", P(None, None, None, "fsdp")),
-    (r"head/modulation/kernel", P(None, None, "fsdp")),
-    (r"(.*/)?modulation/bias", P()),
-    (r"head/dense/kernel", P("fsdp", None)),
-    (r"head/dense/bias", P()),
-    (r"head/bias", P("tensor")),
-    (r"head/linear/kernel", P("fsdp", "tensor")),
-    (r"head/linear/bias", P("tensor")),
-    (r"objective/\w+", P()),
-    (r"lora/.*", P()),
-)
+# Pairs (pattern of the whole path of a parameter, spec). Networks bring theirs (`models.sharding_rules`); these are for
+# what stands beside any network.
+Rules = tuple[tuple[str, P], ...]
+SHARED_RULES: Rules = ((rf"{OBJECTIVE_PARAMS}/\w+", P()), (rf"{LORA}/.*", P()))
 
 
 def make_mesh(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -149,21 +117,25 @@ def num_row_shards(mesh: Any) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def param_specs(params: Any) -> Any:
-    """Tree of PartitionSpec by RULES, for arrays or abstract arrays. Raises UserError listing leaves without a rule."""
+def param_specs(params: Any, rules: Rules) -> Any:
+    """Tree of PartitionSpec by the rules of a network, for arrays or abstract arrays.
+
+    Raises UserError listing leaves without a rule.
+    """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    specs = [next((spec for rule, spec in RULES if re.fullmatch(rule, path)), None) for path in paths]
+    specs = [next((spec for rule, spec in (*rules, *SHARED_RULES) if re.fullmatch(rule, path)), None) for path in paths]
     uncovered = [path for path, spec in zip(paths, specs) if spec is None]
     if uncovered:
-        raise UserError(f"no sharding rule covers {', '.join(uncovered)}: add a line to RULES in {__name__}")
+        raise UserError(f"no sharding rule covers {', '.join(uncovered)}: add a line to SHARDING in the file of the "
+                        "network, which its entry in models.BACKBONES names")
     return jax.tree.unflatten(treedef, specs)
 
 
-def param_shardings(params: Any, mesh: Mesh) -> Any:
+def param_shardings(params: Any, mesh: Mesh, rules: Rules) -> Any:
     """Tree of NamedSharding: `param_specs`, with every axis that does not divide its dimension left out."""
     return jax.tree.map(lambda leaf, spec: NamedSharding(mesh, _drop_indivisible(spec, leaf.shape, mesh)),
-                        params, param_specs(params))
+                        params, param_specs(params, rules))
 
 
 def _drop_indivisible(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
@@ -173,9 +145,10 @@ def _drop_indivisible(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
     return P(*(axes if axes is not None and size % num_shards(axes) == 0 else None for axes, size in zip(spec, shape)))
 
 
-def state_shardings(tx: optax.GradientTransformation, abstract_state: TrainState, mesh: Mesh) -> TrainState:
+def state_shardings(tx: optax.GradientTransformation, abstract_state: TrainState, mesh: Mesh,
+                    rules: Rules) -> TrainState:
     """TrainState of NamedSharding for a state from `jax.eval_shape`: moments and average lie where their weights do."""
-    params = param_shardings(abstract_state.params, mesh)
+    params = param_shardings(abstract_state.params, mesh, rules)
     replicated: Any = NamedSharding(mesh, P())  # in the place of an array
     opt_state = optax.tree_map_params(tx, lambda _, sharding: sharding, abstract_state.opt_state,
                                       trainable_params(params), transform_non_params=lambda _: replicated)

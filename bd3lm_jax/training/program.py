@@ -47,7 +47,8 @@ class Program:
         model = models.build(config.model, dtype)
         tx = optim.make_optimizer(config.optim, config.train.steps)
         abstract = jax.eval_shape(lambda: _initial_state(config, model, tx))
-        return cls(config, special, mesh, model, tx, abstract, sharding.state_shardings(tx, abstract, mesh))
+        shardings = sharding.state_shardings(tx, abstract, mesh, models.sharding_rules(config.model))
+        return cls(config, special, mesh, model, tx, abstract, shardings)
 
     @property
     def num_params(self) -> int:

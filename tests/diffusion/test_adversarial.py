@@ -248,5 +248,5 @@ def test_the_adversary_learns_what_is_hard():
 
 
 def test_its_parameters_are_replicated():
-    specs = sharding.param_specs({OBJECTIVE_PARAMS: PLAIN.init_learned_params(jax.random.key(0), VOCAB, WIDTH)})
+    specs = sharding.param_specs({OBJECTIVE_PARAMS: PLAIN.init_learned_params(jax.random.key(0), VOCAB, WIDTH)}, ())
     assert all(not tuple(spec) for spec in jax.tree.leaves(specs[OBJECTIVE_PARAMS]))

@@ -13,7 +13,7 @@ from trunk_passes import run_pass
 
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import AR, Masked
-from bd3lm_jax.models import build, trunk
+from bd3lm_jax.models import build, sharding_rules, trunk
 from bd3lm_jax.models.bert import BertConfig
 from bd3lm_jax.models.gpt2 import GPT2Config
 from bd3lm_jax.models.modernbert import ModernBertConfig
@@ -202,9 +202,9 @@ def test_vocabulary_padding_is_invisible(config):
 @ALL
 def test_every_parameter_has_a_sharding_rule_that_fits(config):
     shapes = jax.eval_shape(functools.partial(trunk.init, build(config, jnp.float32)), jax.random.key(0))
-    for leaf, spec in zip(jax.tree.leaves(shapes), jax.tree.leaves(sharding.param_specs(shapes))):
+    specs, name = sharding.param_specs(shapes, sharding_rules(config)), "blocks0" if config is MODERN else "blocks"
+    for leaf, spec in zip(jax.tree.leaves(shapes), jax.tree.leaves(specs)):
         assert len(spec) <= leaf.ndim
-    specs, name = sharding.param_specs(shapes), "blocks0" if config is MODERN else "blocks"
     heads = specs[name]["q" if config is BERT else "qkv"]["kernel"]
     assert heads[-2] == "tensor" and heads[1] == "fsdp"
 

@@ -14,7 +14,7 @@ from trunk_passes import run_pass
 from bd3lm_jax.attention import blocked
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import AR, Masked
-from bd3lm_jax.models import build, forward, trunk
+from bd3lm_jax.models import build, forward, shared, trunk
 from bd3lm_jax.models.llama import LlamaConfig, llama3_frequencies, rope_frequencies
 from bd3lm_jax.models.trunk import Stream
 from bd3lm_jax.parallel import sharding
@@ -174,7 +174,7 @@ def test_dropout_drops():
 @pytest.mark.parametrize("config", [TINY, TIED], ids=["biases-norms", "tied"])
 def test_every_leaf_has_a_sharding(config):
     params = jax.eval_shape(lambda: trunk.init(build(config, jnp.float32), jax.random.key(0)))
-    specs = sharding.param_specs(params)
+    specs = sharding.param_specs(params, shared.SHARDING)
     jax.tree.map(lambda leaf, spec: None if len(spec) <= leaf.ndim else pytest.fail(str(spec)), params, specs)
     assert "tensor" in specs["blocks"]["k"]["kernel"] and "tensor" in specs["blocks"]["up"]["kernel"]
 

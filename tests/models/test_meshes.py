@@ -10,6 +10,7 @@ import json, sys
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np, optax
 from toy_runs import END, LENGTH, MASK, network, quick_jit, toy_config
+from bd3lm_jax import models
 from bd3lm_jax.models import forward
 from bd3lm_jax.parallel import sharding
 from bd3lm_jax.config import MeshConfig
@@ -40,7 +41,8 @@ def step_of(microbatch, mesh):
     if mesh is None:
         return step(state, batch)
     mesh = sharding.make_mesh(MeshConfig(*mesh))
-    state = jax.device_put(state, sharding.state_shardings(tx, jax.eval_shape(lambda: state), mesh))
+    rules = models.sharding_rules(config.model)
+    state = jax.device_put(state, sharding.state_shardings(tx, jax.eval_shape(lambda: state), mesh, rules))
     split = state.params["blocks1"]["experts"] if kind == "moe" else state.params["blocks"]
     parts = split["up" if kind == "llama" else "gate"]["kernel"]
     assert parts.sharding.shard_shape(parts.shape) != parts.shape

@@ -18,7 +18,7 @@ from trunk_passes import run_pass
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.core.state import TrainState
 from bd3lm_jax.diffusion import Masked
-from bd3lm_jax.models import build, forward, trunk
+from bd3lm_jax.models import build, forward, moe, trunk
 from bd3lm_jax.models.moe import MoEConfig
 from bd3lm_jax.models.trunk import Stream
 from bd3lm_jax.parallel import sharding
@@ -210,7 +210,7 @@ def test_the_training_loss_holds_the_balance():
 
 def test_every_leaf_has_a_sharding():
     params = jax.eval_shape(lambda: trunk.init(build(TINY, jnp.float32), jax.random.key(0)))
-    specs = sharding.param_specs(params)
+    specs = sharding.param_specs(params, moe.SHARDING)
     jax.tree.map(lambda leaf, spec: None if len(spec) <= leaf.ndim else pytest.fail(str(spec)), params, specs)
     assert specs["blocks1"]["experts"]["gate"]["kernel"][1] == ("expert", "tensor")
     assert specs["blocks1"]["grouped_qkv"]["kernel"][2] == specs["blocks1"]["out"]["kernel"][1] == "tensor"  # heads

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from bd3lm_jax.config import MeshConfig
 from bd3lm_jax.core.errors import UserError
-from bd3lm_jax.models import dit, trunk
+from bd3lm_jax.models import BACKBONES, dit, trunk
 from bd3lm_jax.parallel import sharding
 
 N, D, H, F, C, V = 2, 16, 4, 64, 8, 128
@@ -42,7 +42,7 @@ def abstract_mesh(data, fsdp, tensor, expert=1):
 
 
 def test_the_rules_split_heads_hidden_layer_and_vocabulary():
-    specs = sharding.param_specs(params_of(SHAPES))
+    specs = sharding.param_specs(params_of(SHAPES), dit.SHARDING)
     assert specs["embed"]["embedding"] == P("tensor", "fsdp")
     assert specs["blocks"]["qkv"]["kernel"] == P(None, "fsdp", None, "tensor", None)
     assert specs["blocks"]["out"]["kernel"] == P(None, "tensor", None, "fsdp")
@@ -58,35 +58,37 @@ def test_the_rules_cover_the_dit(adaln):
     config = dit.DiTConfig(vocab_size=100, num_layers=2, hidden_size=D, num_heads=H, mlp_ratio=4, dropout=0.0, adaln=adaln,
                            cond_dim=C, time_conditioning=False, rope_theta=1e4)
     params = jax.eval_shape(lambda: trunk.init(dit.build(config, jnp.float32), jax.random.key(0)))
-    specs = sharding.param_specs(params)
+    specs = sharding.param_specs(params, dit.SHARDING)
     assert specs["blocks"]["qkv"]["kernel"] == P(None, "fsdp", None, "tensor", None)
     for leaf, spec in zip(jax.tree.leaves(params), jax.tree.leaves(specs)):
         assert len(spec) <= leaf.ndim
 
 
-def test_every_rule_stands_once():
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_rule_stands_once(name):
     """Of two with the same pattern the second would never be read, and could be edited in vain."""
-    patterns = [pattern for pattern, _ in sharding.RULES]
+    patterns = [pattern for pattern, _ in BACKBONES[name].sharding]
     assert sorted(set(patterns)) == sorted(patterns)
 
 
 def test_uncovered_leaves_are_listed():
     shapes = {**SHAPES, "extra": {"kernel": (D, D)}, "other": {"a": (D,)}}
-    with pytest.raises(UserError, match="no sharding rule covers extra/kernel, other/a: add a line to RULES"):
-        sharding.param_specs(params_of(shapes))
+    with pytest.raises(UserError, match="no sharding rule covers extra/kernel, other/a: add a line to SHARDING"):
+        sharding.param_specs(params_of(shapes), dit.SHARDING)
 
 
 def test_an_axis_that_does_not_divide_is_left_out_of_that_leaf_only():
-    shardings = sharding.param_shardings(params_of(SHAPES), abstract_mesh(1, 3, 2))
+    shardings = sharding.param_shardings(params_of(SHAPES), abstract_mesh(1, 3, 2), dit.SHARDING)
     assert shardings["embed"]["embedding"].spec == P("tensor", None)
     assert shardings["blocks"]["qkv"]["kernel"].spec == P(None, None, None, "tensor", None)
-    shardings = sharding.param_shardings(params_of({**SHAPES, "embed": {"embedding": (V, 18)}}), abstract_mesh(1, 3, 1))
+    shapes = {**SHAPES, "embed": {"embedding": (V, 18)}}
+    shardings = sharding.param_shardings(params_of(shapes), abstract_mesh(1, 3, 1), dit.SHARDING)
     assert shardings["embed"]["embedding"].spec == P("tensor", "fsdp")
 
 
 def test_every_leaf_can_be_placed_on_every_mesh():
     for shape in ((8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2), (1, 5, 3)):
-        shardings = sharding.param_shardings(params_of(SHAPES), abstract_mesh(*shape))
+        shardings = sharding.param_shardings(params_of(SHAPES), abstract_mesh(*shape), dit.SHARDING)
         for leaf, placed in zip(jax.tree.leaves(params_of(SHAPES)), jax.tree.leaves(shardings)):
             placed.shard_shape(leaf.shape)  # raises if an axis does not divide
 
@@ -203,6 +205,7 @@ def test_eight_devices_hold_the_state_in_the_declared_parts():
         import jax, jax.numpy as jnp, optax
         jax.config.update("jax_num_cpu_devices", 8)
         from jax.sharding import PartitionSpec as P
+        from bd3lm_jax.models import dit
         from bd3lm_jax.parallel import sharding
         from bd3lm_jax.config import MeshConfig
         from bd3lm_jax.core.state import TrainState
@@ -216,7 +219,7 @@ def test_eight_devices_hold_the_state_in_the_declared_parts():
 
         mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2))
         abstract = jax.eval_shape(init)
-        shardings = sharding.state_shardings(tx, abstract, mesh)
+        shardings = sharding.state_shardings(tx, abstract, mesh, dit.SHARDING)
         with jax.set_mesh(mesh):
             state = jax.jit(init, out_shardings=shardings)()
         part = lambda x: x.sharding.shard_shape(x.shape)
@@ -229,7 +232,7 @@ def test_eight_devices_hold_the_state_in_the_declared_parts():
             "replicated": [x.sharding.is_fully_replicated for x in (state.step, moments.count)],
             "batch": part(jax.device_put(jnp.zeros((8, 5)), sharding.batch_sharding(mesh))),
             "abstract": part(sharding.with_shardings(abstract, shardings).params["head"]["linear"]["bias"]),
-            "off": sharding.state_shardings(tx, abstract.replace(ema={{}}), mesh).ema,
+            "off": sharding.state_shardings(tx, abstract.replace(ema={{}}), mesh, dit.SHARDING).ema,
         }}))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)

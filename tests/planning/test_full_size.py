@@ -48,7 +48,7 @@ def lowered(config, tokenizer, mesh):
         return TrainState(jnp.zeros((), jnp.int32), params, params, tx.init(params))
 
     abstract = jax.eval_shape(initial)
-    shardings = sharding.state_shardings(tx, abstract, mesh)
+    shardings = sharding.state_shardings(tx, abstract, mesh, models.sharding_rules(config.model))
     shape, split = (config.train.batch_size, config.data.seq_len), sharding.batch_sharding(mesh)
     rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
     step = jax.jit(make_step(config, model, tx, SpecialIds(tokenizer.mask_id, tokenizer.end_id)), donate_argnums=0,

@@ -272,14 +272,15 @@ def test_a_mesh_holds_the_same_numbers_in_parts():
     result = run_python("""
         import sys
         import jax, numpy as np
+        from bd3lm_jax import models
         from bd3lm_jax.checkpoints import hf
         from bd3lm_jax.parallel import sharding
         from bd3lm_jax.config import MeshConfig
         mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
         for path in sys.argv[1:]:
-            whole, parts = hf.read_model(path)[1], hf.read_model(path, mesh=mesh)[1]
+            (spec, whole), parts = hf.read_model(path)[:2], hf.read_model(path, mesh=mesh)[1]
             jax.tree.map(np.testing.assert_array_equal, whole, parts)
-            expected = sharding.param_shardings(whole, mesh)
+            expected = sharding.param_shardings(whole, mesh, models.sharding_rules(spec.model))
             jax.tree.map(lambda x, y: np.testing.assert_equal(x.sharding, y), parts, expected)
             table = parts["embed"]["embedding"]
             assert {s.data.size for s in table.addressable_shards} == {table.size // 4}
