@@ -85,7 +85,8 @@ class LM:
     """
 
     def __init__(self, config: Config, params: dict[str, Any], tokenizer: Tokenizer | None, model: Backbone,
-                 context: int, trained: CheckpointId | None = None, mask_id: int | None = None, any_length: bool = False,
+                 context: int, trained: CheckpointId | None = None, mask_id: int | None = None,
+                 any_length: bool = False,
                  name: str = ""):
         self.config, self.params, self.tokenizer, self.model, self.context = config, params, tokenizer, model, context
         self.trained, self._mask_id, self._any_length, self.name = trained, mask_id, any_length, name
@@ -315,7 +316,8 @@ class LM:
             noised_sigma = None if sigma is None else sigma[:, None]
             clean_sigma = sigma if sigma is not None and sigma.shape[1] == 1 else None
             h = forward.two_stream(self.model, params, xt[:, None], x0, position, segment, block_size=size,
-                                   sigma_BxMxn=noised_sigma, clean_sigma_Bx1=clean_sigma, execution=forward.DEFAULT_EXECUTION)
+                                   sigma_BxMxn=noised_sigma, clean_sigma_Bx1=clean_sigma,
+                                   execution=forward.DEFAULT_EXECUTION)
             return trunk.logits(self.model, params, h, noised_sigma)[:, 0, :length]
         return two_stream
 

@@ -43,7 +43,8 @@ RULES = (
     _rule("diffusion.schedule", "loglinear", "diffusion.corruption", "bernoulli", kinds=MASKED),
     _rule("diffusion.eps", 1e-3, "diffusion.corruption", "bernoulli", kinds=MASKED),
     Rule("diffusion.eps", 1e-3, "diffusion.clip_low", lambda config: config.diffusion.kind in MASKED
-         and config.noise.adaptive_noise == "none" and (value_of(config, "diffusion.clip_low") or 0) >= config.diffusion.eps),
+         and config.noise.adaptive_noise == "none"
+         and (value_of(config, "diffusion.clip_low") or 0) >= config.diffusion.eps),
     _rule("diffusion.weight", 2.0, "diffusion.hard", False, kinds=("priority",)),
     *(_rule(f"noise.clip_{name}", unused, "noise.adaptive_noise", "clip")
       for name, unused in (("widths", (0.5, 0.6, 0.7, 0.8, 0.9)), ("stride", 0.05), ("batches", 1))),

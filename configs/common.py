@@ -60,22 +60,28 @@ SIZES = {  # the paper's small, and the usual medium
     "medium": dict(num_layers=24, hidden_size=1024, num_heads=16),
 }
 MODELS = {  # beside the paper's transformer: name -> its `model` section, at the small size
-    "bert": {"kind": "bert", "vocab_size": -1, **SIZES["small"], "intermediate_size": 3072, "dropout": 0.1, "positions": 256,
+    "bert": {"kind": "bert", "vocab_size": -1, **SIZES["small"], "intermediate_size": 3072, "dropout": 0.1,
+             "positions": 256,
              "unused_positions": 0, "token_types": 1, "norm_eps": 1e-12},
-    "gpt2": {"kind": "gpt2", "vocab_size": -1, **SIZES["small"], "intermediate_size": 3072, "dropout": 0.1, "positions": 256,
+    "gpt2": {"kind": "gpt2", "vocab_size": -1, **SIZES["small"], "intermediate_size": 3072, "dropout": 0.1,
+             "positions": 256,
              "norm_eps": 1e-5, "target_shift": ""},
     "modernbert": {"kind": "modernbert", "vocab_size": -1, **SIZES["small"], "intermediate_size": 1152, "dropout": 0.0,
                    "window": 64, "local_layers": (1, 2, 4, 5, 7, 8, 10, 11), "rope_theta": 160_000.0,
                    "local_rope_theta": 10_000.0, "norm_eps": 1e-5},
-    "llama": {"kind": "llama", "vocab_size": -1, **SIZES["small"], "num_kv_heads": 4, "head_dim": 64, "intermediate_size": 2048,
+    "llama": {"kind": "llama", "vocab_size": -1, **SIZES["small"], "num_kv_heads": 4, "head_dim": 64,
+              "intermediate_size": 2048,
               "dropout": 0.0, "rope_theta": 10_000.0, "rope_scaling": (), "norm_eps": 1e-5, "qkv_bias": False,
               "qk_norm": False, "tie_embeddings": False, "target_shift": ""},
     "moe": {"kind": "moe", "vocab_size": -1, **SIZES["small"], "dense_layers": 1, "num_kv_heads": 4, "head_dim": 64,
-            "rotary_dim": 32, "intermediate_size": 2048, "num_experts": 16, "expert_intermediate_size": 512, "shared_intermediate_size": 512, "top_k": 2,
-            "groups": 4, "top_groups": 2, "routed_scale": 2.5, "load_balancing": 0.01, "dropout": 0.0, "rope_theta": 10_000.0,
+            "rotary_dim": 32, "intermediate_size": 2048, "num_experts": 16, "expert_intermediate_size": 512,
+            "shared_intermediate_size": 512, "top_k": 2,
+            "groups": 4, "top_groups": 2, "routed_scale": 2.5, "load_balancing": 0.01, "dropout": 0.0,
+            "rope_theta": 10_000.0,
             "norm_eps": 1e-6, "qk_norm": True, "tie_embeddings": False},
 }
-SHIFTED = {"source": "source", "block": "block", "row": "row", "none": ""}  # argument of adaptations -> model.target_shift
+# argument of adaptations -> model.target_shift
+SHIFTED = {"source": "source", "block": "block", "row": "row", "none": ""}
 CLIPS = {4: (0.45, 0.95), 16: (0.3, 0.8)}  # the paper's mask probabilities by block size; other sizes: unclipped
 
 
@@ -103,7 +109,8 @@ def base() -> ConfigDict:
             "ema_decay": 0.9999,
         },
         "train": {
-            "steps": 1_000_000, "batch_size": 512, "noise_samples": 1, "init_from": "", "block_sizes": (), "anneal_steps": 0,
+            "steps": 1_000_000, "batch_size": 512, "noise_samples": 1, "init_from": "", "block_sizes": (),
+            "anneal_steps": 0,
             "lora_rank": 0, "lora_alpha": 16.0,
         },
         "compute": {

@@ -20,8 +20,10 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-SHAPE = dict(vocab_size=157_184, num_layers=32, dense_layers=1, hidden_size=4096, num_heads=32, num_kv_heads=4, head_dim=128,
-             rotary_dim=64, intermediate_size=9216, num_experts=256, expert_intermediate_size=1024, shared_intermediate_size=1024, top_k=8, groups=8,
+SHAPE = dict(vocab_size=157_184, num_layers=32, dense_layers=1, hidden_size=4096, num_heads=32, num_kv_heads=4,
+             head_dim=128,
+             rotary_dim=64, intermediate_size=9216, num_experts=256, expert_intermediate_size=1024,
+             shared_intermediate_size=1024, top_k=8, groups=8,
              top_groups=4, routed_scale=2.5, load_balancing=0.0, rope_theta=600_000.0, norm_eps=1e-6, qk_norm=True)
 
 

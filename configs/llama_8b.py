@@ -19,7 +19,8 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-SHAPE = dict(vocab_size=128_256, num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=8, head_dim=128, intermediate_size=14_336,
+SHAPE = dict(vocab_size=128_256, num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=8, head_dim=128,
+             intermediate_size=14_336,
              rope_theta=500_000.0)
 
 

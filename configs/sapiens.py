@@ -27,7 +27,8 @@ def get_config(arg: str = "") -> ConfigDict:
     options = common.parse(arg, block_size=0, algo="mdlm")
     config = common.base()
     config.model = ConfigDict({"kind": "init_from", "dropout": 0.0})
-    config.data.update(source="text", path="heavy.txt", tokenizer=SOURCE, seq_len=144, packing="pad", valid_fraction=0.1)
+    config.data.update(source="text", path="heavy.txt", tokenizer=SOURCE, seq_len=144, packing="pad",
+                       valid_fraction=0.1)
     config.diffusion.corruption = "exact_count"
     config.optim.update(lr=5e-4, beta2=0.99, warmup_steps=40, schedule="cosine", ema_decay=0.99)
     config.train.update(steps=400, batch_size=16, init_from=SOURCE)

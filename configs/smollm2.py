@@ -11,7 +11,8 @@ steps. The bound is measured before the first step, while training and at the en
 
 Arguments: block_size=N or algo=mdlm (one block a row), steps=N, from=FILE (another causal model). The default is a
 short run; with an accelerator:
-    python -m launch train --config=configs/smollm2.py:steps=3000 --workdir=runs/smollm2-long --config.train.batch_size=16
+    python -m launch train --config=configs/smollm2.py:steps=3000 --workdir=runs/smollm2-long
+    --config.train.batch_size=16
 Hardware and time: two CPU cores; 60 steps of 14 seconds with a core and a half free, and as long again to measure.
 Expected (measured, seed 0, first 32 rows of *Persuasion*, bits per byte): 1.610 (1.584 .. 1.637) in blocks of 4, 1.774
 (1.749 .. 1.798) in blocks of 16, the causal model itself 1.357 (1.323 .. 1.391). The long run is not measured.

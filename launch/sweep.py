@@ -39,7 +39,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean("dry_run", False, "list the runs, train nothing", flag_values=values)
     flags.DEFINE_integer("retries", 2, "how often a run is started again that was preempted (exit code 42), stuck (75) "
                          "or killed (134, 137)", lower_bound=0, flag_values=values)
-    flags.DEFINE_float("early_stopping", None, "stop a run when its validation bound is so many bits per byte behind the "
+    flags.DEFINE_float("early_stopping", None,
+                       "stop a run when its validation bound is so many bits per byte behind the "
                        "best one at the same step; empty: never", flag_values=values)
     flags.DEFINE_float("early_stopping_after", 0.5, "never before this part of its steps", flag_values=values)
     flags.DEFINE_string("baseline", "0", "the run that the table compares the others with, counted from 0, or best",

@@ -40,7 +40,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("slices", 1, "of gcloud and xpk", lower_bound=1, flag_values=values)
     flags.DEFINE_boolean("spot", False, "machines that can be taken away", flag_values=values)
     flags.DEFINE_string("shared_dir", "", "directory that all hosts see, where runs/ will lie (skypilot: or "
-                        "gs://BUCKET); --workdir and --config of the command are relative to the checkout", flag_values=values)
+                        "gs://BUCKET); --workdir and --config of the command are relative to the checkout",
+                        flag_values=values)
     flags.DEFINE_integer("max_restarts", 20, "after exit code 42, 75, 134 or 137", lower_bound=0,
                          flag_values=values)
     flags.DEFINE_string("action", "all", "create, run, logs, resume, delete or all", flag_values=values)

@@ -57,7 +57,8 @@ RUNS = {"ar": "algo=ar", "tiny-ar": "algo=ar", "mdlm": "algo=mdlm", "mixed": "al
         "uniform": "algo=uniform", "ssd": "algo=ssd_lm,block_size=16"}  # trained by other commands; else as runs/tiny
 TINY = ("--config.model.num_layers=1", "--config.model.hidden_size=32", "--config.model.num_heads=2",
         "--config.data.tokenizer=bytes")
-SHORT = ("--config.train.steps=3", "--config.train.batch_size=4", "--config.optim.warmup_steps=0", "--config.log.every=1",
+SHORT = ("--config.train.steps=3", "--config.train.batch_size=4", "--config.optim.warmup_steps=0",
+         "--config.log.every=1",
          "--config.optim.schedule=constant", "--config.eval.num_samples=1", "--config.eval.sample_length=16",
          "--watchdog_timeout=0")
 DOCUMENTS = 16

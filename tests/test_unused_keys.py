@@ -23,7 +23,8 @@ CASES = [  # config, words of the command line, the key without effect, and what
     ("", ["diffusion.corruption=bernoulli", "diffusion.complement=True"], "diffusion.complement", "'bernoulli'"),
     ("algo=priority", ["diffusion.hard=True", "diffusion.weight=3."], "diffusion.weight=3.0", "diffusion.hard=True"),
     ("", ["noise.clip_widths=(.5,.6)"], "noise.clip_widths", "noise.adaptive_noise='none'"),
-    ("", ["noise.adaptive_noise=counts", "noise.clip_stride=.1"], "noise.clip_stride=0.1", "noise.adaptive_noise='counts'"),
+    ("", ["noise.adaptive_noise=counts", "noise.clip_stride=.1"], "noise.clip_stride=0.1",
+     "noise.adaptive_noise='counts'"),
     ("", ["noise.clip_batches=2"], "noise.clip_batches=2", "noise.adaptive_noise='none'"),
     ("", ["noise.count_floor=.2"], "noise.count_floor=0.2", "noise.adaptive_noise='none'"),
     ("", ["noise.count_decay=.9"], "noise.count_decay=0.9", "noise.adaptive_noise='none'"),
@@ -57,7 +58,8 @@ def test_a_key_without_effect_is_one_line_that_names_both(arg, words, key, by):
     ["diffusion.schedule=loglinear"], ["optim.schedule=constant"], ["optim.schedule=cosine"], ["eval.num_samples=0"],
     ["diffusion.corruption=bernoulli", "diffusion.schedule=cosine", "diffusion.eps=.01"],
     ["noise.adaptive_noise=counts", "noise.count_floor=.2", "noise.count_decay=.9"], ["diffusion.block_size=1"],
-    ["noise.adaptive_noise=clip", "diffusion.corruption=bernoulli", "noise.clip_widths=(.5,.6)", "noise.clip_batches=2"],
+    ["noise.adaptive_noise=clip", "diffusion.corruption=bernoulli", "noise.clip_widths=(.5,.6)",
+     "noise.clip_batches=2"],
     ["data.source=jsonl", "data.path=x", "data.field=body", "data.valid_fraction=.2"],
 ])
 def test_keys_with_an_effect_and_what_presets_leave_behind(words):

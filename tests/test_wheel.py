@@ -14,8 +14,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 BUILDER = PROJECT["build-system"]["requires"][0].partition(">=")[2]
-SMALL = ("--config.train.steps=2", "--config.train.batch_size=4", "--config.data.tokenizer=bytes", "--config.data.seq_len=32",
-         "--config.model.num_layers=1", "--config.model.hidden_size=32", "--config.model.num_heads=2", "--config.eval.rows=4",
+SMALL = ("--config.train.steps=2", "--config.train.batch_size=4", "--config.data.tokenizer=bytes",
+         "--config.data.seq_len=32",
+         "--config.model.num_layers=1", "--config.model.hidden_size=32", "--config.model.num_heads=2",
+         "--config.eval.rows=4",
          "--config.eval.batch_size=4", "--config.eval.report_rows=4", "--config.eval.num_samples=1",
          "--config.eval.sample_length=32")
 

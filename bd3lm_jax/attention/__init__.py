@@ -97,7 +97,8 @@ def _unsupported_reason(name: str, spec, noised, clean, platform) -> str | None:
         if platform != "gpu":
             return f"it needs an NVIDIA GPU, and this is a {platform.upper()}"
         q = noised[0] if noised is not None else clean[0]
-        return gpu.unsupported_reason(spec, head_size, k.dtype) or gpu.self_check(head_size, k.dtype, q.shape[-2] // kv_heads)
+        return gpu.unsupported_reason(spec, head_size,
+                                      k.dtype) or gpu.self_check(head_size, k.dtype, q.shape[-2] // kv_heads)
     return None
 
 

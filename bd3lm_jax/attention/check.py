@@ -25,7 +25,8 @@ def example(rows: Sequence[Sequence[int]], length: int, block_size: int, heads: 
             segment_BxL[row, end - size:end] = index + 1
     noised = Tokens(position_BxL, position_BxL // block_size, segment_BxL, 1)
     clean_length = length - block_size
-    clean = Tokens(*(x[:, :clean_length] for x in (position_BxL, position_BxL // block_size, segment_BxL)), noise_sample=0)
+    clean = Tokens(*(x[:, :clean_length] for x in (position_BxL, position_BxL // block_size, segment_BxL)),
+                   noise_sample=0)
     spec = MaskSpec("block_causal", block_size, True, all(len(row) == 1 for row in rows), noised, clean, None)
     rng = np.random.default_rng(0)
     def stream(*shape):

@@ -109,7 +109,8 @@ def _parts(spec: MaskSpec, noised, clean):
         return [*parts, CleanPrefix(spec, noised, clean, _block_causal(full, size))]
     parts.append(CleanPrefix(spec, noised, clean, _flash(causal=True)))
     if size > 1 and (noised is not None or spec.rule == "block_causal"):
-        parts.append(CleanPrefix(spec, noised, clean, own_flash(functools.partial(_mask_outside_causal, spec), size, OWN_TILE, None)))
+        parts.append(CleanPrefix(spec, noised, clean,
+                                 own_flash(functools.partial(_mask_outside_causal, spec), size, OWN_TILE, None)))
     return parts
 
 

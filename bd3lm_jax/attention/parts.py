@@ -27,7 +27,8 @@ class CleanPrefix:
         self.length = max(self.noised_length - self.shift, self.k.shape[1])
         self.q = self._group(noised and noised[0], clean_q)
         self.kv_tokens = with_noise_sample(spec.clean, 0)
-        noised_tokens = broadcast_noise_samples(with_noise_sample(spec.noised, 1), self.noise_samples) if self.noise_samples else self.kv_tokens
+        noised_tokens = broadcast_noise_samples(with_noise_sample(spec.noised, 1),
+                                                self.noise_samples) if self.noise_samples else self.kv_tokens
         self.q_tokens = jax.tree.map(self._group, noised_tokens, self.kv_tokens)
 
     def forward(self):
@@ -66,7 +67,8 @@ class OwnBlock:
     def __init__(self, spec: MaskSpec, noised, flash: Flash):
         self.flash, self.shape = flash, noised[0].shape[:3]
         self.streams = tuple(map(self._rows, noised))
-        self.tokens = jax.tree.map(self._rows, broadcast_noise_samples(with_noise_sample(spec.noised, 1), self.shape[1]))
+        self.tokens = jax.tree.map(self._rows,
+                                   broadcast_noise_samples(with_noise_sample(spec.noised, 1), self.shape[1]))
 
     def forward(self):
         q, k, v = self.streams

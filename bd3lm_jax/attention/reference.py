@@ -69,7 +69,8 @@ def _noise_sample_tokens(tokens: Tokens, noise_samples: int) -> Tokens:
     """Tokens `[B, T]` of one copy -> `[B, M T]` of all copies, numbered from 1."""
     batch, length = tokens.segment.shape
     tiled = jax.tree.map(lambda x: jnp.tile(x, (1, noise_samples)), tokens.replace(noise_sample=tokens.segment))
-    return tiled.replace(noise_sample=jnp.broadcast_to(jnp.repeat(jnp.arange(1, noise_samples + 1), length), (batch, noise_samples * length)))
+    return tiled.replace(noise_sample=jnp.broadcast_to(jnp.repeat(jnp.arange(1, noise_samples + 1), length),
+                                                       (batch, noise_samples * length)))
 
 
 def _concat(parts: list[Tokens]) -> Tokens:

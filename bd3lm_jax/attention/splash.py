@@ -92,7 +92,8 @@ class _Layout:
         noise_samples, length = (0, 0) if noised is None else noised[0].shape[1:3]
         clean_length = 0 if clean is None else clean[1].shape[1]
         tile = choose_tile(length, clean_length, noise_samples, spec.block_size)
-        return cls(spec.rule, spec.block_size, noise_samples, length, clean_length, clean_length > 0 and clean[0] is not None, tile)
+        return cls(spec.rule, spec.block_size, noise_samples, length, clean_length,
+                   clean_length > 0 and clean[0] is not None, tile)
 
     def _padded(self, length: int) -> int:
         return -(-length // self.tile) * self.tile
@@ -165,7 +166,8 @@ _allowed = jax.jit(allowed, static_argnums=0)
 
 
 def choose_tile(noised: int, clean: int, noise_samples: int, block_size: int) -> int:
-    """Rows and columns of a tile, by estimated time, for `noise_samples` noised streams and a clean one of these lengths.
+    """Rows and columns of a tile, by estimated time, for `noise_samples` noised streams and a clean one of these
+    lengths.
 
     Large tiles compute more pairs that nobody sees, on the diagonals and in padding; small ones spend the time on
     starting: about 0.35 us each, in which the kernel would compute some 256 x 256 pairs (an estimate, not measured).

@@ -64,7 +64,8 @@ def all_tiles(size: int, queries: int, keys: int) -> Tiles:
     return Tiles(size, pairs[:0], pairs)
 
 
-def restrict_to_window(window: int | None, shift: int, tiles_of: Callable[[int, int], Tiles]) -> Callable[[int, int], Tiles]:
+def restrict_to_window(window: int | None, shift: int,
+                       tiles_of: Callable[[int, int], Tiles]) -> Callable[[int, int], Tiles]:
     """`tiles_of` without the tiles that lie wholly outside the window of `spec.allowed`.
 
     shift: queries may stand up to so many rows later than their index says (`parts.CleanPrefix`).
@@ -118,7 +119,8 @@ def _forward(mask_fn, tiles_of, q_BxGxNxHxD, k_BxPxKxD, v_BxPxKxD, q_tokens: Tok
     return zero_padding(q_tokens, out, lse)
 
 
-def _backward(mask_fn, tiles_of, q_BxGxNxHxD, k_BxPxKxD, v_BxPxKxD, q_tokens: Tokens, kv_tokens: Tokens, grad: BackwardInputs):
+def _backward(mask_fn, tiles_of, q_BxGxNxHxD, k_BxPxKxD, v_BxPxKxD, q_tokens: Tokens, kv_tokens: Tokens,
+              grad: BackwardInputs):
     _, groups, length, heads, depth = q_BxGxNxHxD.shape
     keys, kv_heads = k_BxPxKxD.shape[1:3]
     scale, tiles = depth**-0.5, tiles_of(length, keys)

@@ -28,7 +28,8 @@ RUN_OUTPUTS = ("checkpoints", "samples", "plots", "profile", METRICS_FILE, "repo
                "watch.jsonl")
 HASH, FILES = "config_sha256", "files_sha256"  # keys of config.json beside the config itself
 MIGRATIONS = {  # keys that the run directories of earlier versions lack, with values that mean what these runs did
-    "noise": {"adaptive_noise": "none", "clip_widths": [0.5, 0.6, 0.7, 0.8, 0.9], "clip_stride": 0.05, "clip_batches": 1,
+    "noise": {"adaptive_noise": "none", "clip_widths": [0.5, 0.6, 0.7, 0.8, 0.9], "clip_stride": 0.05,
+              "clip_batches": 1,
               "count_floor": 0.1, "count_decay": 0.99},
     "train": {"noise_samples": 1, "block_sizes": [], "anneal_steps": 0, "lora_rank": 0, "lora_alpha": 16.0},
     "data": {"density": "", "density_fraction": 1.0, "mixture": []},

@@ -46,7 +46,8 @@ class D3PM(Objective):
 
     def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int,
                 end_id: int) -> Noised:
-        """`noise_samples` noised copies of a batch, stratified over rows, copies and blocks; arguments as for `Masked.corrupt`.
+        """`noise_samples` noised copies of a batch, stratified over rows, copies and blocks; arguments as for
+        `Masked.corrupt`.
         """
         noise_draw = independent.sample_noise(key, x0_BxL.shape, noise_samples, self.block_size)
         i_BxMxK = jnp.minimum(jnp.floor(noise_draw.time_BxMxK * self.steps) + 1, self.steps)

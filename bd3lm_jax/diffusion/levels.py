@@ -40,7 +40,8 @@ class Levels(Objective):
 
     def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int,
                 end_id: int) -> Noised:
-        """`noise_samples` noised copies of a batch, times stratified over all its rows, copies and blocks; a level a token.
+        """`noise_samples` noised copies of a batch, times stratified over all its rows, copies and blocks; a level a
+        token.
 
         Arguments and errors as for `Masked.corrupt`.
         """

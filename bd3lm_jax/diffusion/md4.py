@@ -54,12 +54,14 @@ class MD4(Objective):
 
     def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int,
                 end_id: int) -> Noised:
-        """`noise_samples` noised copies of a batch, stratified over rows, copies and blocks; arguments as for `Masked.corrupt`.
+        """`noise_samples` noised copies of a batch, stratified over rows, copies and blocks; arguments as for
+        `Masked.corrupt`.
         """
         schedule = get_schedule(self._name)
         noise_draw = independent.sample_noise(key, x0_BxL.shape, noise_samples, self.block_size)
         t_BxMxK, clip_scale = noise_draw.time_BxMxK, 1 - 2 * self.clip
         prob_BxMxK = self.clip + clip_scale * schedule.mask_prob(t_BxMxK)
         weight_BxMxK = clip_scale * schedule.weight(t_BxMxK) * schedule.mask_prob(t_BxMxK) / prob_BxMxK
-        return independent.apply_masks(noise_draw.order_BxMxL, prob_BxMxK, weight_BxMxK, independent.sigma_of_mask_prob(prob_BxMxK),
+        return independent.apply_masks(noise_draw.order_BxMxL, prob_BxMxK, weight_BxMxK,
+                                       independent.sigma_of_mask_prob(prob_BxMxK),
                                        x0_BxL, segment_BxL, mask_id)

@@ -56,7 +56,8 @@ class Uniform(Objective):
 
     def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int,
                 end_id: int) -> Noised:
-        """`noise_samples` noised copies of a batch, stratified over rows, copies and blocks; arguments as for `Masked.corrupt`.
+        """`noise_samples` noised copies of a batch, stratified over rows, copies and blocks; arguments as for
+        `Masked.corrupt`.
 
         Raises UserError if `vocab_size` is still -1.
         """
@@ -68,7 +69,8 @@ class Uniform(Objective):
         alpha_BxMxK = jnp.maximum(1 - self.eps - stretch * noise_draw.time_BxMxK, ALPHA_MIN)
         real_BxMxL = jnp.broadcast_to((segment_BxL != 0)[:, None], noise_draw.order_BxMxL.shape)
         changed_BxMxL = (noise_draw.order_BxMxL >= independent.per_token(alpha_BxMxK, x0_BxL.shape[1])) & real_BxMxL
-        random_token_BxMxL = jax.random.randint(random_token_key, changed_BxMxL.shape, 0, self.vocab_size - (mask_id >= 0))
+        random_token_BxMxL = jax.random.randint(random_token_key, changed_BxMxL.shape, 0,
+                                                self.vocab_size - (mask_id >= 0))
         random_token_BxMxL += (random_token_BxMxL >= mask_id) & (mask_id >= 0)
         weight_BxMxL = independent.per_token(stretch / alpha_BxMxK, x0_BxL.shape[1])
         return Noised(xt_BxMxL=jnp.where(changed_BxMxL, random_token_BxMxL, x0_BxL[:, None]).astype(jnp.int32),

@@ -7,7 +7,8 @@ from typing import Any
 from bd3lm_jax.config import Config
 
 PHRASES = {
-    "seed": "seed {}", "train.steps": "{} steps", "train.batch_size": "{} rows a step", "train.noise_samples": "{} noised copies",
+    "seed": "seed {}", "train.steps": "{} steps", "train.batch_size": "{} rows a step",
+    "train.noise_samples": "{} noised copies",
     "model.decoder_layers": "decoder layers: {}", "model.num_layers": "{} layers", "model.hidden_size": "width {}",
     "optim.lr": "learning rate {}", "optim.ema_decay": "EMA {}", "data.seq_len": "{} tokens a row",
     "diffusion.block_size": "block size {}",

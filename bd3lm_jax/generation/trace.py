@@ -76,7 +76,8 @@ def _problem(record: Any) -> str:
     if not all(isinstance(text, str) for text in record["pieces"].values()):
         return "a piece is no text"
     for sample in record["samples"]:
-        if not _has_types(sample, {"number": int, "canvas": list, "steps": list, "stop": str | None, "nfe": int | None}):
+        if not _has_types(sample, {"number": int, "canvas": list, "steps": list, "stop": str | None,
+                                   "nfe": int | None}):
             return "a sample lacks number, canvas, steps, stop or nfe"
         places = range(len(sample["canvas"]))
         if not all(type(token) is int for token in sample["canvas"]):

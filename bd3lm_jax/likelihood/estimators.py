@@ -139,7 +139,8 @@ class Exhaustive:
         size, all_views = self.block_size, self.num_passes(draws) * self.noise_samples
         blocks = tokens_L.shape[0] // size
         pattern_JxK = self._patterns(all_views, blocks)
-        pattern_MxK = jax.lax.dynamic_slice_in_dim(jnp.asarray(pattern_JxK), index * self.noise_samples, self.noise_samples)
+        pattern_MxK = jax.lax.dynamic_slice_in_dim(jnp.asarray(pattern_JxK), index * self.noise_samples,
+                                                   self.noise_samples)
         masked_MxKxS = (pattern_MxK[..., None] >> jnp.arange(size)) & 1 == 1
         real_KxS = segments_L.reshape(blocks, size) != 0
         masked_MxKxS &= ~(masked_MxKxS & ~real_KxS).any(-1, keepdims=True)  # n < S: only the sets of real tokens
@@ -211,7 +212,8 @@ class OwnObjective:
 
         def replicate(number):
             drawn = self.objective.corrupt(jax.random.fold_in(jax.random.fold_in(key, number), index), tokens_L[None],
-                                           segments_L[None], self.noise_samples // self.replicates, special.mask, special.end)
+                                           segments_L[None], self.noise_samples // self.replicates, special.mask,
+                                           special.end)
             return jax.tree.map(lambda x: x[0], drawn)
 
         drawn = jax.vmap(replicate)(jnp.arange(self.replicates))

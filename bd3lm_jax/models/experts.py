@@ -137,7 +137,8 @@ def _moe_ffn_shard(num_shards: int, x, choice, weight, gate, up, down):
 
     def add(total, part):
         arguments = x_NxD, weight_A, (gate, up, down), *part
-        return jax.lax.cond((part[0] < num_assignments).any(), lambda: total + chunk_output(*arguments), lambda: total), None
+        return jax.lax.cond((part[0] < num_assignments).any(), lambda: total + chunk_output(*arguments),
+                            lambda: total), None
 
     chunks = assignment_txs.reshape(-1, chunk, size), expert_t.reshape(-1, chunk)
     total, _ = jax.lax.scan(add, jnp.zeros(x_NxD.shape, jnp.float32), chunks)

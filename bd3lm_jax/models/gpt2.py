@@ -50,7 +50,8 @@ class GPT2Config:
 def build(config: GPT2Config, dtype: Any) -> Backbone:
     """The backbone that computes in `dtype`; parameters are float32."""
     return Backbone(config=config, embed=Embed(config, dtype), condition=None, rotary=lambda position: (),
-                    groups=(("blocks", Block(config, dtype), config.num_layers),), head=Head(config, dtype), dtype=dtype,
+                    groups=(("blocks", Block(config, dtype), config.num_layers),), head=Head(config, dtype),
+                    dtype=dtype,
                     tied=True)
 
 

@@ -73,7 +73,8 @@ def build(config: LlamaConfig, dtype: Any) -> Backbone:
     elif len(config.rope_scaling) == LLAMA3:
         frequencies = llama3_frequencies(frequencies, *config.rope_scaling)
     return Backbone(config=config, embed=Embed(config, dtype), condition=None, rotary=make_rotary(frequencies),
-                    groups=(("blocks", Block(config, dtype), config.num_layers),), head=Head(config, dtype), dtype=dtype,
+                    groups=(("blocks", Block(config, dtype), config.num_layers),), head=Head(config, dtype),
+                    dtype=dtype,
                     tied=config.tie_embeddings)
 
 

@@ -46,14 +46,16 @@ def token_losses(output: OutputLayer, features_GxNxD, target_GxN, chunk: int) ->
     """
     positions = target_GxN.shape[1]
     chunk = chunk_positions(positions, output.bias_V.shape[0], chunk)
-    losses = jax.lax.map(lambda xs: _losses(output, *xs)[0], (_split_chunks(features_GxNxD, chunk), _split_chunks(target_GxN, chunk)))
+    losses = jax.lax.map(lambda xs: _losses(output, *xs)[0],
+                         (_split_chunks(features_GxNxD, chunk), _split_chunks(target_GxN, chunk)))
     return _merge_chunks(losses, positions)
 
 
 TokenLoss = Callable[..., Any]  # (logits_NxV float32, target_N, *more_N) -> float32 [N], or a tree of arrays [N]
 
 
-def custom_token_losses(output: OutputLayer, token_loss: TokenLoss, vocab_size: int, features_GxNxD, target_GxN, extra_GxN: tuple,
+def custom_token_losses(output: OutputLayer, token_loss: TokenLoss, vocab_size: int, features_GxNxD, target_GxN,
+                        extra_GxN: tuple,
                         chunk: int) -> Any:
     """Any loss of single positions, float32 `[G, N]`, or a tree of them; the backward pass computes each chunk's logits
     again.
@@ -96,7 +98,8 @@ def _total_forward(output, features_GxNxD, target_GxN, weight_GxN, chunk):
         losses, logits, lse, is_target = _losses(output, x, target)
         d_logits = (jnp.exp(logits - lse[..., None]) - is_target) * weight[..., None]
         d_logits_low_precision = d_logits.astype(x.dtype)
-        d_x = jnp.einsum("gnv,dv->gnd", d_logits_low_precision, output.kernel_DxV.astype(x.dtype), preferred_element_type=jnp.float32)
+        d_x = jnp.einsum("gnv,dv->gnd", d_logits_low_precision, output.kernel_DxV.astype(x.dtype),
+                         preferred_element_type=jnp.float32)
 
         def accumulate_slice(s, d_kernel):
             part = jax.lax.dynamic_slice_in_dim(x, s * (depth // slices), depth // slices, axis=2)

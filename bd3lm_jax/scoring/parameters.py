@@ -19,4 +19,5 @@ def init(model: Backbone, objective: Any, lora_rank: int, key: jax.Array) -> dic
     if not objective.learns:
         return params
     objective_key = jax.random.fold_in(key, OBJECTIVE_PARAMS_FOLD)
-    return params | {OBJECTIVE_PARAMS: objective.init_learned_params(objective_key, model.config.vocab_size, model.config.hidden_size)}
+    return params | {OBJECTIVE_PARAMS: objective.init_learned_params(objective_key, model.config.vocab_size,
+                                                                     model.config.hidden_size)}

@@ -62,7 +62,8 @@ def _wsd(optim: OptimConfig, remaining_steps: int, steps: int) -> optax.Schedule
     if remaining_steps == 0:
         return optax.constant_schedule(optim.lr * optim.final_lr_fraction)
     decay = min(_decay_steps(optim, steps), remaining_steps)
-    return optax.linear_schedule(optim.lr, optim.final_lr_fraction * optim.lr, decay, transition_begin=remaining_steps - decay)
+    return optax.linear_schedule(optim.lr, optim.final_lr_fraction * optim.lr, decay,
+                                 transition_begin=remaining_steps - decay)
 
 
 def _decay_steps(optim: OptimConfig, steps: int) -> int:

@@ -13,7 +13,8 @@ from bd3lm_jax.data.tokenizers import ByteTokenizer
 from launch.arguments import load_config
 from launch.sweep import load_points
 
-FIRST_HASH = "7e1e094d23ac0fa4e2894f41de28228e301037aa2f33fc4da0a6ed778da7bbba"  # of configs/tiny.py before any renaming
+# of configs/tiny.py before any renaming
+FIRST_HASH = "7e1e094d23ac0fa4e2894f41de28228e301037aa2f33fc4da0a6ed778da7bbba"
 CONFIG_FILE = """
 from configs import common
 

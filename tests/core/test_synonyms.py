@@ -39,7 +39,8 @@ def test_config_keys(given, ours):
 
 
 @pytest.mark.parametrize("section, name, ours", [
-    ("optim", "learning_rate", "optim.lr"), ("train", "seq_len", "data.seq_len"), ("model", "d_model", "model.hidden_size")])
+    ("optim", "learning_rate", "optim.lr"), ("train", "seq_len", "data.seq_len"),
+    ("model", "d_model", "model.hidden_size")])
 def test_config_keys_of_a_file(section, name, ours):
     config = copy.deepcopy(tiny.get_config().to_dict())
     config[section][name] = 1

@@ -57,7 +57,8 @@ def test_the_published_network_in_pytorch_has_the_same_loss(two_stream):
 def test_variants_are_what_they_are_called():
     objectives = {name: (make(CASE), noise_samples) for name, (make, noise_samples) in OBJECTIVES.items()}
     assert objectives["ar"][0].causal and objectives["ar"][1] == 1
-    assert {name: (objective.block_size, noise_samples) for name, (objective, noise_samples) in objectives.items() if name != "ar"} == {
+    assert {name: (objective.block_size, noise_samples) for name,
+            (objective, noise_samples) in objectives.items() if name != "ar"} == {
         "mdlm": (64, 1), "two_stream": (8, 1), "two_stream_views2": (8, 2), "two_stream_split": (8, 1)}
     layers = {name: module.config_of(module.SMALL, name, "none").model.decoder_layers for name in OBJECTIVES}
     assert {name: n for name, n in layers.items() if n} == {"two_stream_split": 2}

@@ -37,7 +37,8 @@ LETTERS = Letters()
 @functools.cache
 def make_lm(objective=masked(4), time_conditioning=False, tokenizer=None):
     """Random parameters everywhere: a fresh network ignores its input."""
-    config = DiTConfig(vocab_size=VOCAB, num_layers=2, hidden_size=32, num_heads=2, mlp_ratio=2, dropout=0.0, cond_dim=8,
+    config = DiTConfig(vocab_size=VOCAB, num_layers=2, hidden_size=32, num_heads=2, mlp_ratio=2, dropout=0.0,
+                       cond_dim=8,
                        adaln=not objective.causal, time_conditioning=time_conditioning, rope_theta=1e4)
     model = build(config, jnp.float32)
     shapes = jax.eval_shape(functools.partial(trunk.init, model), jax.random.key(0))

@@ -39,11 +39,14 @@ def toy_dict(directory: Path, changes: dict) -> dict:
     """A config as a nested dict; `changes` has keys like "train.steps", or "diffusion" for the whole section."""
     config = tiny.get_config().to_dict()
     base = {
-        "model.num_layers": 1, "model.hidden_size": 32, "model.num_heads": 2, "model.cond_dim": 16, "data.source": "text",
+        "model.num_layers": 1, "model.hidden_size": 32, "model.num_heads": 2, "model.cond_dim": 16,
+        "data.source": "text",
         "data.path": str(directory / "text.txt"), "data.tokenizer": "bytes", "data.seq_len": LENGTH,
         "data.valid_fraction": 0.1, "data.cache_dir": str(directory / "cache"), "data.workers": 1,
-        "optim.schedule": "constant", "optim.warmup_steps": 0, "optim.lr": 1e-2, "train.steps": 6, "train.batch_size": 8,
-        "log.every": 1, "checkpoint.every": 100, "eval.every": 100, "eval.batch_size": 16, "eval.rows": 8, "eval.num_samples": 0,
+        "optim.schedule": "constant", "optim.warmup_steps": 0, "optim.lr": 1e-2, "train.steps": 6,
+        "train.batch_size": 8,
+        "log.every": 1, "checkpoint.every": 100, "eval.every": 100, "eval.batch_size": 16, "eval.rows": 8,
+        "eval.num_samples": 0,
         "eval.sample_length": LENGTH,
     }
     for key, value in {**base, **changes}.items():

@@ -235,7 +235,8 @@ def test_eval_hands_every_flag_over(capsys, monkeypatch):
     calls = []
     monkeypatch.setattr("bd3lm_jax.evaluation.evaluate_run.evaluate_run", recorder(calls, {"nll": 1.0}))
     code, out, _ = run(capsys, "eval", "--workdir=w", "--split=valid", "--data=d.txt", "--estimator=nll",
-                       "--draws=3", "--seed=4", "--weights=params", "--batch=5", "--target_ci=0.5%", "--max-draws=9", "--against=v",
+                       "--draws=3", "--seed=4", "--weights=params", "--batch=5", "--target_ci=0.5%", "--max-draws=9",
+                       "--against=v",
                        "--chunks=sliding", "--stride=7", "--data-dir=d", "--first_token=skip", "--end_token=skip")
     assert (code, json.loads(out)) == (0, {"nll": 1.0})
     assert calls == [(("w",), {

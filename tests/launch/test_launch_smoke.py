@@ -13,7 +13,8 @@ SMALL = ("--config.data.source=text", "--config.data.tokenizer=bytes", "--config
          "--config.data.valid_fraction=0.1", "--config.model.num_layers=1", "--config.model.hidden_size=32",
          "--config.model.num_heads=2", "--config.train.steps=3", "--config.train.batch_size=4", "--config.log.every=1",
          "--config.optim.warmup_steps=1",
-         "--config.eval.batch_size=4", "--config.eval.rows=4", "--config.eval.num_samples=1", "--config.eval.sample_length=32")
+         "--config.eval.batch_size=4", "--config.eval.rows=4", "--config.eval.num_samples=1",
+         "--config.eval.sample_length=32")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.models import build, trunk
 from bd3lm_jax.models.dit import Condition, DiTConfig, rotate
 
-TINY = DiTConfig(vocab_size=67, num_layers=2, hidden_size=16, num_heads=2, mlp_ratio=4, dropout=0.0, adaln=True, cond_dim=8,
+TINY = DiTConfig(vocab_size=67, num_layers=2, hidden_size=16, num_heads=2, mlp_ratio=4, dropout=0.0, adaln=True,
+                 cond_dim=8,
                  time_conditioning=False, rope_theta=1e4)
 PAPER = dataclasses.replace(TINY, vocab_size=50258, num_layers=12, hidden_size=768, num_heads=12, cond_dim=128)
 

@@ -21,7 +21,8 @@ from bd3lm_jax.models.forward import Execution
 from bd3lm_jax.planning import flops
 
 VOCAB, MASK, END, BLOCK, LENGTH, VIEWS = 31, 30, 3, 4, 12, 2
-CONFIG = DiTConfig(vocab_size=VOCAB, num_layers=4, hidden_size=16, num_heads=2, mlp_ratio=2, dropout=0.0, adaln=True, cond_dim=8,
+CONFIG = DiTConfig(vocab_size=VOCAB, num_layers=4, hidden_size=16, num_heads=2, mlp_ratio=2, dropout=0.0, adaln=True,
+                   cond_dim=8,
                    time_conditioning=True, rope_theta=1e4, decoder_layers=2)
 X0 = np.random.default_rng(1).integers(0, MASK, size=(2, LENGTH)).astype(np.int32)
 XT = np.where(np.random.default_rng(2).uniform(size=(2, VIEWS, LENGTH)) < 0.5, MASK, X0[:, None])
@@ -212,7 +213,8 @@ def test_the_count_of_operations():
     """One more encoder layer: 24 D^2 a clean token (a smaller MLP here: 16 D^2), all pairs in dense attention, no
     noised token; what `flops` says of it, with the pairs that see each other; and what the compiler counts."""
     rows, width, clean = 2, 256, LENGTH - BLOCK
-    configs = [dataclasses.replace(CONFIG, time_conditioning=False, num_layers=layers, hidden_size=width, decoder_layers=1)
+    configs = [dataclasses.replace(CONFIG, time_conditioning=False, num_layers=layers, hidden_size=width,
+                                   decoder_layers=1)
                for layers in (2, 3)]
     before, after = (flops.count(*gradient_of(config)) for config in configs)
     tokens = 3 * 16 * width**2 * rows * clean

@@ -102,7 +102,8 @@ def test_a_curriculum_is_read_back_and_decides_what_is_learned(home, whole):
     ({"train.block_sizes": ((0, 0), (3, 4))}, "expected pairs"),
     ({"train.block_sizes": (0, 4)}, "train.block_sizes"),
     ({"train.block_sizes": ((0, 8), (3, 4)), "data.packing": "pack"}, "documents begin at multiples of"),
-    ({"train.block_sizes": PAIRS, "noise.adaptive_noise": "counts"}, "noise.adaptive_noise='counts' learns about blocks of one size"),
+    ({"train.block_sizes": PAIRS, "noise.adaptive_noise": "counts"},
+     "noise.adaptive_noise='counts' learns about blocks of one size"),
     ({"train.block_sizes": PAIRS, "diffusion.count_probs": (1.0, 1.0, 1.0, 2.0)}, "count_probs is for blocks of one"),
     ({"train.block_sizes": ((0, 1),), "diffusion": {"kind": "ar", "bos": True}}, "no effect with diffusion.kind='ar'"),
 ])

@@ -69,7 +69,8 @@ def from_hf_config(path, published: dict, scalars: dict[str, float]) -> ModelSpe
     require(length > 0, f"{path}: max_position_embeddings={published['max_position_embeddings']} leaves no position "
             f"behind the first {unused}")
     model = BertConfig(
-        vocab_size=published["vocab_size"], num_layers=published["num_hidden_layers"], hidden_size=published["hidden_size"],
+        vocab_size=published["vocab_size"], num_layers=published["num_hidden_layers"],
+        hidden_size=published["hidden_size"],
         num_heads=published["num_attention_heads"], intermediate_size=published["intermediate_size"],
         dropout=float(published.get("hidden_dropout_prob", 0.0)), positions=length, unused_positions=unused,
         token_types=published["type_vocab_size"], norm_eps=float(published["layer_norm_eps"]))
@@ -86,7 +87,8 @@ def to_hf_config(model: BertConfig, objective, length: int) -> dict:
         "model_type": names.kind, "architectures": [names.architectures[objective.causal]],
         "vocab_size": model.vocab_size, "max_position_embeddings": model.positions + model.unused_positions,
         "hidden_size": model.hidden_size, "num_hidden_layers": model.num_layers, "num_attention_heads": model.num_heads,
-        "intermediate_size": model.intermediate_size, "hidden_dropout_prob": model.dropout, "attention_probs_dropout_prob": 0.0,
+        "intermediate_size": model.intermediate_size, "hidden_dropout_prob": model.dropout,
+        "attention_probs_dropout_prob": 0.0,
         "layer_norm_eps": model.norm_eps, "type_vocab_size": model.token_types, "is_decoder": objective.causal,
         "pad_token_id": max(model.unused_positions - 1, 0), **{key: values[0] for key, values in CHOICES.items()},
         **language.write_objective(names.kind, objective, model.positions, causal=objective.causal),

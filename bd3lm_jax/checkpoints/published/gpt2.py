@@ -57,7 +57,8 @@ def to_hf_config(model: GPT2Config, objective, length: int) -> dict:
     del length  # the context is what positions were learned for
     return {
         "model_type": GPT2Config.kind, "architectures": ["GPT2LMHeadModel"], "vocab_size": model.vocab_size,
-        "n_positions": model.positions, "n_embd": model.hidden_size, "n_layer": model.num_layers, "n_head": model.num_heads,
+        "n_positions": model.positions, "n_embd": model.hidden_size, "n_layer": model.num_layers,
+        "n_head": model.num_heads,
         "n_inner": model.intermediate_size, "resid_pdrop": model.dropout, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
         "layer_norm_epsilon": model.norm_eps, **{key: values[0] for key, values in CHOICES.items()},
         **language.write_objective(GPT2Config.kind, objective, model.positions, causal=True),

@@ -63,7 +63,8 @@ def to_hf_config(model: LlamaConfig, objective, length: int) -> dict:
             "network as a Llama")
     return {
         "model_type": "llada", "architectures": ["LLaDAModelLM"], "vocab_size": model.vocab_size,
-        "embedding_size": model.vocab_size, "d_model": model.hidden_size, "n_layers": model.num_layers, "n_heads": model.num_heads,
+        "embedding_size": model.vocab_size, "d_model": model.hidden_size, "n_layers": model.num_layers,
+        "n_heads": model.num_heads,
         "n_kv_heads": model.num_kv_heads, "mlp_hidden_size": model.intermediate_size, "max_sequence_length": length,
         "rms_norm_eps": model.norm_eps, "rope_theta": model.rope_theta, "weight_tying": model.tie_embeddings,
         "include_qkv_bias": model.qkv_bias, **COMPUTED, **write_objective("llada", objective, length, causal=False),
@@ -96,7 +97,8 @@ def layout(config: LlamaConfig) -> dict[str, ParamMapping]:
 
 def buffer_shapes(config: LlamaConfig, names: set[str]) -> dict[str, tuple[int, ...]]:
     """An output layer that repeats a tied embedding (which is then read as well) may be there."""
-    return dict.fromkeys((HEAD, EMBED), (config.vocab_size, config.hidden_size)) if config.tie_embeddings and HEAD in names else {}
+    return dict.fromkeys((HEAD, EMBED), (config.vocab_size,
+                                         config.hidden_size)) if config.tie_embeddings and HEAD in names else {}
 
 
 def check_buffers(path, config: LlamaConfig, tensors: dict[str, np.ndarray]) -> None:

@@ -51,8 +51,10 @@ def from_hf_config(path, published: dict, scalars: dict[str, float]) -> ModelSpe
     part = partial_of(path, published)
     require(part == 1, f"{path}: '{PARTIAL}' is {part}, expected 1 for model_type '{kind}'")
     model = LlamaConfig(
-        vocab_size=published["vocab_size"], num_layers=published["num_hidden_layers"], hidden_size=published["hidden_size"],
-        num_heads=heads, num_kv_heads=published.get("num_key_value_heads") or heads, head_dim=head_dim_of(path, published),
+        vocab_size=published["vocab_size"], num_layers=published["num_hidden_layers"],
+        hidden_size=published["hidden_size"],
+        num_heads=heads, num_kv_heads=published.get("num_key_value_heads") or heads,
+        head_dim=head_dim_of(path, published),
         intermediate_size=published["intermediate_size"], dropout=0.0, rope_theta=theta, rope_scaling=scaling,
         norm_eps=float(published["rms_norm_eps"]), qkv_bias=kind in ("qwen2", "Dream"), qk_norm=kind == "qwen3",
         tie_embeddings=published.get("tie_word_embeddings", False),
@@ -69,7 +71,8 @@ def to_hf_config(model: LlamaConfig, objective, length: int) -> dict:
             "model.qk_norm: use one of them")
     kind = "qwen3" if model.qk_norm else "llama"
     if model.qkv_bias:
-        require(model.head_dim * model.num_heads == model.hidden_size, f"model.qkv_bias=True is published as Qwen2, whose "
+        require(model.head_dim * model.num_heads == model.hidden_size,
+                f"model.qkv_bias=True is published as Qwen2, whose "
                 f"heads fill the width: model.head_dim is {model.head_dim}, expected {model.hidden_size / model.num_heads:g}")
         dream = objective == Masked.uniform_counts(length) and model.target_shift == "row"
         kind = "Dream" if dream else "qwen2"
@@ -77,7 +80,8 @@ def to_hf_config(model: LlamaConfig, objective, length: int) -> dict:
              "Dream": "DreamModel"}
     return {
         "model_type": kind, "architectures": [names[kind]], "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size, "intermediate_size": model.intermediate_size, "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size, "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_heads, "num_key_value_heads": model.num_kv_heads, "head_dim": model.head_dim,
         "max_position_embeddings": length, "rms_norm_eps": model.norm_eps, "rope_theta": model.rope_theta,
         "rope_scaling": _published_scaling(model.rope_scaling), "hidden_act": "silu", "attention_bias": False,

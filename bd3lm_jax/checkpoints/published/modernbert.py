@@ -38,7 +38,8 @@ def from_hf_config(path, published: dict, scalars: dict[str, float]) -> ModelSpe
     length = published["max_position_embeddings"]
     full_base, local_base = _rope_bases(path, published)
     model = ModernBertConfig(
-        vocab_size=published["vocab_size"], num_layers=published["num_hidden_layers"], hidden_size=published["hidden_size"],
+        vocab_size=published["vocab_size"], num_layers=published["num_hidden_layers"],
+        hidden_size=published["hidden_size"],
         num_heads=published["num_attention_heads"], intermediate_size=published["intermediate_size"],
         dropout=float(published.get("mlp_dropout", 0.0)), window=published["local_attention"] // 2,
         local_layers=_local_layers(path, published), rope_theta=full_base, local_rope_theta=local_base,
@@ -90,7 +91,8 @@ def to_hf_config(model: ModernBertConfig, objective, length: int) -> dict:
     return {
         "model_type": ModernBertConfig.kind, "architectures": ["ModernBertForMaskedLM"],
         "vocab_size": model.vocab_size, "max_position_embeddings": length, "hidden_size": model.hidden_size,
-        "num_hidden_layers": model.num_layers, "num_attention_heads": model.num_heads, "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_layers, "num_attention_heads": model.num_heads,
+        "intermediate_size": model.intermediate_size,
         "mlp_dropout": model.dropout, "embedding_dropout": 0.0, "attention_dropout": 0.0, "norm_eps": model.norm_eps,
         "local_attention": 2 * model.window, "layer_types": types,
         **({} if period is None else {"global_attn_every_n_layers": period}),

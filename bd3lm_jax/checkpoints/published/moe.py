@@ -84,7 +84,8 @@ def to_hf_config(model: MoEConfig, objective, length: int) -> dict:
     own = {BALANCE: model.load_balancing} if model.load_balancing else {}
     return own | {
         "model_type": "llada2_moe", "architectures": ["LLaDA2MoeModelLM"], "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size, "intermediate_size": model.intermediate_size, "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size, "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_layers,
         "first_k_dense_replace": model.dense_layers, "num_attention_heads": model.num_heads,
         "num_key_value_heads": model.num_kv_heads, "head_dim": model.head_dim,
         "partial_rotary_factor": model.rotary_dim / model.head_dim, "rotary_dim": model.rotary_dim,
@@ -114,7 +115,8 @@ def layout(config: MoEConfig) -> dict[str, ParamMapping]:
     mlp = "model.layers.{layer}.mlp."
     leaves["blocks1.router.kernel"] = linear(f"{mlp}gate.weight", width, config.num_experts, sparse)
     leaves["blocks1.router.bias"] = vector(f"{mlp}gate.expert_bias", config.num_experts, sparse)
-    leaves |= swiglu("blocks1.experts", mlp + "experts.{expert}.", width, config.expert_intermediate_size, sparse, config.num_experts)
+    leaves |= swiglu("blocks1.experts", mlp + "experts.{expert}.", width, config.expert_intermediate_size, sparse,
+                     config.num_experts)
     if config.shared_intermediate_size:
         leaves |= swiglu("blocks1.shared", f"{mlp}shared_experts.", width, config.shared_intermediate_size, sparse)
     return leaves
@@ -158,7 +160,8 @@ def _grouped(name: str, config: MoEConfig, layers: range) -> ParamMapping:
 
 def buffer_shapes(config: MoEConfig, names: set[str]) -> dict[str, tuple[int, ...]]:
     """An output layer that repeats a tied embedding (which is then read as well) may be there."""
-    return dict.fromkeys((HEAD, EMBED), (config.vocab_size, config.hidden_size)) if config.tie_embeddings and HEAD in names else {}
+    return dict.fromkeys((HEAD, EMBED), (config.vocab_size,
+                                         config.hidden_size)) if config.tie_embeddings and HEAD in names else {}
 
 
 def check_buffers(path, config: MoEConfig, tensors: dict[str, np.ndarray]) -> None:

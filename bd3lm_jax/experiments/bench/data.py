@@ -65,7 +65,8 @@ def reading(case: Case, data: DataConfig, rounds: int) -> list[dict]:
     memory = prepared.tokens(np.arange(len(prepared)))
     variants = _variants(memory=lambda: [memory[row_ids] for row_ids in ids],
                          loader=lambda: [loader.get(step) for step in range(case.batches)])
-    rows = compare(f"reading {case.batches} batches of {case.batch} x {case.length}, {data.packing}", variants, "memory",
+    rows = compare(f"reading {case.batches} batches of {case.batch} x {case.length}, {data.packing}", variants,
+                   "memory",
                    rounds)
     num_rows = case.batches * case.batch
     return _with_rates(rows, num_rows, num_rows * case.length)

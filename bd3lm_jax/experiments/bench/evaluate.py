@@ -1,6 +1,7 @@
 """Evaluation against its own forward passes: what reading rows, drawing masks and adding up cost beside the network.
 
-evaluate is `Evaluator.measure`, as the `eval` command runs it; forward scores the same copies, drawn before, batch after
+evaluate is `Evaluator.measure`, as the `eval` command runs it; forward scores the same copies, drawn before, batch
+after
 batch, and fetches nothing but the end. Rows are spread over all devices.
 """
 

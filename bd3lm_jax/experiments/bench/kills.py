@@ -34,9 +34,11 @@ UNCOMPARED = ("-c", "import sys; from bd3lm_jax.parallel import replicas; from l
               "replicas.numeric_environment = dict; launch(sys.argv[1:])")  # only the values show that processes differ
 STEPS = {1: 60, 2: 30}  # of a run, by processes
 SAVED_EVERY, KEPT = 2, 3
-SMALL = {"model.num_layers": 1, "model.hidden_size": 32, "model.num_heads": 2, "model.cond_dim": 16, "data.source": "text",
+SMALL = {"model.num_layers": 1, "model.hidden_size": 32, "model.num_heads": 2, "model.cond_dim": 16,
+         "data.source": "text",
          "data.tokenizer": "bytes", "data.seq_len": 32, "data.valid_fraction": 0.1, "optim.warmup_steps": 0,
-         "train.batch_size": 8, "log.every": 1, "eval.rows": 16, "eval.batch_size": 16, "eval.every": 20, "eval.num_samples": 0}
+         "train.batch_size": 8, "log.every": 1, "eval.rows": 16, "eval.batch_size": 16, "eval.every": 20,
+         "eval.num_samples": 0}
 DOCUMENTS = 200  # of the text: a line of random letters each
 HEARTBEAT_S, JOIN_S, STUCK_S = 10, 30, 20
 LEAVE_S = 60  # within which the other of two processes must be gone: more than HEARTBEAT_S, JOIN_S with their start

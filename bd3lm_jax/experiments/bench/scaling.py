@@ -58,7 +58,8 @@ def measured(case: Case, kind: str, count: int) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         counted = flops.count(program.step(), *program.arguments())
         compiled = program.step().lower(*program.arguments()).compile(FAST_COMPILE_OPTIONS)
-    needed = flops.train_step(config.model, config.diffusion, batch=config.train.batch_size, length=case.length, noise_samples=1)
+    needed = flops.train_step(config.model, config.diffusion, batch=config.train.batch_size, length=case.length,
+                              noise_samples=1)
     sent = hlo.communication(compiled.as_text() or "")
     return {"devices": count, "mflops_compiled": (compiled.cost_analysis() or {})["flops"] / 1e6,
             "mflops_counted": counted / count / 1e6, "mflops_needed": needed / count / 1e6,

@@ -123,7 +123,8 @@ def config_of(case: Case, name: str, remat: str) -> Config:
     decoder_layers = max(case.layers // SPLIT[name], 1) if name in SPLIT else 0
     return Config(
         seed=0,
-        model=DiTConfig(vocab_size=case.vocab, num_layers=case.layers, hidden_size=case.width, num_heads=case.heads, mlp_ratio=4,
+        model=DiTConfig(vocab_size=case.vocab, num_layers=case.layers, hidden_size=case.width, num_heads=case.heads,
+                        mlp_ratio=4,
                         dropout=0.0, adaln=True, cond_dim=128, time_conditioning=False, rope_theta=1e4,
                         decoder_layers=decoder_layers),
         diffusion=objective,

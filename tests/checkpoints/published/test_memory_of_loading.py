@@ -14,10 +14,12 @@ from bd3lm_jax.diffusion import AR
 from bd3lm_jax.models.llama import LlamaConfig
 
 LIMIT = 1.6  # times the bytes of the weights, in anonymous memory above what the imports take
-ONE_B = LlamaConfig(vocab_size=128_256, num_layers=16, hidden_size=2048, num_heads=32, num_kv_heads=8, head_dim=64, intermediate_size=8192,
+ONE_B = LlamaConfig(vocab_size=128_256, num_layers=16, hidden_size=2048, num_heads=32, num_kv_heads=8, head_dim=64,
+                    intermediate_size=8192,
                     dropout=0.0, rope_theta=5e5, rope_scaling=(), norm_eps=1e-5, qkv_bias=False, qk_norm=False,
                     tie_embeddings=True)
-SMALL = dataclasses.replace(ONE_B, vocab_size=32_000, hidden_size=1024, num_heads=16, intermediate_size=4096)  # 0.25 billion
+# 0.25 billion
+SMALL = dataclasses.replace(ONE_B, vocab_size=32_000, hidden_size=1024, num_heads=16, intermediate_size=4096)
 
 
 def write_random(directory, config):
