@@ -152,10 +152,10 @@ class Config:
         check(length % block_size == 0,
               f"diffusion.block_size={block_size} does not divide data.seq_len={length}: choose a length that is a "
               f"multiple, e.g. {-(-length // block_size) * block_size}")
-        positions = getattr(config.model, "positions", length)
-        check(length <= positions, f"data.seq_len={length} is more than model.positions={positions}, which the network "
+        positions = config.model.positions
+        check(positions is None or length <= positions, f"data.seq_len={length} is more than model.positions={positions}, which the network "
               "has learned positions for: raise one or shorten the other")
-        check(not trunk.encoder_layers(config.model) or not config.diffusion.causal and block_size < length,
+        check(not config.model.first_noised_layer or not config.diffusion.causal and block_size < length,
               "model.decoder_layers splits the network by clean and noised blocks, and this objective has no clean "
               f"blocks before noised ones: use 0, or blocks shorter than data.seq_len={length}")
         noise_samples = config.train.noise_samples

@@ -163,7 +163,7 @@ class LM:
         xt = self._check_ids(xt)
         sigma = self._check_sigma(sigma, xt.shape)
         if x0 is None:
-            if trunk.encoder_layers(self.config.model):
+            if self.config.model.first_noised_layer:
                 raise UserError(f"model.decoder_layers={self.config.model.decoder_layers}: a split network predicts "
                                 "noised blocks after clean ones and has no plain pass, give x0")
             return self._plain_logits(self.params, xt, sigma)

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference
 
+from bd3lm_jax import models
 from bd3lm_jax.core.renamed_keys import RENAMED
+from bd3lm_jax.models.shared import SIZES
 
 
 class Operation(NamedTuple):
@@ -54,32 +56,6 @@ OBJECTIVES = {  # beside masked diffusion: algo=NAME -> its `diffusion` section,
                   "complement": False, "importance": False, "rate_low": 1e-3, "rate_high": 1.0},
                  {"data.density": "unigram:0.5"}),
 }
-SIZES = {  # the paper's small, and the usual medium
-    "tiny": dict(num_layers=4, hidden_size=256, num_heads=4),
-    "small": dict(num_layers=12, hidden_size=768, num_heads=12),
-    "medium": dict(num_layers=24, hidden_size=1024, num_heads=16),
-}
-MODELS = {  # beside the paper's transformer: name -> its `model` section, at the small size
-    "bert": {"kind": "bert", "vocab_size": -1, **SIZES["small"], "intermediate_size": 3072, "dropout": 0.1,
-             "positions": 256,
-             "unused_positions": 0, "token_types": 1, "norm_eps": 1e-12},
-    "gpt2": {"kind": "gpt2", "vocab_size": -1, **SIZES["small"], "intermediate_size": 3072, "dropout": 0.1,
-             "positions": 256,
-             "norm_eps": 1e-5, "target_shift": ""},
-    "modernbert": {"kind": "modernbert", "vocab_size": -1, **SIZES["small"], "intermediate_size": 1152, "dropout": 0.0,
-                   "window": 64, "local_layers": (1, 2, 4, 5, 7, 8, 10, 11), "rope_theta": 160_000.0,
-                   "local_rope_theta": 10_000.0, "norm_eps": 1e-5},
-    "llama": {"kind": "llama", "vocab_size": -1, **SIZES["small"], "num_kv_heads": 4, "head_dim": 64,
-              "intermediate_size": 2048,
-              "dropout": 0.0, "rope_theta": 10_000.0, "rope_scaling": (), "norm_eps": 1e-5, "qkv_bias": False,
-              "qk_norm": False, "tie_embeddings": False, "target_shift": ""},
-    "moe": {"kind": "moe", "vocab_size": -1, **SIZES["small"], "dense_layers": 1, "num_kv_heads": 4, "head_dim": 64,
-            "rotary_dim": 32, "intermediate_size": 2048, "num_experts": 16, "expert_intermediate_size": 512,
-            "shared_intermediate_size": 512, "top_k": 2,
-            "groups": 4, "top_groups": 2, "routed_scale": 2.5, "load_balancing": 0.01, "dropout": 0.0,
-            "rope_theta": 10_000.0,
-            "norm_eps": 1e-6, "qk_norm": True, "tie_embeddings": False},
-}
 # argument of adaptations -> model.target_shift
 SHIFTED = {"source": "source", "block": "block", "row": "row", "none": ""}
 CLIPS = {4: (0.45, 0.95), 16: (0.3, 0.8)}  # the paper's mask probabilities by block size; other sizes: unclipped
@@ -89,11 +65,7 @@ def base() -> ConfigDict:
     """Every key of every section: BD3-LM's recipe at its small size, on the embedded corpus."""
     return _sections({
         "seed": 0,
-        "model": {
-            "kind": "dit", "vocab_size": -1, **SIZES["small"], "mlp_ratio": 4, "dropout": 0.1, "adaln": True,
-            "cond_dim": 128, "time_conditioning": False, "rope_theta": 10_000.0,
-            "decoder_layers": 0, "target_shift": "",
-        },
+        "model": models.default_section("dit"),
         "diffusion": {
             "kind": "masked", "block_size": 4, "schedule": "loglinear", "corruption": "bernoulli", "count_probs": (),
             "complement": False, "clip_low": 0.0, "clip_high": 1.0, "eps": 1e-3,
@@ -246,14 +218,14 @@ def set_paper_recipe(config: ConfigDict, algo: str, block_size: int) -> None:
 
 
 def set_model(config: ConfigDict, name: str) -> None:
-    """Another backbone than the paper's, one of MODELS, with as many learned positions as a row has tokens."""
-    config.model = section("model", MODELS[name])
+    """Another backbone, one of `models.BACKBONES`, with as many learned positions as a row has tokens."""
+    config.model = section("model", models.default_section(name))
     if "positions" in config.model:
         config.model.positions = config.data.get_oneway_ref("seq_len")
 
 
 def set_size(config: ConfigDict, size: str) -> None:
-    config.model.update(SIZES[size])
+    config.model.update(models.BACKBONES[config.model.kind].sizes[size])
 
 
 def _in_blocks(algo: str) -> bool:

@@ -155,9 +155,9 @@ def test_the_mixture_has_the_parameters_of_its_shape():
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected == 102_889_705_216
 
 
-@pytest.mark.parametrize("name", common.MODELS)
+@pytest.mark.parametrize("name", models.BACKBONES)
 def test_other_networks_are_one_line_of_a_config(name):
-    """Every network of `common.MODELS` in the smallest config, with every kind of attention that training uses."""
+    """Every network in the smallest config, with every kind of attention that training uses."""
     for arg in ("algo=ar", "block_size=4"):
         values = tiny.get_config(arg)
         common.set_model(values, name)

@@ -9,6 +9,7 @@ from bd3lm_jax.config import Config
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.core.typed import flatten
 from bd3lm_jax.data.tokenizers import ByteTokenizer
+from bd3lm_jax.models import default_section
 from configs import common, tiny
 from launch.arguments import load_config
 
@@ -75,7 +76,7 @@ def test_presets_set_nothing_without_effect(algo):
 
 def test_rules_say_what_base_configs_hold():
     """The value that says that a key is not used is the one that it has when nobody sets it."""
-    values, networks = flatten(common.base().to_dict()), common.MODELS["modernbert"]
+    values, networks = flatten(common.base().to_dict()), default_section("modernbert")
     for rule in unused_keys.RULES:
         section, _, name = rule.key.partition(".")
         kinds = [section for section, _ in common.OBJECTIVES.values() if name in section]

@@ -298,7 +298,7 @@ def _computes_other_logits(published: dict, described: ModelSpec) -> bool:
     if kind in OWN_MODEL_TYPES:
         return False
     if kind in CAUSAL:
-        return not objective.causal or bool(getattr(described.model, "target_shift", ""))
+        return not objective.causal or bool(described.model.target_shift)
     return not objective.causal and objective.block_size < described.length
 
 

@@ -193,7 +193,7 @@ def _write_run(model: LM, source: Path, target: Path, length: int, base: Mapping
 def compare(before: LM, after: LM, tokens: int) -> dict[str, float | int]:
     """Logits of one row of `tokens` random tokens under both."""
     rows = np.random.default_rng(0).integers(0, before.config.model.vocab_size, size=(2, 1, tokens))
-    x0 = rows[1] if trunk.encoder_layers(before.config.model) else None
+    x0 = rows[1] if before.config.model.first_noised_layer else None
     sigma = [SIGMA] if trunk.is_time_conditioned(before.config.model) else None
     ours, theirs = (np.asarray(model.logits(rows[0], x0, sigma=sigma), np.float64) for model in (before, after))
     difference = float(np.abs(ours - theirs).max())

@@ -32,7 +32,7 @@ def encode_prompts(lm, prompts, num: int, length: int, window: bool) -> list[np.
         raise UserError(f"length is {length}, expected 1 to {lm.context}, the tokens the model was trained on"
                         + (", or a sliding window (sliding_window=True, --sliding_window)"
                            if length > lm.context else ""))
-    positions = getattr(lm.config.model, "positions", None)
+    positions = lm.config.model.positions
     if positions is not None and length > positions:
         raise UserError(f"length is {length}, and model.kind='{lm.config.model.kind}' has learned {positions} "
                         "positions: it cannot write more, nor with a sliding window")

@@ -3,19 +3,25 @@
 A module outside the package adds a network by the same line, `BACKBONES[name] = Entry(...)`.
 """
 
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from bd3lm_jax.models import bert, dit, gpt2, llama, modernbert, moe, shared, trunk
+from bd3lm_jax.models.shared import ModelConfig
 from bd3lm_jax.models.trunk import Backbone
 from bd3lm_jax.parallel.sharding import Rules
 
 
 class Entry(NamedTuple):
-    """A network: its config (a frozen dataclass with `kind`), `build(config, dtype)`, and where its parameters lie."""
+    """A network: its config, `build(config, dtype)`, where its parameters lie, and what it is called in other sizes than
+    that of its config's defaults (name -> fields)."""
 
-    Config: type
+    Config: type[ModelConfig]
     build: Any
     sharding: Rules = shared.SHARDING
+    sizes: Mapping[str, Mapping[str, Any]] = MappingProxyType(shared.SIZES)
 
 
 BACKBONES = {
@@ -27,12 +33,18 @@ BACKBONES = {
     "moe": Entry(moe.MoEConfig, moe.build, moe.SHARDING),
 }
 
-__all__ = ["BACKBONES", "Backbone", "Entry", "build", "sharding_rules", "trunk"]
+__all__ = ["BACKBONES", "Backbone", "Entry", "ModelConfig", "build", "default_section", "sharding_rules",
+           "trunk"]
 
 
 def build(config, dtype) -> Backbone:
     """The backbone of a model config, computing in `dtype`."""
     return BACKBONES[config.kind].build(config, dtype)
+
+
+def default_section(kind: str) -> dict[str, Any]:
+    """The section `model` of a config with a network, all of its keys at their defaults."""
+    return {"kind": kind} | {field.name: field.default for field in dataclasses.fields(BACKBONES[kind].Config)}
 
 
 def sharding_rules(config) -> Rules:

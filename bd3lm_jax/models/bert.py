@@ -12,37 +12,29 @@ from jax.sharding import PartitionSpec as P
 
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.models import shared
-from bd3lm_jax.models.shared import check_config, embed_tokens, logits_of, pad_vocab_size, row_dropout, tied_kernel
+from bd3lm_jax.models.shared import ModelConfig, check_config, embed_tokens, logits_of, row_dropout, tied_kernel
 from bd3lm_jax.models.trunk import Backbone
 
 NORMAL = nn.initializers.normal(0.02)  # the published recipe's
 
 
 @dataclasses.dataclass(frozen=True)
-class BertConfig:
-    """Sizes of the network. vocab_size counts the mask token; -1 in a config: taken from the tokenizer."""
+class BertConfig(ModelConfig):
+    """Sizes and switches of the network."""
 
     kind: ClassVar[str] = "bert"
-    vocab_size: int
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    intermediate_size: int  # of the MLP
-    dropout: float  # of what each half of a layer adds
-    positions: int  # learned ones: the most tokens a document may have
-    unused_positions: int  # rows of the position table before that of the first token: RoBERTa has 2, BERT none
-    token_types: int  # rows of the token type table, of which the first is used
-    norm_eps: float
+    intermediate_size: int = 3072  # of the MLP
+    dropout: float = 0.1  # of what each half of a layer adds
+    positions: int = 256  # learned ones: the most tokens a document may have
+    unused_positions: int = 0  # rows of the position table before that of the first token: RoBERTa has 2, BERT none
+    token_types: int = 1  # rows of the token type table, of which the first is used
+    norm_eps: float = 1e-12
 
     def __post_init__(self):
         check_config(self, ("num_layers", "hidden_size", "num_heads", "intermediate_size", "positions", "token_types"))
         if self.unused_positions < 0:
             raise UserError(f"model.unused_positions is {self.unused_positions}, expected 0 (BERT) or more (RoBERTa: "
                             "2)")
-
-    @property
-    def padded_vocab(self) -> int:
-        return pad_vocab_size(self.vocab_size)
 
 
 SHARDING = (*shared.SHARDING, (r"embed/token_type", P()))

@@ -14,49 +14,39 @@ from jax.sharding import PartitionSpec as P
 
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.models import shared
-from bd3lm_jax.models.shared import embed_tokens, pad_vocab_size, queries_keys_values, row_dropout
+from bd3lm_jax.models.shared import ModelConfig, check_ranges, embed_tokens, queries_keys_values, row_dropout
 from bd3lm_jax.models.trunk import Backbone
 
 LEVEL_FEATURES = 256  # sinusoidal features of the noise level
 
 
 @dataclasses.dataclass(frozen=True)
-class DiTConfig:
-    """Sizes of the network. vocab_size counts the mask token; -1 in a config: taken from the tokenizer."""
+class DiTConfig(ModelConfig):
+    """Sizes and switches of the network."""
 
     kind: ClassVar[str] = "dit"
-    vocab_size: int
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    mlp_ratio: int
-    dropout: float
-    adaln: bool
-    cond_dim: int
-    time_conditioning: bool  # the noise level is an input; otherwise the adaLN input is a constant
-    rope_theta: float
+    mlp_ratio: int = 4
+    dropout: float = 0.1
+    adaln: bool = True
+    cond_dim: int = 128
+    time_conditioning: bool = False  # the noise level is an input; otherwise the adaLN input is a constant
+    rope_theta: float = 10_000.0
     decoder_layers: int = 0  # last layers, which alone run on noised blocks (E2D2); 0: all of them, the plain form
     target_shift: str = ""  # whether outputs are one token ahead (shifted.py)
 
     def __post_init__(self):
-        for name in ("num_layers", "hidden_size", "num_heads", "mlp_ratio", "cond_dim"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}, expected at least 1")
+        check_ranges(self, ("num_layers", "hidden_size", "num_heads", "mlp_ratio", "cond_dim"))
         if not 0 <= self.decoder_layers <= self.num_layers:
             raise UserError(f"model.decoder_layers is {self.decoder_layers}, expected 0 (all layers) to model.num_layers="
                             f"{self.num_layers}")
-        if self.vocab_size != -1 and self.vocab_size < 2:
-            raise UserError(f"model.vocab_size is {self.vocab_size}, expected at least 2, or -1 for the tokenizer's")
         if self.hidden_size % (2 * self.num_heads):
             raise UserError(f"model.hidden_size={self.hidden_size} must be a multiple of 2 * model.num_heads={2 * self.num_heads} (RoPE)")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"model.dropout is {self.dropout}, expected in [0, 1)")
         if self.time_conditioning and not self.adaln:
             raise UserError("model.time_conditioning needs model.adaln=True: the noise level enters through it")
 
     @property
-    def padded_vocab(self) -> int:
-        return pad_vocab_size(self.vocab_size)
+    def first_noised_layer(self) -> int:
+        return self.num_layers - self.decoder_layers if self.decoder_layers else 0
 
 
 SHARDING = (

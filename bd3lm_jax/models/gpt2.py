@@ -11,10 +11,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from bd3lm_jax.models.shared import (
+    ModelConfig,
     check_config,
     embed_tokens,
     logits_of,
-    pad_vocab_size,
     queries_keys_values,
     row_dropout,
     tied_kernel,
@@ -25,26 +25,18 @@ NORMAL = nn.initializers.normal(0.02)  # the published recipe's
 
 
 @dataclasses.dataclass(frozen=True)
-class GPT2Config:
-    """Sizes of the network. vocab_size counts the mask token; -1 in a config: taken from the tokenizer."""
+class GPT2Config(ModelConfig):
+    """Sizes and switches of the network."""
 
     kind: ClassVar[str] = "gpt2"
-    vocab_size: int
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    intermediate_size: int  # of the MLP
-    dropout: float  # of what each half of a layer adds
-    positions: int  # learned ones: the most tokens a document may have
-    norm_eps: float
+    intermediate_size: int = 3072  # of the MLP
+    dropout: float = 0.1  # of what each half of a layer adds
+    positions: int = 256  # learned ones: the most tokens a document may have
+    norm_eps: float = 1e-5
     target_shift: str = ""  # whether outputs are one token ahead (shifted.py)
 
     def __post_init__(self):
         check_config(self, ("num_layers", "hidden_size", "num_heads", "intermediate_size", "positions"))
-
-    @property
-    def padded_vocab(self) -> int:
-        return pad_vocab_size(self.vocab_size)
 
 
 def build(config: GPT2Config, dtype: Any) -> Backbone:

@@ -14,7 +14,7 @@ import numpy as np
 
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.models.dit import rotate
-from bd3lm_jax.models.shared import check_ranges, embed_tokens, logits_of, pad_vocab_size, row_dropout, tied_kernel
+from bd3lm_jax.models.shared import ModelConfig, check_ranges, embed_tokens, logits_of, row_dropout, tied_kernel
 from bd3lm_jax.models.trunk import Backbone
 
 INIT = nn.initializers.normal(0.02)  # of every matrix, as in the published training codes
@@ -22,24 +22,20 @@ NORMAL, LINEAR, LLAMA3 = 0, 1, 4  # numbers in rope_scaling: none, a factor, the
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """Sizes of the network. vocab_size counts the mask token if there is one; -1 in a config: the tokenizer's."""
+class LlamaConfig(ModelConfig):
+    """Sizes and switches of the network."""
 
     kind: ClassVar[str] = "llama"
-    vocab_size: int
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int  # heads of keys and values, each shared by heads / kv_heads queries
-    head_dim: int
-    intermediate_size: int  # of the MLP
-    dropout: float
-    rope_theta: float
-    rope_scaling: tuple[float, ...]  # (): none; (factor,): all wavelengths longer; Llama 3.1: `llama3_frequencies`
-    norm_eps: float
-    qkv_bias: bool  # Qwen2, Dream
-    qk_norm: bool  # RMSNorm of every query and key before RoPE (Qwen3)
-    tie_embeddings: bool  # the output layer is the embedding table
+    num_kv_heads: int = 4  # heads of keys and values, each shared by heads / kv_heads queries
+    head_dim: int = 64
+    intermediate_size: int = 2048  # of the MLP
+    dropout: float = 0.0
+    rope_theta: float = 10_000.0
+    rope_scaling: tuple[float, ...] = ()  # (): none; (factor,): all wavelengths longer; Llama 3.1: `llama3_frequencies`
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False  # Qwen2, Dream
+    qk_norm: bool = False  # RMSNorm of every query and key before RoPE (Qwen3)
+    tie_embeddings: bool = False  # the output layer is the embedding table
     target_shift: str = ""  # whether outputs are one token ahead (shifted.py)
 
     def __post_init__(self):
@@ -49,10 +45,6 @@ class LlamaConfig:
         if len(self.rope_scaling) not in (NORMAL, LINEAR, LLAMA3) or not all(x > 0 for x in self.rope_scaling):
             raise UserError(f"model.rope_scaling is {self.rope_scaling}, expected (), (factor,) or (factor, low, high, "
                             "original context), all above 0")
-
-    @property
-    def padded_vocab(self) -> int:
-        return pad_vocab_size(self.vocab_size)
 
 
 def check_sizes(config: Any, positive: tuple[str, ...]) -> None:

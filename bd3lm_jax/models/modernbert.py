@@ -15,10 +15,10 @@ from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.models import shared
 from bd3lm_jax.models.dit import rotate
 from bd3lm_jax.models.shared import (
+    ModelConfig,
     check_config,
     embed_tokens,
     logits_of,
-    pad_vocab_size,
     queries_keys_values,
     row_dropout,
     tied_kernel,
@@ -29,21 +29,17 @@ NORMAL = nn.initializers.normal(0.02)  # the published recipe's
 
 
 @dataclasses.dataclass(frozen=True)
-class ModernBertConfig:
-    """Sizes of the network. vocab_size counts the mask token; -1 in a config: taken from the tokenizer."""
+class ModernBertConfig(ModelConfig):
+    """Sizes and switches of the network."""
 
     kind: ClassVar[str] = "modernbert"
-    vocab_size: int
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    intermediate_size: int  # of the MLP, which has as many gates
-    dropout: float  # of what the MLP adds
-    window: int  # local layers see so many tokens to either side
-    local_layers: tuple[int, ...]  # numbers of the layers with a window; the others see everything
-    rope_theta: float  # of the layers that see everything
-    local_rope_theta: float
-    norm_eps: float
+    intermediate_size: int = 1152  # of the MLP, which has as many gates
+    dropout: float = 0.0  # of what the MLP adds
+    window: int = 64  # local layers see so many tokens to either side
+    local_layers: tuple[int, ...] = (1, 2, 4, 5, 7, 8, 10, 11)  # numbers of the layers with a window; the others see everything
+    rope_theta: float = 160_000.0  # of the layers that see everything
+    local_rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
 
     def __post_init__(self):
         check_config(self, ("num_layers", "hidden_size", "num_heads", "intermediate_size", "window"))
@@ -52,10 +48,6 @@ class ModernBertConfig:
         if not set(self.local_layers) <= set(range(self.num_layers)):
             raise UserError(f"model.local_layers is {self.local_layers}, expected numbers from 0 to "
                             f"model.num_layers-1={self.num_layers - 1}")
-
-    @property
-    def padded_vocab(self) -> int:
-        return pad_vocab_size(self.vocab_size)
 
     def runs(self) -> tuple[tuple[str, range, bool], ...]:
         """Neighbouring layers that are alike, which are stacked: name, their numbers, whether they see a window."""

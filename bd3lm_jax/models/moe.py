@@ -27,38 +27,34 @@ from bd3lm_jax.models.llama import (
     rms_norm,
     rope_frequencies,
 )
-from bd3lm_jax.models.shared import pad_vocab_size, row_dropout
+from bd3lm_jax.models.shared import ModelConfig, row_dropout
 from bd3lm_jax.models.trunk import Backbone
 from bd3lm_jax.parallel.sharding import EXPERT_AXES
 
 
 @dataclasses.dataclass(frozen=True)
-class MoEConfig:
-    """Sizes of the network. vocab_size counts the mask token if there is one; -1 in a config: the tokenizer's."""
+class MoEConfig(ModelConfig):
+    """Sizes and switches of the network."""
 
     kind: ClassVar[str] = "moe"
-    vocab_size: int
-    num_layers: int
-    dense_layers: int  # the first ones, without experts
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int  # heads of keys and values, each shared by heads / kv_heads queries
-    head_dim: int
-    rotary_dim: int  # numbers of a head that turn
-    intermediate_size: int  # of the MLP of dense layers
-    num_experts: int
-    expert_intermediate_size: int
-    shared_intermediate_size: int  # of what every token goes through beside its experts; 0: nothing
-    top_k: int  # experts of a token
-    groups: int  # of experts
-    top_groups: int  # groups that a token may choose from
-    routed_scale: float  # of the experts' sum
-    load_balancing: float  # coefficient of the load-balancing loss (`experts.load_balancing_loss`) of every layer; 0: none
-    dropout: float
-    rope_theta: float
-    norm_eps: float
-    qk_norm: bool
-    tie_embeddings: bool  # the output layer is the embedding table
+    dense_layers: int = 1  # the first ones, without experts
+    num_kv_heads: int = 4  # heads of keys and values, each shared by heads / kv_heads queries
+    head_dim: int = 64
+    rotary_dim: int = 32  # numbers of a head that turn
+    intermediate_size: int = 2048  # of the MLP of dense layers
+    num_experts: int = 16
+    expert_intermediate_size: int = 512
+    shared_intermediate_size: int = 512  # of what every token goes through beside its experts; 0: nothing
+    top_k: int = 2  # experts of a token
+    groups: int = 4  # of experts
+    top_groups: int = 2  # groups that a token may choose from
+    routed_scale: float = 2.5  # of the experts' sum
+    load_balancing: float = 0.01  # coefficient of the load-balancing loss (`experts.load_balancing_loss`) of every layer; 0: none
+    dropout: float = 0.0
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    qk_norm: bool = True
+    tie_embeddings: bool = False  # the output layer is the embedding table
 
     def __post_init__(self):
         check_sizes(self, ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "num_experts", "expert_intermediate_size",
@@ -79,10 +75,6 @@ class MoEConfig:
         if self.shared_intermediate_size < 0 or self.load_balancing < 0 or self.routed_scale <= 0:
             raise UserError(f"model.shared_intermediate_size={self.shared_intermediate_size} and model.load_balancing={self.load_balancing} must be at "
                             f"least 0, model.routed_scale={self.routed_scale} above 0")
-
-    @property
-    def padded_vocab(self) -> int:
-        return pad_vocab_size(self.vocab_size)
 
 
 SHARDING = (

@@ -1,6 +1,7 @@
 """What several backbones are built from: token tables, tied output layers, dropout, checks of their sizes."""
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -34,6 +35,43 @@ SHARDING: Rules = (
     (r"head/linear/kernel", P("fsdp", "tensor")),
     (r"head/linear/bias", P("tensor")),
 )
+
+
+SIZES = {  # the paper's small, and the usual medium
+    "tiny": dict(num_layers=4, hidden_size=256, num_heads=4),
+    "small": dict(num_layers=12, hidden_size=768, num_heads=12),
+    "medium": dict(num_layers=24, hidden_size=1024, num_heads=16),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What the library reads of the config of any network; the config of a network says what is different there.
+
+    The fields, with their defaults, are the keys of the section `model`. vocab_size counts the mask token if there is
+    one; -1 in a config: taken from the tokenizer. What is no field here is one where a network has it.
+    """
+
+    kind: ClassVar[str]
+    vocab_size: int = -1
+    num_layers: int = 12
+    hidden_size: int = 768
+    num_heads: int = 12
+
+    time_conditioning = False  # the noise level is an input
+    first_noised_layer = 0  # layers before it run on clean tokens only
+    target_shift = ""  # whether outputs are one token ahead (scoring/target_shift.py)
+    positions = None  # the most tokens a document may have, where positions are learned
+    num_experts = 0
+    load_balancing = 0.0  # coefficient of a loss beside that of the tokens
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def padded_vocab(self) -> int:
+        return pad_vocab_size(self.vocab_size)
 
 
 def check_ranges(config: Any, positive: tuple[str, ...]) -> None:

@@ -71,14 +71,8 @@ class ForwardOutput(NamedTuple):
 
 
 def is_time_conditioned(model_config) -> bool:
-    """Whether a backbone of this config is told the noise level."""
-    return getattr(model_config, "time_conditioning", False)
-
-
-def encoder_layers(model_config) -> int:
-    """Layers that only clean tokens go through; noised ones enter behind them (E2D2, arXiv 2510.22852)."""
-    decoder = getattr(model_config, "decoder_layers", 0)
-    return model_config.num_layers - decoder if decoder else 0
+    """Whether a backbone of this config takes the noise level."""
+    return model_config.time_conditioning
 
 
 def init(model: Backbone, key) -> dict:
@@ -155,7 +149,7 @@ def two_streams(model: Backbone, params: dict, noised: Stream, clean: Stream | N
                     noised=noised.tokens(True), clean=None if clean is None else clean.tokens(False), cache=None,
                     min_block_size=min_block_size)
     h, inputs = _enter(model, params, streams, spec, execution, dropout_keys)
-    h, _, aux = run_layers(model.groups, params, inputs, h, None, execution, encoder_layers(model.config),
+    h, _, aux = run_layers(model.groups, params, inputs, h, None, execution, model.config.first_noised_layer,
                            _last_layer(clean, output_positions_BxP))
     return ForwardOutput(h["noised"], None, None, aux)
 
@@ -193,7 +187,7 @@ def decode(model: Backbone, params: dict, noised: Stream, clean: Stream | None, 
                               inputs.rotary["clean"])
         inputs = inputs._replace(cond=inputs.cond | {"joined": inputs.cond["clean"]},
                                  rotary=inputs.rotary | {"joined": rotary})
-    h, stored, aux = run_layers(model.groups, params, inputs, h, cache, execution, encoder_layers(model.config),
+    h, stored, aux = run_layers(model.groups, params, inputs, h, cache, execution, model.config.first_noised_layer,
                                 _last_layer(clean, output_positions_BxP))
     return ForwardOutput(h["noised"], None, cache if clean is None else cache.write(stored, clean, write_at), aux)
 

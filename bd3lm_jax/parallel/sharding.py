@@ -99,7 +99,7 @@ def check_mesh(mesh: Mesh | AbstractMesh, model_config: Any, batch: int) -> None
         raise UserError(f"mesh.tensor={tensor} does not divide model.num_heads={model_config.num_heads}: "
                         f"use a divisor of {model_config.num_heads}")
     if expert > 1:
-        experts = getattr(model_config, "num_experts", 0)
+        experts = model_config.num_experts
         if not experts:
             raise UserError(f"mesh.expert={expert} splits experts, and model.kind='{model_config.kind}' has none: "
                             "use 1")

@@ -72,7 +72,7 @@ def _body(model, params, objective, batch: int, length: int, noise_samples: int)
         on_clean = _layer(model, block, layer, params, (batch, clean), (1, 1))
         # The layer, if any, whose clean stream gives only keys and values.
         peeled = int(not objective.causal and index == len(model.groups) - 1)
-        noised_layers = layer_count - min(max(trunk.encoder_layers(model_config) - first, 0), layer_count)
+        noised_layers = layer_count - min(max(model_config.first_noised_layer - first, 0), layer_count)
         first += layer_count
         clean_pairs, noised_pairs = _pairs(objective, length, noise_samples, getattr(block, "window", None))
         layers += noised_layers * on_noised.all + (layer_count - peeled) * on_clean.all + peeled * on_clean.keys_values

@@ -23,7 +23,7 @@ INHERIT = "source"  # in a config that takes the network of train.init_from: as 
 
 def target_shift_of(model_config: Any) -> str:
     """One of FORMS."""
-    return getattr(model_config, "target_shift", "")
+    return model_config.target_shift
 
 
 def inherited_shift(source_model: Any, was_causal: bool, objective: Any, length: int) -> str:

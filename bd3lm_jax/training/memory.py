@@ -103,7 +103,7 @@ def tpu_padding(program: Program) -> int:
     tile = choose_tile(length if noise_samples else 0, clean, noise_samples, objective.block_size)
     real = noise_samples * length + clean
     padded = (noise_samples * -(-length // tile) + -(-clean // tile)) * tile
-    head = getattr(config.model, "head_dim", config.model.hidden_size // config.model.num_heads)
+    head = config.model.head_dim
     size = jnp.dtype(program.model.dtype).itemsize
     lanes = -(-head // LANES) * LANES
     arrays = 4 if compute.remat == "none" else 1

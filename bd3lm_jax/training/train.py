@@ -301,7 +301,7 @@ class _MetricsWindow:
                     "train/tokens_per_s": rate}
             if self.config.train.block_sizes:
                 line["train/block_size"] = self.config.block_size_at(step - 1)
-            if self.objective.is_bound and not getattr(self.config.model, "load_balancing", 0):
+            if self.objective.is_bound and not self.config.model.load_balancing:
                 line["train/nll"] = loss
         if valid:
             line |= self._log_validation(step, valid, log)

@@ -10,6 +10,7 @@ from bd3lm_jax.core import synonyms
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.core.typed import flatten
 from bd3lm_jax.generation.options import make_options
+from bd3lm_jax.models import BACKBONES, default_section
 from configs import common, tiny
 from launch import eval as eval_command
 from launch import sample, train
@@ -76,7 +77,7 @@ def test_options_of_generate(given, ours):
 
 
 def test_every_name_of_ours_exists():
-    known = {f"model.{key}" for model in common.MODELS.values() for key in model}
+    known = {f"model.{key}" for kind in BACKBONES for key in default_section(kind)}
     known |= set(flatten(common.base().to_dict()))
     assert {key for keys in synonyms.CONFIG.values() for key in keys} <= known
     values = flags.FlagValues()

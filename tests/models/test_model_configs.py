@@ -9,7 +9,7 @@ from toy_runs import LENGTH, toy_config, write_text
 import bd3lm_jax
 from bd3lm_jax.config import Config
 from bd3lm_jax.core.errors import UserError
-from bd3lm_jax.models import BACKBONES
+from bd3lm_jax.models import BACKBONES, default_section
 from bd3lm_jax.training.train import train
 from configs import common, tiny
 
@@ -24,7 +24,7 @@ def test_sections(name, algo):
     common.set_algo(config, algo, 4 if algo == "bd3lm" else 0)
     found = Config.from_dict(config)
     assert isinstance(found.model, BACKBONES[name].Config) and found.model.num_layers == 12
-    assert getattr(found.model, "positions", LENGTH) >= LENGTH
+    assert (found.model.positions or LENGTH) >= LENGTH
     assert Config.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
@@ -51,7 +51,7 @@ def test_rows_longer_than_the_learned_positions_are_refused():
 def test_a_run(tmp_path, name, changes):
     """In blocks of 4 it writes with the cache; the loss falls; what is saved is what is loaded."""
     write_text(tmp_path / "text.txt", 300)
-    section = common.MODELS[name] | SMALL | ({"local_layers": (1,), "window": 4} if name == "modernbert" else
+    section = default_section(name) | SMALL | ({"local_layers": (1,), "window": 4} if name == "modernbert" else
                                              {"positions": LENGTH})
     result = train(toy_config(tmp_path, {"model": section, "train.steps": 30, **changes}), str(tmp_path / "run"))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -3,7 +3,6 @@ import json
 import subprocess
 import sys
 import textwrap
-import types
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from bd3lm_jax.config import MeshConfig
 from bd3lm_jax.core.errors import UserError
-from bd3lm_jax.models import BACKBONES, dit, trunk
+from bd3lm_jax.models import BACKBONES, dit, moe, trunk
 from bd3lm_jax.parallel import sharding
 
 N, D, H, F, C, V = 2, 16, 4, 64, 8, 128
@@ -165,7 +164,7 @@ def test_a_mesh_that_does_not_fit_slices_names_them():
 
 
 def test_check_mesh():
-    model = types.SimpleNamespace(heads=H)
+    model = dit.DiTConfig(num_heads=H)
     sharding.check_mesh(abstract_mesh(2, 2, 4), model, batch=8)
     with pytest.raises(UserError, match="mesh.tensor=3 does not divide model.num_heads=4"):
         sharding.check_mesh(abstract_mesh(1, 1, 3), model, batch=8)
@@ -174,9 +173,9 @@ def test_check_mesh():
 
 
 def test_an_axis_of_experts_needs_experts():
-    dense, mixture = types.SimpleNamespace(heads=H, kind="dit"), types.SimpleNamespace(heads=H, kind="moe", experts=8)
+    dense, mixture = dit.DiTConfig(num_heads=H), moe.MoEConfig(num_heads=H, num_experts=8)
     sharding.check_mesh(abstract_mesh(1, 1, 2, expert=4), mixture, batch=4)
-    sharding.check_mesh(abstract_mesh(1, 1, 4), types.SimpleNamespace(heads=H, kind="moe", experts=6), batch=4)
+    sharding.check_mesh(abstract_mesh(1, 1, 4), moe.MoEConfig(num_heads=H, num_experts=6, groups=3), batch=4)
     with pytest.raises(UserError, match="mesh.expert=2 splits experts, and model.kind='dit' has none: use 1"):
         sharding.check_mesh(abstract_mesh(1, 1, 1, expert=2), dense, batch=8)
     with pytest.raises(UserError, match="expert x mesh.tensor = 16 does not divide model.num_experts=8"):

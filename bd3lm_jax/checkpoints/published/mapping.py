@@ -105,7 +105,7 @@ def check_mask(objective: Any, mask_id: int) -> None:
 
 def check_bos(objective: Any, model: Any, end_id: int) -> None:
     """UserError for a network that reads an end token before the first one where none is known (id below 0)."""
-    require(end_id >= 0 or not (getattr(objective, "bos", False) or getattr(model, "target_shift", "") == "block"),
+    require(end_id >= 0 or not (getattr(objective, "bos", False) or model.target_shift == "block"),
             "this model reads its end token before the first one, and without a tokenizer nothing says which that is: "
             "give it one (a tokenizer.json beside the weights)")
 
