@@ -86,7 +86,7 @@ def _unsupported_reason(name: str, spec, noised, clean, platform) -> str | None:
     k = (noised or clean)[1]
     kv_heads, head_size = k.shape[-2:]
     if name in FASTEST.values() and (spec.noised or spec.clean).max_visible_position is not None:
-        return "what a token sees changes from step to step (train.anneal_steps)"
+        return "tokens have a last visible position of their own"
     if name == "splash":
         if platform == "gpu":
             return "it needs a TPU, and this is a GPU"

@@ -18,9 +18,8 @@ class Tokens(flax.struct.PyTreeNode):
     """What the predicate knows of tokens; int32 arrays that broadcast together, normally `[B, T]`.
 
     position: place in its document. block: index of its block in its document. segment: the document within the row,
-    0 for padding. noise_sample: 0 for clean tokens, m >= 1 for the m-th noised copy. sees: the last position that it
-    may see
-    while attention opens (annealing.py); None: all that the rule allows.
+    0 for padding. noise_sample: 0 for clean tokens, m >= 1 for the m-th noised copy. max_visible_position: the last
+    position that it may see of what the rule allows; None: all of it.
     """
 
     position: jax.Array

@@ -15,8 +15,8 @@ from bd3lm_jax.parallel.sharding import Rules
 
 
 class Entry(NamedTuple):
-    """A network: its config, `build(config, dtype)`, where its parameters lie, and what it is called in other sizes than
-    that of its config's defaults (name -> fields)."""
+    """A network: its config, `build(config, dtype)`, where its parameters lie, and other sizes than its config's
+    defaults (name -> fields)."""
 
     Config: type[ModelConfig]
     build: Any

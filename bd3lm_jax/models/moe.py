@@ -49,7 +49,7 @@ class MoEConfig(ModelConfig):
     groups: int = 4  # of experts
     top_groups: int = 2  # groups that a token may choose from
     routed_scale: float = 2.5  # of the experts' sum
-    load_balancing: float = 0.01  # coefficient of the load-balancing loss (`experts.load_balancing_loss`) of every layer; 0: none
+    load_balancing: float = 0.01  # coefficient of `experts.load_balancing_loss` of every layer; 0: none
     dropout: float = 0.0
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
