@@ -62,6 +62,7 @@ class ModelConfig:
     first_noised_layer = 0  # layers before it run on clean tokens only
     target_shift = ""  # whether outputs are one token ahead (scoring/target_shift.py)
     positions = None  # the most tokens a document may have, where positions are learned
+    dropout = 0.0
     num_experts = 0
     load_balancing = 0.0  # coefficient of a loss beside that of the tokens
 
