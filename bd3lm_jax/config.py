@@ -29,6 +29,7 @@ from bd3lm_jax.core.schema import (
 from bd3lm_jax.core.typed import Nested, as_mapping, as_section, as_type, check, check_known_keys, flatten, one_of
 from bd3lm_jax.data import corpora, density
 from bd3lm_jax.diffusion import OBJECTIVES
+from bd3lm_jax.diffusion.adaptive_noise import FixedNoise
 from bd3lm_jax.diffusion.clip import ClipSearch, CountSchedule
 from bd3lm_jax.diffusion.running import RunningLoss
 from bd3lm_jax.models import BACKBONES, layers, lora, trunk
@@ -99,7 +100,7 @@ class Config:
     @property
     def trained_block_sizes(self) -> tuple[int, ...]:
         """Block sizes at which the model can be used."""
-        return getattr(self.diffusion, "sizes", (self.block_size,))
+        return self.diffusion.block_sizes
 
     def at_block_size(self, size: int) -> "Config":
         """The same with blocks of another size; a mixed objective becomes the masked one of that size."""
@@ -115,9 +116,9 @@ class Config:
         return self if self.trained_block_sizes == (size,) else self.at_block_size(size)
 
     @property
-    def schedule(self) -> ClipSearch | CountSchedule | RunningLoss | None:
-        """What chooses the training noise from the data; None if it is fixed."""
-        return self.noise and noise_schedule(self.noise, self.diffusion, self.model.vocab_size)
+    def schedule(self) -> FixedNoise:
+        """What chooses the training noise from the data."""
+        return noise_schedule(self.noise, self.diffusion, self.model.vocab_size) if self.noise else FixedNoise()
 
     @property
     def execution(self) -> trunk.Execution:
@@ -209,11 +210,10 @@ def read_sections(mapping: Nested) -> tuple[dict, dict[str, Any]]:
     return mapping, sections | {"diffusion": as_section("diffusion", section, kind)}
 
 
-def noise_schedule(noise: NoiseConfig, objective: Any,
-                   vocab_size: int) -> ClipSearch | CountSchedule | RunningLoss | None:
-    """What chooses the noise of an objective; None if its noise is fixed. UserError if they do not go together."""
+def noise_schedule(noise: NoiseConfig, objective: Any, vocab_size: int) -> FixedNoise:
+    """What chooses the noise of an objective. UserError if they do not go together."""
     if noise.adaptive_noise == "none":
-        return None
+        return FixedNoise()
     if noise.adaptive_noise == "running_loss":
         check("density" in objective.extra_batch_keys, "noise.adaptive_noise='running_loss' chooses the density of tokens, which "
               f"diffusion.kind='{objective.kind}' does not read: use noise.adaptive_noise='none'")

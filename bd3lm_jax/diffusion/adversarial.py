@@ -23,16 +23,16 @@ import numpy as np
 
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import corrupt
+from bd3lm_jax.diffusion.learned_noise import LearnedNoise
 from bd3lm_jax.diffusion.masked import MASK_PROB_MAX
 from bd3lm_jax.diffusion.noised import Noised
-from bd3lm_jax.diffusion.objective import Objective
 from bd3lm_jax.diffusion.schedule import systematic_uniform
 
 MAX_SUBSETS = 8  # block size up to which the 2^S subsets of a block are gone through
 
 
 @dataclasses.dataclass(frozen=True)
-class Adversarial(Objective):
+class Adversarial(LearnedNoise):
     """Copies come in pairs of two draws; with `complement` every draw is followed by what it left unmasked.
 
     Each masked token weighs n / k, so that the loss of a token is the mean cross-entropy of masked ones; with rate = 0
@@ -44,7 +44,6 @@ class Adversarial(Objective):
 
     kind: ClassVar[str] = "adversarial"
     title: ClassVar[str] = "adversarial masks"
-    learns: ClassVar[bool] = True
     block_size: int  # tokens a block
     rate: float  # part of a block's tokens that is masked, at least one; 0: every count 1..n equally often
     complement: bool  # every second copy masks what the one before left unmasked

@@ -1,8 +1,8 @@
 """Noise chosen from data while training: the clip search of BD3-LM, and a law of the count from running averages.
 
-Both are small objects with a state, a dict of arrays that a run carries from step to step, and `distribution(state,
-blocks)`, what `Masked.corrupt` draws from. Laws change without a new program: they are traced, only capacities are
-static, and these hold for every state.
+Both are small objects with a state (adaptive_noise.py) and `distribution(state, blocks)`, what `Masked.corrupt` draws
+from. Distributions change without a new program: they are traced, only capacities are static, and these hold for every
+state.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bd3lm_jax.diffusion.adaptive_noise import FixedNoise
 from bd3lm_jax.diffusion.corrupt import ClippedRange, MaskCountDistribution, truncated_capacity
 
 RESOLUTION = 2**20  # count probabilities are whole parts of this
@@ -20,7 +21,17 @@ MAX_MEAN_COUNT_RATIO = 1.25  # mean count of a count schedule, over that of unif
 
 
 @dataclasses.dataclass(frozen=True)
-class ClipSearch:
+class ChosenDistribution(FixedNoise):
+    """Base of the two: `block_size`, and `distribution(state, blocks)` for rows of so many blocks."""
+
+    changes_distribution: ClassVar[bool] = True
+
+    def corrupt_arguments(self, state: dict, tokens_BxL: jax.Array) -> dict[str, Any]:
+        return {"distribution": self.distribution(state, tokens_BxL.shape[1] // self.block_size)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipSearch(ChosenDistribution):
     """The clip search of BD3-LM (arXiv 2503.09573): mask probabilities from the interval with the least variance.
 
     The candidates are the intervals [beta, beta + width] inside [low, high] for all widths, beta in strides. With
@@ -29,7 +40,6 @@ class ClipSearch:
     [low, high], and goes on with the best candidate after every search. Biased by design, as every clip is.
     """
 
-    learns: ClassVar[bool] = False  # the state changes by searches only
     block_size: int
     low: float  # the range of the search
     high: float
@@ -62,7 +72,7 @@ class ClipSearch:
 
 
 @dataclasses.dataclass(frozen=True)
-class CountSchedule:
+class CountSchedule(ChosenDistribution):
     """A law of the number k of masked tokens that follows the loss: pi(k) = a pi*(k) + (1 - a) / S, with
 
         pi*(k) proportional to sqrt(E[(mean cross-entropy of the k masked tokens)^2]),
@@ -77,7 +87,7 @@ class CountSchedule:
     block at least.
     """
 
-    learns: ClassVar[bool] = True  # the state changes with every step
+    learns: ClassVar[bool] = True
     block_size: int
     floor: float  # every count keeps at least this part of its probability under uniform counts
     decay: float  # of the running averages, a step

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import independent
+from bd3lm_jax.diffusion.learned_noise import LearnedNoise
 from bd3lm_jax.diffusion.masked import MASK_PROB_MAX
 from bd3lm_jax.diffusion.noised import Noised
-from bd3lm_jax.diffusion.objective import Objective
 
 
 @dataclasses.dataclass(frozen=True)
-class GenMD4(Objective):
+class GenMD4(LearnedNoise):
     """alpha_v(t) = 1 - (1-e) t^w_v for token v, w learned; t ~ U(0, 1).
 
     A masked token that is v comes back at rate -alpha_v' / (1 - alpha_v) = w_v / t, in the model at w_v mu_v / t with
@@ -35,7 +35,6 @@ class GenMD4(Objective):
     kind: ClassVar[str] = "genmd4"
     title: ClassVar[str] = "GenMD4"
     noise_sample_multiple: ClassVar[int] = 2
-    learns: ClassVar[bool] = True
     bound: ClassVar[None] = None  # for a network alone, without w
     block_size: int  # tokens a block
     power: float  # every w at the start

@@ -63,6 +63,10 @@ class LLaDA(Objective):
         return ("prompt",) if self.sft else ()
 
     @property
+    def noise_sample_multiple(self) -> int:
+        return 2 if self.complement else 1
+
+    @property
     def is_bound(self) -> bool:
         return not self.sft
 

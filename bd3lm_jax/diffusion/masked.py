@@ -101,6 +101,10 @@ class Masked(Objective):
         return (self.clip_low, self.clip_high) != (0, 1)
 
     @property
+    def noise_sample_multiple(self) -> int:
+        return 2 if self.complement else 1
+
+    @property
     def is_bound(self) -> bool:
         """Whether the weighted loss estimates the NELBO without bias."""
         return self.corruption == "exact_count" and all(p > 0 for p in self.count_probs)

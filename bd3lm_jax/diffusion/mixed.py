@@ -1,6 +1,7 @@
 """Block diffusion with blocks of several sizes in one batch, so that one network can be used at any of them."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion.masked import Masked
+from bd3lm_jax.diffusion.network_inputs import NetworkInputs
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.diffusion.objective import Objective
 
@@ -26,6 +28,7 @@ class Mixed(Objective):
 
     kind: ClassVar[str] = "mixed"
     title: ClassVar[str] = "mixed block sizes"
+    supports_target_shift: ClassVar[bool] = False
     block_size: int  # one of `sizes`: what evaluation and sampling use unless they are told another
     sizes: tuple[int, ...]  # tokens a block, rising: multiples of the first, divisors of the last
     schedule: str  # these four as for `Masked`
@@ -44,6 +47,14 @@ class Mixed(Objective):
         if self.block_size not in sizes:
             raise UserError(f"diffusion.block_size is {self.block_size}, expected one of diffusion.sizes={sizes}")
         self.at(self.block_size)  # raises for the rest
+
+    @property
+    def noise_sample_multiple(self) -> int:
+        return 2 if self.complement else 1
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        return self.sizes
 
     def at(self, size: int) -> Masked:
         """The objective of rows with blocks of `size`."""
@@ -67,6 +78,13 @@ class Mixed(Objective):
         capacity = max(noised.capacity for noised in each)
         noised = jax.tree.map(select, *(noised.replace(capacity=capacity) for noised in each))
         return noised.replace(size_B=jnp.asarray(self.sizes)[which_B])
+
+    def inputs(self, noised: Noised, rows: Mapping[str, jax.Array], vocab_size: int) -> NetworkInputs:
+        """Two streams in blocks of each row's own size; of `block_size` where the noise has one size."""
+        inputs = super().inputs(noised, rows, vocab_size)
+        if noised.size_B is None:
+            return inputs
+        return inputs.replace(block_size=self.sizes[-1], size_B=noised.size_B, min_block_size=self.sizes[0])
 
     def sample_size_index(self, key: jax.Array, rows: int) -> jax.Array:
         """The index of each row's size, int32 `[rows]`."""

@@ -1,65 +1,80 @@
 """What every objective says of itself, and what it may leave out."""
 
 import math
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import ClassVar, NamedTuple
 
 import jax
 
 from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.diffusion.network_inputs import NetworkInputs
+from bd3lm_jax.diffusion.noised import Noised
+
+
+class Loss(NamedTuple):
+    """The losses of single positions; each takes `(logits_NxV, target_N, xt_N, sigma_N, mask_id)`.
+
+    Logits are float32 as the network gives them, V without padding; sigma is that of `Noised`.
+
+    token_loss: -> float32 `[N]` in nats, what the weights of `Noised` multiply; None: the cross-entropy of the clean
+    token where the mask token has probability 0.
+    mean_term: -> float32 `[N]` in nats, bool `[N]`: the plain mean of the one where the other holds and the weight is
+    positive, copy by copy, joins the loss a token. It needs a `token_loss`. None: no such term.
+    """
+
+    token_loss: Callable[..., jax.Array] | None = None
+    mean_term: Callable[..., tuple[jax.Array, jax.Array]] | None = None
 
 
 class Objective:
     """Base of the objectives, which are frozen dataclasses of their hyperparameters.
 
     An objective has a `kind` (its name in configs), a `block_size`, and
-    `corrupt(key, x0_BxL, segment_BxL, noise_samples, mask_id, end_id, ...) -> Noised`. What it does not say is as for masked
-    diffusion:
+    `corrupt(key, x0_BxL, segment_BxL, noise_samples, mask_id, end_id, ...) -> Noised`. It answers four more questions with
+    methods that are here for masked diffusion in blocks: `prepare_batch`, `inputs`, `outputs` and `loss`. What else it
+    may say:
 
     title: its name in tables and pictures; "" for its kind.
     causal: the network reads one stream, the tokens before; else noised blocks and the clean text before them.
-    masks: the network predicts the tokens under the mask token from those that are left. So the bound of
+    draws_noise: `corrupt` noises tokens of the segments it is given. Else these say where documents begin.
+    weights_decide_inputs: the network does not read tokens of weight 0, so weights may not be changed after `corrupt`.
+    uses_mask_token: the network predicts the tokens under the mask token from those that are left. So the bound of
     `estimators.py` and the masked samplers apply, however it was trained. Else it has an estimator of its own
     ("native") or none.
-    needs: names of further arrays `[B, L]` of a batch, which `corrupt` takes as keywords.
-    token_loss: None for the cross-entropy of the clean token where the mask token has probability 0, else a method
-    `(logits_NxV, target_N, xt_N, sigma_N, mask_id) -> float32 [N]` in nats, what the weights of `Noised` multiply.
-    Logits are float32 as the network gives them, V without padding; sigma is that of `Noised`.
-    mean_term: None, or a method that takes what `token_loss` takes -> float32 [N] in nats, bool [N]: the plain mean of
-    the one where the other holds and the weight is positive, copy by copy, joins the loss a token. It needs a
-    `token_loss`.
-    mixtures: None where the noised stream is ids, else a method `(noised, x0_BxL, vocab_size) -> float32 [B, M, L, V]`:
-    a distribution over the vocabulary at every place, computed for a microbatch at a time.
-    sampler: what writes with such a model when no sampler is named.
+    extra_batch_keys: names of further arrays `[B, L]` of a batch, which `corrupt` takes as keywords.
+    token_loss, mean_term: None, or methods as in `Loss`.
+    reads_soft_inputs: the noised stream is distributions over the vocabulary, not ids.
+    supports_target_shift: it may train networks whose outputs predict the next token (scoring/target_shift.py).
+    sampler: what samples from such a model when no sampler is named.
     is_bound: whether the weighted loss estimates a bound on the NLL of every token without bias.
     bound: the objective whose weighted loss is that bound for a network trained by this one, or None.
-    needs_level: the network must be told the noise level (model.time_conditioning).
-    sigma_max: the network never sees a larger noise level.
-    scores: the network gives log scores, whose total over the tokens is a number of its own (see SEDD).
-    redraws: the network gives probabilities of x0 where every token may be a wrong letter, for samplers that redraw.
-    noise_sample_multiple: copies come in multiples of this, 2 where a mask and its complement are a pair.
-    learns: the objective has parameters, `init_learned_params(key, vocab_size, width)` -> dict of float32 arrays, which
-    `corrupt` (with the network's table "embedding" `[V', width]` added) and `token_loss` take as `learnt`. They are
-    trained, saved and averaged with those of the network, and not used after. As the noise depends on them, their
-    gradient is that of the loss and `noise_gradient(learnt, noised, x0_BxL, segment_BxL, losses_BxMxL)`, a dict as of
-    `init_learned_params`, summed over the rows given; learnt as for `corrupt`, losses as of `token_loss`, without a
-    gradient.
+    needs_time_conditioning: the network must take the noise level (model.time_conditioning).
+    sigma_max: the network never takes a larger noise level.
+    predicts_scores: the network gives log scores, whose total over the tokens is a number of its own (see SEDD).
+    can_resample_tokens: the network gives probabilities of x0 where every token may be wrong, for samplers that draw
+    tokens again.
+    noise_sample_multiple: noised copies come in multiples of this, 2 where a mask and its complement are a pair.
+    learns: it has parameters of its own (learned_noise.py).
     """
 
     kind: ClassVar[str]
     title: ClassVar[str] = ""
     causal: ClassVar[bool] = False
+    draws_noise: ClassVar[bool] = True
+    weights_decide_inputs: ClassVar[bool] = False
     uses_mask_token: ClassVar[bool] = True
     extra_batch_keys: ClassVar[tuple[str, ...]] = ()
     token_loss: ClassVar[Callable[..., jax.Array] | None] = None
     mean_term: ClassVar[Callable[..., tuple[jax.Array, jax.Array]] | None] = None
-    soft_inputs: ClassVar[Callable[..., jax.Array] | None] = None
+    reads_soft_inputs: ClassVar[bool] = False
+    supports_target_shift: ClassVar[bool] = True
     sampler: ClassVar[str] = "first_hitting"
     is_bound: ClassVar[bool] = False
     needs_time_conditioning: ClassVar[bool] = False
     sigma_max: ClassVar[float] = math.inf
     predicts_scores: ClassVar[bool] = False
     can_resample_tokens: ClassVar[bool] = False
+    noise_sample_multiple: ClassVar[int] = 1
     learns: ClassVar[bool] = False
     block_size: int
 
@@ -72,14 +87,53 @@ class Objective:
         return self if self.is_bound else None
 
     @property
-    def noise_sample_multiple(self) -> int:
-        return 2 if getattr(self, "complement", False) else 1
+    def block_sizes(self) -> tuple[int, ...]:
+        """Tokens a block, of all that it trains side by side, rising."""
+        return (self.block_size,)
+
+    def stream_lengths(self, length: int, noise_samples: int) -> tuple[int, int]:
+        """Of a row: noised copies, and clean tokens that the network reads (the last block is read by nobody)."""
+        return noise_samples, length - self.block_sizes[0]
 
     def prepare_batch(self, key: jax.Array, batch: dict, end_id: int) -> dict:
-        """The batch as training reads it, before noise: `tokens`, `segments`, `positions` and what it
-        `extra_batch_keys`, `[B, L]` each. A function of the key, which is that of the step, and of the whole batch."""
+        """The batch as training reads it, before noise: `tokens`, `segments`, `positions` and its `extra_batch_keys`,
+        `[B, L]` each. A function of the key, which is that of the step, and of the whole batch."""
         del key, end_id
         return batch
+
+    def counted_tokens(self, noised: Noised, maskable_BxL: jax.Array) -> jax.Array:
+        """Bool array whose true entries are the tokens of a batch that the loss is a mean over.
+
+        maskable_BxL: the segments that noise was drawn for, 0 elsewhere.
+        """
+        del noised
+        return maskable_BxL != 0
+
+    def inputs(self, noised: Noised, rows: Mapping[str, jax.Array], vocab_size: int) -> NetworkInputs:
+        """What the network reads. rows: `tokens`, `positions` and `segments`, int32 `[B, L]` each."""
+        del vocab_size
+        return NetworkInputs(rows["tokens"], rows["positions"], rows["segments"], self.block_size,
+                             noised=noised.xt_BxMxL, sigma=noised.sigma_BxMxK)
+
+    def outputs(self, noised_BxMxLxD: jax.Array | None, clean_BxLxD: jax.Array | None) -> jax.Array:
+        """What predicts the tokens of every copy, `[B, M, L, D]`, of a pass's hidden states; one of them is None."""
+        del clean_BxLxD
+        return noised_BxMxLxD
+
+    def loss(self, learned_params: dict | None = None) -> Loss:
+        """What training sums. learned_params: those of an objective that `learns`, else None."""
+        del learned_params
+        return Loss(self.token_loss, self.mean_term)
+
+    def add_noise_gradient(self, grads: dict, params: dict, noised: Noised, rows: Mapping[str, jax.Array],
+                           losses_BxMxL: jax.Array | None) -> dict:
+        """The gradient of the summed loss with what comes from the choice of the noise; only one that `learns` has it.
+
+        grads, params: trees of the trained and of all parameters. losses: as of `token_loss`; None where nothing
+        `learns`.
+        """
+        del params, noised, rows, losses_BxMxL
+        return grads
 
 
 def check_rows(noise_samples: int, length: int, block_size: int) -> None:

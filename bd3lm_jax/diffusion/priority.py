@@ -84,6 +84,10 @@ class Priority(Objective):
                    f"and diffusion.rate_high={self.rate_high} leave some of 1..{self.block_size} out, use 1e-3 and 1")
 
     @property
+    def noise_sample_multiple(self) -> int:
+        return 2 if self.complement else 1
+
+    @property
     def is_bound(self) -> bool:
         """Whether the weighted loss estimates the NELBO without bias."""
         return self.importance

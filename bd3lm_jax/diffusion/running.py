@@ -1,17 +1,19 @@
 """A density that needs no annotation: the network's own running loss by token id (arXiv 2603.15803 leaves it open)."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from bd3lm_jax.diffusion.adaptive_noise import FixedNoise
+
 
 @dataclasses.dataclass(frozen=True)
-class RunningLoss:
+class RunningLoss(FixedNoise):
     """Dense are the ids whose running mean cross-entropy is above that of all tokens.
 
-    Interface as in clip.py, with `density` in place of `law`. Averages are over the masked tokens of the training steps
+    Averages are over the masked tokens of the training steps
     with exponential forgetting, each id's drawn towards the common one as by one token. An id that was never masked is
     not dense, so training starts with uniform masks. Masks depend on earlier steps only: importance weights keep the
     loss unbiased.
@@ -23,6 +25,9 @@ class RunningLoss:
 
     def init_state(self) -> dict[str, jax.Array]:
         return {"nats_V": jnp.zeros(self.vocab_size), "masked_V": jnp.zeros(self.vocab_size)}
+
+    def corrupt_arguments(self, state: dict, tokens_BxL: jax.Array) -> dict[str, Any]:
+        return {"density": self.density(state, tokens_BxL)}
 
     def density(self, state: dict, tokens_BxL: jax.Array) -> jax.Array:
         """Tags, float32 [B, L]: 1 for dense tokens."""

@@ -10,12 +10,14 @@ bound on the likelihood, and none is known.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.diffusion.network_inputs import NetworkInputs
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.diffusion.objective import Objective
 from bd3lm_jax.diffusion.schedule import stratified_uniform
@@ -52,6 +54,8 @@ class SSDLM(Objective):
     kind: ClassVar[str] = "ssd_lm"
     title: ClassVar[str] = "SSD-LM"
     uses_mask_token: ClassVar[bool] = False
+    reads_soft_inputs: ClassVar[bool] = True
+    supports_target_shift: ClassVar[bool] = False
     sampler: ClassVar[str] = "simplex"
     block_size: int  # tokens a block; 25 in the paper
     scale: float  # K: logits of clean tokens are +-K; 5 in the paper
@@ -82,6 +86,11 @@ class SSDLM(Objective):
                       weight_BxMxL=jnp.broadcast_to((segment_BxL != 0)[:, None], shape).astype(jnp.float32),
                       sigma_BxMxK=-jnp.log(jnp.maximum(alpha_bar(t_BxMxK), ALPHA_BAR_MIN)), capacity=length,
                       extra=jax.vmap(jax.vmap(lambda n: jax.random.fold_in(noise_key, n)))(number))
+
+    def inputs(self, noised: Noised, rows: Mapping[str, jax.Array], vocab_size: int) -> NetworkInputs:
+        """`soft_inputs` as the noised stream."""
+        soft_inputs = self.soft_inputs(noised, rows["tokens"], vocab_size)
+        return super().inputs(noised, rows, vocab_size).replace(noised=soft_inputs)
 
     def soft_inputs(self, noised: Noised, x0_BxL: jax.Array, vocab_size: int) -> jax.Array:
         """softmax(w_t) of every token and copy, float32 `[B, M, L, V]`."""

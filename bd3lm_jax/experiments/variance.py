@@ -149,8 +149,7 @@ def make_measure(lm: LM):
     def half(params, noised, rows):
         def loss(params, weight_BxMxL):
             scored = score(lm.model, params, lm.config.diffusion, noised.replace(weight_BxMxL=weight_BxMxL),
-                           rows["tokens"], rows["positions"], rows["segments"], execution,
-                           end_id=lm.special.end)
+                           rows, execution, lm.special.end)
             return total_loss(lm.model, params, scored, lm.special.mask, lm.config.compute.loss_chunk)
         grads, losses = jax.grad(loss, argnums=(0, 1))(params, noised.weight_BxMxL)
         tokens = jnp.sum(rows["segments"] != 0)

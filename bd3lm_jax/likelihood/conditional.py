@@ -307,7 +307,7 @@ def _views(model, objective, special, estimator, capacity: int, params, key, ind
     def noise(noise_id, tokens_L, segments_L):
         return estimator.noised(jax.random.fold_in(key, noise_id), index, 1, tokens_L, segments_L, special)
 
-    segments = rows.segment_BxL if objective.causal else jnp.where(rows.scored_BxL, rows.segment_BxL, 0)
+    segments = jnp.where(rows.scored_BxL, rows.segment_BxL, 0) if objective.draws_noise else rows.segment_BxL
     noised = jax.vmap(noise)(rows.noise_B, rows.tokens_BxL, segments)
     predicted = predictions(model, objective, special, capacity, params, noised, rows)
     nats_BxM = jnp.where(predicted.weight_BxMxC == 0, 0, predicted.loss_BxMxC * predicted.weight_BxMxC).sum(-1)

@@ -57,7 +57,7 @@ def make_scores(model: Backbone, objective: Any, estimator: Any, special: Specia
 
     def scores(params, key, index, row_ids, tokens, positions, segments, scored):
         keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_ids)
-        maskable = segments if objective.causal else jnp.where(scored, segments, 0)
+        maskable = jnp.where(scored, segments, 0) if objective.draws_noise else segments
         noised = jax.vmap(noise, in_axes=(0, None, 0, 0))(keys, index, tokens, maskable)
         return score_views(model, params, objective, noised, tokens, positions, segments, scored, special, execution,
                            estimator.replicates, estimator.token_loss)
@@ -68,9 +68,9 @@ def make_scores(model: Backbone, objective: Any, estimator: Any, special: Specia
 def score_views(model: Backbone, params: dict, objective: Any, noised: Any, tokens_BxL, position_BxL, segment_BxL,
                 scored_BxL, special: SpecialIds, execution: Execution,
                 replicates: int, token_loss: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What `make_scores` returns, of given copies."""
-    scored = score(model, params, objective, noised, tokens_BxL, position_BxL, segment_BxL, execution,
-                   end_id=special.end)
+    """What `make_scores` returns, of given noise_samples."""
+    rows = {"tokens": tokens_BxL, "positions": position_BxL, "segments": segment_BxL}
+    scored = score(model, params, objective, noised, rows, execution, special.end)
     losses = jnp.where(scored.weight_BxMxC == 0, 0, row_losses(model, params, scored, special.mask, 0, token_loss))
     place = jax.vmap(jax.vmap(lambda losses, index: jnp.zeros(tokens_BxL.shape[1]).at[index].add(losses)))
     losses_BxMxL = jnp.where(scored_BxL[:, None], place(losses, scored.index_BxMxC), 0)

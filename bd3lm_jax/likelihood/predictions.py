@@ -35,12 +35,12 @@ class Predictions(NamedTuple):
 
 def predictions(model, objective, special, capacity: int, params, noised: Noised, rows: Rows) -> Predictions:
     """Of the noised rows, at `capacity` places that hold all scored tokens."""
-    if not objective.causal or objective.bos:  # else the weights also say which inputs the network may see
+    if not objective.weights_decide_inputs:
         weight = jnp.where(rows.scored_BxL[:, None], noised.weight_BxMxL, 0)
         noised = noised.replace(weight_BxMxL=weight, capacity=capacity)
     position, _ = forward.single_document_rows(rows.tokens_BxL)
-    scored = score(model, params, objective, noised, rows.tokens_BxL, position, rows.segment_BxL,
-                   forward.DEFAULT_EXECUTION, end_id=special.end)
+    arrays = {"tokens": rows.tokens_BxL, "positions": position, "segments": rows.segment_BxL}
+    scored = score(model, params, objective, noised, arrays, forward.DEFAULT_EXECUTION, special.end)
     output = OutputLayer(*trunk.output_layer(model, params)).exclude_tokens(special.mask, model.config.vocab_size)
 
     def losses(xs):

@@ -77,7 +77,7 @@ def _body(model, params, objective, batch: int, length: int, noise_samples: int)
         clean_pairs, noised_pairs = _pairs(objective, length, noise_samples, getattr(block, "window", None))
         layers += noised_layers * on_noised.all + (layer_count - peeled) * on_clean.all + peeled * on_clean.keys_values
         attention += 4 * batch * on_noised.width * (noised_layers * noised_pairs + (layer_count - peeled) * clean_pairs)
-    if objective.soft_inputs is not None:  # mixtures of tokens instead of ids
+    if objective.reads_soft_inputs:  # mixtures of tokens instead of ids
         soft_inputs = jax.ShapeDtypeStruct((batch, noise_samples, length, model_config.vocab_size), jnp.float32)
         places = jax.ShapeDtypeStruct(soft_inputs.shape[:-1], jnp.int32)
         layers += count(lambda p, *x: model.embed.apply({"params": p}, *x), params["embed"], soft_inputs, places)

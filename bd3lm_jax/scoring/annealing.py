@@ -7,12 +7,15 @@ first update is causal, and from the last one on attention is that of the object
 measures.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.diffusion.network_inputs import NetworkInputs
+from bd3lm_jax.scoring.transform import Transform
 
 ANNEALING_FOLD = 0x73656573  # tells its random numbers from those of noise and dropout
 
@@ -30,8 +33,23 @@ def sample_max_visible_position(key: jax.Array, step: jax.Array, steps: int, pos
     return position_BxL + ahead_BxL.astype(jnp.int32)
 
 
+@dataclasses.dataclass(frozen=True)
+class Annealing(Transform):
+    """What each token attends to grows with the steps of a run."""
+
+    steps: int
+    block_size: int
+
+    def prepare_rows(self, rows: dict, key: jax.Array, step: jax.Array) -> dict:
+        return {**rows, "max_visible_position": sample_max_visible_position(key, step, self.steps, rows["positions"],
+                                                                            self.block_size)}
+
+    def inputs(self, inputs: NetworkInputs, rows: dict) -> NetworkInputs:
+        return inputs.replace(max_visible_position_BxL=rows["max_visible_position"])
+
+
 def check(config: Any) -> None:
     """UserError for annealing that has nothing to open."""
-    if config.train.anneal_steps and config.diffusion.causal:
+    if config.train.anneal_steps and not config.diffusion.draws_noise:
         raise UserError(f"train.anneal_steps={config.train.anneal_steps} opens causal attention, and an autoregressive "
                         "model stays causal: use 0")

@@ -18,7 +18,7 @@ def size_at(pairs: tuple[tuple[int, int], ...], step: int) -> int | None:
 
 def check(config: Any) -> None:
     """UserError for block sizes, of a curriculum or side by side, that do not fit the rest of a Config."""
-    largest, length = config.trained_block_sizes[-1], config.data.seq_len
+    largest, length = config.diffusion.block_sizes[-1], config.data.seq_len
     if length % largest:
         raise UserError(f"diffusion.sizes has blocks of {largest} tokens, which do not divide data.seq_len={length}: "
                         f"choose a length that is a multiple, e.g. {-(-length // largest) * largest}")
@@ -29,7 +29,7 @@ def check(config: Any) -> None:
     if not sizes:
         return
     objective, data = config.diffusion, config.data
-    if "block_size" not in {field.name for field in dataclasses.fields(objective)} or hasattr(objective, "sizes"):
+    if "block_size" not in {field.name for field in dataclasses.fields(objective)} or len(objective.block_sizes) > 1:
         raise UserError(f"train.block_sizes has no effect with diffusion.kind='{objective.kind}': use ()")
     if sizes[-1] != final:
         raise UserError(f"train.block_sizes ends with blocks of {sizes[-1]} tokens, but evaluation and sampling would "

@@ -1,9 +1,10 @@
 """Loss on answers alone: what the array "prompt" of a batch (data/dialogues.py) changes for any objective.
 
 Masked objectives never mask a prompt and weigh it 0; autoregressive ones weigh it 0. The loss is the mean over the
-tokens of the answers. Objectives that know of prompts themselves (LLaDA) are left alone.
+tokens of the answers. Objectives that take prompts themselves (LLaDA) are left as they are.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,25 +12,23 @@ import jax.numpy as jnp
 
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion.noised import Noised
+from bd3lm_jax.scoring.transform import Transform
 
 
-def uses_response_mask(objective: Any, batch: dict) -> bool:
-    """Whether the prompts of a batch are to be left out here."""
-    return "prompt" in batch and "prompt" not in objective.extra_batch_keys
+@dataclasses.dataclass(frozen=True)
+class ResponseMask(Transform):
+    """Prompts stay clean and weigh nothing.
 
+    draws_noise: that of the objective; one without noise reads from the segments where documents begin.
+    """
 
-def maskable_segments(objective: Any, batch: dict) -> jax.Array:
-    """The segments `[B, L]` that noise is drawn for; 0 where a token is given."""
-    if not uses_response_mask(objective, batch) or objective.causal:  # autoregression reads from them where documents begin
-        return batch["segments"]
-    return jnp.where(batch["prompt"] == 0, batch["segments"], 0)
+    draws_noise: bool
 
+    def maskable_segments(self, segment_BxL: jax.Array, batch: dict) -> jax.Array:
+        return jnp.where(batch["prompt"] == 0, segment_BxL, 0) if self.draws_noise else segment_BxL
 
-def zero_prompt_weights(objective: Any, batch: dict, noised: Noised) -> Noised:
-    """The noised copies with weight 0 on prompts."""
-    if not uses_response_mask(objective, batch):
-        return noised
-    return noised.replace(weight_BxMxL=jnp.where(batch["prompt"][:, None] == 0, noised.weight_BxMxL, 0))
+    def noised(self, noised: Noised, batch: dict) -> Noised:
+        return noised.replace(weight_BxMxL=jnp.where(batch["prompt"][:, None] == 0, noised.weight_BxMxL, 0))
 
 
 def check(config: Any) -> None:
@@ -45,6 +44,6 @@ def check(config: Any) -> None:
     if objective.mean_term is not None:
         raise UserError(f"diffusion.kind='{objective.kind}' weighs a term of its own by all tokens of a row, prompts "
                         "too: use another objective with data.source='sft'")
-    if objective.causal and not objective.bos:
+    if objective.weights_decide_inputs:
         raise UserError("diffusion.bos=False hides tokens of weight 0 from the network, as prompts are: use True with "
                         "data.source='sft'")

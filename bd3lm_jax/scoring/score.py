@@ -3,17 +3,20 @@
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from bd3lm_jax.diffusion.network_inputs import NetworkInputs
 from bd3lm_jax.diffusion.noised import Noised
+from bd3lm_jax.diffusion.objective import Loss, Objective
 from bd3lm_jax.models import Backbone, forward, trunk
 from bd3lm_jax.models.forward import Execution
 from bd3lm_jax.parallel.sharding import BATCH_AXES, batch_devices, constrain
 from bd3lm_jax.scoring import target_shift
 from bd3lm_jax.scoring.loss import OutputLayer, TokenLoss, custom_token_losses, token_losses, weighted_total
+from bd3lm_jax.scoring.transform import Transform, apply
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,48 +45,51 @@ class LossInputs(NamedTuple):
     aux: jax.Array | float = 0.0
 
 
-def score(model: Backbone, params: dict, objective: Any, noised: Noised, tokens_BxL, position_BxL, segment_BxL,
-          execution: Execution, dropout_keys=None, max_visible_position_BxL=None, end_id: int = -1) -> LossInputs:
+def score(model: Backbone, params: dict, objective: Objective, noised: Noised, rows: dict, execution: Execution,
+          end_id: int = -1, transforms: tuple[Transform, ...] = ()) -> LossInputs:
     """The network on noised rows, up to its output layer. A row that masks more than its capacity has weight NaN.
 
-    sees_BxL: as for `forward.two_stream`. end_id: read by networks with outputs one token ahead (shifted.py).
+    rows: `tokens`, `positions` and `segments`, int32 `[B, L]`, and what the transforms of a step added to them.
+    end_id: the token that some networks read before the first one. transforms: those of a run; a network's own apply
+    always.
     """
-    is_time_conditioned, tokens_B = trunk.is_time_conditioned(model.config), (segment_BxL != 0).sum(1)
+    transforms = (*transforms, *target_shift.for_model(model.config, end_id))
     noised = noised.replace(sigma_BxMxK=jnp.minimum(noised.sigma_BxMxK, objective.sigma_max))
-    sigma = noised.sigma_BxMxK if is_time_conditioned else None
-    if objective.causal:
-        if not objective.bos:  # nobody reads the end token
-            segment_BxL = jnp.where(noised.weight_BxMxL[:, 0] > 0, segment_BxL, 0)
-            position_BxL = jnp.maximum(position_BxL - 1, 0)  # the input is the token before, at its own place
-            execution = dataclasses.replace(execution, one_document=False)
-        out = forward.one_stream_out(model, params, noised.xt_BxMxL[:, 0], position_BxL, segment_BxL, rule="causal",
-                                     block_size=1, execution=execution, dropout_keys=dropout_keys)
-        h = out.clean[:, None]
-    else:
-        largest, sizes = objective.block_size, None
-        if noised.size_B is not None:
-            largest, sizes = objective.sizes[-1], forward.RowBlockSizes(noised.size_B, objective.sizes[0])
-        inputs, clean, form = noised.xt_BxMxL, tokens_BxL, target_shift.target_shift_of(model.config)
-        if objective.soft_inputs is not None:
-            inputs = objective.soft_inputs(noised, tokens_BxL, model.config.vocab_size)
-        if form == "block":
-            inputs, clean = target_shift.inputs(inputs, clean, position_BxL, largest, end_id)
-        out = forward.two_stream_out(model, params, inputs, clean, position_BxL, segment_BxL,
-                                     block_size=largest, sizes=sizes, sigma_BxMxn=sigma, execution=execution,
-                                     dropout_keys=dropout_keys, max_visible_position_BxL=max_visible_position_BxL)
-        h = target_shift.outputs(out.noised) if form == "row" else out.noised
-    weight, xt, length = noised.weight_BxMxL, noised.xt_BxMxL, tokens_BxL.shape[1]
-    target = jnp.broadcast_to(tokens_BxL[:, None], xt.shape)
+    inputs = apply(transforms, "inputs", objective.inputs(noised, rows, model.config.vocab_size), rows)
+    out = _forward(model, params, inputs, execution, rows.get("dropout_keys"))
+    h_BxMxLxD = apply(transforms, "outputs", objective.outputs(out.noised, out.clean))
+    return _at_loss_positions(model, params, h_BxMxLxD, noised, rows)._replace(aux=out.aux)
+
+
+def _forward(model, params, inputs: NetworkInputs, execution, dropout_keys) -> trunk.ForwardOutput:
+    """A pass over what an objective has the network read, of one stream or of two."""
+    sigma = inputs.sigma if trunk.is_time_conditioned(model.config) else None
+    if inputs.one_document is not None:
+        execution = dataclasses.replace(execution, one_document=inputs.one_document)
+    places = inputs.position_BxL, inputs.segment_BxL
+    if inputs.noised is None:
+        return forward.one_stream_out(model, params, inputs.clean_BxL, *places, rule=inputs.rule, sigma_Bxn=sigma,
+                                      block_size=inputs.block_size, execution=execution, dropout_keys=dropout_keys)
+    sizes = None if inputs.size_B is None else forward.RowBlockSizes(inputs.size_B, inputs.min_block_size)
+    return forward.two_stream_out(model, params, inputs.noised, inputs.clean_BxL, *places, block_size=inputs.block_size,
+                                  sizes=sizes, sigma_BxMxn=sigma, execution=execution, dropout_keys=dropout_keys,
+                                  max_visible_position_BxL=inputs.max_visible_position_BxL)
+
+
+def _at_loss_positions(model, params, h_BxMxLxD, noised: Noised, rows: dict) -> LossInputs:
+    """What the output layer and the loss need of hidden states, at the positions that may count."""
+    weight, xt, length = noised.weight_BxMxL, noised.xt_BxMxL, rows["tokens"].shape[1]
+    target = jnp.broadcast_to(rows["tokens"][:, None], xt.shape)
     index = jnp.broadcast_to(jnp.arange(length), target.shape)
     if noised.capacity < length:
         index = loss_positions(weight > 0, noised.capacity)
-        h = jnp.take_along_axis(h, index[..., None], axis=2)
+        h_BxMxLxD = jnp.take_along_axis(h_BxMxLxD, index[..., None], axis=2)
         target, weight, xt = (jnp.take_along_axis(x, index, axis=2) for x in (target, weight, xt))
         weight = jnp.where(exceeds_capacity(noised)[..., None], jnp.nan, weight)
     part = length // noised.sigma_BxMxK.shape[2]
     sigma = jnp.take_along_axis(noised.sigma_BxMxK, index // part, axis=2)
-    features = trunk.features(model, params, h, sigma if is_time_conditioned else None)
-    return LossInputs(features, target, weight, index, xt, sigma, tokens_B, out.aux)
+    features = trunk.features(model, params, h_BxMxLxD, sigma if trunk.is_time_conditioned(model.config) else None)
+    return LossInputs(features, target, weight, index, xt, sigma, (rows["segments"] != 0).sum(1))
 
 
 def exceeds_capacity(noised: Noised) -> jax.Array:
@@ -106,11 +112,9 @@ def row_losses(model: Backbone, params: dict, scored: LossInputs, mask_id: int, 
 
 
 def total_loss(model: Backbone, params: dict, scored: LossInputs, mask_id: int, chunk: int,
-               token_loss: TokenLoss | None = None, mean_term: TokenLoss | None = None) -> jax.Array:
-    """Sum of weight * loss over all positions of `scored`, in nats; arguments as for `row_losses`.
-
-    mean_term: `Objective.mean_term`, which counts the tokens of the row in every copy.
-    """
+               loss: Loss = Loss()) -> jax.Array:
+    """Sum of weight * loss over all positions of `scored`, in nats; other arguments as for `row_losses`."""
+    token_loss, mean_term = loss
     arrays = _group_by_device(scored.features_BxMxCxD, scored.target_BxMxC, scored.weight_BxMxC)
     if token_loss is None:
         return weighted_total(_output(model, params, mask_id), *arrays, chunk)

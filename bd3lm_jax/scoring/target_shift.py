@@ -10,12 +10,15 @@
              that is the autoregressive model itself.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.diffusion.network_inputs import NetworkInputs
+from bd3lm_jax.scoring.transform import Transform
 
 TARGET_SHIFTS = ("", "row", "block")
 INHERIT = "source"  # in a config that takes the network of train.init_from: as far ahead as that was
@@ -30,25 +33,39 @@ def inherited_shift(source_model: Any, was_causal: bool, objective: Any, length:
     """The form in which a network whose outputs were one token ahead, by its form or as a causal one, stays so under an
     objective with rows of `length` tokens; "" for others."""
     form = target_shift_of(source_model)
-    if not (form or was_causal) or not _supports_target_shift(objective):
+    if not (form or was_causal) or not objective.supports_target_shift:
         return ""
     return "row" if form == "row" and objective.block_size >= length else "block"
 
 
-def _supports_target_shift(objective: Any) -> bool:
-    return not objective.causal and objective.soft_inputs is None and not hasattr(objective, "sizes")
+def for_model(model_config: Any, end_id: int) -> tuple[Transform, ...]:
+    """The transform that such a network needs in every pass; none for outputs in the place of their tokens.
+
+    end_id: the token before the first one.
+    """
+    form = target_shift_of(model_config)
+    return {"": (), "row": (RowShift(),), "block": (BlockShift(end_id),)}[form]
 
 
-def inputs(xt_BxMxL, x0_BxL, position_BxL, block_size: int, end_id: int) -> tuple[jax.Array, jax.Array]:
-    """What the network reads in form "block": noised `[B, M, L]` and clean `[B, L]`, from the tokens of both."""
-    clean_BxL = jnp.where(position_BxL == 0, end_id, jnp.roll(x0_BxL, 1, axis=-1))
-    first_BxL = position_BxL % block_size == 0
-    return jnp.where(first_BxL[:, None], clean_BxL[:, None], jnp.roll(xt_BxMxL, 1, axis=-1)), clean_BxL
-
-
-def outputs(h_BxMxLxD) -> jax.Array:
+class RowShift(Transform):
     """In form "row": what predicts every token, from what stands in its place."""
-    return jnp.concatenate([h_BxMxLxD[:, :, :1], h_BxMxLxD[:, :, :-1]], axis=2)
+
+    def outputs(self, h_BxMxLxD: jax.Array) -> jax.Array:
+        return jnp.concatenate([h_BxMxLxD[:, :, :1], h_BxMxLxD[:, :, :-1]], axis=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockShift(Transform):
+    """In form "block": both streams one token later, each block after the clean token before it."""
+
+    end_id: int
+
+    def inputs(self, inputs: NetworkInputs, rows: dict) -> NetworkInputs:
+        position_BxL = inputs.position_BxL
+        clean_BxL = jnp.where(position_BxL == 0, self.end_id, jnp.roll(inputs.clean_BxL, 1, axis=-1))
+        first_BxL = position_BxL % inputs.block_size == 0
+        noised = jnp.where(first_BxL[:, None], clean_BxL[:, None], jnp.roll(inputs.noised, 1, axis=-1))
+        return inputs.replace(noised=noised, clean_BxL=clean_BxL)
 
 
 def check(config: Any) -> None:
@@ -56,7 +73,7 @@ def check(config: Any) -> None:
     form, objective = target_shift_of(config.model), config.diffusion
     if form not in TARGET_SHIFTS:
         raise UserError(f"model.target_shift is {form!r}, expected one of {', '.join(map(repr, TARGET_SHIFTS))}")
-    if form and not _supports_target_shift(objective):
+    if form and not objective.supports_target_shift:
         raise UserError(f"model.target_shift='{form}' has no effect with diffusion.kind='{objective.kind}': use ''")
     if form == "row" and objective.block_size < config.data.seq_len:
         raise UserError(f"model.target_shift='row' is for one block a row, and diffusion.block_size={objective.block_size} "

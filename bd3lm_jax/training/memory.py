@@ -98,8 +98,7 @@ def tpu_padding(program: Program) -> int:
     objective, compute, length = config.diffusion, config.compute, config.data.seq_len
     if compute.attention not in ("auto", "splash") or length <= attention.SMALL:
         return 0
-    smallest = config.trained_block_sizes[0]
-    noise_samples, clean = (0, length) if objective.causal else (config.train.noise_samples, length - smallest)
+    noise_samples, clean = objective.stream_lengths(length, config.train.noise_samples)
     tile = choose_tile(length if noise_samples else 0, clean, noise_samples, objective.block_size)
     real = noise_samples * length + clean
     padded = (noise_samples * -(-length // tile) + -(-clean // tile)) * tile

@@ -13,7 +13,7 @@ from bd3lm_jax.config import Config
 from bd3lm_jax.core import jax_settings, log
 from bd3lm_jax.core.state import TrainState
 from bd3lm_jax.diffusion import corrupt
-from bd3lm_jax.diffusion.clip import ClipSearch, relative_variance
+from bd3lm_jax.diffusion.clip import relative_variance
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.models import Backbone
 from bd3lm_jax.models.forward import Execution
@@ -38,7 +38,7 @@ class NoiseSelector:
         on, which the network has not been trained on in this epoch. It is not repeated at a last step that is no
         multiple of `eval.every`: a run that stops there and goes on has the noise of one that never stopped.
         """
-        if isinstance(self.schedule, ClipSearch) and step % self.config.eval.every == 0:
+        if len(self.schedule.candidates) and step % self.config.eval.every == 0:
             batches = [batch(step + i) for i in range(self.config.noise.clip_batches)]
             key = jax.random.fold_in(jax.random.fold_in(jax_settings.key(self.config.seed), step), CLIP_SEARCH_FOLD)
             interval = self._search(state.ema or state.params, key, batches)
@@ -47,7 +47,7 @@ class NoiseSelector:
 
     def as_metrics(self, state: TrainState) -> dict[str, list[float]]:
         """The noise of a state: `clip` or `count_probs`."""
-        return self.schedule.as_metrics(jax.device_get(state.noise)) if self.schedule else {}
+        return self.schedule.as_metrics(jax.device_get(state.noise))
 
     def _search(self, params, key, batches: list[dict]) -> np.ndarray:
         """The candidate interval `[2]` whose blocks' loss has the least relative variance; all see the same draws."""
@@ -75,7 +75,7 @@ def make_block_moments(config: Config, model: Backbone, special: SpecialIds):
         return jnp.stack([jnp.sum(real_BxMxK), jnp.sum(losses_BxMxK), jnp.sum(losses_BxMxK**2)])
 
     def moments(params, key, noise, batch):
-        noised = draw_noise(config, special, key, batch, 1, noise)
+        noised = draw_noise(config, special, key, batch, 1, noise, params)
         return sum_over_rows(lambda rows: of_rows(params, rows).astype(jnp.float32), {**batch, "noised": noised},
                              config.compute.microbatch or batch["tokens"].shape[0])
 
@@ -88,8 +88,7 @@ def block_losses(model: Backbone, params: Any, objective: Any, special: SpecialI
 
     rows: `tokens`, `positions` and `segments`, int32 `[B, L]`.
     """
-    scored = score(model, params, objective, noised, rows["tokens"], rows["positions"], rows["segments"], execution,
-                   end_id=special.end)
+    scored = score(model, params, objective, noised, rows, execution, special.end)
     nats_BxMxC = row_losses(model, params, scored, special.mask, 0, objective.token_loss) * scored.weight_BxMxC
     n_BxK = corrupt.maskable_counts(rows["segments"] != 0, objective.block_size)
     add = jax.vmap(jax.vmap(lambda nats, block: jnp.zeros(n_BxK.shape[-1]).at[block].add(nats)))

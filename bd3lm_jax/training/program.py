@@ -102,5 +102,5 @@ def bytes_needed(compiled: jax.stages.Compiled) -> int:
 def _initial_state(config: Config, model: Backbone, tx: optax.GradientTransformation) -> TrainState:
     params = parameters.init(model, config.diffusion, config.train.lora_rank, jax_settings.key(config.seed))
     ema = jax.tree.map(jnp.copy, params) if config.optim.ema_decay > 0 else {}
-    noise = config.schedule.init_state() if config.schedule else {}
-    return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(trainable_params(params)), noise)
+    opt_state = tx.init(trainable_params(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, opt_state, config.schedule.init_state())

@@ -13,7 +13,7 @@ END = 99
 
 
 def test_inputs_restart_with_each_segment():
-    inputs_BxL = np.asarray(AR(bos=True).inputs(X0_BxL, SEGMENT_BxL, END))
+    inputs_BxL = np.asarray(AR(bos=True).previous_tokens(X0_BxL, SEGMENT_BxL, END))
     for ids, segments, inputs in zip(X0_BxL, SEGMENT_BxL, inputs_BxL):
         previous = {}
         for i, segment in enumerate(segments):
@@ -41,7 +41,7 @@ def test_corrupt_has_the_form_of_every_objective(bos):
 def test_no_token_reads_itself_or_the_future():
     changed_BxL = X0_BxL.copy()
     changed_BxL[:, 3] = 77
-    before, after = (np.asarray(AR(bos=True).inputs(x0, SEGMENT_BxL, END)) for x0 in (X0_BxL, changed_BxL))
+    before, after = (np.asarray(AR(bos=True).previous_tokens(x0, SEGMENT_BxL, END)) for x0 in (X0_BxL, changed_BxL))
     np.testing.assert_array_equal(before[:, :4], after[:, :4])
     read_by_the_next = before[:, 4] != after[:, 4]
     assert read_by_the_next[:2].all() and not read_by_the_next[3]  # the last row starts a segment there

@@ -109,7 +109,7 @@ def test_gradient_by_finite_differences():
 
     def loss(bias):
         changed = {**params, "head": {**params["head"], "linear": {**params["head"]["linear"], "bias": bias}}}
-        return total_loss(model, changed, scored, MASK, 0, it.token_loss, it.mean_term)
+        return total_loss(model, changed, scored, MASK, 0, it.loss())
 
     gradient = quick_jit(jax.grad(loss))(params["head"]["linear"]["bias"])
     arrays = noised, np.asarray(rows["tokens"]), np.asarray(rows["segments"]), 0.7

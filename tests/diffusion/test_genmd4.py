@@ -14,6 +14,7 @@ from toy_runs import toy_config
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import MD4, GenMD4
 from bd3lm_jax.diffusion.noised import Noised
+from bd3lm_jax.diffusion.objective import Loss
 from bd3lm_jax.models.forward import DEFAULT_EXECUTION, single_document_rows
 from bd3lm_jax.scoring.score import score, total_loss
 
@@ -124,8 +125,9 @@ def test_one_schedule_for_all_is_md4(power):
     noised = objective.corrupt(jax.random.key(1), x0, segment, 2, MASK, -1, own)
 
     def total(params, noised, token_loss):
-        scored = score(lm.model, params, plain, noised, x0, position, segment, DEFAULT_EXECUTION)
-        return total_loss(lm.model, params, scored, MASK, 0, token_loss)
+        rows = {"tokens": x0, "positions": position, "segments": segment}
+        scored = score(lm.model, params, plain, noised, rows, DEFAULT_EXECUTION)
+        return total_loss(lm.model, params, scored, MASK, 0, Loss(token_loss))
 
     t = -jnp.expm1(-noised.sigma_BxMxK)
     weight = jnp.where(noised.weight_BxMxL > 0, jnp.repeat(power / t, 4, axis=-1), 0)

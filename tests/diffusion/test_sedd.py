@@ -148,8 +148,9 @@ def test_training_loss_is_the_published_formula_on_the_networks_output():
     lm, x0 = make_lm(objective, time_conditioning=True), jnp.asarray(make_ids(3, 8))
     position, segment = single_document_rows(x0)
     noised = objective.corrupt(jax.random.key(2), x0, segment, 1, MASK, -1)
-    scored = score(lm.model, lm.params, objective, noised, x0, position, segment, DEFAULT_EXECUTION)
-    total = total_loss(lm.model, lm.params, scored, MASK, 5, objective.token_loss)
+    rows = {"tokens": x0, "positions": position, "segments": segment}
+    scored = score(lm.model, lm.params, objective, noised, rows, DEFAULT_EXECUTION)
+    total = total_loss(lm.model, lm.params, scored, MASK, 5, objective.loss())
     sigma = np.asarray(noised.sigma_BxMxK[:, 0], np.float64)
     net = np.asarray(lm.logits(noised.xt_BxMxL[:, 0], x0, sigma=sigma))
     expected = 0.0

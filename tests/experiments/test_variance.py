@@ -97,8 +97,7 @@ def block_losses(lm, objective):
 
     @quick_jit
     def losses(params, noised, batch):
-        scored = score(lm.model, params, lm.config.diffusion, noised, batch["tokens"], batch["positions"],
-                       batch["segments"], DEFAULT_EXECUTION)
+        scored = score(lm.model, params, lm.config.diffusion, noised, batch, DEFAULT_EXECUTION)
         return row_losses(lm.model, params, scored, lm.special.mask, 0)
 
     for step in range(DRAWS):

@@ -59,7 +59,8 @@ def test_the_loss_of_a_row_is_that_of_a_batch_of_its_size():
     key = jax.random.key(5)
 
     def losses(objective, noised):
-        scored = score(lm.model, lm.params, objective, noised, x0, position, segment, forward.DEFAULT_EXECUTION)
+        rows = {"tokens": x0, "positions": position, "segments": segment}
+        scored = score(lm.model, lm.params, objective, noised, rows, forward.DEFAULT_EXECUTION)
         return (row_losses(lm.model, lm.params, scored, MASK, 0) * scored.weight_BxMxC).sum((1, 2))
 
     noised = MIXED.corrupt(key, x0, segment, 2, MASK, 3)

@@ -202,8 +202,8 @@ def test_the_training_loss_holds_the_balance():
         if balance:
             noise_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))[0]
             noised = config.diffusion.corrupt(noise_key, ids, batch["segments"], noise_samples=1, mask_id=MASK, end_id=END)
-            aux = quick_jit(lambda p: score(backbone, p, config.diffusion, noised, ids, batch["positions"],
-                                            batch["segments"], forward.DEFAULT_EXECUTION).aux)(params)
+            aux = quick_jit(lambda p: score(backbone, p, config.diffusion, noised, {**batch, "tokens": ids},
+                                            forward.DEFAULT_EXECUTION).aux)(params)
     assert found[0.5][0] - found[0.0][0] == pytest.approx(float(aux) / ids.size, rel=1e-3) and aux > 0
     assert found[0.5][1]["kernel"] != found[0.0][1]["kernel"] and found[0.5][1]["bias"] == 0
 

@@ -46,7 +46,7 @@ def test_the_loss_is_the_mean_over_answers(tmp_path, changes):
     state = TrainState(np.zeros((), np.int32), params, {}, tx.init(params))
     key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))[0]
     found = quick_jit(make_step(config, model, tx, SPECIAL))(state, batch)[1]
-    noised = draw_noise(config, SPECIAL, key, batch, 1, {})
+    noised = draw_noise(config, SPECIAL, key, batch, 1, {}, {})
     xt, weight = np.asarray(noised.xt_BxMxL[:, 0]), np.asarray(noised.weight_BxMxL[:, 0], np.float64)
     answers = (batch["segments"] > 0) & (batch["prompt"] == 0)
     assert not weight[~answers].any() and weight[answers].any()
@@ -71,8 +71,8 @@ def test_prompts_change_nothing_but_what_is_seen(tmp_path):
     batch = batch_of()
     without = {**batch, "prompt": np.zeros_like(batch["prompt"])}
     key = jax.random.key(3)
-    left = draw_noise(sft, SPECIAL, key, without, 1, {})
-    right = draw_noise(plain, SPECIAL, key, {name: x for name, x in batch.items() if name != "prompt"}, 1, {})
+    left = draw_noise(sft, SPECIAL, key, without, 1, {}, {})
+    right = draw_noise(plain, SPECIAL, key, {name: x for name, x in batch.items() if name != "prompt"}, 1, {}, {})
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
 

@@ -37,8 +37,8 @@ def _logits(size, form, xt, x0):
     lm = shifted_lm(size, form)
     position, segment = forward.single_document_rows(x0)
     noised = Noised(xt[:, None], jnp.ones(xt[:, None].shape), jnp.ones((len(xt), 1, 1)), xt.shape[1])
-    scored = score(lm.model, lm.params, lm.config.diffusion, noised, x0, position, segment, forward.DEFAULT_EXECUTION,
-                   end_id=END)
+    rows = {"tokens": x0, "positions": position, "segments": segment}
+    scored = score(lm.model, lm.params, lm.config.diffusion, noised, rows, forward.DEFAULT_EXECUTION, END)
     kernel, bias = trunk.output_layer(lm.model, lm.params)
     return (scored.features_BxMxCxD[:, 0] @ kernel + bias)[..., :VOCAB]
 

@@ -73,8 +73,7 @@ def noise_of_step(config, step, batch):
 def losses_of(config, model, params, noised, batch, execution):
     """`row_losses` and where they stand, in one program."""
     def run(params, noised, batch):
-        scored = score(model, params, config.diffusion, noised, batch["tokens"], batch["positions"], batch["segments"],
-                       execution)
+        scored = score(model, params, config.diffusion, noised, batch, execution)
         return row_losses(model, params, scored, MASK, chunk=5), scored.index_BxMxC
     return quick_jit(run)(params, noised, batch)
 
@@ -164,8 +163,8 @@ def test_more_masked_tokens_than_the_capacity_are_never_counted_wrongly():
 
     def total(capacity):
         def run(params):
-            scored = score(it.model, params, it.config.diffusion, noised.replace(capacity=capacity), batch["tokens"],
-                           batch["positions"], batch["segments"], DEFAULT_EXECUTION)
+            scored = score(it.model, params, it.config.diffusion, noised.replace(capacity=capacity), batch,
+                           DEFAULT_EXECUTION)
             return total_loss(it.model, params, scored, MASK, 0)
         return float(quick_jit(run)(it.state.params))
 
@@ -189,7 +188,8 @@ def test_the_gather_of_masked_positions_stays_on_its_device():
         rows = jax.device_put(jnp.zeros((16, LENGTH), jnp.int32), sharding.batch_sharding(mesh))
 
         def losses(params, noised, tokens):
-            scored = score(model, params, config.diffusion, noised, tokens, tokens, tokens + 1, DEFAULT_EXECUTION)
+            inputs = {"tokens": tokens, "positions": tokens, "segments": tokens + 1}
+            scored = score(model, params, config.diffusion, noised, inputs, DEFAULT_EXECUTION)
             return row_losses(model, params, scored, MASK, 4) * scored.weight_BxMxC
 
         with jax.set_mesh(mesh):

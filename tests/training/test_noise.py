@@ -42,8 +42,7 @@ def make_batch(seed=0):
 def token_losses(model, params, objective, noised, batch):
     """Cross-entropy of every position `[B, M, L]`, none of them gathered; 0 where nothing is masked."""
     whole = noised.replace(capacity=LENGTH)
-    scored = score(model, params, objective, whole, batch["tokens"], batch["positions"], batch["segments"],
-                   DEFAULT_EXECUTION)
+    scored = score(model, params, objective, whole, batch, DEFAULT_EXECUTION)
     return jnp.where(noised.weight_BxMxL > 0, row_losses(model, params, scored, MASK, 0), 0)
 
 
@@ -60,7 +59,7 @@ def test_steps_learn_the_squared_mean_losses_of_their_own_noise(microbatch):
 
     def expected(state, batch):
         key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))[0]
-        noised = draw_noise(config, SPECIAL, key, batch, 2, state.noise)
+        noised = draw_noise(config, SPECIAL, key, batch, 2, state.noise, {})
         return token_losses(model, state.params, config.diffusion, noised, batch), noised.weight_BxMxL
 
     squares, blocks = np.zeros(4), np.zeros(4)
@@ -140,7 +139,7 @@ def test_moments_are_those_of_the_block_losses_of_training():
     config, model = chooser.config, network(chooser.config)[0]
 
     def losses(params, batch):
-        noised = draw_noise(config, SPECIAL, key, batch, 1, noise)
+        noised = draw_noise(config, SPECIAL, key, batch, 1, noise, {})
         return block_losses(model, params, config.diffusion, SPECIAL, noised, batch, DEFAULT_EXECUTION)
 
     values, real = (np.asarray(x) for x in quick_jit(losses)(state.params, batch))
