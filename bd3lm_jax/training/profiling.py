@@ -2,17 +2,17 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from bd3lm_jax.core.errors import RunError
 from bd3lm_jax.core.log import note
+from bd3lm_jax.training.callbacks import Callback, Progress
 
 FIRST, STEPS = 3, 4  # the first steps compile and warm up
 
 
-class Profiler:
+class Profiler(Callback):
     """Writes WORKDIR/profile from `num` steps, `first_step` being the first (num 0: nothing); a context manager.
 
     Only the first process traces. A run that ends earlier leaves a trace of what it did.
@@ -23,9 +23,9 @@ class Profiler:
         self._first, self._last = first_step, first_step + num
         self._annotation = None
 
-    def step(self, step: int, pending: Any) -> None:
-        """Call before `step` is launched. pending: arrays of the steps so far, awaited where the trace begins and ends.
-        """
+    def before_step(self, now: Progress) -> None:
+        """Waits for the steps so far where the trace begins and ends."""
+        step, pending = now.step, now.state
         if self._annotation is not None:
             self._annotation.__exit__(None, None, None)
             if step >= self._last:

@@ -10,37 +10,42 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from bd3lm_jax.checkpoints import adapt, rundir
-from bd3lm_jax.checkpoints.checkpoint import Checkpoints, items_of
+from bd3lm_jax.checkpoints.checkpoint import Checkpoints
 from bd3lm_jax.config import Config
 from bd3lm_jax.core import compile_cache, jax_settings, paths
 from bd3lm_jax.core.errors import Preempted, RunError, UserError
 from bd3lm_jax.core.log import RunLog, note, read_metrics, spinner
 from bd3lm_jax.core.state import LORA, OBJECTIVE_PARAMS, TrainState
-from bd3lm_jax.core.stats import format_interval, format_number
 from bd3lm_jax.core.typed import Nested, flatten
 from bd3lm_jax.data.loader import Loader, prefetch
 from bd3lm_jax.data.prepare import Rows, prepare, prepare_tokenizer
 from bd3lm_jax.data.token_bytes import RowsWithBytes
 from bd3lm_jax.data.tokenizers import Tokenizer
-from bd3lm_jax.likelihood import paired
-from bd3lm_jax.likelihood.estimators import has_bound
 from bd3lm_jax.likelihood.evaluate import Evaluator
-from bd3lm_jax.likelihood.options import EstimatorOptions
-from bd3lm_jax.models import forward, lora
+from bd3lm_jax.models import forward
 from bd3lm_jax.parallel import distributed, replicas, sharding
 from bd3lm_jax.parallel.watchdog import Watchdog
 from bd3lm_jax.scoring.score import SpecialIds
 from bd3lm_jax.training import memory, optim, profiling, report
+from bd3lm_jax.training.callbacks import (
+    Alive,
+    Callback,
+    NoiseSelection,
+    Progress,
+    ReplicaCheck,
+    Saving,
+    Validation,
+    call_due,
+)
+from bd3lm_jax.training.metrics import Clock, Logging
 from bd3lm_jax.training.noise import NoiseSelector
 from bd3lm_jax.training.profiling import Profiler
 from bd3lm_jax.training.program import Program
+from bd3lm_jax.training.validation import Validator
 
 PREFETCH = 2  # batches placed ahead of the step, at least
-SHOWN_COUNTS = 32  # larger blocks log their NLL at powers of two masked tokens only
-RATE_STEPS = 20  # steps over which the shown rate is averaged
 
 
 @dataclasses.dataclass
@@ -88,24 +93,36 @@ def train(config: Config | Nested, workdir: str | os.PathLike, profile: bool = F
 
 def _train(run: Run, stop: distributed.Stop, profile: bool, stuck_after: float) -> tuple[dict, float | None]:
     """All steps and the report -> last validation, median milliseconds a step. Of a finished run the stored report."""
-    program, checkpoint_config = run.program, run.config.checkpoint
+    config, program, checkpoint, clock = run.config, run.program, run.config.checkpoint, Clock()
     with (jax.set_mesh(program.mesh), Watchdog(stuck_after, "no step finished") as watchdog,
-          Checkpoints(run.workdir, checkpoint_config.keep, keep_best=checkpoint_config.keep_best) as checkpoints):
-        state, losses = _initial_or_restored_state(run, checkpoints)
+          Checkpoints(run.workdir, checkpoint.keep, keep_best=checkpoint.keep_best) as checkpoints):
+        now = _initial_or_restored_state(run, checkpoints)
         watchdog.done()
-        start = int(state.step)
-        stored = distributed.broadcast_from_process0(report.read_finished_report(run)) if start == run.config.train.steps else None
+        start, steps = now.step, config.train.steps
+        stored = distributed.broadcast_from_process0(report.read_finished_report(run)) if start == steps else None
         if stored:
             return stored.get("valid", {}), None
-        evaluator = Evaluator(run.config, program.model, program.special, program.mesh)
+        evaluator = Evaluator(config, program.model, program.special, program.mesh)
         evaluator.alive = lambda: (watchdog.done(), stop.alive())
-        with (RunLog(run.workdir, run.config.train.steps, start_step=start) as log,
+        validator, selector = Validator(run, evaluator), NoiseSelector(config, program.model, program.special,
+                                                                       program.mesh)
+        loader = Loader(run.rows["train"], config.train.batch_size, config.seed, sharding.batch_sharding(program.mesh))
+        with (RunLog(run.workdir, steps, start_step=start) as log,
               Profiler(run.workdir, start + profiling.FIRST, profiling.STEPS if profile else 0) as profiler):
-            state, step_ms, valid = _loop(run, state, losses, checkpoints, evaluator, log, stop, profiler, watchdog)
-        weights = _weights(run, state)
-        valid = valid or _validate(run, evaluator, weights, is_final=True)
+            _loop(run, now, loader, clock, stop, log, [
+                profiler,
+                ReplicaCheck(start, program.mesh.size),
+                Alive(watchdog, checkpoints),
+                Validation(validator, config.eval.every, stop, bool(config.train.init_from) and not start),
+                NoiseSelection(selector, config.eval.every, lambda step: loader.get(step)[1]),
+                Logging(config, clock, log),
+                Saving(checkpoints, checkpoint.every, log, watchdog, validator, lambda state: {
+                    "tokenizer": run.tokenizer.identity, "config_sha256": config.sha256(),
+                    "noise": selector.as_metrics(state)}),
+            ])
+        weights, valid = validator.weights(now.state), now.valid or validator(now.state, is_final=True)
     report.write_report(run, weights, valid, evaluator)
-    return valid, step_ms
+    return valid, clock.median_ms()
 
 
 def set_up(config: Config, workdir: str | os.PathLike, exit_stack: contextlib.ExitStack) -> Run:
@@ -140,8 +157,8 @@ def _report_preparation(documents: int, tokens: int) -> None:
     note(f"preparing: {documents:,} documents, {tokens:,} tokens")
 
 
-def _initial_or_restored_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, list[float]]:
-    """The newest checkpoint of this run and its latest losses, else the weights of `init_from`, else random ones."""
+def _initial_or_restored_state(run: Run, checkpoints: Checkpoints) -> Progress:
+    """The newest checkpoint of this run with its latest losses, else the weights of `init_from`, else random ones."""
     abstract_state = run.program.arguments()[0]
     done = checkpoints.latest_step()
     if done is not None and done > run.config.train.steps:
@@ -151,119 +168,75 @@ def _initial_or_restored_state(run: Run, checkpoints: Checkpoints) -> tuple[Trai
         state, meta = checkpoints.restore(abstract_state)
         rundir.check_tokenizer(run.tokenizer, meta["tokenizer"], f"the checkpoint in {run.workdir}")
         note(f"continuing from step {int(state.step)} of {run.workdir}")
-        return state, meta["losses"]
+        return Progress(state, meta["losses"], int(state.step))
     with memory.explain_out_of_memory(run.program):
         with spinner("making the first weights"):
             state = jax.block_until_ready(run.program.initial_state())
     if not run.config.train.init_from:
-        return state, []
+        return Progress(state, [])
     network = {name: x for name, x in abstract_state.params.items() if name not in (OBJECTIVE_PARAMS, LORA)}
     params = state.params | adapt.initial_weights(run.config, run.program.model, run.tokenizer, network,
                                                   run.program.mesh)  # an objective's own parameters begin anew
     ema = jax.tree.map(jnp.copy, params) if state.ema else {}
-    return state.replace(params=params, ema=ema), []
+    return Progress(state.replace(params=params, ema=ema), [])
 
 
-def _loop(run: Run, state, losses: list[float], checkpoints: Checkpoints, evaluator: Evaluator, log: RunLog, stop,
-          profiler: Profiler, watchdog: Watchdog):
-    """All steps -> last state, median milliseconds a step, last validation. Metrics are read one step late."""
-    config, program, start = run.config, run.program, int(state.step)
-    step_fns = program.steps()
-    replicas.check_program(lambda: step_fns[config.phase_at(start)].lower(*program.arguments()))
-    loader = Loader(run.rows["train"], config.train.batch_size, config.seed, sharding.batch_sharding(program.mesh))
-    tokens_a_step = config.train.batch_size * config.data.seq_len
-    pending, clock, valid = None, _Clock(), {}
-    schedule, warmup = (make(config.optim, config.train.steps) for make in (optim.make_schedule, optim.warmup_steps))
-    choose_noise = NoiseSelector(config, program.model, program.special, program.mesh)
-    window = _MetricsWindow(config, tokens_a_step, schedule, losses)
+def _loop(run: Run, now: Progress, loader: Loader, clock: Clock, stop: distributed.Stop, log: RunLog,
+          callbacks: list[Callback]) -> None:
+    """All steps: batch, step, callbacks. Metrics are read one step late, except where a callback waits for the step."""
+    steps, workers = run.config.train.steps, run.config.data.workers
+    launch, pending = _PhasedStep(run.program, now.step), None
+    _announce(run, log)
+    for callback in callbacks:
+        callback.at_start(now)
+    now.valid = {}
+    batches = prefetch(loader.get, now.step, steps, workers, max(PREFETCH, workers))
+    with contextlib.closing(batches), stop.defer_to_steps():
+        for step, (ids, batch) in zip(range(now.step, steps), batches):
+            for callback in callbacks:
+                callback.before_step(now)
+            with memory.explain_out_of_memory(run.program):
+                now.state, metrics = launch(step, now.state, batch)
+                now.finished = pending and _read(run, pending, clock)
+            now.step, now.is_last, pending = step + 1, step + 1 == steps, (step, ids, metrics)
+            for callback in callbacks:
+                callback.after_launch(now)
+            now.is_stopping = stop.should_stop(now.step)
+            if any(callback.waits and callback.is_due(now) for callback in callbacks):
+                now.finished, pending = _read(run, pending, clock), None
+                call_due(callbacks, now)
+                clock.pause()
+            if now.is_stopping:
+                raise Preempted(f"stopped by SIGTERM after step {now.step}, which is saved in {run.workdir}: run the "
+                                "same command again to go on", on_all_processes=True)
+
+
+class _PhasedStep:
+    """The training step of every phase of a run, compiled when it is first used."""
+
+    def __init__(self, program: Program, start: int):
+        self.config, self.functions, self.compiled = program.config, program.steps(), set()
+        replicas.check_program(lambda: self.functions[self.config.phase_at(start)].lower(*program.arguments()))
+
+    def __call__(self, step: int, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        phase = self.config.phase_at(step)
+        with contextlib.nullcontext() if phase in self.compiled else spinner("compiling the step"):
+            result = self.functions[phase](state, batch)
+        self.compiled.add(phase)
+        return result
+
+
+def _announce(run: Run, log: RunLog) -> None:
+    config, program = run.config, run.program
     log.note(f"{program.num_params:,} parameters, {len(run.rows['train'])} rows of {config.data.seq_len} tokens, "
              f"{program.mesh.size} x {jax.devices()[0].device_kind}; compiling the step")
+    warmup = optim.warmup_steps(config.optim, config.train.steps)
     if warmup != config.optim.warmup_steps:
         log.note(f"optim.warmup_steps={config.optim.warmup_steps} leaves no room within train.steps="
                  f"{config.train.steps}: warming up over {warmup}")
-    workers, compiled = config.data.workers, set()
-    if config.train.init_from and not start:
-        window.log_initial_validation(_validate(run, evaluator, _weights(run, state), is_final=False), log)
-        watchdog.done()
-    batches = prefetch(loader.get, start, config.train.steps, workers, max(PREFETCH, workers))
-    with contextlib.closing(batches), stop.defer_to_steps():
-        for step, (ids, batch) in zip(range(start, config.train.steps), batches):
-            profiler.step(step, state)
-            phase = config.phase_at(step)
-            with memory.explain_out_of_memory(program):
-                with contextlib.nullcontext() if phase in compiled else spinner("compiling the step"):
-                    state, metrics = step_fns[phase](state, batch)
-                compiled.add(phase)
-                values = _read(run, pending, clock) if pending is not None else None
-            if step == start and program.mesh.size > 1:
-                replicas.check(items_of(state), f"found after step {step + 1}, the first of this start")
-            watchdog.done()
-            checkpoints.check()
-            if values is not None:
-                window.add(*values, {}, {}, clock, log)
-            pending, done = (step, ids, metrics), step + 1
-            last, stopping = done == config.train.steps, stop.should_stop(done)
-            validating = last or done % config.eval.every == 0
-            saving = last or stopping or done % config.checkpoint.every == 0
-            if validating or saving:
-                values = _read(run, pending, clock)
-                valid, noise = {}, {}
-                if validating:
-                    valid = {} if stopping else stop.run_unless_stopped(
-                        lambda: _validate(run, evaluator, _weights(run, state), is_final=last), {})
-                    stopping = stopping or stop.signalled.is_set()
-                    saving = saving or stopping
-                    state, noise = choose_noise(state, lambda at: loader.get(at)[1], done)
-                window.add(*values, valid, noise, clock, log)
-                pending = None
-                clock.pause()
-            if saving:
-                log.sync()
-                checkpoints.save(done, state, {"tokenizer": run.tokenizer.identity, "config_sha256": config.sha256(),
-                                               "losses": window.losses,
-                                               "noise": choose_noise.as_metrics(state)}, wait=last or stopping,
-                                 bound=_best_checkpoint_bound(run, evaluator, state, valid, last))
-                watchdog.done()
-            if stopping:
-                raise Preempted(f"stopped by SIGTERM after step {done}, which is saved in {run.workdir}: run the same "
-                                "command again to go on", on_all_processes=True)
-    return state, clock.median_ms(), valid
 
 
-def _weights(run: Run, state: TrainState) -> dict:
-    """What is evaluated: the average if there is one, with low-rank updates in their matrices."""
-    return lora.merge_lora_jitted(state.ema or state.params, run.config.train)
-
-
-def _validate(run: Run, evaluator: Evaluator, weights, is_final: bool) -> dict:
-    """The bound on the validation split; {} for a model that has none. whole: as in the report, `eval.report_rows` rows
-    with all draws, which then stay in the run directory by document; else `eval.rows` rows from one draw."""
-    if not has_bound(run.config):
-        return {}
-    settings, rows = run.config.eval, run.valid_rows
-    with spinner("validating"):
-        options = EstimatorOptions(draws=settings.mc_samples if is_final else 1, seed=run.config.seed)
-        measured = evaluator.measure(weights, rows, options,
-                                     num_rows=settings.report_rows if is_final else settings.rows)
-    if is_final and jax.process_index() == 0:
-        paired.save(run.workdir, measured, rows)
-    return measured.summary(rows)
-
-
-def _best_checkpoint_bound(run: Run, evaluator: Evaluator, state: TrainState, valid: dict, is_final: bool) -> float | None:
-    """The bound that tells the best checkpoint: of the same rows with the same noise at every step.
-
-    valid: the validation of this step, {} if there was none. whole: it was the last one, that of the report."""
-    if not valid or not run.config.checkpoint.keep_best:
-        return None
-    settings, rows = run.config.eval, len(run.rows["valid"])
-    measured, regular_rows = (min(count or rows, rows) for count in (settings.report_rows, settings.rows))
-    if is_final and (settings.mc_samples > 1 or measured != regular_rows):
-        valid = _validate(run, evaluator, _weights(run, state), is_final=False)
-    return valid["nll"]
-
-
-def _read(run: Run, pending, clock: "_Clock") -> tuple[int, dict]:
+def _read(run: Run, pending, clock: Clock) -> tuple[int, dict]:
     """Updates done and metrics of a step, once it has run. Raises RunError if they are not finite."""
     step, ids, metrics = pending
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -278,72 +251,6 @@ def _read(run: Run, pending, clock: "_Clock") -> tuple[int, dict]:
             f"rows {', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''} of the training split): lower "
             f"optim.lr or raise optim.warmup_steps; the last checkpoint in {run.workdir} is whole", on_all_processes=True)
     return step + 1, values
-
-
-class _MetricsWindow:
-    """Averages what is logged over `every` steps."""
-
-    def __init__(self, config: Config, tokens_a_step: int, schedule, losses: list[float]):
-        self.config, self.objective, self.every = config, config.diffusion, config.log.every
-        self.tokens_a_step, self.schedule = tokens_a_step, schedule
-        self.losses = losses  # the latest ones; they travel with the checkpoint, so that a resumed run logs the same
-
-    def add(self, step: int, values: dict, valid: dict, noise: dict, clock: "_Clock", log: RunLog) -> None:
-        """Show a step; log it if it ends a window or was validated (`valid`: result of `Evaluator.run`, or {}; `noise`:
-        what is used from then on)."""
-        self.losses = [*self.losses, values["loss"]][-max(self.every, RATE_STEPS):]
-        rate, line = self.tokens_a_step / clock.recent_s(), {}
-        log.progress(step, float(np.mean(self.losses[-RATE_STEPS:])), rate)
-        if step % self.every == 0 or valid:
-            loss = float(np.mean(self.losses[-self.every:]))
-            line = {"train/loss": loss, "train/grad_norm": values["grad_norm"],
-                    "train/lr": float(self.schedule(step - 1)), "train/masked_fraction": values["masked"],
-                    "train/tokens_per_s": rate}
-            if self.config.train.block_sizes:
-                line["train/block_size"] = self.config.block_size_at(step - 1)
-            if self.objective.is_bound and not self.config.model.load_balancing:
-                line["train/nll"] = loss
-        if valid:
-            line |= self._log_validation(step, valid, log)
-            line |= {f"noise/{name}": value for name, value in noise.items()}
-        if line:
-            log.metrics(step, line)
-
-    def log_initial_validation(self, valid: dict, log: RunLog) -> None:
-        """Log what foreign weights are worth before the first step."""
-        if valid:
-            log.metrics(0, self._log_validation(0, valid, log))
-
-    def _log_validation(self, step: int, valid: dict, log: RunLog) -> dict:
-        by_count, size, (low, high) = valid["nll_by_count"], self.objective.block_size, valid["nll_ci95"]
-        shown = [k for k in by_count if size <= SHOWN_COUNTS or k == size or k & (k - 1) == 0]
-        nll = f"{format_number(valid['nll'], '.4f')} ({format_interval((low, high), '.4f')})"
-        log.note(f"step {step}: valid nll {nll}, {format_number(valid['bits_per_byte'], '.3f')} bits per byte")
-        return {**{f"valid/{name}": valid[name] for name in ("nll", "ppl", "bits_per_byte")},
-                "valid/nll_low": low, "valid/nll_high": high,
-                **{f"valid/nll_at_{k}_masked": by_count[k] for k in shown}}
-
-
-class _Clock:
-    """Seconds between steps; what happens in a pause does not count."""
-
-    def __init__(self):
-        self.seconds, self.last = [], None
-
-    def tick(self) -> None:
-        now = time.perf_counter()
-        if self.last is not None:
-            self.seconds.append(now - self.last)
-        self.last = now
-
-    def pause(self) -> None:
-        self.last = None
-
-    def recent_s(self) -> float:
-        return float(np.mean(self.seconds[-RATE_STEPS:])) if self.seconds else float("inf")
-
-    def median_ms(self) -> float | None:
-        return float(np.median(self.seconds)) * 1e3 if self.seconds else None
 
 
 def _last(lines: list[dict], key: str) -> float | None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from bd3lm_jax.core.errors import RunError
+from bd3lm_jax.training.callbacks import Progress
 from bd3lm_jax.training.profiling import Profiler
 
 
@@ -20,7 +21,7 @@ def run(directory, first, num, steps):
     state = jnp.ones((64, 64))
     with Profiler(directory, first, num) as profiler:
         for step in steps:
-            profiler.step(step, state)
+            profiler.before_step(Progress(state, [], step))
             state = work(state)
     return sorted((directory / "profile").rglob("*"))
 
