@@ -101,7 +101,8 @@ def draw_noise(config: Config, special: SpecialIds, key: jax.Array, batch: dict,
     arguments = {name: batch[name] for name in config.batch_arrays if name in objective.extra_batch_keys}
     arguments |= corrupt_arguments(params) | config.schedule.corrupt_arguments(noise, batch["tokens"])
     maskable_BxL = apply(transforms, "maskable_segments", batch["segments"], batch)
-    noised = objective.corrupt(key, batch["tokens"], maskable_BxL, noise_samples, special.mask, special.end, **arguments)
+    noised = objective.corrupt(key, batch["tokens"], maskable_BxL, noise_samples, special.mask, special.end,
+                               **arguments)
     return apply(transforms, "noised", noised, batch)
 
 
