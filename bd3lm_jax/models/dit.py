@@ -32,7 +32,7 @@ class DiTConfig(ModelConfig):
     time_conditioning: bool = False  # the noise level is an input; otherwise the adaLN input is a constant
     rope_theta: float = 10_000.0
     decoder_layers: int = 0  # last layers, which alone run on noised blocks (E2D2); 0: all of them, the plain form
-    target_shift: str = ""  # whether outputs are one token ahead (shifted.py)
+    target_shift: str = ""  # whether outputs are one token ahead (scoring/target_shift.py)
 
     def __post_init__(self):
         check_ranges(self, ("num_layers", "hidden_size", "num_heads", "mlp_ratio", "cond_dim"))

@@ -33,7 +33,7 @@ class GPT2Config(ModelConfig):
     dropout: float = 0.1  # of what each half of a layer adds
     positions: int = 256  # learned ones: the most tokens a document may have
     norm_eps: float = 1e-5
-    target_shift: str = ""  # whether outputs are one token ahead (shifted.py)
+    target_shift: str = ""  # whether outputs are one token ahead (scoring/target_shift.py)
 
     def __post_init__(self):
         check_config(self, ("num_layers", "hidden_size", "num_heads", "intermediate_size", "positions"))

@@ -36,7 +36,7 @@ class LlamaConfig(ModelConfig):
     qkv_bias: bool = False  # Qwen2, Dream
     qk_norm: bool = False  # RMSNorm of every query and key before RoPE (Qwen3)
     tie_embeddings: bool = False  # the output layer is the embedding table
-    target_shift: str = ""  # whether outputs are one token ahead (shifted.py)
+    target_shift: str = ""  # whether outputs are one token ahead (scoring/target_shift.py)
 
     def __post_init__(self):
         check_sizes(self, ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"))
