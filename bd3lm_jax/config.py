@@ -47,8 +47,8 @@ NO_RUN: dict[str, Any] = dict.fromkeys(SECTIONS)  # the sections of a checkpoint
 class Config:
     """A whole run. `model` and `diffusion` are the dataclasses of the registered backbone and objective.
 
-    A published checkpoint knows only `model` and `diffusion`: its other sections are None (NO_RUN). Their types are those
-    of a run, which all but the facade deal with.
+    A published checkpoint knows only `model` and `diffusion`: its other sections are None (NO_RUN). Their types are
+    those of a run, which all but the facade deal with.
     """
 
     seed: int
@@ -69,7 +69,8 @@ class Config:
               f"model.time_conditioning is False: diffusion.kind='{self.diffusion.kind}' needs the noise level "
               "(sigma), use True")
         objective_vocab_size = getattr(self.diffusion, "vocab_size", -1)
-        check(objective_vocab_size in (-1, self.model.vocab_size), f"diffusion.vocab_size={objective_vocab_size} is not "
+        check(objective_vocab_size in (-1, self.model.vocab_size),
+              f"diffusion.vocab_size={objective_vocab_size} is not "
               f"model.vocab_size={self.model.vocab_size}: use -1 for the model's")
 
     @property
@@ -132,7 +133,8 @@ class Config:
         """Names of the arrays that a batch brings beside tokens, segments and positions."""
         from_schedule = ("density",) if self.noise and self.noise.adaptive_noise == "running_loss" else ()
         from_data = ("prompt",) if self.data and self.data.source == "sft" else ()
-        return tuple(name for name in dict.fromkeys((*self.diffusion.extra_batch_keys, *from_data)) if name not in from_schedule)
+        return tuple(name for name in dict.fromkeys((*self.diffusion.extra_batch_keys, *from_data))
+                     if name not in from_schedule)
 
     @classmethod
     def from_dict(cls, mapping: "Nested | Config", stored: bool = False) -> "Config":
@@ -144,7 +146,8 @@ class Config:
         mapping, sections = read_sections(mapping)
         section = dict(as_mapping("model", mapping["model"]).items())
         kind = section.pop("kind", "")
-        check(kind != SAME_AS_INIT, f"model.kind='{SAME_AS_INIT}' takes the network of train.init_from, and Config.from_dict reads no "
+        check(kind != SAME_AS_INIT,
+              f"model.kind='{SAME_AS_INIT}' takes the network of train.init_from, and Config.from_dict reads no "
               "checkpoint: give it adapt.resolve(config)")
         sections["model"] = as_section("model", section, lookup(BACKBONES, kind, "backbone model.kind").Config)
         seed = check_seed(as_type("seed", mapping["seed"], int))
@@ -154,7 +157,8 @@ class Config:
               f"diffusion.block_size={block_size} does not divide data.seq_len={length}: choose a length that is a "
               f"multiple, e.g. {-(-length // block_size) * block_size}")
         positions = config.model.positions
-        check(positions is None or length <= positions, f"data.seq_len={length} is more than model.positions={positions}, which the network "
+        check(positions is None or length <= positions,
+              f"data.seq_len={length} is more than model.positions={positions}, which the network "
               "has learned positions for: raise one or shorten the other")
         check(not config.model.first_noised_layer or not config.diffusion.causal and block_size < length,
               "model.decoder_layers splits the network by clean and noised blocks, and this objective has no clean "
@@ -163,7 +167,8 @@ class Config:
         check(noise_samples == 1 or not config.diffusion.causal,
               f"train.noise_samples={noise_samples}: an autoregressive model has nothing noised, use 1")
         group = config.diffusion.noise_sample_multiple
-        check(noise_samples % group == 0, f"train.noise_samples={noise_samples} is no multiple of {group}: diffusion.kind="
+        check(noise_samples % group == 0,
+              f"train.noise_samples={noise_samples} is no multiple of {group}: diffusion.kind="
               f"'{config.diffusion.kind}' draws so many copies together here, use {-(-noise_samples // group) * group}")
         noise_schedule(config.noise, config.diffusion, config.model.vocab_size)  # raises if they do not go together
         curriculum.check(config)
@@ -215,13 +220,15 @@ def noise_schedule(noise: NoiseConfig, objective: Any, vocab_size: int) -> Fixed
     if noise.adaptive_noise == "none":
         return FixedNoise()
     if noise.adaptive_noise == "running_loss":
-        check("density" in objective.extra_batch_keys, "noise.adaptive_noise='running_loss' chooses the density of tokens, which "
+        check("density" in objective.extra_batch_keys,
+              "noise.adaptive_noise='running_loss' chooses the density of tokens, which "
               f"diffusion.kind='{objective.kind}' does not read: use noise.adaptive_noise='none'")
         return RunningLoss(vocab_size, noise.count_decay)
     expected = {"clip": "bernoulli", "counts": "exact_count"}[noise.adaptive_noise]
     corruption = getattr(objective, "corruption", None) if objective.kind == "masked" else None
     actual = f"not {corruption!r}" if corruption else f"which diffusion.kind='{objective.kind}' does not have"
-    check(corruption == expected, f"noise.adaptive_noise='{noise.adaptive_noise}' needs diffusion.corruption='{expected}', {actual}: use "
+    check(corruption == expected,
+          f"noise.adaptive_noise='{noise.adaptive_noise}' needs diffusion.corruption='{expected}', {actual}: use "
           "noise.adaptive_noise='none'")
     if noise.adaptive_noise == "clip":
         return ClipSearch(objective.block_size, objective.clip_low, objective.clip_high, noise.clip_widths,

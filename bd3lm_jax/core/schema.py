@@ -95,7 +95,8 @@ class TrainConfig:
 class NoiseConfig:
     """Training noise that is chosen from the data (diffusion/clip.py), in place of what `diffusion` says."""
 
-    adaptive_noise: str  # "none", "clip" (search for the best interval, every eval.every steps), "counts" (law of the count),
+    # "none", "clip" (search for the best interval, every eval.every steps), "counts" (law of the count),
+    adaptive_noise: str
     # "running_loss" (the density of every token id)
     clip_widths: tuple[float, ...]  # of the intervals, inside diffusion.clip_low .. diffusion.clip_high
     clip_stride: float  # between the intervals of a width

@@ -87,9 +87,11 @@ class Adversarial(LearnedNoise):
         raw_BxL = jax.nn.gelu(x_BxLxD @ learned_params["token"] + place_LxF) @ learned_params["out"]
         return self.score_limit * jnp.tanh(raw_BxL / self.score_limit)
 
-    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int, end_id: int,
+    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int,
+                end_id: int,
                 learned_params: dict | None = None) -> Noised:
-        """`noise_samples` noised copies; arguments as for `Masked.corrupt`. learnt: as for `scores`; None: all scores are 0.
+        """`noise_samples` noised copies; arguments as for `Masked.corrupt`. learnt: as for `scores`; None: all scores
+        are 0.
 
         Raises:
             UserError: the block size does not divide L, or there are no whole pairs of draws.
@@ -97,7 +99,8 @@ class Adversarial(LearnedNoise):
         batch, length = x0_BxL.shape
         group = self.noise_sample_multiple
         if noise_samples < 1 or noise_samples % group or length % self.block_size:
-            raise UserError(f"{noise_samples} copies of {length} tokens, expected a multiple of {group} copies (pairs of draws"
+            raise UserError(f"{noise_samples} copies of {length} tokens, expected a multiple of {group} copies (pairs "
+                            "of draws"
                             f"{', each with its complement' if self.complement else ''}) and of diffusion.block_size="
                             f"{self.block_size} tokens")
         draws = noise_samples // 2 if self.complement else noise_samples

@@ -34,7 +34,8 @@ class AR(Objective):
         """Whether the weighted loss is the NLL of every token (without `bos` the first ones are missing)."""
         return self.bos
 
-    def corrupt(self, key, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int, end_id: int) -> Noised:
+    def corrupt(self, key, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int,
+                end_id: int) -> Noised:
         """The input of the network and the weights, in the form of every objective; nothing is random here."""
         inputs_BxL, weight_BxL = self.previous_tokens(x0_BxL, segment_BxL, end_id), self.weight(segment_BxL)
         return Noised(xt_BxMxL=inputs_BxL[:, None].astype(jnp.int32), weight_BxMxL=weight_BxL[:, None],

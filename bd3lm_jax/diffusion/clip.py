@@ -17,7 +17,8 @@ from bd3lm_jax.diffusion.adaptive_noise import FixedNoise
 from bd3lm_jax.diffusion.corrupt import ClippedRange, MaskCountDistribution, truncated_capacity
 
 RESOLUTION = 2**20  # count probabilities are whole parts of this
-MAX_MEAN_COUNT_RATIO = 1.25  # mean count of a count schedule, over that of uniform counts: what the output layer has room for
+# mean count of a count schedule, over that of uniform counts: what the output layer has room for
+MAX_MEAN_COUNT_RATIO = 1.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,8 @@ class ClipSearch(ChosenDistribution):
         intervals_found = []
         for width in self.widths:
             starts = math.floor((self.high - self.low - width) / self.stride + 1e-6) + 1
-            intervals_found += [(self.low + i * self.stride, self.low + i * self.stride + width) for i in range(max(starts, 0))]
+            intervals_found += [(self.low + i * self.stride, self.low + i * self.stride + width)
+                                for i in range(max(starts, 0))]
         return np.round(intervals_found or [(self.low, self.high)], 6)
 
     def init_state(self) -> dict[str, Any]:
@@ -116,7 +118,8 @@ class CountSchedule(ChosenDistribution):
         part = jnp.minimum(1 - self.floor, (self._max_mean_count() - middle) / jnp.maximum(above, 1e-6))
         return part * best_S + (1 - part) / self.block_size
 
-    def batch_statistics(self, losses_BxMxL: jax.Array, masked_BxMxL: jax.Array, tokens_BxL=None) -> dict[str, jax.Array]:
+    def batch_statistics(self, losses_BxMxL: jax.Array, masked_BxMxL: jax.Array,
+                         tokens_BxL=None) -> dict[str, jax.Array]:
         """What some rows tell: by count, the sum over blocks of squared mean losses, and the number of blocks."""
         del tokens_BxL  # whichever they are
         shape = (*losses_BxMxL.shape[:2], -1, self.block_size)

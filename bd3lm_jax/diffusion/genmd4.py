@@ -56,9 +56,11 @@ class GenMD4(LearnedNoise):
         del key, width
         return {"log_w": jnp.full(vocab_size, math.log(self.power), jnp.float32)}
 
-    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int, end_id: int,
+    def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int,
+                end_id: int,
                 learned_params: dict[str, jax.Array]) -> Noised:
-        """`noise_samples` noised copies of a batch, each two at the same times; further arguments as for `Masked.corrupt`.
+        """`noise_samples` noised copies of a batch, each two at the same times; further arguments as for
+        `Masked.corrupt`.
 
         Raises UserError for an odd number of copies.
         """
@@ -70,7 +72,8 @@ class GenMD4(LearnedNoise):
         order_BxMxL = jax.random.uniform(order_key, (x0_BxL.shape[0], noise_samples, x0_BxL.shape[1]))
         prob_BxMxL = jnp.exp(self._log_mask_prob(learned_params, x0_BxL, t_BxMxK))
         return independent.apply_masks(order_BxMxL, prob_BxMxL, 1 / t_BxMxK,
-                                       independent.sigma_of_mask_prob((1 - self.eps) * t_BxMxK), x0_BxL, segment_BxL, mask_id)
+                                       independent.sigma_of_mask_prob((1 - self.eps) * t_BxMxK), x0_BxL, segment_BxL,
+                                       mask_id)
 
     @staticmethod
     def token_loss(logits_NxV: jax.Array, target_N: jax.Array, xt_N: jax.Array, sigma_N: jax.Array, mask_id: int,
@@ -82,7 +85,8 @@ class GenMD4(LearnedNoise):
         ce_N = -jnp.take_along_axis(log_mu_NxV, target_N[:, None], axis=-1)[:, 0]
         return w_V[target_N] * (ce_N - 1) + jnp.exp(log_mu_NxV) @ w_V
 
-    def noise_gradient(self, learned_params: dict[str, jax.Array], noised: Noised, x0_BxL: jax.Array, segment_BxL: jax.Array,
+    def noise_gradient(self, learned_params: dict[str, jax.Array], noised: Noised, x0_BxL: jax.Array,
+                       segment_BxL: jax.Array,
                        losses_BxMxL: jax.Array) -> dict[str, jax.Array]:
         """The part of the gradient of the summed loss that comes from which tokens are masked."""
         batch, noise_samples, length = losses_BxMxL.shape

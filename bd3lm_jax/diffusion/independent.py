@@ -12,7 +12,8 @@ from bd3lm_jax.diffusion.schedule import stratified_uniform
 
 
 class NoiseDraw(NamedTuple):
-    """time_BxMxK in (0, 1), stratified over all rows, copies and blocks; order_BxMxL in [0, 1) decides on each token."""
+    """time_BxMxK in (0, 1), stratified over all rows, copies and blocks; order_BxMxL in [0, 1) decides on each
+    token."""
 
     time_BxMxK: jax.Array
     order_BxMxL: jax.Array

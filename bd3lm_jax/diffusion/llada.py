@@ -85,7 +85,8 @@ class LLaDA(Objective):
         last_BxL = jax.lax.cummax(jnp.where(real_BxL, place_L, 0), axis=1)  # of the real tokens so far
         def gather_last_real(x_BxL):
             return jnp.take_along_axis(x_BxL, last_BxL, axis=1)
-        return {**batch, "tokens": jnp.where(real_BxL, batch["tokens"], end_id), "segments": gather_last_real(segment_BxL),
+        return {**batch, "tokens": jnp.where(real_BxL, batch["tokens"], end_id),
+                "segments": gather_last_real(segment_BxL),
                 "positions": gather_last_real(batch["positions"]) + place_L - last_BxL,
                 "prompt": (batch["prompt"] != 0) & real_BxL}
 

@@ -20,8 +20,8 @@ COUNT_RESOLUTION = 2**20  # count probabilities become whole numbers: their sums
 
 
 class Uniforms(NamedTuple):
-    """Numbers in [0, 1) that decide a mask: for P copies (or pairs) each block's level, the order of its tokens, and for
-    clipped schedules (else None) its count."""
+    """Numbers in [0, 1) that decide a mask: for P copies (or pairs) each block's level, the order of its tokens, and
+    for clipped schedules (else None) its count."""
 
     level_BxPxK: jax.Array
     order_BxPxL: jax.Array
@@ -111,8 +111,8 @@ class Masked(Objective):
 
     def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int,
                 end_id: int, distribution: MaskCountDistribution | ClippedRange | None = None) -> Noised:
-        """`noise_samples` noised copies of a batch, independent but for stratification over all its rows, copies and blocks,
-        and for pairs of a mask and its complement.
+        """`noise_samples` noised copies of a batch, independent but for stratification over all its rows, copies and
+        blocks, and for pairs of a mask and its complement.
 
         A function of the key and of the global shape: draw it for the whole batch, before microbatches are cut.
 
@@ -128,7 +128,8 @@ class Masked(Objective):
         """
         batch, length = x0_BxL.shape
         check_rows(noise_samples, length, self.block_size)
-        _check(noise_samples % 2 == 0 or not self.complement, f"noise_samples is {noise_samples}, diffusion.complement needs an even number")
+        _check(noise_samples % 2 == 0 or not self.complement,
+               f"noise_samples is {noise_samples}, diffusion.complement needs an even number")
         parts = noise_samples // 2 if self.complement else noise_samples
         distribution = distribution or self._default_distribution(length // self.block_size)
         uniforms = self._uniforms(key, batch, parts, length, clipped=isinstance(distribution, ClippedRange))

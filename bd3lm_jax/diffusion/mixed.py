@@ -63,14 +63,16 @@ class Mixed(Objective):
 
     def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int,
                 end_id: int) -> Noised:
-        """`noise_samples` noised copies of a batch, all of a row with blocks of one size; its level is given for each smallest
-        block. A row's size is a function of the key and its index, its noise that of a batch of its size alone.
+        """`noise_samples` noised copies of a batch, all of a row with blocks of one size; its level is given for each
+        smallest block. A row's size is a function of the key and its index, its noise that of a batch of its size
+        alone.
 
         Arguments and errors as for `Masked.corrupt`.
         """
         size_key, noise_key = jax.random.split(key)
         which_B = self.sample_size_index(size_key, x0_BxL.shape[0])
-        each = [self._of_size(size, noise_key, x0_BxL, segment_BxL, noise_samples, mask_id, end_id) for size in self.sizes]
+        each = [self._of_size(size, noise_key, x0_BxL, segment_BxL, noise_samples, mask_id, end_id)
+                for size in self.sizes]
 
         def select(*arrays_B):
             return jax.vmap(lambda which, *rows: jnp.stack(rows)[which])(which_B, *arrays_B)

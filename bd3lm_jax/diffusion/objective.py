@@ -31,8 +31,8 @@ class Objective:
 
     An objective has a `kind` (its name in configs), a `block_size`, and
     `corrupt(key, x0_BxL, segment_BxL, noise_samples, mask_id, end_id, ...) -> Noised`. It answers four more questions
-    with methods that are here for masked diffusion in blocks: `prepare_batch`, `inputs`, `outputs` and `loss`. What else
-    it may say:
+    with methods that are here for masked diffusion in blocks: `prepare_batch`, `inputs`, `outputs` and `loss`. What
+    else it may say:
 
     title: its name in tables and pictures; "" for its kind.
     causal: the network reads one stream, the tokens before; else noised blocks and the clean text before them.

@@ -102,7 +102,8 @@ class Priority(Objective):
         """As `Masked.corrupt`. density: float `[B, L]` in [0, 1], of each token."""
         batch, length = x0_BxL.shape
         _check(noise_samples >= 1, f"noise_samples is {noise_samples}, expected at least 1 noised copy of each row")
-        _check(noise_samples % 2 == 0 or not self.complement, f"noise_samples is {noise_samples}, diffusion.complement needs an even number")
+        _check(noise_samples % 2 == 0 or not self.complement,
+               f"noise_samples is {noise_samples}, diffusion.complement needs an even number")
         _check(length % self.block_size == 0,
                f"length {length} is not a multiple of diffusion.block_size={self.block_size}: pad the rows to "
                f"{-(-length // self.block_size) * self.block_size} tokens")
@@ -250,7 +251,8 @@ def dense_count_probability(dense_drawn: jax.Array, drawn: jax.Array, dense: jax
         other_left = jnp.maximum(others[..., None] - (done - a), 0)
         total = jnp.maximum(dense_left + other_left, TINY)
         is_dense = distribution * dense_left / total
-        distribution = distribution * other_left / total + jnp.pad(is_dense, [(0, 0)] * (distribution.ndim - 1) + [(1, 0)])[..., :-1]
+        distribution = distribution * other_left / total + jnp.pad(is_dense, [(0, 0)] * (distribution.ndim - 1)
+                                                                   + [(1, 0)])[..., :-1]
         return (distribution, jnp.where(drawn == done + 1, at(distribution), result)), None
 
     def at(distribution):

@@ -38,7 +38,8 @@ class RunningLoss(FixedNoise):
         observed_V = state["masked_V"] > 0
         return observed_V & ((state["nats_V"] + mean) / (state["masked_V"] + 1) > mean)
 
-    def batch_statistics(self, losses_BxMxL: jax.Array, masked_BxMxL: jax.Array, tokens_BxL: jax.Array) -> dict[str, jax.Array]:
+    def batch_statistics(self, losses_BxMxL: jax.Array, masked_BxMxL: jax.Array,
+                         tokens_BxL: jax.Array) -> dict[str, jax.Array]:
         """What some rows tell: by id, the summed cross-entropy of its masked tokens, and their number."""
         ids = jnp.broadcast_to(tokens_BxL[:, None], masked_BxMxL.shape)
         zero_V = jnp.zeros(self.vocab_size)

@@ -43,8 +43,8 @@ MAX_LENGTH = 256
 CACHE_COST_ROWS = 64  # of the validation split, for the cache in less memory
 RULE = (f"quality: the lowest perplexity; balanced, speed: the most tokens a call with at most "
         f"{MAX_PPL_RATIO['balanced']}, {MAX_PPL_RATIO['speed']} times that of the exact sampler (first_hitting); none "
-        f"with less than {MIN_ENTROPY_RATIO:.0%} of its entropy or {MIN_LENGTH_RATIO:.0%} of its length where texts end "
-        "by themselves")
+        f"with less than {MIN_ENTROPY_RATIO:.0%} of its entropy or {MIN_LENGTH_RATIO:.0%} of its length where texts "
+        "end by themselves")
 
 
 def tune_sampling(workdir: str, *, scorer: str, rounds: int, texts: int) -> dict[str, Any]:

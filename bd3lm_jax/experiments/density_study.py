@@ -69,8 +69,8 @@ def _check(runs: dict[str, LM]) -> None:
             raise UserError(f"{workdir} predicts no masked tokens without a noise level: give masked models with "
                             "model.time_conditioning=False")
         if "density" in lm.config.diffusion.extra_batch_keys and not lm.corpus(workdir).density:
-            raise UserError(f"{workdir} learnt its densities (noise.adaptive_noise='running_loss'), which are not measured "
-                            "here: give runs with data.density")
+            raise UserError(f"{workdir} learnt its densities (noise.adaptive_noise='running_loss'), which are not "
+                            "measured here: give runs with data.density")
         if _comparable(lm) != _comparable(first):
             raise UserError(f"{workdir} has another block size, network or tokenizer than {first_dir}: give runs that "
                             "differ in their masks")

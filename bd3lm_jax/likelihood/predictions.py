@@ -53,7 +53,8 @@ def predictions(model, objective, special, capacity: int, params, noised: Noised
 
     shape = scored.target_BxMxC.shape
     noise_samples = tuple(x.reshape(-1, *x.shape[2:]) for x in (scored.features_BxMxCxD, scored.target_BxMxC))
-    loss, best, token = (x.reshape(shape) for x in jax.lax.map(losses, noise_samples))  # the logits of one copy at a time
+    # the logits of one copy at a time
+    loss, best, token = (x.reshape(shape) for x in jax.lax.map(losses, noise_samples))
     counted = jnp.take_along_axis(jnp.broadcast_to(rows.scored_BxL[:, None], noised.xt_BxMxL.shape),
                                   scored.index_BxMxC, axis=2)
     return Predictions(loss, best, token, jnp.where(counted, scored.weight_BxMxC, 0), scored.index_BxMxC)

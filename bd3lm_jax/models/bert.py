@@ -43,7 +43,8 @@ SHARDING = (*shared.SHARDING, (r"embed/token_type", P()))
 def build(config: BertConfig, dtype: Any) -> Backbone:
     """The backbone that computes in `dtype`; parameters are float32."""
     return Backbone(config=config, embed=Embed(config, dtype), condition=None, rotary=lambda position: (),
-                    groups=(("blocks", Block(config, dtype), config.num_layers),), head=Head(config, dtype), dtype=dtype,
+                    groups=(("blocks", Block(config, dtype), config.num_layers),), head=Head(config, dtype),
+                    dtype=dtype,
                     tied=True)
 
 

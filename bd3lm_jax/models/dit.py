@@ -37,10 +37,11 @@ class DiTConfig(ModelConfig):
     def __post_init__(self):
         check_ranges(self, ("num_layers", "hidden_size", "num_heads", "mlp_ratio", "cond_dim"))
         if not 0 <= self.decoder_layers <= self.num_layers:
-            raise UserError(f"model.decoder_layers is {self.decoder_layers}, expected 0 (all layers) to model.num_layers="
-                            f"{self.num_layers}")
+            raise UserError(f"model.decoder_layers is {self.decoder_layers}, expected 0 (all layers) to "
+                            f"model.num_layers={self.num_layers}")
         if self.hidden_size % (2 * self.num_heads):
-            raise UserError(f"model.hidden_size={self.hidden_size} must be a multiple of 2 * model.num_heads={2 * self.num_heads} (RoPE)")
+            raise UserError(f"model.hidden_size={self.hidden_size} must be a multiple of 2 * "
+                            f"model.num_heads={2 * self.num_heads} (RoPE)")
         if self.time_conditioning and not self.adaln:
             raise UserError("model.time_conditioning needs model.adaln=True: the noise level enters through it")
 
@@ -60,7 +61,8 @@ SHARDING = (
 
 def build(config: DiTConfig, dtype: Any) -> Backbone:
     """The backbone that computes in `dtype`; parameters are float32."""
-    frequencies = config.rope_theta ** (-jnp.arange(0, config.hidden_size // config.num_heads, 2) / (config.hidden_size // config.num_heads))
+    head_size = config.hidden_size // config.num_heads
+    frequencies = config.rope_theta ** (-jnp.arange(0, head_size, 2) / head_size)
 
     def rotary(position):
         """cos and sin `[..., T, 1, Dh / 2]`, float32."""
@@ -68,7 +70,8 @@ def build(config: DiTConfig, dtype: Any) -> Backbone:
         return jnp.cos(angle), jnp.sin(angle)
 
     return Backbone(config=config, embed=Embed(config, dtype), condition=Condition(config) if config.adaln else None,
-                    rotary=rotary, groups=(("blocks", Block(config, dtype), config.num_layers),), head=Head(config, dtype),
+                    rotary=rotary, groups=(("blocks", Block(config, dtype), config.num_layers),),
+                    head=Head(config, dtype),
                     dtype=dtype)
 
 

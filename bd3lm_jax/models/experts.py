@@ -126,7 +126,9 @@ def _moe_ffn_shard(num_shards: int, x, choice, weight, gate, up, down):
     size = tile_shape(num_assignments, experts * num_shards)[1]
     tiles = -(-(num_assignments // size + experts) // chunk) * chunk
     slot_A, expert_t = _slots(choice.reshape(-1), experts, tiles, size)
-    assignment_txs = jnp.full(tiles * size, num_assignments).at[slot_A].set(jnp.arange(num_assignments), mode="drop").reshape(tiles, size)
+    assignments_A = jnp.arange(num_assignments)
+    assignment_txs = jnp.full(tiles * size, num_assignments).at[slot_A].set(assignments_A, mode="drop")
+    assignment_txs = assignment_txs.reshape(tiles, size)
 
     @jax.checkpoint
     def chunk_output(x_NxD, weight_A, kernels, assignment_txs, expert_t):

@@ -70,7 +70,8 @@ class Block(nn.Module):
 
     def setup(self):
         config, dtype = self.config, self.dtype
-        size, narrow = config.hidden_size // config.num_heads, nn.initializers.normal(0.02 / (2 * config.num_layers) ** 0.5)
+        size = config.hidden_size // config.num_heads
+        narrow = nn.initializers.normal(0.02 / (2 * config.num_layers) ** 0.5)
         self.norm1, self.norm2 = _norm(config, dtype), _norm(config, dtype)
         self.qkv = nn.DenseGeneral((3, config.num_heads, size), dtype=dtype, kernel_init=NORMAL)
         self.out = nn.DenseGeneral(config.hidden_size, axis=(-2, -1), dtype=dtype, kernel_init=narrow)

@@ -53,8 +53,8 @@ def check_sizes(config: Any, positive: tuple[str, ...]) -> None:
     if config.num_heads % config.num_kv_heads:
         raise UserError(f"model.num_kv_heads={config.num_kv_heads} does not divide model.num_heads={config.num_heads}")
     if not (config.norm_eps > 0 and config.rope_theta > 1):
-        raise UserError(f"model.norm_eps is {config.norm_eps} and model.rope_theta {config.rope_theta}, expected above 0 "
-                        "and above 1")
+        raise UserError(f"model.norm_eps is {config.norm_eps} and model.rope_theta {config.rope_theta}, expected "
+                        "above 0 and above 1")
 
 
 def build(config: LlamaConfig, dtype: Any) -> Backbone:

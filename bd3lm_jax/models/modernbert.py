@@ -36,7 +36,8 @@ class ModernBertConfig(ModelConfig):
     intermediate_size: int = 1152  # of the MLP, which has as many gates
     dropout: float = 0.0  # of what the MLP adds
     window: int = 64  # local layers see so many tokens to either side
-    local_layers: tuple[int, ...] = (1, 2, 4, 5, 7, 8, 10, 11)  # numbers of the layers with a window; the others see everything
+    # numbers of the layers with a window; the others see everything
+    local_layers: tuple[int, ...] = (1, 2, 4, 5, 7, 8, 10, 11)
     rope_theta: float = 160_000.0  # of the layers that see everything
     local_rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
@@ -44,7 +45,8 @@ class ModernBertConfig(ModelConfig):
     def __post_init__(self):
         check_config(self, ("num_layers", "hidden_size", "num_heads", "intermediate_size", "window"))
         if self.hidden_size % (2 * self.num_heads):
-            raise UserError(f"model.hidden_size={self.hidden_size} must be a multiple of 2 * model.num_heads={2 * self.num_heads} (RoPE)")
+            raise UserError(f"model.hidden_size={self.hidden_size} must be a multiple of 2 * "
+                            f"model.num_heads={2 * self.num_heads} (RoPE)")
         if not set(self.local_layers) <= set(range(self.num_layers)):
             raise UserError(f"model.local_layers is {self.local_layers}, expected numbers from 0 to "
                             f"model.num_layers-1={self.num_layers - 1}")
@@ -98,12 +100,14 @@ class Block(nn.Module):
 
     def setup(self):
         config, dtype = self.config, self.dtype
-        size, scaled_init = config.hidden_size // config.num_heads, nn.initializers.normal(0.02 / (2 * config.num_layers) ** 0.5)
+        size = config.hidden_size // config.num_heads
+        scaled_init = nn.initializers.normal(0.02 / (2 * config.num_layers) ** 0.5)
         if not self.first:
             self.norm1 = _norm(config, dtype)
         self.norm2 = _norm(config, dtype)
         self.qkv = nn.DenseGeneral((3, config.num_heads, size), use_bias=False, dtype=dtype, kernel_init=NORMAL)
-        self.out = nn.DenseGeneral(config.hidden_size, axis=(-2, -1), use_bias=False, dtype=dtype, kernel_init=scaled_init)
+        self.out = nn.DenseGeneral(config.hidden_size, axis=(-2, -1), use_bias=False, dtype=dtype,
+                                   kernel_init=scaled_init)
         self.gated_in = nn.DenseGeneral((2, config.intermediate_size), use_bias=False, dtype=dtype, kernel_init=NORMAL)
         self.mlp_out = nn.Dense(config.hidden_size, use_bias=False, dtype=dtype, kernel_init=scaled_init)
 

@@ -57,7 +57,8 @@ class MoEConfig(ModelConfig):
     tie_embeddings: bool = False  # the output layer is the embedding table
 
     def __post_init__(self):
-        check_sizes(self, ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "num_experts", "expert_intermediate_size",
+        check_sizes(self, ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size",
+                           "num_experts", "expert_intermediate_size",
                            "top_k", "groups", "top_groups"))
         if not 0 <= self.dense_layers < self.num_layers:
             raise UserError(f"model.dense_layers is {self.dense_layers}, expected 0 to model.num_layers - 1 = "
@@ -66,14 +67,15 @@ class MoEConfig(ModelConfig):
             raise UserError(f"model.rotary_dim is {self.rotary_dim}, expected an even number up to model.head_dim="
                             f"{self.head_dim}")
         if self.num_experts % self.groups or self.num_experts < 2 * self.groups:
-            raise UserError(f"model.groups={self.groups} must divide model.num_experts={self.num_experts} into groups of at "
-                            "least 2")
+            raise UserError(f"model.groups={self.groups} must divide model.num_experts={self.num_experts} into groups "
+                            "of at least 2")
         most = self.top_groups * (self.num_experts // self.groups)
         if self.top_groups > self.groups or self.top_k > most:
             raise UserError(f"model.top_groups={self.top_groups} of {self.groups} groups hold {most} experts, expected "
                             f"at most {self.groups} groups, and at least model.top_k={self.top_k} experts in them")
         if self.shared_intermediate_size < 0 or self.load_balancing < 0 or self.routed_scale <= 0:
-            raise UserError(f"model.shared_intermediate_size={self.shared_intermediate_size} and model.load_balancing={self.load_balancing} must be at "
+            raise UserError(f"model.shared_intermediate_size={self.shared_intermediate_size} and "
+                            f"model.load_balancing={self.load_balancing} must be at "
                             f"least 0, model.routed_scale={self.routed_scale} above 0")
 
 
@@ -110,7 +112,8 @@ class Block(nn.Module):
         queries_per_kv = config.num_heads // config.num_kv_heads
         self.norm1, self.norm2 = (rms_norm(config.norm_eps, dtype) for _ in range(2))
         # By key head its queries, the key, the value: heads that belong together stay on one device.
-        self.grouped_qkv = nn.DenseGeneral((config.num_kv_heads, queries_per_kv + 2, config.head_dim), use_bias=False, dtype=dtype,
+        self.grouped_qkv = nn.DenseGeneral((config.num_kv_heads, queries_per_kv + 2, config.head_dim), use_bias=False,
+                                           dtype=dtype,
                                            kernel_init=INIT)
         if config.qk_norm:
             self.q_norm, self.k_norm = (rms_norm(config.norm_eps, dtype) for _ in range(2))
@@ -168,7 +171,8 @@ class Block(nn.Module):
         if not self.sparse:
             return 0
         tiles, size = experts.tile_shape(tokens * self.config.top_k, self.config.num_experts)
-        return 6 * self.config.hidden_size * self.config.expert_intermediate_size * (tiles * size - tokens * self.config.top_k)
+        return 6 * self.config.hidden_size * self.config.expert_intermediate_size * (tiles * size - tokens
+                                                                                     * self.config.top_k)
 
 
 class SwiGLU(nn.Module):

@@ -90,7 +90,8 @@ def check_config(config: Any, positive: tuple[str, ...]) -> None:
     """As `check_ranges`, for networks whose heads share the width."""
     check_ranges(config, positive)
     if config.hidden_size % config.num_heads:
-        raise UserError(f"model.hidden_size={config.hidden_size} must be a multiple of model.num_heads={config.num_heads}")
+        raise UserError(f"model.hidden_size={config.hidden_size} must be a multiple of "
+                        f"model.num_heads={config.num_heads}")
 
 
 def pad_vocab_size(vocab_size: int) -> int:

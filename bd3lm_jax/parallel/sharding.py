@@ -104,8 +104,8 @@ def check_mesh(mesh: Mesh | AbstractMesh, model_config: Any, batch: int) -> None
             raise UserError(f"mesh.expert={expert} splits experts, and model.kind='{model_config.kind}' has none: "
                             "use 1")
         if experts % (expert * tensor):
-            raise UserError(f"mesh.expert x mesh.tensor = {expert * tensor} does not divide model.num_experts={experts}: "
-                            f"use divisors of {experts}")
+            raise UserError(f"mesh.expert x mesh.tensor = {expert * tensor} does not divide "
+                            f"model.num_experts={experts}: use divisors of {experts}")
     if batch % rows:
         axes = " x ".join(f"mesh.{axis}" for axis in BATCH_AXES if axis != "expert" or expert > 1)
         raise UserError(f"{axes} = {rows} does not divide a batch of {batch} rows: "

@@ -30,19 +30,24 @@ class Parts(NamedTuple):
 
 def train_step(model_config: Any, objective: Any, *, batch: int, length: int, noise_samples: int,
                schedule: Any = None) -> float:
-    """FLOPs that a step on `batch` rows of `length` tokens needs, over all devices; `noise_samples` noised copies a row.
+    """FLOPs that a step on `batch` rows of `length` tokens needs, over all devices; `noise_samples` noised copies a
+    row.
 
     schedule: what chooses the noise from the data (`Config.schedule`); None: the objective's own noise.
     """
-    return 3 * forward(model_config, objective, batch=batch, length=length, noise_samples=noise_samples, schedule=schedule)
+    return 3 * forward(model_config, objective, batch=batch, length=length, noise_samples=noise_samples,
+                       schedule=schedule)
 
 
-def forward(model_config: Any, objective: Any, *, batch: int, length: int, noise_samples: int, schedule: Any = None) -> float:
+def forward(model_config: Any, objective: Any, *, batch: int, length: int, noise_samples: int,
+            schedule: Any = None) -> float:
     """FLOPs of the forward pass of `train_step`; without a schedule also that of the likelihood bound."""
-    return sum(parts(model_config, objective, batch=batch, length=length, noise_samples=noise_samples, schedule=schedule))
+    return sum(parts(model_config, objective, batch=batch, length=length, noise_samples=noise_samples,
+                     schedule=schedule))
 
 
-def parts(model_config: Any, objective: Any, *, batch: int, length: int, noise_samples: int, schedule: Any = None) -> Parts:
+def parts(model_config: Any, objective: Any, *, batch: int, length: int, noise_samples: int,
+          schedule: Any = None) -> Parts:
     """FLOPs of a forward pass by part. Rows hold one document each (packed rows need less attention).
 
     Rows whose blocks are of several sizes (`mixed`) count as the mean over these sizes.
@@ -63,7 +68,8 @@ def parts(model_config: Any, objective: Any, *, batch: int, length: int, noise_s
 def _body(model, params, objective, batch: int, length: int, noise_samples: int) -> tuple[float, float]:
     """FLOPs of the layers and of attention, of blocks of one size."""
     model_config = model.config
-    level = (batch, noise_samples, length // objective.block_size) if trunk.is_time_conditioned(model_config) else (1, 1)
+    level = (batch, noise_samples,
+             length // objective.block_size) if trunk.is_time_conditioned(model_config) else (1, 1)
     clean, noised_views = (length, 0) if objective.causal else (length - objective.block_size, noise_samples)
     layers = attention = first = 0
     for index, (name, block, layer_count) in enumerate(model.groups):
@@ -94,7 +100,8 @@ def scored_positions(objective: Any, batch: int, length: int, noise_samples: int
         if objective.learns:
             learned = objective.init_learned_params(jax_settings.key(0), 1, 1)
             arrays["learned_params"] = {**learned, "embedding": jnp.zeros((1, 1))}
-        return objective.corrupt(jax_settings.key(0), ids, ids, noise_samples=noise_samples, mask_id=0, end_id=0, **arrays)
+        return objective.corrupt(jax_settings.key(0), ids, ids, noise_samples=noise_samples, mask_id=0, end_id=0,
+                                 **arrays)
 
     return min(jax.eval_shape(noised, jax.ShapeDtypeStruct((batch, length), jnp.int32)).capacity, length)
 

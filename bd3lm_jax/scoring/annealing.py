@@ -20,7 +20,8 @@ from bd3lm_jax.scoring.transform import Transform
 ANNEALING_FOLD = 0x73656573  # tells its random numbers from those of noise and dropout
 
 
-def sample_max_visible_position(key: jax.Array, step: jax.Array, steps: int, position_BxL: jax.Array, block_size: int) -> jax.Array:
+def sample_max_visible_position(key: jax.Array, step: jax.Array, steps: int, position_BxL: jax.Array,
+                                block_size: int) -> jax.Array:
     """The last position that every token sees in the update after `step` updates, int32 `[B, L]`.
 
     key: that of the step; rows have numbers of their own, whatever the batch. Beyond the end of its block a token sees

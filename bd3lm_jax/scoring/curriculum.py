@@ -43,7 +43,7 @@ def check(config: Any) -> None:
                             f"begin at multiples of diffusion.block_size={final}: choose its divisors, or layout "
                             "'wrap'")
     if config.noise.adaptive_noise != "none":
-        raise UserError(f"noise.adaptive_noise='{config.noise.adaptive_noise}' learns about blocks of one size, and train.block_sizes "
-                        "has several: use noise.adaptive_noise='none'")
+        raise UserError(f"noise.adaptive_noise='{config.noise.adaptive_noise}' learns about blocks of one size, and "
+                        "train.block_sizes has several: use noise.adaptive_noise='none'")
     if getattr(objective, "count_probs", ()):
         raise UserError("diffusion.count_probs is for blocks of one size, and train.block_sizes has several: use ()")

@@ -135,9 +135,11 @@ def total_loss(model: Backbone, params: dict, scored: LossInputs, mask_id: int, 
 
 def _custom_losses(model, params, scored, mask_id, chunk, token_loss):
     """Losses `[G, N]` by an objective's own `token_loss`."""
-    features, target, *more = _group_by_device(scored.features_BxMxCxD, scored.target_BxMxC, scored.xt_BxMxC, scored.sigma_BxMxC)
+    features, target, *more = _group_by_device(scored.features_BxMxCxD, scored.target_BxMxC, scored.xt_BxMxC,
+                                               scored.sigma_BxMxC)
     output = OutputLayer(*trunk.output_layer(model, params))
-    return custom_token_losses(output, functools.partial(token_loss, mask_id=mask_id), model.config.vocab_size, features,
+    return custom_token_losses(output, functools.partial(token_loss, mask_id=mask_id), model.config.vocab_size,
+                               features,
                                target, tuple(more), chunk)
 
 

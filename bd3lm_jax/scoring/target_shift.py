@@ -76,5 +76,6 @@ def check(config: Any) -> None:
     if form and not objective.supports_target_shift:
         raise UserError(f"model.target_shift='{form}' has no effect with diffusion.kind='{objective.kind}': use ''")
     if form == "row" and objective.block_size < config.data.seq_len:
-        raise UserError(f"model.target_shift='row' is for one block a row, and diffusion.block_size={objective.block_size} "
+        raise UserError("model.target_shift='row' is for one block a row, and "
+                        f"diffusion.block_size={objective.block_size} "
                         f"with data.seq_len={config.data.seq_len}: use 'block'")

@@ -138,7 +138,8 @@ def set_up(config: Config, workdir: str | os.PathLike, exit_stack: contextlib.Ex
     if config.train.init_from:
         adapt.check_source(config, tokenizer)
     rows = distributed.process0_first(lambda: {
-        split: prepare(config.data, split, config.block_size, tokenizer, _report_preparation) for split in ("train", "valid")})
+        split: prepare(config.data, split, config.block_size, tokenizer, _report_preparation)
+        for split in ("train", "valid")})
     hashes = {name: split.meta["hash"] for name, split in rows.items()}
     distributed.assert_equal_across_processes(hashes | {"tokenizer": tokenizer.identity}, "text")
     distributed.run_on_process0(lambda: rundir.create_or_validate(workdir, config, tokenizer, exit_stack))
@@ -249,7 +250,8 @@ def _read(run: Run, pending, clock: Clock) -> tuple[int, dict]:
         raise RunError(
             f"the loss of step {step + 1} is not finite (loss {values['loss']}, gradient norm {values['grad_norm']}; "
             f"rows {', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''} of the training split): lower "
-            f"optim.lr or raise optim.warmup_steps; the last checkpoint in {run.workdir} is whole", on_all_processes=True)
+            f"optim.lr or raise optim.warmup_steps; the last checkpoint in {run.workdir} is whole",
+            on_all_processes=True)
     return step + 1, values
 
 

@@ -111,7 +111,8 @@ def _objective(published: dict, scalars: dict) -> Masked | AR | SEDD:
 
 def layout(config: DiTConfig) -> dict[str, ParamMapping]:
     """Path of each of our parameters -> its published source."""
-    width, cond, hidden, vocab = config.hidden_size, config.cond_dim, config.mlp_ratio * config.hidden_size, config.vocab_size
+    width, cond = config.hidden_size, config.cond_dim
+    hidden, vocab = config.mlp_ratio * config.hidden_size, config.vocab_size
     heads, size, layers = config.num_heads, config.hidden_size // config.num_heads, range(config.num_layers)
     block, output = "backbone.blocks.{layer}.", "backbone.output_layer."
     table = ParamMapping("backbone.vocab_embed.embedding", (vocab, width), unchanged, unchanged)

@@ -97,7 +97,8 @@ def to_hf_config(model: BertConfig, objective, length: int) -> dict:
 
 def layout(config: BertConfig) -> dict[str, ParamMapping]:
     """Path of each of our parameters -> its published source."""
-    width, hidden, layers, names = config.hidden_size, config.intermediate_size, range(config.num_layers), _names(config)
+    width, hidden = config.hidden_size, config.intermediate_size
+    layers, names = range(config.num_layers), _names(config)
     heads, size = config.num_heads, config.hidden_size // config.num_heads
     embeddings, block = f"{names.kind}.embeddings.", f"{names.kind}.encoder.layer.{{layer}}."
     rows = config.unused_positions + config.positions

@@ -65,8 +65,8 @@ def card(name: str, described: ModelSpec, num_params: int, dtype: str, origin: O
     else:
         kind, tag = f"A block diffusion language model with blocks of {objective.block_size} tokens", "block-diffusion"
     what = (f"{kind} (`diffusion.kind=\"{objective.kind}\"`), context {described.length} tokens. Network: "
-            f"`{model.kind}`, {num_params:,} parameters stored as {dtype}: {model.num_layers} layers, {model.hidden_size} wide, "
-            f"{model.num_heads} heads, vocabulary {model.vocab_size}"
+            f"`{model.kind}`, {num_params:,} parameters stored as {dtype}: {model.num_layers} layers, "
+            f"{model.hidden_size} wide, {model.num_heads} heads, vocabulary {model.vocab_size}"
             + (f", mask token {described.mask_id}." if described.mask_id >= 0 else "."))
     if objective.causal and objective.bos:
         what += " It was trained with the end token before every text: give it first."

@@ -73,7 +73,8 @@ def to_hf_config(model: LlamaConfig, objective, length: int) -> dict:
 
 def layout(config: LlamaConfig) -> dict[str, ParamMapping]:
     """Path of each of our parameters -> its published source."""
-    width, hidden, vocab, layers = config.hidden_size, config.intermediate_size, config.vocab_size, range(config.num_layers)
+    width, hidden = config.hidden_size, config.intermediate_size
+    vocab, layers = config.vocab_size, range(config.num_layers)
     block = "model.transformer.blocks.{layer}."
     leaves = {
         "embed.embedding": padded(ParamMapping(EMBED, (vocab, width), unchanged, unchanged), 0, config.padded_vocab),

@@ -73,7 +73,8 @@ def to_hf_config(model: LlamaConfig, objective, length: int) -> dict:
     if model.qkv_bias:
         require(model.head_dim * model.num_heads == model.hidden_size,
                 f"model.qkv_bias=True is published as Qwen2, whose "
-                f"heads fill the width: model.head_dim is {model.head_dim}, expected {model.hidden_size / model.num_heads:g}")
+                f"heads fill the width: model.head_dim is {model.head_dim}, expected "
+                f"{model.hidden_size / model.num_heads:g}")
         dream = objective == Masked.uniform_counts(length) and model.target_shift == "row"
         kind = "Dream" if dream else "qwen2"
     names = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",

@@ -105,7 +105,8 @@ def to_hf_config(model: ModernBertConfig, objective, length: int) -> dict:
 
 def layout(config: ModernBertConfig) -> dict[str, ParamMapping]:
     """Path of each of our parameters -> its published source."""
-    width, hidden, heads, size = config.hidden_size, config.intermediate_size, config.num_heads, config.hidden_size // config.num_heads
+    width, hidden = config.hidden_size, config.intermediate_size
+    heads, size = config.num_heads, config.hidden_size // config.num_heads
     table = ParamMapping(TABLE, (config.vocab_size, width), unchanged, unchanged)
     leaves = {
         "embed.embedding": padded(table, 0, config.padded_vocab),

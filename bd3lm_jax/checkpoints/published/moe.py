@@ -79,7 +79,8 @@ def _rotary_dim(path, published: dict, head_dim: int) -> int:
 def to_hf_config(model: MoEConfig, objective, length: int) -> dict:
     """The config.json of such a network. Raises UserError if its shared experts are no whole number of experts."""
     shared, rest = divmod(model.shared_intermediate_size, model.expert_intermediate_size)
-    require(rest == 0, f"model.shared_intermediate_size={model.shared_intermediate_size} is no multiple of model.expert_intermediate_size="
+    require(rest == 0, f"model.shared_intermediate_size={model.shared_intermediate_size} is no multiple of "
+                       "model.expert_intermediate_size="
             f"{model.expert_intermediate_size}, which LLaDA2's layout needs")
     own = {BALANCE: model.load_balancing} if model.load_balancing else {}
     return own | {
@@ -142,7 +143,8 @@ def _attention(group: str, config: MoEConfig, layers: range) -> dict[str, ParamM
 
 def _grouped(name: str, config: MoEConfig, layers: range) -> ParamMapping:
     """All queries, all keys, all values as published; by key head its queries, the key and the value in ours."""
-    width, size, pairs, share = config.hidden_size, config.head_dim, config.num_kv_heads, config.num_heads // config.num_kv_heads
+    width, size = config.hidden_size, config.head_dim
+    pairs, share = config.num_kv_heads, config.num_heads // config.num_kv_heads
     shape = ((config.num_heads + 2 * pairs) * size, width)
 
     def read(w):

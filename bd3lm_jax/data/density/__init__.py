@@ -40,8 +40,8 @@ def check_config(config: Any) -> None:
         raise UserError(f"diffusion.kind='{objective.kind}' needs the density of every token: set data.density, one of "
                         f"{', '.join(SOURCES)}, or noise.adaptive_noise='running_loss'")
     if source and not needed:
-        raise UserError(f"data.density={source!r} has no effect with diffusion.kind='{objective.kind}' and noise.adaptive_noise="
-                        f"'{config.noise.adaptive_noise}': use ''")
+        raise UserError(f"data.density={source!r} has no effect with diffusion.kind='{objective.kind}' and "
+                        f"noise.adaptive_noise='{config.noise.adaptive_noise}': use ''")
     if source and getattr(objective, "importance", False) and is_continuous(source):
         raise UserError(f"diffusion.importance=True needs tags, and data.density={source!r} gives numbers between 0 "
                         "and 1: use another source, or diffusion.importance=False")

@@ -69,7 +69,8 @@ class Published(torch.nn.Module):
 
     def __init__(self, params: dict, config, block_size: int, length: int):
         super().__init__()
-        self.layers, self.heads, self.vocab, self.length = config.num_layers, config.num_heads, config.vocab_size, length
+        self.layers, self.heads = config.num_layers, config.num_heads
+        self.vocab, self.length = config.vocab_size, length
         weights = {name: torch.nn.Parameter(_tensor(x)) for name, x in _flat(params)}
         self.weights = torch.nn.ParameterDict(weights)
         index = torch.arange(2 * length, device=DEVICE)
