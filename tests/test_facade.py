@@ -57,6 +57,7 @@ def test_types_are_shipped_and_say_what_generate_returns():
     assert '"bd3lm_jax" = ["py.typed"]' in (ROOT / "pyproject.toml").read_text()
 
 
+@pytest.mark.ci_slow
 @pytest.mark.skipif(shutil.which("pyright") is None, reason="pyright is not installed")
 def test_types_as_an_editor_sees_them(tmp_path):
     (tmp_path / "user.py").write_text(TYPED)

@@ -25,6 +25,7 @@ def example():
     del OBJECTIVES["spans"]
 
 
+@pytest.mark.ci_slow
 def test_the_example_trains_and_is_measured_by_the_common_bound(example, tmp_path):
     write_text(tmp_path / "text.txt", 40)
     section = {"kind": "spans", "block_size": 8, "span": 3}

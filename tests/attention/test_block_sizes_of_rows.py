@@ -56,6 +56,7 @@ def test_blocked_attention_is_dense_attention(monkeypatch, sizes, documents, len
     assert_equal_to_dense(blocked_attention, spec, *streams_for(spec, 2, 1, noise_samples, clean_output))
 
 
+@pytest.mark.ci_slow
 def test_a_batch_may_lack_some_of_the_sizes(monkeypatch):
     monkeypatch.setattr(blocked, "TILE", 16)
     spec = mixed_spec((4, 4), [48], 48, largest=16, min_block_size=1)

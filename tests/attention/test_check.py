@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import some
 
 from bd3lm_jax.attention import check
 from bd3lm_jax.attention.reference import dense_attention
@@ -35,7 +36,7 @@ def not_finite(spec, noised, clean, cache):
     return jax.tree.map(lambda x: x.at[0].set(jnp.nan), dense_attention(spec, noised, clean, cache))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", some([jnp.float32, jnp.bfloat16], 0))
 @pytest.mark.parametrize("attend, right", [(dense_attention, True), (sees_a_key_more, False), (drops_a_gradient, False),
                                            (not_finite, False)])
 def test_wrong_attention_is_beyond_tolerance(attend, right, dtype):

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+from grids import some
 from oracle import assert_equal_to_dense, assert_padding_is_nothing, one_stream_spec, streams_for, two_stream_spec
 
 from bd3lm_jax.attention import check, gpu
@@ -39,33 +40,35 @@ TWO_STREAM = [
 ]
 
 
-@pytest.mark.parametrize("length, block_size, documents, heads, kv_heads, noise_samples, clean_output", TWO_STREAM)
+@pytest.mark.parametrize("length, block_size, documents, heads, kv_heads, noise_samples, clean_output", some(TWO_STREAM, 1, 4))
 def test_two_streams(small, length, block_size, documents, heads, kv_heads, noise_samples, clean_output):
     spec = two_stream_spec([[n] if n else [] for n in documents], length, block_size)
     assert_equal_to_dense(gpu_attention, spec, *streams_for(spec, heads, kv_heads, noise_samples, clean_output))
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("block_size", [4, 32])
 def test_causal_clean_stream_beside_a_noised_one(small, block_size):
     spec = two_stream_spec([[64], [50]], 64, block_size, rule="causal")
     assert_equal_to_dense(gpu_attention, spec, *streams_for(spec, 1, 1, 1, True))
 
 
-@pytest.mark.parametrize("rule, block_size", [("causal", 1), ("block_causal", 4), ("block_causal", 20),
-                                              ("bidirectional", 40)])
+@pytest.mark.parametrize("rule, block_size", some([("causal", 1), ("block_causal", 4), ("block_causal", 20),
+                                              ("bidirectional", 40)], 1))
 def test_one_stream(small, rule, block_size):
     spec = one_stream_spec(rule, [[40], [27], []], 40, block_size)
     found = assert_equal_to_dense(gpu_attention, spec, *streams_for(spec, 2, 1, 0, True))
     assert_padding_is_nothing(spec, found)
 
 
-@pytest.mark.parametrize("block_size", [4, 16])
+@pytest.mark.parametrize("block_size", some([4, 16], 0))
 def test_padding_gives_exact_zeros(small, block_size):
     spec = two_stream_spec([[29], [64]], 64, block_size)
     found = assert_equal_to_dense(gpu_attention, spec, *streams_for(spec, 2, 1, 2, True))
     assert_padding_is_nothing(spec, found)
 
 
+@pytest.mark.ci_slow
 def test_as_many_calls_as_blocks_only_up_to_a_limit(small, monkeypatch):
     """Beyond it large blocks take the causal call too."""
     monkeypatch.setattr(gpu, "MAX_CALLS", 1)

@@ -1,5 +1,6 @@
 """Eight simulated devices compute what one does, each for its own rows and heads, and say nothing to each other."""
 
+import pytest
 from toy_runs import run_python
 
 EIGHT_DEVICES = """
@@ -38,6 +39,7 @@ print("done")
 """
 
 
+@pytest.mark.ci_slow
 def test_eight_devices_in_three_meshes():
     done = run_python(EIGHT_DEVICES, devices=8)
     assert done.returncode == 0 and done.stdout.strip() == "done", done.stderr

@@ -81,6 +81,7 @@ def parsed(nested) -> Config:
     return Config.from_dict(adapt.resolve(nested))
 
 
+@pytest.mark.ci_slow
 def test_an_autoregressive_run_becomes_a_block_model(home, ar_run, tmp_path, capsys):
     """Its network, found from `train.init_from`; every weight but the row of the mask token stays as it was."""
     config = parsed(start(home, ar_run, **{"eval.rows": 0, "eval.mc_samples": 1}))

@@ -148,6 +148,7 @@ def run_python(code, *arguments):
     return done.stdout.splitlines()[-1]
 
 
+@pytest.mark.ci_slow
 def test_restores_on_other_meshes_bit_for_bit(tmp_path):
     saved(tmp_path, [3])
     expected = jax.tree.leaves(fingerprints(make_state(3)))
@@ -186,6 +187,7 @@ def test_restores_on_other_meshes_bit_for_bit(tmp_path):
     assert_equal(state, make_state(3))
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("waits", [True, False])
 def test_full_disk_names_the_last_complete_checkpoint(tmp_path, waits):
     saved(tmp_path, [3])

@@ -58,6 +58,7 @@ def test_objectives():
     assert scores == SEDD(block_size=32, corruption="bernoulli", eps=1e-3)
 
 
+@pytest.mark.ci_slow
 def test_the_release_of_mdlm(tmp_path):
     """It has the tensors of the BD3-LM release without the limits of the clip, and a shorter config."""
     golden = "bd3lm_block32_is_mdlm"

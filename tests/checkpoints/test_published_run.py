@@ -106,6 +106,7 @@ def test_bound_of_a_block_model(tmp_path, capsys):
     assert found["nll"] == pytest.approx(expected.mean, abs=4 * found["nll_mc_se"] + 0.02)
 
 
+@pytest.mark.ci_slow
 def test_texts_and_holes(tmp_path, capsys):
     directory = published(tmp_path, "bd3lm_block4", 66)
     found = result_of(capsys, "sample", f"--workdir={directory}", "--num_samples=2", "--length=12", "--prompt=w3 w4")
@@ -114,6 +115,7 @@ def test_texts_and_holes(tmp_path, capsys):
     assert filled["texts"][0]["holes"][0]["num_tokens"] == 2
 
 
+@pytest.mark.ci_slow
 def test_greedy_text_of_a_causal_model(tmp_path, capsys):
     """Token by token from the published logits; every id may be written, for the network has no mask token."""
     directory = published(tmp_path, "hf/llama", 59)
@@ -132,6 +134,7 @@ def test_last_id_of_a_causal_model_is_no_mask(tmp_path):
     assert np.isfinite(lm.nll([[3, 58, 4]]).mean)
 
 
+@pytest.mark.ci_slow
 def test_scorer_slides_over_texts(tmp_path):
     """Every token by the window that the rule gives it, from the published logits."""
     lm = bd3lm_jax.load(published(tmp_path, "hf/llama", 59))
@@ -148,6 +151,7 @@ def test_scorer_slides_over_texts(tmp_path):
     assert nats[0] == 0
 
 
+@pytest.mark.ci_slow
 def test_generative_perplexity(tmp_path, capsys):
     directory = published(tmp_path, "hf/llama", 59)
     texts = write_words(tmp_path / "text.txt", 4)
@@ -213,6 +217,7 @@ def test_names_on_the_hub(monkeypatch):
     assert all(any(map(Path(name).match, hf.HUB_FILES)) for name in TOKENIZER_FILES)  # what `convert` hands on
 
 
+@pytest.mark.ci_slow
 def test_names_on_the_hub_are_evaluated(tmp_path, capsys, monkeypatch):
     """As their directories are; the name is what people see."""
     directory, asked = published(tmp_path, "hf/llama", 59), []

@@ -50,6 +50,7 @@ def test_settings_are_those_of_the_caller_between_the_items_of_a_stream():
             assert (inside, jax.config.jax_numpy_rank_promotion) == ("allow", "raise")
 
 
+@pytest.mark.ci_slow
 def test_commands_set_the_variables_before_jax_is_imported():
     """What is set otherwise is named; the processes that a command starts inherit the variables."""
     code = ("from launch.__main__ import JAX_SETTINGS, _fix_settings; import os, sys; _fix_settings()\n"

@@ -126,6 +126,7 @@ def test_one_of_each_kind_trains_evaluates_and_samples(outside, capsys):
     assert bd3lm_jax.load(outside / "run").config.diffusion.kind == "halves"
 
 
+@pytest.mark.ci_slow
 def test_a_module_that_a_config_file_imports_is_recorded(outside):
     """What a config file imports is not named on the command line, and the run needs it all the same."""
     importlib.import_module("outside")

@@ -168,6 +168,7 @@ def test_another_process_sees_the_same_damage_and_is_faster(text_config, monkeyp
     assert {name for name in os.listdir(path.parent) if name != "elsewhere"} == {path.name}
 
 
+@pytest.mark.ci_slow
 def test_many_processes_that_see_the_same_damage_all_get_whole_rows(text_config):
     path = damaged_rows(text_config)
     code = ("import sys, warnings; warnings.simplefilter('ignore'); from bd3lm_jax.config import DataConfig; "

@@ -86,6 +86,7 @@ def drawn_and_logits():
     return quick_jit(run)(params)
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("microbatch", [2, pytest.param(0, marks=pytest.mark.ci_slow)])
 def test_the_step_computes_the_formula(microbatch):
     config, (model, params), rows = make_config(**{"compute.microbatch": microbatch}), model_of_letters(), batch()

@@ -143,6 +143,7 @@ def loss_by_hand():
     return np.where(real[:, None], nats, 0).sum() / VIEWS / real.sum()
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("microbatch", [2, pytest.param(0, marks=pytest.mark.ci_slow)])
 def test_the_step_computes_the_formula(microbatch):
     config = make_config(**{"compute.microbatch": microbatch})

@@ -118,6 +118,7 @@ def test_what_is_drawn(mask_id, letters):
     assert np.corrcoef((xt[..., :4] == x0[0, 0]).mean(-1).ravel(), alpha[..., 0].ravel())[0, 1] > 0.5
 
 
+@pytest.mark.ci_slow
 def test_native_is_the_bound_of_a_network():
     """By quadrature over the level and enumeration of the letters: a random network, one block of two tokens."""
     lm = make_lm(Uniform(2, MASK + 1, 1e-3), time_conditioning=True)

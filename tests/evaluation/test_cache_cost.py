@@ -48,6 +48,7 @@ def test_a_float32_cache_gives_the_two_stream_bound(objective, time_conditioning
     np.testing.assert_allclose(through_cache(lm, rows, "float32"), expected, atol=1e-5)
 
 
+@pytest.mark.ci_slow
 def test_packed_documents_do_not_see_each_other():
     lm, half = make_lm(masked(4)), CONTEXT // 2
     rows, other = Rows(2, two_documents=True), Rows(2, two_documents=True)
@@ -69,6 +70,7 @@ def test_the_price_of_less_memory():
         assert row["nll_change_ci95"][0] <= row["nll_change"] <= row["nll_change_ci95"][1]
 
 
+@pytest.mark.ci_slow
 def test_only_what_is_read_from_the_cache_is_rounded():
     lm, half = make_lm(masked(CONTEXT // 2)), CONTEXT // 2
     rows = Rows(2, two_documents=False)

@@ -8,6 +8,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from grids import some
 from places import GOLDEN
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
@@ -136,7 +137,7 @@ def test_overflow_names_the_tensor_and_leaves_nothing(tmp_path):
     assert (tmp_path / "new" / "newer" / "out" / "config.json").exists()
 
 
-@pytest.mark.parametrize("name, size", [("bd3lm_block4", 66), ("ar", 66), ("hf/llama", 59)])
+@pytest.mark.parametrize("name, size", some([("bd3lm_block4", 66), ("ar", 66), ("hf/llama", 59)], 0))
 def test_a_run_directory_and_back(tmp_path, name, size):
     source = with_tokenizer(tmp_path, name, size)
     result = converted(source, tmp_path / "run", form="native", check=8)
@@ -353,6 +354,7 @@ def test_what_the_layout_cannot_say(tmp_path, change, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.ci_slow
 def test_another_rope_base(tmp_path):
     """As `configs/tiny.py` has it: the published code rotates by the frequencies in the file."""
     source = with_tokenizer(tmp_path, "bd3lm_block4", 66)

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from grids import some
 from toy_lm import CONTEXT, LETTERS, make_lm, masked
 from toy_runs import toy_config, write_text
 
@@ -71,6 +72,7 @@ def test_measured_settings():
     assert exact["mean_length"] == np.mean(ended) < CONTEXT
 
 
+@pytest.mark.ci_slow
 def test_a_scorer_judges():
     lm, judge = make_lm(masked(4), tokenizer=LETTERS), make_lm(AR(bos=True), tokenizer=LETTERS)
     samples = lm.generate(num=4, length=CONTEXT, min_length=CONTEXT)
@@ -101,7 +103,7 @@ def test_recommendations():
                                               "speed": {"sampler": "fast"}}
 
 
-@pytest.mark.parametrize("scored", [True, False])
+@pytest.mark.parametrize("scored", some([True, False], 1))
 def test_the_file_is_what_sample_reads(tmp_path, monkeypatch, scored):
     lm, judge = fresh(masked(4), CheckpointId(9, "abc")), make_lm(AR(bos=True), tokenizer=LETTERS)
     monkeypatch.setattr(tune_sampling, "load", lambda path: judge if path == "judge" else lm)

@@ -9,6 +9,7 @@ import subprocess
 import time
 
 import pytest
+from grids import some
 from toy_cluster import COMMAND, bash, engine_job
 
 from bd3lm_jax.experiments import clusters
@@ -75,8 +76,8 @@ sys.exit(int(code))
         process.wait()
 
 
-@pytest.mark.parametrize(("code", "restarts", "requeued"), [
-    (0, 0, False), (1, 0, False), (2, 0, False), (42, 0, True), (75, 2, True), (134, 0, True), (42, 3, False)])
+@pytest.mark.parametrize(("code", "restarts", "requeued"), some([
+    (0, 0, False), (1, 0, False), (2, 0, False), (42, 0, True), (75, 2, True), (134, 0, True), (42, 3, False)], 0, 3))
 def test_slurm_exit_codes(tmp_path, slurm, code, restarts, requeued):
     (tmp_path / "code").write_text(str(code))
     process = slurm(slurm_script(tmp_path, points=6, accelerator="H100:8"), SLURM_RESTART_COUNT=str(restarts))

@@ -18,6 +18,7 @@ def events():
     return list(stream.stream(make_lm(tokenizer=LETTERS), [[1, 2]], 1, 18, options))
 
 
+@pytest.mark.ci_slow
 def test_a_terminal_shows_a_panel_with_the_text(events):
     console = Console(file=io.StringIO(), force_terminal=True, color_system="truecolor", width=60)
     assert list(animate(iter(events), make_lm(tokenizer=LETTERS), console)) == events

@@ -123,6 +123,7 @@ def test_one_call_a_window_is_exact():
     assert {sample.nfe for sample in samples} == {2}
 
 
+@pytest.mark.ci_slow
 def test_an_end_token_saves_the_later_windows():
     lm = bidirectional()
     samples = lm.generate(num=24, length=CONTEXT, block_size=WINDOW, approximate_cache="dual")
@@ -132,6 +133,7 @@ def test_an_end_token_saves_the_later_windows():
     assert {sample.stop for sample in samples} == {"end", "length"}
 
 
+@pytest.mark.ci_slow
 def test_fewer_positions_are_computed(monkeypatch):
     """Token positions through the network, counted as they run: the whole canvas once a window, then what is out of
     date: the window, or the windows from it on in a size that is compiled."""
@@ -162,6 +164,7 @@ def test_sizes_of_a_suffix():
     assert ApproximateDenoiser(None, 8, 8, "prefix", MASK, "compute").suffixes() == [8]
 
 
+@pytest.mark.ci_slow
 def test_watched_texts_are_those_of_generate():
     lm, options = bidirectional(), {"block_size": WINDOW, "approximate_cache": "dual", "sampler": "confidence",
                                     "seed": 4, **NO_END}
@@ -170,6 +173,7 @@ def test_watched_texts_are_those_of_generate():
     assert [event.sample for event in watched] == lm.generate(["abcde", "b"], length=14, **options)
 
 
+@pytest.mark.ci_slow
 def test_text_behind_a_hole_is_seen_and_stays():
     lm, options = bidirectional(), {"block_size": WINDOW, "approximate_cache": "dual", "sampler": "confidence",
                                     "seed": 4, **NO_END}
@@ -183,6 +187,7 @@ def test_text_behind_a_hole_is_seen_and_stays():
     assert [row[:12] for row in first] != [row[:12] for row in second]
 
 
+@pytest.mark.ci_slow
 def test_a_smaller_dtype_rounds_what_is_stored():
     lm = bidirectional()
     options = {"num": 8, "length": CONTEXT, "block_size": 12, "approximate_cache": "dual", "sampler": "threshold",

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import some
 from trunk_passes import run_pass
 
 from bd3lm_jax.generation.denoise import BlockDenoiser, CausalDenoiser, GuidedDenoiser, UncachedDenoiser
@@ -82,7 +83,7 @@ def uncached_row(model, params, ids, rule, block_size):
     return trunk.logits(model, params, h)
 
 
-@pytest.mark.parametrize("time_conditioning", [False, True])
+@pytest.mark.parametrize("time_conditioning", some([False, True], 0))
 @pytest.mark.parametrize("first_block", [0, 1, 3])
 def test_blocks_with_a_cache_equal_two_streams(time_conditioning, first_block):
     model, params = network(time_conditioning)
@@ -105,7 +106,7 @@ def test_blocks_with_a_cache_equal_two_streams(time_conditioning, first_block):
         jax.tree.map(np.testing.assert_array_equal, after, cache)
 
 
-@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("bos", some([False, True], 1))
 @pytest.mark.parametrize("first", [1, 6])
 def test_tokens_one_by_one_equal_a_causal_pass(bos, first):
     model, params = network(adaln=False)
@@ -169,7 +170,7 @@ def positions_of(block, size):
     return place, place // size, np.ones_like(place)
 
 
-@pytest.mark.parametrize("prefilled", [0, 8])
+@pytest.mark.parametrize("prefilled", some([0, 8], 0))
 def test_a_ring_keeps_the_last_blocks(prefilled):
     """Blocks of 4, ring of 12, text of 44: against a Python list of which every question gets the last three blocks.
 
@@ -240,6 +241,7 @@ def test_a_cache_changes_no_token(sampler, temperature):
     assert (np.asarray(outcomes[0][0]) != MASK).sum() > 30
 
 
+@pytest.mark.ci_slow
 def test_guidance_against_two_passes():
     """The prompt of 6 tokens ends inside a block: masks take its place there, and nobody sees what is stored of it."""
     model, params = network()

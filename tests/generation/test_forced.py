@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from grids import some
 from scipy import stats
 from toy_lm import CONTEXT, END, LETTERS, MASK, make_ids, make_lm, masked
 
@@ -38,7 +39,7 @@ def count(samples, *places):
     return counts
 
 
-@pytest.mark.parametrize("size", [4, CONTEXT])
+@pytest.mark.parametrize("size", some([4, CONTEXT], 0))
 def test_the_law_beside_a_forced_token(size):
     """Two tokens between a prompt and a forced token, in either order with equal probability: all 11 x 11 outcomes,
     from the raw logits. A block of 4 holds a token of the prompt, the two and the forced one; of a bidirectional model
@@ -60,6 +61,7 @@ def test_the_law_beside_a_forced_token(size):
     assert pvalue(counts, unseen) < 1e-6, "the test has power"
 
 
+@pytest.mark.ci_slow
 def test_the_law_around_a_forced_token_of_an_autoregressive_model():
     """Written as it is: the token before it does not know, the one after it does."""
     lm, forced = make_lm(AR(bos=True), tokenizer=LETTERS), 6
@@ -98,11 +100,13 @@ def test_forced_tokens_do_not_depend_on_the_batch(objective):
     assert {sample.stop for sample in many} == {"end", "length"}
 
 
+@pytest.mark.ci_slow
 def test_a_forced_end_ends_a_text():
     lm = make_lm(masked(4), tokenizer=LETTERS)
     assert {(len(s.tokens), s.stop) for s in lm.generate(num=9, length=16, forced={7: END})} == {(7, "end")}
 
 
+@pytest.mark.ci_slow
 def test_a_stop_string_counts_once_it_is_reached():
     """One that is forced far behind does not stop the text before it."""
     lm = make_lm(masked(4), tokenizer=LETTERS)
@@ -112,6 +116,7 @@ def test_a_stop_string_counts_once_it_is_reached():
     assert cut.tokens == whole.tokens[:18] and cut.stop == "string"
 
 
+@pytest.mark.ci_slow
 def test_watched_texts_with_forced_tokens():
     """Also where a whole block is forced, the last one among them."""
     lm = make_lm(masked(4), tokenizer=LETTERS)
@@ -124,6 +129,7 @@ def test_watched_texts_with_forced_tokens():
     assert sorted(written) == [1, 2, 3, 8, 9, 10, 11]
 
 
+@pytest.mark.ci_slow
 def test_a_sliding_canvas_keeps_forced_tokens():
     lm = make_lm(masked(CONTEXT), tokenizer=LETTERS)
     sample, = lm.generate([make_ids(3).tolist()], length=50, window=True, sampler="ancestral", steps=3,

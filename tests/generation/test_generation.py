@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from grids import some
 from toy_lm import CONTEXT, END, LETTERS, MASK, make_ids, make_lm, masked
 
 import bd3lm_jax
@@ -50,7 +51,7 @@ def test_what_is_usual_of_a_sampler(sampler, steps, threshold):
     assert generation.make_request(lm, options, rows, 0).threshold == np.float32(threshold)
 
 
-@pytest.mark.parametrize("objective", [masked(4), AR(bos=True)])
+@pytest.mark.parametrize("objective", some([masked(4), AR(bos=True)], 0))
 def test_no_stack_of_layers_enters_the_loop(objective):
     """A layer cut out of its stack inside the loop would be copied in every call, half of a call's time."""
     lm, options = make_lm(objective), Options()
@@ -71,7 +72,7 @@ def causal_logits(model, params, ids):
     return trunk.logits(model, params, h)
 
 
-@pytest.mark.parametrize("window", [False, True])
+@pytest.mark.parametrize("window", some([False, True], 1))
 def test_a_row_that_fills_its_bucket_keeps_its_beginning(window):
     """The most probable last token, by a pass over the whole row: it still sees the first one."""
     lm = with_context(make_lm(AR(bos=True), tokenizer=LETTERS), BUCKET)
@@ -96,6 +97,7 @@ def test_stop_strings():
     assert 2 < sum(cut is None for cut in expected) < 22
 
 
+@pytest.mark.ci_slow
 def test_a_stop_string_saves_the_rest(monkeypatch):
     monkeypatch.setattr(generation, "CHECK_EVERY", 8)
     lm = make_lm(tokenizer=LETTERS)
@@ -104,6 +106,7 @@ def test_a_stop_string_saves_the_rest(monkeypatch):
     assert (sample.stop, sample.text) == ("string", text[:text.index(text[1])]) and sample.nfe == 8
 
 
+@pytest.mark.ci_slow
 def test_a_stop_string_behind_the_wanted_length_is_none():
     lm = make_lm(tokenizer=LETTERS)
     whole, cut = (lm.generate(num=8, length=length, **NO_END) for length in (12, 10))
@@ -133,6 +136,7 @@ def test_a_stop_string_inside_a_token():
     assert both == generation.Sample("c", [], 4, "string")
 
 
+@pytest.mark.ci_slow
 def test_ends_and_lengths():
     """10 tokens in blocks of 4: an end in the last two places of the last block ends nothing."""
     lm, options = make_lm(tokenizer=LETTERS), {"num": 40, "length": 10}
@@ -146,6 +150,7 @@ def test_ends_and_lengths():
     assert all(sample.stop == "length" and not {0, 1, END} & set(sample.tokens) for sample in without)
 
 
+@pytest.mark.ci_slow
 def test_short_texts_do_not_mind_the_window():
     lm = make_lm(tokenizer=LETTERS)
     options = {"num": 4, "length": CONTEXT, "seed": 2, **NO_END}
@@ -217,6 +222,7 @@ def test_a_row_that_stopped_is_left_alone_when_the_canvas_slides(monkeypatch):
     assert len([rows for rows in turns.calls if rows.length[0] > 0]) == 2
 
 
+@pytest.mark.ci_slow
 def test_a_bidirectional_model_writes_long_texts():
     lm = make_lm(masked(CONTEXT), tokenizer=LETTERS)
     options = {"length": 41, "window": True, "sampler": "ancestral", "steps": 3, **NO_END}
@@ -229,6 +235,7 @@ def test_a_bidirectional_model_writes_long_texts():
     assert both[0].tokens[:CONTEXT - 5] == first[0].tokens
 
 
+@pytest.mark.ci_slow
 def test_a_text_without_entropy_is_given_up(monkeypatch):
     """Also when the canvas slides: nothing is behind the last token that was written."""
     monkeypatch.setattr(loop, "ENTROPY_TOKENS", 16)
@@ -243,6 +250,7 @@ def test_a_text_without_entropy_is_given_up(monkeypatch):
     assert (sample.stop, sample.tokens) == ("entropy", [0] * CONTEXT)
 
 
+@pytest.mark.ci_slow
 def test_a_small_cache_writes_almost_the_same():
     lm = make_lm(tokenizer=LETTERS)
     options = {"num": 8, "length": CONTEXT, **NO_END}
@@ -250,6 +258,7 @@ def test_a_small_cache_writes_almost_the_same():
     assert np.mean([np.equal(a.tokens, b.tokens).mean() for a, b in zip(exact, rounded)]) > 0.7
 
 
+@pytest.mark.ci_slow
 def test_guidance_asks_twice():
     """2 and 8 places in the last blocks; the text becomes another one."""
     lm = make_lm(tokenizer=LETTERS)
@@ -259,6 +268,7 @@ def test_guidance_asks_twice():
     assert [sample.tokens for sample in plain] != [sample.tokens for sample in guided]
 
 
+@pytest.mark.ci_slow
 def test_more_rows_than_a_batch(monkeypatch):
     lm = make_lm(tokenizer=LETTERS)
     together = lm.generate(num=5, length=8)
@@ -266,6 +276,7 @@ def test_more_rows_than_a_batch(monkeypatch):
     assert lm.generate(num=5, length=8) == together
 
 
+@pytest.mark.ci_slow
 def test_a_bidirectional_model_writes_short_texts_in_stretches():
     """Half a canvas at a time, and the same text in other company."""
     lm = make_lm(masked(CONTEXT), tokenizer=LETTERS)

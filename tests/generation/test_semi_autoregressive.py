@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 import pytest
+from grids import some
 from scipy.special import log_softmax
 from toy_lm import CONTEXT, END, LETTERS, MASK, make_lm, masked
 
@@ -40,8 +41,8 @@ def llada(lm, prompt, length, window, steps):
     return canvas[len(prompt):].tolist()
 
 
-@pytest.mark.parametrize("length, window, steps", [(24, 8, 8), (18, 6, 6), (18, 6, 2), (17, 5, 5), (20, 16, 4),
-                                                   (9, 16, 9), (13, 1, 1)])
+@pytest.mark.parametrize("length, window, steps", some([(24, 8, 8), (18, 6, 6), (18, 6, 2), (17, 5, 5), (20, 16, 4),
+                                                   (9, 16, 9), (13, 1, 1)], 0))
 def test_texts_are_those_of_a_plain_loop(length, window, steps):
     prompts = [[], [1, 2, 0], [4, 5, 6, 7, 8, 9, 10]]
     options = {"length": length, "sampler": "confidence", "temperature": 0.0, "steps": steps, **NO_END}
@@ -50,6 +51,7 @@ def test_texts_are_those_of_a_plain_loop(length, window, steps):
                                                    for prompt in prompts]
 
 
+@pytest.mark.ci_slow
 def test_a_threshold_stays_within_its_window():
     """All at once in a window: as many calls as windows."""
     found = published().generate([[], [1, 2, 0]], length=18, block_size=6, sampler="threshold", threshold=0.0,

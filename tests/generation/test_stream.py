@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from grids import some
 from toy_lm import CONTEXT, END, LETTERS, MASK, Letters, make_ids, make_lm, masked
 
 from bd3lm_jax.core.errors import UserError
@@ -33,9 +34,9 @@ def replayed(events, number):
 
 
 @pytest.mark.ci_slow
-@pytest.mark.parametrize("objective, sampler", [
+@pytest.mark.parametrize("objective, sampler", some([
     (masked(4), {}), (masked(4), {"sampler": "threshold", "threshold": 0.15}),
-    (masked(CONTEXT), {"sampler": "ancestral", "steps": 5}), (AR(bos=True), {})])
+    (masked(CONTEXT), {"sampler": "ancestral", "steps": 5}), (AR(bos=True), {})], 0))
 def test_the_tokens_are_those_of_generate(objective, sampler):
     """Prompts that end in different blocks, a length that cuts the last one."""
     lm = make_lm(objective, tokenizer=LETTERS)
@@ -54,6 +55,7 @@ def test_the_tokens_are_those_of_generate(objective, sampler):
         assert all(len(event.revealed) == len(event.confidence) for event in own)
 
 
+@pytest.mark.ci_slow
 def test_steps_that_mask_again_say_so():
     lm = make_lm(tokenizer=LETTERS)
     sampler = {"sampler": "remdm_cap", "steps": 6, "threshold": 0.6, "forbidden": [END]}
@@ -63,6 +65,7 @@ def test_steps_that_mask_again_say_so():
     assert any(event.remasked for event in events)
 
 
+@pytest.mark.ci_slow
 def test_one_token_a_call_is_one_event_a_call():
     """First hitting, and autoregression: each call reveals one token, of known confidence."""
     for objective in (masked(4), AR(bos=True)):
@@ -85,7 +88,7 @@ def test_confidence_is_the_probability_of_the_token():
         assert event.confidence == pytest.approx([p[event.canvas[0]]], rel=1e-4)
 
 
-@pytest.mark.parametrize("stop", [(), ("ab", "bba", "k")])
+@pytest.mark.parametrize("stop", [pytest.param((), marks=pytest.mark.ci_slow), ("ab", "bba", "k")])
 def test_committed_text_never_changes(stop):
     """Stop strings cross the borders of blocks; a text is committed as far as no stop string may take it back."""
     lm = make_lm(tokenizer=LETTERS)
@@ -138,6 +141,7 @@ def test_watching_one_text():
     assert list(stream.watch(lm, None, 12, options())) == list(stream.pieces(events_of(lm, None, 12)))
 
 
+@pytest.mark.ci_slow
 def test_without_a_tokenizer_events_have_ids_alone():
     lm = make_lm()
     events = events_of(lm, [[1]], 6)

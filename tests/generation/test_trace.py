@@ -79,6 +79,7 @@ def test_a_record_holds_the_changes_of_every_text():
     assert json.loads(json.dumps(record)) == record
 
 
+@pytest.mark.ci_slow
 def test_a_record_replays_to_the_texts():
     lm = make_lm(tokenizer=LETTERS)
     options = make_options(sampler="remdm_cap", steps=6, threshold=0.6, forbidden=[END])

@@ -7,6 +7,7 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import some
 from toy_evaluation import evaluated
 from toy_runs import AR, END, LENGTH, MASK, network, quick_jit, run_python, toy_config, write_text
 
@@ -112,6 +113,7 @@ def test_the_stated_monte_carlo_error_is_the_spread_over_seeds(runs):
     assert 0.62 < spread / stated < 1.4
 
 
+@pytest.mark.ci_slow
 def test_eight_draws_have_an_error_smaller_by_the_root_of_eight(prepared):
     evaluator, _, params, rows = prepared(split="train")
     assert len(rows) > 60
@@ -156,7 +158,7 @@ def causal_nats(model, params, rows):
     return -log_probs(model, params, h, tokens)
 
 
-@pytest.mark.parametrize("estimator", ["nll", "exact_count"])
+@pytest.mark.parametrize("estimator", some(["nll", "exact_count"], 0))
 def test_autoregression_is_summed_token_by_token(prepared, estimator):
     evaluator, model, params, rows = prepared(CAUSAL)
     result = evaluator.run(params, rows, estimator=estimator, draws=1, seed=0)
@@ -203,6 +205,7 @@ def test_bytes_tokens_and_documents_are_all_counted(home, prepared):
     assert result["bits_per_byte"] == pytest.approx(result["nll"] * size / math.log(2) / size, rel=1e-9)
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("layout", ["pack", "pad"])
 def test_layouts_count_the_same_tokens_and_documents(prepared, layout):
     evaluator, _, params, rows = prepared({"data.packing": layout})
@@ -231,6 +234,7 @@ def test_wrong_requests(prepared, estimator, draws, message):
         evaluator.run(params, rows, estimator=estimator, draws=draws, seed=0)
 
 
+@pytest.mark.ci_slow
 def test_a_clipped_model_is_measured_by_the_bound(prepared, runs):
     """The way it was trained does not matter: the same network has the same bound."""
     clipped = {"diffusion.corruption": "bernoulli", "diffusion.clip_low": 0.3, "diffusion.clip_high": 0.8}
@@ -248,7 +252,7 @@ def test_enumeration_has_no_error(prepared):
 
 
 @pytest.mark.ci_slow
-@pytest.mark.parametrize("estimator", ["importance", "bernoulli"])
+@pytest.mark.parametrize("estimator", some(["importance", "bernoulli"], 0))
 def test_other_estimators_mean_the_same(prepared, estimator):
     evaluator, model, params, rows = prepared()
     truth = enumerated_bound(model, params, rows, 4).sum() / rows.meta["tokens"]
@@ -258,6 +262,7 @@ def test_other_estimators_mean_the_same(prepared, estimator):
     assert ("count_probs" in found[0]) == (estimator == "importance")
 
 
+@pytest.mark.ci_slow
 def test_draws_until_the_target_is_met(prepared, capsys):
     evaluator, _, params, rows = prepared()
     once = evaluator.measure(params, rows, EstimatorOptions("exact_count", draws=2))
@@ -271,6 +276,7 @@ def test_draws_until_the_target_is_met(prepared, capsys):
     assert exact.draws == 1
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize(("ci", "max_draws"), [(1e-6, 8), (0.004, 1)])
 def test_a_target_out_of_reach(prepared, ci, max_draws):
     evaluator, _, params, rows = prepared()
@@ -278,6 +284,7 @@ def test_a_target_out_of_reach(prepared, ci, max_draws):
         evaluator.measure(params, rows, EstimatorOptions("exact_count", target=Target(ci, max_draws)))
 
 
+@pytest.mark.ci_slow
 def test_tokens_that_nobody_predicts_are_not_counted(prepared):
     evaluator, _, params, rows = prepared({"diffusion": {"kind": "ar", "bos": False}, "model.adaln": False})
     result = evaluator.run(params, rows, estimator="nll", draws=1, seed=0)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import some
 from trunk_passes import run_pass
 
 from bd3lm_jax.core.errors import UserError
@@ -75,7 +76,7 @@ def two_stream_influence(config, block_size, backend):
     return influence(outputs, one_hot(LENGTH), one_hot(LENGTH - block_size))
 
 
-@pytest.mark.parametrize("config, backend", [(GPT2, "dense"), (BERT, "dense"), (MODERN, "dense"), (MODERN, "blocked")],
+@pytest.mark.parametrize("config, backend", some([(GPT2, "dense"), (BERT, "dense"), (MODERN, "dense"), (MODERN, "blocked")], 0, 3),
                          ids=lambda x: getattr(x, "kind", x))
 def test_two_streams_leak_nothing(config, backend):
     seen = two_stream_influence(config, BLOCK, backend)
@@ -84,7 +85,7 @@ def test_two_streams_leak_nothing(config, backend):
     np.testing.assert_array_equal(seen, np.concatenate([own, earlier], axis=1))
 
 
-@pytest.mark.parametrize("backend", ["dense", "blocked"])
+@pytest.mark.parametrize("backend", some(["dense", "blocked"], 0))
 def test_a_local_layer_sees_its_window_in_both_streams(backend):
     seen = two_stream_influence(LOCAL, BLOCK, backend)
     i = np.arange(LENGTH)
@@ -94,7 +95,7 @@ def test_a_local_layer_sees_its_window_in_both_streams(backend):
     assert 0 < earlier.sum() < (block[:, None] > block).sum()
 
 
-@pytest.mark.parametrize("config, rule", [(GPT2, "causal"), (BERT, "bidirectional"), (MODERN, "block_causal")],
+@pytest.mark.parametrize("config, rule", some([(GPT2, "causal"), (BERT, "bidirectional"), (MODERN, "block_causal")], 0),
                          ids=lambda x: getattr(x, "kind", x))
 def test_one_stream_leaks_nothing(config, rule):
     model, params = network(config)
@@ -130,6 +131,7 @@ def test_cached_blocks_equal_the_two_stream_pass(config):
         cache, finished = out.cache, jax.tree.map(lambda x: x[:, where], clean)
 
 
+@pytest.mark.ci_slow
 @ALL
 def test_cached_tokens_equal_one_causal_pass(config):
     model, params = network(config)
@@ -181,6 +183,7 @@ def test_dropout_follows_the_keys_of_its_rows(config):
     assert np.mean(np.abs(np.asarray(both - plain)) > 1e-3) > 0.5
 
 
+@pytest.mark.ci_slow
 @ALL
 def test_vocabulary_padding_is_invisible(config):
     model, params = network(config)

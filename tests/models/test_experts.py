@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import some
 from toy_runs import run_python
 
 from bd3lm_jax.models import experts
@@ -75,7 +76,7 @@ def mix_in_numpy(x, choice, weight, gate, up, down):
     return out
 
 
-@pytest.mark.parametrize("kind, tokens, k", [("even", 37, 2), ("one", 37, 3), ("even", 1, 2), ("even", 9, 8)])
+@pytest.mark.parametrize("kind, tokens, k", some([("even", 37, 2), ("one", 37, 3), ("even", 1, 2), ("even", 9, 8)], 0))
 def test_products_in_numpy(kind, tokens, k):
     x = np.random.default_rng(4).normal(size=(tokens, D)).astype(np.float32)
     choice, weight = routings(kind, tokens, k)
@@ -127,6 +128,7 @@ def test_imbalance_by_hand():
     assert experts.load_balancing_loss(alike, jnp.ones((1, 4), bool)) == pytest.approx(4)
 
 
+@pytest.mark.ci_slow
 def test_devices_share_out_rows_and_experts():
     """Four simulated devices, which hold experts of their own rows or of rows of others: as on one device."""
     done = run_python("""

@@ -55,6 +55,7 @@ def stored(workdir):
         return checkpoints.restore_params("params", shapes)[0]
 
 
+@pytest.mark.ci_slow
 def test_fresh_updates_change_no_bit(home):
     model, params = network(toy_config(home))
     updates = lora.init(model, params, RANK, jax.random.key(0))

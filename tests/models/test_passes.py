@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import some
 from places import GOLDEN
 
 from bd3lm_jax.checkpoints import hf
@@ -71,7 +72,7 @@ def published_sigma(model, io):
     return io["sigma"][:, None] if model.config.time_conditioning else None
 
 
-@pytest.mark.parametrize("backend", ["dense", "blocked"])
+@pytest.mark.parametrize("backend", some(["dense", "blocked"], 0))
 @pytest.mark.parametrize("name", BLOCK_MODELS)
 def test_two_streams_equal_published(name, backend):
     model, params, objective, io = published(name)
@@ -92,7 +93,7 @@ def test_two_streams_equal_published(name, backend):
                                    io["log_probs"][masked][:, token], atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["dense", "blocked"])
+@pytest.mark.parametrize("backend", some(["dense", "blocked"], 0))
 @pytest.mark.parametrize("name", BLOCK_MODELS)
 def test_block_causal_stream_equals_published(name, backend):
     model, params, objective, io = published(name)
@@ -103,7 +104,7 @@ def test_block_causal_stream_equals_published(name, backend):
     np.testing.assert_allclose(logits, io["sample_logits"], atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["dense", "blocked"])
+@pytest.mark.parametrize("backend", some(["dense", "blocked"], 0))
 def test_autoregression_equals_published(backend):
     model, params, _, io = published("ar")
     logits = one_stream_logits(model, params, io["x0"], *forward.single_document_rows(io["x0"]), rule="causal",
@@ -132,6 +133,7 @@ def test_one_block_a_row_is_plain_masked_diffusion():
     np.testing.assert_allclose(blocks, plain, atol=1e-5)
 
 
+@pytest.mark.ci_slow
 def test_bound_at_block_size_one_is_the_chain_rule():
     """The oracle feeds one token at a time through the cache and asks a mask token for the next."""
     model, params = network()
@@ -160,7 +162,7 @@ def test_bound_at_block_size_one_is_the_chain_rule():
     np.testing.assert_allclose(bound, chain, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["dense", "blocked"])
+@pytest.mark.parametrize("backend", some(["dense", "blocked"], 1))
 def test_padded_and_packed_rows_equal_plain_ones(backend):
     model, params = network()
     execution = Execution(backend, "scan", "none", False)
@@ -184,7 +186,7 @@ def test_padded_and_packed_rows_equal_plain_ones(backend):
     np.testing.assert_allclose(padded[4:], plain[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["dense", "blocked"])
+@pytest.mark.parametrize("backend", some(["dense", "blocked"], 1))
 def test_views_equal_separate_passes(backend):
     model, params = network(time_conditioning=True)
     x0 = make_ids(2, 12)
@@ -204,6 +206,7 @@ def changed_blocks(first, second):
     return np.any(np.asarray(first != second).reshape(3, -1), axis=-1).tolist()
 
 
+@pytest.mark.ci_slow
 def test_noise_level_acts_on_its_own_block():
     model, params = network(time_conditioning=True)
     x0 = make_ids(1, 12)

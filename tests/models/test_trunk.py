@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import some
 from trunk_passes import run_pass
 
 from bd3lm_jax.attention import blocked
@@ -69,9 +70,9 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(blocked, "TILE", 8)
 
 
-@pytest.mark.parametrize("backend, block_size, documents", [
+@pytest.mark.parametrize("backend, block_size, documents", some([
     ("dense", 1, [12]), ("dense", 2, [4, 6]), ("dense", 12, [12]), ("blocked", 4, [12]), ("blocked", 2, [4, 6]),
-])
+], 1, 3))
 def test_two_streams_leak_nothing(small_tiles, backend, block_size, documents):
     model, params = network()
     xt, x0 = np.arange(12)[None, None], np.arange(12, 24)[None]  # every token its own embedding row
@@ -94,9 +95,9 @@ def test_two_streams_leak_nothing(small_tiles, backend, block_size, documents):
     np.testing.assert_array_equal(seen, expected)
 
 
-@pytest.mark.parametrize("rule, backend", [
+@pytest.mark.parametrize("rule, backend", some([
     ("causal", "dense"), ("block_causal", "dense"), ("bidirectional", "dense"), ("block_causal", "blocked"),
-])
+], 0, 3))
 def test_one_stream_leaks_nothing(small_tiles, rule, backend):
     model, params = network()
     clean = make_stream(np.arange(12)[None], BLOCK, [4, 8])
@@ -179,6 +180,7 @@ def test_execution_equals_plain_loop(small_tiles, execution):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6), found_gradients, gradients)
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("layers", ["scan", "unroll"])
 def test_unstacked_layers_equal_plain_loop(small_tiles, layers):
     model, params = network()
@@ -199,6 +201,7 @@ def test_padding_influences_nothing_and_gets_no_gradient():
     assert seen[0, :8].all() and not seen[0, 8:12].any()
 
 
+@pytest.mark.ci_slow
 def test_dropout_follows_the_keys_of_its_rows_and_is_off_without():
     model, params = network(dropout=0.5)
     noised, clean = batch_of_two()
@@ -231,6 +234,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     assert abs(np.mean(dropped == 0) - 0.25) < 5 * np.sqrt(0.25 * 0.75 / dropped.size)
 
 
+@pytest.mark.ci_slow
 def test_dropout_is_the_same_scanned_and_unrolled():
     model, params = network(dropout=0.5)
     keys = jax.random.split(jax.random.key(3), 2)
@@ -239,6 +243,7 @@ def test_dropout_is_the_same_scanned_and_unrolled():
     np.testing.assert_allclose(scanned, unrolled, atol=2e-5)
 
 
+@pytest.mark.ci_slow
 def test_bfloat16_is_close_to_float32():
     model, params = network()
     rounded_model, _ = network(dtype=jnp.bfloat16)
@@ -299,11 +304,13 @@ def assert_close(found, expected):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), found, expected)
 
 
+@pytest.mark.ci_slow
 def test_streams_that_share_their_weights_are_two_streams():
     """One row of both streams' tokens, or each on its own because levels were given, all of them 0."""
     assert_close(cached_step("compute"), cached_step("compute", sigma=np.zeros((2, 1, 1), np.float32)))
 
 
+@pytest.mark.ci_slow
 def test_several_views_with_a_cache_are_single_ones():
     model, params = network()
     first, *_ = batch_of_two()
@@ -322,6 +329,7 @@ def slots_last(values):
     return [np.asarray(x, np.float64) for x in values["blocks"]]
 
 
+@pytest.mark.ci_slow
 def test_int8_keeps_each_token_and_head_to_a_127th_of_its_largest():
     """Against NumPy: integers and scales of what the float32 cache holds; half a step is the most that is lost."""
     exact, small = (cached_step(dtype).cache for dtype in ("float32", "int8"))
@@ -349,6 +357,7 @@ def rounded_to_bfloat16(x):
     return jnp.asarray(((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32))
 
 
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("dtype, rounding", [("int8", rounded_to_int8), ("bfloat16", rounded_to_bfloat16)])
 def test_a_small_cache_is_a_rounded_one(dtype, rounding):
     """What attends to it sees the rounded keys and values, and computes as before."""
@@ -378,6 +387,7 @@ def test_layers_start_different():
     np.testing.assert_allclose(kernels.std(), 1 / np.sqrt(3 * 16), rtol=0.05)  # U(+-1 / sqrt(fan in))
 
 
+@pytest.mark.ci_slow
 def test_what_is_not_wanted_costs_nothing_behind_the_last_attention():
     model, params = network()
     ids = np.random.default_rng(2).integers(0, CONFIG.vocab_size, size=(2, 1, LENGTH)).astype(np.int32)

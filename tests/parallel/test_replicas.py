@@ -16,6 +16,7 @@ from bd3lm_jax.parallel import distributed, replicas
 STATE = TrainState(jnp.int32(1), {"w": jnp.arange(6.0)}, {}, {"m": jnp.ones(3)})
 
 
+@pytest.mark.ci_slow
 def test_replicas_on_the_devices_of_one_process(tmp_path):
     """The second of three devices holds another value, as a broken accelerator leaves it; parts of an array may differ.
     """

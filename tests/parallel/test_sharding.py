@@ -198,6 +198,7 @@ def test_constrain_keeps_values_under_a_mesh():
     assert "sharding_constraint" in str(jaxpr)
 
 
+@pytest.mark.ci_slow
 def test_eight_devices_hold_the_state_in_the_declared_parts():
     code = f"""
         import json

@@ -43,6 +43,7 @@ def test_a_stuck_step_ends_the_process():
     assert time.monotonic() - began > 2 * 0.15 + 0.5
 
 
+@pytest.mark.ci_slow
 def test_steps_that_finish_in_time_are_left_alone():
     """Eight steps take more than twice the limit, and after the block the limit means nothing."""
     process = start(8, 0.8)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import some
 from toy_runs import quick_jit
 
 from bd3lm_jax import models
@@ -141,6 +142,7 @@ def of_a_layer(size: int, noise_samples: int, time_conditioning: bool = False) -
     return 3 * (three.layers - two.layers + 4 * SMALL.hidden_size * ROWS * pairs)
 
 
+@pytest.mark.ci_slow
 def test_a_layer_costs_what_the_compiler_counts():
     counted = []
     for layers in (2, 3):
@@ -149,12 +151,13 @@ def test_a_layer_costs_what_the_compiler_counts():
     assert counted[1] - counted[0] == pytest.approx(of_a_layer(16, 1), rel=0.03)
 
 
-@pytest.mark.parametrize(("size", "noise_samples", "time_conditioning"), [(16, 1, False), (16, 2, True), (SHORT, 2, False)])
+@pytest.mark.parametrize(("size", "noise_samples", "time_conditioning"), some([(16, 1, False), (16, 2, True), (SHORT, 2, False)], 1))
 def test_a_layer_costs_what_its_products_do(size, noise_samples, time_conditioning):
     two, three = (flops.count(*gradient(layers, size, noise_samples, time_conditioning)) for layers in (2, 3))
     assert three - two == pytest.approx(of_a_layer(size, noise_samples, time_conditioning), rel=0.002)
 
 
+@pytest.mark.ci_slow
 def test_the_output_layer_costs_what_the_compiler_counts():
     objective, model = Masked.uniform_counts(16), models.build(SMALL, jnp.float32)
     positions = flops.scored_positions(objective, ROWS, SHORT, 2)

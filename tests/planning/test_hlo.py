@@ -72,6 +72,7 @@ replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([2,4]T(1,0)) {'axis_0','
 """
 
 
+@pytest.mark.ci_slow
 def test_collectives_of_a_program_on_eight_devices():
     done = run_python(EXPLICIT, devices=8)
     assert done.returncode == 0, done.stderr[-2000:]

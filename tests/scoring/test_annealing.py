@@ -70,6 +70,7 @@ def test_rows_draw_for_themselves():
     assert not np.array_equal(sample_max_visible_position(4, 4, wide), sample_max_visible_position(4, 4, wide, seed=1))
 
 
+@pytest.mark.ci_slow
 def test_tiles_see_what_the_dense_mask_sees():
     """Both streams half-way, outputs and gradients."""
     draw, size = np.random.default_rng(0), 4

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from toy_runs import END, LENGTH, MASK, network, quick_jit, toy_config
 
 from bd3lm_jax.core.state import TrainState
@@ -51,6 +52,7 @@ def test_a_cut_batch_depends_on_its_beginning_alone():
     assert len(set(kept)) > 1 and min(kept) < LENGTH
 
 
+@pytest.mark.ci_slow
 def test_padding_of_an_answer_is_learned_and_the_prompt_is_not():
     """The last row ends in padding: whatever it holds, end tokens are put there and count; prompts are context."""
     metrics = measure({"random_length": 0.0, "sft": True, "normalise": "answer"}, source="sft", layout="pad")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import some
 from toy_lm import CONTEXT, END, LETTERS, MASK, VOCAB, make_ids, make_lm, masked
 from toy_runs import AR, toy_config
 
@@ -87,7 +88,7 @@ def test_a_whole_row_is_read_as_it_is():
     np.testing.assert_allclose(logits(12, xt, xt, "row"), raw[:, [0, *range(11)]], atol=1e-5)
 
 
-@pytest.mark.parametrize("first_block", [0, 2])
+@pytest.mark.parametrize("first_block", some([0, 2], 1))
 def test_blocks_with_a_cache_are_asked_as_in_training(first_block):
     size, x0, xt = 4, make_ids(3, 16), make_ids(3, 16, seed=5)
     lm, expected = shifted_lm(size), logits(size, xt, x0)
@@ -108,6 +109,7 @@ def test_blocks_with_a_cache_are_asked_as_in_training(first_block):
         np.testing.assert_allclose(again, expected[:, at][:, 2:], atol=1e-5)
 
 
+@pytest.mark.ci_slow
 def test_writing_token_by_token_is_the_autoregressive_model():
     prompts = [make_ids(5), make_ids(2, seed=7)]
     models = make_lm(Autoregression(bos=True), tokenizer=LETTERS), shifted_lm(1)
@@ -115,6 +117,7 @@ def test_writing_token_by_token_is_the_autoregressive_model():
     assert [x.tokens for x in texts[0]] == [x.tokens for x in texts[1]] and any(x.tokens for x in texts[0])
 
 
+@pytest.mark.ci_slow
 def test_likelihoods_and_holes_are_those_of_the_autoregressive_model():
     models, tokens = (make_lm(Autoregression(bos=True), tokenizer=LETTERS), shifted_lm(1)), make_ids(2, 10, seed=9)
     expected, found = models[0].nll(tokens, estimator="nll"), models[1].nll(tokens, estimator="exact")

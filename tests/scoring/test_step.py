@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from grids import some
 from toy_runs import AR, END, LENGTH, MASK, network, quick_jit, run_python, toy_config
 
 from bd3lm_jax import models
@@ -171,6 +172,7 @@ def test_more_masked_tokens_than_the_capacity_are_never_counted_wrongly():
     assert np.isfinite(total(tight + 1)) and np.isnan(total(tight))
 
 
+@pytest.mark.ci_slow
 def test_the_gather_of_masked_positions_stays_on_its_device():
     """Eight devices, rows split over them, weights on each: up to the loss nothing is exchanged."""
     done = run_python("""
@@ -228,6 +230,7 @@ def test_microbatches_change_nothing():
     assert abs(float(metrics["loss"] - without)) > 1e-3  # dropout was on
 
 
+@pytest.mark.ci_slow
 def test_bfloat16_follows_float32():
     """Products in bfloat16; loss, gradient and state stay float32."""
     batch, results = make_batch(), {}
@@ -278,7 +281,7 @@ def test_average_is_warmed_up():
 
 @pytest.mark.ci_slow
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("backend", ["dense", "blocked"])
+@pytest.mark.parametrize("backend", some(["dense", "blocked"], 1))
 def test_plain_padded_and_packed_rows_have_the_same_losses(causal, backend):
     """Two documents of 8 and 12 tokens with the same masks: alone, with padding behind, in one row of 24."""
     config = toy_config(Path("unused"), OBJECTIVES["ar"] if causal else {})

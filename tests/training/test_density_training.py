@@ -54,6 +54,7 @@ def test_a_density_that_tells_nothing_is_said_once(tmp_path, capsys, source, wor
     assert capsys.readouterr().err.count(words) == 1
 
 
+@pytest.mark.ci_slow
 def test_a_heuristic_loss_is_never_called_nll(tmp_path):
     """Three steps on words of which the rarer half is dense; validated with the bound under uniform masks."""
     write_text(tmp_path / "text.txt", 80)
@@ -70,6 +71,7 @@ def test_an_objective_that_needs_a_density_has_one_in_the_configs(name):
     assert bool(config.data.density) == ("density" in config.diffusion.extra_batch_keys)
 
 
+@pytest.mark.ci_slow
 def test_the_running_loss_of_the_network_is_a_density(tmp_path):
     """No data.density; importance weights make the loss the bound, so that it is logged as such."""
     write_text(tmp_path / "text.txt", 80)

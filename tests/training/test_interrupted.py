@@ -10,6 +10,7 @@ import textwrap
 import time
 
 import pytest
+from grids import some
 from toy_runs import ROOT, environment, losses, steps_saved, toy_config, toy_dict, write_text
 
 import bd3lm_jax.training.train as training
@@ -193,7 +194,7 @@ def test_a_full_disk_while_saving(home, tmp_path):
     assert steps_saved(tmp_path / "run") == [] and os.path.exists(tmp_path / "run" / "config.json")
 
 
-@pytest.mark.parametrize("command", ["eval", "train", "nonsense"])
+@pytest.mark.parametrize("command", some(["eval", "train", "nonsense"], 1))
 def test_sigterm_before_anything_is_imported_exits_42(tmp_path, command):
     """The first import of a command waits; no library is there yet."""
     (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(f"""

@@ -82,6 +82,7 @@ def test_pairs_of_views_stay_pairs():
     assert noise_samples == {4, 2}
 
 
+@pytest.mark.ci_slow
 def test_weights_are_split_when_they_do_not_fit():
     done = run_python("""
         import sys

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from grids import some
 from toy_runs import AR, END, LENGTH, MASK, network, quick_jit, run_python, toy_config, toy_dict, write_text
 
 from bd3lm_jax.checkpoints.checkpoint import Checkpoints
@@ -47,7 +48,7 @@ def token_losses(model, params, objective, noised, batch):
 
 
 @pytest.mark.ci_slow
-@pytest.mark.parametrize("microbatch", [0, 2])
+@pytest.mark.parametrize("microbatch", some([0, 2], 0))
 def test_steps_learn_the_squared_mean_losses_of_their_own_noise(microbatch):
     config = toy_config(Path("unused"), {**COUNTS, "train.batch_size": BATCH, "train.noise_samples": 2, "optim.ema_decay": 0.0,
                                          "compute.microbatch": microbatch})
@@ -133,6 +134,7 @@ def test_a_search_sums_over_batches_and_chooses_the_least_relative_variance():
     assert same is found and shown == {"clip": candidates[3]} and len(seen) == 2 * (1 + len(candidates))
 
 
+@pytest.mark.ci_slow
 def test_moments_are_those_of_the_block_losses_of_training():
     chooser, state = chooser_and_state()
     batch, noise, key = make_batch(), chooser.schedule.state_for_interval(np.array([0.25, 0.75])), jax.random.key(4)

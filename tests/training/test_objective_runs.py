@@ -27,6 +27,7 @@ def trained(directory, algo, **changes):
     return result, [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.ci_slow
 def test_a_run_without_a_bound(tmp_path):
     """It trains to its end, samples, goes on, and nowhere reports a likelihood."""
     result, lines = trained(tmp_path, "ssd_lm", **{"eval.num_samples": 1, "eval.sample_length": 16})
@@ -43,6 +44,7 @@ def test_a_run_without_a_bound(tmp_path):
     assert again["step"] == 2
 
 
+@pytest.mark.ci_slow
 def test_a_run_with_parameters_of_the_objective(tmp_path):
     """They are saved, restored and go on; the bound is measured under uniform masks."""
     result, lines = trained(tmp_path, "adversarial", **{"train.noise_samples": 2})
@@ -54,6 +56,7 @@ def test_a_run_with_parameters_of_the_objective(tmp_path):
     assert further["step"] == 3 and len(more) == len(lines) + 1
 
 
+@pytest.mark.ci_slow
 def test_a_split_network_trains_and_writes(tmp_path):
     write_text(tmp_path / "text.txt", 200)
     result = train(toy_config(tmp_path, {"model.num_layers": 3, "model.decoder_layers": 1, "train.steps": 2}),

@@ -48,6 +48,7 @@ def test_bytes_are_those_of_the_arrays():
     assert bytes_needed(toy.compile()) > bytes_per_device((state, batch))
 
 
+@pytest.mark.ci_slow
 def test_bytes_on_four_devices():
     done = run_python("""
         import sys

@@ -52,6 +52,7 @@ def continued(whole, directory):
     return directory
 
 
+@pytest.mark.ci_slow
 def test_a_run_too_short_for_its_warm_up(home, tmp_path, capsys):
     """The default config with a few steps: a shorter warm-up and a note, one full step at least, the final rate
     last."""
@@ -190,6 +191,7 @@ def test_a_save_that_fails_is_an_error_of_the_run(home, whole, tmp_path, monkeyp
     assert steps_saved(workdir) == [3]
 
 
+@pytest.mark.ci_slow
 def test_a_save_that_fails_in_the_background_ends_the_run_before_the_next_one(home, tmp_path, monkeypatch):
     import orbax.checkpoint as ocp
 

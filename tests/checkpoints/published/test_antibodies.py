@@ -40,6 +40,7 @@ def test_every_residue_is_masked_once_and_judged_where_it_is_masked(page):
     np.testing.assert_array_equal(masked.sum(0), [0] + [1] * 20 + [0])
 
 
+@pytest.mark.ci_slow
 def test_a_published_chain_passes_and_a_shuffled_one_does_not(page, tmp_path):
     mutant = TRASTUZUMAB.replace("DTYIH", "DTYMH")
     (tmp_path / "heavy.txt").write_text(f"{TRASTUZUMAB}\n{mutant}\n")

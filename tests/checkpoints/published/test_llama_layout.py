@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import some
 from places import HF
 from safetensors.numpy import load_file, save_file
 
@@ -41,7 +42,7 @@ def test_logits_are_those_of_the_published_implementation(name):
     assert lm.config.diffusion == expected
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", some(["llama", "qwen2"], 0))
 def test_likelihood_is_that_of_the_published_logits(name):
     """Token i under the logits at i - 1; nothing is said of the first."""
     io, lm = np.load(HF / name / "io.npz"), bd3lm_jax.load(HF / name)
@@ -184,6 +185,7 @@ def test_a_sliding_window_is_a_shorter_context(name, config, context, tmp_path):
     assert hf.read_model(rewritten(tmp_path, name, **config))[0].length == context
 
 
+@pytest.mark.ci_slow
 def test_qwen3_norms_queries_and_keys(tmp_path):
     """With scale s every query has root mean square s before RoPE, whatever the projection's size."""
     def with_norms(tensors):
@@ -207,6 +209,7 @@ def test_mask_id_is_the_named_one(tmp_path):
     assert hf.read_model(HF / "llama")[0].mask_id == -1
 
 
+@pytest.mark.ci_slow
 def test_a_row_is_not_padded_to_the_context(tmp_path):
     """The context of 2^20 tokens would need a mask of 2^40 entries."""
     shutil.copytree(HF / "llada", tmp_path / "long")
@@ -216,6 +219,7 @@ def test_a_row_is_not_padded_to_the_context(tmp_path):
     assert np.isfinite(lm.nll(np.minimum(io["input_ids"], 57), draws=1).mean)
 
 
+@pytest.mark.ci_slow
 def test_a_text_is_written_on_a_canvas_of_its_length(tmp_path):
     """As by the same network whose context is so long, and no place beyond is filled."""
     short = bd3lm_jax.load(rewritten(tmp_path, "llada", max_sequence_length=24))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from grids import some
 from places import DATA, HF, ROOT
 from safetensors.numpy import load_file
 from toy_gguf import gguf, written
@@ -57,7 +58,7 @@ def test_its_chat_templates_are_read_and_handed_on(tmp_path, others):
             assert found == [f"{name}ab<user>1<|endoftext|>"], (place, name)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", some(["llama", "qwen2"], 0))
 def test_logits_of_the_checkpoint(tmp_path, name):
     lm, io = bd3lm_jax.load(written(tmp_path / "model.gguf", name)), np.load(HF / name / "io.npz")
     assert lm.tokenizer is None
@@ -208,6 +209,7 @@ def llama3_factors(head_dim, theta, factor):
     return np.select([wavelength < 2048, wavelength > 8192], [1, factor], 1 / ((1 - smooth) / factor + smooth))
 
 
+@pytest.mark.ci_slow
 def test_factors_of_llama_3(tmp_path):
     """The network is that of the config.json that says the same."""
     theta, factor, form = 3e5, 32.0, json.loads((HF / "llama" / "config.json").read_text())

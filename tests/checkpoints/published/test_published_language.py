@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from grids import some
 from places import HF
 from safetensors.numpy import load_file, save_file
 from scipy.special import log_softmax
@@ -51,7 +52,7 @@ def test_logits(name):
     assert np.abs(found - io["logits"]).max() < 2e-6 * np.abs(io["logits"]).max()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some(NAMES, 0))
 def test_losses_through_features_and_output_layer(name):
     """What training and bounds use, without the matrix of all logits; on tiles where the logits' test was dense."""
     lm, io = published(name)
@@ -69,6 +70,7 @@ def test_losses_through_features_and_output_layer(name):
     np.testing.assert_allclose(losses(lm.params), expected, atol=5e-5)
 
 
+@pytest.mark.ci_slow
 def test_likelihood_of_gpt2():
     lm, io = published("gpt2")
     mask, ids, logits = lm.special.mask, io["input_ids"], io["logits"].astype(np.float64)
@@ -82,6 +84,7 @@ def test_likelihood_of_gpt2():
     np.testing.assert_array_equal(found[:, 0], 0)
 
 
+@pytest.mark.ci_slow
 def test_gpt2_writes_what_its_logits_say():
     """Every token written with the cache is the likeliest of the pass over the whole row so far."""
     lm, io = published("gpt2")

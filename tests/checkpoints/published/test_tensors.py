@@ -268,6 +268,7 @@ def test_other_pickles(tmp_path, monkeypatch, content, message):
         hf.read_model(pickled(tmp_path, monkeypatch, content), allow_pickle=True)
 
 
+@pytest.mark.ci_slow
 def test_a_mesh_holds_the_same_numbers_in_parts():
     result = run_python("""
         import sys

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import some
 from places import GOLDEN
 from scipy import stats
 from toy_blocks import (
@@ -115,7 +116,7 @@ def pvalues(untied, supposed):
     return found
 
 
-@pytest.mark.parametrize("untied", [1.0, 0.0])
+@pytest.mark.parametrize("untied", some([1.0, 0.0], 0))
 def test_law_of_every_step(untied):
     assert min(pvalues(untied, untied)) > PVALUE
 
@@ -151,6 +152,7 @@ def test_published_step():
                                rtol=1e-4)
 
 
+@pytest.mark.ci_slow
 def test_only_networks_of_scores():
     with pytest.raises(UserError, match="sampler 'analytic' needs the log scores of an SEDD model, .* 'masked'"):
         make_lm().generate(length=8, sampler="analytic")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import some
 from scipy import special, stats
 from toy_text import END, MASK, PIECES, VOCAB, completable
 
@@ -183,7 +184,7 @@ def test_another_constraint_of_the_same_size_is_no_other_program():
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("greedy", some([False, True], 0))
 def test_json_from_a_sampler_of_random_logits_in_any_order(greedy):
     """Blocks of 16 of which a random part is revealed at a time, the first and the last one only partly asked for."""
     schema = {"type": "object", "properties": {

@@ -145,6 +145,7 @@ def test_a_row_depends_on_its_own_key_alone():
     assert together.dtype == jnp.int32
 
 
+@pytest.mark.ci_slow
 def test_half_precision_logits_get_float32_noise():
     """Noise rounded to bfloat16 has few values: among 4096 equal logits the largest would often be a tie."""
     half = jnp.zeros((256, 4096), jnp.bfloat16)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import some
 from scipy import stats
 from toy_blocks import (
     JOINT,
@@ -130,7 +131,7 @@ OWN_LAWS = {
 }
 
 
-@pytest.mark.parametrize("sampler", OWN_LAWS)
+@pytest.mark.parametrize("sampler", some(OWN_LAWS, 0, 1))
 def test_few_steps_follow_their_own_law(sampler):
     """The law by enumeration; that of the joint they miss."""
     steps, threshold, steps_taken = OWN_LAWS[sampler]
@@ -159,7 +160,7 @@ def test_first_hitting_is_exact():
     np.testing.assert_array_equal(nfe, LENGTH)
 
 
-@pytest.mark.parametrize("steps, times", [(1, (0, 0, 0)), (2, (0, 0, 1)), (3, (0, 1, 2)), (4, (0, 1, 2))])
+@pytest.mark.parametrize("steps, times", some([(1, (0, 0, 0)), (2, (0, 0, 1)), (3, (0, 1, 2)), (4, (0, 1, 2))], 2))
 def test_random_order_follows_its_own_law(steps, times):
     """Equal parts in every order alike, drawn independently inside a part; the joint with a step a position."""
     expected = law_of_orders(sorted(set(itertools.permutations(times))))
@@ -172,7 +173,7 @@ def test_random_order_follows_its_own_law(steps, times):
 
 
 @pytest.mark.ci_slow
-@pytest.mark.parametrize("sampler, threshold", [("ancestral", 0.0), ("remdm_rescale", 0.3)])
+@pytest.mark.parametrize("sampler, threshold", some([("ancestral", 0.0), ("remdm_rescale", 0.3)], 0))
 def test_many_steps_follow_the_joint(sampler, threshold):
     tokens, _ = many(sampler, settings(steps=32), RUNS, threshold=threshold)
     assert pvalue(tokens.reshape(-1, LENGTH), JOINT) > PVALUE
@@ -215,7 +216,7 @@ def shown_by(sampler, chances, index, steps, threshold):
     return order[:max(fitting, default=1)]
 
 
-@pytest.mark.parametrize("prompt", [0, 2])
+@pytest.mark.parametrize("prompt", some([0, 2], 1))
 @pytest.mark.parametrize("sampler, threshold", [("confidence", 0.0), ("margin", 0.0), ("entropy", 0.0),
                                                 ("threshold", 0.45), ("factor", 1.8), ("entropy_bound", 1.0)])
 def test_choices_by_what_the_network_says(sampler, threshold, prompt):
@@ -285,7 +286,7 @@ def test_rows_do_not_depend_on_companions(sampler):
         assert_equal([x[row] for x in changed], [x[row] for x in first])
 
 
-@pytest.mark.parametrize("sampler", ["first_hitting", "random_order", "remdm_cap"])
+@pytest.mark.parametrize("sampler", some(["first_hitting", "random_order", "remdm_cap"], 0))
 def test_rows_alone_are_the_same(sampler):
     threshold = STRONG.get(sampler, 0.0)
     for row in range(5):
@@ -294,7 +295,7 @@ def test_rows_alone_are_the_same(sampler):
         assert_equal([x[0] for x in alone], [x[row] for x in five_rows(sampler, threshold)])
 
 
-@pytest.mark.parametrize("sampler", ["remdm_cap", "remdm_rescale", "remdm_confidence"])
+@pytest.mark.parametrize("sampler", some(["remdm_cap", "remdm_rescale", "remdm_confidence"], 0))
 def test_remdm_that_never_masks_again_is_ancestral(sampler):
     assert_equal(five_rows(sampler, 0.0), five_rows("ancestral", 0.0))
     assert (five_rows(sampler, STRONG[sampler])[0] != five_rows("ancestral", 0.0)[0]).any()
@@ -341,9 +342,9 @@ class Recorder:
         self.levels.append(np.asarray(level))
 
 
-@pytest.mark.parametrize("sampler, steps, positions", [
+@pytest.mark.parametrize("sampler, steps, positions", some([
     ("first_hitting", 4, 1), ("random_order", 4, 1), ("random_order", 2, 2), ("random_order", 1, 4),
-    ("confidence", 2, 4), ("ancestral", 4, 4)])
+    ("confidence", 2, 4), ("ancestral", 4, 4)], 0))
 def test_the_head_runs_on_what_may_be_revealed(sampler, steps, positions):
     asked_for = []
 
@@ -398,6 +399,7 @@ def test_ancestral_asks_on_its_grid_only_what_reveals():
     assert 4 <= int(result.nfe[0]) <= len(calls) <= int(result.nfe[0]) + 4
 
 
+@pytest.mark.ci_slow
 def test_nothing_is_asked_once_all_rows_stopped():
     recorder, result = record("first_hitting", [0, 0, 0], 0, settings(size=2, end_id=0), row_length=40)
     last = max(recorder.calls)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import some
 from scipy import stats
 from toy_blocks import KINDS, MASK, PVALUE, QUICK, ask, begin, make_request, row_keys, sample, settings
 
@@ -94,7 +95,7 @@ def test_the_entropy_is_that_of_the_last_256_tokens():
     assert (stopped[expected < limit] == STOPS.index("entropy")).all()
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.5, 3.0])
+@pytest.mark.parametrize("penalty", some([1.0, 1.5, 3.0], 1))
 def test_repetition_penalty_by_hand(penalty):
     """Tokens that the row holds, given ones too, have their logits divided, or multiplied when negative."""
     logits, length, prompts = [2.0, 1.4, -0.1, 9.0], 6, np.array([[0], [1], [2]])

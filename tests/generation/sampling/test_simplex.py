@@ -93,6 +93,7 @@ def test_what_the_network_is_asked_with():
     assert np.abs(correlation - np.eye(STEPS)).max() < margin  # every step has noise of its own
 
 
+@pytest.mark.ci_slow
 def test_a_cache_changes_no_token_and_given_ones_stay():
     lm, length = make_lm(IT), 16
     tokens = make_ids(3, length)
@@ -109,6 +110,7 @@ def test_a_cache_changes_no_token_and_given_ones_stay():
     assert len(set(new[~given])) > 5
 
 
+@pytest.mark.ci_slow
 def test_texts_do_not_depend_on_their_batch():
     """Prompts of several lengths together, and the first ones alone; calls are counted by block."""
     lm = make_lm(IT, time_conditioning=True)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import some
 from scipy import stats
 
 from bd3lm_jax.generation.sampling.steps import SAMPLERS, Row, TokenStats
@@ -145,9 +146,9 @@ def again(sampler, t, s, eta, confidence_S):
     return np.full(len(confidence_S), chance[sampler])
 
 
-@pytest.mark.parametrize("sampler, index, t, s", [
+@pytest.mark.parametrize("sampler, index, t, s", some([
     ("remdm_cap", 3, 0.4, 0.2), ("remdm_cap", 1, 0.8, 0.6), ("remdm_rescale", 3, 0.4, 0.2), ("remdm_loop", 3, 0.1, 0.1),
-    ("remdm_loop", 1, 0.6, 0.2), ("remdm_confidence", 2, 0.6, 0.4)])
+    ("remdm_loop", 1, 0.6, 0.2), ("remdm_confidence", 2, 0.6, 0.4)], 0, 2))
 def test_chances_of_one_step(sampler, index, t, s):
     """Two masked positions, two written ones; the chances are those of ReMDM's equations 5 to 7."""
     count, eta, confidence = 8000, 0.5, np.array([0.9, 0.1, 0.9, 0.2])
@@ -237,7 +238,7 @@ def test_candidates_are_all_masks_and_ties_go_to_the_left(sampler):
 
 
 @pytest.mark.parametrize("sampler", CHOOSERS)
-@pytest.mark.parametrize("level", [1e-5, 0.01, 0.5, 1.0])
+@pytest.mark.parametrize("level", some([1e-5, 0.01, 0.5, 1.0], 1))
 def test_rounding_does_not_order_positions(sampler, level):
     """Groups of positions of which the network says the same but for the last bits, as an untrained one does."""
     draw, size = np.random.default_rng(0), 12
