@@ -81,7 +81,6 @@ def trained(installed):
     return json.loads(installed.bd3lm("train", "--config=tiny", *SMALL).stdout.splitlines()[-1])
 
 
-@pytest.mark.ci_slow
 def test_train_and_sample(installed, trained):
     assert (trained["step"], trained["workdir"]) == (2, "runs/tiny")
     assert (installed.folder / "runs/tiny/config.json").is_file()
