@@ -40,7 +40,8 @@ TWO_STREAM = [
 ]
 
 
-@pytest.mark.parametrize("length, block_size, documents, heads, kv_heads, noise_samples, clean_output", some(TWO_STREAM, 1, 4))
+@pytest.mark.parametrize("length, block_size, documents, heads, kv_heads, noise_samples, clean_output",
+                         some(TWO_STREAM, 1, 4))
 def test_two_streams(small, length, block_size, documents, heads, kv_heads, noise_samples, clean_output):
     spec = two_stream_spec([[n] if n else [] for n in documents], length, block_size)
     assert_equal_to_dense(gpu_attention, spec, *streams_for(spec, heads, kv_heads, noise_samples, clean_output))

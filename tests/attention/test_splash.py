@@ -40,7 +40,8 @@ TWO_STREAM = [
 ]
 
 
-@pytest.mark.parametrize("length, block_size, rows, heads, kv_heads, noise_samples, clean_output", some(TWO_STREAM, 0, 3))
+@pytest.mark.parametrize("length, block_size, rows, heads, kv_heads, noise_samples, clean_output",
+                         some(TWO_STREAM, 0, 3))
 def test_two_streams(small_tiles, length, block_size, rows, heads, kv_heads, noise_samples, clean_output):
     spec = two_stream_spec(rows, length, block_size)
     assert_equal_to_dense(splash_attention, spec, *streams_for(spec, heads, kv_heads, noise_samples, clean_output))

@@ -76,7 +76,8 @@ def two_stream_influence(config, block_size, backend):
     return influence(outputs, one_hot(LENGTH), one_hot(LENGTH - block_size))
 
 
-@pytest.mark.parametrize("config, backend", some([(GPT2, "dense"), (BERT, "dense"), (MODERN, "dense"), (MODERN, "blocked")], 0, 3),
+@pytest.mark.parametrize("config, backend", some([
+    (GPT2, "dense"), (BERT, "dense"), (MODERN, "dense"), (MODERN, "blocked")], 0, 3),
                          ids=lambda x: getattr(x, "kind", x))
 def test_two_streams_leak_nothing(config, backend):
     seen = two_stream_influence(config, BLOCK, backend)

@@ -86,7 +86,8 @@ def two_stream(model, params, xt, x0, execution=trunk.Execution("dense", "scan",
     return trunk.logits(model, params, out.noised)[:, 0], out.aux
 
 
-@pytest.mark.parametrize("changes", some([{}, {"dense_layers": 0, "num_layers": 1, "tie_embeddings": True}], 0), ids=["groups", "no-dense"])
+@pytest.mark.parametrize("changes", some([
+    {}, {"dense_layers": 0, "num_layers": 1, "tie_embeddings": True}], 0), ids=["groups", "no-dense"])
 def test_two_streams_in_numpy(changes):
     config = dataclasses.replace(TINY, **changes)
     model, params = network(config)

@@ -151,7 +151,8 @@ def test_a_layer_costs_what_the_compiler_counts():
     assert counted[1] - counted[0] == pytest.approx(of_a_layer(16, 1), rel=0.03)
 
 
-@pytest.mark.parametrize(("size", "noise_samples", "time_conditioning"), some([(16, 1, False), (16, 2, True), (SHORT, 2, False)], 1))
+@pytest.mark.parametrize(("size", "noise_samples", "time_conditioning"), some([
+    (16, 1, False), (16, 2, True), (SHORT, 2, False)], 1))
 def test_a_layer_costs_what_its_products_do(size, noise_samples, time_conditioning):
     two, three = (flops.count(*gradient(layers, size, noise_samples, time_conditioning)) for layers in (2, 3))
     assert three - two == pytest.approx(of_a_layer(size, noise_samples, time_conditioning), rel=0.002)
