@@ -53,8 +53,7 @@ def test_config_keys_of_a_file(section, name, ours):
     (train, "learning_rate", "--config.optim.lr"), (train, "lr", "--config.optim.lr"),
     (train, "steps", "--config.train.steps"), (train, "batch_size", "--config.train.batch_size"),
     (train, "seed", "--config.seed"), (train, "output_dir", "workdir"), (sample, "max_new_tokens", "length"),
-    (sample, "num_samples", "num"), (sample, "temp", "temperature"), (sample, "cfg_scale", "guidance"),
-    (sample, "output", "out"), (eval_command, "mc_samples", "draws"), (eval_command, "batch_size", "batch"),
+    (sample, "temp", "temperature"), (sample, "cfg_scale", "guidance_scale"), (sample, "output", "out"),
     (eval_command, "dataset", "data"),
 ])
 def test_flags(command, given, ours):
@@ -70,7 +69,7 @@ def test_commands_without_a_config_name_no_key():
 
 
 @pytest.mark.parametrize("given, ours", [("max_new_tokens", "length"), ("temp", "temperature"), ("nucleus", "top_p"),
-                                         ("num_samples", "num"), ("topk", "top_k"), ("cfg_scale", "guidance")])
+                                         ("topk", "top_k"), ("cfg_scale", "guidance_scale")])
 def test_options_of_generate(given, ours):
     with pytest.raises(UserError, match=f"unknown option '{given}': did you mean '{ours}'"):
         make_options(**{given: 1})
