@@ -171,7 +171,8 @@ def launch(argv: list[str] | None = None) -> None:
     code = main(argv)
     if code:  # at once: exit handlers of a failed process would wait for its peers and threads
         with streams.discarding(sys.stdout):
-            sys.stdout and sys.stdout.flush()
+            if sys.stdout:
+                sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 

@@ -124,7 +124,8 @@ def test_recipe_trains_on_the_published_number_of_tokens():
     """850K steps with one block and 150K with small ones; 65B and 524B tokens in all."""
     for config, billions in ((lm1b, 65), (owt, 524)):
         whole, last = config.get_config("algo=ar"), config.get_config("block_size=4")
-        assert whole.train.steps * whole.train.batch_size * whole.data.seq_len == pytest.approx(billions * 1e9, rel=0.01)
+        assert whole.train.steps * whole.train.batch_size * whole.data.seq_len == pytest.approx(billions * 1e9,
+                                                                                                rel=0.01)
         assert last.train.steps + 850_000 == whole.train.steps
 
 
@@ -223,8 +224,10 @@ WHOLE_ROW = GOLDEN / "bd3lm_block32_is_mdlm"
     ("sft", "from={mdlm},algo=llada,lora=4", {"diffusion.sft": True, "data.packing": "pad",
                                               "diffusion.normalise": "answer", "diffusion.block_size": 512}),
     ("sft", "from={ar},algo=ar,template=chat", {"data.name": "chat", "diffusion.kind": "ar", "model.adaln": False}),
-    ("sft", "from={ar}", {"model.target_shift": "block"}), ("sft", "from={ar},shifted=none", {"model.target_shift": ""}),
-    ("sft", "from={ar},algo=llada", {"model.target_shift": "block"}), ("sft", "from={ar},algo=ar", {"model.target_shift": ""}),
+    ("sft", "from={ar}", {"model.target_shift": "block"}),
+    ("sft", "from={ar},shifted=none", {"model.target_shift": ""}),
+    ("sft", "from={ar},algo=llada", {"model.target_shift": "block"}),
+    ("sft", "from={ar},algo=ar", {"model.target_shift": ""}),
     ("sft", "from={mdlm},lora=4", {"model.target_shift": ""}), ("sft", "from={dream}", {"model.target_shift": "block"}),
     ("sft", "from={dream},algo=llada", {"model.target_shift": "row"}), ("sft", "from={bert}", {"data.seq_len": 24}),
     ("adapt", "from={dream},recipe=mdlm", {"model.target_shift": "block", "diffusion.block_size": 4}),
@@ -264,7 +267,8 @@ def test_adaptations_take_the_network_of_their_source(name, arg, expected):
     ("adapt", "from={ar},block_size=4", ["train.anneal_steps=7"], {"train.anneal_steps": 7}),
     ("adapt", "from={ar},algo=mdlm", ["data.seq_len=16"], {"diffusion.block_size": 16}),
     ("tiny", "algo=mdlm", ["data.seq_len=64"], {"diffusion.block_size": 64}),
-    ("tiny", "algo=mdlm", ["data.seq_len=64", "diffusion.block_size=8"], {"diffusion.block_size": 8, "data.seq_len": 64}),
+    ("tiny", "algo=mdlm", ["data.seq_len=64", "diffusion.block_size=8"],
+     {"diffusion.block_size": 8, "data.seq_len": 64}),
     ("tiny", "algo=sedd", ["data.seq_len=64"], {"diffusion.block_size": 64}),
     ("smollm2", "from={ar},algo=mdlm", ["data.seq_len=16", "train.steps=30"],
      {"diffusion.block_size": 16, "train.anneal_steps": 10, "checkpoint.every": 15}),

@@ -67,7 +67,7 @@ def required_modules(parts: Iterable[Any]) -> list[str]:
     module_names = requested()
     for part in parts:
         module = part.__module__
-        if module.split(".")[0] == __package__.split(".")[0] or module in module_names:
+        if module.split(".")[0] == __name__.split(".")[0] or module in module_names:
             continue
         if module == "__main__" or importlib.util.find_spec(module) is None:
             note_once(f"warning: {part.__name__} is defined in {module}, which other commands cannot import: put it in "

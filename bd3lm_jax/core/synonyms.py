@@ -89,7 +89,6 @@ _FLAGS = {  # flags of commands, and options of `LM.generate`
                "output_dir logdir log_dir dir path pretrained",
     "length": "max_new_tokens max_tokens max_length max_len seq_len seq_length gen_length gen_len num_tokens "
               "sample_length n_predict max_gen_toks",
-    "num_samples": "n num_samples n_samples num_return_sequences samples count",
     "num_samples": "n n_samples num_return_sequences samples count",
     "temperature": "temp",
     "top_k": "topk k",

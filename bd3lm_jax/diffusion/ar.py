@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ class AR(Objective):
         return NetworkInputs(noised.xt_BxMxL[:, 0], position_BxL, segment_BxL, block_size=1, rule="causal",
                              one_document=None if self.bos else False)
 
-    def outputs(self, noised_BxMxLxD: jax.Array | None, clean_BxLxD: jax.Array | None) -> jax.Array:
+    def outputs(self, noised_BxMxLxD: Any, clean_BxLxD: Any) -> jax.Array:
         return clean_BxLxD[:, None]
 
     def previous_tokens(self, x0_BxL: jax.Array, segment_BxL: jax.Array, end_id: int) -> jax.Array:

@@ -23,9 +23,14 @@ MAX_MEAN_COUNT_RATIO = 1.25
 
 @dataclasses.dataclass(frozen=True)
 class ChosenDistribution(FixedNoise):
-    """Base of the two: `block_size`, and `distribution(state, blocks)` for rows of so many blocks."""
+    """Base of the two."""
 
     changes_distribution: ClassVar[bool] = True
+    block_size: int
+
+    def distribution(self, state: dict, blocks: int) -> Any:
+        """What `corrupt` draws from in rows of so many blocks."""
+        raise NotImplementedError
 
     def corrupt_arguments(self, state: dict, tokens_BxL: jax.Array) -> dict[str, Any]:
         return {"distribution": self.distribution(state, tokens_BxL.shape[1] // self.block_size)}

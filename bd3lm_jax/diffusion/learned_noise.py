@@ -29,6 +29,10 @@ class LearnedNoise(Objective):
             return Loss()
         return Loss(functools.partial(self.token_loss, learned_params=learned_params))
 
+    def noise_gradient(self, learned_params: dict, noised: Noised, x0_BxL: jax.Array, segment_BxL: jax.Array,
+                       losses_BxMxL: jax.Array | None) -> dict:
+        raise NotImplementedError
+
     def add_noise_gradient(self, grads: dict, params: dict, noised: Noised, rows: Mapping[str, jax.Array],
                            losses_BxMxL: jax.Array | None) -> dict:
         noise_grads = self.noise_gradient(corrupt_arguments(params)["learned_params"], noised, rows["tokens"],

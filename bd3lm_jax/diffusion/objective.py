@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 
@@ -115,7 +115,7 @@ class Objective:
         return NetworkInputs(rows["tokens"], rows["positions"], rows["segments"], self.block_size,
                              noised=noised.xt_BxMxL, sigma=noised.sigma_BxMxK)
 
-    def outputs(self, noised_BxMxLxD: jax.Array | None, clean_BxLxD: jax.Array | None) -> jax.Array:
+    def outputs(self, noised_BxMxLxD: Any, clean_BxLxD: Any) -> jax.Array:
         """What predicts the tokens of every copy, `[B, M, L, D]`, of a pass's hidden states; one of them is None."""
         del clean_BxLxD
         return noised_BxMxLxD

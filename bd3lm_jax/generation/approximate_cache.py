@@ -64,7 +64,8 @@ class ApproximateDenoiser(NamedTuple):
         cache = trunk.new_cache(self.model, params, ids_BxL.shape[0], self.length, self.dtype)
         return CanvasCache(jnp.where(real_BxL | (ids_BxL < 0), ids_BxL, self.mask_id), cache.replace(empty=False))
 
-    def __call__(self, params, canvas_BxW, block, previous: PreviousBlock | None, positions_BxP, level_B, stored: CanvasCache):
+    def __call__(self, params, canvas_BxW, block, previous: PreviousBlock | None, positions_BxP, level_B,
+                 stored: CanvasCache):
         start = block * self.window
         if previous is not None:
             before = jnp.where(previous.real | (previous.ids < 0), previous.ids, self.mask_id)
@@ -87,7 +88,8 @@ class ApproximateDenoiser(NamedTuple):
         slot = jnp.arange(self.length)
         if self.kind == "dual":
             visible = (slot < start) | (slot >= start + self.window)
-            return self._compute(params, row, start, self.window, start, sigma, places, _with_visible(cache, visible))[0]
+            return self._compute(params, row, start, self.window, start, sigma, places,
+                                 _with_visible(cache, visible))[0]
         cache, num_remaining = _with_visible(cache, slot < start), self.length - start
         sizes = self.suffixes()
         branch = (jnp.array(sizes) >= num_remaining).sum() - 1

@@ -19,8 +19,9 @@ def check_sampler_fits(objective: Objective, options: Any) -> None:
     if objective.causal and name != "first_hitting":
         raise UserError(f"sampler '{name}' is for masked diffusion: an autoregressive model uses first_hitting")
     if sampler.predicts_scores and not objective.predicts_scores:
+        use = objective.sampler if objective.can_resample_tokens else "ancestral"
         raise UserError(f"sampler '{name}' needs the log scores of an SEDD model, this one is of kind "
-                        f"'{objective.kind}': use {objective.sampler if objective.can_resample_tokens else 'ancestral'}")
+                        f"'{objective.kind}': use {use}")
     can_resample_tokens = sampler.posterior is not None
     if can_resample_tokens != objective.can_resample_tokens:
         does, use = ("redraws letters", "ancestral") if can_resample_tokens else ("reveals masks", objective.sampler)

@@ -73,7 +73,8 @@ class AutoSizeDenoiser(NamedTuple):
         """A cache that holds the beginnings of the rows, as blocks of the canvas's size."""
         return _store(self, params, ids_BxN, real_BxN, 0, self.size, "block_causal")
 
-    def __call__(self, params, canvas_BxS, start_B, size_B, before_B, previous: PreviousBlock | None, positions_BxP, level_B,
+    def __call__(self, params, canvas_BxS, start_B, size_B, before_B, previous: PreviousBlock | None, positions_BxP,
+                 level_B,
                  cache):
         place = jnp.arange(self.size)
         position = start_B[:, None] + place

@@ -226,7 +226,8 @@ def make_request(lm, options: Options, rows: Rows, window_index: int) -> Request
     forbidden = np.zeros(lm.config.model.vocab_size, bool)
     forbidden[[i for i in (lm.special.mask, *options.forbidden) if i >= 0]] = True  # -1: no such token
     threshold = ALL_SAMPLERS[options.sampler].threshold if options.threshold is None else options.threshold
-    key = jax.random.fold_in(jax_settings.key(options.seed), window_index) if window_index else jax_settings.key(options.seed)
+    key = jax.random.fold_in(jax_settings.key(options.seed),
+                             window_index) if window_index else jax_settings.key(options.seed)
     keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(jnp.asarray(rows.number))
     constraint = None
     if options.constraint is not None:

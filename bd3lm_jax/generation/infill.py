@@ -86,7 +86,8 @@ def infill(lm, texts: Sequence, options: Options, *, draws: int) -> list[Infill]
     combinations of lengths, and what the model cannot see.
     """
     _check(lm, texts, options)
-    candidates = [candidate for number, text in enumerate(texts) for candidate in _candidates(lm, number, parse(lm, text))]
+    candidates = [candidate for number, text in enumerate(texts)
+                  for candidate in _candidates(lm, number, parse(lm, text))]
     tokens, _, nfe = generation.fill_rows(lm, options, _rows(lm, candidates))
     filled = [_cut_at_end(lm, candidate, row) for candidate, row in zip(candidates, tokens)]
     candidates_of_text = [[] for _ in texts]
@@ -179,8 +180,10 @@ def _candidates(lm, number: int, parts: list[np.ndarray | Span]) -> list[Candida
         raise UserError(f"a text has up to {longest} tokens with its holes, expected at most {lm.context}, what the "
                         "model was trained on: cut the text or the holes")
     if isinstance(parts[-1], Span) and parts[-1].min_tokens < parts[-1].max_tokens:
-        raise UserError(f"the text ends in a hole of {parts[-1].min_tokens} to {parts[-1].max_tokens} tokens, and no text after "
-                        f"it tells which length is best: write [MASK:{parts[-1].max_tokens}], an end token may come early")
+        raise UserError(f"the text ends in a hole of {parts[-1].min_tokens} to {parts[-1].max_tokens} tokens, and no "
+                        "text after "
+                        f"it tells which length is best: write [MASK:{parts[-1].max_tokens}], an end token may come "
+                        "early")
     if lm.config.diffusion.causal and any(isinstance(part, Span) for part in parts[:-1]):
         raise UserError("an autoregressive model does not see what follows a hole: put the one hole at the end of the "
                         "text, or take a block or bidirectional model")

@@ -103,7 +103,8 @@ def _forced_tokens(lm, forced: Mapping, prompt: int, length: int) -> dict[int, i
             first = int(place)
         except (TypeError, ValueError):
             raise UserError(f"forced place {place!r} is no number, expected {prompt} to {length - 1}") from None
-        ids = encode(lm, token_or_text, continues=first > 0).tolist() if isinstance(token_or_text, str) else [token_or_text]
+        ids = encode(lm, token_or_text, continues=first > 0).tolist() if isinstance(token_or_text,
+                                                                                    str) else [token_or_text]
         if not ids:
             raise UserError(f"the text forced at place {first} is empty, expected at least one token")
         for at, token in enumerate(ids, first):

@@ -191,7 +191,8 @@ class _RowTracker:
         return Event(self._number, block, 0, 0, canvas.tolist(), [], [], [], 0,
                      *self._texts(canvas[:end], 0), None)
 
-    def event(self, block: int, step: int, before: _BlockSnapshot, after: _BlockSnapshot, is_done: bool, to_fill, tokens_BxL,
+    def event(self, block: int, step: int, before: _BlockSnapshot, after: _BlockSnapshot, is_done: bool, to_fill,
+              tokens_BxL,
               stopped: int) -> Event:
         """over: all rows have finished the block. tokens: with all finished blocks, this one as well if it is over."""
         i, size = self._row, self._size

@@ -116,8 +116,8 @@ def test_leftovers_of_runs(tmp_path, run):
                 f"hf.part-{HOST}-{GONE}-0123abcd": clean.WORK}
     assert found(tmp_path / "runs") == expected
     with lock.hold(run / "train.lock"):  # training goes on
-        other = "import sys; from pathlib import Path; from bd3lm_jax.checkpoints import clean; print([x.path.name for x in " \
-                "clean.find([Path(sys.argv[1])], 86400.0)])"
+        other = ("import sys; from pathlib import Path; from bd3lm_jax.checkpoints import clean; "
+                 "print([x.path.name for x in clean.find([Path(sys.argv[1])], 86400.0)])")
         done = subprocess.run([sys.executable, "-c", other, str(run)], cwd=ROOT, text=True, capture_output=True)
     assert done.stdout == f"['.report.json.{HOST}-{GONE}-0123abcd.tmp']\n"
 

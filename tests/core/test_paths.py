@@ -22,7 +22,8 @@ from launch.__main__ import COMMANDS
 
 FLAGS = [(module, name) for module, names in {
     train: ("workdir",), sweep: ("workdir",), convert: ("from", "to", "tokenizer"), infill: ("workdir", "file"),
-    sample: ("workdir", "settings", "json_schema", "out", "trace", "compare_traces"), bench: ("workdir", "out", "scorer"),
+    sample: ("workdir", "settings", "json_schema", "out", "trace", "compare_traces"),
+    bench: ("workdir", "out", "scorer"),
     evaluate: ("workdir", "data", "data_dir", "baseline", "samples", "scorer", "reference", "plot", "file"),
     tpu: ("out",), clean: ("workdir", "cache_dir")}.items() for name in names]
 
@@ -38,7 +39,8 @@ def test_every_path_flag_expands_a_home_and_refuses_a_scheme(module, name, monke
 
 
 def test_no_flag_that_says_it_is_a_path_is_forgotten():
-    words, others = ("directory", " file", "page"), ("shared_dir", "max_shard_size")  # which may be a bucket, and a size
+    # which may be a bucket, and a size
+    words, others = ("directory", " file", "page"), ("shared_dir", "max_shard_size")
     for command in COMMANDS:
         module, values = importlib.import_module(f"launch.{command}"), flags.FlagValues()
         module.define(values)

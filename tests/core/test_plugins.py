@@ -68,7 +68,8 @@ SOURCES["numbers"] = numbers
 common.OBJECTIVES["halves"] = ({**common.MASKED, "kind": "halves"}, {})
 '''
 REGISTRIES = (OBJECTIVES, BACKBONES, SCHEDULES, SAMPLERS, SOURCES, common.OBJECTIVES)
-SMALL = ("--config.model.num_layers=1", "--config.model.hidden_size=32", "--config.model.num_heads=2", "--config.train.batch_size=8",
+SMALL = ("--config.model.num_layers=1", "--config.model.hidden_size=32", "--config.model.num_heads=2",
+         "--config.train.batch_size=8",
          "--config.data.tokenizer=bytes", "--config.data.seq_len=32", "--config.train.steps=2",
          "--config.eval.num_samples=0", "--config.optim.warmup_steps=0", "--config.optim.schedule=constant")
 

@@ -76,7 +76,8 @@ def drawn(it, noise_samples, number, learned_params=None, seed=0):
     """`number` noised copies of one block of tokens, the third of which may not be masked."""
     x0 = np.broadcast_to(ROWS[0, :SIZE], (number, SIZE))
     segment = np.broadcast_to(np.array([1, 1, 0, 1]), x0.shape)
-    return quick_jit(lambda key: it.corrupt(key, x0, segment, noise_samples, VOCAB, END, learned_params=learned_params))(
+    return quick_jit(lambda key: it.corrupt(key, x0, segment, noise_samples, VOCAB, END,
+                                            learned_params=learned_params))(
         jax.random.key(seed))
 
 
@@ -111,7 +112,8 @@ def test_the_rate_is_kept_exactly_and_complements_share_out(rate, counts):
         np.testing.assert_array_equal(masked[:, pair].astype(int) + masked[:, pair + 1], segment)
         np.testing.assert_array_equal(masked[:, pair].reshape(6, 3, SIZE).sum(-1), np.array(counts)[n])
     alone = dataclasses.replace(it, complement=False)
-    noise_samples = quick_jit(lambda: alone.corrupt(jax.random.key(0), x0, segment, 2, VOCAB, END, learned_params=scorer()))()
+    noise_samples = quick_jit(lambda: alone.corrupt(jax.random.key(0), x0, segment, 2, VOCAB, END,
+                                                    learned_params=scorer()))()
     assert noise_samples.capacity == 3 * counts[SIZE] >= (np.asarray(noise_samples.weight_BxMxL) > 0).sum(-1).max()
 
 

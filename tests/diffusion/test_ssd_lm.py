@@ -31,7 +31,8 @@ X0 = np.random.default_rng(0).integers(0, VOCAB, size=(24, LENGTH)).astype(np.in
 
 def make_config(**changes):
     section = {"kind": "ssd_lm", "block_size": BLOCK, "scale": SCALE}
-    return toy_config(Path("unused"), {"diffusion": section, "model.time_conditioning": True, "train.noise_samples": VIEWS,
+    return toy_config(Path("unused"),
+                      {"diffusion": section, "model.time_conditioning": True, "train.noise_samples": VIEWS,
                                        "train.batch_size": BATCH} | changes)
 
 

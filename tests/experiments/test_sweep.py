@@ -240,7 +240,8 @@ def test_after_the_sweep_was_killed_its_runs_are_not_trained_twice(stage):
 def test_a_run_of_another_config_is_refused_before_anything_starts(stage):
     config = rundir.resolve(toy_config(stage.directory, {"optim.lr": 0.1, "train.batch_size": 16}), ByteTokenizer())
     rundir.create_or_validate(stage.workdir / "optim.lr=0.1", config, ByteTokenizer())
-    with pytest.raises(UserError, match=r"lr=0.1 holds a run of another config \(train.batch_size: 8 != 16; here != there"):
+    with pytest.raises(UserError, match=r"lr=0.1 holds a run of another config \(train.batch_size: 8 != 16; here != "
+                                         "there"):
         stage.sweep()
     assert stage.calls() == []
 

@@ -106,7 +106,8 @@ def test_the_largest_size_near_the_best_is_recommended(within, best):
 def run(tmp_path_factory):
     home = tmp_path_factory.mktemp("mixed")
     write_text(home / "text.txt", 80)
-    config = toy_config(home, {"diffusion": SECTION, "train.steps": 3, "train.noise_samples": 2, "compute.microbatch": 4})
+    config = toy_config(home, {"diffusion": SECTION, "train.steps": 3, "train.noise_samples": 2,
+                               "compute.microbatch": 4})
     return str(home / "run"), train(config, str(home / "run"))
 
 

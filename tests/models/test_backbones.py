@@ -23,7 +23,8 @@ from bd3lm_jax.parallel import sharding
 from bd3lm_jax.planning import flops
 
 VOCAB, LENGTH, BLOCK = 30, 12, 4
-SIZES = dict(vocab_size=VOCAB, num_layers=2, hidden_size=16, num_heads=2, intermediate_size=24, dropout=0.0, norm_eps=1e-5)
+SIZES = dict(vocab_size=VOCAB, num_layers=2, hidden_size=16, num_heads=2, intermediate_size=24, dropout=0.0,
+             norm_eps=1e-5)
 GPT2 = GPT2Config(**SIZES, positions=16)
 BERT = BertConfig(**SIZES, positions=16, unused_positions=2, token_types=2)
 MODERN = ModernBertConfig(**SIZES, window=2, local_layers=(1,), rope_theta=1e4, local_rope_theta=100.0)
@@ -232,10 +233,12 @@ def by_hand(config, tokens: int, pairs: float, mlp_matrices: int) -> float:
 
 def test_flops_by_hand():
     causal = 2 * LENGTH * (LENGTH + 1) / 2
-    assert flops.forward(GPT2, AR(bos=False), batch=1, length=LENGTH, noise_samples=1) == by_hand(GPT2, LENGTH, causal, 2)
+    assert flops.forward(GPT2, AR(bos=False), batch=1, length=LENGTH, noise_samples=1) == by_hand(GPT2, LENGTH, causal,
+                                                                                                  2)
     whole = Masked.uniform_counts(LENGTH)  # every token may be masked, and is scored
     assert flops.scored_positions(whole, 1, LENGTH, 1) == LENGTH
-    assert flops.forward(BERT, whole, batch=1, length=LENGTH, noise_samples=1) == by_hand(BERT, LENGTH, 2 * LENGTH**2, 2)
+    assert flops.forward(BERT, whole, batch=1, length=LENGTH, noise_samples=1) == by_hand(BERT, LENGTH, 2 * LENGTH**2,
+                                                                                          2)
     local = sum(abs(i - j) <= MODERN.window for i in range(LENGTH) for j in range(LENGTH))
     expected = by_hand(MODERN, LENGTH, LENGTH**2 + local, 3)
     assert flops.forward(MODERN, whole, batch=1, length=LENGTH, noise_samples=1) == expected
@@ -246,7 +249,8 @@ def test_flops_by_hand():
     (GPT2, {"hidden_size": 15}, "model.hidden_size=15 must be a multiple of model.num_heads=2"),
     (BERT, {"unused_positions": -1}, "model.unused_positions is -1"),
     (BERT, {"dropout": 1.0}, "model.dropout is 1.0"),
-    (MODERN, {"hidden_size": 18, "num_heads": 18}, r"model.hidden_size=18 must be a multiple of 2 \* model.num_heads=36"),
+    (MODERN, {"hidden_size": 18, "num_heads": 18},
+     r"model.hidden_size=18 must be a multiple of 2 \* model.num_heads=36"),
     (MODERN, {"local_layers": (2,)}, r"model.local_layers is \(2,\), expected numbers from 0 to model.num_layers-1=1"),
     (MODERN, {"vocab_size": 1}, "model.vocab_size is 1"),
 ])

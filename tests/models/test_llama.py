@@ -21,7 +21,8 @@ from bd3lm_jax.models.trunk import Stream
 from bd3lm_jax.parallel import sharding
 from bd3lm_jax.planning import flops
 
-TINY = LlamaConfig(vocab_size=31, num_layers=2, hidden_size=16, num_heads=4, num_kv_heads=2, head_dim=6, intermediate_size=24, dropout=0.0,
+TINY = LlamaConfig(vocab_size=31, num_layers=2, hidden_size=16, num_heads=4, num_kv_heads=2, head_dim=6,
+                   intermediate_size=24, dropout=0.0,
                    rope_theta=100.0, rope_scaling=(), norm_eps=1e-5, qkv_bias=True, qk_norm=True, tie_embeddings=False)
 TIED = dataclasses.replace(TINY, qkv_bias=False, qk_norm=False, tie_embeddings=True, num_kv_heads=1)
 LENGTH, BLOCK = 12, 4
@@ -196,7 +197,8 @@ def test_flops_by_hand(objective):
         tokens = 3 * length * layer + 2 * clean * layer + clean * 4 * width * kv
         pairs, scored = 3 * noised_pairs + 2 * clean_pairs, flops.scored_positions(objective, 1, length, 1)
     expected = tokens + 4 * q * pairs + 2 * width * 128 * scored
-    assert flops.forward(config, objective, batch=1, length=length, noise_samples=1) == pytest.approx(expected, rel=1e-3)
+    assert flops.forward(config, objective, batch=1, length=length,
+                         noise_samples=1) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("change, message", [

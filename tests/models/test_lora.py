@@ -123,7 +123,8 @@ def test_a_stopped_run_goes_on_and_is_a_start_itself(home, runs, tmp_path):
     for steps in (1, 3):
         train(toy_config(home, changes | {"train.steps": steps}), str(tmp_path / "run"))
     jax.tree.map(np.testing.assert_array_equal, stored(tmp_path / "run"), stored(updated))
-    train(toy_config(home, {"train.init_from": str(updated), "train.steps": 1, "optim.lr": 1e-12, "optim.ema_decay": 0.0}),
+    train(toy_config(home, {"train.init_from": str(updated), "train.steps": 1, "optim.lr": 1e-12,
+                            "optim.ema_decay": 0.0}),
           str(tmp_path / "again"))
     merge_lora, again = (paths(restore(x, "params", None, None).params) for x in (updated, tmp_path / "again"))
     for path in merge_lora:

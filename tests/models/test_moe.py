@@ -27,9 +27,12 @@ from bd3lm_jax.planning import flops
 from bd3lm_jax.scoring.score import SpecialIds, score
 from bd3lm_jax.training.step import make_step
 
-TINY = MoEConfig(vocab_size=24, num_layers=3, dense_layers=1, hidden_size=16, num_heads=4, num_kv_heads=2, head_dim=6, rotary_dim=4,
-                 intermediate_size=20, num_experts=8, expert_intermediate_size=10, shared_intermediate_size=12, top_k=2, groups=4, top_groups=2,
-                 routed_scale=2.5, load_balancing=0.0, dropout=0.0, rope_theta=100.0, norm_eps=1e-5, qk_norm=True, tie_embeddings=False)
+TINY = MoEConfig(vocab_size=24, num_layers=3, dense_layers=1, hidden_size=16, num_heads=4, num_kv_heads=2, head_dim=6,
+                 rotary_dim=4,
+                 intermediate_size=20, num_experts=8, expert_intermediate_size=10, shared_intermediate_size=12, top_k=2,
+                 groups=4, top_groups=2,
+                 routed_scale=2.5, load_balancing=0.0, dropout=0.0, rope_theta=100.0, norm_eps=1e-5, qk_norm=True,
+                 tie_embeddings=False)
 LENGTH, BLOCK = 12, 4
 
 
@@ -205,7 +208,8 @@ def test_the_training_loss_holds_the_balance():
         found[balance] = float(metrics["loss"]), moved
         if balance:
             noise_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))[0]
-            noised = config.diffusion.corrupt(noise_key, ids, batch["segments"], noise_samples=1, mask_id=MASK, end_id=END)
+            noised = config.diffusion.corrupt(noise_key, ids, batch["segments"], noise_samples=1, mask_id=MASK,
+                                              end_id=END)
             aux = quick_jit(lambda p: score(backbone, p, config.diffusion, noised, {**batch, "tokens": ids},
                                             forward.DEFAULT_EXECUTION).aux)(params)
     assert found[0.5][0] - found[0.0][0] == pytest.approx(float(aux) / ids.size, rel=1e-3) and aux > 0
@@ -227,7 +231,8 @@ def test_flops_by_hand():
     dense, sparse = 3 * 16 * 20, 3 * 16 * (2 * 10 + 12) + 16 * 8 + 2 * 16
     tokens = 2 * length * (3 * projections + dense + 2 * sparse)
     expected = tokens + 4 * 24 * 3 * length * length + 2 * 16 * 128 * flops.scored_positions(objective, 1, length, 1)
-    assert flops.forward(config, objective, batch=1, length=length, noise_samples=1) == pytest.approx(expected, rel=1e-3)
+    assert flops.forward(config, objective, batch=1, length=length,
+                         noise_samples=1) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("change, message", [

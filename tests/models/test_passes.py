@@ -20,7 +20,8 @@ from bd3lm_jax.models.trunk import Stream
 
 BLOCK_MODELS = ("bd3lm_block4", "bd3lm_time_conditioned", "bd3lm_block32_is_mdlm")
 TOLERANCE = 2e-5
-CONFIG = DiTConfig(vocab_size=31, num_layers=2, hidden_size=16, num_heads=2, mlp_ratio=2, dropout=0.0, adaln=True, cond_dim=8,
+CONFIG = DiTConfig(vocab_size=31, num_layers=2, hidden_size=16, num_heads=2, mlp_ratio=2, dropout=0.0, adaln=True,
+                   cond_dim=8,
                    time_conditioning=True, rope_theta=1e4)
 MASK = 30
 

@@ -18,7 +18,8 @@ from bd3lm_jax.models.forward import DEFAULT_EXECUTION
 from bd3lm_jax.models.trunk import Stream
 from bd3lm_jax.planning import flops
 
-CONFIG = DiTConfig(vocab_size=31, num_layers=3, hidden_size=16, num_heads=2, mlp_ratio=2, dropout=0.0, adaln=True, cond_dim=8,
+CONFIG = DiTConfig(vocab_size=31, num_layers=3, hidden_size=16, num_heads=2, mlp_ratio=2, dropout=0.0, adaln=True,
+                   cond_dim=8,
                    time_conditioning=True, rope_theta=1e4)
 LENGTH, BLOCK = 12, 4
 

@@ -19,7 +19,8 @@ from bd3lm_jax.models import forward, trunk
 from bd3lm_jax.models.dit import DiTConfig
 from bd3lm_jax.planning import flops
 
-PAPER = DiTConfig(vocab_size=50258, num_layers=12, hidden_size=768, num_heads=12, mlp_ratio=4, dropout=0.0, adaln=True, cond_dim=128,
+PAPER = DiTConfig(vocab_size=50258, num_layers=12, hidden_size=768, num_heads=12, mlp_ratio=4, dropout=0.0, adaln=True,
+                  cond_dim=128,
                   time_conditioning=False, rope_theta=1e4)
 LENGTH = 1024
 SMALL = dataclasses.replace(PAPER, vocab_size=1024, num_layers=3, hidden_size=256, num_heads=4)
@@ -104,7 +105,8 @@ def test_noise_from_the_data_scores_what_it_may_mask(size):
     scored = flops.scored_positions(counts, 4, LENGTH, 1, learnt)
     assert scored - size < most_masked(counts, learnt, state) <= scored
     assert scored > 1.2 * flops.scored_positions(counts, 4, LENGTH, 1)
-    head = [flops.parts(SMALL, counts, batch=4, length=LENGTH, noise_samples=1, schedule=x).head for x in (learnt, None)]
+    head = [flops.parts(SMALL, counts, batch=4, length=LENGTH, noise_samples=1, schedule=x).head
+            for x in (learnt, None)]
     assert head[0] / head[1] == pytest.approx(scored / flops.scored_positions(counts, 4, LENGTH, 1), rel=1e-3)
 
 
@@ -136,7 +138,8 @@ def gradient(layers: int, size: int, noise_samples: int, time_conditioning: bool
 def of_a_layer(size: int, noise_samples: int, time_conditioning: bool = False) -> float:
     """What `flops` says of one more layer, with all pairs of tokens in place of those that see each other."""
     configs = [dataclasses.replace(SMALL, num_layers=layers, time_conditioning=time_conditioning) for layers in (2, 3)]
-    two, three = (flops.parts(config, Masked.uniform_counts(size), batch=ROWS, length=SHORT, noise_samples=noise_samples)
+    two, three = (flops.parts(config, Masked.uniform_counts(size), batch=ROWS, length=SHORT,
+                              noise_samples=noise_samples)
                   for config in configs)
     pairs = (noise_samples * SHORT + SHORT - size) ** 2
     return 3 * (three.layers - two.layers + 4 * SMALL.hidden_size * ROWS * pairs)

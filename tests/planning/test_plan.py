@@ -22,7 +22,8 @@ from launch.__main__ import main
 from launch.arguments import load_config
 
 CONFIG = "configs/tiny.py:algo=ar"
-SMALL = ("--config.model.num_layers=2", "--config.model.hidden_size=64", "--config.model.num_heads=2", "--config.data.seq_len=64",
+SMALL = ("--config.model.num_layers=2", "--config.model.hidden_size=64", "--config.model.num_heads=2",
+         "--config.data.seq_len=64",
          "--config.data.tokenizer=bpe:1151", "--config.train.batch_size=16", "--config.compute.dtype=float32")
 MATRICES = 1152 * 64 + 2 * (4 + 2 * 4) * 64 * 64 + 64 * 1152  # embedding, two layers, output layer
 VECTORS = 2 * (2 * 64 + 5 * 64) + 64 + 1152  # norms and biases
@@ -64,7 +65,8 @@ def test_gradients_are_what_devices_send(four):
 
 def test_speed_is_flops_over_peak(four):
     config = load_config(CONFIG, SMALL)
-    needed = flops.train_step(plan.resolve_config(config)[0].model, config.diffusion, batch=16, length=64, noise_samples=1)
+    needed = flops.train_step(plan.resolve_config(config)[0].model, config.diffusion, batch=16, length=64,
+                              noise_samples=1)
     assert four["flops_per_step"] == needed
     assert [row["device"] for row in four["expected"]] == ["H100"]
     check_speeds(four, 0.5)

@@ -76,7 +76,8 @@ from bd3lm_jax.generation import generation
 from bd3lm_jax.generation.options import Options
 
 special, length = SpecialIds(mask=511, end=0), 512
-config = toy_config(Path("unused"), {"model.num_layers": 3, "model.hidden_size": 128, "model.num_heads": 2, "model.vocab_size": 512,
+config = toy_config(Path("unused"), {"model.num_layers": 3, "model.hidden_size": 128, "model.num_heads": 2,
+"model.vocab_size": 512,
                                      "data.seq_len": length, "diffusion.block_size": 16, "train.batch_size": 32,
                                      "mesh.data": 1} | json.loads(sys.argv[1]))
 """

@@ -19,7 +19,8 @@ LLADA = {"kind": "llada", "block_size": LENGTH, "complement": False, "random_len
 
 def measure(changes, **data):
     """`f(step, batch)`: metrics of that step of LLaDA on fixed weights, jitted."""
-    changes = {"diffusion": {**LLADA, **changes}, "optim.ema_decay": 0.0} | {f"data.{key}": x for key, x in data.items()}
+    changes = {"diffusion": {**LLADA, **changes}, "optim.ema_decay": 0.0} | {f"data.{key}": x for key,
+                                                                             x in data.items()}
     config, tx = toy_config(Path("unused"), changes), optax.sgd(0.0)
     model, params = network(config)
     run = quick_jit(make_step(config, model, tx, SpecialIds(MASK, END)))

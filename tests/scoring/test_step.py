@@ -67,7 +67,8 @@ def setting(name):
 
 def noise_of_step(config, step, batch):
     key = jax.random.fold_in(jax.random.key(config.seed), step)
-    return quick_jit(functools.partial(config.diffusion.corrupt, noise_samples=config.train.noise_samples, mask_id=MASK, end_id=END))(
+    return quick_jit(functools.partial(config.diffusion.corrupt, noise_samples=config.train.noise_samples, mask_id=MASK,
+                                       end_id=END))(
         jax.random.split(key)[0], batch["tokens"], batch["segments"])
 
 

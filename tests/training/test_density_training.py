@@ -28,13 +28,18 @@ def test_the_config_of_the_objective_builds(arg):
 
 @pytest.mark.parametrize("changes, words", [
     ({"diffusion": PRIORITY}, "diffusion.kind='priority' needs the density of every token: set data.density, one of "),
-    ({"data.density": "python"}, "data.density='python' has no effect with diffusion.kind='masked' and noise.adaptive_noise='n"),
-    ({"data.density": "python", "diffusion": PRIORITY, "noise.adaptive_noise": "running_loss"}, "data.density='python' has no"),
-    ({"noise.adaptive_noise": "running_loss"}, "'running_loss' chooses the density of tokens, which diffusion.kind='masked'"),
+    ({"data.density": "python"},
+     "data.density='python' has no effect with diffusion.kind='masked' and noise.adaptive_noise='n"),
+    ({"data.density": "python", "diffusion": PRIORITY, "noise.adaptive_noise": "running_loss"},
+     "data.density='python' has no"),
+    ({"noise.adaptive_noise": "running_loss"},
+     "'running_loss' chooses the density of tokens, which diffusion.kind='masked'"),
     ({"data.density": "frequency", "diffusion": PRIORITY | {"importance": True}}, "importance=True needs tags, and"),
-    ({"data.density": "python", "diffusion": PRIORITY | {"complement": True}}, "train.noise_samples=1 is no multiple of 2"),
+    ({"data.density": "python", "diffusion": PRIORITY | {"complement": True}},
+     "train.noise_samples=1 is no multiple of 2"),
     ({"data.density": "pyton", "diffusion": PRIORITY}, "unknown data.density 'pyton': did you mean 'python'?"),
-    ({"data.density": "python", "noise.adaptive_noise": "counts", "diffusion": PRIORITY}, "noise.adaptive_noise='counts' needs"),
+    ({"data.density": "python", "noise.adaptive_noise": "counts", "diffusion": PRIORITY},
+     "noise.adaptive_noise='counts' needs"),
 ])
 def test_what_does_not_go_together(tmp_path, changes, words):
     with pytest.raises(UserError) as error:

@@ -65,8 +65,8 @@ def test_nothing_fits(said, toy):
     state = bytes_per_device(toy.arguments()[0]) / MIB
     assert memory.advice(toy, limit * MIB) == (
         f"out of memory: the step needs about 100.0 GiB a device, there are {limit:.1f}, and neither remat, "
-        f"microbatches, fsdp nor fewer copies would do (weights and optimiser take {state:.1f}): use more devices, with "
-        "mesh.fsdp, or a smaller model")
+        f"microbatches, fsdp nor fewer copies would do (weights and optimiser take {state:.1f}): use more devices, "
+        "with mesh.fsdp, or a smaller model")
 
 
 def test_figures_are_the_compiler_s(toy, monkeypatch):
@@ -99,7 +99,8 @@ def test_weights_are_split_when_they_do_not_fit():
 
 def kept(**changes) -> int:
     """Padding of attention with 12 layers of 4 heads of 64, 8 rows of 1024 tokens, in 16 bits."""
-    base = {"model.num_layers": 12, "model.hidden_size": 256, "model.num_heads": 4, "train.batch_size": 8, "data.seq_len": 1024,
+    base = {"model.num_layers": 12, "model.hidden_size": 256, "model.num_heads": 4, "train.batch_size": 8,
+            "data.seq_len": 1024,
             "diffusion.block_size": 16, "compute.remat": "attention", "mesh.data": 1}
     config, special = resolve_config(toy_config(Path("unused"), base | changes))
     return memory.tpu_padding(Program.of(config, special, make_mesh(config.mesh, jax.devices()[:1]), jnp.float16))

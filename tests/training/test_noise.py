@@ -50,7 +50,8 @@ def token_losses(model, params, objective, noised, batch):
 @pytest.mark.ci_slow
 @pytest.mark.parametrize("microbatch", some([0, 2], 0))
 def test_steps_learn_the_squared_mean_losses_of_their_own_noise(microbatch):
-    config = toy_config(Path("unused"), {**COUNTS, "train.batch_size": BATCH, "train.noise_samples": 2, "optim.ema_decay": 0.0,
+    config = toy_config(Path("unused"),
+                        {**COUNTS, "train.batch_size": BATCH, "train.noise_samples": 2, "optim.ema_decay": 0.0,
                                          "compute.microbatch": microbatch})
     model, params = network(config)
     tx, traces = optax.sgd(0.1), []
@@ -197,7 +198,8 @@ def test_runs_go_on_bit_for_bit_with_the_noise_they_had(name, home, tmp_path, mo
 
 @pytest.mark.parametrize("changes, words", [
     ({"noise.adaptive_noise": "clips"}, "noise.adaptive_noise is 'clips'"),
-    ({"noise.adaptive_noise": "clip"}, "noise.adaptive_noise='clip' needs diffusion.corruption='bernoulli', not 'exact_count'"),
+    ({"noise.adaptive_noise": "clip"},
+     "noise.adaptive_noise='clip' needs diffusion.corruption='bernoulli', not 'exact_count'"),
     ({**COUNTS, "diffusion.corruption": "bernoulli"}, "needs diffusion.corruption='exact_count', not 'bernoulli'"),
     ({**COUNTS, "diffusion.count_probs": (1.0, 1.0, 1.0, 2.0)}, "diffusion.count_probs has no effect"),
     ({**COUNTS, "diffusion": AR, "model.adaln": False}, "which diffusion.kind='ar' does not have"),

@@ -88,9 +88,11 @@ def run_blocks(sizes: Sizes, context: AutoSizeContext, request: Request, state: 
                                    lambda block: reveal(later_context, local, progress, block, None), block)
         closed = close_block(later_context, local, progress, block, None)
         is_writing = ~_is_done(request, state)
-        tokens = jax.vmap(_write_at)(state.tokens, jnp.where(block_inputs.inside(size_B), closed.tokens, block_inputs.canvas), state.start)
+        tokens = jax.vmap(_write_at)(state.tokens, jnp.where(block_inputs.inside(size_B), closed.tokens,
+                                                             block_inputs.canvas), state.start)
         return count + 1, State(tokens, jnp.where(is_writing, state.start + size_B, state.start),
-                                jnp.where(is_writing, state.start, state.before), jnp.where(is_writing, size_B, state.size),
+                                jnp.where(is_writing, state.start, state.before),
+                                jnp.where(is_writing, size_B, state.size),
                                 jnp.where(is_writing, closed.stopped, state.stopped), closed.nfe, cache)
 
     def more(carry):

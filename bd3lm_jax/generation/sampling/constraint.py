@@ -107,11 +107,13 @@ def draw_constrained(keys_BxS, logp_BxSxV, unfiltered_BxSxV, block_state: BlockS
         keys_B, logp_BxV, token_B, not_drawn_B, outside_B, ahead_BxQ = position
         ahead_BxC = jnp.take_along_axis(ahead_BxQ, automaton.transitions[state_B], axis=1)
         scores_BxV = logp_BxV + ahead_BxC[:, automaton.token_class]
-        drawn_B = jnp.argmax(scores_BxV, axis=-1).astype(jnp.int32) if greedy else sample_categorical(keys_B, scores_BxV)
+        drawn_B = jnp.argmax(scores_BxV,
+                             axis=-1).astype(jnp.int32) if greedy else sample_categorical(keys_B, scores_BxV)
         token_B = jnp.where(not_drawn_B, token_B, drawn_B)
         return _next_state(automaton, state_B, token_B, outside_B), token_B
 
-    positions = (keys_BxS.T, jnp.swapaxes(logp, 0, 1), block_state.canvas.T, block_state.not_drawn.T, block_state.outside.T, log_weights[1:])
+    positions = (keys_BxS.T, jnp.swapaxes(logp, 0, 1), block_state.canvas.T, block_state.not_drawn.T,
+                 block_state.outside.T, log_weights[1:])
     return jax.lax.scan(step, block_state.state, positions)[1].T, total(log_weights)
 
 

@@ -119,11 +119,13 @@ def run_blocks(context: DenoiserContext, request: Request, progress: Progress, u
     """Write blocks up to the index `until`, or until every row has stopped. One program, nothing on the host."""
     sampler, size = context.sampler, context.settings.block_size
 
-    has_fixed_calls = not (sampler.may_skip_forward or sampler.can_remask or sampler.posterior or sampler.predicts_scores)  # S calls a block at most
+    has_fixed_calls = not (sampler.may_skip_forward or sampler.can_remask or sampler.posterior
+                           or sampler.predicts_scores)  # S calls a block at most
 
     def body(progress: Progress) -> Progress:
         keys = None
-        if has_fixed_calls:  # those of all calls at once: on a CPU deriving a key takes long, deriving many hardly longer
+        # those of all calls at once: on a CPU deriving a key takes long, deriving many hardly longer
+        if has_fixed_calls:
             keys = jax.vmap(lambda calls: _call_keys(request, progress, calls))(jnp.arange(size))
         block, cache = open_block(context, request, progress, keys)
         if size > 1 or not has_fixed_calls:  # else the opening call revealed the whole block
@@ -172,7 +174,8 @@ def close_block(context: DenoiserContext, request: Request, progress: Progress, 
     settings, at = context.settings, progress.block
     new = ~_block_slice(settings, request.given, at) & ~done(context, request, progress)[:, None]
     stopped = jnp.where(((block.canvas == settings.end_id) & new).any(-1), STOPS.index("end"), progress.stopped)
-    canvas = jnp.where(done(context, request, progress)[:, None], _block_slice(settings, progress.tokens, at), block.canvas)
+    canvas = jnp.where(done(context, request, progress)[:, None], _block_slice(settings, progress.tokens, at),
+                       block.canvas)
     tokens = jax.lax.dynamic_update_slice_in_dim(progress.tokens, canvas, at * settings.block_size, axis=1)
     if settings.min_entropy is not None and tokens.shape[1] >= ENTROPY_TOKENS:
         low = _low_entropy(settings, tokens, (at + 1) * settings.block_size) & new.any(-1)
@@ -230,7 +233,8 @@ def _step(context: DenoiserContext, request: Request, progress: Progress, block:
                  jnp.where(same_window, block.index + 1, 0), block.nfe + plan.reveal.any(-1), block.calls + 1), cache
 
 
-def _draw(context: DenoiserContext, request: Request, progress: Progress, block: Block, keys_B, plan: Plan, positions_BxP,
+def _draw(context: DenoiserContext, request: Request, progress: Progress, block: Block, keys_B, plan: Plan,
+          positions_BxP,
           logits_BxPxV):
     """A token for every asked position, its noise keyed by the position, and what the network said of it."""
     settings = context.settings
@@ -242,12 +246,14 @@ def _draw(context: DenoiserContext, request: Request, progress: Progress, block:
     logits = filter_input = logits_BxPxV.astype(jnp.float32)
     if context.sampler.log_distributions is not None:  # what filters go by, and what remains of it is drawn from
         one_row = jax.vmap(context.sampler.log_distributions, (0, 0, None, None))
-        filter_input, logits = jax.vmap(one_row, (0, 0, None, 0))(logits, current_tokens, ~request.forbidden, plan.level)
+        filter_input, logits = jax.vmap(one_row, (0, 0, None, 0))(logits, current_tokens, ~request.forbidden,
+                                                                  plan.level)
     logits, filter_input = (jnp.where(excluded, -jnp.inf, x) for x in (logits, filter_input))
     log_total = jax.nn.logsumexp(logits, axis=-1) - jnp.log(vocab.shape[0] - 1)
     if settings.filters.repetition_penalty != 1:
         present = _tokens_present(context, request, progress, block, vocab)[:, None]
-        logits, filter_input = (apply_repetition_penalty(x, present, settings.filters.repetition_penalty) for x in (logits, filter_input))
+        logits, filter_input = (apply_repetition_penalty(x, present, settings.filters.repetition_penalty)
+                                for x in (logits, filter_input))
     flat = logits.reshape(-1, logits.shape[-1])
     filtered = filter_logits(filter_input.reshape(flat.shape), settings.filters).reshape(logits.shape)
     if context.sampler.log_distributions is not None:

@@ -64,7 +64,8 @@ def run_blocks(simplex: Simplex, context: DenoiserContext, request: Request, pro
         at = progress.block
         is_writing = ~done(context, request, progress) & ~_block_slice(context.settings, request.given, at).all(-1)
         canvas = _block_slice(context.settings, progress.tokens, at)
-        block = Block(canvas, jnp.zeros(canvas.shape, bool), is_writing, jnp.ones(canvas.shape), jnp.ones(is_writing.shape),
+        block = Block(canvas, jnp.zeros(canvas.shape, bool), is_writing, jnp.ones(canvas.shape),
+                      jnp.ones(is_writing.shape),
                       jnp.zeros_like(progress.nfe), progress.nfe + steps * is_writing, jnp.zeros((), jnp.int32))
         before = _block_slice(context.settings, progress.tokens, jnp.maximum(at - 1, 0))
         previous = PreviousBlock(before, jnp.broadcast_to(at > 0, before.shape))
@@ -79,7 +80,8 @@ def run_blocks(simplex: Simplex, context: DenoiserContext, request: Request, pro
     return jax.lax.while_loop(more, body, progress)
 
 
-def _step(simplex: Simplex, context: DenoiserContext, request: Request, progress: Progress, block: Block, previous, cache):
+def _step(simplex: Simplex, context: DenoiserContext, request: Request, progress: Progress, block: Block, previous,
+          cache):
     """One network call -> the block with tokens drawn anew, and the cache."""
     settings, at = context.settings, progress.block
     places = at * settings.block_size + jnp.arange(settings.block_size)

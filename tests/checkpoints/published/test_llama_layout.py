@@ -83,7 +83,8 @@ def test_config_out_and_in_again(name, tmp_path):
 
 
 def small(**changes):
-    values = dict(vocab_size=50, num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=64, dropout=0.0,
+    values = dict(vocab_size=50, num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8,
+                  intermediate_size=64, dropout=0.0,
                   rope_theta=5e5, rope_scaling=(), norm_eps=1e-5, qkv_bias=False, qk_norm=False, tie_embeddings=False)
     return LlamaConfig(**values | changes)
 
