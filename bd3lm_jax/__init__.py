@@ -1,6 +1,6 @@
 """Block diffusion language models in JAX: `lm = bd3lm_jax.load(path)`, then `lm.nll`, `lm.generate`, `lm.logits`.
 
-`bd3lm_jax.training.train.train(config, workdir)` trains one.
+`bd3lm_jax.train.train(config, workdir)` trains one.
 """
 
 import importlib

@@ -2,7 +2,7 @@
 
 A module registers what it has when it is imported, and importing it runs its code. So only what the user names is
 imported: `--import=MODULE` of a command, the variable BD3LM_IMPORT (modules with commas between them), and installed
-packages with an entry point in the group "bd3lm_jax.core.plugins". A run directory, which may come from somebody else,
+packages with an entry point in the group "bd3lm_jax.plugins". A run directory, which may come from somebody else,
 says which modules it needs, and is never a reason to import them.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.core.log import note, note_once
 
-GROUP, VARIABLE = "bd3lm_jax.core.plugins", "BD3LM_IMPORT"
+GROUP, VARIABLE = "bd3lm_jax.plugins", "BD3LM_IMPORT"
 _requested: list[str] = []  # by the user, in order
 _installed_loaded = False  # for what is installed and what the variable names
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import bd3lm_jax
 from toy_runs import toy_config
 directory, workdir = map(Path, sys.argv[1:])
-bd3lm_jax.training.train.train(toy_config(directory, {"train.steps": 8, "eval.num_samples": 1}), workdir)
+bd3lm_jax.train.train(toy_config(directory, {"train.steps": 8, "eval.num_samples": 1}), workdir)
 """
 
 

@@ -174,8 +174,8 @@ def test_what_a_foreign_directory_names_is_data(outside):
 
 
 def test_entry_points_and_the_variable_are_read_once(outside, monkeypatch, capsys):
-    entries = [importlib.metadata.EntryPoint("mine", "outside", plugins.GROUP),
-               importlib.metadata.EntryPoint("broken", "no_such_module", plugins.GROUP)]
+    entries = [importlib.metadata.EntryPoint("mine", "outside", "bd3lm_jax.plugins"),
+               importlib.metadata.EntryPoint("broken", "no_such_module", "bd3lm_jax.plugins")]
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries)
     monkeypatch.setattr(plugins, "_installed_loaded", False)
     with pytest.raises(UserError, match="unknown objective"):
