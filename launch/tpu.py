@@ -58,7 +58,7 @@ def main(args: flags.FlagValues, words: list[str]) -> dict:
     chips, hosts = slice_type.chips * args.slices, slice_type.hosts * args.slices
     words, points = check_command(words, chips, hosts, args.engine == "slurm", args.slices)
     job = clusters.Job(name=args.name, slice=slice_type, slices=args.slices, project=args.project, zone=args.zone,
-                       cluster=args.cluster, shared=args.shared_dir, spot=args.spot, restarts=args.max_restarts,
+                       cluster=args.cluster, shared_dir=args.shared_dir, spot=args.spot, restarts=args.max_restarts,
                        out=os.path.abspath(args.out or f"runs/clusters/{args.name}"), command=tuple(words),
                        points=points)
     return clusters.launch(args.engine, job, args.action, args.run)

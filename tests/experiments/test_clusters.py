@@ -106,7 +106,7 @@ def test_every_word_reaches_our_command(tmp_path, recorded, engine):
     assert bash(remote_text(asked, engine), cwd=tmp_path).returncode == 0
     assert recorded()[-1] == ["python", "-m", "launch", *COMMAND]
     links = [call for call in recorded() if call[0] == "ln"]
-    assert links == ([["ln", "-sfn", asked.shared, "runs"]] if engine == "xpk" else [])
+    assert links == ([["ln", "-sfn", asked.shared_dir, "runs"]] if engine == "xpk" else [])
 
 
 @pytest.mark.parametrize(("codes", "attempts"), [([0], 1), ([42, 75, 0], 3), ([42, 1], 2), ([134, 137, 42, 42, 42], 4),
@@ -197,7 +197,7 @@ def test_gcloud_waits_for_its_machines(tmp_path, states, code):
 @pytest.mark.skipif(not shutil.which("gcloud"), reason="gcloud is not installed")
 def test_gcloud_knows_its_commands(tmp_path):
     """gcloud's own linter, offline, with an empty configuration."""
-    asked = [job(tmp_path, project="p", slices=n, out="out", shared="/s", command=("train",)) for n in (1, 2)]
+    asked = [job(tmp_path, project="p", slices=n, out="out", shared_dir="/s", command=("train",)) for n in (1, 2)]
     commands = {shlex.join(argv): argv for one in asked for argvs in clusters.gcloud.actions(one).values()
                 for argv in argvs if argv[0] == "gcloud"}
     for text in [*commands, "gcloud compute tpus queued-resources create x --nonsense=1"]:
@@ -243,7 +243,7 @@ SKY_RESOURCES = {"accelerators": str, "accelerator_args": dict, "use_spot": bool
 @pytest.mark.parametrize("shared", ["/mnt/it's: $HOME #", "gs://bucket/ru'ns: #"])
 def test_skypilot_yaml(tmp_path, accelerator, nodes, asks, shared):
     """Keys and types as in docs.skypilot.co/en/latest/reference/yaml-spec.html."""
-    found = sky_yaml(job(tmp_path, accelerator, project="", shared=shared))
+    found = sky_yaml(job(tmp_path, accelerator, project="", shared_dir=shared))
     assert all(type(value) is SKY[key] for key, value in found.items())
     resources = found["resources"]
     assert all(type(value) is SKY_RESOURCES[key] for key, value in resources.items())
@@ -287,8 +287,8 @@ def test_execute_does_one_action_and_stops_at_a_failure(tmp_path, recorded):
 
 WRONG = [
     ("gcloud", {"project": ""}, "--project is missing: engine 'gcloud'"), ("xpk", {"zone": ""}, "--zone is missing"),
-    ("gcloud", {"shared": ""}, "--shared_dir is missing"), ("xpk", {"shared": ""}, "--shared_dir is missing"),
-    ("gcloud", {"shared": "gs://b"}, "mounts no bucket"),
+    ("gcloud", {"shared_dir": ""}, "--shared_dir is missing"), ("xpk", {"shared_dir": ""}, "--shared_dir is missing"),
+    ("gcloud", {"shared_dir": "gs://b"}, "mounts no bucket"),
     ("gcloud", {"accelerator": "H100:8"}, "queued resources of TPUs"),
     ("slurm", {"accelerator": "v6e-8"}, "is for GPUs"), ("slurm", {"spot": True}, "--spot means nothing"),
     ("slurm", {"project": "p"}, "--project means nothing to engine 'slurm'"), ("skypilot", {"slices": 2}, "one slice"),
@@ -296,7 +296,7 @@ WRONG = [
     ("gcloud", {"name": "X"}, "lower-case letters"), ("gcloud", {"name": ""}, "lower-case letters"),
     ("gcloud", {"zone": "here; there"}, "expected a zone"),
     ("gcloud", {"command": ("train", "a\nb")}, "cannot be printed"),
-    ("skypilot", {"shared": "a\u2028b"}, "cannot be printed"), ("glcoud", {}, "did you mean 'gcloud'"),
+    ("skypilot", {"shared_dir": "a\u2028b"}, "cannot be printed"), ("glcoud", {}, "did you mean 'gcloud'"),
 ]
 
 
@@ -316,7 +316,7 @@ def test_actions_that_do_not_exist_or_are_too_many(tmp_path):
 
 
 def test_a_machine_that_stays_needs_no_shared_directory(tmp_path):
-    asked = dataclasses.replace(job(tmp_path, "v5litepod-8", shared="", spot=False))
+    asked = dataclasses.replace(job(tmp_path, "v5litepod-8", shared_dir="", spot=False))
     assert "ln -sfn" not in json.dumps(clusters.gcloud.actions(asked))
     assert clusters.launch("gcloud", asked, "all", execute=False)["hosts"] == 1
 

@@ -12,7 +12,7 @@ COMMAND = ("train", *HOSTILE)
 
 def job(tmp_path, accelerator="v5litepod-16", **changes):
     told = {"name": "owt", "slice": slices.find(accelerator), "slices": 1, "project": "p'; touch x; '", "cluster": "",
-            "zone": "us-central1-a", "shared": "/mnt/it's $HOME", "spot": True, "restarts": 3, "points": 0,
+            "zone": "us-central1-a", "shared_dir": "/mnt/it's $HOME", "spot": True, "restarts": 3, "points": 0,
             "out": str(tmp_path / "o'ut $dir"), "command": COMMAND}
     return clusters.Job(**told | changes)
 

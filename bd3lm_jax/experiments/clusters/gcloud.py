@@ -24,7 +24,7 @@ LOG, PID = "bd3lm.log", "bd3lm.pid"
 def check(job: Job) -> None:
     if not job.slice.is_tpu:
         raise UserError(f"engine 'gcloud' has queued resources of TPUs, not {job.slice.name}: use skypilot or slurm")
-    if (job.hosts > 1 or job.spot) and not job.shared:
+    if (job.hosts > 1 or job.spot) and not job.shared_dir:
         raise UserError("--shared_dir is missing: several hosts, or machines that can be taken, keep runs/ in a "
                         "directory that all of them see, e.g. an NFS share that the image mounts")
     reject_bucket("gcloud", job)
@@ -49,7 +49,7 @@ def _create(job: Job) -> list[list[str]]:
                *(["--spot"] if job.spot else [])]
     copies = [[*TPUS, "tpu-vm", "scp", f"{job.out}/code.tar.gz", f"{node}:", *_where(job), "--worker=all"]
               for node in _nodes(job)]
-    unpack = [f"mkdir -p ~/{HOME}", f"tar -xzf ~/code.tar.gz -C ~/{HOME}", f"cd ~/{HOME}", *link_runs(job.shared),
+    unpack = [f"mkdir -p ~/{HOME}", f"tar -xzf ~/code.tar.gz -C ~/{HOME}", f"cd ~/{HOME}", *link_runs(job.shared_dir),
               *install(job)]
     return [*pack(job, job.out), request, _wait(job), *copies, *_everywhere(job, " && ".join(unpack))]
 

@@ -27,7 +27,7 @@ class Job:
     project: str
     zone: str
     cluster: str
-    shared: str  # a directory that all hosts see, where runs/ lies
+    shared_dir: str  # a directory that all hosts see, where runs/ lies
     spot: bool
     restarts: int  # at most, after an exit code of AGAIN
     out: str  # directory for the files of the engine
@@ -58,8 +58,8 @@ def link_runs(directory: str) -> list[str]:
 
 
 def reject_bucket(engine: str, job: Job) -> None:
-    if job.shared.startswith("gs://"):
-        raise UserError(f"--shared_dir={job.shared}: engine '{engine}' mounts no bucket, give the directory where it "
+    if job.shared_dir.startswith("gs://"):
+        raise UserError(f"--shared_dir={job.shared_dir}: engine '{engine}' mounts no bucket, give the directory where it "
                         "is mounted")
 
 

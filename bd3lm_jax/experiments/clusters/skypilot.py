@@ -6,7 +6,7 @@ import textwrap
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.experiments.clusters.job import RETRY_EXIT_CODES, VENV, Job, command_line, install, link_runs
 
-needs = ("shared",)
+needs = ("shared_dir",)
 takes = ("zone",)
 PORT = 8476
 MOUNT = "/mnt/bd3lm-runs"  # where a bucket appears
@@ -33,7 +33,7 @@ def _path(job: Job) -> str:
 
 def _yaml(job: Job) -> str:
     """Quoted texts are JSON, which YAML reads; shell texts are literal blocks."""
-    tpu, bucket = job.slice.is_tpu, job.shared.startswith("gs://")
+    tpu, bucket = job.slice.is_tpu, job.shared_dir.startswith("gs://")
     chips = f"tpu-{job.slice.name}" if tpu else f"{job.slice.kind}:{job.slice.chips // job.slice.hosts}"
     lines = [f"name: {json.dumps(job.name)}", "workdir: .", f"num_nodes: {1 if tpu else job.slice.hosts}", "resources:",
              f"  accelerators: {json.dumps(chips)}", f"  use_spot: {json.dumps(job.spot)}"]
@@ -44,9 +44,9 @@ def _yaml(job: Job) -> str:
         lines += ["  accelerator_args:", f"    runtime_version: {json.dumps(job.slice.runtime)}"]
     lines += ["  job_recovery:", f"    recover_on_exit_codes: {json.dumps(RETRY_EXIT_CODES)}"]
     if bucket:
-        lines += ["file_mounts:", f"  {MOUNT}:", f"    source: {json.dumps(job.shared, ensure_ascii=False)}",
+        lines += ["file_mounts:", f"  {MOUNT}:", f"    source: {json.dumps(job.shared_dir, ensure_ascii=False)}",
                   "    mode: MOUNT"]
-    setup = ["set -e", *link_runs(MOUNT if bucket else job.shared), *install(job)]
+    setup = ["set -e", *link_runs(MOUNT if bucket else job.shared_dir), *install(job)]
     return "\n".join([*lines, "setup: |", _block(setup), "run: |", _block(_run(job)), ""])
 
 

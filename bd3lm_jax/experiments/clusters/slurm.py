@@ -24,7 +24,7 @@ def files(job: Job) -> dict[str, str]:
 
 def actions(job: Job) -> dict[str, list[list[str]]]:
     submit = ["sbatch", *([f"--clusters={job.cluster}"] if job.cluster else []), _path(job)]
-    create = [["bash", "-c", " && ".join([*link_runs(job.shared), *install(job)])]]
+    create = [["bash", "-c", " && ".join([*link_runs(job.shared_dir), *install(job)])]]
     return {"create": create, "run": [submit], "resume": [submit],
             "logs": [["bash", "-c", f"tail -n 200 -F {shlex.quote(job.out)}/{job.name}-*.log"]],
             "delete": [["scancel", f"--name={job.name}", "--me"]]}

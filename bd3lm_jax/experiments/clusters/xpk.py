@@ -12,7 +12,7 @@ from bd3lm_jax.experiments.clusters.job import (
     reject_bucket,
 )
 
-needs = ("project", "zone", "shared")
+needs = ("project", "zone", "shared_dir")
 takes = ("project", "zone", "cluster")
 DEFAULT_CODES = (42, *range(127, 256))
 IMAGE = f"python:{PYTHON}-slim-bookworm"
@@ -59,6 +59,6 @@ def _workload(job: Job, where: list[str]) -> list[str]:
 
 def _text(job: Job) -> str:
     """Shell text of the container; exec, so that SIGTERM reaches Python."""
-    lines = [*link_runs(job.shared), "pip install --quiet -c constraints.txt -e '.[tpu]'",
+    lines = [*link_runs(job.shared_dir), "pip install --quiet -c constraints.txt -e '.[tpu]'",
              f"exec {command_line(job, 'python')}"]
     return " && ".join(lines)
