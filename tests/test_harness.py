@@ -119,7 +119,7 @@ def test_rolling_bound_of_whole_blocks(make, monkeypatch):
     follows, = conditional.score(model.lm, [[END]], [ids], estimator="exact", draws=1, seed=0, greedy=False, batch=1)
     assert model.loglikelihood_rolling(asked(("abcefghijkla",))) == pytest.approx([follows.nats], rel=1e-5)
     monkeypatch.setattr(model, "lm", copy.copy(model.lm))
-    model.lm.config = dataclasses.replace(model.lm.config, data=types.SimpleNamespace(layout="pack"))
+    model.lm.config = dataclasses.replace(model.lm.config, data=types.SimpleNamespace(packing="pack"))
     expected = -model.lm.nll(ids[None], estimator="exact").total
     assert model.loglikelihood_rolling(asked(("abcefghijkla",))) == pytest.approx([expected], rel=1e-5)
     assert abs(expected - follows.nats) > 1e-3

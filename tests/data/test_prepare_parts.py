@@ -45,7 +45,7 @@ def one_part(make_config, tmp_path, tokenizer, **changes):
 @pytest.mark.parametrize("layout, tokenizer", [("wrap", "gpt2"), ("pack", "bytes")])
 def test_parts_and_workers_change_nothing(text_config, tmp_path, monkeypatch, layout, tokenizer):
     tokenizer = get_tokenizer(tokenizer, tuple)
-    expected = one_part(text_config, tmp_path, tokenizer, layout=layout)
+    expected = one_part(text_config, tmp_path, tokenizer, packing=layout)
     monkeypatch.setattr(parts, "PART_CHARS", PART)
     for workers in (1, 2):
         data, calls = text_config(packing=layout, cache_dir=str(tmp_path / f"of{workers}")), []

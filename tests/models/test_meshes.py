@@ -19,12 +19,12 @@ from bd3lm_jax.scoring.score import SpecialIds
 from bd3lm_jax.core.state import TrainState
 from bd3lm_jax.training.step import make_step
 
-SHARED = dict(vocab_size=-1, width=16, heads=4, kv_heads=2, head_dim=4, hidden=24, dropout=0.1, rope_base=1e4,
-              norm_eps=1e-5, qk_norm=True, tied=True)
+SHARED = dict(vocab_size=-1, hidden_size=16, num_heads=4, num_kv_heads=2, head_dim=4, intermediate_size=24, dropout=0.1,
+              rope_theta=1e4, norm_eps=1e-5, qk_norm=True, tie_embeddings=True)
 MODELS = {
-    "llama": dict(SHARED, layers=2, rope_scaling=(), qkv_bias=True, shifted=""),
-    "moe": dict(SHARED, layers=2, dense_layers=1, rotary_dim=2, experts=4, expert_hidden=8, shared_hidden=8, top_k=2,
-                groups=2, top_groups=1, routed_scale=2.5, balance=0.1),
+    "llama": dict(SHARED, num_layers=2, rope_scaling=(), qkv_bias=True, target_shift=""),
+    "moe": dict(SHARED, num_layers=2, dense_layers=1, rotary_dim=2, num_experts=4, expert_intermediate_size=8,
+                shared_intermediate_size=8, top_k=2, groups=2, top_groups=1, routed_scale=2.5, load_balancing=0.1),
 }
 kind = sys.argv[1]
 tx = optax.sgd(0.1)
