@@ -29,7 +29,7 @@ def sums(data_config, tmp_path):
 def test_entries_belong_to_their_tokens(sums, layout, monkeypatch):
     monkeypatch.setattr(prepare_module, "CHUNK_TOKENS", 96)  # three rows at a time
     monkeypatch.setattr(parts, "PART_CHARS", 100)
-    data = sums(layout=layout, density="arithmetic")
+    data = sums(packing=layout, density="arithmetic")
     rows = prepare(data, "train", BLOCK, ByteTokenizer())
     documents = list(load_documents(data, "train"))
     flags = []
@@ -43,7 +43,7 @@ def test_entries_belong_to_their_tokens(sums, layout, monkeypatch):
     assert rows.density(order).dtype == np.float32 and 0.05 < rows.density(order).mean() < 0.9
     flat = [flag == 7 for document in flags for flag in [*document, 3]]
     assert rows.meta["density_mean"] == pytest.approx(np.mean(flat))
-    plain = prepare(sums(layout=layout), "train", BLOCK, ByteTokenizer())
+    plain = prepare(sums(packing=layout), "train", BLOCK, ByteTokenizer())
     np.testing.assert_array_equal(plain.tokens(order), rows.tokens(order))
 
 

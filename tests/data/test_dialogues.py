@@ -37,7 +37,7 @@ def expected(line):
 @pytest.mark.parametrize("layout", ["pack", "wrap", "pad"])
 def test_rows_know_their_prompts(dialogues, layout):
     """Token by token: bytes of prompts 1, bytes of answers and end tokens 0, padding 0."""
-    data = dialogues(layout=layout, length=32)
+    data = dialogues(packing=layout, seq_len=32)
     rows = prepare(data, "train", 4, ByteTokenizer())
     ids = np.arange(len(rows))
     tokens, prompt, documents = rows.tokens(ids), rows.prompt(ids), rows.documents(ids)

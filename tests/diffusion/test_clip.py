@@ -105,7 +105,7 @@ def test_every_candidate_fits_the_capacity_and_draws_inside_without_a_new_progra
         assert (np.asarray(noised.weight_BxMxL) > 0).sum(-1).max() <= noised.capacity
     assert len(traces) == 1
     narrow = search(low=0.3, high=0.8)
-    assert narrow.distribution(narrow.first(), 16).capacity == 16 * 3  # .8 of four tokens
+    assert narrow.distribution(narrow.init_state(), 16).capacity == 16 * 3  # .8 of four tokens
 
 
 def test_the_same_noise_as_a_fixed_clip():
@@ -159,7 +159,7 @@ def enumerated_bound(n):
 
 def test_the_law_converges_to_the_best_one():
     schedule, best = counts(floor=0.1, decay=0.99), best_law()
-    state = schedule.first()
+    state = schedule.init_state()
     # nothing known
     np.testing.assert_array_equal(schedule.distribution(state, 1).probs_S, np.full(SIZE, RESOLUTION // SIZE))
     for step in range(150):
@@ -179,7 +179,7 @@ def test_the_loss_is_unbiased_while_the_law_changes(complement):
     whole = np.asarray(PADDED_BxL.reshape(ROWS, -1, SIZE).sum(-1))
     expected = np.mean([enumerated_bound(n) for n in whole.ravel()])
     for run in range(12):
-        state = schedule.first()
+        state = schedule.init_state()
         for step in range(10):
             key = jax.random.fold_in(jax.random.key(run), step)
             estimates, state, _, _ = table_step(objective, schedule, key, state)
@@ -192,10 +192,10 @@ def test_the_loss_is_unbiased_while_the_law_changes(complement):
 
 def test_it_varies_less_than_uniform_counts():
     """By the second moment of a block's estimate, sum_k E[mean^2 | k] / pi(k)."""
-    schedule, state, squares = counts(floor=0.02, decay=0.99), counts().first(), {}
+    schedule, state, squares = counts(floor=0.02, decay=0.99), counts().init_state(), {}
     for step in range(60):
         _, state, _, _ = table_step(UNIFORM, schedule, jax.random.key(step), state)
-    for name, noise in (("uniform", schedule.first()), ("learnt", state)):
+    for name, noise in (("uniform", schedule.init_state()), ("learnt", state)):
         draws = [np.square(table_step(UNIFORM, schedule, jax.random.key(1000 + i), noise)[0][1::2]).mean()
                  for i in range(60)]
         squares[name] = np.mean(draws)

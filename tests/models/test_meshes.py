@@ -36,8 +36,9 @@ def step_of(microbatch, mesh):
     model, params = network(config)
     state = TrainState(jnp.int32(0), params, {}, tx.init(params))
     tokens = np.random.default_rng(0).integers(97, 105, size=(8, LENGTH)).astype(np.int32)
-    batch = {"tokens": tokens, "positions": np.array(forward.single_document_rows(tokens)[0]), "segments":
-    np.ones_like(tokens)} step = quick_jit(make_step(config, model, tx, SpecialIds(MASK, END)))
+    batch = {"tokens": tokens, "positions": np.array(forward.single_document_rows(tokens)[0]),
+             "segments": np.ones_like(tokens)}
+    step = quick_jit(make_step(config, model, tx, SpecialIds(MASK, END)))
     if mesh is None:
         return step(state, batch)
     mesh = sharding.make_mesh(MeshConfig(*mesh))
