@@ -1,6 +1,7 @@
 """Many processes that prepare the same text at the same moment; a program that imports once and forks them.
 
-`python -m bd3lm_jax.experiments.bench.concurrent_prepare '{"data": {...}, "processes": 200, "killed": 20, "within_s": 1.0,
+`python -m bd3lm_jax.experiments.bench.concurrent_prepare` with one word,
+`'{"data": {...}, "processes": 200, "killed": 20, "within_s": 1.0,
 "part_chars": 2000, "seed": 0}'`. data: fields of DataConfig. killed: so many of them get SIGKILL at random moments of
 the first `within_s` seconds. The result is a JSON object: codes, the exit codes of those that were not killed;
 contents, the hashes of the rows and tokenizers that they got; errors, what they died of.

@@ -58,7 +58,8 @@ def check(engine: str, module: Any, job: Job) -> None:
     """UserError for a field that is missing, that no engine takes, or that this one does not."""
     if not re.fullmatch(NAME, job.name):
         raise UserError(f"--name={job.name!r}: expected up to 40 lower-case letters, digits and '-', a letter first")
-    texts = {"project": job.project, "zone": job.zone, "shared_dir": job.shared_dir, "cluster": job.cluster, "out": job.out}
+    texts = {"project": job.project, "zone": job.zone, "shared_dir": job.shared_dir, "cluster": job.cluster,
+             "out": job.out}
     for field, text in [*texts.items(), *(("the command", word) for word in job.command)]:
         if not text.isprintable():
             raise UserError(f"{field} holds a character that cannot be printed, {text!r}: leave it out")

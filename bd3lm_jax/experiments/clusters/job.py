@@ -59,8 +59,8 @@ def link_runs(directory: str) -> list[str]:
 
 def reject_bucket(engine: str, job: Job) -> None:
     if job.shared_dir.startswith("gs://"):
-        raise UserError(f"--shared_dir={job.shared_dir}: engine '{engine}' mounts no bucket, give the directory where it "
-                        "is mounted")
+        raise UserError(f"--shared_dir={job.shared_dir}: engine '{engine}' mounts no bucket, give the directory "
+                        "where it is mounted")
 
 
 def command_line(job: Job, python: str) -> str:
