@@ -92,8 +92,7 @@ def train(key, text):  # -> bd3lm_jax/training/train.py, bd3lm_jax/training/opti
 
 
 @jax.jit
-# -> bd3lm_jax/generation/sampling/generate.py, bd3lm_jax/generation/sampling/steps.py
-def write(predict, key, canvas_BxL):
+def write(predict, key, canvas_BxL):  # -> bd3lm_jax/generation/sampling/generate.py
     """Fills the masks of a canvas, one a row and call of the network, and leaves the rest. Any masked place is next: so
     do masks vanish if noise is undone in continuous time (first hitting, arXiv 2409.02908). Several at once would be
     drawn as if they did not depend on each other."""

@@ -126,7 +126,7 @@ FOREIGN = json.loads(OURS["model"])
 def model_of(tokenizer):
     """What the encoding of prompts reads of a model."""
     diffusion = SimpleNamespace(causal=False, bos=False)
-    model = SimpleNamespace(vocab_size=tokenizer.vocab_size)
+    model = SimpleNamespace(vocab_size=tokenizer.vocab_size, positions=None)
     return SimpleNamespace(tokenizer=tokenizer, context=64, special=SimpleNamespace(mask=tokenizer.mask_id),
                            config=SimpleNamespace(model=model, diffusion=diffusion))
 
