@@ -235,16 +235,16 @@ def _sampler_settings(lm, options) -> dict:
     import jax.numpy as jnp
 
     from bd3lm_jax.evaluation import cache_cost
-    from bd3lm_jax.generation import generation
-    plan, values = generation.make_plan(lm, options, lm.context), dataclasses.asdict(options)
-    threshold = generation.ALL_SAMPLERS[options.sampler].threshold if options.threshold is None else options.threshold
+    from bd3lm_jax.generation.plan import make_plan, threshold_of
+    from bd3lm_jax.generation.sampling.auto_size import AUTO
+    plan, values = make_plan(lm, options, lm.context), dataclasses.asdict(options)
     dtype = jnp.dtype(lm.model.dtype).name if options.cache_dtype == "compute" else options.cache_dtype
     cached = not lm.is_bidirectional or options.approximate_cache
     sizes = {name: cache_cost.bytes_per_token(lm, name) for name in cache_cost.DTYPES} if cached else None
-    if not plan.sizes:
+    if options.block_size != AUTO:
         del values["block_confidence"]
-    values |= {"name": values.pop("sampler"), "steps": plan.settings.steps, "threshold": threshold,
-               "block_size": options.block_size if plan.sizes else plan.settings.window, "cache_dtype": dtype,
+    values |= {"name": values.pop("sampler"), "steps": plan.settings.steps, "threshold": threshold_of(options),
+               "block_size": AUTO if options.block_size == AUTO else plan.settings.window, "cache_dtype": dtype,
                "cache_bytes_per_token": sizes}
     del values["seed"]
     return values

@@ -16,11 +16,12 @@ Windows are counted from the end of each row's prompt. So that all rows of a bat
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from bd3lm_jax.core.errors import UserError, lookup
 from bd3lm_jax.generation.denoise import UNROLLED, sigma_of
 from bd3lm_jax.generation.sampling.generate import PreviousBlock
 from bd3lm_jax.models import Backbone, trunk
@@ -123,3 +124,17 @@ class ApproximateDenoiser(NamedTuple):
 def _with_visible(cache: Cache, visible_L) -> Cache:
     """Of the stored tokens only the kept ones are seen."""
     return cache.replace(segment=jnp.where(visible_L, cache.segment, 0))
+
+
+def check(lm: Any, options: Any) -> None:
+    """UserError for a model or options without the stretches that such a cache needs."""
+    if not options.approximate_cache:
+        return
+    lookup(dict.fromkeys(KINDS), options.approximate_cache, "approximate_cache")
+    if not lm.is_bidirectional:
+        kind = "an autoregressive" if lm.config.diffusion.causal else "a block"
+        raise UserError(f"approximate_cache is for bidirectional models (block size = length): the cache of {kind} "
+                        "model is exact, leave it out")
+    if options.block_size is None:
+        raise UserError("approximate_cache keeps keys and values while a window is written: give its tokens as "
+                        f"block_size, 1 to {lm.context}")

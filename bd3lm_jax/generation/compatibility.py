@@ -1,34 +1,25 @@
-"""Which samplers fit which objectives."""
+"""How options are checked: every option has an owner (a sampler, the filters, a cache, a constraint, ...), which says
+beside its own code what it needs of a model and which options do not go with it.
 
-from collections import ChainMap
+An owner's check is a function of (lm, options) that raises UserError; `options.OWNERS` lists them all.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 from bd3lm_jax.core.errors import UserError
-from bd3lm_jax.diffusion.objective import Objective
-from bd3lm_jax.generation.sampling import SAMPLERS, simplex
 
-ALL_SAMPLERS = ChainMap(SAMPLERS, {simplex.NAME: simplex.SAMPLER})  # with what is registered later
+FIELD_OF = {"sliding_window": "window", "fixed_tokens": "forced", "guidance_scale": "guidance"}  # keyword: its field
 
 
-def check_sampler_fits(objective: Objective, options: Any) -> None:
-    """UserError unless the sampler of the options (`options.Options`) asks what networks of this objective say."""
-    name, sampler = options.sampler, ALL_SAMPLERS[options.sampler]
-    if simplex.NAME in (name, objective.sampler):
-        simplex.check(objective, options)
-        return
-    if objective.causal and name != "first_hitting":
-        raise UserError(f"sampler '{name}' is for masked diffusion: an autoregressive model uses first_hitting")
-    if sampler.predicts_scores and not objective.predicts_scores:
-        use = objective.sampler if objective.can_resample_tokens else "ancestral"
-        raise UserError(f"sampler '{name}' needs the log scores of an SEDD model, this one is of kind "
-                        f"'{objective.kind}': use {use}")
-    can_resample_tokens = sampler.posterior is not None
-    if can_resample_tokens != objective.can_resample_tokens:
-        does, use = ("redraws letters", "ancestral") if can_resample_tokens else ("reveals masks", objective.sampler)
-        raise UserError(f"sampler '{name}' {does}, which a model of kind '{objective.kind}' never sees: use {use}")
-    if can_resample_tokens and sampler.predicts_scores != objective.predicts_scores:
-        raise UserError(f"sampler '{name}' reads probabilities, and a model of kind '{objective.kind}' gives log "
-                        f"scores: use {objective.sampler}")
-    if can_resample_tokens and (options.constraint is not None or options.guidance or options.block_size is not None):
-        raise UserError(f"sampler '{name}' redraws the whole block without masks: leave constraint, guidance and "
-                        "block_size out")
+def changed(options: Any, names: Sequence[str]) -> list[str]:
+    """Those of the options `names` that are not at their defaults."""
+    defaults = type(options)()
+    fields = {name: FIELD_OF.get(name, name) for name in names}
+    return [name for name, field in fields.items() if getattr(options, field) != getattr(defaults, field)]
+
+
+def refuse(options: Any, names: Sequence[str], message: str) -> None:
+    """UserError with the message, in which {name} is the first of the options `names` that is not at its default."""
+    for name in changed(options, names):
+        raise UserError(message.replace("{name}", name))

@@ -11,10 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bd3lm_jax.core.errors import UserError, lookup
+from bd3lm_jax.generation.sampling.auto_size import AUTO, RowBlocks
 from bd3lm_jax.generation.sampling.generate import PreviousBlock
 from bd3lm_jax.models import Backbone, trunk
-from bd3lm_jax.models.cache import Cache
+from bd3lm_jax.models.cache import DTYPES, Cache
 from bd3lm_jax.models.trunk import Execution, Stream
+from bd3lm_jax.scoring.target_shift import target_shift_of
 
 # A loop around the layers would copy the weights of each one out of their stack in every call.
 UNROLLED = Execution(backend="auto", layers="unroll", remat="none", one_document=False)
@@ -69,26 +72,26 @@ class AutoSizeDenoiser(NamedTuple):
     dtype: str
     sigma_max: float = math.inf
 
-    def prefill(self, params, ids_BxN, real_BxN) -> Cache:
+    def prefill(self, params, ids_BxN, real_BxN, origin) -> Cache:
         """A cache that holds the beginnings of the rows, as blocks of the canvas's size."""
-        return _store(self, params, ids_BxN, real_BxN, 0, self.size, "block_causal")
+        return _store(self, params, ids_BxN, real_BxN, origin, self.size, "block_causal")
 
-    def __call__(self, params, canvas_BxS, start_B, size_B, before_B, previous: PreviousBlock | None, positions_BxP,
-                 level_B,
+    def __call__(self, params, canvas_BxS, block: RowBlocks, previous: PreviousBlock | None, positions_BxP, level_B,
                  cache):
         place = jnp.arange(self.size)
-        position = start_B[:, None] + place
+        position = block.start[:, None] + place
         # Blocks are told apart by where they begin.
-        block, inside = jnp.broadcast_to(start_B[:, None], position.shape), place < size_B[:, None]
+        index, inside = jnp.broadcast_to(block.start[:, None], position.shape), place < block.size[:, None]
         sigma = sigma_of(self.model, level_B, self.sigma_max)
-        noised = Stream(canvas_BxS[:, None], position, block, inside.astype(jnp.int32),
+        noised = Stream(canvas_BxS[:, None], position, index, inside.astype(jnp.int32),
                         None if sigma is None else sigma[:, None])
         clean, write_at = None, None
         if previous is not None:
-            clean = Stream(previous.ids, before_B[:, None] + place, jnp.broadcast_to(before_B[:, None], block.shape),
+            before = block.before[:, None]
+            clean = Stream(previous.ids, before + place, jnp.broadcast_to(before, index.shape),
                            previous.real.astype(jnp.int32))
             # Where there is no block before, what is written is seen by nobody, and is overwritten later.
-            write_at = jnp.where(previous.real.any(-1), before_B, start_B)
+            write_at = jnp.where(previous.real.any(-1), block.before, block.start)
         out = trunk.decode(self.model, params, noised, clean, cache, write_at, block_size=self.size,
                            execution=UNROLLED, output_positions_BxP=positions_BxP)
         return trunk.logits(self.model, params, out.noised[:, 0], sigma), out.cache
@@ -219,6 +222,19 @@ class GuidedDenoiser(NamedTuple):
                                      jnp.concatenate([level_B] * 2), cache)
         conditional, unconditional = jnp.split(logits, 2)
         return unconditional + (1 + self.weight) * (conditional - unconditional), cache
+
+
+def check_cache_dtype(lm: Any, options: Any) -> None:
+    """UserError for a type that caches do not have."""
+    lookup(dict.fromkeys(DTYPES), options.cache_dtype, "cache_dtype")
+
+
+def check_target_shift(lm: Any, options: Any) -> None:
+    """UserError for options that `ShiftedDenoiser` does not know."""
+    form = target_shift_of(lm.config.model)
+    if form and not lm.config.diffusion.causal and (options.approximate_cache or options.block_size == AUTO):
+        what = "approximate_cache" if options.approximate_cache else f"block_size='{AUTO}'"
+        raise UserError(f"{what} is not there for networks with model.target_shift='{form}': leave it out")
 
 
 def sigma_of(model: Backbone, level_B, sigma_max: float):

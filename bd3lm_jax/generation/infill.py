@@ -21,6 +21,7 @@ import numpy as np
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data.texts import decode_continuation
 from bd3lm_jax.generation import generation
+from bd3lm_jax.generation.compatibility import refuse
 from bd3lm_jax.generation.options import Options, check_options
 from bd3lm_jax.generation.prompts import Rows, encode, padded_length
 from bd3lm_jax.likelihood import conditional
@@ -161,9 +162,7 @@ def _short(text: str) -> str:
 
 def _check(lm, texts, options: Options) -> None:
     check_options(lm, options)
-    for name in UNSUPPORTED_OPTIONS:
-        if getattr(options, name) != getattr(Options(), name):
-            raise UserError(f"option '{name}' is for texts that are written on: infill has no use for it")
+    refuse(options, UNSUPPORTED_OPTIONS, "option '{name}' is for texts that are written on: infill has no use for it")
     if isinstance(texts, str) or not len(texts):
         raise UserError(f"texts are {texts!r}, expected a list of one or more texts or lists of token ids")
 

@@ -6,21 +6,17 @@ from typing import Any
 from bd3lm_jax.checkpoints.published.mapping import check_bos
 from bd3lm_jax.core import synonyms
 from bd3lm_jax.core.errors import UserError, lookup, nearest
-from bd3lm_jax.generation.approximate_cache import KINDS
-from bd3lm_jax.generation.compatibility import ALL_SAMPLERS, check_sampler_fits
-from bd3lm_jax.generation.sampling import Filters
+from bd3lm_jax.generation import approximate_cache, denoise
+from bd3lm_jax.generation.compatibility import FIELD_OF
+from bd3lm_jax.generation.sampling import ALL_SAMPLERS, Filters, auto_size, constraint
 from bd3lm_jax.generation.sampling.auto_size import AUTO
 from bd3lm_jax.generation.sampling.filters import check_filters
-from bd3lm_jax.models import cache
-
-FIELD_OF = {"sliding_window": "window", "fixed_tokens": "forced", "guidance_scale": "guidance"}  # keyword: its field
-
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How texts are written; each is a keyword of `LM.generate`, also under its name in FIELD_OF.
 
-    sampler: one of `compatibility.ALL_SAMPLERS`. temperature, top_k, top_p, min_p, repetition_penalty: see
+    sampler: one of `sampling.ALL_SAMPLERS`. temperature, top_k, top_p, min_p, repetition_penalty: see
     `sampling/filters.py`. forbidden: ids never drawn. steps, threshold: of the sampler; None: its usual ones.
     block_size: what the model was trained with, or for a bidirectional model (MDLM, LLaDA) the stretch that is written
     at a time, left to right from the end of the prompt, the last one shorter where the length asks for it; None: all of
@@ -89,22 +85,40 @@ def by_field(options: dict[str, Any]) -> dict[str, Any]:
 
 def check_options(lm, options: Options) -> None:
     """UserError for options out of range or that do not fit the model."""
-    lookup(ALL_SAMPLERS, options.sampler, "sampler")
-    check_filters(options.filters)
-    if options.cache_dtype not in cache.DTYPES:
-        lookup(dict.fromkeys(cache.DTYPES), options.cache_dtype, "cache_dtype")
-    size = lm.config.block_size
-    check_sampler_fits(lm.config.diffusion, options)
+    for check in OWNERS:
+        check(lm, options)
+
+
+def _check_sampler(lm, options: Options) -> None:
+    objective, sampler = lm.config.diffusion, lookup(ALL_SAMPLERS, options.sampler, "sampler")
+    if type(sampler) is not type(ALL_SAMPLERS[objective.sampler]):
+        raise UserError(f"sampler '{options.sampler}' does not go with a model of kind '{objective.kind}': use "
+                        f"{objective.sampler}")
+    sampler.check(lm, options)
+
+
+def _check_numbers(lm, options: Options) -> None:
     if options.steps is not None and options.steps < 1:
         raise UserError(f"steps is {options.steps}, expected at least 1")
     if options.threshold is not None and not options.threshold >= 0:
         raise UserError(f"threshold is {options.threshold}, expected at least 0")
     if options.min_length < 0:
         raise UserError(f"min_length is {options.min_length}, expected at least 0")
-    _check_block_size(lm, options)
-    if ALL_SAMPLERS[options.sampler].can_remask and options.block_size not in (None, size):
+
+
+def _check_block_size(lm, options: Options) -> None:
+    requested, size = options.block_size, lm.config.block_size
+    is_auto = requested == AUTO and lm.config.diffusion.kind == "mixed"
+    if lm.is_bidirectional and not is_auto:
+        if requested is not None and not (isinstance(requested, int) and 0 < requested <= lm.context):
+            raise UserError(f"block_size is {requested}, expected 1 to {lm.context}, tokens that are written at a time")
+    elif requested not in (None, size) and not is_auto:
+        raise UserError(f"block_size is {requested}, expected {size}, the one it was trained with")
+    if ALL_SAMPLERS[options.sampler].can_remask and requested not in (None, size):
         raise UserError(f"sampler '{options.sampler}' rewrites the whole block: leave block_size out")
-    _check_approximate_cache(lm, options)
+
+
+def _check_forbidden(lm, options: Options) -> None:
     vocab = lm.config.model.vocab_size
     for token in options.forbidden:
         if not 0 <= token < vocab:
@@ -112,50 +126,26 @@ def check_options(lm, options: Options) -> None:
     never = {*options.forbidden, lm.special.mask, *([lm.special.end] if options.min_length else [])} - {-1}
     if len(never) >= vocab:
         raise UserError("every token is forbidden: at least one must be left to draw")
-    if options.constraint is not None and lm.tokenizer is None:
-        raise UserError("a constraint needs a tokenizer, and this checkpoint has none")
-    if options.constraint is not None and options.min_length:
-        raise UserError("min_length does not go with a constraint: write the least length into the constraint, e.g. "
-                        "'.{20,}'")
-    if options.constraint is not None and options.forced:
-        raise UserError("forced tokens do not go with a constraint: write them into the constraint")
+
+
+def _check_stop(lm, options: Options) -> None:
     if options.stop and lm.tokenizer is None:
         raise UserError("stop strings need a tokenizer, and this checkpoint has none")
     if any(not text for text in options.stop):
         raise UserError("a stop string is empty, expected at least one character")
-    check_bos(lm.config.diffusion, lm.config.model, lm.special.end)
 
 
-def _check_block_size(lm, options: Options) -> None:
-    requested, size = options.block_size, lm.config.block_size
-    if requested == AUTO and lm.config.diffusion.kind == "mixed":
-        _check_auto_size(options)
-    elif lm.is_bidirectional:
-        if requested is not None and not (isinstance(requested, int) and 0 < requested <= lm.context):
-            raise UserError(f"block_size is {requested}, expected 1 to {lm.context}, tokens that are written at a time")
-    elif requested not in (None, size):
-        raise UserError(f"block_size is {requested}, expected {size}, the one it was trained with")
-
-
-def _check_auto_size(options: Options) -> None:
-    if not 0 <= options.block_confidence <= 1:
-        raise UserError(f"block_confidence is {options.block_confidence}, expected 0 to 1, a probability")
-    refused = {"sliding_window": options.window, "constraint": options.constraint is not None,
-               "guidance_scale": options.guidance, "min_entropy": options.min_entropy is not None}
-    conflicting = [name for name, value in refused.items() if value]
-    if conflicting:
-        raise UserError(f"block_size='{AUTO}' gives every row blocks of its own, which does not go with "
-                        f"{', '.join(conflicting)}: leave that out, or name a block size")
-
-
-def _check_approximate_cache(lm, options: Options) -> None:
-    if not options.approximate_cache:
-        return
-    lookup(dict.fromkeys(KINDS), options.approximate_cache, "approximate_cache")
-    if not lm.is_bidirectional:
-        kind = "an autoregressive" if lm.config.diffusion.causal else "a block"
-        raise UserError(f"approximate_cache is for bidirectional models (block size = length): the cache of {kind} "
-                        "model is exact, leave it out")
-    if options.block_size is None:
-        raise UserError("approximate_cache keeps keys and values while a window is written: give its tokens as "
-                        f"block_size, 1 to {lm.context}")
+OWNERS = (  # in the order of their messages
+    _check_sampler,
+    lambda lm, options: check_filters(options.filters),
+    denoise.check_cache_dtype,
+    _check_numbers,
+    _check_block_size,
+    auto_size.check,
+    approximate_cache.check,
+    _check_forbidden,
+    constraint.check,
+    _check_stop,
+    lambda lm, options: check_bos(lm.config.diffusion, lm.config.model, lm.special.end),
+    denoise.check_target_shift,
+)

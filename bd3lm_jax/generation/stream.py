@@ -1,26 +1,22 @@
 """Watching a language model write: what every step reveals, what is final, and what may still be revised.
 
-The host drives the pieces of the sampling loop one step at a time: the tokens are those of `LM.generate` with the same
-options.
+The events are those of `BatchLoop.write`, which writes the same tokens for `LM.generate` with the same options.
 """
 
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data.texts import decode_continuation, num_stable_tokens
 from bd3lm_jax.generation import generation
+from bd3lm_jax.generation.batch import BatchLoop
 from bd3lm_jax.generation.generation import Sample
 from bd3lm_jax.generation.options import Options, check_options
-from bd3lm_jax.generation.prompts import Rows, align_to_windows, encode_prompts, prompt_rows
-from bd3lm_jax.generation.sampling import SAMPLERS, STOPS, simplex
-from bd3lm_jax.generation.sampling.auto_size import AUTO
-from bd3lm_jax.generation.sampling.generate import close_block, open_block, reveal, writing
+from bd3lm_jax.generation.prompts import Rows, encode_prompts, prompt_rows
+from bd3lm_jax.generation.sampling import STOPS, auto_size, simplex
 
 MASK_SIGN, END_SIGN = "░", "∎"
 
@@ -70,12 +66,8 @@ def stream(lm, prompts: Sequence | None, num: int, length: int, options: Options
     its length.
     """
     check_options(lm, options)
-    if options.sampler == simplex.NAME:
-        raise UserError("a text of simplex diffusion is not watched step by step, every step draws all of a block: use "
-                        "generate, or sample without --animate and --trace")
-    if options.block_size == AUTO:
-        raise UserError(f"block_size='{AUTO}' is not watched, every row has blocks of its own: name a block size, or "
-                        "use generate, or sample without --animate and --trace")
+    for check in (simplex.check_watched, auto_size.check_watched):
+        check(lm, options)
     prompts = encode_prompts(lm, prompts, num, length, options.window)
     if len(prompts) > generation.ROWS:
         raise UserError(f"{len(prompts)} texts are asked for, expected at most {generation.ROWS} to watch at a time")
@@ -115,50 +107,29 @@ def piece(lm, token: int) -> str:
 
 
 def steps(lm, options: Options, rows: Rows, starts: Sequence[int]) -> Iterator[Event]:
-    """Events of one batch of rows; begins: where the text of each row starts, in tokens.
+    """Events of one batch of rows; starts: where the text of each row begins, in tokens.
 
     A step brings an event for each row that it changed, and the last step of a block one for every row of it.
     """
-    rows, lead_B = align_to_windows(rows, options)
-    starts = np.asarray(starts) + lead_B
-    job = generation.begin(lm, options, rows, 0)
-    size, progress, block = job.plan.settings.block_size, job.progress, job.first_block
-    programs = _programs(lm, job, options)
-    tokens, stopped = np.asarray(progress.tokens), np.zeros(len(rows.tokens), np.int32)
-    trackers = [_RowTracker(lm, options, rows, i, begin, size) for i, begin in enumerate(starts)]
-    for tracker, lead in zip(trackers, lead_B):
-        yield _without_lead(tracker.first(block, tokens), int(lead))
-    while (writing := (stopped == 0) & (block * size < rows.length)).any():
-        columns = np.s_[:, block * size:(block + 1) * size]
-        to_fill = ~rows.given[columns] & writing[:, None]
-        visible_rows = np.flatnonzero(writing & ((block + 1) * size > np.asarray(starts)))  # also where all is forced
-        before = _BlockSnapshot(tokens[columns], to_fill, np.ones(to_fill.shape), None)
-        for step, (current, cache) in enumerate(_calls(job, programs, progress), 1):
-            after = _BlockSnapshot(*jax.device_get((current.canvas, current.masked, current.confidence, current.nfe)))
-            is_done = not _is_unfinished(job, current)
-            if is_done:
-                progress = programs.close(progress, current, cache)
-                tokens = np.asarray(progress.tokens)
-                progress, stopped = _stop_at_strings(lm, options, rows, starts, progress, (block + 1) * size)
-            for i in visible_rows:
-                event = trackers[i].event(block, step, before, after, is_done, to_fill, tokens, stopped[i])
-                if event.revealed or event.remasked or is_done:
-                    yield _without_lead(event, int(lead_B[i]))
-            before = after
-        block += 1
-
-
-def _calls(job: generation.BatchLoop, programs: "_CompiledSteps", progress):
-    """The next block after each of its steps, with the cache."""
-    block, cache = programs.open(progress)
-    yield block, cache
-    while _is_unfinished(job, block):
-        block = programs.reveal(progress, block, cache)
-        yield block, cache
-
-
-def _is_unfinished(job: generation.BatchLoop, block) -> bool:
-    return bool(writing(SAMPLERS[job.plan.sampler], job.plan.settings, block).any())
+    loop = BatchLoop(lm, options, rows, starts=starts)
+    tokens, stopped = np.asarray(loop.progress.tokens), np.zeros(len(rows.tokens), np.int32)
+    trackers = [_RowTracker(loop, i) for i in range(len(rows.tokens))]
+    for tracker in trackers:
+        yield tracker.first(loop.first_block, tokens)
+    view = _BlockView.of(loop, loop.first_block, tokens, stopped)
+    for written in loop.write(watched=True):
+        after = _BlockSnapshot(*jax.device_get((written.block.canvas, written.block.masked, written.block.confidence,
+                                                written.block.nfe)))
+        view = view._replace(step=view.step + 1, after=after, is_done=written.progress is not None)
+        if view.is_done:
+            tokens, stopped = np.asarray(written.progress.tokens), np.asarray(written.progress.stopped)
+        for i in view.rows:
+            event = trackers[i].event(view, tokens, stopped[i])
+            if event.revealed or event.remasked or view.is_done:
+                yield event
+        view = view._replace(before=after)
+        if view.is_done:
+            view = _BlockView.of(loop, view.block + 1, tokens, stopped)
 
 
 def _without_lead(event: Event, lead: int) -> Event:
@@ -178,40 +149,62 @@ class _BlockSnapshot(NamedTuple):
     nfe: np.ndarray | None
 
 
+class _BlockView(NamedTuple):
+    """A block while it is watched. rows: those that write in it. to_fill `[B, S]`: places that are not given. step: the
+    step-th, between the snapshots before and after. is_done: all rows have finished the block."""
+
+    block: int
+    rows: np.ndarray
+    to_fill: np.ndarray
+    before: _BlockSnapshot
+    after: _BlockSnapshot | None = None
+    step: int = 0
+    is_done: bool = False
+
+    @classmethod
+    def of(cls, loop: BatchLoop, block: int, tokens_BxL, stopped_B) -> "_BlockView":
+        """The block before its first step."""
+        start, end = block * loop.block_size, (block + 1) * loop.block_size
+        writing = (stopped_B == 0) & (start < loop.rows.length)
+        to_fill = ~loop.rows.given[:, start:end] & writing[:, None]
+        visible_rows = np.flatnonzero(writing & (end > loop.starts))  # also where all is forced
+        return cls(block, visible_rows, to_fill,
+                   _BlockSnapshot(tokens_BxL[:, start:end], to_fill, np.ones(to_fill.shape), None))
+
+
 class _RowTracker:
     """One row of a batch, as events tell it."""
 
-    def __init__(self, lm, options: Options, rows: Rows, row: int, begin: int, size: int):
-        self._lm, self._options, self._row, self._begin, self._size = lm, options, row, begin, size
-        self._number, self._length = int(rows.number[row]), int(rows.length[row])
-        self._calls = 2 if options.guidance else 1
+    def __init__(self, loop: BatchLoop, row: int):
+        self._lm, self._options, self._row, self._size = loop.lm, loop.options, row, loop.block_size
+        self._begin, self._lead = int(loop.starts[row]), int(loop.lead_B[row])
+        self._number, self._length = int(loop.rows.number[row]), int(loop.rows.length[row])
+        self._calls = 2 if loop.options.guidance else 1
 
     def first(self, block: int, tokens_BxL) -> Event:
         canvas, end = tokens_BxL[self._row, :self._length], (block + 1) * self._size
-        return Event(self._number, block, 0, 0, canvas.tolist(), [], [], [], 0,
-                     *self._texts(canvas[:end], 0), None)
+        return _without_lead(Event(self._number, block, 0, 0, canvas.tolist(), [], [], [], 0,
+                                   *self._texts(canvas[:end], 0), None), self._lead)
 
-    def event(self, block: int, step: int, before: _BlockSnapshot, after: _BlockSnapshot, is_done: bool, to_fill,
-              tokens_BxL,
-              stopped: int) -> Event:
-        """over: all rows have finished the block. tokens: with all finished blocks, this one as well if it is over."""
-        i, size = self._row, self._size
-        start = block * size
+    def event(self, view: _BlockView, tokens_BxL, stopped: int) -> Event:
+        """tokens: with all finished blocks, this one as well if it is done."""
+        i, size, before, after = self._row, self._size, view.before, view.after
+        start = view.block * size
         end = min(start + size, self._length)
-        inside = to_fill[i] & (start + np.arange(size) < end)
+        inside = view.to_fill[i] & (start + np.arange(size) < end)
         drawn = before.masked[i] | (after.canvas[i] != before.canvas[i]) | (after.confidence[i] != before.confidence[i])
         revealed = np.flatnonzero(inside & drawn & ~after.masked[i])
         remasked = np.flatnonzero(inside & after.masked[i] & ~before.masked[i])
         row, nfe = tokens_BxL[i].copy(), int(after.nfe[i]) * self._calls
         row[start:start + size] = after.canvas[i]
-        sample, texts = None, self._texts(row[:end], (end if is_done else start) - self._begin)
-        if is_done and (stopped or end == self._length):
+        sample, texts = None, self._texts(row[:end], (end if view.is_done else start) - self._begin)
+        if view.is_done and (stopped or end == self._length):
             sample = generation.postprocess(self._lm, self._options, row[self._begin:self._length], nfe, STOPS[stopped],
                                             row[:self._begin])
             texts = sample.text, None if sample.text is None else ""
-        return Event(self._number, block, step, start, row[start:end].tolist(),
-                     (start + revealed).tolist(), after.confidence[i][revealed].tolist(), (start + remasked).tolist(),
-                     nfe, *texts, sample)
+        return _without_lead(Event(self._number, view.block, view.step, start, row[start:end].tolist(),
+                                   (start + revealed).tolist(), after.confidence[i][revealed].tolist(),
+                                   (start + remasked).tolist(), nfe, *texts, sample), self._lead)
 
     def _texts(self, row, final: int) -> tuple[str | None, str | None]:
         """Text of the first `final` new tokens of a row as far as it cannot change, and what follows it up to an end
@@ -239,37 +232,3 @@ def _stable_text(text: str, stop: Sequence[str]) -> str:
     text = text.rstrip("\ufffd")
     num_held = max((n for string in stop for n in range(1, len(string)) if text.endswith(string[:n])), default=0)
     return text[:len(text) - num_held]
-
-
-def _stop_at_strings(lm, options: Options, rows: Rows, starts, progress, end: int):
-    """Rows with a stop string before place `end` write no more -> progress, why each row has stopped `[B]`."""
-    tokens, stopped = np.asarray(progress.tokens), np.array(progress.stopped)
-    if not options.stop:
-        return progress, stopped
-    for i in np.flatnonzero((stopped == 0) & (rows.length > 0)):
-        text = decode_continuation(lm.tokenizer, tokens[i, :starts[i]], tokens[i, starts[i]:max(end, starts[i])])
-        if any(string in text for string in options.stop):
-            stopped[i] = STOPS.index("end")
-    return progress._replace(stopped=jnp.asarray(stopped)), stopped
-
-
-class _CompiledSteps(NamedTuple):
-    """`open_block`, `reveal` and `close_block` of one job, compiled."""
-
-    open: functools.partial
-    reveal: functools.partial
-    close: functools.partial
-
-
-def _programs(lm, job: generation.BatchLoop, options: Options) -> _CompiledSteps:
-    jitted = lm.__dict__.setdefault("_stream_programs", {})  # jitted once, compiled once per plan and shapes
-    if not jitted:
-        for name, function in (("open", open_block), ("reveal", reveal), ("close", close_block)):
-            jitted[name] = jax.jit(functools.partial(_call, lm, function), static_argnums=0)
-    guidance = np.float32(options.guidance)
-    return _CompiledSteps(*(functools.partial(program, job.plan, lm.params, job.request, guidance)
-                            for program in jitted.values()))
-
-
-def _call(lm, function, plan, params, request, guidance, *state):
-    return function(generation.make_denoiser_context(lm, plan, params, request, guidance), request, *state)

@@ -10,10 +10,11 @@ from toy_lm import CONTEXT, END, LETTERS, MASK, make_ids, make_lm, masked
 
 import bd3lm_jax
 from bd3lm_jax.diffusion import AR
-from bd3lm_jax.generation import generation
+from bd3lm_jax.generation import batch, generation
+from bd3lm_jax.generation import plan as plans
 from bd3lm_jax.generation.options import Options, make_options
 from bd3lm_jax.generation.prompts import BUCKET, Rows, prompt_rows
-from bd3lm_jax.generation.sampling import STOPS, Filters, Settings
+from bd3lm_jax.generation.sampling import SAMPLERS, STOPS, Filters, Settings
 from bd3lm_jax.generation.sampling import generate as loop
 from bd3lm_jax.models import forward, trunk
 
@@ -29,11 +30,11 @@ def test_every_option_reaches_the_loop():
                            forbidden=[4], steps=12, threshold=0.3, min_entropy=2.0, min_length=5, cache_dtype="int8",
                            guidance=1.5, seed=3)
     lm = make_lm(tokenizer=LETTERS)
-    plan = generation.make_plan(lm, options, BUCKET)
+    plan = plans.make_plan(lm, options, BUCKET)
     assert plan.settings == Settings(4, 4, 12, Filters(0.5, 7, 0.9, 0.1, 1.2), MASK, END, 2.0)
-    assert (plan.sampler, plan.cache_dtype, plan.guided) == ("ancestral", "int8", True)
+    assert (plan.transition, plan.cache_dtype, plan.guided) == (SAMPLERS["ancestral"], "int8", True)
     rows = prompt_rows(lm, [np.array([1, 2]), np.array([5])], 9, options)
-    request = generation.make_request(lm, options, rows, 0)
+    request = plans.make_request(lm, options, rows, 0)
     np.testing.assert_array_equal(np.flatnonzero(request.forbidden), [4, MASK])
     assert request.threshold == np.float32(0.3)
     np.testing.assert_array_equal(request.given.sum(1), [2, 1])
@@ -46,18 +47,18 @@ def test_every_option_reaches_the_loop():
                                                        ("threshold", 4, 0.9), ("iterative", 10, 0.0)])
 def test_what_is_usual_of_a_sampler(sampler, steps, threshold):
     lm, options = make_lm(), Options(sampler=sampler)
-    assert generation.make_plan(lm, options, BUCKET).settings.steps == steps
+    assert plans.make_plan(lm, options, BUCKET).settings.steps == steps
     rows = prompt_rows(lm, [np.array([1])], 9, options)
-    assert generation.make_request(lm, options, rows, 0).threshold == np.float32(threshold)
+    assert plans.make_request(lm, options, rows, 0).threshold == np.float32(threshold)
 
 
 @pytest.mark.parametrize("objective", some([masked(4), AR(bos=True)], 0))
 def test_no_stack_of_layers_enters_the_loop(objective):
     """A layer cut out of its stack inside the loop would be copied in every call, half of a call's time."""
     lm, options = make_lm(objective), Options()
-    job = generation.begin(lm, options, prompt_rows(lm, [np.array([1])], 9, options), 0)
-    program = jax.make_jaxpr(functools.partial(generation._run, lm, job.plan))(lm.params, job.request, 0.0,
-                                                                               job.progress, 2)
+    job = batch.BatchLoop(lm, options, prompt_rows(lm, [np.array([1])], 9, options))
+    program = jax.make_jaxpr(functools.partial(batch.run_rows, lm, job.plan))(lm.params, job.request, 0.0,
+                                                                             job.progress, 2)
     outer, = (equation for equation in program.eqns if equation.primitive.name == "while")
     into = [x.aval.shape for x in outer.invars]
     for name in ("qkv", "out", "mlp_in", "mlp_out"):
@@ -99,7 +100,7 @@ def test_stop_strings():
 
 @pytest.mark.ci_slow
 def test_a_stop_string_saves_the_rest(monkeypatch):
-    monkeypatch.setattr(generation, "CHECK_EVERY", 8)
+    monkeypatch.setattr(batch, "CHECK_EVERY", 8)
     lm = make_lm(tokenizer=LETTERS)
     text = lm.generate(length=CONTEXT, **NO_END)[0].text
     sample, = lm.generate(length=CONTEXT, stop=[text[1]], **NO_END)

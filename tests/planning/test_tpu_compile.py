@@ -72,7 +72,7 @@ from bd3lm_jax import models
 from bd3lm_jax.planning import compilers
 from bd3lm_jax.generation.sampling import Request
 from bd3lm_jax.scoring.score import SpecialIds
-from bd3lm_jax.generation import generation
+from bd3lm_jax.generation import batch, plan as plans
 from bd3lm_jax.generation.options import Options
 
 special, length = SpecialIds(mask=511, end=0), 512
@@ -115,10 +115,10 @@ def asked():
 params = placed(jax.eval_shape(lambda: trunk.init(model, jax.random.key(0))))
 request, tokens = placed(jax.eval_shape(asked)), placed(jax.ShapeDtypeStruct((rows, length), jnp.int32))
 integer, real = (placed(jax.ShapeDtypeStruct((), dtype)) for dtype in (jnp.int32, jnp.float32))
-plan = generation.make_plan(lm, Options(), length)
-progress = placed(jax.eval_shape(lambda *asked: generation._start(lm, plan, 0, *asked), params, request, tokens,
+plan = plans.make_plan(lm, Options(), length)
+progress = placed(jax.eval_shape(lambda *asked: batch.start_rows(lm, plan, 0, *asked), params, request, tokens,
                                  *[integer] * 3, real))
-run = jax.jit(lambda *arguments: generation._run(lm, plan, *arguments), donate_argnums=3)
+run = jax.jit(lambda *arguments: batch.run_rows(lm, plan, *arguments), donate_argnums=3)
 print(json.dumps(figures(run, mesh, params, request, real, progress, integer)))
 """
 

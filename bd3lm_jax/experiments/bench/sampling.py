@@ -18,9 +18,11 @@ from bd3lm_jax.config import NO_RUN, Config
 from bd3lm_jax.core import jax_settings
 from bd3lm_jax.diffusion import AR, Masked
 from bd3lm_jax.experiments.bench.runner import Limit, Variant, compare
-from bd3lm_jax.generation import generation
+from bd3lm_jax.generation import plan as plans
 from bd3lm_jax.generation.denoise import UncachedDenoiser
-from bd3lm_jax.generation.sampling import SAMPLERS, DenoiserContext, run_blocks, start
+from bd3lm_jax.generation.options import Options
+from bd3lm_jax.generation.prompts import prompt_rows
+from bd3lm_jax.generation.sampling import DenoiserContext, run_blocks, start
 from bd3lm_jax.generation.sampling.generate import PreviousBlock
 from bd3lm_jax.lm import LM
 from bd3lm_jax.models import trunk
@@ -62,13 +64,13 @@ def run_case(sizes: dict, length: int, size: int, batch: int, rounds: int) -> li
     """All variants at one block size and batch."""
     lm, ar = make_lm(sizes, Masked.uniform_counts(size), length), make_lm(sizes, AR(bos=True), length)
     split = make_lm(sizes | {"decoder_layers": max(sizes["num_layers"] // 3, 1)}, Masked.uniform_counts(size), length)
-    options = generation.Options()
+    options = Options()
     case = (f"S={size}, batch {batch}, {length} tokens, {sizes['num_layers']} x {sizes['hidden_size']}, "
             f"V={sizes['vocab_size']}")
     variants = [
         Variant("ar_cached", sampler(ar, options, batch)),
         Variant("fused", sampler(lm, options, batch)),
-        Variant("fused_2", sampler(lm, generation.Options(sampler="random_order", steps=max(size // 2, 1)), batch)),
+        Variant("fused_2", sampler(lm, Options(sampler="random_order", steps=max(size // 2, 1)), batch)),
         Variant("fused_split", sampler(split, options, batch)),
         Variant("cached", sampler(lm, options, batch, wrap=separate_store)),
         Variant("no_cache", sampler(lm, options, batch, wrap=uncached)),
@@ -93,16 +95,16 @@ class Denoising(NamedTuple):
     cache: Any
 
 
-def sampler(lm: LM, options: generation.Options, batch: int, wrap=None):
+def sampler(lm: LM, options: Options, batch: int, wrap=None):
     """run() of a variant: `batch` texts of the model's full length from nothing. wrap: another way to ask."""
-    rows = generation.prompt_rows(lm, [np.zeros(0, np.int32)] * batch, lm.context, options)
-    plan = generation.make_plan(lm, options, rows.tokens.shape[1])
-    request = jax.device_put(generation.make_request(lm, options, rows, 0))
+    rows = prompt_rows(lm, [np.zeros(0, np.int32)] * batch, lm.context, options)
+    plan = plans.make_plan(lm, options, rows.tokens.shape[1])
+    request = jax.device_put(plans.make_request(lm, options, rows, 0))
 
     @jax.jit
     def texts(params, tokens, request):
         denoising = (wrap or fused)(lm, plan, trunk.unstack_layers(lm.model, params), batch)
-        denoiser_context = DenoiserContext(denoising.ask, SAMPLERS[plan.sampler], plan.settings)
+        denoiser_context = DenoiserContext(denoising.ask, plan.transition, plan.settings)
         progress = start(denoiser_context, request, tokens, 0, denoising.cache)
         return run_blocks(denoiser_context, request, progress, tokens.shape[1] // plan.settings.block_size).tokens
     return functools.partial(texts, lm.params, jnp.asarray(rows.tokens), request)
@@ -110,7 +112,7 @@ def sampler(lm: LM, options: generation.Options, batch: int, wrap=None):
 
 def fused(lm: LM, plan, params, batch: int) -> Denoising:
     """As `LM.generate` does it."""
-    denoiser: Any = generation.make_denoiser(lm, plan)  # one whose prefill takes four arguments
+    denoiser: Any = plans.make_denoiser(lm, plan)  # one whose prefill takes four arguments
     no_tokens = jnp.zeros((batch, 0), jnp.int32)
     return Denoising(functools.partial(denoiser, params), denoiser.prefill(params, no_tokens, no_tokens, 0))
 
@@ -133,9 +135,9 @@ def uncached(lm: LM, plan, params, batch: int) -> Denoising:
     return Denoising(functools.partial(denoiser, params), denoiser.prefill(params, no_tokens, no_tokens, 0))
 
 
-def bare(lm: LM, options: generation.Options, batch: int):
+def bare(lm: LM, options: Options, batch: int):
     """run() of the network calls of `fused` alone: their logits are added up, nothing is drawn."""
-    plan = generation.make_plan(lm, options, lm.context)
+    plan = plans.make_plan(lm, options, lm.context)
     size, vocab = plan.settings.block_size, lm.config.model.vocab_size
     blank = jnp.full((batch, size), lm.special.mask, jnp.int32)
 

@@ -1,9 +1,13 @@
-"""Sampling: filters, reveal steps and the block loop; the network is a function (see `generate`)."""
+"""Sampling: filters, transitions and the one loop; the network is a function (see `generate`)."""
 
+from collections import ChainMap
+
+from bd3lm_jax.generation.sampling import simplex
 from bd3lm_jax.generation.sampling.filters import Filters
 from bd3lm_jax.generation.sampling.generate import (
     STOPS,
     DenoiserContext,
+    Frame,
     Progress,
     Request,
     Settings,
@@ -12,4 +16,7 @@ from bd3lm_jax.generation.sampling.generate import (
 )
 from bd3lm_jax.generation.sampling.steps import SAMPLERS
 
-__all__ = ["SAMPLERS", "STOPS", "DenoiserContext", "Filters", "Progress", "Request", "Settings", "run_blocks", "start"]
+ALL_SAMPLERS = ChainMap(SAMPLERS, {simplex.NAME: simplex.SAMPLER})  # with what is registered later
+
+__all__ = ["ALL_SAMPLERS", "SAMPLERS", "STOPS", "DenoiserContext", "Filters", "Frame", "Progress", "Request",
+           "Settings", "run_blocks", "start"]

@@ -1,5 +1,5 @@
 """Writing with blocks of several sizes, for a model that was trained with them: each next block's size is chosen by how
-sure the model is of what comes, in one compiled program.
+sure the model is of what comes, inside the compiled loop.
 
 A heuristic. The first call of a block shows the model the largest canvas; the block becomes the largest trained size
 whose first tokens are predicted with a mean confidence (probability of the likeliest token) of at least `confidence`,
@@ -8,100 +8,105 @@ Every row has blocks of its own, one after the other from the end of its prompt,
 written beside them.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from bd3lm_jax.generation.sampling.generate import (
-    DenoiserContext,
-    PreviousBlock,
-    Progress,
-    Request,
-    Settings,
-    close_block,
-    open_block,
-    reveal,
-    writing,
-)
-from bd3lm_jax.generation.sampling.steps import Sampler
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.generation.compatibility import changed
+from bd3lm_jax.generation.sampling.generate import FixedSize, Frame, PreviousBlock, Progress, Request, Settings
 
 AUTO = "auto"  # in the place of a block size
+EXCLUDES = ("sliding_window", "constraint", "guidance_scale", "min_entropy")
 
 
-class Sizes(NamedTuple):
-    """Static. sizes: rising; the last is that of the canvas. confidence: see above."""
+class RowBlocks(NamedTuple):
+    """Where the blocks of the rows are, int32 `[B]`. start: first place of the present (or next) block; size: its
+    tokens; before: where the block before began. In `Progress.rows`, size is that of the block before (0: none)."""
+
+    start: jax.Array
+    size: jax.Array
+    before: jax.Array
+
+
+class AutoSizes(NamedTuple):
+    """An extent (see `generate.py`): blocks of chosen sizes. sizes: rising; the last is that of the canvas. confidence:
+    see above.
+
+    The denoiser is given `RowBlocks` in the place of a block's index.
+    """
 
     sizes: tuple[int, ...]
     confidence: float
 
+    def num_blocks(self, settings: Settings, length: int) -> int:
+        return length // self.sizes[0]
 
-class AutoSizeContext(NamedTuple):
-    """denoise(canvas_BxS, start_B, size_B, finished_start_B, finished, positions_BxP, level_B, cache) -> logits_BxPxV,
-    cache: as in `generate.py`, with the place of every row's block, and of the block before, in place of an index."""
+    def stretch(self, settings: Settings, tokens: int) -> None:
+        return None
 
-    denoise: Callable
-    sampler: Sampler
-    settings: Settings
+    def num_prefilled(self, denoiser, given_BxL, first_block: int) -> int:
+        return int(np.cumprod(given_BxL, axis=1).sum(1).max())
 
+    def is_prefilled(self, given_BxN, place_N, stored):
+        return jnp.cumprod(given_BxN, axis=1) > 0
 
-class State(NamedTuple):
-    """tokens `[B, L + S]`; start: where each row's next block begins; before, size: where the last one began, and its
-    tokens (0: none); stopped and nfe as in `Progress`."""
+    def start(self, settings: Settings, request: Request, progress: Progress) -> Progress:
+        """Rows with a canvas behind them; `block` counts blocks."""
+        zeros = jnp.zeros_like(progress.nfe)
+        tokens = jnp.pad(progress.tokens, ((0, 0), (0, settings.block_size)), constant_values=settings.mask_id)
+        start = jnp.argmin(jnp.pad(request.given, ((0, 0), (0, 1))), axis=1).astype(jnp.int32)
+        return progress._replace(block=jnp.zeros((), jnp.int32), tokens=tokens, rows=RowBlocks(start, zeros, zeros))
 
-    tokens: jax.Array
-    start: jax.Array
-    before: jax.Array
-    size: jax.Array
-    stopped: jax.Array
-    nfe: jax.Array
-    cache: Any
+    def done(self, settings: Settings, request: Request, progress: Progress):
+        return (progress.stopped > 0) | (progress.rows.start >= request.length)
 
+    def enter(self, frame: Frame) -> Frame:
+        """Each row as if its canvas were all of it, and the first call made; noise is keyed by where blocks begin."""
+        context, request, progress, _ = frame
+        size, start = context.settings.block_size, progress.rows.start
+        canvas = _slice_rows(progress.tokens, start, size)
+        given = _slice_rows(jnp.pad(request.given, ((0, 0), (0, size))), start, size)
+        masked = ~given & ~frame.done[:, None]
+        logits_BxSxV, cache = _first_call(frame, canvas, masked)
+        rows = RowBlocks(start, choose_sizes(self, logits_BxSxV, masked, request.forbidden), progress.rows.before)
 
-def first(request: Request, tokens_BxL, settings: Settings, cache) -> State:
-    """Before anything is written; the given tokens at the beginning of each row are in the cache."""
-    zeros = jnp.zeros(len(tokens_BxL), jnp.int32)
-    tokens = jnp.where(request.given, tokens_BxL, settings.mask_id)
-    tokens = jnp.pad(tokens, ((0, 0), (0, settings.block_size)), constant_values=settings.mask_id)
-    start = jnp.argmin(jnp.pad(request.given, ((0, 0), (0, 1))), axis=1).astype(jnp.int32)
-    return State(tokens, start, zeros, zeros, zeros, zeros, cache)
+        def denoise(canvas, block, previous, positions, level, cache):
+            if previous is not None:
+                return jnp.take_along_axis(logits_BxSxV, positions[..., None], axis=1), cache
+            return context.denoise(canvas, rows, None, positions, level, cache)
 
+        own = request._replace(keys=jax.vmap(jax.random.fold_in)(request.keys, start),
+                               given=given | ~_inside(rows, size), length=request.length - start,
+                               earliest_end=request.earliest_end - start)
+        here = Progress(jnp.zeros((), jnp.int32), canvas, progress.stopped, progress.nfe, cache, rows=rows)
+        return Frame(context._replace(denoise=denoise, extent=FixedSize()), own, here)
 
-def run_blocks(sizes: Sizes, context: AutoSizeContext, request: Request, state: State, blocks) -> State:
-    """Write up to `blocks` more blocks in every row, or until all have stopped. Nothing returns to the host."""
-    canvas_size = context.settings.block_size
-    given = jnp.pad(request.given, ((0, 0), (0, canvas_size)))
-
-    def body(carry):
-        count, state = carry
-        block_inputs = _BlockInputs(context, request, state, _slice_rows(given, state.start, canvas_size))
-        logits_BxSxV, cache = block_inputs.first_call(_slice_rows(state.tokens, state.before, canvas_size))
-        size_B = choose_sizes(sizes, logits_BxSxV, block_inputs.masked, request.forbidden)
-        local, progress = block_inputs.request(size_B), block_inputs.progress(cache)
-        first_call_context = single_block_context(context, lambda canvas, positions, level: jnp.take_along_axis(
-            logits_BxSxV, positions[..., None], axis=1))
-        block, _ = open_block(first_call_context, local, progress)
-        later_context = single_block_context(context, functools.partial(block_inputs.later_call, size_B, cache))
-        block = jax.lax.while_loop(lambda block: writing(context.sampler, context.settings, block).any(),
-                                   lambda block: reveal(later_context, local, progress, block, None), block)
-        closed = close_block(later_context, local, progress, block, None)
-        is_writing = ~_is_done(request, state)
-        tokens = jax.vmap(_write_at)(state.tokens, jnp.where(block_inputs.inside(size_B), closed.tokens,
-                                                             block_inputs.canvas), state.start)
-        return count + 1, State(tokens, jnp.where(is_writing, state.start + size_B, state.start),
-                                jnp.where(is_writing, state.start, state.before),
-                                jnp.where(is_writing, size_B, state.size),
-                                jnp.where(is_writing, closed.stopped, state.stopped), closed.nfe, cache)
-
-    def more(carry):
-        return (carry[0] < blocks) & ~_is_done(request, carry[1]).all()
-
-    return jax.lax.while_loop(more, body, (jnp.zeros((), jnp.int32), state))[1]
+    def leave(self, frame: Frame, local: Frame, closed: Progress) -> Progress:
+        progress, rows, is_writing = frame.progress, closed.rows, ~frame.done
+        canvas = jnp.where(_inside(rows, closed.tokens.shape[1]), closed.tokens, local.progress.tokens)
+        tokens = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis=0))(
+            progress.tokens, canvas, rows.start)
+        after = RowBlocks(rows.start + rows.size, rows.size, rows.start)
+        after = jax.tree.map(lambda new, old: jnp.where(is_writing, new, old), after, progress.rows)
+        return Progress(progress.block + 1, tokens, jnp.where(is_writing, closed.stopped, progress.stopped), closed.nfe,
+                        closed.cache, rows=after)
 
 
-def choose_sizes(sizes: Sizes, logits_BxSxV, masked_BxS, forbidden_V):
+def _first_call(frame: Frame, canvas_BxS, masked_BxS):
+    """Logits at every place of the largest canvas, and the cache with the block before."""
+    size, progress = frame.settings.block_size, frame.progress
+    start, _, before = progress.rows
+    previous = PreviousBlock(_slice_rows(progress.tokens, before, size), _inside(progress.rows, size))
+    everywhere = jnp.broadcast_to(jnp.arange(size), canvas_BxS.shape)
+    level = jnp.mean(masked_BxS, axis=1, dtype=jnp.float32)
+    return frame.context.denoise(canvas_BxS, RowBlocks(start, jnp.full_like(start, size), before), previous, everywhere,
+                                 level, progress.cache)
+
+
+def choose_sizes(sizes: AutoSizes, logits_BxSxV, masked_BxS, forbidden_V):
     """The size of each row's next block, int32 `[B]`; tokens that are given already count as sure."""
     p = jax.nn.softmax(jnp.where(forbidden_V, -jnp.inf, logits_BxSxV), axis=-1).max(-1)
     sure = jnp.where(masked_BxS, p, 1.0)
@@ -112,64 +117,28 @@ def choose_sizes(sizes: Sizes, logits_BxSxV, masked_BxS, forbidden_V):
     return size.astype(jnp.int32)
 
 
-class _BlockInputs(NamedTuple):
-    """All rows at their next blocks, each row as if its canvas were all of it."""
-
-    context: AutoSizeContext
-    whole: Request
-    state: State
-    given: jax.Array
-
-    @property
-    def canvas(self):
-        return _slice_rows(self.state.tokens, self.state.start, self.context.settings.block_size)
-
-    @property
-    def masked(self):
-        return ~self.given & ~_is_done(self.whole, self.state)[:, None]
-
-    def inside(self, size_B):
-        return jnp.arange(self.context.settings.block_size) < size_B[:, None]
-
-    def first_call(self, before_BxS):
-        """Logits at every place of the largest canvas, and the cache with the block before."""
-        settings, state = self.context.settings, self.state
-        everywhere = jnp.broadcast_to(jnp.arange(settings.block_size), self.given.shape)
-        previous = PreviousBlock(before_BxS, self.inside(state.size))
-        level = jnp.mean(self.masked, axis=1, dtype=jnp.float32)
-        whole = jnp.full_like(state.size, settings.block_size)
-        return self.context.denoise(self.canvas, state.start, whole, state.before, previous, everywhere, level,
-                                    state.cache)
-
-    def later_call(self, size_B, cache, canvas, positions, level):
-        """Logits at some places of a block of its own size."""
-        return self.context.denoise(canvas, self.state.start, size_B, None, None, positions, level, cache)[0]
-
-    def request(self, size_B) -> Request:
-        """What is asked of the rows' blocks; noise is keyed by where they begin."""
-        whole, start = self.whole, self.state.start
-        keys = jax.vmap(jax.random.fold_in)(whole.keys, start)
-        return whole._replace(keys=keys, given=self.given | ~self.inside(size_B), length=whole.length - start,
-                              earliest_end=whole.earliest_end - start)
-
-    def progress(self, cache) -> Progress:
-        return Progress(jnp.zeros((), jnp.int32), self.canvas, self.state.stopped, self.state.nfe, cache)
+def check(lm: Any, options: Any) -> None:
+    """UserError for options that do not go with blocks of chosen sizes."""
+    if options.block_size != AUTO:
+        return
+    if not 0 <= options.block_confidence <= 1:
+        raise UserError(f"block_confidence is {options.block_confidence}, expected 0 to 1, a probability")
+    conflicting = changed(options, EXCLUDES)
+    if conflicting:
+        raise UserError(f"block_size='{AUTO}' gives every row blocks of its own, which does not go with "
+                        f"{', '.join(conflicting)}: leave that out, or name a block size")
 
 
-def single_block_context(context: AutoSizeContext, logits_of: Callable) -> DenoiserContext:
-    """How `generate` asks about one block: logits_of(canvas_BxS, positions_BxP, level_B)."""
-    def denoise(canvas, block, previous, positions, level, cache):
-        return logits_of(canvas, positions, level), cache
-    return DenoiserContext(denoise, context.sampler, context.settings)
+def check_watched(lm: Any, options: Any) -> None:
+    """UserError: rows with blocks of their own have no common steps."""
+    if options.block_size == AUTO:
+        raise UserError(f"block_size='{AUTO}' is not watched, every row has blocks of its own: name a block size, or "
+                        "use generate, or sample without --animate and --trace")
 
 
-def _is_done(request: Request, state: State):
-    return (state.stopped > 0) | (state.start >= request.length)
+def _inside(rows: RowBlocks, size: int):
+    return jnp.arange(size) < rows.size[:, None]
 
 
 def _slice_rows(x_BxN, start_B, size: int):
     return jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, size))(x_BxN, start_B)
-
-
-def _write_at(row, new, start):
-    return jax.lax.dynamic_update_slice_in_dim(row, new, start, axis=0)

@@ -7,11 +7,13 @@ forward-backward algorithm of hidden Markov models (Rabiner, Proceedings of the 
 of the drawn positions and drop the others: an accepted completion remains.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.generation.compatibility import refuse
 from bd3lm_jax.generation.constraints.automaton import Automaton
 from bd3lm_jax.generation.constraints.dfa import START
 from bd3lm_jax.generation.sampling.filters import sample_categorical
@@ -32,6 +34,17 @@ class Constraint(NamedTuple):
         """What the network says once the constraint is known, for steps that choose by confidence, `[B, S, V]`."""
         block_state = make_block_state(state_B, canvas_BxS, masked_BxS, given_BxS, remaining_B)
         return constrained_marginals(logits_BxSxV, block_state, self.automaton)
+
+
+def check(lm: Any, options: Any) -> None:
+    """UserError for a constraint that the model or other options do not go with."""
+    if options.constraint is None:
+        return
+    if lm.tokenizer is None:
+        raise UserError("a constraint needs a tokenizer, and this checkpoint has none")
+    refuse(options, ("min_length",), "min_length does not go with a constraint: write the least length into the "
+           "constraint, e.g. '.{20,}'")
+    refuse(options, ("forced",), "forced tokens do not go with a constraint: write them into the constraint")
 
 
 def sample_block(constraint: Constraint, state_B, keys_BxS, filtered_BxSxV, logits_BxSxV, canvas_BxS, masked_BxS,

@@ -1,27 +1,29 @@
-"""The one sampling loop: blocks left to right, reveal steps inside, an exact cache across; compiled as a whole.
+"""The one generation loop: blocks left to right, steps inside, an exact cache across; compiled as a whole.
 
-It knows the network only as
-    denoise(canvas_BxS, block, finished, positions_BxP, level_B, cache) -> logits_BxPxV, cache
-(finished: the block just before, whose keys and values this call stores; None when they are stored already), so that a
-test can pass a table of probabilities. Rows do not influence each other: randomness is keyed by (seed, request, block,
-call, position), and every row has its own clock and stop.
+Three things are put in:
 
-`run_blocks` is the loop. Who wants to look inside a block drives the same three functions from outside: `open_block`,
-`reveal`, `close_block`.
+- a denoiser, how the network is called:
+      denoise(canvas_BxS, block, previous, positions_BxP, level_B, cache) -> logits_BxPxV, cache
+  (previous: the block before, whose keys and values this call stores; None when they are stored already), so that a
+  test can pass a table of probabilities;
+- a `Transition`, what a step does to the canvas of a block (`reveal.py`, `simplex.py`);
+- an `Extent`, which stretch of its row a block is (`FixedSize`; `auto_size.py`).
+
+Rows do not influence each other: randomness is keyed by (seed, request, block, call, position), and every row has its
+own clock and stop. `run_blocks` is the loop. A caller that watches every step drives the same three functions from
+outside: `open_block`, `step_block`, `close_block`.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from bd3lm_jax.core.ranking import fast_argmax
-from bd3lm_jax.generation.sampling.filters import Filters, apply_repetition_penalty, filter_logits, sample_categorical
-from bd3lm_jax.generation.sampling.steps import Plan, Row, Sampler, TokenStats
+from bd3lm_jax.generation.sampling.filters import Filters
 
 STOPS = ("length", "end", "entropy")  # by the code in `Progress.stopped`; 0 also means: still writing
-INITIAL_CANVAS = 2**32 - 1  # in the place of a step's number: keys a canvas of letters before the first one
 ENTROPY_TOKENS = 256  # the entropy test looks at so many last tokens (BD3-LM section 5.3)
 
 
@@ -65,7 +67,7 @@ class Request(NamedTuple):
 class Progress(NamedTuple):
     """block: the next to be written. tokens `[B, L]`, masks where nothing is written yet. stopped int32 `[B]`: 0, or
     why the row is done (an index of STOPS). nfe int32 `[B]`: network calls that wrote something in the row. state:
-    that of the constraint."""
+    that of the constraint. rows: what the extent keeps of every row, if anything."""
 
     block: jax.Array
     tokens: jax.Array
@@ -73,6 +75,7 @@ class Progress(NamedTuple):
     nfe: jax.Array
     cache: Any
     state: Any = None
+    rows: Any = None
 
 
 class PreviousBlock(NamedTuple):
@@ -97,12 +100,127 @@ class Block(NamedTuple):
     calls: jax.Array
 
 
+class Transition(Protocol):
+    """What steps do to the canvas of a block. Static: it can be hashed."""
+
+    def max_calls(self, settings: Settings) -> int | None:
+        """The most network calls of a block, where that is known before."""
+
+    def start(self, frame: "Frame", block: Block) -> Block:
+        """The block before its first step; it comes with given tokens and masks."""
+
+    def step(self, frame: "Frame", block: Block, previous: PreviousBlock | None, cache) -> tuple[Block, Any]:
+        """One step of every row, at most one network call -> block with `calls` one higher, cache."""
+
+    def is_unfinished(self, settings: Settings, block: Block) -> jax.Array:
+        """Rows that take a further step, bool `[B]`."""
+
+
+class Extent(Protocol):
+    """Which stretch of its row a block is. Static: it can be hashed."""
+
+    def num_blocks(self, settings: Settings, length: int) -> int:
+        """The most blocks of `length` tokens."""
+
+    def stretch(self, settings: Settings, tokens: int) -> int | None:
+        """Blocks of about `tokens` tokens, at least one; None where rows differ."""
+
+    def num_prefilled(self, denoiser, given_BxL, first_block: int) -> int:
+        """Tokens at the beginning of the rows that are in the cache before the loop."""
+
+    def is_prefilled(self, given_BxN, place_N, stored) -> jax.Array:
+        """Which of these places hold tokens for the cache, bool `[B, N]`; stored: as `num_prefilled` says."""
+
+    def start(self, settings: Settings, request: Request, progress: Progress) -> Progress:
+        """Before anything is written."""
+
+    def done(self, settings: Settings, request: Request, progress: Progress) -> jax.Array:
+        """Rows that have nothing left to write, bool `[B]`."""
+
+    def enter(self, frame: "Frame") -> "Frame":
+        """The frame in which the next block is an ordinary one."""
+
+    def leave(self, frame: "Frame", local: "Frame", closed: Progress) -> Progress:
+        """Progress after the block; closed: that of `local`, which `enter` made of `frame`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedSize:
+    """Blocks of one size, side by side, the same places in every row."""
+
+    def num_blocks(self, settings, length):
+        return length // settings.block_size
+
+    def stretch(self, settings, tokens):
+        return max(1, tokens // settings.block_size)
+
+    def num_prefilled(self, denoiser, given_BxL, first_block):
+        return denoiser.num_prefilled(first_block)
+
+    def is_prefilled(self, given_BxN, place_N, stored):
+        return jnp.broadcast_to(place_N < stored, given_BxN.shape)
+
+    def start(self, settings, request, progress):
+        return progress
+
+    def done(self, settings, request, progress):
+        return (progress.stopped > 0) | (progress.block * settings.block_size >= request.length)
+
+    def enter(self, frame):
+        return frame
+
+    def leave(self, frame, local, closed):
+        return closed
+
+
 class DenoiserContext(NamedTuple):
-    """How a loop asks its network: the pieces that stay the same."""
+    """What the loop is made of: see the module."""
 
     denoise: Callable
-    sampler: Sampler
+    transition: Transition
     settings: Settings
+    extent: Extent = FixedSize()
+
+
+class Frame(NamedTuple):
+    """What a block is written in. keys `[C, 2, B]`: of the block's calls, where they are derived already."""
+
+    context: DenoiserContext
+    request: Request
+    progress: Progress
+    keys: jax.Array | None = None
+
+    @property
+    def settings(self) -> Settings:
+        return self.context.settings
+
+    @property
+    def done(self) -> jax.Array:
+        """Rows that have nothing left to write, bool `[B]`."""
+        return self.context.extent.done(self.settings, self.request, self.progress)
+
+    def cut(self, x_BxL, block=None) -> jax.Array:
+        """The part of rows in a block, this one unless another is named, `[B, S]`."""
+        size, block = self.settings.block_size, self.progress.block if block is None else block
+        return jax.lax.dynamic_slice_in_dim(x_BxL, block * size, size, axis=1)
+
+    @property
+    def given(self) -> jax.Array:
+        """Given tokens in this block, bool `[B, S]`."""
+        return self.cut(self.request.given)
+
+    def call_keys(self, calls) -> jax.Array:
+        """Keys of one call, `[2, B]`: for the step, for the tokens."""
+        if self.keys is not None:
+            return self.keys[calls]
+        return jax.vmap(lambda key: jax.random.split(jax.random.fold_in(jax.random.fold_in(key, self.progress.block),
+                                                                        calls)), out_axes=1)(self.request.keys)
+
+    def with_keys(self) -> "Frame":
+        """With the keys of all calls where their number is known: on a CPU deriving a key takes long, deriving many
+        hardly longer."""
+        calls = self.context.transition.max_calls(self.settings)
+        return self if calls is None else self._replace(keys=jax.vmap(self.call_keys)(jnp.arange(calls)))
 
 
 def start(context: DenoiserContext, request: Request, tokens_BxL, first_block, cache) -> Progress:
@@ -112,229 +230,59 @@ def start(context: DenoiserContext, request: Request, tokens_BxL, first_block, c
     zeros = jnp.zeros(batch, jnp.int32)
     state = None if request.constraint is None else request.constraint.start(batch)
     tokens = jnp.where(request.given, tokens_BxL, context.settings.mask_id)
-    return Progress(jnp.asarray(first_block, jnp.int32), tokens, zeros, zeros, cache, state)
+    progress = Progress(jnp.asarray(first_block, jnp.int32), tokens, zeros, zeros, cache, state)
+    return context.extent.start(context.settings, request, progress)
 
 
 def run_blocks(context: DenoiserContext, request: Request, progress: Progress, until) -> Progress:
     """Write blocks up to the index `until`, or until every row has stopped. One program, nothing on the host."""
-    sampler, size = context.sampler, context.settings.block_size
+    transition = context.transition
 
-    has_fixed_calls = not (sampler.may_skip_forward or sampler.can_remask or sampler.posterior
-                           or sampler.predicts_scores)  # S calls a block at most
+    def write(progress: Progress) -> Progress:
+        frame = Frame(context, request, progress)
+        local = context.extent.enter(frame).with_keys()
+        block, cache = open_block(local)
+        if transition.max_calls(context.settings) != 1:  # else the opening call has finished every block
+            block = jax.lax.while_loop(lambda block: transition.is_unfinished(context.settings, block).any(),
+                                       lambda block: step_block(local, block, cache), block)
+        return context.extent.leave(frame, local, close_block(local, block, cache))
 
-    def body(progress: Progress) -> Progress:
-        keys = None
-        # those of all calls at once: on a CPU deriving a key takes long, deriving many hardly longer
-        if has_fixed_calls:
-            keys = jax.vmap(lambda calls: _call_keys(request, progress, calls))(jnp.arange(size))
-        block, cache = open_block(context, request, progress, keys)
-        if size > 1 or not has_fixed_calls:  # else the opening call revealed the whole block
-            block = jax.lax.while_loop(lambda block: writing(sampler, context.settings, block).any(),
-                                       lambda block: reveal(context, request, progress, block, cache, keys), block)
-        return close_block(context, request, progress, block, cache)
-
-    return jax.lax.while_loop(lambda p: (p.block < until) & ~done(context, request, p).all(), body, progress)
+    return jax.lax.while_loop(lambda p: (p.block < until) & ~Frame(context, request, p).done.all(), write, progress)
 
 
-def done(context: DenoiserContext, request: Request, progress: Progress):
-    """Rows that have nothing left to write, bool `[B]`."""
-    return (progress.stopped > 0) | (progress.block * context.settings.block_size >= request.length)
-
-
-def open_block(context: DenoiserContext, request: Request, progress: Progress, keys=None) -> tuple[Block, Any]:
-    """The next block after its first step, whose network call stores the block before; and the cache. keys: of the
-    block's calls, where they are derived already."""
-    settings, at = context.settings, progress.block
-    given = _block_slice(settings, request.given, at)
-    masked = ~given & ~done(context, request, progress)[:, None]
+def open_block(frame: Frame) -> tuple[Block, Any]:
+    """The next block after its first step, whose network call stores the block before; and the cache."""
+    progress = frame.progress
+    masked = ~frame.given & ~frame.done[:, None]
     zeros = jnp.zeros_like(progress.nfe)
-    canvas = _block_slice(settings, progress.tokens, at)
-    if context.sampler.posterior is not None:
-        canvas = jnp.where(masked, _random_tokens(request, at, canvas.shape[1]), canvas)
-    block = Block(canvas, masked, masked.any(-1), jnp.ones(masked.shape),
-                  jnp.ones(zeros.shape), zeros, progress.nfe, jnp.zeros((), jnp.int32))
-    before = _block_slice(settings, progress.tokens, jnp.maximum(at - 1, 0))
-    previous = PreviousBlock(before, jnp.broadcast_to(at > 0, before.shape))
-    return _step(context, request, progress, block, previous, progress.cache, keys)
+    block = Block(frame.cut(progress.tokens), masked, masked.any(-1), jnp.ones(masked.shape), jnp.ones(zeros.shape),
+                  zeros, progress.nfe, jnp.zeros((), jnp.int32))
+    before = frame.cut(progress.tokens, jnp.maximum(progress.block - 1, 0))
+    previous = PreviousBlock(before, jnp.broadcast_to(progress.block > 0, before.shape))
+    transition = frame.context.transition
+    return transition.step(frame, transition.start(frame, block), previous, progress.cache)
 
 
-def writing(sampler: Sampler, settings: Settings, block: Block):
-    """Rows whose block is not finished, bool `[B]`: a mask is left, or steps of a sampler that may mask again."""
-    left = block.masked.any(-1)
-    return left | (block.open & (block.index < settings.steps)) if sampler.can_remask else left
+def step_block(frame: Frame, block: Block, cache) -> Block:
+    """One more step of every row."""
+    return frame.context.transition.step(frame, block, None, cache)[0]
 
 
-def reveal(context: DenoiserContext, request: Request, progress: Progress, block: Block, cache, keys=None) -> Block:
-    """One more step of every row. keys as in `open_block`."""
-    return _step(context, request, progress, block, None, cache, keys)[0]
-
-
-def close_block(context: DenoiserContext, request: Request, progress: Progress, block: Block, cache) -> Progress:
+def close_block(frame: Frame, block: Block, cache) -> Progress:
     """The finished block put in its place; rows that meet a stop are done."""
-    settings, at = context.settings, progress.block
-    new = ~_block_slice(settings, request.given, at) & ~done(context, request, progress)[:, None]
+    settings, request, progress = frame.settings, frame.request, frame.progress
+    done_Bx1 = frame.done[:, None]
+    new = ~frame.given & ~done_Bx1
     stopped = jnp.where(((block.canvas == settings.end_id) & new).any(-1), STOPS.index("end"), progress.stopped)
-    canvas = jnp.where(done(context, request, progress)[:, None], _block_slice(settings, progress.tokens, at),
-                       block.canvas)
-    tokens = jax.lax.dynamic_update_slice_in_dim(progress.tokens, canvas, at * settings.block_size, axis=1)
+    canvas = jnp.where(done_Bx1, frame.cut(progress.tokens), block.canvas)
+    tokens = jax.lax.dynamic_update_slice_in_dim(progress.tokens, canvas, progress.block * settings.block_size, axis=1)
     if settings.min_entropy is not None and tokens.shape[1] >= ENTROPY_TOKENS:
-        low = _low_entropy(settings, tokens, (at + 1) * settings.block_size) & new.any(-1)
+        low = _low_entropy(settings, tokens, (progress.block + 1) * settings.block_size) & new.any(-1)
         stopped = jnp.where((stopped == 0) & low, STOPS.index("entropy"), stopped)
     state = progress.state
     if request.constraint is not None:
         state = request.constraint.advance(state, canvas, new)
-    return Progress(at + 1, tokens, stopped, block.nfe, cache, state)
-
-
-def _call_keys(request: Request, progress: Progress, calls):
-    """Keys of one call, `[2, B]`: for the plan, for the tokens."""
-    return jax.vmap(lambda key: jax.random.split(jax.random.fold_in(jax.random.fold_in(key, progress.block), calls)),
-                    out_axes=1)(request.keys)
-
-
-def _step(context: DenoiserContext, request: Request, progress: Progress, block: Block, previous, cache, keys_Sx2xB):
-    """One step of every row -> block, cache. `previous` as the network takes it. keys: of each call, or None."""
-    settings, sampler = context.settings, context.sampler
-    keys = _call_keys(request, progress, block.calls) if keys_Sx2xB is None else keys_Sx2xB[block.calls]
-    plan_keys, draw_keys = keys
-    given = _block_slice(settings, request.given, progress.block)
-    window = _window(settings, block.masked, given)
-    written = (window & ~block.masked & ~given
-               & writing(sampler, settings, block)[:, None])
-    rows = Row(window & block.masked, written, block.confidence, block.level, block.index)
-    plan = jax.vmap(lambda key, row: sampler.plan(key, row, settings.steps, request.threshold))(plan_keys, rows)
-    positions_BxP = _positions(context, plan.reveal, window)
-    whole = settings.window == settings.block_size
-    level = plan.level if whole else jnp.mean(block.masked, axis=1, dtype=jnp.float32)
-
-    def ask(cache):
-        logits, cache = context.denoise(block.canvas, progress.block, previous, positions_BxP, level, cache)
-        return _draw(context, request, progress, block, draw_keys, plan, positions_BxP, logits), cache
-
-    if previous is None and sampler.may_skip_forward:  # a step that reveals nothing needs no network
-        no_stats = TokenStats(*[jnp.zeros(positions_BxP.shape)] * (5 if sampler.predicts_scores else 3))
-        drawn, stats = jax.lax.cond(plan.reveal.any(), lambda: ask(cache)[0],
-                                    lambda: (jnp.zeros_like(positions_BxP), no_stats))
-    else:
-        (drawn, stats), cache = ask(cache)
-    places = jnp.arange(positions_BxP.shape[0])[:, None], positions_BxP
-    stats = jax.tree.map(lambda x: jnp.zeros(block.canvas.shape).at[places].set(x), stats)
-    revealed = plan.reveal
-    if sampler.choose is not None:
-        revealed = jax.vmap(lambda row, planned, stats: sampler.choose(row, planned, stats, settings.steps,
-                                                                       request.threshold))(rows, plan.reveal, stats)
-    canvas = jnp.where(revealed, block.canvas.at[places].set(drawn), block.canvas)
-    masked = (block.masked & ~revealed) | plan.remask
-    same_window = (_window(settings, masked, given) == window).all(-1)  # a new window starts its clock anew
-    if sampler.posterior is None:
-        canvas = jnp.where(plan.remask, settings.mask_id, canvas)
-    return Block(canvas, masked, block.open,
-                 jnp.where(revealed, stats.confidence, block.confidence), jnp.where(same_window, plan.next_level, 1.0),
-                 jnp.where(same_window, block.index + 1, 0), block.nfe + plan.reveal.any(-1), block.calls + 1), cache
-
-
-def _draw(context: DenoiserContext, request: Request, progress: Progress, block: Block, keys_B, plan: Plan,
-          positions_BxP,
-          logits_BxPxV):
-    """A token for every asked position, its noise keyed by the position, and what the network said of it."""
-    settings = context.settings
-    vocab = jnp.arange(logits_BxPxV.shape[-1])
-    at = progress.block * settings.block_size + positions_BxP
-    too_early = (at < request.earliest_end[:, None])[..., None] & (vocab == settings.end_id)
-    excluded = request.forbidden | too_early
-    current_tokens = jnp.take_along_axis(block.canvas, positions_BxP, axis=1)
-    logits = filter_input = logits_BxPxV.astype(jnp.float32)
-    if context.sampler.log_distributions is not None:  # what filters go by, and what remains of it is drawn from
-        one_row = jax.vmap(context.sampler.log_distributions, (0, 0, None, None))
-        filter_input, logits = jax.vmap(one_row, (0, 0, None, 0))(logits, current_tokens, ~request.forbidden,
-                                                                  plan.level)
-    logits, filter_input = (jnp.where(excluded, -jnp.inf, x) for x in (logits, filter_input))
-    log_total = jax.nn.logsumexp(logits, axis=-1) - jnp.log(vocab.shape[0] - 1)
-    if settings.filters.repetition_penalty != 1:
-        present = _tokens_present(context, request, progress, block, vocab)[:, None]
-        logits, filter_input = (apply_repetition_penalty(x, present, settings.filters.repetition_penalty)
-                                for x in (logits, filter_input))
-    flat = logits.reshape(-1, logits.shape[-1])
-    filtered = filter_logits(filter_input.reshape(flat.shape), settings.filters).reshape(logits.shape)
-    if context.sampler.log_distributions is not None:
-        left = jnp.where(filtered == -jnp.inf, -jnp.inf, logits / (settings.filters.temperature or 1.0))
-        filtered = jnp.where((left == -jnp.inf).all(-1, keepdims=True), filtered, left)
-    if context.sampler.posterior is not None:
-        one_row = jax.vmap(context.sampler.posterior, (0, 0, None, None, None))
-        filtered = jax.vmap(one_row, (0, 0, None, 0, 0))(filtered, current_tokens, ~request.forbidden, plan.level,
-                                                         plan.next_level)
-    keys = jax.vmap(lambda key, at: jax.vmap(lambda p: jax.random.fold_in(key, p))(at))(keys_B, positions_BxP)
-    if settings.draw_all is None:
-        drawn = sample_categorical(keys.reshape(-1), filtered.reshape(flat.shape)).reshape(positions_BxP.shape)
-    else:
-        block_inputs = (block.canvas, block.masked, _block_slice(settings, request.given, progress.block),
-                        request.length - (progress.block + 1) * settings.block_size)
-        drawn = settings.draw_all(request.constraint, progress.state, keys, filtered, logits, *block_inputs)
-        if context.sampler.choose is not None:
-            logits = request.constraint.marginals(progress.state, logits, *block_inputs)
-    stats = _token_stats(logits, drawn, context.sampler.choose is not None)
-    if context.sampler.predicts_scores:
-        uniform = jax.vmap(jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1))))(keys)
-        stats = stats._replace(log_total=log_total, uniform=uniform)
-    return drawn, stats
-
-
-def _random_tokens(request: Request, block, size: int):
-    """What a canvas of letters shows before anything is known `[B, S]`."""
-    def row(key):
-        key = jax.random.fold_in(jax.random.fold_in(key, block), INITIAL_CANVAS)
-        keys = jax.vmap(lambda p: jax.random.fold_in(key, p))(jnp.arange(size))
-        return sample_categorical(keys, jnp.where(request.forbidden, -jnp.inf, jnp.zeros((size, 1))))
-    return jax.vmap(row)(request.keys)
-
-
-def _token_stats(logits_BxPxV, drawn_BxP, everything: bool) -> TokenStats:
-    log_p = jax.nn.log_softmax(logits_BxPxV, axis=-1)
-    confidence = jnp.exp(jnp.take_along_axis(log_p, drawn_BxP[..., None], axis=-1)[..., 0])
-    if not everything:
-        return TokenStats(confidence, confidence, confidence)
-    p = jnp.exp(log_p)
-    best = fast_argmax(p)[..., None]
-    second = jnp.max(jnp.where(jnp.arange(p.shape[-1]) == best, 0.0, p), axis=-1)
-    entropy = -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1)
-    return TokenStats(confidence, jnp.max(p, axis=-1) - second, entropy)
-
-
-def _tokens_present(context: DenoiserContext, request: Request, progress: Progress, block: Block, vocab_V):
-    """Which tokens the row holds so far, bool `[B, V]`."""
-    tokens = jax.lax.dynamic_update_slice_in_dim(progress.tokens, block.canvas,
-                                                 progress.block * context.settings.block_size, axis=1)
-    tokens = jnp.where(tokens < 0, context.settings.mask_id, tokens)  # places that are none
-    rows = jnp.arange(tokens.shape[0])[:, None]
-    return jnp.zeros((tokens.shape[0], vocab_V.shape[0]), bool).at[rows, tokens].set(True)
-
-
-def _window(settings: Settings, masked_BxS, given_BxS):
-    """The stretch of positions, bool `[B, S]`, that holds the first mask."""
-    if settings.window == settings.block_size:
-        return jnp.ones(masked_BxS.shape, bool)
-    start = jnp.cumprod(given_BxS, axis=1).sum(axis=1, keepdims=True)
-    first = jnp.argmax(masked_BxS, axis=1, keepdims=True)
-    return (jnp.arange(settings.block_size) - start) // settings.window == (first - start) // settings.window
-
-
-def _positions(context: DenoiserContext, reveal_BxS, window_BxS):
-    """What the network's head is asked for, `[B, P]`, each position once: those that the plan reveals where it is
-    known to be few (filled up with others), else the window, or the whole block."""
-    settings = context.settings
-    most = min(context.sampler.most(settings.window, settings.steps), settings.window)
-    if settings.draw_all is not None:
-        return jnp.broadcast_to(jnp.arange(settings.block_size), reveal_BxS.shape)
-    if most == 1:
-        return jnp.argmax(reveal_BxS, axis=1)[:, None]
-    if most < settings.window:
-        return jax.lax.top_k(reveal_BxS.astype(jnp.int32), most)[1]
-    first = jnp.minimum(jnp.argmax(window_BxS, axis=1), settings.block_size - settings.window)
-    return first[:, None] + jnp.arange(settings.window)
-
-
-def _block_slice(settings: Settings, x_BxL, block):
-    return jax.lax.dynamic_slice_in_dim(x_BxL, block * settings.block_size, settings.block_size, axis=1)
+    return Progress(progress.block + 1, tokens, stopped, block.nfe, cache, state, progress.rows)
 
 
 def _low_entropy(settings: Settings, tokens_BxL, end):

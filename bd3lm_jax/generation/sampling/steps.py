@@ -1,68 +1,16 @@
-"""Reveal steps: which positions of a block become tokens next, which become masks again, and at which noise level the
-network is asked.
+"""The samplers: which positions of a block become tokens next, which become masks again, and at which noise level the
+network is asked. Each is a plan, or a plan and a choice, pure functions of one row: see `reveal.py`.
 
-A sampler is a plan, made before the network runs, and possibly a choice among the planned positions, made from what
-the network says. Each is a pure function of one row. Adding a sampler = one function and one line in SAMPLERS.
+Adding a sampler = one function and one line in SAMPLERS.
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from bd3lm_jax.core import ranking
-
-
-class Row(NamedTuple):
-    """One row's block before a step.
-
-    masked `[S]` bool: may become tokens now. written `[S]` bool: tokens that this sampler wrote. confidence `[S]`:
-    probability of each written token when it was drawn. level: mask probability after the step before. index: steps
-    taken so far.
-    """
-
-    masked: jax.Array
-    written: jax.Array
-    confidence: jax.Array
-    level: jax.Array
-    index: jax.Array
-
-
-class Plan(NamedTuple):
-    """reveal `[S]` bool: positions that become tokens (written ones are redrawn). remask `[S]` bool: positions that are
-    masks afterwards. level: mask probability that the network is told. next_level: mask probability after the step."""
-
-    reveal: jax.Array
-    remask: jax.Array
-    level: jax.Array
-    next_level: jax.Array
-
-
-class TokenStats(NamedTuple):
-    """What the network said of each position `[S]`: probability of the token that was drawn, difference between the
-    two likeliest tokens' probabilities, entropy in nats. Of its own law: before temperature and filters. Only for
-    samplers that need log scores: log of the total of the tokens' scores times expm1(sigma) (0 for probabilities), and
-    a random number in [0, 1) for a choice."""
-
-    confidence: jax.Array
-    margin: jax.Array
-    entropy: jax.Array
-    log_total: jax.Array | None = None
-    uniform: jax.Array | None = None
-
-
-class Planner(Protocol):
-    """`plan(key, row, steps, threshold) -> Plan`; steps: length of the grid a window, static."""
-
-    def __call__(self, key, row: Row, steps: int, threshold) -> Plan: ...
-
-
-class Chooser(Protocol):
-    """`choose(row, planned [S] bool, stats, steps, threshold) -> reveal [S] bool`, a part of what was planned."""
-
-    def __call__(self, row: Row, planned, stats: TokenStats, steps: int, threshold) -> jax.Array: ...
+from bd3lm_jax.generation.sampling.reveal import Plan, Row, Sampler, TokenStats, equal_part, one_position
 
 
 def first_hitting(key, row: Row, steps: int, threshold) -> Plan:
@@ -266,43 +214,6 @@ def by_margin(stats: TokenStats, planned_S):
 def by_entropy(stats: TokenStats, planned_S):
     """Ranks by entropy, the smallest first."""
     return ranking.near_rank(-stats.entropy, planned_S, jnp.maximum(ranking.largest(stats.entropy, planned_S), 1.0))
-
-
-def one_position(window: int, steps: int) -> int:
-    """The most that a step reveals: one position."""
-    return 1
-
-
-def equal_part(window: int, steps: int) -> int:
-    """The most that a step reveals: positions over steps, rounded up."""
-    return -(-window // steps)
-
-
-def whole_window(window: int, steps: int) -> int:
-    """The most that a step reveals: every position."""
-    return window
-
-
-class Sampler(NamedTuple):
-    """choose: None reveals all that is planned. most(window, steps): positions that a plan reveals at most, for which
-    the network's head runs. idles: a step may reveal nothing, and then asks nothing. rewrites: written tokens may
-    change until the last of `steps`. steps: what is usual, 0: one a position of the window. threshold: what is usual.
-    scores: needs a network that gives log scores. laws: None, or what makes log-laws of them, see
-    `log_probs_from_scores`.
-    redraw: None for samplers that write in the place of masks; else the canvas shows letters only, random ones at
-    first, planned positions that are masked again keep theirs, and `redraw(logits [V], letter, allowed [V], level,
-    next level)` gives the log-law of the next one."""
-
-    plan: Planner
-    choose: Chooser | None = None
-    most: Callable[[int, int], int] = whole_window
-    may_skip_forward: bool = False
-    can_remask: bool = False
-    steps: int = 0
-    threshold: float = 0.0
-    predicts_scores: bool = False
-    posterior: Callable | None = None
-    log_distributions: Callable | None = None
 
 
 def _by(ranks) -> Sampler:

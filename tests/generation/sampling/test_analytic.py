@@ -30,7 +30,7 @@ from toy_lm import make_lm
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import SEDD
 from bd3lm_jax.generation.sampling import SAMPLERS, DenoiserContext
-from bd3lm_jax.generation.sampling.generate import open_block, reveal
+from bd3lm_jax.generation.sampling.generate import Frame, open_block, step_block
 from bd3lm_jax.generation.sampling.steps import Row, TokenStats
 
 STEPS = 3
@@ -54,10 +54,10 @@ def first_blocks(keys_RxB, untied):
         request = make_request(keys_B, LENGTH)
         context = DenoiserContext(network, SAMPLERS["analytic"], settings(STEPS))
         progress = begin(context, request, jnp.zeros((keys_B.shape[0], LENGTH), int))
-        block, cache = open_block(context, request, progress)
+        block, cache = open_block(Frame(context, request, progress))
         canvases = [block.canvas]
         for _ in range(1, STEPS):
-            block = reveal(context, request, progress, block, cache)
+            block = step_block(Frame(context, request, progress), block, cache)
             canvases.append(block.canvas)
         return jnp.stack(canvases, 1)
 

@@ -102,7 +102,7 @@ def test_chosen_sizes():
     p = np.array([[.9, .5, .5, .1], [.2, .9, .9, .8], [.2, .2, .2, .2], [.2, .2, .2, .2]])
     masked = np.array([[True] * 4, [True] * 4, [True] * 4, [True, False, False, False]])
     logits = np.log(np.stack([p, *[(1 - p) / 9] * 9, np.full(p.shape, 5.0)], axis=-1))
-    sizes = auto_size.Sizes((1, 2, 4), 0.55)
+    sizes = auto_size.AutoSizes((1, 2, 4), 0.55)
     forbidden = np.arange(11) == 10
     assert auto_size.choose_sizes(sizes, logits, masked, forbidden).tolist() == [2, 4, 1, 4]
 

@@ -31,7 +31,7 @@ from toy_blocks import (
 )
 
 from bd3lm_jax.generation.sampling import SAMPLERS, STOPS, run_blocks
-from bd3lm_jax.generation.sampling.generate import close_block, done, open_block, reveal
+from bd3lm_jax.generation.sampling.generate import Frame, close_block, open_block, step_block
 
 RUNS = 2000
 
@@ -305,17 +305,18 @@ def test_remdm_that_never_masks_again_is_ancestral(sampler):
 @pytest.mark.parametrize("sampler", ["first_hitting", "ancestral"])
 def test_slices_and_steps_by_hand_are_one_go(sampler):
     context, request = ask(sampler, settings(end_id=2)), make_request(row_keys(5), LENGTH, RAGGED)
-    start, run, opened, revealed, closed, is_done = (
-        jax.jit(functools.partial(part, context), compiler_options=QUICK)
-        for part in (begin, run_blocks, open_block, reveal, close_block, done))
+    start, run = (jax.jit(functools.partial(part, context), compiler_options=QUICK) for part in (begin, run_blocks))
+    opened, stepped, closed = (
+        jax.jit(lambda request, progress, *state, part=part: part(Frame(context, request, progress), *state),
+                compiler_options=QUICK) for part in (open_block, step_block, close_block))
     first = start(request, TEXTS)
     whole = run(request, first, 2)
     assert_equal(run(request, run(request, run(request, first, 0), 1), 2), whole)
     by_hand = first
-    while by_hand.block < 2 and not is_done(request, by_hand).all():
+    while by_hand.block < 2 and not Frame(context, request, by_hand).done.all():
         block, cache = opened(request, by_hand)
         while np.asarray(block.masked).any():
-            block = revealed(request, by_hand, block, cache)
+            block = stepped(request, by_hand, block, cache)
         by_hand = closed(request, by_hand, block, cache)
     assert_equal(by_hand, whole)
 

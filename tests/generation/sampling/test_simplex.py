@@ -13,11 +13,11 @@ from toy_runs import quick_jit
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion.ssd_lm import SSDLM, alpha_bar
 from bd3lm_jax.generation.denoise import BlockDenoiser, UncachedDenoiser
-from bd3lm_jax.generation.sampling import DenoiserContext, Filters, Request, Settings, simplex, start
+from bd3lm_jax.generation.sampling import DenoiserContext, Filters, Request, Settings, run_blocks, simplex, start
 
 SIZE, STEPS, SCALE = 4, 5, 5.0
 IT = SSDLM(block_size=SIZE, scale=SCALE)
-LEVELS = {steps: simplex.levels(IT, steps) for steps in (3, STEPS)}
+TRANSITIONS = {steps: simplex.SAMPLER.transition(IT, steps) for steps in (3, STEPS)}
 
 
 def request_of(batch, length, given=0, lengths=None, seed=0):
@@ -29,13 +29,13 @@ def request_of(batch, length, given=0, lengths=None, seed=0):
 
 def written(denoise, request, tokens, cache, filters=Filters(), steps=STEPS):
     settings = Settings(SIZE, SIZE, steps, filters, MASK, END)
-    context = DenoiserContext(denoise, simplex.SAMPLER, settings)
+    context = DenoiserContext(denoise, TRANSITIONS[steps], settings)
     progress = start(context, request, tokens, 0, cache)
-    return simplex.run_blocks(LEVELS[steps], context, request, progress, tokens.shape[1] // SIZE)
+    return run_blocks(context, request, progress, tokens.shape[1] // SIZE)
 
 
 def test_levels():
-    levels = simplex.levels(IT, 4)
+    levels = simplex.SAMPLER.transition(IT, 4)
     np.testing.assert_allclose(levels.alpha_bar, np.cos(np.arange(5) * np.pi / 8) ** 2, atol=2e-4)
     assert levels.scale == SCALE and levels.alpha_bar[0] == 1
 

@@ -15,7 +15,7 @@ from toy_lm import make_lm
 
 from bd3lm_jax.diffusion import Uniform
 from bd3lm_jax.generation.sampling import SAMPLERS, DenoiserContext, Filters, start
-from bd3lm_jax.generation.sampling.generate import open_block, reveal
+from bd3lm_jax.generation.sampling.generate import Frame, open_block, step_block
 from bd3lm_jax.generation.sampling.steps import Plan
 
 KINDS, SIZE, STEPS = 3, 2, 3  # ids 0, 1, 2 and the mask, 3
@@ -107,8 +107,8 @@ def next_letters(junk, count=20_000, **filters):
         SAMPLERS["uniform_scores"]._replace(plan=plan), settings(2, size=1)._replace(filters=Filters(**filters)))
     request = make_request(row_keys(count), 1)
     progress = start(context, request, jnp.zeros((count, 1), int), 0, jnp.zeros(()))
-    block = open_block(context, request, progress)[0]._replace(canvas=jnp.full((count, 1), OWN))
-    drawn = reveal(context, request, progress, block, jnp.zeros(())).canvas
+    block = open_block(Frame(context, request, progress))[0]._replace(canvas=jnp.full((count, 1), OWN))
+    drawn = step_block(Frame(context, request, progress), block, jnp.zeros(())).canvas
     return np.bincount(np.asarray(drawn)[:, 0], minlength=KINDS)
 
 
@@ -132,11 +132,11 @@ def blocks(keys_B, ask=network, sampler="uniform"):
     request = make_request(keys_B, SIZE)
     context = DenoiserContext(ask, SAMPLERS[sampler], settings(STEPS, size=SIZE))
     progress = start(context, request, jnp.zeros((keys_B.shape[0], SIZE), int), 0, jnp.zeros(()))
-    block, cache = open_block(context, request, progress)
+    block, cache = open_block(Frame(context, request, progress))
     canvases = [block.canvas]
     for _ in range(1, STEPS):
         assert block.masked.shape == (keys_B.shape[0], SIZE)
-        block = reveal(context, request, progress, block, cache)
+        block = step_block(Frame(context, request, progress), block, cache)
         canvases.append(block.canvas)
     return jnp.stack(canvases, 1), block.masked
 
