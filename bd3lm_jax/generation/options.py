@@ -12,6 +12,7 @@ from bd3lm_jax.generation.sampling import ALL_SAMPLERS, Filters, auto_size, cons
 from bd3lm_jax.generation.sampling.auto_size import AUTO
 from bd3lm_jax.generation.sampling.filters import check_filters
 
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How texts are written; each is a keyword of `LM.generate`, also under its name in FIELD_OF.
