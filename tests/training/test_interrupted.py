@@ -83,11 +83,11 @@ def test_sigterm_is_not_kept_waiting_by_a_validation(home, whole, tmp_path, monk
     with monkeypatch.context() as patched, pytest.raises(Preempted, match="after step 3, which is saved"):
         if during:
             tells(patched, training.Evaluator, "_documents")  # after the first batch
-            patched.setattr(training, "_validate", lambda *a, original=training._validate, **b: (
+            patched.setattr(training.Validator, "__call__", lambda *a, original=training.Validator.__call__, **b: (
                 measured.append(0), original(*a, **b), measured.append(1))[1])
         else:
             tells(patched, training, "_read", lambda run, pending, clock: pending[0] == 1)
-            patched.setattr(training, "_validate", lambda *_, **__: measured.append(0))
+            patched.setattr(training.Validator, "__call__", lambda *_, **__: measured.append(0))
         train(config, str(tmp_path))
     assert measured == [0] * during, "begun, and not done"
     assert steps_saved(tmp_path) == [3] == [max(losses(tmp_path))]
