@@ -134,7 +134,8 @@ def _trace(place: Place) -> None:
 
 @_writer("tpu")
 def _scripts(place: Place) -> None:
-    job = clusters.Job(name="a", slice=slices.find("H100:8"), slices=1, project="", zone="", cluster="", shared_dir="/a",
+    job = clusters.Job(name="a", slice=slices.find("H100:8"), slices=1, project="", zone="", cluster="",
+                       shared_dir="/a",
                        spot=False, restarts=1, out=str(place.directory), command=("train",), points=0)
     clusters.launch("slurm", job, "create", False)
 
