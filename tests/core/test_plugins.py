@@ -61,7 +61,7 @@ def numbers(data, split):
 
 
 OBJECTIVES["halves"] = Halves
-BACKBONES["small"] = Entry(Small, dit.build)
+BACKBONES["small"] = Entry(Small, dit.build, dit.SHARDING)
 SCHEDULES["cubic"] = Cubic(3.0)
 SAMPLERS["rightmost"] = Sampler(rightmost)
 SOURCES["numbers"] = numbers
