@@ -101,8 +101,8 @@ def test_one_of_two_processes_leaves_in_the_time_it_is_given(runs, tmp_path, mon
         runs.start(tmp_path / "run", *flags)
         for words in started[-2:]:
             args = arguments.parse_flags(train.define, [word for word in words[4:] if "--config." not in word])
-            assert (args.heartbeat, args.distributed, args.processes) == (heartbeat, True, 2)
-            assert args.join_within < kills.LEAVE_S
+            assert (args.heartbeat_timeout, args.distributed, args.num_processes) == (heartbeat, True, 2)
+            assert args.init_timeout < kills.LEAVE_S
     assert [word for words in started for word in words if word.startswith("--process_id")] == [
         "--process_id=0", "--process_id=1"] * 2
 

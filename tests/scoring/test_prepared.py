@@ -56,7 +56,7 @@ def test_a_cut_batch_depends_on_its_beginning_alone():
 @pytest.mark.ci_slow
 def test_padding_of_an_answer_is_learned_and_the_prompt_is_not():
     """The last row ends in padding: whatever it holds, end tokens are put there and count; prompts are context."""
-    metrics = measure({"random_length": 0.0, "sft": True, "normalise": "answer"}, source="sft", layout="pad")
+    metrics = measure({"random_length": 0.0, "sft": True, "normalise": "answer"}, source="sft", packing="pad")
     batch = make_batch(padding=6)
     batch["prompt"] = jnp.broadcast_to(jnp.arange(LENGTH) < 8, batch["tokens"].shape).astype(jnp.int32)
     found = metrics(1, batch)
