@@ -88,8 +88,7 @@ class Adversarial(LearnedNoise):
         return self.score_limit * jnp.tanh(raw_BxL / self.score_limit)
 
     def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int,
-                end_id: int,
-                learned_params: dict | None = None) -> Noised:
+                end_id: int, learned_params: dict | None = None) -> Noised:
         """`noise_samples` noised copies; arguments as for `Masked.corrupt`. learnt: as for `scores`; None: all scores
         are 0.
 

@@ -57,8 +57,7 @@ class GenMD4(LearnedNoise):
         return {"log_w": jnp.full(vocab_size, math.log(self.power), jnp.float32)}
 
     def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int,
-                end_id: int,
-                learned_params: dict[str, jax.Array]) -> Noised:
+                end_id: int, learned_params: dict[str, jax.Array]) -> Noised:
         """`noise_samples` noised copies of a batch, each two at the same times; further arguments as for
         `Masked.corrupt`.
 
@@ -86,8 +85,7 @@ class GenMD4(LearnedNoise):
         return w_V[target_N] * (ce_N - 1) + jnp.exp(log_mu_NxV) @ w_V
 
     def noise_gradient(self, learned_params: dict[str, jax.Array], noised: Noised, x0_BxL: jax.Array,
-                       segment_BxL: jax.Array,
-                       losses_BxMxL: jax.Array) -> dict[str, jax.Array]:
+                       segment_BxL: jax.Array, losses_BxMxL: jax.Array) -> dict[str, jax.Array]:
         """The part of the gradient of the summed loss that comes from which tokens are masked."""
         batch, noise_samples, length = losses_BxMxL.shape
         nats_BxMxK = (noised.weight_BxMxL * losses_BxMxL).reshape(batch, noise_samples, -1, self.block_size).sum(-1)

@@ -44,8 +44,7 @@ def build(config: BertConfig, dtype: Any) -> Backbone:
     """The backbone that computes in `dtype`; parameters are float32."""
     return Backbone(config=config, embed=Embed(config, dtype), condition=None, rotary=lambda position: (),
                     groups=(("blocks", Block(config, dtype), config.num_layers),), head=Head(config, dtype),
-                    dtype=dtype,
-                    tied=True)
+                    dtype=dtype, tied=True)
 
 
 class Embed(nn.Module):

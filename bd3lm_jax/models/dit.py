@@ -71,8 +71,7 @@ def build(config: DiTConfig, dtype: Any) -> Backbone:
 
     return Backbone(config=config, embed=Embed(config, dtype), condition=Condition(config) if config.adaln else None,
                     rotary=rotary, groups=(("blocks", Block(config, dtype), config.num_layers),),
-                    head=Head(config, dtype),
-                    dtype=dtype)
+                    head=Head(config, dtype), dtype=dtype)
 
 
 # PyTorch's default for linear layers, U(+-1 / sqrt(fan_in)), which the published recipe keeps.

@@ -58,8 +58,7 @@ class MoEConfig(ModelConfig):
 
     def __post_init__(self):
         check_sizes(self, ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size",
-                           "num_experts", "expert_intermediate_size",
-                           "top_k", "groups", "top_groups"))
+                           "num_experts", "expert_intermediate_size", "top_k", "groups", "top_groups"))
         if not 0 <= self.dense_layers < self.num_layers:
             raise UserError(f"model.dense_layers is {self.dense_layers}, expected 0 to model.num_layers - 1 = "
                             f"{self.num_layers - 1}: with dense layers alone use model.kind='llama'")
@@ -113,8 +112,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = (rms_norm(config.norm_eps, dtype) for _ in range(2))
         # By key head its queries, the key, the value: heads that belong together stay on one device.
         self.grouped_qkv = nn.DenseGeneral((config.num_kv_heads, queries_per_kv + 2, config.head_dim), use_bias=False,
-                                           dtype=dtype,
-                                           kernel_init=INIT)
+                                           dtype=dtype, kernel_init=INIT)
         if config.qk_norm:
             self.q_norm, self.k_norm = (rms_norm(config.norm_eps, dtype) for _ in range(2))
         self.out = output_projection(config.hidden_size, dtype)

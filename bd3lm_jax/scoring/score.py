@@ -139,8 +139,7 @@ def _custom_losses(model, params, scored, mask_id, chunk, token_loss):
                                                scored.sigma_BxMxC)
     output = OutputLayer(*trunk.output_layer(model, params))
     return custom_token_losses(output, functools.partial(token_loss, mask_id=mask_id), model.config.vocab_size,
-                               features,
-                               target, tuple(more), chunk)
+                               features, target, tuple(more), chunk)
 
 
 def _output(model, params, mask_id) -> OutputLayer:

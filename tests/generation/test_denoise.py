@@ -28,8 +28,7 @@ QUICK = {"xla_backend_optimization_level": 0}  # compilation is most of the time
 def network(time_conditioning=False, adaln=True):
     """Random parameters everywhere: a fresh network ignores its input."""
     model = build(DiTConfig(vocab_size=VOCAB, num_layers=2, hidden_size=32, num_heads=2, mlp_ratio=2, dropout=0.0,
-                            adaln=adaln,
-                            cond_dim=8, time_conditioning=time_conditioning, rope_theta=1e4), jnp.float32)
+                            adaln=adaln, cond_dim=8, time_conditioning=time_conditioning, rope_theta=1e4), jnp.float32)
     shapes = jax.eval_shape(functools.partial(trunk.init, model), jax.random.key(0))
     draw = np.random.default_rng(0)
     return model, jax.tree_util.tree_map_with_path(

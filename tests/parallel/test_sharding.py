@@ -55,8 +55,7 @@ def test_the_rules_split_heads_hidden_layer_and_vocabulary():
 @pytest.mark.parametrize("adaln", [True, False])
 def test_the_rules_cover_the_dit(adaln):
     config = dit.DiTConfig(vocab_size=100, num_layers=2, hidden_size=D, num_heads=H, mlp_ratio=4, dropout=0.0,
-                           adaln=adaln,
-                           cond_dim=C, time_conditioning=False, rope_theta=1e4)
+                           adaln=adaln, cond_dim=C, time_conditioning=False, rope_theta=1e4)
     params = jax.eval_shape(lambda: trunk.init(dit.build(config, jnp.float32), jax.random.key(0)))
     specs = sharding.param_specs(params, dit.SHARDING)
     assert specs["blocks"]["qkv"]["kernel"] == P(None, "fsdp", None, "tensor", None)

@@ -20,8 +20,7 @@ from bd3lm_jax.models.dit import DiTConfig
 from bd3lm_jax.planning import flops
 
 PAPER = DiTConfig(vocab_size=50258, num_layers=12, hidden_size=768, num_heads=12, mlp_ratio=4, dropout=0.0, adaln=True,
-                  cond_dim=128,
-                  time_conditioning=False, rope_theta=1e4)
+                  cond_dim=128, time_conditioning=False, rope_theta=1e4)
 LENGTH = 1024
 SMALL = dataclasses.replace(PAPER, vocab_size=1024, num_layers=3, hidden_size=256, num_heads=4)
 ROWS, SHORT = 2, 128

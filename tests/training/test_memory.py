@@ -100,8 +100,7 @@ def test_weights_are_split_when_they_do_not_fit():
 def kept(**changes) -> int:
     """Padding of attention with 12 layers of 4 heads of 64, 8 rows of 1024 tokens, in 16 bits."""
     base = {"model.num_layers": 12, "model.hidden_size": 256, "model.num_heads": 4, "train.batch_size": 8,
-            "data.seq_len": 1024,
-            "diffusion.block_size": 16, "compute.remat": "attention", "mesh.data": 1}
+            "data.seq_len": 1024, "diffusion.block_size": 16, "compute.remat": "attention", "mesh.data": 1}
     config, special = resolve_config(toy_config(Path("unused"), base | changes))
     return memory.tpu_padding(Program.of(config, special, make_mesh(config.mesh, jax.devices()[:1]), jnp.float16))
 
