@@ -31,6 +31,7 @@ TINY = MoEConfig(vocab_size=24, num_layers=3, dense_layers=1, hidden_size=16, nu
                  rotary_dim=4, intermediate_size=20, num_experts=8, expert_intermediate_size=10,
                  shared_intermediate_size=12, top_k=2, groups=4, top_groups=2, routed_scale=2.5, load_balancing=0.0,
                  dropout=0.0, rope_theta=100.0, norm_eps=1e-5, qk_norm=True, tie_embeddings=False)
+LENGTH, BLOCK = 12, 4
 
 
 def rows(seed=0):
