@@ -74,6 +74,7 @@ def test_keys_are_made_in_one_place():
 PROGRAM = """
 import hashlib, json, sys
 from pathlib import Path
+sys.path.append("tests/helpers")
 import jax
 import numpy as np
 for word in sys.argv[3:]:

@@ -191,7 +191,7 @@ def test_the_training_loss_holds_the_balance():
     """A whole step without and with it: the loss a token grows by the balance a token, and so do other gradients."""
     special, ids = SpecialIds(MASK, END), jnp.asarray(rows())
     batch = {"tokens": ids, "segments": jnp.ones_like(ids), "positions": forward.single_document_rows(ids)[0]}
-    small = dict(layers=1, dense_layers=0, qk_norm=False)
+    small = dict(num_layers=1, dense_layers=0, qk_norm=False)
     found = {}
     for balance in (0.0, 0.5):
         model = {"kind": "moe", **dataclasses.asdict(dataclasses.replace(TINY, **small, vocab_size=MASK + 1,

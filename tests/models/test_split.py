@@ -170,7 +170,7 @@ def test_a_reveal_call_runs_the_decoder_alone():
     """Its products are those of a plain network of so many layers, and encoder layers have no influence."""
     config = dict(time_conditioning=False)
     split, shallow, plain = (network(**config, **changes)[0] for changes in (
-        {}, {"layers": 2, "decoder_layers": 0}, {"decoder_layers": 0}))
+        {}, {"num_layers": 2, "decoder_layers": 0}, {"decoder_layers": 0}))
     calls = {name: flops.count(*asked_once(model, False))
              for name, model in (("split", split), ("shallow", shallow), ("plain", plain))}
     assert calls["split"] == calls["shallow"] < 0.7 * calls["plain"]
