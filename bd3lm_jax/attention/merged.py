@@ -44,13 +44,15 @@ def _merge(partial, dtype):
         return None, None
     outs, lses = zip(*partial)
     lse = functools.reduce(jnp.logaddexp, lses)
-    out = outs[0] if len(outs) == 1 else sum(o * jnp.exp(x - lse)[..., None] for o, x in zip(outs, lses))
+    if len(outs) == 1:
+        return outs[0].astype(dtype), lse
+    out = sum((out * jnp.exp(x - lse)[..., None] for out, x in zip(outs, lses)), jnp.zeros((), jnp.float32))
     return out.astype(dtype), lse
 
 
 def _merged_backward(parts_of, residuals, d_outs):
     spec, noised, clean, merged = residuals
-    grads = [_global(*result, d_out) for result, d_out in zip(merged, d_outs)]
+    grads = [_global(out, lse, d_out) for (out, lse), d_out in zip(merged, d_outs)]
     d_noised, d_clean = [None] * 3, [None] * 3
     for part in parts_of(spec, noised, clean):
         of_noised, of_clean = part.backward(*grads)

@@ -26,8 +26,8 @@ class CleanPrefix:
         self.clean_length = 0 if clean_q is None else clean_q.shape[1]
         self.length = max(self.noised_length - self.shift, self.k.shape[1])
         self.q = self._group(noised and noised[0], clean_q)
-        self.kv_tokens = with_noise_sample(spec.clean, 0)
-        noised_tokens = broadcast_noise_samples(with_noise_sample(spec.noised, 1),
+        self.kv_tokens = with_noise_sample(spec.tokens("clean"), 0)
+        noised_tokens = broadcast_noise_samples(with_noise_sample(spec.tokens("noised"), 1),
                                                 self.noise_samples) if self.noise_samples else self.kv_tokens
         self.q_tokens = jax.tree.map(self._group, noised_tokens, self.kv_tokens)
 
@@ -37,7 +37,8 @@ class CleanPrefix:
         return noised if self.noise_samples else None, clean if self.clean_length else None
 
     def backward(self, noised: BackwardInputs | None, clean: BackwardInputs | None):
-        grad = BackwardInputs(*map(self._group, noised or clean, clean or noised))
+        streams = [stream for stream in (noised, clean) if stream is not None]
+        grad = BackwardInputs(*map(self._group, streams[0], streams[-1]))
         dq, dk, dv = self.flash.backward(self.q, self.k, self.v, self.q_tokens, self.kv_tokens, grad)
         dq_noised, dq_clean = self._ungroup(dq, 0.0)
         return (dq_noised, None, None), (dq_clean, dk, dv)
@@ -68,7 +69,7 @@ class OwnBlock:
         self.flash, self.shape = flash, noised[0].shape[:3]
         self.streams = tuple(map(self._rows, noised))
         self.tokens = jax.tree.map(self._rows,
-                                   broadcast_noise_samples(with_noise_sample(spec.noised, 1), self.shape[1]))
+                                   broadcast_noise_samples(with_noise_sample(spec.tokens("noised"), 1), self.shape[1]))
 
     def forward(self):
         q, k, v = self.streams

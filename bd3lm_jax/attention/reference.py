@@ -32,7 +32,7 @@ def dense_attention(spec: MaskSpec, noised, clean, cache):
         queries.append(_flatten_noise_samples(noised[0]))
         keys.append(jnp.moveaxis(_flatten_noise_samples(noised[1]), 1, -1))
         values.append(jnp.moveaxis(_flatten_noise_samples(noised[2]), 1, -1))
-        tokens = _noise_sample_tokens(spec.noised, noise_samples)
+        tokens = _noise_sample_tokens(spec.tokens("noised"), noise_samples)
         q_tokens.append(tokens)
         kv_tokens.append(tokens)
     mask = allowed(spec.rule, _concat(q_tokens).expand(2), _concat(kv_tokens).expand(1), spec.window)
@@ -55,8 +55,8 @@ def _attend(q_BxQxHxD, keys, values, mask_BxQxP):
     weights = jax.nn.softmax(jnp.where(mask, scores, NEG_INF), axis=-1)
     weights = jnp.where(mask.any(-1, keepdims=True), weights, 0.0).astype(values[0].dtype)
     ends = [sum(k.shape[-1] for k in keys[:i + 1]) for i in range(len(keys) - 1)]
-    out = sum(jnp.einsum("bgrqp,bgdp->bqgrd", part, v, preferred_element_type=jnp.float32)
-              for part, v in zip(jnp.split(weights, ends, axis=-1), values))
+    out = sum((jnp.einsum("bgrqp,bgdp->bqgrd", part, v, preferred_element_type=jnp.float32)
+               for part, v in zip(jnp.split(weights, ends, axis=-1), values)), jnp.zeros((), jnp.float32))
     return out.reshape(q_BxQxHxD.shape).astype(q_BxQxHxD.dtype)
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+Array = jax.Array | np.ndarray  # on a device or not yet
 RULES = ("causal", "block_causal", "bidirectional")  # how clean tokens see clean tokens
 
 
@@ -22,11 +23,11 @@ class Tokens(flax.struct.PyTreeNode):
     position that it may see of what the rule allows; None: all of it.
     """
 
-    position: jax.Array
-    block: jax.Array
-    segment: jax.Array
-    noise_sample: jax.Array | int
-    max_visible_position: jax.Array | None = None
+    position: Array
+    block: Array
+    segment: Array
+    noise_sample: Array | int
+    max_visible_position: Array | None = None
 
     def expand(self, *axes: int) -> "Tokens":
         """New axes in every array (for broadcasting queries against keys)."""
@@ -53,6 +54,13 @@ class MaskSpec(flax.struct.PyTreeNode):
     cache: Tokens | None
     min_block_size: int | None = flax.struct.field(pytree_node=False, default=None)
     window: int | None = flax.struct.field(pytree_node=False, default=None)
+
+    def tokens(self, stream: str) -> Tokens:
+        """Those of "noised", "clean" or "cache", where they are there. ValueError where they are not."""
+        tokens = getattr(self, stream)
+        if tokens is None:
+            raise ValueError(f"this attention call has no {stream} tokens")
+        return tokens
 
 
 def allowed(rule: str, q: Tokens, kv: Tokens, window: int | None = None) -> jax.Array:

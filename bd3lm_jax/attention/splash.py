@@ -93,7 +93,7 @@ class _Layout:
         clean_length = 0 if clean is None else clean[1].shape[1]
         tile = choose_tile(length, clean_length, noise_samples, spec.block_size)
         return cls(spec.rule, spec.block_size, noise_samples, length, clean_length,
-                   clean_length > 0 and clean[0] is not None, tile)
+                   clean is not None and clean_length > 0 and clean[0] is not None, tile)
 
     def _padded(self, length: int) -> int:
         return -(-length // self.tile) * self.tile
@@ -114,7 +114,8 @@ class _Layout:
 
     def join_segments(self, spec: MaskSpec):
         """Segments `[B, P]` of the joined keys."""
-        parts = [spec.noised] * self.noise_samples + [spec.clean] * (self.clean > 0)
+        parts = [spec.tokens("noised")] * self.noise_samples if self.noise_samples else []
+        parts += [spec.tokens("clean")] if self.clean else []
         return jnp.concatenate([self._pad(tokens.segment, 1) for tokens in parts], axis=1)
 
     def split(self, joined_BxHxNxD):
@@ -140,7 +141,7 @@ class _Mask(pallas.Mask):
     def __init__(self, layout: _Layout):
         self.layout, self.tokens = layout, layout.tokens()
         keys = self.tokens.position.size
-        self.queries_and_keys = keys if layout.clean_queries else int((self.tokens.noise_sample > 0).sum()), keys
+        self.queries_and_keys = keys if layout.clean_queries else int(np.sum(self.tokens.noise_sample > 0)), keys
         self.tiles, self.unique_tiles = {}, {}
 
     @property

@@ -3,7 +3,7 @@
 import difflib
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 # Control characters but \t and \n, marks and overrides of direction, ends of lines beyond ASCII, halves of characters.
@@ -75,7 +75,7 @@ def command_line(words: str) -> str:
     return f"{program()} {words}"
 
 
-def lookup(registry: dict, name: str, what: str):
+def lookup(registry: Mapping, name: str, what: str):
     """`registry[name]`, or a UserError that names `what` and the nearest registered name."""
     if name not in list(registry):  # what a file holds may have no hash
         raise UserError(f"unknown {what} '{name}': {nearest(str(name), registry)}")

@@ -2,7 +2,7 @@
 
 import collections
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -80,7 +80,7 @@ def place_rows(rows: TokenRows, ids: np.ndarray, sharding) -> dict:
     return {name: place(name) for name in array_names(rows)}
 
 
-def prefetch(get: Callable[[int], object], start: int, stop: int, workers: int, depth: int) -> Iterator:
+def prefetch(get: Callable[[int], object], start: int, stop: int, workers: int, depth: int) -> Generator:
     """`get(start)`, ..., `get(stop - 1)` in order, computed up to `depth` steps ahead in `workers` threads.
 
     An exception in `get` is raised here, at its step.

@@ -14,15 +14,22 @@ class FixedNoise:
     earlier steps only.
 
     learns: the state changes with every step, by `batch_statistics` and `update_state`.
-    candidates: states `[I, 2]` among which a search at validations chooses (training/noise.py).
+    candidates: intervals `[I, 2]` among which a search at validations chooses (training/noise.py), whole_range: the one
+    `[2]` that training starts with.
     changes_distribution: what it chooses is the distribution of masked tokens, for pictures.
     """
 
     learns: ClassVar[bool] = False
-    candidates: ClassVar[tuple] = ()
+    candidates: ClassVar[Any] = ()
+    whole_range: ClassVar[Any] = ()
     changes_distribution: ClassVar[bool] = False
 
     def init_state(self) -> dict[str, Any]:
+        return {}
+
+    def state_for_interval(self, interval: Any) -> dict[str, Any]:
+        """The state with the noise of a candidate."""
+        del interval
         return {}
 
     def corrupt_arguments(self, state: dict, tokens_BxL: jax.Array) -> dict[str, Any]:

@@ -53,6 +53,10 @@ class ClipSearch(ChosenDistribution):
     stride: float
 
     @property
+    def whole_range(self) -> tuple[float, float]:
+        return self.low, self.high
+
+    @property
     def candidates(self) -> np.ndarray:
         """Intervals `[I, 2]`, float64; the whole range if no width fits into it."""
         intervals_found = []
@@ -63,14 +67,14 @@ class ClipSearch(ChosenDistribution):
         return np.round(intervals_found or [(self.low, self.high)], 6)
 
     def init_state(self) -> dict[str, Any]:
-        return self.state_for_interval(np.array([self.low, self.high]))
+        return self.state_for_interval(np.array(self.whole_range))
 
     def state_for_interval(self, interval: np.ndarray) -> dict[str, Any]:
         """The state in which the noise is clipped to an interval `[2]`."""
         return {"low": np.float32(interval[0]), "high": np.float32(interval[1])}
 
     def distribution(self, state: dict, blocks: int) -> ClippedRange:
-        intervals = [(self.low, self.high), *self.candidates.tolist()]
+        intervals = [self.whole_range, *self.candidates.tolist()]
         most = max(truncated_capacity(low, high, self.block_size) for low, high in intervals)
         return ClippedRange(state["low"], state["high"], blocks * most)
 

@@ -1,6 +1,7 @@
 """What an objective has a network read, as plain arrays: the door from the mathematics to the passes of a network."""
 
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -22,7 +23,7 @@ class NetworkInputs:
     position_BxL: jax.Array
     segment_BxL: jax.Array
     block_size: int
-    noised: jax.Array | None = None
+    noised: Any = None
     rule: str = "block_causal"
     sigma: jax.Array | None = None
     size_B: jax.Array | None = None

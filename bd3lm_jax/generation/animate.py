@@ -26,7 +26,8 @@ def animate(events: Iterable[Event], lm, console: Console) -> Iterator[Event]:
 def colour(confidence: float) -> tuple[int, int, int]:
     """RGB from orange (0) over khaki (0.5) to teal (1)."""
     low, high, part = (UNSURE, EVEN, confidence * 2) if confidence < 0.5 else (EVEN, SURE, confidence * 2 - 1)
-    return tuple(round(a + (b - a) * part) for a, b in zip(low, high))
+    red, green, blue = (round(a + (b - a) * part) for a, b in zip(low, high))
+    return red, green, blue
 
 
 class ColouredRow:

@@ -7,7 +7,7 @@ are.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ from bd3lm_jax.generation.plan import Plan, make_context, make_denoiser, make_pl
 from bd3lm_jax.generation.prompts import BUCKET, Rows, align_to_windows
 from bd3lm_jax.generation.sampling.generate import (
     STOPS,
-    Block,
     Frame,
     Progress,
     Request,
@@ -34,10 +33,11 @@ CHECK_EVERY = 32  # tokens between two looks for stop strings
 
 
 class Written(NamedTuple):
-    """progress: after whole blocks; None inside a block. block: where somebody watches, after its latest step."""
+    """progress: a `Progress` after whole blocks; None inside a block. block: where somebody watches, the `Block` after
+    its latest step; else None."""
 
-    progress: Progress | None
-    block: Block | None
+    progress: Any
+    block: Any
 
 
 class BatchLoop:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bd3lm_jax.attention.spec import Array
 from bd3lm_jax.core.errors import UserError, lookup
 from bd3lm_jax.generation.sampling.auto_size import AUTO, RowBlocks
 from bd3lm_jax.generation.sampling.generate import PreviousBlock
@@ -194,7 +195,8 @@ class UncachedDenoiser(NamedTuple):
         position = jnp.broadcast_to(start + jnp.arange(size), canvas_BxS.shape[:2])
         ones = jnp.ones_like(position)
         noised = Stream(canvas_BxS[:, None], position, ones * block, ones)
-        empty = trunk.new_cache(self.model, params, *ids.shape, "compute")
+        batch, slots = ids.shape
+        empty = trunk.new_cache(self.model, params, batch, slots, "compute")
         both_streams = trunk.decode(self.model, params, noised, clean, empty, 0, block_size=size, execution=UNROLLED)
         h = jnp.take_along_axis(both_streams.noised[:, 0], positions_BxP[..., None], axis=1)
         return trunk.logits(self.model, params, h), cache
@@ -206,7 +208,7 @@ class GuidedDenoiser(NamedTuple):
 
     denoise: Any
     weight: float
-    prompt_BxL: jax.Array
+    prompt_BxL: Array
     mask_id: int
 
     def __call__(self, canvas_BxS, block, previous: PreviousBlock | None, positions_BxP, level_B, cache):

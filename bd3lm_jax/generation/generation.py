@@ -1,5 +1,6 @@
 """Writing texts with a language model: batches of rows through the loop (`batch.py`), and samples of them."""
 
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -59,9 +60,8 @@ def _write_batch(lm, options: Options, rows: Rows):
 
 def _write_rows(lm, options: Options, rows: Rows, window_index: int):
     loop = BatchLoop(lm, options, rows, window_index)
-    for written in loop.write():
-        progress = written.progress
-    return loop.result(progress)
+    (last,) = deque(loop.write(), maxlen=1)
+    return loop.result(last.progress)
 
 
 def _sliding_window(lm, options: Options, rows: Rows):
@@ -92,7 +92,9 @@ def postprocess(lm, options: Options, new, nfe: int, stop: str, before=()) -> Sa
     if len(ends):
         stop = "end" if new[ends[0]] == lm.special.end else stop
         new = new[:ends[0]]
-    text = None if lm.tokenizer is None else decode_continuation(lm.tokenizer, before, new)
+    if lm.tokenizer is None:
+        return Sample(None, new.tolist(), nfe, stop)
+    text = decode_continuation(lm.tokenizer, before, new)
     places = [text.index(string) for string in options.stop if string in text]
     if places:
         text, stop = text[:min(places)], "string"

@@ -20,7 +20,7 @@ from bd3lm_jax.generation.denoise import (
 from bd3lm_jax.generation.options import Options
 from bd3lm_jax.generation.prompts import Rows
 from bd3lm_jax.generation.sampling import ALL_SAMPLERS, DenoiserContext, Request, Settings
-from bd3lm_jax.generation.sampling.auto_size import AUTO, AutoSizes
+from bd3lm_jax.generation.sampling.auto_size import AutoSizes
 from bd3lm_jax.generation.sampling.constraint import Constraint, best_block, sample_block
 from bd3lm_jax.generation.sampling.generate import Extent, FixedSize, Transition
 from bd3lm_jax.models.trunk import unstack_layers
@@ -43,10 +43,11 @@ def make_plan(lm, options: Options, row_length: int) -> Plan:
     """Static choices; a sliding window keeps as much context as the model was trained with."""
     objective, sampler = lm.config.diffusion, ALL_SAMPLERS[options.sampler]
     size, extent, spare = lm.config.block_size, FixedSize(), 0
-    window = min(options.block_size or size, size) if options.block_size != AUTO else None
-    if window is None:
+    if isinstance(options.block_size, str):  # AUTO
         extent = AutoSizes(lm.config.trained_block_sizes, options.block_confidence)
         size = window = spare = extent.sizes[-1]
+    else:
+        window = min(options.block_size or size, size)
     draw_all = None
     if options.constraint is not None:
         draw_all = sample_block if options.temperature else best_block

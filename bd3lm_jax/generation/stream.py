@@ -89,10 +89,10 @@ def pieces(events: Iterable[Event]) -> Iterator[Committed | Revision]:
     """The events of one text as pieces."""
     committed = tentative = ""
     for event in events:
-        if len(event.text) > len(committed):
+        if event.text and len(event.text) > len(committed):
             yield Committed(event.text[len(committed):])
             committed = event.text
-        if event.tentative != tentative:
+        if event.tentative is not None and event.tentative != tentative:
             tentative = event.tentative
             yield Revision(tentative)
 
@@ -146,7 +146,7 @@ class _BlockSnapshot(NamedTuple):
     canvas: np.ndarray
     masked: np.ndarray
     confidence: np.ndarray
-    nfe: np.ndarray | None
+    nfe: np.ndarray
 
 
 class _BlockView(NamedTuple):
@@ -157,7 +157,7 @@ class _BlockView(NamedTuple):
     rows: np.ndarray
     to_fill: np.ndarray
     before: _BlockSnapshot
-    after: _BlockSnapshot | None = None
+    after: _BlockSnapshot
     step: int = 0
     is_done: bool = False
 
@@ -168,8 +168,9 @@ class _BlockView(NamedTuple):
         writing = (stopped_B == 0) & (start < loop.rows.length)
         to_fill = ~loop.rows.given[:, start:end] & writing[:, None]
         visible_rows = np.flatnonzero(writing & (end > loop.starts))  # also where all is forced
-        return cls(block, visible_rows, to_fill,
-                   _BlockSnapshot(tokens_BxL[:, start:end], to_fill, np.ones(to_fill.shape), None))
+        now = _BlockSnapshot(tokens_BxL[:, start:end], to_fill, np.ones(to_fill.shape),
+                             np.zeros(len(to_fill), np.int32))
+        return cls(block, visible_rows, to_fill, now, now)
 
 
 class _RowTracker:

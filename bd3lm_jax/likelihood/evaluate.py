@@ -130,7 +130,7 @@ class Evaluator:
         self.batch = -(-config.eval.batch_size // devices) * devices
         self.sharding = batch_sharding(mesh)
         self._programs = {}
-        self.alive = lambda: None  # called after every batch
+        self.alive: Callable[[], object] = lambda: None  # called after every batch
 
     def run(self, params, rows: TokenRows, *, estimator: str, draws: int, seed: int, num_rows: int = 0) -> dict:
         """NLL of the first `num_rows` rows (0: all) in nats per token, with intervals.

@@ -52,8 +52,9 @@ def two_stream_out(model: Backbone, params: dict, xt_BxMxL, x0_BxL, position_BxL
     noised = Stream(xt_BxMxL, position_BxL, block, segment_BxL, sigma_BxMxn, max_visible_position_BxL)
     clean, clean_length = None, length - (min_block_size or block_size)
     if clean_length > 0:
-        clean = Stream(*(x[:, :clean_length] for x in (x0_BxL, position_BxL, block, segment_BxL)), clean_sigma_Bx1,
-                       None if max_visible_position_BxL is None else max_visible_position_BxL[:, :clean_length])
+        max_visible_position = None if max_visible_position_BxL is None else max_visible_position_BxL[:, :clean_length]
+        clean = Stream(x0_BxL[:, :clean_length], position_BxL[:, :clean_length], block[:, :clean_length],
+                       segment_BxL[:, :clean_length], clean_sigma_Bx1, max_visible_position)
     return trunk.two_streams(model, params, noised, clean, block_size=block_size, execution=execution,
                              dropout_keys=dropout_keys, min_block_size=min_block_size)
 

@@ -190,6 +190,6 @@ def _join(noised_Bx1xT, clean_BxC):
 
 def _split(arrays, spec: MaskSpec) -> dict:
     """Inverse of `_join`, of an array or several: by stream."""
-    length = spec.noised.position.shape[-1]
+    length = spec.tokens("noised").position.shape[-1]
     return {"noised": jax.tree.map(lambda x: x[:, None, :length], arrays),
             "clean": jax.tree.map(lambda x: x[:, length:], arrays)}

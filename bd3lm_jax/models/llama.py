@@ -86,11 +86,11 @@ def llama3_frequencies(frequencies, factor: float, low: float, high: float, cont
 
 def make_rotary(frequencies: np.ndarray):
     """positions -> what `parts.rotate` takes."""
-    frequencies = jnp.asarray(frequencies, jnp.float32)
+    frequency = jnp.asarray(frequencies, jnp.float32)
 
     def rotary(position):
         """cos and sin `[..., T, 1, R / 2]`, float32."""
-        angle = position[..., None, None].astype(jnp.float32) * frequencies
+        angle = position[..., None, None].astype(jnp.float32) * frequency
         return jnp.cos(angle), jnp.sin(angle)
     return rotary
 

@@ -26,7 +26,8 @@ def init(model: Backbone, params: dict, rank: int, key: jax.Array) -> dict:
     Where inputs end and outputs begin is where the two sides are nearest in size.
     """
     groups = {name: params[name] for name, *_ in model.groups}
-    kernels = {path: x for path, x in flatten_dict(groups).items() if path[-1] == "kernel" and _takes_lora(path, x)}
+    kernels: dict[tuple, Any] = {path: x for path, x in flatten_dict(groups).items()
+                                 if path[-1] == "kernel" and _takes_lora(path, x)}
     lora_params = {}
     for index, (path, kernel) in enumerate(sorted(kernels.items())):
         layers, inputs, outputs = _matrix_shape(kernel.shape)
@@ -42,9 +43,9 @@ def merge_lora(params: dict, scale: float) -> dict:
     """
     if LORA not in params:
         return params
-    flat = flatten_dict({name: x for name, x in params.items() if name != LORA})
-    updates = flatten_dict(params[LORA])
-    for path in {path[:-1] for path in updates}:
+    flat: dict[tuple, Any] = dict(flatten_dict({name: x for name, x in params.items() if name != LORA}))
+    updates: dict[tuple, Any] = dict(flatten_dict(params[LORA]))
+    for path in sorted({path[:-1] for path in updates}):  # the same program in every process
         product = jnp.einsum("nir,nro->nio", updates[*path, "a"], updates[*path, "b"],
                              precision=jax.lax.Precision.HIGHEST)
         flat[path] = flat[path] + scale * product.reshape(flat[path].shape)

@@ -113,8 +113,8 @@ class Block(nn.Module):
 
     def __call__(self, h, cond, rotary):
         """All parameters once, for `init`."""
-        q, k, v = self.project_qkv(h, cond, rotary, True)
-        return self.attention_output_and_mlp(h, q + k + v, cond, None)
+        *_, v = self.project_qkv(h, cond, rotary, True)  # only shapes matter
+        return self.attention_output_and_mlp(h, v, cond, None)
 
     def project_qkv(self, h, cond, rotary, queries: bool):
         """h `[..., T, D]` -> q (None without `queries`), k, v `[..., T, H, Dh]`, rotated."""

@@ -62,11 +62,12 @@ class Stream(flax.struct.PyTreeNode):
 
 
 class ForwardOutput(NamedTuple):
-    """noised `[B, M, T, D]` and clean `[B, C, D]` hidden states before the head (None: absent or not computed)."""
+    """noised `[B, M, T, D]` and clean `[B, C, D]` hidden states before the head, and the cache; None: absent or not
+    computed."""
 
-    noised: jax.Array | None
-    clean: jax.Array | None
-    cache: Cache | None
+    noised: Any
+    clean: Any
+    cache: Any
     aux: jax.Array
 
 
@@ -194,22 +195,22 @@ def decode(model: Backbone, params: dict, noised: Stream, clean: Stream | None, 
 
 def logits(model: Backbone, params: dict, h, sigma=None) -> jax.Array:
     """Hidden states `[..., D]` -> logits float32 `[..., V]`. sigma `[..., n]` as in `Stream`, None: the constant 0."""
-    return model.head.apply(_head_variables(model, params), h, _condition(model, params, sigma))
+    return _apply_head(model, params, h, _condition(model, params, sigma))
 
 
 def features(model: Backbone, params: dict, h, sigma=None) -> jax.Array:
     """Hidden states -> what the output layer multiplies, both `[..., D]`; sigma as in `logits`."""
-    cond = _condition(model, params, sigma)
-    return model.head.apply(_head_variables(model, params), h, cond, method=model.head.features)
+    return _apply_head(model, params, h, _condition(model, params, sigma), method="features")
 
 
 def output_layer(model: Backbone, params: dict) -> tuple[jax.Array, jax.Array]:
     """Kernel `[D, V']` and bias `[V']`: logits = features @ kernel + bias; no token has an id from vocab_size on."""
-    return model.head.apply(_head_variables(model, params), method=model.head.output_layer)
+    return _apply_head(model, params, method="output_layer")
 
 
-def _head_variables(model, params):
-    return {"params": {**params["head"], "embed": params["embed"]} if model.tied else params["head"]}
+def _apply_head(model: Backbone, params: dict, *args, method: str = "__call__") -> Any:
+    variables = {**params["head"], "embed": params["embed"]} if model.tied else params["head"]
+    return model.head.apply({"params": variables}, *args, method=method)
 
 
 def _condition(model, params, sigma):

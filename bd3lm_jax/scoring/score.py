@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +39,9 @@ class LossInputs(NamedTuple):
     target_BxMxC: jax.Array
     weight_BxMxC: jax.Array
     index_BxMxC: jax.Array
-    xt_BxMxC: jax.Array | None = None
-    sigma_BxMxC: jax.Array | None = None
-    tokens_B: jax.Array | None = None
+    xt_BxMxC: Any = None
+    sigma_BxMxC: Any = None
+    tokens_B: Any = None
     aux: jax.Array | float = 0.0
 
 
@@ -70,7 +70,9 @@ def _forward(model, params, inputs: NetworkInputs, execution, dropout_keys) -> t
     if inputs.noised is None:
         return forward.one_stream_out(model, params, inputs.clean_BxL, *places, rule=inputs.rule, sigma_Bxn=sigma,
                                       block_size=inputs.block_size, execution=execution, dropout_keys=dropout_keys)
-    sizes = None if inputs.size_B is None else forward.RowBlockSizes(inputs.size_B, inputs.min_block_size)
+    sizes = None
+    if inputs.size_B is not None and inputs.min_block_size is not None:
+        sizes = forward.RowBlockSizes(inputs.size_B, inputs.min_block_size)
     return forward.two_stream_out(model, params, inputs.noised, inputs.clean_BxL, *places, block_size=inputs.block_size,
                                   sizes=sizes, sigma_BxMxn=sigma, execution=execution, dropout_keys=dropout_keys,
                                   max_visible_position_BxL=inputs.max_visible_position_BxL)
@@ -106,8 +108,8 @@ def row_losses(model: Backbone, params: dict, scored: LossInputs, mask_id: int, 
     if token_loss is not None:
         losses = _custom_losses(model, params, scored, mask_id, chunk, token_loss)
     else:
-        arrays = _group_by_device(scored.features_BxMxCxD, scored.target_BxMxC)
-        losses = token_losses(_output(model, params, mask_id), *arrays, chunk)
+        features, target = _group_by_device(scored.features_BxMxCxD, scored.target_BxMxC)
+        losses = token_losses(_output(model, params, mask_id), features, target, chunk)
     return losses.reshape(scored.target_BxMxC.shape)
 
 
@@ -115,10 +117,9 @@ def total_loss(model: Backbone, params: dict, scored: LossInputs, mask_id: int, 
                loss: Loss = Loss()) -> jax.Array:
     """Sum of weight * loss over all positions of `scored`, in nats; other arguments as for `row_losses`."""
     token_loss, mean_term = loss
-    arrays = _group_by_device(scored.features_BxMxCxD, scored.target_BxMxC, scored.weight_BxMxC)
+    features, target, weight = _group_by_device(scored.features_BxMxCxD, scored.target_BxMxC, scored.weight_BxMxC)
     if token_loss is None:
-        return weighted_total(_output(model, params, mask_id), *arrays, chunk)
-    weight = arrays[2]
+        return weighted_total(_output(model, params, mask_id), features, target, weight, chunk)
 
     def both(*args, mask_id):
         return token_loss(*args, mask_id=mask_id), mean_term and mean_term(*args, mask_id=mask_id)

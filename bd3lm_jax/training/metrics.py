@@ -49,14 +49,15 @@ class Logging(Callback):
             self.log.metrics(0, self._validation(0, now.valid))
 
     def after_launch(self, now: Progress) -> None:
-        if now.finished is not None:
-            self._add(now, {}, {})
+        self._add(now, {}, {})
 
     def __call__(self, now: Progress) -> None:
         self._add(now, now.valid, now.noise)
 
     def _add(self, now: Progress, valid: dict, noise: dict) -> None:
-        """Show the finished step; log it if it ends a window or was validated."""
+        """Show the finished step, if there is one; log it if it ends a window or was validated."""
+        if now.finished is None:
+            return
         (step, values), every = now.finished, self.config.log.every
         now.losses = [*now.losses, values["loss"]][-max(every, RATE_STEPS):]
         rate, line = self.tokens_a_step / self.clock.recent_s(), {}
@@ -71,7 +72,7 @@ class Logging(Callback):
 
     def _training(self, step: int, values: dict, loss: float, rate: float) -> dict:
         line = {"train/loss": loss, "train/grad_norm": values["grad_norm"],
-                "train/lr": float(self.learning_rate(step - 1)), "train/masked_fraction": values["masked"],
+                "train/lr": float(np.asarray(self.learning_rate(step - 1))), "train/masked_fraction": values["masked"],
                 "train/tokens_per_s": rate}
         if self.config.train.block_sizes:
             line["train/block_size"] = self.config.block_size_at(step - 1)

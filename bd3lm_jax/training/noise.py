@@ -51,7 +51,7 @@ class NoiseSelector:
 
     def _search(self, params, key, batches: list[dict]) -> np.ndarray:
         """The candidate interval `[2]` whose blocks' loss has the least relative variance; all see the same draws."""
-        candidates = np.array([[self.schedule.low, self.schedule.high], *self.schedule.candidates])
+        candidates = np.array([self.schedule.whole_range, *self.schedule.candidates])
         parts = [[block_until_ready_if_simulated(self._moments(params, jax.random.fold_in(key, i),
                                                                self.schedule.state_for_interval(interval), batch))
                   for i, batch in enumerate(batches)] for interval in candidates]

@@ -14,6 +14,7 @@ import optax
 from bd3lm_jax import models
 from bd3lm_jax.config import Config
 from bd3lm_jax.core import jax_settings
+from bd3lm_jax.core.errors import RunError
 from bd3lm_jax.core.state import TrainState, trainable_params
 from bd3lm_jax.models import Backbone
 from bd3lm_jax.parallel import sharding
@@ -95,6 +96,8 @@ def bytes_per_device(arguments: Any) -> int:
 def bytes_needed(compiled: jax.stages.Compiled) -> int:
     """Bytes of device memory that a compiled program needs on each device, by its compiler's account."""
     memory = compiled.memory_analysis()
+    if memory is None:
+        raise RunError("this compiler does not say how much memory a program needs")
     return (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
             + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes)
 

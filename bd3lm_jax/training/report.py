@@ -161,12 +161,12 @@ def _samples(run, weights) -> None:
     length = min(run.config.eval.sample_length, lm.context)
     with spinner("writing samples"):
         samples = lm.generate(num=run.config.eval.num_samples, length=length, seed=run.config.seed)
-    note(f"{pluralize(len(samples), 'sample')}:")
-    for sample in samples:
-        note("  " + sample.text.replace("\n", "\n  "))
+    texts = [sample.text or "" for sample in samples]
+    note(f"{pluralize(len(texts), 'sample')}:")
+    for text in texts:
+        note("  " + text.replace("\n", "\n  "))
         note("  --")
     path = Path(run.workdir) / "samples"
     path.mkdir(exist_ok=True)
-    text = "\n--\n".join(sample.text for sample in samples) + "\n"
-    files.write(path / f"step_{run.config.train.steps}.txt", text.encode(errors="replace"))
+    files.write(path / f"step_{run.config.train.steps}.txt", ("\n--\n".join(texts) + "\n").encode(errors="replace"))
     note(f"samples: {path / f'step_{run.config.train.steps}.txt'}")

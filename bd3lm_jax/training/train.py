@@ -20,6 +20,7 @@ from bd3lm_jax.core.log import RunLog, note, read_metrics, spinner
 from bd3lm_jax.core.state import LORA, OBJECTIVE_PARAMS, TrainState
 from bd3lm_jax.core.typed import Nested, flatten
 from bd3lm_jax.data.loader import Loader, prefetch
+from bd3lm_jax.data.mixture import MixedRows
 from bd3lm_jax.data.prepare import Rows, prepare, prepare_tokenizer
 from bd3lm_jax.data.token_bytes import RowsWithBytes
 from bd3lm_jax.data.tokenizers import Tokenizer
@@ -55,7 +56,7 @@ class Run:
     config: Config
     workdir: Path
     tokenizer: Tokenizer
-    rows: dict[str, Rows]  # by split: "train", "valid"
+    rows: dict[str, Rows | MixedRows]  # by split: "train", "valid"
     program: Program
 
     @functools.cached_property

@@ -16,7 +16,7 @@ def test_registry():
 
 
 def test_import_walls():
-    """Only jax, flax, numpy, chex, errors, the name of its parameters and itself: no network, configuration, optimiser."""
+    """Only jax, flax, numpy, chex, errors, the state of a run and itself: no network, configuration, optimiser."""
     imported = set()
     for file in Path(bd3lm_jax.diffusion.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):

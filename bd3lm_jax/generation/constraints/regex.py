@@ -186,7 +186,8 @@ class _Parser:
             if not re.fullmatch(f"[0-9a-fA-F]{{{size}}}", digits):
                 self.fail(f"\\{character} needs {size} hexadecimal digits", start)
             self.at += size
-            return characters([(int(digits, 16),) * 2])
+            code = int(digits, 16)
+            return characters([(code, code)])
         if not character:
             self.fail("a backslash at the end escapes nothing", start)
         if character.isascii() and character.isalnum():

@@ -20,7 +20,9 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from bd3lm_jax.attention.spec import Array
 from bd3lm_jax.generation.sampling.filters import Filters
 
 STOPS = ("length", "end", "entropy")  # by the code in `Progress.stopped`; 0 also means: still writing
@@ -56,11 +58,11 @@ class Request(NamedTuple):
     """
 
     keys: jax.Array
-    given: jax.Array
-    length: jax.Array
-    earliest_end: jax.Array
-    forbidden: jax.Array
-    threshold: jax.Array | float
+    given: Array
+    length: Array
+    earliest_end: Array
+    forbidden: Array
+    threshold: Array | np.floating | float
     constraint: Any = None
 
 
@@ -105,15 +107,19 @@ class Transition(Protocol):
 
     def max_calls(self, settings: Settings) -> int | None:
         """The most network calls of a block, where that is known before."""
+        ...
 
     def start(self, frame: "Frame", block: Block) -> Block:
         """The block before its first step; it comes with given tokens and masks."""
+        ...
 
     def step(self, frame: "Frame", block: Block, previous: PreviousBlock | None, cache) -> tuple[Block, Any]:
         """One step of every row, at most one network call -> block with `calls` one higher, cache."""
+        ...
 
     def is_unfinished(self, settings: Settings, block: Block) -> jax.Array:
         """Rows that take a further step, bool `[B]`."""
+        ...
 
 
 class Extent(Protocol):
@@ -121,27 +127,35 @@ class Extent(Protocol):
 
     def num_blocks(self, settings: Settings, length: int) -> int:
         """The most blocks of `length` tokens."""
+        ...
 
     def stretch(self, settings: Settings, tokens: int) -> int | None:
         """Blocks of about `tokens` tokens, at least one; None where rows differ."""
+        ...
 
     def num_prefilled(self, denoiser, given_BxL, first_block: int) -> int:
         """Tokens at the beginning of the rows that are in the cache before the loop."""
+        ...
 
     def is_prefilled(self, given_BxN, place_N, stored) -> jax.Array:
         """Which of these places hold tokens for the cache, bool `[B, N]`; stored: as `num_prefilled` says."""
+        ...
 
     def start(self, settings: Settings, request: Request, progress: Progress) -> Progress:
         """Before anything is written."""
+        ...
 
     def done(self, settings: Settings, request: Request, progress: Progress) -> jax.Array:
         """Rows that have nothing left to write, bool `[B]`."""
+        ...
 
     def enter(self, frame: "Frame") -> "Frame":
         """The frame in which the next block is an ordinary one."""
+        ...
 
     def leave(self, frame: "Frame", local: "Frame", closed: Progress) -> Progress:
         """Progress after the block; closed: that of `local`, which `enter` made of `frame`."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +291,7 @@ def close_block(frame: Frame, block: Block, cache) -> Progress:
     canvas = jnp.where(done_Bx1, frame.cut(progress.tokens), block.canvas)
     tokens = jax.lax.dynamic_update_slice_in_dim(progress.tokens, canvas, progress.block * settings.block_size, axis=1)
     if settings.min_entropy is not None and tokens.shape[1] >= ENTROPY_TOKENS:
-        low = _low_entropy(settings, tokens, (progress.block + 1) * settings.block_size) & new.any(-1)
+        low = _low_entropy(settings.min_entropy, tokens, (progress.block + 1) * settings.block_size) & new.any(-1)
         stopped = jnp.where((stopped == 0) & low, STOPS.index("entropy"), stopped)
     state = progress.state
     if request.constraint is not None:
@@ -285,8 +299,8 @@ def close_block(frame: Frame, block: Block, cache) -> Progress:
     return Progress(progress.block + 1, tokens, stopped, block.nfe, cache, state, progress.rows)
 
 
-def _low_entropy(settings: Settings, tokens_BxL, end):
+def _low_entropy(min_entropy: float, tokens_BxL, end):
     """Whether the last tokens before `end` repeat too much, bool `[B]`; False where there are too few."""
     last = jax.lax.dynamic_slice_in_dim(tokens_BxL, jnp.maximum(end - ENTROPY_TOKENS, 0), ENTROPY_TOKENS, axis=1)
     frequency = jnp.mean(last[:, :, None] == last[:, None], axis=-1, dtype=jnp.float32)
-    return (-jnp.mean(jnp.log(frequency), axis=-1) < settings.min_entropy) & (end >= ENTROPY_TOKENS)
+    return (-jnp.mean(jnp.log(frequency), axis=-1) < min_entropy) & (end >= ENTROPY_TOKENS)

@@ -55,8 +55,8 @@ class TokenStats(NamedTuple):
     confidence: jax.Array
     margin: jax.Array
     entropy: jax.Array
-    log_total: jax.Array | None = None
-    uniform: jax.Array | None = None
+    log_total: Any = None
+    uniform: Any = None
 
 
 class Planner(Protocol):
@@ -194,9 +194,9 @@ def _reveal(sampler: Sampler, frame: Frame, block: Block, call: Call, drawn_BxP,
     settings, plan, window = frame.settings, call.plan, call.window
     places = jnp.arange(call.positions.shape[0])[:, None], call.positions
     stats = jax.tree.map(lambda x: jnp.zeros(block.canvas.shape).at[places].set(x), stats)
-    revealed = plan.reveal
-    if sampler.choose is not None:
-        revealed = jax.vmap(lambda row, planned, stats: sampler.choose(
+    revealed, choose = plan.reveal, sampler.choose
+    if choose is not None:
+        revealed = jax.vmap(lambda row, planned, stats: choose(
             row, planned, stats, settings.steps, frame.request.threshold))(call.rows, plan.reveal, stats)
     canvas = jnp.where(revealed, block.canvas.at[places].set(drawn_BxP), block.canvas)
     masked = (block.masked & ~revealed) | plan.remask
