@@ -68,10 +68,7 @@ class Config:
         check(not self.diffusion.needs_time_conditioning or is_time_conditioned(self.model),
               f"model.time_conditioning is False: diffusion.kind='{self.diffusion.kind}' needs the noise level "
               "(sigma), use True")
-        objective_vocab_size = getattr(self.diffusion, "vocab_size", -1)
-        check(objective_vocab_size in (-1, self.model.vocab_size),
-              f"diffusion.vocab_size={objective_vocab_size} is not "
-              f"model.vocab_size={self.model.vocab_size}: use -1 for the model's")
+        self.diffusion.check_vocab_size(self.model.vocab_size)
 
     @property
     def block_size(self) -> int:
@@ -79,10 +76,8 @@ class Config:
 
     def with_vocab(self, size: int) -> "Config":
         """The same run over `size` ids; -1: those of its tokenizer, once it is known."""
-        changed = {name: dataclasses.replace(section, vocab_size=size)
-                   for name, section in (("model", self.model), ("diffusion", self.diffusion))
-                   if hasattr(section, "vocab_size")}
-        return dataclasses.replace(self, **changed)
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab_size=size),
+                                   diffusion=self.diffusion.with_vocab_size(size))
 
     def block_size_at(self, step: int) -> int:
         """Of the update that follows `step` updates: by the curriculum, if there is one."""
@@ -105,9 +100,7 @@ class Config:
 
     def at_block_size(self, size: int) -> "Config":
         """The same with blocks of another size; a mixed objective becomes the masked one of that size."""
-        objective = self.diffusion
-        at = objective.at(size) if objective.kind == "mixed" else dataclasses.replace(objective, block_size=size)
-        return dataclasses.replace(self, diffusion=at)
+        return dataclasses.replace(self, diffusion=self.diffusion.at(size))
 
     def at_trained_block_size(self, size: int) -> "Config":
         """As `at_block_size`. UserError unless the model was trained with that block size."""
@@ -160,11 +153,11 @@ class Config:
         check(positions is None or length <= positions,
               f"data.seq_len={length} is more than model.positions={positions}, which the network "
               "has learned positions for: raise one or shorten the other")
-        check(not config.model.first_noised_layer or not config.diffusion.causal and block_size < length,
+        check(not config.model.first_noised_layer or config.diffusion.draws_noise and block_size < length,
               "model.decoder_layers splits the network by clean and noised blocks, and this objective has no clean "
               f"blocks before noised ones: use 0, or blocks shorter than data.seq_len={length}")
         noise_samples = config.train.noise_samples
-        check(noise_samples == 1 or not config.diffusion.causal,
+        check(noise_samples == 1 or config.diffusion.draws_noise,
               f"train.noise_samples={noise_samples}: an autoregressive model has nothing noised, use 1")
         group = config.diffusion.noise_sample_multiple
         check(noise_samples % group == 0,
@@ -225,7 +218,7 @@ def noise_schedule(noise: NoiseConfig, objective: Any, vocab_size: int) -> Fixed
               f"diffusion.kind='{objective.kind}' does not read: use noise.adaptive_noise='none'")
         return RunningLoss(vocab_size, noise.count_decay)
     expected = {"clip": "bernoulli", "counts": "exact_count"}[noise.adaptive_noise]
-    corruption = getattr(objective, "corruption", None) if objective.kind == "masked" else None
+    corruption = objective.corruption if objective.kind == "masked" else None
     actual = f"not {corruption!r}" if corruption else f"which diffusion.kind='{objective.kind}' does not have"
     check(corruption == expected,
           f"noise.adaptive_noise='{noise.adaptive_noise}' needs diffusion.corruption='{expected}', {actual}: use "

@@ -170,7 +170,7 @@ class Harness:
         """What a text without context begins with: the end token before it, unless the model puts one there itself or
         has learnt rows that all begin with a document."""
         objective, data = self.lm.config.diffusion, self.lm.config.data
-        known = objective.bos if objective.causal else data is not None and data.packing == "pack"
+        known = objective.begins_with_end_token or not objective.causal and data is not None and data.packing == "pack"
         return [] if known else [self.lm.special.end]
 
     def _truncate_pair(self, prompt, continuation) -> tuple[np.ndarray, np.ndarray]:

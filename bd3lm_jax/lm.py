@@ -197,7 +197,7 @@ class LM:
         weights = np.ones((batch, length)) if weights is None else np.asarray(weights, np.float64)
         if weights.shape != tokens.shape:
             raise UserError(f"weights have shape {weights.shape}, expected that of tokens, {tokens.shape}")
-        if objective.causal and not objective.bos:
+        if not objective.predicts_first_token:
             weights = weights * (np.arange(length) > 0)
         scored_BxL = np.cumsum(weights != 0, axis=1) > 0
         estimates_BxUxL = self._estimates(chosen, config.diffusion, tokens, scored_BxL, draws, seed)
@@ -213,7 +213,7 @@ class LM:
         """The config for rows of `length` tokens: a block that is longer than the row is the row, and nothing is
         padded to a context of thousands of tokens."""
         objective = self.config.diffusion
-        if objective.block_size <= length or objective.kind == "mixed" or getattr(objective, "count_probs", ()):
+        if objective.block_size <= length or objective.block_size_is_fixed:
             return self.config
         return self.config.at_block_size(length)
 
@@ -290,7 +290,6 @@ class LM:
     @functools.cached_property
     def _plain_logits(self):
         objective = self.config.diffusion
-        rule = "causal" if objective.causal else "block_causal"
 
         @jax.jit
         def plain(params, ids, sigma):
@@ -299,8 +298,8 @@ class LM:
             ids = jnp.pad(ids, ((0, 0), (0, -length % size)))
             position, _ = forward.single_document_rows(ids)
             segment = (position < length).astype(jnp.int32)
-            h = forward.one_stream(self.model, params, ids, position, segment, rule=rule, block_size=size,
-                                   sigma_Bxn=sigma, execution=forward.DEFAULT_EXECUTION)
+            h = forward.one_stream(self.model, params, ids, position, segment, rule=objective.attention_rule,
+                                   block_size=size, sigma_Bxn=sigma, execution=forward.DEFAULT_EXECUTION)
             return trunk.logits(self.model, params, h, sigma)[:, :length]
         return plain
 

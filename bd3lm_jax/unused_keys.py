@@ -52,7 +52,7 @@ RULES = (
     _rule("noise.count_decay", 0.99, "noise.adaptive_noise", "counts", "running_loss"),
     Rule("train.lora_alpha", 16.0, "train.lora_rank", lambda config: config.train.lora_rank == 0),
     Rule("train.anneal_steps", 0, "diffusion.block_size",
-         lambda config: config.diffusion.block_size == 1 and not config.diffusion.causal, preset=True),
+         lambda config: config.diffusion.block_size == 1 and config.diffusion.draws_noise, preset=True),
     _rule("optim.decay_fraction", 0.2, "optim.schedule", "wsd", preset=True),
     _rule("optim.final_lr_fraction", 0.0, "optim.schedule", "cosine", "wsd", preset=True),
     _rule("model.cond_dim", 128, "model.adaln", True, kinds=("dit",), preset=True),
@@ -65,16 +65,11 @@ RULES = (
     _rule("data.field", "text", "data.source", "jsonl", "tfds", "mixture"),
     _rule("data.valid_fraction", 0.01, "data.source", *LOCAL, "tfds", "mixture", preset=True),
     Rule("eval.sample_length", 256, "eval.num_samples", lambda config: config.eval.num_samples == 0, preset=True),
-    Rule("eval.mc_samples", 1, "diffusion.kind", lambda config: config.diffusion.causal, preset=True),
-    *(Rule(key, unused, "diffusion.kind", lambda config: not _has_bound(config), preset=True)
+    Rule("eval.mc_samples", 1, "diffusion.kind", lambda config: config.diffusion.exact_likelihood, preset=True),
+    *(Rule(key, unused, "diffusion.kind", lambda config: not config.diffusion.has_bound, preset=True)
       for key, unused in (("eval.mc_samples", 1), ("eval.rows", 4096), ("eval.report_rows", 0),
                           ("checkpoint.keep_best", 1))),
 )
-
-
-def _has_bound(config: Any) -> bool:
-    objective = config.diffusion
-    return objective.causal or objective.uses_mask_token or objective.bound is not None
 
 
 def keys(config: Any) -> set[str]:

@@ -119,7 +119,7 @@ def convention_for(configs: Iterable[Any], *, context_mode: str, stride: int, fi
 
     UserError where one cannot do what first_token says.
     """
-    all_predict = all(not config.diffusion.causal or config.diffusion.bos for config in configs)
+    all_predict = all(config.diffusion.predicts_first_token for config in configs)
     if first_token == "predict" and not all_predict:
         raise UserError("--first_token=predict: an autoregressive model here has no beginning token "
                         "(diffusion.bos=False) and cannot predict the first token: use --first_token=skip")

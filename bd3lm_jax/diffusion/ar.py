@@ -23,6 +23,8 @@ class AR(Objective):
     kind: ClassVar[str] = "ar"
     title: ClassVar[str] = "AR"
     causal: ClassVar[bool] = True
+    attention_rule: ClassVar[str] = "causal"
+    exact_likelihood: ClassVar[bool] = True
     draws_noise: ClassVar[bool] = False
     supports_target_shift: ClassVar[bool] = False
     uses_mask_token: ClassVar[bool] = False
@@ -34,10 +36,19 @@ class AR(Objective):
         """Whether the weighted loss is the NLL of every token (without `bos` the first ones are missing)."""
         return self.bos
 
+    @property
+    def predicts_first_token(self) -> bool:
+        return self.bos
+
+    @property
+    def begins_with_end_token(self) -> bool:
+        return self.bos
+
     def corrupt(self, key, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int,
                 end_id: int) -> Noised:
         """The input of the network and the weights, in the form of every objective; nothing is random here."""
-        inputs_BxL, weight_BxL = self.previous_tokens(x0_BxL, segment_BxL, end_id), self.weight(segment_BxL)
+        inputs_BxL = self.previous_tokens(x0_BxL, segment_BxL, end_id)
+        weight_BxL = self.predicted_tokens(segment_BxL).astype(jnp.float32)
         return Noised(xt_BxMxL=inputs_BxL[:, None].astype(jnp.int32), weight_BxMxL=weight_BxL[:, None],
                       sigma_BxMxK=jnp.zeros((*x0_BxL.shape[:1], 1, 1)), capacity=x0_BxL.shape[1])
 
@@ -58,7 +69,7 @@ class AR(Objective):
         if not self.bos:
             segment_BxL = jnp.where(noised.weight_BxMxL[:, 0] > 0, segment_BxL, 0)
             position_BxL = jnp.maximum(position_BxL - 1, 0)
-        return NetworkInputs(noised.xt_BxMxL[:, 0], position_BxL, segment_BxL, block_size=1, rule="causal",
+        return NetworkInputs(noised.xt_BxMxL[:, 0], position_BxL, segment_BxL, block_size=1, rule=self.attention_rule,
                              one_document=None if self.bos else False)
 
     def outputs(self, noised_BxMxLxD: Any, clean_BxLxD: Any) -> jax.Array:
@@ -68,12 +79,9 @@ class AR(Objective):
         """The previous token of the segment at every position, `end_id` at its first. Returns ids [B, L]."""
         return jnp.where(_starts(segment_BxL), end_id, jnp.roll(x0_BxL, 1, axis=-1))
 
-    def weight(self, segment_BxL: jax.Array) -> jax.Array:
-        """1 where a token is predicted; 0 on padding and, without `bos`, at first tokens. Returns float32 [B, L]."""
-        predicted_BxL = segment_BxL != 0
-        if not self.bos:
-            predicted_BxL &= ~_starts(segment_BxL)
-        return predicted_BxL.astype(jnp.float32)
+    def predicted_tokens(self, segment_BxL: jax.Array) -> jax.Array:
+        predicted_BxL = super().predicted_tokens(segment_BxL)
+        return predicted_BxL if self.bos else predicted_BxL & ~_starts(segment_BxL)
 
 
 def _starts(segment_BxL):

@@ -105,6 +105,10 @@ class Masked(Objective):
         return 2 if self.complement else 1
 
     @property
+    def block_size_is_fixed(self) -> bool:
+        return bool(self.count_probs)
+
+    @property
     def is_bound(self) -> bool:
         """Whether the weighted loss estimates the NELBO without bias."""
         return self.corruption == "exact_count" and all(p > 0 for p in self.count_probs)
@@ -121,7 +125,8 @@ class Masked(Objective):
             x0_BxL: clean ids.
             segment_BxL: document of each token; padding (0) keeps its id and has weight 0.
             end_id: not used here (every objective is called alike).
-            law: what takes the place of `count_probs` (exact_count) or of the clip (bernoulli); None for its own.
+            distribution: what takes the place of `count_probs` (exact_count) or of the clip (bernoulli);
+                None for its own.
 
         Raises:
             UserError: the block size does not divide L, `noise_samples` is not positive, or odd with `complement`.

@@ -1,5 +1,6 @@
 """What every objective says of itself, and what it may leave out."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -36,6 +37,8 @@ class Objective:
 
     title: its name in tables and pictures; "" for its kind.
     causal: the network reads one stream, the tokens before; else noised blocks and the clean text before them.
+    attention_rule: which tokens a plain pass over one stream sees ("causal", "block_causal").
+    exact_likelihood: one pass gives the likelihood itself, and not only where blocks have one token.
     draws_noise: `corrupt` noises tokens of the segments it is given. Else these say where documents begin.
     weights_decide_inputs: the network does not read tokens of weight 0, so weights may not be changed after `corrupt`.
     uses_mask_token: the network predicts the tokens under the mask token from those that are left. So the bound of
@@ -60,6 +63,8 @@ class Objective:
     kind: ClassVar[str]
     title: ClassVar[str] = ""
     causal: ClassVar[bool] = False
+    attention_rule: ClassVar[str] = "block_causal"
+    exact_likelihood: ClassVar[bool] = False
     draws_noise: ClassVar[bool] = True
     weights_decide_inputs: ClassVar[bool] = False
     uses_mask_token: ClassVar[bool] = True
@@ -85,6 +90,47 @@ class Objective:
     @property
     def bound(self) -> "Objective | None":
         return self if self.is_bound else None
+
+    @property
+    def predicts_unseen_tokens(self) -> bool:
+        """Whether the network gives tokens that it does not see a probability, so that part of a text can be scored."""
+        return self.exact_likelihood or self.uses_mask_token
+
+    @property
+    def has_bound(self) -> bool:
+        """Whether the likelihood of such a model can be bounded at all."""
+        return self.predicts_unseen_tokens or self.bound is not None
+
+    @property
+    def predicts_first_token(self) -> bool:
+        """Whether the first token of a text is predicted too, so that a text may be written from nothing."""
+        return True
+
+    @property
+    def begins_with_end_token(self) -> bool:
+        """Whether the network reads the end token before the first token of a text."""
+        return False
+
+    @property
+    def block_size_is_fixed(self) -> bool:
+        """Whether blocks of another size would need other hyperparameters as well."""
+        return len(self.block_sizes) > 1
+
+    def at(self, size: int) -> "Objective":
+        """The same with blocks of `size` tokens."""
+        return dataclasses.replace(self, block_size=size)
+
+    def with_vocab_size(self, size: int) -> "Objective":
+        """The same over `size` ids, where it is one over a vocabulary."""
+        del size
+        return self
+
+    def check_vocab_size(self, size: int) -> None:
+        """UserError for one that is over another vocabulary than one of `size` ids."""
+
+    def predicted_tokens(self, segment_BxL: jax.Array) -> jax.Array:
+        """Bool `[B, L]`: the tokens that the bound is a sum over; padding (segment 0) is not."""
+        return segment_BxL != 0
 
     @property
     def block_sizes(self) -> tuple[int, ...]:

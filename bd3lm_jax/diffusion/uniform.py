@@ -46,6 +46,14 @@ class Uniform(Objective):
         if not 0 <= self.eps < 0.5:
             raise UserError(f"diffusion.eps is {self.eps}, expected from 0 to below 0.5, e.g. 1e-3")
 
+    def with_vocab_size(self, size: int) -> "Uniform":
+        return dataclasses.replace(self, vocab_size=size)
+
+    def check_vocab_size(self, size: int) -> None:
+        if self.vocab_size not in (-1, size):
+            raise UserError(f"diffusion.vocab_size={self.vocab_size} is not model.vocab_size={size}: use -1 for the "
+                            "model's")
+
     @property
     def is_bound(self) -> bool:
         return self.eps == 0

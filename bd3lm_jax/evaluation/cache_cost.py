@@ -35,10 +35,10 @@ def nll_cost(lm, rows, num_rows: int, seed: int) -> list[dict[str, Any]]:
 
     Empty for a model of one block (MDLM), which never reads a cache.
     """
-    if not lm.config.diffusion.causal and lm.config.block_size >= rows.length:
+    if lm.config.block_size >= rows.length:
         return []
     ids = np.arange(min(num_rows, len(rows)))
-    tokens_R = _weights(lm, rows.segments(ids)).sum(1)
+    tokens_R = np.asarray(lm.config.diffusion.predicted_tokens(rows.segments(ids)), np.float64).sum(1)
     nats = {dtype: _row_nats(lm, rows, ids, dtype, seed) for dtype in DTYPES}
     found = []
     for dtype, nats_R in nats.items():
@@ -87,12 +87,6 @@ def _row_nats(lm, rows, ids: np.ndarray, cache_dtype: str, seed: int) -> np.ndar
         nats_BxL = program(lm.params, key, padded, rows.tokens(padded), rows.positions(padded), rows.segments(padded))
         found.append(np.asarray(nats_BxL, np.float64).sum(1)[:len(batch)])
     return np.concatenate(found)
-
-
-def _weights(lm, segments_BxL) -> np.ndarray:
-    """Which tokens are scored, 1 or 0."""
-    objective = lm.config.diffusion
-    return np.asarray(objective.weight(segments_BxL) if objective.causal else segments_BxL > 0, np.float64)
 
 
 def _score_block(lm, params, noised, tokens, positions, segments, cache: Cache, block):

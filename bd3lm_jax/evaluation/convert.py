@@ -122,8 +122,8 @@ def _write_published(model: LM, source: Path, target: Path, dtype: str, max_shar
             model_type = hf.layout_name(source)
             files = _copied(source)
     if model.tokenizer is not None and "tokenizer.json" not in files:
-        uses_mask_token = described.objective.uses_mask_token and not described.objective.causal
-        files |= _with_chat_template(write.tokenizer_files(model.tokenizer, uses_mask_token), chat_files(source))
+        names_mask = described.objective.uses_mask_token
+        files |= _with_chat_template(write.tokenizer_files(model.tokenizer, names_mask), chat_files(source))
     ids = _token_ids(model) if origin.data is not None else hf.token_ids(source)
     if GENERATION not in files and ids:
         files[GENERATION] = (json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n").encode()
@@ -137,7 +137,7 @@ def _token_ids(model: LM) -> dict[str, int]:
     """Of a run: its end token ends texts, fills what is left of rows, and begins texts where it was trained so."""
     if model.special.end < 0:
         return {}
-    begin = {"bos_token_id": model.special.end} if getattr(model.config.diffusion, "bos", False) else {}
+    begin = {"bos_token_id": model.special.end} if model.config.diffusion.begins_with_end_token else {}
     return begin | {"eos_token_id": model.special.end, "pad_token_id": model.special.end}
 
 
@@ -171,7 +171,7 @@ def _write_run(model: LM, source: Path, target: Path, length: int, base: Mapping
     objective = model.config.diffusion
     if length > model.context:
         raise UserError(f"length is {length}, expected at most {model.context}, what the model was trained on")
-    if not objective.causal and objective.block_size >= model.context:  # one block a row
+    if model.is_bidirectional:
         objective = model.config.at_block_size(length).diffusion
     sections = {name: {"kind": section.kind, **dataclasses.asdict(section)}
                 for name, section in (("model", model.config.model), ("diffusion", objective))}

@@ -104,7 +104,7 @@ def _bounds(run, text: Text, draws: int, seed: int) -> dict[str, Any]:
 
 def _has_own_bound(objective: Any) -> bool:
     """Whether its own bound is another than the common one and can be measured on any text."""
-    return objective.bound is not None and not (objective.causal or objective.extra_batch_keys or
+    return objective.bound is not None and not (objective.exact_likelihood or objective.extra_batch_keys or
                                                 objective.kind == "masked")
 
 

@@ -46,9 +46,8 @@ class Scorer:
             raise UserError(f"scorer {path} gives only a bound on the likelihood (block size {lm.config.block_size}), "
                             "which is no perplexity: use an autoregressive model, or one of block size 1 without time "
                             "conditioning")
-        objective = lm.config.diffusion
         self.lm, self.path, self.window, self._tokenizer = lm, path, lm.context, lm.tokenizer
-        self.first = int(objective.causal and not objective.bos)
+        self.first = int(not lm.config.diffusion.predicts_first_token)
         self.stride = stride or max(1, lm.context // 2)
         if not 1 <= self.stride <= self.window - self.first:
             raise UserError(f"a stride of {self.stride} tokens does not go with the scorer's window of {self.window}: "

@@ -31,7 +31,7 @@ def settings_for(lm: LM, workdir: str, file: str, prefer: str) -> tuple[dict[str
     path = Path(file or Path(workdir) / FILE)
     if file or path.exists():
         return _from_file(lm, path, prefer)
-    if lm.config.diffusion.causal or lm.config.block_size == 1:
+    if lm.config.block_size == 1:
         return PRESETS["quality"], "the model writes one token a call whatever the preference"
     return PRESETS[prefer], f"preset, not measured: {command_line('bench sampling')} --workdir={workdir} measures"
 

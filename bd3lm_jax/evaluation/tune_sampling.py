@@ -91,7 +91,7 @@ def candidates(lm: LM) -> list[dict[str, Any]]:
         sizes = [{"block_size": size} for size in lm.config.trained_block_sizes]
         sizes += [{"block_size": AUTO, "block_confidence": value} for value in BLOCK_CONFIDENCES]
         return [EXACT, *({**setting, **size} for setting in (EXACT, SURE) for size in sizes)]
-    if lm.config.diffusion.causal or size == 1:
+    if size == 1:
         return [EXACT]  # one token a call
     found = [EXACT, *({"sampler": sampler, "threshold": value} for sampler, values in THRESHOLDS.items()
                       for value in values)]
@@ -147,12 +147,8 @@ def _rejection_reason(row: dict, exact: dict) -> str:
 
 def generate_texts(lm: LM, setting: dict, texts: int, length: int, min_length: int, seed: int) -> list[Sample]:
     """Texts from nothing; a model that cannot begin by itself gets the end token to begin with."""
-    return lm.generate([[lm.special.end]] if _needs_prompt(lm) else None, num=texts, length=length,
-                       min_length=min_length, seed=seed, **setting)
-
-
-def _needs_prompt(lm: LM) -> bool:
-    return lm.config.diffusion.causal and not lm.config.diffusion.bos
+    prompts = None if lm.config.diffusion.predicts_first_token else [[lm.special.end]]
+    return lm.generate(prompts, num=texts, length=length, min_length=min_length, seed=seed, **setting)
 
 
 def text_metrics(lm: LM, samples: Sequence[Sample], scorer: Scorer | None) -> dict[str, Any]:
@@ -164,7 +160,8 @@ def text_metrics(lm: LM, samples: Sequence[Sample], scorer: Scorer | None) -> di
     else:
         texts = np.array([sample.tokens for sample in samples], np.int32)
         nats = np.concatenate([lm.nll(texts[i:i + BATCH]).per_token.sum(1) for i in range(0, len(texts), BATCH)])
-        nll, *interval = stats.ratio_interval(nats, np.full(len(nats), texts.shape[1] - _needs_prompt(lm)))
+        scored = texts.shape[1] - (not lm.config.diffusion.predicts_first_token)
+        nll, *interval = stats.ratio_interval(nats, np.full(len(nats), scored))
         found = {"self_nll": nll, "self_nll_ci95": interval, **figures(list(texts), None, 0, None)}
         keys = ["self_nll", "self_nll_ci95"]
     return {key: found[key] for key in (*keys, "entropy", "entropy_ci95", "distinct_1", "distinct_2", "distinct_3")}

@@ -65,7 +65,7 @@ def study(workdirs: list[str], *, split: str, batch: int, draws: int, seed: int)
 def _check(runs: dict[str, LM]) -> None:
     first_dir, first = next(iter(runs.items()))
     for workdir, lm in runs.items():
-        if lm.config.diffusion.causal or trunk.is_time_conditioned(lm.config.model):
+        if not lm.config.diffusion.uses_mask_token or trunk.is_time_conditioned(lm.config.model):
             raise UserError(f"{workdir} predicts no masked tokens without a noise level: give masked models with "
                             "model.time_conditioning=False")
         if "density" in lm.config.diffusion.extra_batch_keys and not lm.corpus(workdir).density:
@@ -96,7 +96,7 @@ def describe(config: Config) -> str:
         words = ["hard" if getattr(objective, "hard", False) else f"w={getattr(objective, 'weight', 1):g}",
                  f"{config.data.density_fraction:.0%} of documents tagged"]
         words += ["importance weights"] * getattr(objective, "importance", False)
-    words += ["pairs"] * getattr(objective, "complement", False)
+    words += ["pairs"] * (objective.noise_sample_multiple > 1)
     return ", ".join([objective.kind, *words])
 
 
@@ -160,7 +160,7 @@ def _noise(lm: LM, first: LM, measure, split: str, batch: int, draws: int, seed:
     config, objective = lm.config, lm.config.diffusion
     assert lm.tokenizer is not None  # of a run
     loader = Loader(prepare(config.data, split, config.block_size, lm.tokenizer), batch, seed, None)
-    noise_samples = 2 if getattr(objective, "complement", False) else 1
+    noise_samples = objective.noise_sample_multiple
     draw = jax.jit(objective.corrupt, static_argnums=(3, 4, 5))
     lengths, gradients, losses = [], [], []
     for step in range(draws):

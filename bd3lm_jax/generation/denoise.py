@@ -234,7 +234,7 @@ def check_cache_dtype(lm: Any, options: Any) -> None:
 def check_target_shift(lm: Any, options: Any) -> None:
     """UserError for options that `ShiftedDenoiser` does not know."""
     form = target_shift_of(lm.config.model)
-    if form and not lm.config.diffusion.causal and (options.approximate_cache or options.block_size == AUTO):
+    if form and lm.config.diffusion.supports_target_shift and (options.approximate_cache or options.block_size == AUTO):
         what = "approximate_cache" if options.approximate_cache else f"block_size='{AUTO}'"
         raise UserError(f"{what} is not there for networks with model.target_shift='{form}': leave it out")
 

@@ -186,7 +186,7 @@ def _candidates(lm, number: int, parts: list[np.ndarray | Span]) -> list[Candida
     if lm.config.diffusion.causal and any(isinstance(part, Span) for part in parts[:-1]):
         raise UserError("an autoregressive model does not see what follows a hole: put the one hole at the end of the "
                         "text, or take a block or bidirectional model")
-    if lm.config.diffusion.causal and not lm.config.diffusion.bos and len(parts) == 1:
+    if not lm.config.diffusion.predicts_first_token and len(parts) == 1:
         raise UserError("this autoregressive model has no beginning token: begin the text with at least one token")
     return [_candidate(lm, number, parts, iter(chosen))
             for chosen in itertools.product(*(range(span.min_tokens, span.max_tokens + 1) for span in spans))]

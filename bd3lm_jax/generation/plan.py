@@ -55,8 +55,7 @@ def make_plan(lm, options: Options, row_length: int) -> Plan:
                         steps=options.steps or sampler.steps or window, filters=options.filters,
                         mask_id=lm.special.mask, end_id=lm.special.end,
                         min_entropy=options.min_entropy, draw_all=draw_all)
-    beginning = objective.causal and objective.bos  # takes a slot of its own
-    ring = max((lm.context // size - 1) * size, size) + beginning
+    ring = max((lm.context // size - 1) * size, size) + objective.begins_with_end_token  # which takes a slot of its own
     slots = min(row_length, ring) if options.window else row_length + spare
     return Plan(sampler.transition(objective, settings.steps), extent, settings, slots, options.cache_dtype,
                 options.approximate_cache, bool(options.guidance))

@@ -46,7 +46,7 @@ def encode_prompts(lm, prompts, num: int, length: int, window: bool) -> list[np.
         if len(ids) >= length:
             raise UserError(f"the prompt has {len(ids)} tokens, which leaves none of length {length} to write: "
                             f"shorten the prompt or raise the length (at most {lm.context} without a sliding window)")
-        if not len(ids) and lm.config.diffusion.causal and not lm.config.diffusion.bos:
+        if not len(ids) and not lm.config.diffusion.predicts_first_token:
             raise UserError("this autoregressive model has no beginning token: give it a prompt of at least one token")
         encoded += [ids] * num
     return encoded

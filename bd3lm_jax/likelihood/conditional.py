@@ -138,7 +138,7 @@ def encode_pair(tokenizer: Tokenizer, prompt: str, continuation: str,
 def _request(lm: Any, prompt: Any, continuation: Any, noise: Any) -> Request:
     """Checked ids of a pair of texts or of lists of ids; noise: text or ids whose content the masks are keyed by."""
     objective = lm.config.diffusion
-    if not (objective.causal or objective.uses_mask_token):
+    if not objective.predicts_unseen_tokens:
         raise UserError(f"a model of kind '{objective.kind}' predicts no masked tokens, so that no continuation can be "
                         "scored: use eval")
     if not len(continuation):
@@ -178,7 +178,7 @@ def _check(lm, request: Request) -> None:
     if (request.prompt == mask).any() or (request.continuation == mask).any():
         raise UserError(f"prompt or continuation hold the mask token {mask}, which is never part of a text")
     check_bos(objective, lm.config.model, lm.special.end)
-    if objective.causal and not objective.bos and not len(request.prompt):
+    if not objective.predicts_first_token and not len(request.prompt):
         raise UserError("this autoregressive model has no beginning token: give it a prompt of at least one token")
 
 

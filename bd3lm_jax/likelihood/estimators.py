@@ -181,8 +181,7 @@ class SinglePass:
 
     def noised(self, key, index, draws: int, tokens_L, segments_L, special: SpecialIds) -> Noised:
         del index, draws
-        noised = self.objective.corrupt(key, tokens_L[None], segments_L[None], noise_samples=1, mask_id=special.mask,
-                                        end_id=special.end)
+        noised = self.objective.corrupt(key, tokens_L[None], segments_L[None], 1, special.mask, special.end)
         return jax.tree.map(lambda x: x[0], noised)
 
 
@@ -240,7 +239,7 @@ def lattice(key, index, number: int, blocks: int) -> jax.Array:
 def is_exact(config: Config) -> bool:
     """Whether one pass gives the likelihood itself: AR, and blocks of one token without a noise level as input."""
     objective = config.diffusion
-    return objective.causal or (objective.uses_mask_token and config.block_size == 1 and
+    return objective.exact_likelihood or (objective.uses_mask_token and config.block_size == 1 and
                                 not trunk.is_time_conditioned(config.model))
 
 
@@ -251,12 +250,6 @@ def default_estimator(config: Config) -> str:
     return "exact_count" if config.diffusion.uses_mask_token else "native"
 
 
-def has_bound(config: Config) -> bool:
-    """Whether the likelihood of such a model can be bounded at all."""
-    objective = config.diffusion
-    return objective.causal or objective.uses_mask_token or objective.bound is not None
-
-
 def make(name: str, config: Config):
     """The estimator of that name for a model; where one pass is exact, all but "bernoulli" are that pass.
 
@@ -264,10 +257,10 @@ def make(name: str, config: Config):
     """
     build = lookup(ESTIMATORS, name, "estimator")
     objective = config.diffusion
-    if not has_bound(config):
+    if not objective.has_bound:
         raise UserError(f"a model of kind '{objective.kind}' has no bound on its likelihood, so there is nothing to "
                         f"measure: look at its samples ({command_line('sample')})")
-    if not (objective.uses_mask_token or objective.causal or name == "native"):
+    if not (objective.predicts_unseen_tokens or name == "native"):
         raise UserError(f"estimator '{name}' masks tokens, which a model of kind '{objective.kind}' does not predict: "
                         "use native")
     return build(config)
@@ -282,7 +275,7 @@ def _counts(name: str, kind: type):
 
 
 def _bernoulli(config: Config) -> MonteCarlo:
-    if config.diffusion.causal:
+    if not config.diffusion.uses_mask_token:
         raise UserError("estimator 'bernoulli' masks tokens, which an autoregressive model does not: use nll")
     return MonteCarlo("bernoulli", dataclasses.replace(Masked.uniform_counts(config.block_size), corruption="bernoulli",
                                                        eps=EPS))
@@ -304,12 +297,12 @@ def _nll(config: Config) -> SinglePass:
     if not is_exact(config):
         raise UserError(f"estimator 'nll' is exact only for AR and for block size 1 without time conditioning, this "
                         f"model has block size {config.block_size}: use exact_count")
-    return SinglePass(config.diffusion if config.diffusion.causal else Masked.uniform_counts(1))
+    return SinglePass(config.diffusion if config.diffusion.exact_likelihood else Masked.uniform_counts(1))
 
 
 def _native(config: Config):
     objective = config.diffusion
-    if objective.causal:
+    if objective.exact_likelihood:
         return _nll(config)
     if objective.bound is None:
         raise UserError(f"estimator 'native' is the training loss, which is no bound on the likelihood for this model "

@@ -216,10 +216,8 @@ class Evaluator:
 
     def _documents(self, rows: TokenRows, ids) -> np.ndarray:
         """The document of every token that is scored `[n, L]`; -1 elsewhere."""
-        documents_BxL, objective = np.where(rows.scored(ids), rows.documents(ids), -1), self.config.diffusion
-        if objective.causal:
-            documents_BxL = np.where(objective.weight(rows.segments(ids)) > 0, documents_BxL, -1)
-        return documents_BxL
+        predicted_BxL = np.asarray(self.config.diffusion.predicted_tokens(rows.segments(ids)))
+        return np.where(rows.scored(ids) & predicted_BxL, rows.documents(ids), -1)
 
 
 def _fetch(ids, passes):

@@ -59,7 +59,8 @@ def parts(model_config: Any, objective: Any, *, batch: int, length: int, noise_s
     """
     model = models.build(model_config, jnp.float32)
     params = jax.eval_shape(lambda: trunk.init(model, jax_settings.key(0)))
-    objectives = [objective.at(size) for size in objective.sizes] if hasattr(objective, "sizes") else [objective]
+    sizes = objective.block_sizes
+    objectives = [objective.at(size) for size in sizes] if len(sizes) > 1 else [objective]
     layers, attention = np.mean([_body(model, params, one, batch, length, noise_samples) for one in objectives], axis=0)
     scored = scored_positions(objective, batch, length, noise_samples, schedule)
     return Parts(float(layers), float(attention), _head(model, params, (batch, noise_samples, scored)))
@@ -70,14 +71,14 @@ def _body(model, params, objective, batch: int, length: int, noise_samples: int)
     model_config = model.config
     level = (batch, noise_samples,
              length // objective.block_size) if trunk.is_time_conditioned(model_config) else (1, 1)
-    clean, noised_views = (length, 0) if objective.causal else (length - objective.block_size, noise_samples)
+    noised_views, clean = objective.stream_lengths(length, noise_samples)
     layers = attention = first = 0
     for index, (name, block, layer_count) in enumerate(model.groups):
         layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params[name])
         on_noised = _layer(model, block, layer, params, (batch, noised_views, length), level)
         on_clean = _layer(model, block, layer, params, (batch, clean), (1, 1))
         # The layer, if any, whose clean stream gives only keys and values.
-        peeled = int(not objective.causal and index == len(model.groups) - 1)
+        peeled = int(noised_views > 0 and index == len(model.groups) - 1)
         noised_layers = layer_count - min(max(model_config.first_noised_layer - first, 0), layer_count)
         first += layer_count
         clean_pairs, noised_pairs = _pairs(objective, length, noise_samples, getattr(block, "window", None))
@@ -100,8 +101,7 @@ def scored_positions(objective: Any, batch: int, length: int, noise_samples: int
         if objective.learns:
             learned = objective.init_learned_params(jax_settings.key(0), 1, 1)
             arrays["learned_params"] = {**learned, "embedding": jnp.zeros((1, 1))}
-        return objective.corrupt(jax_settings.key(0), ids, ids, noise_samples=noise_samples, mask_id=0, end_id=0,
-                                 **arrays)
+        return objective.corrupt(jax_settings.key(0), ids, ids, noise_samples, 0, 0, **arrays)
 
     return min(jax.eval_shape(noised, jax.ShapeDtypeStruct((batch, length), jnp.int32)).capacity, length)
 
@@ -148,12 +148,12 @@ def _layer(model, block, layer, params, shape, level) -> _Layer:
 
 def _pairs(objective, length: int, noise_samples: int, window: int | None) -> tuple[float, float]:
     """Pairs (query, key) that see each other in one row and layer: clean queries, noised queries."""
-    size, place = (1 if objective.causal else objective.block_size), np.arange(length)
+    size, place = objective.block_size, np.arange(length)
     reach = length if window is None else window
     last = np.minimum(place // size * size + size - 1, place + reach)
     pairs = last - np.maximum(place - reach, 0) + 1  # of each query, whichever stream its keys are in
-    clean = length if objective.causal else length - size
-    return float(pairs[:clean].sum()), 0.0 if objective.causal else float(noise_samples * pairs.sum())
+    noised_views, clean = objective.stream_lengths(length, noise_samples)
+    return float(pairs[:clean].sum()), float(noised_views * pairs.sum())
 
 
 def _head(model, params, shape) -> int:

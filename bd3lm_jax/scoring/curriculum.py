@@ -45,5 +45,5 @@ def check(config: Any) -> None:
     if config.noise.adaptive_noise != "none":
         raise UserError(f"noise.adaptive_noise='{config.noise.adaptive_noise}' learns about blocks of one size, and "
                         "train.block_sizes has several: use noise.adaptive_noise='none'")
-    if getattr(objective, "count_probs", ()):
+    if objective.block_size_is_fixed:
         raise UserError("diffusion.count_probs is for blocks of one size, and train.block_sizes has several: use ()")

@@ -7,7 +7,6 @@ import jax
 from bd3lm_jax.core.log import spinner
 from bd3lm_jax.core.state import TrainState
 from bd3lm_jax.likelihood import paired
-from bd3lm_jax.likelihood.estimators import has_bound
 from bd3lm_jax.likelihood.evaluate import Evaluator
 from bd3lm_jax.likelihood.options import EstimatorOptions
 from bd3lm_jax.models import lora
@@ -30,7 +29,7 @@ class Validator:
         document; else `eval.rows` rows from one draw.
         """
         config, rows = self.run.config, self.run.valid_rows
-        if not has_bound(config):
+        if not config.diffusion.has_bound:
             return {}
         with spinner("validating"):
             options = EstimatorOptions(draws=config.eval.mc_samples if is_final else 1, seed=config.seed)

@@ -25,8 +25,8 @@ def test_inputs_restart_with_each_segment():
 def test_weights():
     with_bos = [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 0]]
     without = [[0, 1, 1, 1, 1, 1], [0, 1, 0, 1, 1, 0], [0, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0]]
-    np.testing.assert_array_equal(AR(bos=True).weight(SEGMENT_BxL), np.array(with_bos, np.float32))
-    np.testing.assert_array_equal(AR(bos=False).weight(SEGMENT_BxL), np.array(without, np.float32))
+    np.testing.assert_array_equal(AR(bos=True).predicted_tokens(SEGMENT_BxL), np.array(with_bos, bool))
+    np.testing.assert_array_equal(AR(bos=False).predicted_tokens(SEGMENT_BxL), np.array(without, bool))
 
 
 @pytest.mark.parametrize("bos", [True, False])

@@ -157,7 +157,7 @@ def test_the_step_computes_the_formula(microbatch):
 
 def test_it_has_no_bound():
     config = make_config()
-    assert not IT.is_bound and not IT.uses_mask_token and not estimators.has_bound(config)
+    assert not IT.is_bound and not IT.uses_mask_token and not IT.has_bound
     for name in ("native", "exact_count", "exact"):
         with pytest.raises(UserError, match="kind 'ssd_lm' has no bound on its likelihood"):
             estimators.make(name, config)

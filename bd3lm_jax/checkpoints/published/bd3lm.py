@@ -62,7 +62,7 @@ def from_hf_config(path, published: dict, scalars: dict[str, float]) -> ModelSpe
 def to_hf_config(model: DiTConfig, objective, length: int) -> dict:
     """The config.json of such a network. Raises UserError for one that the published code does not compute."""
     require(
-        objective.uses_mask_token or objective.causal,
+        objective.predicts_unseen_tokens,
         f"diffusion.kind='{objective.kind}' does not mask tokens, as all "
         "models in the layout of BD3-LM do: keep the run directory")
     model_values = {"mlp_ratio": model.mlp_ratio, "decoder_layers": model.decoder_layers}

@@ -68,7 +68,7 @@ def card(name: str, described: ModelSpec, num_params: int, dtype: str, origin: O
             f"`{model.kind}`, {num_params:,} parameters stored as {dtype}: {model.num_layers} layers, "
             f"{model.hidden_size} wide, {model.num_heads} heads, vocabulary {model.vocab_size}"
             + (f", mask token {described.mask_id}." if described.mask_id >= 0 else "."))
-    if objective.causal and objective.bos:
+    if objective.begins_with_end_token:
         what += " It was trained with the end token before every text: give it first."
     base = f"base_model: {json.dumps(origin.base)}\n" if origin.base else ""
     text = HEAD.format(name=name, tag=tag, what=what, base=base) + f"\n## Training\n\n{_training(origin)}\n"

@@ -98,14 +98,14 @@ def require(condition: object, message: str) -> None:
 
 def check_mask(objective: Any, mask_id: int) -> None:
     """UserError for an objective that masks tokens without a mask token (id below 0)."""
-    require(not objective.uses_mask_token or objective.causal or mask_id >= 0,
+    require(not objective.uses_mask_token or mask_id >= 0,
             "this model fills in masked tokens, and neither its config.json (mask_token_id) nor its tokenizer says "
             "which token is the mask: name it in config.json")
 
 
 def check_bos(objective: Any, model: Any, end_id: int) -> None:
     """UserError for a network that reads an end token before the first one where none is known (id below 0)."""
-    require(end_id >= 0 or not (getattr(objective, "bos", False) or model.target_shift == "block"),
+    require(end_id >= 0 or not (objective.begins_with_end_token or model.target_shift == "block"),
             "this model reads its end token before the first one, and without a tokenizer nothing says which that is: "
             "give it one (a tokenizer.json beside the weights)")
 

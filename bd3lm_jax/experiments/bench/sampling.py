@@ -81,7 +81,7 @@ def run_case(sizes: dict, length: int, size: int, batch: int, rounds: int) -> li
 
 def make_lm(sizes: dict, objective: Any, length: int) -> LM:
     """A fresh network (all tokens are alike to it) without a tokenizer, so without end token."""
-    config = DiTConfig(mlp_ratio=4, dropout=0.0, adaln=not objective.causal, cond_dim=128, time_conditioning=False,
+    config = DiTConfig(mlp_ratio=4, dropout=0.0, adaln=objective.draws_noise, cond_dim=128, time_conditioning=False,
                        rope_theta=1e4, **sizes)
     model = models.build(config, compute_dtype("auto"))
     params = jax.jit(functools.partial(trunk.init, model))(jax_settings.key(0))

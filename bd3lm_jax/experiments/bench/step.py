@@ -176,8 +176,8 @@ def _step_of(loss: Callable, config: Config, model: Backbone, tx: optax.Gradient
 def noise(config: Config, state: TrainState, batch: dict, special: SpecialIds) -> Noised:
     """What `make_step` draws for a step."""
     key = jax.random.split(jax.random.fold_in(jax_settings.key(config.seed), state.step))[0]
-    return config.diffusion.corrupt(key, batch["tokens"], batch["segments"], noise_samples=config.train.noise_samples,
-                                    mask_id=special.mask, end_id=special.end)
+    return config.diffusion.corrupt(key, batch["tokens"], batch["segments"], config.train.noise_samples,
+                                    special.mask, special.end)
 
 
 def setting(config: Config, abstract: bool) -> tuple[Backbone, optax.GradientTransformation, TrainState, dict]:
