@@ -69,7 +69,7 @@ def load(path: str | Path, weights: str = "ema", dtype: str = "float32", allow_p
 
 
 def published(found: ModelSpec, params: dict, tokenizer: Tokenizer | None, dtype: str, name: str = "") -> "LM":
-    """The model of a published checkpoint; its tokenizer knows the mask token (`hf.resolve_block_size`)."""
+    """The model of a published checkpoint; its tokenizer knows the mask token (`hf.with_network_mask`)."""
     config = Config(0, found.model, found.objective, **NO_RUN)
     return LM(config, params, tokenizer, models.build(found.model, jnp.dtype(dtype)), found.length,
               mask_id=found.mask_id if tokenizer is None else None, any_length=True, name=name)

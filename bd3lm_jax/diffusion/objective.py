@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import jax
 
@@ -118,7 +118,7 @@ class Objective:
 
     def at(self, size: int) -> "Objective":
         """The same with blocks of `size` tokens."""
-        return dataclasses.replace(self, block_size=size)
+        return dataclasses.replace(cast(Any, self), block_size=size)
 
     def with_vocab_size(self, size: int) -> "Objective":
         """The same over `size` ids, where it is one over a vocabulary."""

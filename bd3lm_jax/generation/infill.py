@@ -58,6 +58,11 @@ class Infill(NamedTuple):
     nfe: int
     score: float | None
 
+    @property
+    def holes(self) -> list[FilledSpan]:
+        """`spans` under its earlier name."""
+        return self.spans
+
 
 class Candidate(NamedTuple):
     """A text with lengths chosen: number of the text, ids with masks in the holes, (start, end) of each hole."""

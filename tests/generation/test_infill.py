@@ -28,6 +28,11 @@ def with_holes(ids, *places):
     return [MASK if i in places else int(token) for i, token in enumerate(ids)]
 
 
+def test_spans_have_their_earlier_name():
+    filled, = fill(make_lm(tokenizer=LETTERS), ["a[MASK]"])
+    assert filled.holes is filled.spans and len(filled.holes) == 1
+
+
 @pytest.mark.parametrize("size", some([4, CONTEXT], 0))
 def test_only_holes_are_written(size):
     lm = make_lm(masked(size), tokenizer=LETTERS)

@@ -84,6 +84,17 @@ def test_the_product_by_hand(home):
     assert np.array_equal(merge_lora["norm1"]["scale"], params["blocks"]["norm1"]["scale"])
 
 
+def test_updates_are_merged_in_the_order_of_their_names():
+    """Whatever the hash seed of this process."""
+    kernels = {f"kernel{i}": jnp.zeros((1, 2, i + 3)) for i in range(8)}
+    updates = {name: {"a": jnp.zeros((1, 2, RANK)), "b": jnp.zeros((1, RANK, x.shape[2]))}
+               for name, x in kernels.items()}
+    program = jax.make_jaxpr(lora.merge_lora)(kernels | {LORA: updates}, 1.0)
+    products = [equation.outvars[0].aval.shape for equation in program.eqns
+                if equation.primitive.name == "dot_general"]
+    assert [sorted(shape)[-1] for shape in products] == [x.shape[2] for x in kernels.values()]
+
+
 @pytest.mark.ci_slow
 def test_only_updates_are_trained(runs):
     base, updated, _ = runs

@@ -85,6 +85,20 @@ def test_clipped_noise_scores_what_it_masks():
     assert flops.scored_positions(plain, 2, LENGTH, 1) == flops.scored_positions(AR(bos=True), 2, LENGTH, 1) == LENGTH
 
 
+@dataclasses.dataclass(frozen=True)
+class Renamed(Masked):
+    """An objective whose `corrupt` calls its parameters otherwise."""
+
+    def corrupt(self, key, x0, segments, views, mask, end):
+        return super().corrupt(key, x0, segments, views, mask, end)
+
+
+def test_parameters_of_noise_have_any_name():
+    plain = Masked.uniform_counts(16)
+    renamed = Renamed(**dataclasses.asdict(plain))
+    assert flops.scored_positions(renamed, 2, LENGTH, 1) == flops.scored_positions(plain, 2, LENGTH, 1)
+
+
 def most_masked(objective, schedule, state, draws=20):
     """Masked tokens of the rows that mask most, among rows drawn as training draws them in a state of its noise."""
     ids = jnp.ones((4, LENGTH), jnp.int32)

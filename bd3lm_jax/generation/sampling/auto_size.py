@@ -19,7 +19,8 @@ from bd3lm_jax.generation.compatibility import changed
 from bd3lm_jax.generation.sampling.generate import FixedSize, Frame, PreviousBlock, Progress, Request, Settings
 
 AUTO = "auto"  # in the place of a block size
-EXCLUDES = ("sliding_window", "constraint", "guidance_scale", "min_entropy")
+EXCLUDES = ("sliding_window", "constraint", "guidance_scale", "min_entropy",
+            "repetition_penalty")
 
 
 class RowBlocks(NamedTuple):

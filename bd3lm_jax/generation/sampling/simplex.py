@@ -68,9 +68,11 @@ class SimplexSampler(NamedTuple):
         return Simplex(objective.scale, tuple(np.clip(grid, 0, 1).tolist()))
 
     def check(self, lm: Any, options: Any) -> None:
-        """UserError for options that need masks."""
+        """UserError for options that need masks, or tokens that stay from step to step."""
         refuse(options, ("constraint", "guidance"), "constraint and guidance need canvases of tokens and masks, which "
                "simplex diffusion does not have: leave them out")
+        refuse(options, ("approximate_cache",), "approximate_cache keeps the tokens around a window from step to step, "
+               "and simplex diffusion draws all of them again in every step: leave it out")
 
 
 SAMPLER = SimplexSampler()

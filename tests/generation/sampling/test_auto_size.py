@@ -111,6 +111,7 @@ def test_chosen_sizes():
     (dict(block_confidence=1.5), "block_confidence is 1.5, expected 0 to 1"),
     (dict(min_entropy=2.0), "does not go with min_entropy: leave"),
     (dict(guidance=1.0), "does not go with guidance"),
+    (dict(repetition_penalty=1.2), "does not go with repetition_penalty: leave"),
     (dict(sampler="iterative"), "rewrites the whole block"),
 ])
 def test_what_is_refused(options, words):

@@ -134,5 +134,7 @@ def test_what_does_not_go_together():
         make_lm().generate(length=8, sampler="simplex")
     with pytest.raises(UserError, match="constraint and guidance"):
         lm.generate(length=8, guidance=1.0)
+    with pytest.raises(UserError, match="approximate_cache keeps the tokens .*leave it out"):
+        lm.generate(length=8, approximate_cache="dual", block_size=lm.config.block_size)
     with pytest.raises(UserError, match="no bound"):
         lm.nll(make_ids(1, 8))
