@@ -1,7 +1,7 @@
 """Published figures of accelerators, for expectations before a run and for model FLOPs utilisation during one.
 
-Sources (November 2026): docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, per chip: peak compute (bf16), HBM capacity
-and bandwidth, half of the "bidirectional inter-chip interconnect bandwidth"; for v4, whose page has none, six links of
+Sources (November 2026): docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, per chip: peak compute (bf16), HBM capacity,
+half of the "bidirectional inter-chip interconnect bandwidth"; for v4, whose page has none, six links of
 50 GB/s (arXiv 2304.01433). NVIDIA's data sheets of the H100 and H200 SXM: half of the bfloat16 figure, which is "with
 sparsity"; memory in the data sheet's GB (drivers report some 6 % more); half of NVLink's 900 GB/s. What a program may
 use of the memory is what libtpu leaves it, and what jax reserves of a GPU by default.
@@ -16,29 +16,27 @@ TPU_USABLE, GPU_USABLE = 0.98, 0.75  # parts of the memory; XLA_PYTHON_CLIENT_ME
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-    """One device: bfloat16 FLOP/s, bytes, and bytes/s from memory and over links to other devices of its group."""
+    """One device: bfloat16 FLOP/s, bytes, and bytes/s over links to other devices of its group."""
 
     name: str
     kinds: tuple[str, ...]  # how its `device_kind` in jax begins
     peak_flops: float
     memory: int
     usable_memory: int
-    memory_bandwidth: float
     links_bandwidth: float
 
 
-def _device(name: str, kinds: str, tflops: float, memory: int, usable: float, memory_gbps: float, links_gbps: float):
-    return Accelerator(name, tuple(kinds.split("|")), tflops * 1e12, memory, int(usable * memory), memory_gbps * GB,
-                       links_gbps * GB)
+def _device(name: str, kinds: str, tflops: float, memory: int, usable: float, links_gbps: float):
+    return Accelerator(name, tuple(kinds.split("|")), tflops * 1e12, memory, int(usable * memory), links_gbps * GB)
 
 
 ACCELERATORS = {device.name: device for device in (
-    _device("v4", "TPU v4", 275, 32 * GIB, TPU_USABLE, 1200, 300),
-    _device("v5e", "TPU v5 lite|TPU v5e", 197, 16 * GIB, TPU_USABLE, 819, 200),
-    _device("v5p", "TPU v5", 459, 95 * GIB, TPU_USABLE, 2765, 600),
-    _device("v6e", "TPU v6", 918, 32 * GIB, TPU_USABLE, 1638, 400),
-    _device("H100", "NVIDIA H100 80GB HBM3", 989, 80 * GB, GPU_USABLE, 3350, 450),
-    _device("H200", "NVIDIA H200", 989, 141 * GB, GPU_USABLE, 4800, 450),
+    _device("v4", "TPU v4", 275, 32 * GIB, TPU_USABLE, 300),
+    _device("v5e", "TPU v5 lite|TPU v5e", 197, 16 * GIB, TPU_USABLE, 200),
+    _device("v5p", "TPU v5", 459, 95 * GIB, TPU_USABLE, 600),
+    _device("v6e", "TPU v6", 918, 32 * GIB, TPU_USABLE, 400),
+    _device("H100", "NVIDIA H100 80GB HBM3", 989, 80 * GB, GPU_USABLE, 450),
+    _device("H200", "NVIDIA H200", 989, 141 * GB, GPU_USABLE, 450),
 )}
 
 

@@ -206,7 +206,8 @@ def prepare_corpus(corpus: Corpus, source: str, split: str, data: DataConfig, bl
                 continue  # another process was faster
             parts_directory = workspace.parts(path)
             try:
-                _build(work, corpus.documents(), identity, tokenizer, progress, density, parts_directory, workers)
+                _build(work, corpus.documents(), identity,
+                       _Tokenising(tokenizer, density, parts_directory, workers, progress))
             except UserError as error:
                 if not isinstance(error, RunError):  # another text has to be given, which these parts are not of
                     shutil.rmtree(parts_directory, ignore_errors=True)
@@ -243,9 +244,20 @@ def _discard_damaged(path: Path, identity: dict, work: Path) -> bool:
     return True
 
 
-def _build(work: Path, documents: Iterable[str], identity: dict, tokenizer: Tokenizer,
-           progress: Progress | None, density: Annotation | None, parts_directory: Path, workers: int) -> dict:
+@dataclasses.dataclass(frozen=True)
+class _Tokenising:
+    """How documents become arrays of tokens, and where finished parts are kept."""
+
+    tokenizer: Tokenizer
+    density: Annotation | None
+    parts_directory: Path
+    workers: int
+    progress: Progress | None
+
+
+def _build(work: Path, documents: Iterable[str], identity: dict, tokenising: _Tokenising) -> dict:
     """Write tokens.npy, density.npy, pieces.npy and meta.json of a split in the directory `work`."""
+    tokenizer, density = tokenising.tokenizer, tokenising.density
     id_type = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     flat: dict[str, tuple[np.dtype, int]] = {"tokens.npy": (np.dtype(id_type), tokenizer.end_id)}  # and the padding
     if density is not None:
@@ -254,7 +266,7 @@ def _build(work: Path, documents: Iterable[str], identity: dict, tokenizer: Toke
     if dialogues:
         flat["prompt.npy"] = np.dtype(np.uint8), 0
     array_spec = parts.ArraySpec(flat["tokens.npy"][0].str, dialogues)
-    lengths, num_bytes = _tokenise(work, documents, tokenizer, progress, density, array_spec, parts_directory, workers)
+    lengths, num_bytes = _tokenise(work, documents, array_spec, tokenising)
     if not len(lengths):
         raise UserError(f"the {identity['split']} split of '{identity['source']}' holds no documents")
     found = {}
@@ -292,15 +304,15 @@ def _flat(path: Path) -> Path:
     return path.with_suffix(".flat")
 
 
-def _tokenise(work: Path, documents: Iterable[str], tokenizer: Tokenizer, progress: Progress | None,
-              density: Annotation | None, array_spec: parts.ArraySpec, parts_directory: Path,
-              workers: int) -> tuple[np.ndarray, int]:
+def _tokenise(work: Path, documents: Iterable[str], array_spec: parts.ArraySpec,
+              how: _Tokenising) -> tuple[np.ndarray, int]:
     """Write the ids of all documents, each with its end token, their densities and which tokens are prompts. Returns
     lengths [D] and bytes."""
     lengths, num_bytes, num_tokens, num_documents = [], 0, 0, 0
     with contextlib.ExitStack() as stack:
         files = {}
-        for arrays in parts.encode_all(documents, tokenizer, array_spec, density, parts_directory, work, workers):
+        for arrays in parts.encode_all(documents, how.tokenizer, array_spec, how.density, how.parts_directory, work,
+                                       how.workers):
             for name in TOKEN_ARRAYS & arrays.keys():
                 if name not in files:
                     files[name] = stack.enter_context(open(_flat(work / f"{name}.npy"), "wb"))
@@ -309,8 +321,8 @@ def _tokenise(work: Path, documents: Iterable[str], tokenizer: Tokenizer, progre
             num_bytes += int(arrays["bytes"])
             num_documents += len(lengths[-1])
             num_tokens += len(arrays["tokens"])
-            if progress is not None:
-                progress(num_documents, num_tokens)
+            if how.progress is not None:
+                how.progress(num_documents, num_tokens)
     return np.concatenate(lengths) if lengths else np.zeros(0, np.int64), num_bytes
 
 

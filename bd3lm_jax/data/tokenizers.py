@@ -85,14 +85,6 @@ class Tokenizer:
         nothing (special tokens). Joined they are the UTF-8 form of the text, if they are valid UTF-8."""
         raise NotImplementedError
 
-    def check_ids(self, ids, what: str) -> None:
-        """UserError unless all ids are in 0..vocab_size-1; `what` names them in the message."""
-        ids = np.asarray(ids)
-        if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
-            bad = ids.min() if ids.min() < 0 else ids.max()
-            raise UserError(f"{what} hold id {bad}, expected 0..{self.vocab_size - 1} (tokenizer '{self.kind}'): "
-                            "was the text encoded with another tokenizer?")
-
     def with_mask(self, mask_id: int) -> Self:
         """The same with another mask id; -1: no mask."""
         other = copy.copy(self)

@@ -30,9 +30,6 @@ class Power:
     def alpha(self, t):
         return 1 - self.mask_prob(t)
 
-    def dalpha(self, t):
-        return -self.exponent * t ** (self.exponent - 1)
-
     def weight(self, t):
         return self.exponent / t
 
@@ -49,9 +46,6 @@ class Cosine:
 
     def alpha(self, t):
         return jnp.cos(jnp.pi / 2 * t)
-
-    def dalpha(self, t):
-        return -jnp.pi / 2 * jnp.sin(jnp.pi / 2 * t)
 
     def weight(self, t):
         return jnp.pi / 2 / jnp.tan(jnp.pi / 4 * t)
@@ -70,9 +64,6 @@ class Sine:
     def alpha(self, t):
         return 2 * jnp.sin(jnp.pi / 4 * (1 - t)) ** 2
 
-    def dalpha(self, t):
-        return -jnp.pi / 2 * jnp.sin(jnp.pi / 2 * (1 - t))
-
     def weight(self, t):
         return jnp.pi / 2 * jnp.sin(jnp.pi / 2 * (1 - t)) / jnp.sin(jnp.pi / 2 * t)
 
@@ -89,9 +80,6 @@ class Logarithmic:
 
     def alpha(self, t):
         return 1 - self.mask_prob(t)
-
-    def dalpha(self, t):
-        return -1 / ((1 + t) * math.log(2))
 
     def weight(self, t):
         return 1 / ((1 + t) * jnp.log1p(t))

@@ -21,7 +21,7 @@ from bd3lm_jax.generation.options import Options
 from bd3lm_jax.generation.prompts import Rows
 from bd3lm_jax.generation.sampling import ALL_SAMPLERS, DenoiserContext, Request, Settings
 from bd3lm_jax.generation.sampling.auto_size import AutoSizes
-from bd3lm_jax.generation.sampling.constraint import Constraint, best_block, sample_block
+from bd3lm_jax.generation.sampling.constraint import Constraint
 from bd3lm_jax.generation.sampling.generate import Extent, FixedSize, Transition
 from bd3lm_jax.models.trunk import unstack_layers
 from bd3lm_jax.scoring.target_shift import target_shift_of
@@ -50,7 +50,7 @@ def make_plan(lm, options: Options, row_length: int) -> Plan:
         window = min(options.block_size or size, size)
     draw_all = None
     if options.constraint is not None:
-        draw_all = sample_block if options.temperature else best_block
+        draw_all = Constraint.sample if options.temperature else Constraint.best
     settings = Settings(block_size=window if options.approximate_cache else size, window=window,
                         steps=options.steps or sampler.steps or window, filters=options.filters,
                         mask_id=lm.special.mask, end_id=lm.special.end,

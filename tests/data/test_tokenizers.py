@@ -123,15 +123,6 @@ def test_bad_tokenizer_files(tmp_path):
             load_tokenizer(path)
 
 
-def test_check_ids():
-    tokenizer = get_tokenizer("bytes", no_documents)
-    tokenizer.check_ids([[0, 257]], "prompt tokens")
-    tokenizer.check_ids([], "prompt tokens")
-    for ids, bad in (([3, 258], 258), ([-1, 300], -1)):
-        with pytest.raises(UserError, match=rf"prompt tokens hold id {bad}, expected 0\.\.257"):
-            tokenizer.check_ids(ids, "prompt tokens")
-
-
 def sentence_pieces(path: Path) -> str:
     """A vocabulary in the style of SentencePiece: a mark for spaces, and single bytes for what it lacks."""
     from tokenizers import Tokenizer, decoders, models

@@ -20,7 +20,7 @@ from bd3lm_jax.generation.sampling.filters import sample_categorical
 
 
 class Constraint(NamedTuple):
-    """An automaton (of `automaton.build`) as `generate.py` takes it; the functions for `draw_all` are below."""
+    """An automaton (of `automaton.build`) as `generate.py` takes it; its draws are those of `draw_all`."""
 
     automaton: Automaton
 
@@ -30,10 +30,17 @@ class Constraint(NamedTuple):
     def advance(self, state_B, canvas_BxS, new_BxS) -> jax.Array:
         return advance(self.automaton, state_B, canvas_BxS, ~new_BxS)
 
-    def marginals(self, state_B, logits_BxSxV, canvas_BxS, masked_BxS, given_BxS, remaining_B) -> jax.Array:
+    def marginals(self, logits_BxSxV, block_state: "BlockState") -> jax.Array:
         """What the network says once the constraint is known, for steps that choose by confidence, `[B, S, V]`."""
-        block_state = make_block_state(state_B, canvas_BxS, masked_BxS, given_BxS, remaining_B)
         return constrained_marginals(logits_BxSxV, block_state, self.automaton)
+
+    def sample(self, keys_BxS, filtered_BxSxV, logits_BxSxV, block_state: "BlockState") -> jax.Array:
+        """`Settings.draw_all` at a temperature above 0: canvases `[B, S]`."""
+        return draw_constrained(keys_BxS, filtered_BxSxV, logits_BxSxV, block_state, self.automaton, greedy=False)[0]
+
+    def best(self, keys_BxS, filtered_BxSxV, logits_BxSxV, block_state: "BlockState") -> jax.Array:
+        """`Settings.draw_all` at temperature 0: the most probable accepted canvases `[B, S]`."""
+        return draw_constrained(keys_BxS, filtered_BxSxV, logits_BxSxV, block_state, self.automaton, greedy=True)[0]
 
 
 def check(lm: Any, options: Any) -> None:
@@ -45,20 +52,6 @@ def check(lm: Any, options: Any) -> None:
     refuse(options, ("min_length",), "min_length does not go with a constraint: write the least length into the "
            "constraint, e.g. '.{20,}'")
     refuse(options, ("forced",), "forced tokens do not go with a constraint: write them into the constraint")
-
-
-def sample_block(constraint: Constraint, state_B, keys_BxS, filtered_BxSxV, logits_BxSxV, canvas_BxS, masked_BxS,
-                 given_BxS, remaining_B) -> jax.Array:
-    """`Settings.draw_all` at a temperature above 0: canvases `[B, S]`. left: tokens wanted behind the block."""
-    block_state = make_block_state(state_B, canvas_BxS, masked_BxS, given_BxS, remaining_B)
-    return draw_constrained(keys_BxS, filtered_BxSxV, logits_BxSxV, block_state, constraint.automaton, greedy=False)[0]
-
-
-def best_block(constraint: Constraint, state_B, keys_BxS, filtered_BxSxV, logits_BxSxV, canvas_BxS, masked_BxS,
-               given_BxS, remaining_B) -> jax.Array:
-    """`Settings.draw_all` at temperature 0: the most probable accepted canvases `[B, S]`."""
-    block_state = make_block_state(state_B, canvas_BxS, masked_BxS, given_BxS, remaining_B)
-    return draw_constrained(keys_BxS, filtered_BxSxV, logits_BxSxV, block_state, constraint.automaton, greedy=True)[0]
 
 
 class BlockState(NamedTuple):
@@ -83,7 +76,7 @@ class BlockState(NamedTuple):
 
 
 def make_block_state(state_B, canvas_BxS, masked_BxS, given_BxS, remaining_B) -> BlockState:
-    """left: tokens wanted behind the block; negative where the text ends inside it."""
+    """remaining: tokens asked for behind the block; negative where the text ends inside it."""
     size = canvas_BxS.shape[1]
     outside_BxS = given_BxS | (jnp.arange(size) >= size + remaining_B[:, None])
     return BlockState(canvas_BxS, ~masked_BxS & ~outside_BxS, outside_BxS, state_B, jnp.maximum(remaining_B, 0))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.core.ranking import fast_argmax
 from bd3lm_jax.generation.compatibility import changed
+from bd3lm_jax.generation.sampling.constraint import make_block_state
 from bd3lm_jax.generation.sampling.draw import is_excluded, position_keys, tokens_present
 from bd3lm_jax.generation.sampling.filters import apply_repetition_penalty, filter_logits, sample_categorical
 from bd3lm_jax.generation.sampling.generate import Block, Frame, PreviousBlock, Settings
@@ -217,11 +218,11 @@ def _draw(sampler: Sampler, frame: Frame, block: Block, call: Call, logits_BxPxV
         flat = filtered.reshape(-1, filtered.shape[-1])
         drawn = sample_categorical(keys.reshape(-1), flat).reshape(call.positions.shape)
     else:
-        state, remaining = frame.progress.state, request.length - (frame.progress.block + 1) * settings.block_size
-        block_inputs = block.canvas, block.masked, frame.given, remaining
-        drawn = settings.draw_all(request.constraint, state, keys, filtered, logits, *block_inputs)
+        remaining = request.length - (frame.progress.block + 1) * settings.block_size
+        block_state = make_block_state(frame.progress.state, block.canvas, block.masked, frame.given, remaining)
+        drawn = settings.draw_all(request.constraint, keys, filtered, logits, block_state)
         if sampler.choose is not None:
-            logits = request.constraint.marginals(state, logits, *block_inputs)
+            logits = request.constraint.marginals(logits, block_state)
     stats = _token_stats(logits, drawn, sampler.choose is not None)
     if sampler.predicts_scores:
         uniform = jax.vmap(jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1))))(keys)

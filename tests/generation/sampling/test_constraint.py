@@ -19,10 +19,9 @@ from bd3lm_jax.generation.sampling.constraint import (
     BlockState,
     Constraint,
     advance,
-    best_block,
     constrained_marginals,
     draw_constrained,
-    sample_block,
+    make_block_state,
 )
 from bd3lm_jax.generation.sampling.filters import sample_categorical
 
@@ -192,7 +191,7 @@ def test_json_from_a_sampler_of_random_logits_in_any_order(greedy):
         "tags": {"type": "array", "items": {"enum": ["é", "b\n"]}, "maxItems": 2}}}
     tokenizer, batch, size, prompt, length = ByteTokenizer(), 4, 16, 5, 75
     found, rng = build(schema, tokenizer, tokenizer.vocab_size, [length - prompt], ()), np.random.default_rng(0)
-    constraint, write = Constraint(found), jax.jit(best_block if greedy else sample_block)
+    constraint, write = Constraint(found), jax.jit(Constraint.best if greedy else Constraint.sample)
     state, texts = constraint.start(batch), []
     for start in range(0, length, size):
         places = np.arange(start, start + size)
@@ -202,8 +201,8 @@ def test_json_from_a_sampler_of_random_logits_in_any_order(greedy):
             values = rng.normal(size=(batch, size, tokenizer.vocab_size)).astype(np.float32) * 3
             values[..., tokenizer.mask_id] = -np.inf
             filtered = np.where(values < np.sort(values)[..., -9:-8], -np.inf, values)
-            drawn = write(constraint, state, keys(batch, size, start + step), filtered, values, canvas, masked, given,
-                          jnp.full(batch, length - start - size))
+            block_state = make_block_state(state, canvas, masked, given, jnp.full(batch, length - start - size))
+            drawn = write(constraint, keys(batch, size, start + step), filtered, values, block_state)
             reveal = masked & ((rng.random((batch, size)) < 0.4) | (step == 2))
             canvas, masked = jnp.where(reveal, drawn, canvas), masked & ~reveal
         state = constraint.advance(state, canvas, ~given)
