@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bd3lm_jax.core.errors import UserError
-from bd3lm_jax.core.log import note
+from bd3lm_jax.core.log import note, note_once
 
 WAIT_S = 2.0  # for a process that was killed a moment ago to be gone
 POLL_S = 0.05
@@ -30,7 +30,7 @@ def hold(path: Path) -> Iterator[None]:
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        if not _lock(descriptor, path, WAIT_S, f"see that no other run writes to {path.parent}"):
+        if not acquire(descriptor, path, WAIT_S, f"see that no other run writes to {path.parent}"):
             raise UserError(
                 f"{path.parent} is written by another run ({_describe_owner(path)}): wait for its end or stop it, "
                 "or choose another --workdir")
@@ -78,7 +78,7 @@ def is_held(path: Path) -> bool:
     """Whether another process holds the lock file `path`. Raises OSError if it cannot be opened."""
     descriptor = _open(path)
     try:
-        return not _lock(descriptor, path, 0.0)
+        return not acquire(descriptor, path, 0.0)
     finally:
         os.close(descriptor)
 
@@ -88,7 +88,7 @@ def _acquire(path: Path, work: str, wait: bool) -> int | None:
     while True:
         descriptor = _open(path)
         try:
-            is_free = _lock(descriptor, path, WAIT_S if wait else 0.0)
+            is_free = acquire(descriptor, path, WAIT_S if wait else 0.0)
             if not is_free and not wait:
                 os.close(descriptor)
                 return None
@@ -123,12 +123,13 @@ def _write_owner(descriptor: int) -> None:
     os.pwrite(descriptor, text.encode(), 0)
 
 
-def _lock(descriptor: int, path: Path, wait_s: float, advice: str = "") -> bool:
-    """Whether nobody else holds the lock within so many seconds, or nobody can. advice: what to see to then."""
+def acquire(descriptor: int, path: Path | str, wait_s: float, advice: str = "", kind: int = fcntl.LOCK_EX) -> bool:
+    """Whether nobody else holds the lock within so many seconds, or nobody can; it is held until every copy of the
+    descriptor is closed. advice: what to see to where nobody can. kind: fcntl.LOCK_EX or LOCK_SH."""
     deadline = time.monotonic() + wait_s
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
             if time.monotonic() >= deadline:
@@ -138,7 +139,7 @@ def _lock(descriptor: int, path: Path, wait_s: float, advice: str = "") -> bool:
             if error.errno not in LOCKS_UNSUPPORTED:
                 raise
             if advice:
-                note(f"{path} cannot be locked here ({error.strerror}): {advice}")
+                note_once(f"{path} cannot be locked here ({error.strerror}): {advice}")
             return True
 
 

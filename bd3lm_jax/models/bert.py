@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.models import shared
-from bd3lm_jax.models.shared import ModelConfig, check_config, embed_tokens, logits_of, row_dropout, tied_kernel
+from bd3lm_jax.models.shared import Layer, ModelConfig, OutputHead, check_config, embed_tokens, row_dropout, tied_kernel
 from bd3lm_jax.models.trunk import Backbone
 
 NORMAL = nn.initializers.normal(0.02)  # the published recipe's
@@ -65,7 +65,7 @@ class Embed(nn.Module):
         return _norm(config, dtype, name="norm")(h + types[0].astype(dtype))
 
 
-class Block(nn.Module):
+class Block(Layer):
     """A transformer layer in two halves, around the attention that the trunk does; norms follow what they add."""
 
     config: BertConfig
@@ -81,11 +81,6 @@ class Block(nn.Module):
         self.mlp_out = nn.Dense(config.hidden_size, dtype=dtype, kernel_init=NORMAL)
         self.norm1, self.norm2 = _norm(config, dtype), _norm(config, dtype)
 
-    def __call__(self, h, cond, rotary):
-        """All parameters once, for `init`."""
-        *_, v = self.project_qkv(h, cond, rotary, True)  # only shapes matter
-        return self.attention_output_and_mlp(h, v, cond, None)
-
     def project_qkv(self, h, cond, rotary, queries: bool):
         """h `[..., T, D]` -> q (None without `queries`), k, v `[..., T, H, Dh]`."""
         del cond, rotary
@@ -100,7 +95,7 @@ class Block(nn.Module):
         return self.norm2(h + row_dropout(self.mlp_out(inner), dropout_keys, 1, rate)), 0.0
 
 
-class Head(nn.Module):
+class Head(OutputHead):
     """Masked-token head: dense layer, GELU and norm, then the token table with a bias."""
 
     config: BertConfig
@@ -110,10 +105,6 @@ class Head(nn.Module):
         self.dense = nn.Dense(self.config.hidden_size, dtype=self.dtype, kernel_init=NORMAL)
         self.norm = _norm(self.config, self.dtype)
         self.bias = self.param("bias", nn.initializers.zeros, (self.config.padded_vocab,))
-
-    def __call__(self, h, cond):
-        """h `[..., T, D]` -> logits float32 `[..., T, V]`, without the padding of the vocabulary."""
-        return logits_of(self.features(h, cond), *self.output_layer(), self.config.vocab_size)
 
     def features(self, h, cond):
         """h `[..., T, D]` -> what the output layer multiplies, `[..., T, D]`."""

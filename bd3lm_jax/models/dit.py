@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.models import shared
-from bd3lm_jax.models.shared import ModelConfig, check_ranges, embed_tokens, queries_keys_values, row_dropout
+from bd3lm_jax.models.shared import Layer, ModelConfig, check_ranges, embed_tokens, queries_keys_values, row_dropout
 from bd3lm_jax.models.trunk import Backbone
 
 LEVEL_FEATURES = 256  # sinusoidal features of the noise level
@@ -109,7 +109,7 @@ class Condition(nn.Module):
         return nn.silu(self.fc2(nn.silu(self.fc1(features))))
 
 
-class Block(nn.Module):
+class Block(Layer):
     """A transformer layer in two halves, around the attention that the trunk does."""
 
     config: DiTConfig
@@ -126,11 +126,6 @@ class Block(nn.Module):
         self.mlp_out = nn.Dense(config.hidden_size, dtype=dtype, kernel_init=UNIFORM_FAN_IN)
         if config.adaln:
             self.modulation = _modulation(6, config, dtype)
-
-    def __call__(self, h, cond, rotary):
-        """All parameters once, for `init`."""
-        *_, v = self.project_qkv(h, cond, rotary, True)  # only shapes matter
-        return self.attention_output_and_mlp(h, v, cond, None)
 
     def project_qkv(self, h, cond, rotary, queries: bool):
         """h `[..., T, D]` -> q (None without `queries`), k, v `[..., T, H, Dh]`, rotated."""

@@ -11,10 +11,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from bd3lm_jax.models.shared import (
+    Layer,
     ModelConfig,
+    OutputHead,
     check_config,
     embed_tokens,
-    logits_of,
     queries_keys_values,
     row_dropout,
     tied_kernel,
@@ -62,7 +63,7 @@ class Embed(nn.Module):
         return embed_tokens(tokens, ids, self.dtype) + embed_tokens(places, position, self.dtype)
 
 
-class Block(nn.Module):
+class Block(Layer):
     """A transformer layer in two halves, around the attention that the trunk does."""
 
     config: GPT2Config
@@ -78,11 +79,6 @@ class Block(nn.Module):
         self.mlp_in = nn.Dense(config.intermediate_size, dtype=dtype, kernel_init=NORMAL)
         self.mlp_out = nn.Dense(config.hidden_size, dtype=dtype, kernel_init=narrow)
 
-    def __call__(self, h, cond, rotary):
-        """All parameters once, for `init`."""
-        *_, v = self.project_qkv(h, cond, rotary, True)  # only shapes matter
-        return self.attention_output_and_mlp(h, v, cond, None)
-
     def project_qkv(self, h, cond, rotary, queries: bool):
         """h `[..., T, D]` -> q (None without `queries`), k, v `[..., T, H, Dh]`."""
         del cond, rotary
@@ -97,7 +93,7 @@ class Block(nn.Module):
         return h + row_dropout(self.mlp_out(inner), dropout_keys, 1, rate), 0.0
 
 
-class Head(nn.Module):
+class Head(OutputHead):
     """Final norm and the token table as output layer, without bias."""
 
     config: GPT2Config
@@ -105,10 +101,6 @@ class Head(nn.Module):
 
     def setup(self):
         self.norm = _norm(self.config, self.dtype)
-
-    def __call__(self, h, cond):
-        """h `[..., T, D]` -> logits float32 `[..., T, V]`, without the padding of the vocabulary."""
-        return logits_of(self.features(h, cond), *self.output_layer(), self.config.vocab_size)
 
     def features(self, h, cond):
         """h `[..., T, D]` -> what the output layer multiplies, `[..., T, D]`."""

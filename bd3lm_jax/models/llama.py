@@ -14,7 +14,7 @@ import numpy as np
 
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.models.dit import rotate
-from bd3lm_jax.models.shared import ModelConfig, check_ranges, embed_tokens, logits_of, row_dropout, tied_kernel
+from bd3lm_jax.models.shared import Layer, ModelConfig, OutputHead, check_ranges, embed_tokens, row_dropout, tied_kernel
 from bd3lm_jax.models.trunk import Backbone
 
 INIT = nn.initializers.normal(0.02)  # of every matrix, as in the published training codes
@@ -107,7 +107,7 @@ class Embed(nn.Module):
         return embed_tokens(table, ids, self.dtype)
 
 
-class Block(nn.Module):
+class Block(Layer):
     """A transformer layer in two halves, around the attention that the trunk does."""
 
     config: LlamaConfig
@@ -125,11 +125,6 @@ class Block(nn.Module):
         self.gate, self.up = (dense(config.intermediate_size, dtype) for _ in range(2))
         self.down = dense(config.hidden_size, dtype)
 
-    def __call__(self, h, cond, rotary):
-        """All parameters once, for `init`."""
-        q = self.project_qkv(h, cond, rotary, True)[0]
-        return self.attention_output_and_mlp(h, q, cond, None)
-
     def project_qkv(self, h, cond, rotary, queries: bool):
         """h `[..., T, D]` -> q `[..., T, H, Dh]` (None without `queries`), k, v `[..., T, Hkv, Dh]`, rotated."""
         x = self.norm1(h)
@@ -146,7 +141,7 @@ class Block(nn.Module):
         return h + row_dropout(self.down(nn.silu(self.gate(x)) * self.up(x)), dropout_keys, 1, rate), 0.0
 
 
-class Head(nn.Module):
+class Head(OutputHead):
     """Final norm and the output layer without bias, tied to the embedding table or not."""
 
     config: Any
@@ -156,10 +151,6 @@ class Head(nn.Module):
         self.norm = rms_norm(self.config.norm_eps, self.dtype)
         if not self.config.tie_embeddings:
             self.linear = Kernel((self.config.hidden_size, self.config.padded_vocab))
-
-    def __call__(self, h, cond):
-        """h `[..., T, D]` -> logits float32 `[..., T, V]`, without the padding of the vocabulary."""
-        return logits_of(self.features(h, cond), *self.output_layer(), self.config.vocab_size)
 
     def features(self, h, cond):
         """h `[..., T, D]` -> what the output layer multiplies, `[..., T, D]`."""

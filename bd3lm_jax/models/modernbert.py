@@ -15,10 +15,11 @@ from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.models import shared
 from bd3lm_jax.models.dit import rotate
 from bd3lm_jax.models.shared import (
+    Layer,
     ModelConfig,
+    OutputHead,
     check_config,
     embed_tokens,
-    logits_of,
     queries_keys_values,
     row_dropout,
     tied_kernel,
@@ -90,7 +91,7 @@ class Embed(nn.Module):
         return _norm(self.config, self.dtype, name="norm")(embed_tokens(tokens, ids, self.dtype))
 
 
-class Block(nn.Module):
+class Block(Layer):
     """A transformer layer in two halves, around the attention that the trunk does; window: None for everything."""
 
     config: ModernBertConfig
@@ -111,11 +112,6 @@ class Block(nn.Module):
         self.gated_in = nn.DenseGeneral((2, config.intermediate_size), use_bias=False, dtype=dtype, kernel_init=NORMAL)
         self.mlp_out = nn.Dense(config.hidden_size, use_bias=False, dtype=dtype, kernel_init=scaled_init)
 
-    def __call__(self, h, cond, rotary):
-        """All parameters once, for `init`."""
-        *_, v = self.project_qkv(h, cond, rotary, True)  # only shapes matter
-        return self.attention_output_and_mlp(h, v, cond, None)
-
     def project_qkv(self, h, cond, rotary, queries: bool):
         """h `[..., T, D]` -> q (None without `queries`), k, v `[..., T, H, Dh]`, rotated."""
         del cond
@@ -132,7 +128,7 @@ class Block(nn.Module):
         return h + self.mlp_out(row_dropout(inner, dropout_keys, 0, self.config.dropout)), 0.0
 
 
-class Head(nn.Module):
+class Head(OutputHead):
     """Final norm, then the masked-token head: dense layer, GELU and norm, the token table with a bias."""
 
     config: ModernBertConfig
@@ -142,10 +138,6 @@ class Head(nn.Module):
         self.norm1, self.norm2 = _norm(self.config, self.dtype), _norm(self.config, self.dtype)
         self.dense = nn.Dense(self.config.hidden_size, use_bias=False, dtype=self.dtype, kernel_init=NORMAL)
         self.bias = self.param("bias", nn.initializers.zeros, (self.config.padded_vocab,))
-
-    def __call__(self, h, cond):
-        """h `[..., T, D]` -> logits float32 `[..., T, V]`, without the padding of the vocabulary."""
-        return logits_of(self.features(h, cond), *self.output_layer(), self.config.vocab_size)
 
     def features(self, h, cond):
         """h `[..., T, D]` -> what the output layer multiplies, `[..., T, D]`."""

@@ -27,7 +27,7 @@ from bd3lm_jax.models.llama import (
     rms_norm,
     rope_frequencies,
 )
-from bd3lm_jax.models.shared import ModelConfig, row_dropout
+from bd3lm_jax.models.shared import Layer, ModelConfig, row_dropout
 from bd3lm_jax.models.trunk import Backbone
 from bd3lm_jax.parallel.sharding import EXPERT_AXES
 
@@ -99,7 +99,7 @@ def build(config: MoEConfig, dtype: Any) -> Backbone:
                     tied=config.tie_embeddings)
 
 
-class Block(nn.Module):
+class Block(Layer):
     """A layer in two halves, around the attention that the trunk does; its MLP is dense or `sparse`."""
 
     config: MoEConfig
@@ -123,10 +123,6 @@ class Block(nn.Module):
         self.experts = Experts(config, dtype)
         if config.shared_intermediate_size:
             self.shared = SwiGLU(config.hidden_size, config.shared_intermediate_size, dtype)
-
-    def __call__(self, h, cond, rotary):
-        """All parameters once, for `init`."""
-        return self.attention_output_and_mlp(h, self.project_qkv(h, cond, rotary, True)[0], cond, None)
 
     def project_qkv(self, h, cond, rotary, queries: bool):
         """h `[..., T, D]` -> q `[..., T, H, Dh]` (None without `queries`), k, v `[..., T, Hkv, Dh]`, rotated."""

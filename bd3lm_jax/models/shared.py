@@ -130,6 +130,22 @@ def logits_of(features, kernel_DxV, bias_V, vocab_size: int) -> jax.Array:
     return (logits + bias_V)[..., :vocab_size]
 
 
+class Layer(nn.Module):
+    """Base of the layers: `project_qkv` and `attention_output_and_mlp`, around the attention that the trunk does."""
+
+    def __call__(self, h, cond, rotary):
+        """All parameters once, for `init`."""
+        return self.attention_output_and_mlp(h, self.project_qkv(h, cond, rotary, True)[0], cond, None)
+
+
+class OutputHead(nn.Module):
+    """Base of heads whose logits are `features` times the kernel of `output_layer`."""
+
+    def __call__(self, h, cond):
+        """h `[..., T, D]` -> logits float32 `[..., T, V]`, without the padding of the vocabulary."""
+        return logits_of(self.features(h, cond), *self.output_layer(), self.config.vocab_size)
+
+
 def row_dropout(x, row_keys, index: int, rate: float) -> jax.Array:
     """Dropout with one key a row, so that the noise does not depend on how rows are grouped; index: of the place in the
     layer. Without keys or rate: `x`."""

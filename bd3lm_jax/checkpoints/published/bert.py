@@ -4,7 +4,6 @@ Beside what the network uses, files may hold a pooler, the next-sentence head, t
 token table) and numbered positions.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from bd3lm_jax.checkpoints.published.mapping import (
     bias,
     check_keys,
     linear,
+    norm,
     padded,
     require,
     unchanged,
@@ -108,9 +108,9 @@ def layout(config: BertConfig) -> dict[str, ParamMapping]:
         "embed.position": ParamMapping(f"{embeddings}position_embeddings.weight", (rows, width), unchanged, unchanged),
         "embed.token_type": ParamMapping(f"{embeddings}token_type_embeddings.weight", (config.token_types, width),
                                          unchanged, unchanged),
-        **_norm("embed.norm", f"{embeddings}LayerNorm", width),
-        **_norm("blocks.norm1", f"{block}attention.output.LayerNorm", width, layers),
-        **_norm("blocks.norm2", f"{block}output.LayerNorm", width, layers),
+        **norm("embed.norm", f"{embeddings}LayerNorm", width),
+        **norm("blocks.norm1", f"{block}attention.output.LayerNorm", width, layers),
+        **norm("blocks.norm2", f"{block}output.LayerNorm", width, layers),
         "blocks.out.kernel": linear(f"{block}attention.output.dense.weight", (heads, size), width, layers),
         "blocks.out.bias": vector(f"{block}attention.output.dense.bias", width, layers),
         "blocks.mlp_in.kernel": linear(f"{block}intermediate.dense.weight", width, hidden, layers),
@@ -119,7 +119,7 @@ def layout(config: BertConfig) -> dict[str, ParamMapping]:
         "blocks.mlp_out.bias": vector(f"{block}output.dense.bias", width, layers),
         "head.dense.kernel": linear(f"{names.dense}.weight", width, width),
         "head.dense.bias": vector(f"{names.dense}.bias", width),
-        **_norm("head.norm", names.norm, width),
+        **norm("head.norm", names.norm, width),
         "head.bias": padded(vector(names.bias[0], config.vocab_size), 0, config.padded_vocab),
     }
     for own_name, hf_name in (("q", "query"), ("k", "key"), ("v", "value")):
@@ -156,8 +156,3 @@ def _names(config: BertConfig) -> Names:
 
 def _table(names: Names) -> str:
     return f"{names.kind}.embeddings.word_embeddings.weight"
-
-
-def _norm(path: str, name: str, width: int, layers: Sequence[int] = ()) -> dict[str, ParamMapping]:
-    return {f"{path}.scale": vector(f"{name}.weight", width, layers),
-            f"{path}.bias": vector(f"{name}.bias", width, layers)}

@@ -71,7 +71,7 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, LazyTensor]]:
     kv_heads = value(f"{kind}.attention.head_count_kv", int, heads)
     require(heads > 0 and kv_heads > 0, f"{path}: {kind}.attention.head_count is {heads}, head_count_kv {kv_heads}, "
             "expected at least 1")
-    _check_keys(path, kind, reader, value)
+    _check_keys(path, kind, reader)
     tensors = _tensors_of(path)
     factors = tensors.pop(ROPE_FACTORS, None)
     stored = {}
@@ -151,7 +151,7 @@ def _tensors_of(path: Path) -> dict[str, tuple[tuple[int, ...], Any]]:
     return found
 
 
-def _check_keys(path: Path, kind: str, reader: Any, value: Callable) -> None:
+def _check_keys(path: Path, kind: str, reader: Any) -> None:
     """UserError for a key of the architecture that is not read and switches something on."""
     for key in reader.fields:
         name = key.removeprefix(f"{kind}.")

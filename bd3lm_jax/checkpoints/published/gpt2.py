@@ -11,6 +11,7 @@ from bd3lm_jax.checkpoints.published.mapping import (
     ParamMapping,
     bias,
     check_keys,
+    norm,
     padded,
     require,
     unchanged,
@@ -74,8 +75,8 @@ def layout(config: GPT2Config) -> dict[str, ParamMapping]:
     return {
         "embed.embedding": padded(table, 0, config.padded_vocab),
         "embed.position": ParamMapping(f"{PREFIX}wpe.weight", (config.positions, width), unchanged, unchanged),
-        **_norm("blocks.norm1", f"{block}ln_1", width, layers),
-        **_norm("blocks.norm2", f"{block}ln_2", width, layers),
+        **norm("blocks.norm1", f"{block}ln_1", width, layers),
+        **norm("blocks.norm2", f"{block}ln_2", width, layers),
         "blocks.qkv.kernel": matrix(f"{block}attn.c_attn.weight", (width,), (3, heads, size), layers),
         "blocks.qkv.bias": bias(f"{block}attn.c_attn.bias", (3, heads, size), layers),
         "blocks.out.kernel": matrix(f"{block}attn.c_proj.weight", (heads, size), (width,), layers),
@@ -84,7 +85,7 @@ def layout(config: GPT2Config) -> dict[str, ParamMapping]:
         "blocks.mlp_in.bias": vector(f"{block}mlp.c_fc.bias", hidden, layers),
         "blocks.mlp_out.kernel": matrix(f"{block}mlp.c_proj.weight", (hidden,), (width,), layers),
         "blocks.mlp_out.bias": vector(f"{block}mlp.c_proj.bias", width, layers),
-        **_norm("head.norm", f"{PREFIX}ln_f", width),
+        **norm("head.norm", f"{PREFIX}ln_f", width),
     }
 
 
@@ -92,11 +93,6 @@ def matrix(name: str, inputs: Sequence[int], outputs: Sequence[int], layers: Seq
     """A matrix that is [in, out] in both."""
     target_shape, shape = (*inputs, *outputs), (math.prod(inputs), math.prod(outputs))
     return ParamMapping(name, shape, lambda w: w.reshape(target_shape), lambda w: w.reshape(shape), layers)
-
-
-def _norm(path: str, name: str, width: int, layers: Sequence[int] = ()) -> dict[str, ParamMapping]:
-    return {f"{path}.scale": vector(f"{name}.weight", width, layers),
-            f"{path}.bias": vector(f"{name}.bias", width, layers)}
 
 
 def buffer_shapes(config: GPT2Config, names: set[str]) -> dict[str, tuple[int, ...]]:

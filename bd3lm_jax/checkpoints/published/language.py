@@ -63,6 +63,15 @@ def check_choices(path, published: dict, choices: dict[str, tuple]) -> None:
             raise UserError(f"{path}: '{key}' is {published[key]!r}, supported: {expected}")
 
 
+def tied_table(config: Any, names: set[str], tables: tuple[str, str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of an output layer that repeats a tied embedding, where it is among `names`, and of the embedding.
+
+    tables: their names in this order.
+    """
+    shape = config.vocab_size, config.hidden_size
+    return dict.fromkeys(tables, shape) if config.tie_embeddings and tables[0] in names else {}
+
+
 def check_tied(path, tensors: dict[str, np.ndarray], name: str, source: str) -> None:
     """UserError unless the tensor `name`, if there, is that of `source`, which the network uses in its place."""
     if name in tensors and not np.array_equal(tensors[name], tensors[source]):

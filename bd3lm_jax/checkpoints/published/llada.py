@@ -8,6 +8,7 @@ from bd3lm_jax.checkpoints.published.language import (
     check_tied,
     mask_id,
     read_objective,
+    tied_table,
     write_objective,
 )
 from bd3lm_jax.checkpoints.published.mapping import (
@@ -98,8 +99,7 @@ def layout(config: LlamaConfig) -> dict[str, ParamMapping]:
 
 def buffer_shapes(config: LlamaConfig, names: set[str]) -> dict[str, tuple[int, ...]]:
     """An output layer that repeats a tied embedding (which is then read as well) may be there."""
-    return dict.fromkeys((HEAD, EMBED), (config.vocab_size,
-                                         config.hidden_size)) if config.tie_embeddings and HEAD in names else {}
+    return tied_table(config, names, (HEAD, EMBED))
 
 
 def check_buffers(path, config: LlamaConfig, tensors: dict[str, np.ndarray]) -> None:

@@ -11,6 +11,7 @@ from bd3lm_jax.checkpoints.published.language import (
     mask_id,
     read_objective,
     read_shifted,
+    tied_table,
     write_objective,
 )
 from bd3lm_jax.checkpoints.published.mapping import (
@@ -207,8 +208,7 @@ def buffer_shapes(config: LlamaConfig, names: set[str]) -> dict[str, tuple[int, 
     """Tensors beside parameters that such a checkpoint may hold: an output layer that repeats a tied embedding (which
     is then read as well), frequencies of RoPE."""
     found = {name: (config.head_dim // 2,) for name in names if name.endswith(INV_FREQ)}
-    table = dict.fromkeys((HEAD, EMBED), (config.vocab_size, config.hidden_size))
-    return found | (table if config.tie_embeddings and HEAD in names else {})
+    return found | tied_table(config, names, (HEAD, EMBED))
 
 
 def check_buffers(path, config: LlamaConfig, tensors: dict[str, np.ndarray]) -> None:

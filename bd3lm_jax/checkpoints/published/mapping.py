@@ -52,6 +52,12 @@ def vector(name: str, size: int, layers: Sequence[int] = ()) -> ParamMapping:
     return ParamMapping(name, (size,), unchanged, unchanged, layers)
 
 
+def norm(path: str, name: str, width: int, layers: Sequence[int] = ()) -> dict[str, ParamMapping]:
+    """Scale and bias of a layer norm at `path`, published under `name`."""
+    return {f"{path}.scale": vector(f"{name}.weight", width, layers),
+            f"{path}.bias": vector(f"{name}.bias", width, layers)}
+
+
 def linear(name: str, inputs: Sequence[int] | int, outputs: Sequence[int] | int, layers: Sequence[int] = (),
            experts: int = 0) -> ParamMapping:
     """A matrix: [out, in] as published, `[*inputs, *outputs]` in ours."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from bd3lm_jax.core import lock
-from bd3lm_jax.core.log import note, note_once
+from bd3lm_jax.core.log import note
 from bd3lm_jax.core.signals import Signals
 
 POLL_S = 0.2  # between looks at the processes
@@ -125,20 +125,4 @@ def _stop(jobs: Sequence[Job], signals: Signals) -> None:
 
 
 def _lock(file: BinaryIO, kind: int, seconds: float) -> bool:
-    """Whether the lock was free within so many seconds, or there are none here; it is held until every copy of `file`
-    is closed."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(POLL_S / 4)
-        except OSError as error:
-            if error.errno not in lock.LOCKS_UNSUPPORTED:
-                raise
-            note_once(f"{file.name} cannot be locked here ({error.strerror}): see that no other process trains the "
-                      "same sweep")
-            return True
+    return lock.acquire(file.fileno(), file.name, seconds, "see that no other process trains the same sweep", kind)
