@@ -19,7 +19,6 @@ from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.core.paths import default_cache
 
 VARIABLE = "BD3LM_COMPILE_CACHE"
-CHOICES = ("on", "off")
 MAX_BYTES = 2 << 30  # the programs that were used least recently go
 MIN_SECONDS = 0.1  # programs that compile faster are not kept
 STAMP_BYTES = 8  # of the file beside each program that says when it was used

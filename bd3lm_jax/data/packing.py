@@ -10,7 +10,6 @@ row; `pieces_Px4` has the columns row, start, length, document, sorted by row an
 With pack and pad a document longer than a row is cut in row-sized pieces; every piece is its own segment.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,21 +24,6 @@ class Layout(NamedTuple):
     pieces_Px4: np.ndarray  # int32
     source_P: np.ndarray  # int64: where each piece starts in the concatenated documents
     num_rows: int
-
-
-def wrap(token_docs: Sequence, length: int, end_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """`tokens_RxL` (padding holds end_id) and `pieces_Px4` of documents given as id sequences without their end."""
-    return _rows("wrap", token_docs, length, 1, end_id)
-
-
-def pack(token_docs: Sequence, length: int, block_size: int, end_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """As `wrap`, but no block of `block_size` tokens holds two documents."""
-    return _rows("pack", token_docs, length, block_size, end_id)
-
-
-def pad(token_docs: Sequence, length: int, end_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """As `wrap`, but no row holds two documents."""
-    return _rows("pad", token_docs, length, 1, end_id)
 
 
 def place_documents(layout: str, lengths_D: np.ndarray, length: int, block_size: int) -> Layout:
@@ -78,14 +62,6 @@ def expand_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The integers start..start+length-1 of every pair, one after another."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
-
-
-def _rows(layout: str, token_docs: Sequence, length: int, block_size: int, end_id: int):
-    documents = [np.append(np.asarray(document, np.int32), np.int32(end_id)) for document in token_docs]
-    lengths_D = np.array([len(document) for document in documents], np.int64)
-    layout_of_rows = place_documents(layout, lengths_D, length, block_size)
-    flat = np.concatenate(documents) if documents else np.zeros(0, np.int32)
-    return fill_rows(flat, layout_of_rows, 0, layout_of_rows.num_rows, length, end_id), layout_of_rows.pieces_Px4
 
 
 def _wrap_cuts(lengths_D: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ keys and values of the blocks before it. (The sampler's first call of a block st
 precision; here every call sees what is stored, as the sampler's later calls do.)
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,12 @@ from bd3lm_jax.models.trunk import Stream
 
 DTYPES = ("float32", "bfloat16", "int8")  # the first is what the others are compared with
 BATCH = 16  # rows a pass
+
+
+class _Rows(NamedTuple):
+    tokens: jax.Array
+    positions: jax.Array
+    segments: jax.Array
 
 
 def bytes_per_token(lm, cache_dtype: str) -> int:
@@ -61,12 +67,12 @@ def cached_nats(lm, cache_dtype: str):
         def noise(row, tokens, segments):
             return estimator.noised(jax.random.fold_in(key, row), 0, 1, tokens, segments, lm.special)
 
-        noised = jax.vmap(noise)(row_ids, tokens, segments)
+        noised, rows = jax.vmap(noise)(row_ids, tokens, segments), _Rows(tokens, positions, segments)
         batch, noise_samples, length = noised.weight_BxMxL.shape
         cache = trunk.new_cache(lm.model, params, batch, length, cache_dtype).replace(empty=False)
 
         def body(cache, block):
-            logits_BxMxSxV, cache = score_block(lm, params, noised, tokens, positions, segments, cache, block)
+            logits_BxMxSxV, cache = score_block(lm, params, noised, rows, cache, block)
             targets = jnp.broadcast_to(_block_slice(lm, tokens, block)[:, None], logits_BxMxSxV.shape[:-1])
             losses = cross_entropy_subs(logits_BxMxSxV.reshape(targets.size, -1), targets.reshape(-1), lm.special.mask)
             return cache, losses.reshape(targets.shape)
@@ -89,21 +95,22 @@ def _row_nats(lm, rows, ids: np.ndarray, cache_dtype: str, seed: int) -> np.ndar
     return np.concatenate(found)
 
 
-def _score_block(lm, params, noised, tokens, positions, segments, cache: Cache, block):
+def _score_block(lm, params, noised, rows: _Rows, cache: Cache, block):
     """Logits of the copies of a block, `[B, M, S, V]`, and the cache with the clean block stored."""
-    position, segment = _block_slice(lm, positions, block), _block_slice(lm, segments, block)
+    tokens, position, segment = (_block_slice(lm, x, block) for x in rows)
     where = position, position // lm.config.block_size, segment
     sigma = None
     if trunk.is_time_conditioned(lm.config.model):
         sigma = jax.lax.dynamic_slice_in_dim(noised.sigma_BxMxK, block, 1, axis=2)
     stream, size = Stream(_block_slice(lm, noised.xt_BxMxL, block), *where, sigma), lm.config.block_size
     h = trunk.decode(lm.model, params, stream, None, cache, None, block_size=size, execution=UNROLLED).noised
-    updated = _prefill(lm, params, Stream(_block_slice(lm, tokens, block), *where), cache, block, "block_causal").cache
+    updated = _prefill(lm, params, Stream(tokens, *where), cache, block, "block_causal").cache
     return trunk.logits(lm.model, params, h, sigma), updated
 
 
-def _score_token(lm, params, noised, tokens, positions, segments, cache: Cache, block):
+def _score_token(lm, params, noised, rows: _Rows, cache: Cache, block):
     """As `_score_block` for an autoregressive model, whose clean stream is the token before."""
+    _, positions, segments = rows
     if not lm.config.diffusion.bos:  # nobody reads the end token, and the token before has the place before
         segments = jnp.where(noised.weight_BxMxL[:, 0] > 0, segments, 0)
         positions = jnp.maximum(positions - 1, 0)

@@ -31,7 +31,7 @@ from bd3lm_jax.diffusion.masked import Masked, Uniforms
 from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.likelihood import estimators, evaluate
 from bd3lm_jax.likelihood import greedy as greedy_decoding
-from bd3lm_jax.likelihood.predictions import Rows, predictions
+from bd3lm_jax.likelihood.predictions import Predictor, Rows, predictions
 from bd3lm_jax.scoring.score import SpecialIds
 
 GOLDEN = 2654435769  # 2^32 times the golden ratio less 1: its multiples spread evenly, however many are taken
@@ -253,10 +253,10 @@ def _measure(lm, requests: list[Request], name: str, draws: int, seed: int, gree
         if name != "exact_count":
             raise UserError(f"estimator '{name}' does not score continuations: use exact_count or exact")
         estimator = PositionKeyed(dataclasses.replace(Masked.uniform_counts(lm.config.block_size), complement=True))
-    static = lm.model, lm.config.diffusion, lm.special
     key, found = jax_settings.key(seed), {}
     for members, rows, capacity in _batches(lm, requests, batch):
-        parts = [_views(*static, estimator, capacity, lm.params, key, index, rows)
+        predictor = Predictor(lm.model, lm.config.diffusion, lm.special, capacity)
+        parts = [_score_rows(predictor, estimator, lm.params, key, index, rows)
                  for index in range(estimator.num_passes(draws))]
         nats_PxRxB = np.stack([np.asarray(nats, np.float64) for nats, _ in parts])
         independent = isinstance(estimator, PositionKeyed)
@@ -301,15 +301,16 @@ def _rows(requests: list[Request], length: int, size: int, mask: int) -> Rows:
     return Rows(tokens, segment, scored, np.array([request.noise for request in requests], np.uint32))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _views(model, objective, special, estimator, capacity: int, params, key, index, rows: Rows):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _score_rows(predictor: Predictor, estimator, params, key, index, rows: Rows):
     """Nats `[R, B]` of R replicates in pass `index`, and whether the likeliest tokens are the text's in all copies."""
     def noise(noise_id, tokens_L, segments_L):
-        return estimator.noised(jax.random.fold_in(key, noise_id), index, 1, tokens_L, segments_L, special)
+        return estimator.noised(jax.random.fold_in(key, noise_id), index, 1, tokens_L, segments_L, predictor.special)
 
-    segments = jnp.where(rows.scored_BxL, rows.segment_BxL, 0) if objective.draws_noise else rows.segment_BxL
+    is_noised = predictor.objective.draws_noise
+    segments = jnp.where(rows.scored_BxL, rows.segment_BxL, 0) if is_noised else rows.segment_BxL
     noised = jax.vmap(noise)(rows.noise_B, rows.tokens_BxL, segments)
-    predicted = predictions(model, objective, special, capacity, params, noised, rows)
+    predicted = predictions(predictor, params, noised, rows)
     nats_BxM = jnp.where(predicted.weight_BxMxC == 0, 0, predicted.loss_BxMxC * predicted.weight_BxMxC).sum(-1)
     text_BxMxL = jnp.broadcast_to(rows.tokens_BxL[:, None], noised.xt_BxMxL.shape)
     hit_BxMxC = predicted.token_BxMxC == jnp.take_along_axis(text_BxMxL, predicted.index_BxMxC, axis=2)

@@ -59,26 +59,26 @@ def make_scores(model: Backbone, objective: Any, estimator: Any, special: Specia
         keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_ids)
         maskable = jnp.where(scored, segments, 0) if objective.draws_noise else segments
         noised = jax.vmap(noise, in_axes=(0, None, 0, 0))(keys, index, tokens, maskable)
-        return score_views(model, params, objective, noised, tokens, positions, segments, scored, special, execution,
-                           estimator.replicates, estimator.token_loss)
+        rows = {"tokens": tokens, "positions": positions, "segments": segments, "scored": scored}
+        return score_noised(model, params, objective, noised, rows, special, execution, estimator)
 
     return scores
 
 
-def score_views(model: Backbone, params: dict, objective: Any, noised: Any, tokens_BxL, position_BxL, segment_BxL,
-                scored_BxL, special: SpecialIds, execution: Execution,
-                replicates: int, token_loss: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What `make_scores` returns, of given noise_samples."""
-    rows = {"tokens": tokens_BxL, "positions": position_BxL, "segments": segment_BxL}
+def score_noised(model: Backbone, params: dict, objective: Any, noised: Any, rows: dict, special: SpecialIds,
+                 execution: Execution, estimator: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What `make_scores` returns, of noised copies that are there. rows: `tokens`, `positions`, `segments`, `scored`,
+    `[B, L]` each."""
     scored = score(model, params, objective, noised, rows, execution, special.end)
-    losses = jnp.where(scored.weight_BxMxC == 0, 0, row_losses(model, params, scored, special.mask, 0, token_loss))
-    place = jax.vmap(jax.vmap(lambda losses, index: jnp.zeros(tokens_BxL.shape[1]).at[index].add(losses)))
-    losses_BxMxL = jnp.where(scored_BxL[:, None], place(losses, scored.index_BxMxC), 0)
+    losses = row_losses(model, params, scored, special.mask, 0, estimator.token_loss)
+    losses = jnp.where(scored.weight_BxMxC == 0, 0, losses)
+    place = jax.vmap(jax.vmap(lambda losses, index: jnp.zeros(rows["tokens"].shape[1]).at[index].add(losses)))
+    losses_BxMxL = jnp.where(rows["scored"][:, None], place(losses, scored.index_BxMxC), 0)
     nats_BxMxL = losses_BxMxL * noised.weight_BxMxL + jnp.where(exceeds_capacity(noised), jnp.nan, 0)[..., None]
     batch, noise_samples, length = nats_BxMxL.shape
-    nats_BxRxL = nats_BxMxL.reshape(batch, replicates, noise_samples // replicates, length).mean(2)
+    nats_BxRxL = nats_BxMxL.reshape(batch, estimator.replicates, -1, length).mean(2)
     blocks = (batch, noise_samples, -1, objective.block_size)
-    counts_BxMxK = ((noised.weight_BxMxL > 0) & scored_BxL[:, None]).reshape(blocks).sum(-1)
+    counts_BxMxK = ((noised.weight_BxMxL > 0) & rows["scored"][:, None]).reshape(blocks).sum(-1)
     return nats_BxRxL, counts_BxMxK, losses_BxMxL.reshape(blocks).sum(-1) / jnp.maximum(counts_BxMxK, 1)
 
 

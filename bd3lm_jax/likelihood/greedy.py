@@ -9,7 +9,7 @@ import numpy as np
 from bd3lm_jax.core import ranking
 from bd3lm_jax.diffusion.masked import MASK_PROB_MAX
 from bd3lm_jax.diffusion.noised import Noised
-from bd3lm_jax.likelihood.predictions import Rows, predictions
+from bd3lm_jax.likelihood.predictions import Predictor, Rows, predictions
 
 
 def is_greedy_decoded(lm, capacity: int, rows: Rows, lengths: list[int]) -> np.ndarray:
@@ -25,10 +25,11 @@ def is_greedy_decoded(lm, capacity: int, rows: Rows, lengths: list[int]) -> np.n
     canvas_BxL = np.where(rows.scored_BxL, special.mask, rows.tokens_BxL)
     free = rows.replace(scored_BxL=rows.scored_BxL | behind_BxL)
     capacity = min(capacity + objective.block_size, canvas_BxL.shape[1])
+    predictor = Predictor(lm.model, objective, special, capacity)
     masked_BxL, greedy_B = free.scored_BxL, np.ones(len(rows.noise_B), bool)
     while greedy_B.any() and (rows.scored_BxL & np.asarray(masked_BxL)).any():
         state = masked_BxL, canvas_BxL
-        masked_BxL, canvas_BxL = _reveal(lm.model, objective, special, capacity, lm.params, *state, free)
+        masked_BxL, canvas_BxL = _reveal(predictor, lm.params, *state, free)
         wrong_BxL = rows.scored_BxL & ~np.asarray(masked_BxL) & (np.asarray(canvas_BxL) != rows.tokens_BxL)
         greedy_B &= ~wrong_BxL.any(1)
     return greedy_B
@@ -42,16 +43,17 @@ def _canvases(lm, rows: Rows, lengths: list[int]) -> Rows:
     return rows.replace(segment_BxL=rows.segment_BxL * (np.arange(rows.tokens_BxL.shape[1]) < lengths_B[:, None]))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _reveal(model, objective, special, capacity: int, params, masked_BxL, canvas_BxL, rows: Rows):
+@functools.partial(jax.jit, static_argnums=0)
+def _reveal(predictor: Predictor, params, masked_BxL, canvas_BxL, rows: Rows):
     """One step of greedy decoding in every block: masks left and canvas, `[B, L]`."""
     def blocks(x_BxL):
-        return x_BxL.reshape(len(x_BxL), -1, objective.block_size)
+        return x_BxL.reshape(len(x_BxL), -1, predictor.objective.block_size)
 
     level_BxK = blocks(masked_BxL).sum(-1) / jnp.maximum(blocks(rows.scored_BxL).sum(-1), 1)
     noised = Noised(xt_BxMxL=canvas_BxL[:, None], weight_BxMxL=masked_BxL[:, None].astype(jnp.float32),
-                    sigma_BxMxK=-jnp.log1p(-jnp.minimum(level_BxK, MASK_PROB_MAX))[:, None], capacity=capacity)
-    predicted = predictions(model, objective, special, capacity, params, noised, rows)
+                    sigma_BxMxK=-jnp.log1p(-jnp.minimum(level_BxK, MASK_PROB_MAX))[:, None],
+                    capacity=predictor.capacity)
+    predicted = predictions(predictor, params, noised, rows)
     at = jnp.arange(len(masked_BxL))[:, None], predicted.index_BxMxC[:, 0]
     confidence_BxL = jnp.zeros(masked_BxL.shape).at[at].set(jnp.exp(-predicted.best_BxMxC[:, 0]))
     token_BxL = jnp.zeros_like(canvas_BxL).at[at].set(predicted.token_BxMxC[:, 0])

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from bd3lm_jax.core.ranking import fast_argmax
 from bd3lm_jax.diffusion.noised import Noised
-from bd3lm_jax.models import forward, trunk
+from bd3lm_jax.diffusion.objective import Objective
+from bd3lm_jax.models import Backbone, forward, trunk
 from bd3lm_jax.scoring.loss import OutputLayer
-from bd3lm_jax.scoring.score import score
+from bd3lm_jax.scoring.score import SpecialIds, score
 
 
 class Rows(flax.struct.PyTreeNode):
@@ -20,6 +21,15 @@ class Rows(flax.struct.PyTreeNode):
     segment_BxL: Any
     scored_BxL: Any
     noise_B: Any
+
+
+class Predictor(NamedTuple):
+    """A network with its objective, and how many places of a row it is asked for: static for a program."""
+
+    model: Backbone
+    objective: Objective
+    special: SpecialIds
+    capacity: int
 
 
 class Predictions(NamedTuple):
@@ -33,8 +43,9 @@ class Predictions(NamedTuple):
     index_BxMxC: jax.Array
 
 
-def predictions(model, objective, special, capacity: int, params, noised: Noised, rows: Rows) -> Predictions:
+def predictions(predictor: Predictor, params, noised: Noised, rows: Rows) -> Predictions:
     """Of the noised rows, at `capacity` places that hold all scored tokens."""
+    model, objective, special, capacity = predictor
     if not objective.weights_decide_inputs:
         weight = jnp.where(rows.scored_BxL[:, None], noised.weight_BxMxL, 0)
         noised = noised.replace(weight_BxMxL=weight, capacity=capacity)

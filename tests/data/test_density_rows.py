@@ -4,8 +4,9 @@ import itertools
 
 import numpy as np
 import pytest
+from toy_packing import pack_rows
 
-from bd3lm_jax.data import code, packing, parts
+from bd3lm_jax.data import code, parts
 from bd3lm_jax.data import prepare as prepare_module
 from bd3lm_jax.data.corpora import load_documents
 from bd3lm_jax.data.density import arithmetic
@@ -36,8 +37,7 @@ def test_entries_belong_to_their_tokens(sums, layout, monkeypatch):
     for text in documents:  # all characters are ASCII: a byte is a character
         inside = {i for start, end in arithmetic.find(text) for i in range(start, end)}
         flags.append([7 if i in inside else 3 for i in range(len(text))])
-    lay_out = {"pack": lambda: packing.pack(flags, data.seq_len, BLOCK, 3)}
-    expected = lay_out.get(layout, lambda: getattr(packing, layout)(flags, data.seq_len, 3))()[0]
+    expected = pack_rows(layout, flags, data.seq_len, BLOCK, 3)[0]
     order = np.random.default_rng(0).permutation(len(rows))
     np.testing.assert_array_equal(rows.density(order), (expected[order] == 7).astype(np.float32))
     assert rows.density(order).dtype == np.float32 and 0.05 < rows.density(order).mean() < 0.9

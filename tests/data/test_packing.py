@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from toy_packing import pack_rows
 
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data import packing
@@ -16,9 +17,7 @@ def random_documents(seed: int, count: int = 40) -> list[list[int]]:
 
 
 def rows_of(layout: str, documents: list) -> tuple[np.ndarray, np.ndarray]:
-    if layout == "pack":
-        return packing.pack(documents, LENGTH, BLOCK, END)
-    return {"wrap": packing.wrap, "pad": packing.pad}[layout](documents, LENGTH, END)
+    return pack_rows(layout, documents, LENGTH, BLOCK, END)
 
 
 @pytest.mark.parametrize("layout", ["wrap", "pack", "pad"])
@@ -44,7 +43,7 @@ def test_every_token_once_and_padding_elsewhere(layout, seed):
 
 def test_wrap_is_the_plain_concatenation():
     documents = random_documents(7)
-    tokens, pieces = packing.wrap(documents, LENGTH, END)
+    tokens, pieces = rows_of("wrap", documents)
     joined = [token for document in documents for token in [*document, END]]
     owner = [index for index, document in enumerate(documents) for _ in [*document, END]]
     flat = tokens.reshape(-1).tolist()
@@ -58,7 +57,7 @@ def test_wrap_is_the_plain_concatenation():
 
 def test_pack_keeps_blocks_and_short_documents_whole():
     documents = random_documents(3)
-    tokens, pieces = packing.pack(documents, LENGTH, BLOCK, END)
+    tokens, pieces = rows_of("pack", documents)
     owner = np.full(tokens.shape, -1)
     for row, start, length, document in pieces:
         assert start % BLOCK == 0
@@ -71,13 +70,13 @@ def test_pack_keeps_blocks_and_short_documents_whole():
 
 def test_pack_is_first_fit():
     documents = [[1] * 7, [2] * 11, [3] * 3, [4] * 2]  # 8, 12, 4 and 4 tokens with their ends and padding
-    tokens, pieces = packing.pack(documents, LENGTH, BLOCK, END)
+    tokens, pieces = rows_of("pack", documents)
     assert pieces.tolist() == [[0, 0, 8, 0], [0, 8, 4, 2], [1, 0, 12, 1], [2, 0, 3, 3]]
     assert tokens[2].tolist() == [4, 4] + [END] * 10
 
 
 def test_pad_gives_every_piece_its_row():
-    tokens, pieces = packing.pad([[1, 2], [3] * LENGTH], LENGTH, END)
+    tokens, pieces = rows_of("pad", [[1, 2], [3] * LENGTH])
     assert pieces.tolist() == [[0, 0, 3, 0], [1, 0, 12, 1], [2, 0, 1, 1]]
     assert tokens.tolist() == [[1, 2] + [END] * 10, [3] * 12, [END] * 12]
 
@@ -90,4 +89,4 @@ def test_no_documents_no_rows():
 
 def test_block_size_must_divide_the_length():
     with pytest.raises(UserError, match="block size 5 does not divide data.seq_len=12.*15"):
-        packing.pack([[1]], LENGTH, 5, END)
+        pack_rows("pack", [[1]], LENGTH, 5, END)

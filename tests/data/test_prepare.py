@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from toy_packing import pack_rows
 from toy_runs import environment
 
 from bd3lm_jax.core.errors import RunError, UserError
-from bd3lm_jax.data import packing, parts
+from bd3lm_jax.data import parts
 from bd3lm_jax.data import prepare as prepare_module
 from bd3lm_jax.data.corpora import join_documents, load_documents
 from bd3lm_jax.data.prepare import prepare, prepare_tokenizer
@@ -36,11 +37,7 @@ def text_config(data_config, tmp_path):
 def slow_rows(data, split):
     """tokens, segments, positions and documents one token at a time from the pieces of packing.py."""
     documents = [list(text.encode()) for text in load_documents(data, split)]
-    end = ByteTokenizer().end_id
-    if data.packing == "pack":
-        tokens, pieces = packing.pack(documents, data.seq_len, BLOCK, end)
-    else:
-        tokens, pieces = getattr(packing, data.packing)(documents, data.seq_len, end)
+    tokens, pieces = pack_rows(data.packing, documents, data.seq_len, BLOCK, ByteTokenizer().end_id)
     segments, positions, owners = np.zeros_like(tokens), np.zeros_like(tokens), np.full_like(tokens, -1)
     for row, group in itertools.groupby(pieces.tolist(), key=lambda piece: piece[0]):
         for index, (_, start, length, document) in enumerate(group):

@@ -21,7 +21,7 @@ from bd3lm_jax.data.tokenizers import get_tokenizer
 from bd3lm_jax.experiments.bench import step
 from bd3lm_jax.experiments.bench.runner import Limit, Variant, compare
 from bd3lm_jax.likelihood import estimators
-from bd3lm_jax.likelihood.evaluate import Evaluator, score_views
+from bd3lm_jax.likelihood.evaluate import Evaluator, score_noised
 from bd3lm_jax.likelihood.options import EstimatorOptions
 from bd3lm_jax.models import trunk
 from bd3lm_jax.models.forward import compute_dtype
@@ -80,8 +80,9 @@ def _forward(evaluator: Evaluator, params, rows):
 
     @jax.jit
     def forward(params, noised, tokens, positions, segments):
-        return score_views(evaluator.model, params, evaluator.config.diffusion, noised, tokens, positions, segments,
-                           segments > 0, evaluator.special, evaluator.execution, estimator.replicates, None)
+        rows = {"tokens": tokens, "positions": positions, "segments": segments, "scored": segments > 0}
+        return score_noised(evaluator.model, params, evaluator.config.diffusion, noised, rows, evaluator.special,
+                            evaluator.execution, estimator)
 
     batches = []
     for start in range(0, len(rows), evaluator.batch):
