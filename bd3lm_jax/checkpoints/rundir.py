@@ -148,7 +148,7 @@ def _own(stored: dict) -> dict:
 
 def _imports(config: Config) -> dict[str, list[str]]:
     """The plug-ins of a run, as config.json names them; nothing for a run without."""
-    schedule = SCHEDULES.get(getattr(config.diffusion, "schedule", ""))
+    schedule = SCHEDULES.get(dataclasses.asdict(config.diffusion).get("schedule", ""))
     sources = {config.data.source, *(spec.partition(":")[0] for spec, _ in config.data.mixture)}
     modules = plugins.required_modules([type(config.diffusion), type(config.model), *map(SOURCES.get, sorted(sources)),
                                         *([type(schedule)] if schedule else [])])

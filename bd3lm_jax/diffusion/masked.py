@@ -98,11 +98,15 @@ class Masked(Objective):
 
     @property
     def _clipped(self) -> bool:
-        return (self.clip_low, self.clip_high) != (0, 1)
+        return self.mask_prob_range != (0, 1)
 
     @property
     def noise_sample_multiple(self) -> int:
         return 2 if self.complement else 1
+
+    @property
+    def mask_prob_range(self) -> tuple[float, float]:
+        return self.clip_low, self.clip_high
 
     @property
     def block_size_is_fixed(self) -> bool:

@@ -112,6 +112,16 @@ class Objective:
         return False
 
     @property
+    def needs_density_tags(self) -> bool:
+        """Whether densities must be tags, 0 or 1, not numbers between."""
+        return False
+
+    @property
+    def mask_prob_range(self) -> tuple[float, float]:
+        """Between which mask probabilities a block is noised."""
+        return 0.0, 1.0
+
+    @property
     def block_size_is_fixed(self) -> bool:
         """Whether blocks of another size would need other hyperparameters as well."""
         return len(self.block_sizes) > 1

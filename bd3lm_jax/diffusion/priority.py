@@ -88,6 +88,10 @@ class Priority(Objective):
         return 2 if self.complement else 1
 
     @property
+    def needs_density_tags(self) -> bool:
+        return self.importance
+
+    @property
     def is_bound(self) -> bool:
         """Whether the weighted loss estimates the NELBO without bias."""
         return self.importance

@@ -95,7 +95,7 @@ def describe(config: Config) -> str:
     if "density" in objective.extra_batch_keys:
         words = ["hard" if getattr(objective, "hard", False) else f"w={getattr(objective, 'weight', 1):g}",
                  f"{config.data.density_fraction:.0%} of documents tagged"]
-        words += ["importance weights"] * getattr(objective, "importance", False)
+        words += ["importance weights"] * objective.needs_density_tags
     words += ["pairs"] * (objective.noise_sample_multiple > 1)
     return ", ".join([objective.kind, *words])
 

@@ -18,7 +18,6 @@ from bd3lm_jax.generation.sampling.generate import PreviousBlock
 from bd3lm_jax.models import Backbone, trunk
 from bd3lm_jax.models.cache import DTYPES, Cache
 from bd3lm_jax.models.trunk import Execution, Stream
-from bd3lm_jax.scoring.target_shift import target_shift_of
 
 # A loop around the layers would copy the weights of each one out of their stack in every call.
 UNROLLED = Execution(backend="auto", layers="unroll", remat="none", one_document=False)
@@ -233,7 +232,7 @@ def check_cache_dtype(lm: Any, options: Any) -> None:
 
 def check_target_shift(lm: Any, options: Any) -> None:
     """UserError for options that `ShiftedDenoiser` does not know."""
-    form = target_shift_of(lm.config.model)
+    form = lm.config.model.target_shift
     if form and lm.config.diffusion.supports_target_shift and (options.approximate_cache or options.block_size == AUTO):
         what = "approximate_cache" if options.approximate_cache else f"block_size='{AUTO}'"
         raise UserError(f"{what} is not there for networks with model.target_shift='{form}': leave it out")

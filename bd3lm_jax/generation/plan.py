@@ -24,7 +24,6 @@ from bd3lm_jax.generation.sampling.auto_size import AutoSizes
 from bd3lm_jax.generation.sampling.constraint import Constraint
 from bd3lm_jax.generation.sampling.generate import Extent, FixedSize, Transition
 from bd3lm_jax.models.trunk import unstack_layers
-from bd3lm_jax.scoring.target_shift import target_shift_of
 
 
 class Plan(NamedTuple):
@@ -73,7 +72,7 @@ def make_denoiser(lm, plan: Plan):
         return ApproximateDenoiser(lm.model, size, plan.slots, plan.approximate_cache, plan.settings.mask_id,
                                    plan.cache_dtype, objective.sigma_max)
     denoiser = BlockDenoiser(lm.model, size, *storage, objective.sigma_max)
-    form = target_shift_of(lm.config.model)
+    form = lm.config.model.target_shift
     return ShiftedDenoiser(denoiser, form, lm.special.end) if form else denoiser
 
 

@@ -24,15 +24,10 @@ TARGET_SHIFTS = ("", "row", "block")
 INHERIT = "source"  # in a config that takes the network of train.init_from: as far ahead as that was
 
 
-def target_shift_of(model_config: Any) -> str:
-    """One of FORMS."""
-    return model_config.target_shift
-
-
 def inherited_shift(source_model: Any, was_causal: bool, objective: Any, length: int) -> str:
     """The form in which a network whose outputs were one token ahead, by its form or as a causal one, stays so under an
     objective with rows of `length` tokens; "" for others."""
-    form = target_shift_of(source_model)
+    form = source_model.target_shift
     if not (form or was_causal) or not objective.supports_target_shift:
         return ""
     return "row" if form == "row" and objective.block_size >= length else "block"
@@ -43,7 +38,7 @@ def for_model(model_config: Any, end_id: int) -> tuple[Transform, ...]:
 
     end_id: the token before the first one.
     """
-    form = target_shift_of(model_config)
+    form = model_config.target_shift
     return {"": (), "row": (RowShift(),), "block": (BlockShift(end_id),)}[form]
 
 
@@ -70,7 +65,7 @@ class BlockShift(Transform):
 
 def check(config: Any) -> None:
     """UserError for a form that does not go with the objective of a Config."""
-    form, objective = target_shift_of(config.model), config.diffusion
+    form, objective = config.model.target_shift, config.diffusion
     if form not in TARGET_SHIFTS:
         raise UserError(f"model.target_shift is {form!r}, expected one of {', '.join(map(repr, TARGET_SHIFTS))}")
     if form and not objective.supports_target_shift:

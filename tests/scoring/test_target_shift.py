@@ -19,7 +19,6 @@ from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.generation.denoise import BlockDenoiser, ShiftedDenoiser
 from bd3lm_jax.generation.sampling.generate import PreviousBlock
 from bd3lm_jax.models import build, forward, trunk
-from bd3lm_jax.scoring import target_shift
 from bd3lm_jax.scoring.score import score
 
 
@@ -133,4 +132,4 @@ def test_forms_that_do_not_fit_are_refused(tmp_path):
         toy_config(tmp_path, {"model.target_shift": "row"})
     with pytest.raises(UserError, match="model.target_shift='block' has no effect with diffusion.kind='ar': use ''"):
         toy_config(tmp_path, {"model.target_shift": "block", "diffusion": AR, "model.adaln": False})
-    assert target_shift.target_shift_of(toy_config(tmp_path, {"model.target_shift": "block"}).model) == "block"
+    assert toy_config(tmp_path, {"model.target_shift": "block"}).model.target_shift == "block"

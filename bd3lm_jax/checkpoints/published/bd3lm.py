@@ -92,8 +92,8 @@ def constants(model: DiTConfig, objective) -> dict[str, np.ndarray]:
     """The tensors beside parameters that are published with such a network, by name."""
     found = {INV_FREQ: _frequencies(model).astype(np.float32)}
     if not objective.causal and objective.kind != SEDD.kind:
-        limits = max(getattr(objective, "clip_low", 0.0), TRAINING_EPS), getattr(objective, "clip_high", 1.0)
-        found |= {name: np.array(limit, np.float32) for name, limit in zip(CLIP, limits)}
+        low, high = objective.mask_prob_range
+        found |= {name: np.array(limit, np.float32) for name, limit in zip(CLIP, (max(low, TRAINING_EPS), high))}
     return found
 
 

@@ -42,7 +42,7 @@ def check_config(config: Any) -> None:
     if source and not needed:
         raise UserError(f"data.density={source!r} has no effect with diffusion.kind='{objective.kind}' and "
                         f"noise.adaptive_noise='{config.noise.adaptive_noise}': use ''")
-    if source and getattr(objective, "importance", False) and is_continuous(source):
+    if source and objective.needs_density_tags and is_continuous(source):
         raise UserError(f"diffusion.importance=True needs tags, and data.density={source!r} gives numbers between 0 "
                         "and 1: use another source, or diffusion.importance=False")
 
