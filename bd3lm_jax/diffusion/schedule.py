@@ -1,8 +1,9 @@
 """Noise schedules, and stratified draws of noise levels.
 
 A schedule says how likely a token is masked at time t (t = 0 clean, t = 1 all noise): alpha(t) is the probability of
-being kept. The NELBO of masked diffusion is E_{t ~ U(0, 1]} weight(t) * (sum of cross-entropies of the masked tokens),
-with weight = -alpha'(t) / (1 - alpha(t)) (MD4, arXiv 2406.04329; BD3-LM, arXiv 2503.09573).
+being kept, `mask_prob` is 1 - alpha(t), and `inverse` the time of a mask probability. The NELBO of masked diffusion is
+E_{t ~ U(0, 1]} weight(t) * (sum of cross-entropies of the masked tokens), with weight = -alpha'(t) / (1 - alpha(t))
+(MD4, arXiv 2406.04329; BD3-LM, arXiv 2503.09573).
 
 All methods take and return float arrays of any one shape; t in (0, 1], since every weight is infinite at t = 0.
 """
@@ -27,9 +28,6 @@ class Power:
     def mask_prob(self, t):
         return t**self.exponent
 
-    def alpha(self, t):
-        return 1 - self.mask_prob(t)
-
     def weight(self, t):
         return self.exponent / t
 
@@ -43,9 +41,6 @@ class Cosine:
 
     def mask_prob(self, t):
         return 2 * jnp.sin(jnp.pi / 4 * t) ** 2
-
-    def alpha(self, t):
-        return jnp.cos(jnp.pi / 2 * t)
 
     def weight(self, t):
         return jnp.pi / 2 / jnp.tan(jnp.pi / 4 * t)
@@ -61,9 +56,6 @@ class Sine:
     def mask_prob(self, t):
         return jnp.sin(jnp.pi / 2 * t)
 
-    def alpha(self, t):
-        return 2 * jnp.sin(jnp.pi / 4 * (1 - t)) ** 2
-
     def weight(self, t):
         return jnp.pi / 2 * jnp.sin(jnp.pi / 2 * (1 - t)) / jnp.sin(jnp.pi / 2 * t)
 
@@ -77,9 +69,6 @@ class Logarithmic:
 
     def mask_prob(self, t):
         return jnp.log1p(t) / math.log(2)
-
-    def alpha(self, t):
-        return 1 - self.mask_prob(t)
 
     def weight(self, t):
         return 1 / ((1 + t) * jnp.log1p(t))

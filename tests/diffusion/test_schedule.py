@@ -24,11 +24,10 @@ T = np.linspace(0.01, 0.999, 200)
 
 
 @pytest.mark.parametrize("name", MASK_PROB)
-def test_alpha_and_weight(name):
+def test_mask_prob_and_weight(name):
     schedule, mask_prob = get_schedule(name), MASK_PROB[name]
     slope = (mask_prob(T + 1e-6) - mask_prob(T - 1e-6)) / 2e-6
     np.testing.assert_allclose(schedule.mask_prob(T), mask_prob(T), atol=1e-6)
-    np.testing.assert_allclose(schedule.alpha(T), 1 - mask_prob(T), atol=1e-6)
     np.testing.assert_allclose(schedule.weight(T), slope / mask_prob(T), rtol=1e-5)
 
 
@@ -63,7 +62,7 @@ def test_published_schedules(name, published):
 def test_published_cosine():
     """The published cosine is (1 - e) alpha with e = 1e-3, and adds e once more to the weight's denominator."""
     t, e, schedule = PRIMITIVES["noise/t"], 1e-3, get_schedule("cosine")
-    mask_prob = 1 - (1 - e) * schedule.alpha(t)
+    mask_prob = 1 - (1 - e) * (1 - schedule.mask_prob(t))
     np.testing.assert_allclose(mask_prob, PRIMITIVES["noise/cosine/mask_prob"], atol=2e-5)
     loss_scale = -(1 - e) * schedule.weight(t) * schedule.mask_prob(t) / (mask_prob + e)
     # 1 - alpha cancels in float32 near t = 0, in the published code as well: 1e-7 in 2e-3.
