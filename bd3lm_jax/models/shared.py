@@ -143,7 +143,8 @@ class OutputHead(nn.Module):
 
     def __call__(self, h, cond):
         """h `[..., T, D]` -> logits float32 `[..., T, V]`, without the padding of the vocabulary."""
-        return logits_of(self.features(h, cond), *self.output_layer(), self.config.vocab_size)
+        kernel_DxV, bias_V = self.output_layer()
+        return logits_of(self.features(h, cond), kernel_DxV, bias_V, self.config.vocab_size)
 
 
 def row_dropout(x, row_keys, index: int, rate: float) -> jax.Array:
