@@ -1,0 +1,151 @@
+"""What is added from outside the package, each in one file of examples/plugins: it does what it says."""
+
+import dataclasses
+import importlib
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from places import ROOT
+from toy_docs import FENCE
+from toy_lm import make_ids, make_lm, masked
+from toy_runs import run_python, toy_dict, write_text
+
+import bd3lm_jax
+from bd3lm_jax.data import corpora
+from bd3lm_jax.data.corpora import SOURCES
+from bd3lm_jax.diffusion import OBJECTIVES
+from bd3lm_jax.diffusion.schedule import SCHEDULES
+from bd3lm_jax.generation import stream
+from bd3lm_jax.generation.options import make_options
+from bd3lm_jax.generation.sampling import SAMPLERS
+from bd3lm_jax.training.train import train
+
+FOLDER = ROOT / "examples" / "plugins"
+REGISTRIES = (OBJECTIVES, SCHEDULES, SAMPLERS, SOURCES)
+
+
+@pytest.fixture
+def example(request):
+    """The module that the test names is imported, and forgotten with what it has registered."""
+    before = [dict(registry) for registry in REGISTRIES]
+    name = f"examples.plugins.{request.param}"
+    yield importlib.import_module(name)
+    sys.modules.pop(name)
+    for registry, old in zip(REGISTRIES, before):
+        for key in set(registry) - set(old):
+            del registry[key]
+
+
+def of(name: str):
+    return pytest.mark.parametrize("example", [name], indirect=True)
+
+
+def test_the_page_shows_the_files():
+    page = (ROOT / "docs" / "extend.md").read_text()
+    shown = {block[2].strip() for block in FENCE.finditer(page) if block[1] == "python"}
+    assert shown == {file.read_text().strip() for file in FOLDER.glob("*.py")}
+
+
+@of("schedule")
+def test_the_schedule_is_consistent(example):
+    schedule, t = SCHEDULES["early"], jnp.linspace(0.01, 0.99, 50)
+    np.testing.assert_allclose(schedule.mask_prob(t), 1 - schedule.alpha(t), rtol=1e-5)
+    np.testing.assert_allclose(jax.vmap(jax.grad(schedule.alpha))(t), schedule.dalpha(t), rtol=1e-5)
+    np.testing.assert_allclose(schedule.weight(t), -schedule.dalpha(t) / (1 - schedule.alpha(t)), rtol=1e-5)
+    np.testing.assert_allclose(schedule.inverse(schedule.mask_prob(t)), t, rtol=1e-5)
+
+
+@pytest.mark.ci_slow
+@of("schedule")
+def test_the_schedule_trains(example, tmp_path):
+    write_text(tmp_path / "text.txt", 60)
+    config = toy_dict(tmp_path, {"train.steps": 1, "diffusion.corruption": "bernoulli", "diffusion.schedule": "early"})
+    assert 0 < train(config, tmp_path / "run")["valid_nll"] < 10
+
+
+@of("sampler")
+def test_the_sampler_goes_from_right_to_left(example):
+    events = stream.stream(make_lm(masked(4)), None, 1, 8, make_options(sampler="right_to_left", min_length=8))
+    revealed = [event.revealed for event in events if event.revealed]
+    assert revealed == [[3], [2], [1], [0], [7], [6], [5], [4]]
+
+
+@of("objective")
+def test_the_likelihood_of_the_objective_is_that_of_what_the_network_reads(example):
+    ids, fields = make_ids(2, 8), dataclasses.asdict(masked(4))
+
+    def nll(objective):
+        return np.asarray(make_lm(objective).nll(ids, draws=2).per_token)
+
+    plain, mixed = nll(masked(4)), nll(OBJECTIVES["smoothed"](**fields, part=0.9))
+    np.testing.assert_allclose(nll(OBJECTIVES["smoothed"](**fields, part=0.0)), plain, atol=1e-5)
+    assert np.abs(mixed - plain).max() > 1e-3
+
+
+@of("objective")
+def test_the_objective_trains_is_validated_and_samples(example, tmp_path):
+    write_text(tmp_path / "text.txt", 60)
+    nested = toy_dict(tmp_path, {"train.steps": 1})
+    nested["diffusion"] |= {"kind": "smoothed", "part": 0.5}
+    result = train(nested, tmp_path / "run")
+    assert 0 < result["train_nll"] < 10 and 0 < result["valid_nll"] < 10
+    sample, = bd3lm_jax.load(tmp_path / "run").generate(length=8)
+    assert len(sample.tokens) <= 8 and sample.nfe > 0
+
+
+@of("corpus")
+def test_the_corpus_has_every_sum_once(example):
+    documents = {split: list(SOURCES["sums"](None, split).documents()) for split in corpora.SPLITS}
+    everything = sum(documents.values(), [])
+    assert len(everything) == len(set(everything)) == 3600 and all(documents.values())
+    assert all(int(a) + int(b) == int(c) for a, _, b, _, c in map(str.split, everything))
+    assert len({SOURCES["sums"](None, split).fingerprint() for split in documents}) == 3
+
+
+NETWORK_RUN = """
+import json, sys
+from pathlib import Path
+folder = Path(sys.argv[1])
+sys.path.insert(0, str(folder))
+import network
+import bd3lm_jax
+from bd3lm_jax.core.schema import MeshConfig
+from bd3lm_jax.models import sharding_rules
+from bd3lm_jax.parallel import sharding
+from bd3lm_jax.planning import flops
+from bd3lm_jax.training.train import train
+from configs import common, tiny
+from toy_runs import LENGTH, toy_dict
+preset = tiny.get_config("block_size=4")
+common.set_model(preset, "relu")
+values = toy_dict(folder, {"model": preset.model.to_dict(), "train.steps": 2, "mesh.data": 1, "mesh.fsdp": 2,
+                           "mesh.tensor": 2, "diffusion.block_size": 4})
+common.set_size(preset, "tiny")
+result = train(values, folder / "run")
+lm = bd3lm_jax.load(folder / "run")
+places = sharding.param_shardings(lm.params, sharding.make_mesh(MeshConfig(1, 2, 2)), sharding_rules(lm.config.model))
+kernel = lm.params["blocks"]["widen"]["kernel"]
+counted = flops.parts(lm.config.model, lm.config.diffusion, batch=8, length=LENGTH, noise_samples=1)
+print(json.dumps({"layers": preset.model.num_layers, "nll": result["train_nll"], "flops": counted.layers,
+                  "part": places["blocks"]["widen"]["kernel"].shard_shape(kernel.shape),
+                  "tokens": len(lm.generate(num=1, length=16)[0].tokens)}))
+"""
+
+
+@pytest.mark.ci_slow
+def test_the_network_trains_on_four_devices_samples_and_is_counted(tmp_path):
+    """Its file alone, copied into another folder."""
+    (tmp_path / "network.py").write_bytes((FOLDER / "network.py").read_bytes())
+    write_text(tmp_path / "text.txt", 60)
+    done = run_python(NETWORK_RUN, tmp_path, devices=4)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["layers"] == 1 and 0 < found["nll"] < 10 and 0 < found["tokens"] <= 16
+    assert found["part"] == [2, 16, 24]
+    length, size, width, hidden = 32, 4, 32, 48
+    keys_values, token = 4 * width**2, 2 * (4 * width**2 + 2 * width * hidden)
+    assert found["flops"] == 8 * (2 * length * token + (length - size) * (token + keys_values))
