@@ -53,9 +53,9 @@ def test_the_page_shows_the_files():
 @of("schedule")
 def test_the_schedule_is_consistent(example):
     schedule, t = SCHEDULES["early"], jnp.linspace(0.01, 0.99, 50)
-    np.testing.assert_allclose(schedule.mask_prob(t), 1 - schedule.alpha(t), rtol=1e-5)
-    np.testing.assert_allclose(jax.vmap(jax.grad(schedule.alpha))(t), schedule.dalpha(t), rtol=1e-5)
-    np.testing.assert_allclose(schedule.weight(t), -schedule.dalpha(t) / (1 - schedule.alpha(t)), rtol=1e-5)
+    np.testing.assert_allclose(schedule.mask_prob(t), 1 - (1 - t) ** 2, rtol=1e-5)
+    slope = jax.vmap(jax.grad(schedule.mask_prob))(t)
+    np.testing.assert_allclose(schedule.weight(t), slope / schedule.mask_prob(t), rtol=1e-5)
     np.testing.assert_allclose(schedule.inverse(schedule.mask_prob(t)), t, rtol=1e-5)
 
 

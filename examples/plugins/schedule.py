@@ -15,14 +15,8 @@ from bd3lm_jax.diffusion.schedule import SCHEDULES
 class Early:
     """The methods of a schedule, as bd3lm_jax/diffusion/schedule.py explains them."""
 
-    def alpha(self, t):
-        return (1 - t) ** 2
-
     def mask_prob(self, t):
         return t * (2 - t)  # 1 - alpha(t), exact for small t
-
-    def dalpha(self, t):
-        return -2 * (1 - t)
 
     def weight(self, t):
         return 2 * (1 - t) / self.mask_prob(t)  # -alpha'(t) / (1 - alpha(t))
