@@ -15,7 +15,7 @@ from typing import Any, cast
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from bd3lm_jax.core import paths, renamed_keys, synonyms
+from bd3lm_jax.core import paths, remote, renamed_keys, synonyms
 from bd3lm_jax.core.errors import UserError, nearest
 from launch import flag_names, texts
 
@@ -70,12 +70,16 @@ def _unknown_flag(error: flags.UnrecognizedFlagError, known: list[str], takes_co
 class PathParser(flags.ArgumentParser):
     """The value of a flag that is a path, or several with commas between them: `paths.local` of each."""
 
-    def __init__(self, several: bool = False):
-        self.several = several
+    def __init__(self, several: bool = False, may_be_remote: bool = False):
+        self.several, self.may_be_remote = several, may_be_remote
 
     def parse(self, argument):
         try:
-            return ",".join(paths.split(argument)) if self.several else paths.local(argument)
+            words = paths.split(argument, "path", self.may_be_remote) if self.several else [argument]
+            expanded = [paths.local(word, "path", self.may_be_remote) for word in words]
+            for path in expanded:
+                remote.check(path)
+            return ",".join(expanded)
         except UserError as error:
             raise ValueError(str(error).removeprefix("path=")) from None
 
@@ -83,14 +87,18 @@ class PathParser(flags.ArgumentParser):
         return "path"
 
 
-def define_path(values: flags.FlagValues, name: str, default: str, text: str, *, several: bool = False) -> None:
-    """A flag that is a path; several: or paths with commas between them (`paths.split` gives them)."""
-    flags.DEFINE(PathParser(several), name, default, text, flag_values=values)
+def define_path(values: flags.FlagValues, name: str, default: str, text: str, *, several: bool = False,
+                may_be_remote: bool = False) -> None:
+    """A flag that is a path; several: or paths with commas between them (`paths.split` gives them).
+
+    may_be_remote: of an input, which may have a scheme (gs://).
+    """
+    flags.DEFINE(PathParser(several, may_be_remote), name, default, text, flag_values=values)
 
 
-def define_paths(values: flags.FlagValues, name: str, text: str) -> None:
-    """A flag that may be given several times, each time with one path."""
-    flags.DEFINE_multi(PathParser(), flags.ArgumentSerializer(), name, None, text, flag_values=values)
+def define_inputs(values: flags.FlagValues, name: str, text: str) -> None:
+    """A flag that may be given several times, each time with the path of an input, which may have a scheme (gs://)."""
+    flags.DEFINE_multi(PathParser(may_be_remote=True), flags.ArgumentSerializer(), name, None, text, flag_values=values)
 
 
 def define_seed(values: flags.FlagValues, text: str) -> None:

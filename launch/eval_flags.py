@@ -44,7 +44,8 @@ def define(values: flags.FlagValues) -> None:
 def _define_text(values: flags.FlagValues) -> None:
     flags.DEFINE_string("split", "test", "train, valid or test", flag_values=values)
     define_path(values, "data", "", "a .txt or .jsonl file (all of it); a named text: austen, moby_dick, sotu, "
-                "wikitext2, ptb, lm1b, lambada, ag_news, pubmed, arxiv; or all of these; empty: the run's own")
+                "wikitext2, ptb, lm1b, lambada, ag_news, pubmed, arxiv; or all of these; empty: the run's own",
+                may_be_remote=True)
     define_path(values, "data_dir", "", "where NAME.txt or NAME.jsonl of named texts are")
     flags.DEFINE_string("context_mode", "independent", "independent rows, or sliding windows that score their last "
                         "tokens", flag_values=values)

@@ -14,7 +14,8 @@ SAMPLER = ("sampler", "length", "temperature", "top_k", "top_p", "min_p", "repet
 
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("task", "", "humaneval, mbpp, gsm8k or math500", flag_values=values)
-    define_path(values, "file", "", "of --task: JSONL in the task's own format; empty: the packaged one (humaneval)")
+    define_path(values, "file", "", "of --task: JSONL in the task's own format; empty: the packaged one (humaneval)",
+                may_be_remote=True)
     flags.DEFINE_boolean("allow_code_execution", False, "of --task: run generated code, in a sandbox (docs/tasks.md)",
                          flag_values=values)
     flags.DEFINE_boolean("unsafe_code_execution", False, "of --task: run generated code even where this machine offers "

@@ -10,8 +10,6 @@ Result: texts (input, text, holes (start, num_tokens, text), nfe, score), nfe, c
 length was chosen), seed, sampler.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from launch.arguments import define_path, define_seed
@@ -22,7 +20,7 @@ TAKES_CONFIG = False
 def define(values: flags.FlagValues) -> None:
     define_path(values, "workdir", "", "run directory, or one in Hugging Face layout")
     flags.DEFINE_multi_string("text", None, "a text with holes", flag_values=values)
-    define_path(values, "file", "", "a file of such texts, one a line")
+    define_path(values, "file", "", "a file of such texts, one a line", may_be_remote=True)
     flags.DEFINE_string("sampler", "first_hitting", "the order of the reveals, as in sample", flag_values=values)
     flags.DEFINE_integer("steps", None, "of the sampler, a block", lower_bound=1, flag_values=values)
     flags.DEFINE_float("threshold", None, "the sampler's number", lower_bound=0.0, flag_values=values)
@@ -67,10 +65,12 @@ def main(args: flags.FlagValues) -> dict:
 
 def read_texts(path: str) -> list[str]:
     """The lines of a file, which may be packed, that are not empty. UserError if it cannot be read."""
+    from bd3lm_jax.core import remote
     from bd3lm_jax.core.errors import UserError
     from bd3lm_jax.core.untrusted_files import MAX_TEXT_FILE
     from bd3lm_jax.data import text_files
 
-    if not Path(path).exists():
+    file = remote.fetch(path)
+    if not file.exists():
         raise UserError(f"--file={path} does not exist: give a text file, one text with holes a line")
-    return [line for _, line in text_files.lines(Path(path), MAX_TEXT_FILE) if line.strip()]
+    return [line for _, line in text_files.lines(file, MAX_TEXT_FILE) if line.strip()]

@@ -29,7 +29,7 @@ from typing import Any
 
 from absl import flags
 
-from launch.arguments import define_path, define_paths, define_seed, define_step
+from launch.arguments import define_inputs, define_path, define_seed, define_step
 
 TAKES_CONFIG = False
 OPTIONS = ("sampler", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "steps", "threshold",
@@ -59,7 +59,8 @@ def _define_speed(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("prefer", None, ["quality", "balanced", "speed"], "settings measured by bench sampling, from "
                       "--settings or the run directory, else presets: first_hitting; threshold 0.9; threshold 0.6. "
                       "Flags that are given win", flag_values=values)
-    define_path(values, "settings", "", "JSON file of settings, or of one such object for each --prefer")
+    define_path(values, "settings", "", "JSON file of settings, or of one such object for each --prefer",
+                may_be_remote=True)
     flags.DEFINE_string("sampler", "first_hitting", "first_hitting, ancestral, ancestral_cosine; several tokens at "
                         "once: random_order, threshold, factor, entropy_bound, confidence, margin, entropy; "
                         "remdm_cap, remdm_rescale, remdm_confidence, remdm_loop; iterative; analytic (SEDD); uniform "
@@ -89,7 +90,8 @@ def _define_choice(values: flags.FlagValues) -> None:
                        flag_values=values)
     flags.DEFINE_string("constraint", None, "a regular expression that each new text matches as a whole",
                         flag_values=values)
-    define_path(values, "json_schema", "", "a JSON schema (file) that each new text satisfies")
+    define_path(values, "json_schema", "", "a JSON schema (file) that each new text satisfies",
+                may_be_remote=True)
     flags.DEFINE_multi_string("fixed_tokens", None, "PLACE:TEXT, what stands at a place of every text; the first "
                               "token of the prompt has place 0", flag_values=values)
 
@@ -108,7 +110,7 @@ def _define_rest(values: flags.FlagValues) -> None:
     define_path(values, "out", "", "write the texts to this JSONL file as well")
     flags.DEFINE_bool("animate", False, "show the texts as they are written", flag_values=values)
     define_path(values, "trace", "", "write an HTML page that shows how they were written, step by step")
-    define_paths(values, "compare_traces", "of --trace: a page of another run, to be played side by side in this one")
+    define_inputs(values, "compare_traces", "of --trace: a page of another run, to be played side by side in this one")
 
 
 def main(args: flags.FlagValues) -> dict:

@@ -13,7 +13,8 @@ STANDARD = {"collections", "concurrent", "dataclasses", "difflib", "functools", 
             "typing"}
 ONLY_IN = {"orbax": {"checkpoint.py", "orbax_managers.py"}, "safetensors": {"tensors.py"}, "ml_collections": set(),
            "matplotlib": {"plots.py"}, "tensorflow_datasets": {"corpora.py"}, "gguf": {"gguf.py"},
-           "torch": {"torch_side.py", "pickles.py"}, "rich": {"log.py", "animate.py"}, "huggingface_hub": {"hf.py"}}
+           "torch": {"torch_side.py", "pickles.py"}, "rich": {"log.py", "animate.py"}, "huggingface_hub": {"hf.py"},
+           "fsspec": {"remote.py"}}
 
 
 def imports(path: Path, top_only: bool) -> set[str]:

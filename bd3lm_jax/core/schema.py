@@ -15,7 +15,7 @@ class DataConfig:
     """What is read and how it becomes rows of `length` tokens."""
 
     source: str  # "austen" (embedded), "text", "jsonl", "sft" (prompts and answers), "tfds", ...: corpora.SOURCES
-    path: str  # file or directory of local sources; "" for embedded ones
+    path: str  # file or directory, here or of another file system (gs://); "" for embedded ones
     name: str  # TFDS name, e.g. "lm1b"; of "text" how it was tokenised, of "sft" how a dialogue is written; else ""
     field: str  # JSONL or TFDS key that holds the text
     tokenizer: str  # "bytes", "gpt2", "bert-base-uncased", "bpe:2048" (trained on the corpus), or a tokenizer.json
@@ -29,7 +29,9 @@ class DataConfig:
     mixture: tuple[tuple[str, float], ...]  # of source "mixture": sources and their rates (data/mixture.py); else ()
 
     def __post_init__(self):
-        expand_fields(self, "data.", ("cache_dir", "tokenizer", *(("path",) if self.source != "tfds" else ())))
+        expand_fields(self, "data.", ("cache_dir", "tokenizer"))
+        if self.source != "tfds":
+            expand_fields(self, "data.", ("path",), may_be_remote=True)
         one_of("data.packing", self.packing, ("wrap", "pack", "pad"))
         check(self.seq_len > 0, f"data.seq_len is {self.seq_len}, expected a positive number of tokens")
         check(0 < self.valid_fraction < 1, f"data.valid_fraction is {self.valid_fraction}, expected between 0 and 1")

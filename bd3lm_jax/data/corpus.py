@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from bd3lm_jax.core import remote
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.core.log import note_once
 from bd3lm_jax.core.schema import DataConfig
@@ -32,7 +33,7 @@ class Corpus:
 
 def local_files(data: DataConfig, split: str, suffix: str, read: Callable, key: str) -> Corpus:
     """A split of the files at `data.path`; read(path) yields documents, key says what they depend on beside files."""
-    files = _split_files(Path(data.path), suffix)
+    files = _split_files(remote.fetch(data.path), suffix)
     held_out = split in ("train", "valid") and not files["valid"]
     chosen = sum(files.values(), []) if split == ALL_SPLITS else files["train"] if held_out else files[split]
     if not chosen:

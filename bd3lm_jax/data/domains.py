@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bd3lm_jax.core import stats
+from bd3lm_jax.core import remote, stats
 from bd3lm_jax.core.errors import UserError, nearest
 from bd3lm_jax.core.schema import DataConfig
 from bd3lm_jax.core.stats import ppl_of
@@ -195,7 +195,7 @@ def _find(own: DataConfig, data: str, split: str, data_dir: str) -> _Source:
     sources = mixture.sections(own)
     if data in sources:
         return _Source(sources[data].source, split, corpora.open_corpus(sources[data], split))
-    path = Path(data)
+    path = remote.fetch(data)
     if not path.exists():
         raise UserError(f"--data={data} is no file or directory of .txt or .jsonl text, and no named text: "
                         f"{nearest(data, (*DOMAINS, ALL))}")

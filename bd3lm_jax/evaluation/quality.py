@@ -15,6 +15,7 @@ import numpy as np
 
 from bd3lm_jax.core import jax_settings, log, plots, stats
 from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.paths import scheme_of
 from bd3lm_jax.core.stats import format_interval, ppl_of
 from bd3lm_jax.data import corpora, textmetrics
 from bd3lm_jax.evaluation.scorer import Scorer, Words
@@ -198,6 +199,8 @@ def _mauve(texts, same_lengths, tokens) -> tuple[float | None, str]:
 
 
 def _beside(path: str) -> Path:
+    if scheme_of(path):
+        return Path("quality.png")
     return Path(path) / "plots" / "quality.png" if Path(path).is_dir() else Path(path).parent / "quality.png"
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from bd3lm_jax.core import log
+from bd3lm_jax.core import log, remote
 from bd3lm_jax.core.checksummed import CHECKSUM_KEY, ChecksumError, verify_checksum
 from bd3lm_jax.core.errors import UserError, command_line
 from bd3lm_jax.core.untrusted_files import read_bytes
@@ -28,7 +28,7 @@ def settings_for(lm: LM, workdir: str, file: str, prefer: str) -> tuple[dict[str
     """
     if not file and not prefer:
         return {}, "defaults"
-    path = Path(file or Path(workdir) / FILE)
+    path = remote.fetch(file or Path(workdir) / FILE)
     if file or path.exists():
         return _from_file(lm, path, prefer)
     if lm.config.block_size == 1:
@@ -72,7 +72,7 @@ def merge_settings(preset: dict[str, Any], explicit: dict[str, Any]) -> dict[str
 def read_object(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file, without its checksum. UserError if there is none, or it is not what was written."""
     try:
-        return verify_checksum(read_bytes(path))
+        return verify_checksum(read_bytes(remote.fetch(path)))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except ChecksumError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bd3lm_jax.checkpoints import rundir
-from bd3lm_jax.core import files
+from bd3lm_jax.core import files, remote
 from bd3lm_jax.core.errors import UserError, command_line
 from bd3lm_jax.core.typed import from_json
 from bd3lm_jax.core.untrusted_files import MAX_TEXT_FILE, read_text
@@ -37,7 +37,7 @@ def read(path: str) -> Texts:
 
     Raises UserError, naming the file and line, if there is no such file, no text in it, or something else.
     """
-    where, block_size = Path(path), None
+    where, block_size = remote.fetch(path), None
     if where.is_dir():
         block_size = rundir.read(where)[0].block_size
         where = _newest(where)

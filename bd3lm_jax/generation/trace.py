@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bd3lm_jax.core import files
+from bd3lm_jax.core import files, remote
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.core.log import note
 from bd3lm_jax.core.typed import from_json
@@ -59,7 +59,7 @@ def write_html(path: str | os.PathLike, records: Sequence[dict]) -> None:
 def read_html(path: str | os.PathLike) -> dict:
     """The record of a page that holds one. UserError if it is not such a page."""
     try:
-        _, _, rest = read_text(path, MAX_TEXT_FILE).partition(RECORD[0])
+        _, _, rest = read_text(remote.fetch(path), MAX_TEXT_FILE).partition(RECORD[0])
         record = from_json(rest.partition(RECORD[1])[0])
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is no page that sample --trace wrote of one model ({error}): write it first") from None

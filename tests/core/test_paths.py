@@ -7,6 +7,7 @@ import pty
 import subprocess
 import sys
 
+import fsspec
 import pytest
 from absl import flags
 from grids import some
@@ -20,21 +21,39 @@ from launch import arguments, bench, clean, convert, infill, sample, sweep, tpu,
 from launch import eval as evaluate
 from launch.__main__ import COMMANDS
 
-FLAGS = [(module, name) for module, names in {
-    train: ("workdir",), sweep: ("workdir",), convert: ("from", "to", "tokenizer"), infill: ("workdir", "file"),
-    sample: ("workdir", "settings", "json_schema", "out", "trace", "compare_traces"),
-    bench: ("workdir", "out", "scorer"),
-    evaluate: ("workdir", "data", "data_dir", "baseline", "samples", "scorer", "reference", "plot", "file"),
+LOCAL_FLAGS = [(module, name) for module, names in {
+    train: ("workdir",), sweep: ("workdir",), convert: ("from", "to", "tokenizer"), infill: ("workdir",),
+    sample: ("workdir", "out", "trace"), bench: ("workdir", "out", "scorer"),
+    evaluate: ("workdir", "data_dir", "baseline", "scorer", "plot"),
     tpu: ("out",), clean: ("workdir", "cache_dir")}.items() for name in names]
+INPUT_FLAGS = [(module, name) for module, names in {
+    infill: ("file",), sample: ("settings", "json_schema", "compare_traces"),
+    evaluate: ("data", "samples", "reference", "file")}.items() for name in names]
 
 
-@pytest.mark.parametrize("module, name", FLAGS)
-def test_every_path_flag_expands_a_home_and_refuses_a_scheme(module, name, monkeypatch):
+@pytest.mark.parametrize("module, name", LOCAL_FLAGS + INPUT_FLAGS)
+def test_every_path_flag_expands_a_home(module, name, monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
     found = arguments.parse_flags(module.define, [f"--{name}=~/x"])[name].value
     assert found == (["/somewhere/x"] if name == "compare_traces" else "/somewhere/x")
-    for url in ("gs://bucket/run", "s3://bucket/run", "hf://org/name", "https://host/run"):
+
+
+@pytest.mark.parametrize("module, name", LOCAL_FLAGS)
+def test_a_path_that_is_no_input_refuses_a_scheme(module, name):
+    for url in ("gs://bucket/run", "s3://bucket/run", "hf://org/name", "https://host/run", "memory://run"):
         with pytest.raises(UserError, match=f"{name}.*{url}: {url.partition(':')[0]}:// is no local path"):
+            arguments.parse_flags(module.define, [f"--{name}={url}"])
+
+
+@pytest.mark.parametrize("module, name", INPUT_FLAGS)
+def test_an_input_may_have_a_scheme_that_can_be_read_here(module, name):
+    fsspec.register_implementation("missing", "no_such_package.System", errtxt="Please install no-such-package",
+                                   clobber=True)
+    found = arguments.parse_flags(module.define, [f"--{name}=memory://texts/x.jsonl"])[name].value
+    assert "memory://texts/x.jsonl" in found
+    for url, problem in (("missing://b/x", "cannot be read here .*Please install no-such-package"),
+                         ("nowhere://b/x", "cannot be read here .*nowhere"), ("file:///dev/zero", "is no local path")):
+        with pytest.raises(UserError, match=f"^[^\n]*{name}.*{url}: {url.partition(':')[0]}:// {problem}[^\n]*$"):
             arguments.parse_flags(module.define, [f"--{name}={url}"])
 
 
@@ -58,6 +77,10 @@ def test_paths_in_a_config(key, value, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
     section, name = key.split(".")
     assert getattr(getattr(toy_config(tmp_path, {key: value}), section), name) == value.replace("~", "/somewhere")
+    if key == "data.path":
+        # also where it cannot be read: a run of another machine opens here
+        assert toy_config(tmp_path, {key: "nowhere://x"}).data.path == "nowhere://x"
+        return
     with pytest.raises(UserError, match=f"{key}=gs://bucket/x: gs:// is no local path"):
         toy_config(tmp_path, {key: "gs://bucket/x"})
 

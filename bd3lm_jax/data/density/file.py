@@ -9,6 +9,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from bd3lm_jax.core import paths, remote
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.core.typed import from_json
 from bd3lm_jax.core.untrusted_files import MAX_TEXT_FILE, read_bytes
@@ -18,13 +19,13 @@ ARGUMENT, CONTINUOUS = "PATH", False
 
 
 def check(argument: str) -> None:
-    if not Path(argument).is_file():
+    if not paths.scheme_of(argument) and not Path(argument).is_file():
         raise UserError(f"data.density='file:{argument}': there is no such file")
 
 
 def build(argument: str, context: Context) -> Spans:
     del context
-    annotations = Annotations(Path(argument))
+    annotations = Annotations(remote.fetch(argument))
     return Spans(annotations.find, annotations.digest, annotations.on_unmatched, annotations.on_end)
 
 

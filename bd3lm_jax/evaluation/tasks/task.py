@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bd3lm_jax.core import remote
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.core.typed import from_json
 from bd3lm_jax.core.untrusted_files import MAX_TEXT_FILE, read_bytes
@@ -68,7 +69,7 @@ def read_problems(task: Task, file: str) -> ProblemFile:
 
     Raises UserError for a file that is missing, damaged or of another format.
     """
-    path = Path(file) if file else task.packaged
+    path = remote.fetch(file) if file else task.packaged
     if path is None:
         raise UserError(f"{task.name} is not packaged: give --file=FILE.jsonl, {task.source}")
     try:
