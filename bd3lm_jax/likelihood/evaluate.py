@@ -70,8 +70,8 @@ def score_noised(model: Backbone, params: dict, objective: Any, noised: Any, row
     """What `make_scores` returns, of noised copies that are there. rows: `tokens`, `positions`, `segments`, `scored`,
     `[B, L]` each."""
     scored = score(model, params, objective, noised, rows, execution, special.end)
-    losses = row_losses(model, params, scored, special.mask, 0, estimator.token_loss)
-    losses = jnp.where(scored.weight_BxMxC == 0, 0, losses)
+    is_unscored = scored.weight_BxMxC == 0
+    losses = jnp.where(is_unscored, 0, row_losses(model, params, scored, special.mask, 0, estimator.token_loss))
     place = jax.vmap(jax.vmap(lambda losses, index: jnp.zeros(rows["tokens"].shape[1]).at[index].add(losses)))
     losses_BxMxL = jnp.where(rows["scored"][:, None], place(losses, scored.index_BxMxC), 0)
     nats_BxMxL = losses_BxMxL * noised.weight_BxMxL + jnp.where(exceeds_capacity(noised), jnp.nan, 0)[..., None]
