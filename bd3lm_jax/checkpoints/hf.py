@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bd3lm_jax import models
-from bd3lm_jax.checkpoints.published import CAUSAL, FORMATS, NETWORKS, OWN_MODEL_TYPES, ModelSpec, gguf, write
+from bd3lm_jax.checkpoints.published import FORMATS, NETWORKS, OWN_MODEL_TYPES, ModelSpec, gguf, write
 from bd3lm_jax.checkpoints.published.keys import check_quantised, check_unread
 from bd3lm_jax.checkpoints.published.mapping import ParamMapping, require
 from bd3lm_jax.checkpoints.published.read import (
@@ -277,7 +277,7 @@ def write_model(target: str | os.PathLike, described: ModelSpec, params: dict, *
     """
     require(dtype in write.DTYPES, f"dtype is {dtype!r}, expected one of {', '.join(write.DTYPES)}")
     published, form = _published(described, model_type)
-    own_names = _own_model_type(published) if _computes_other_logits(published, described) else {}
+    own_names = _own_model_type(published) if _computes_other_logits(published, form, described) else {}
     published = {**token_ids, **published, **own_names}
     leaves = form.layout(described.model)
     flat: dict[str, Any] = {".".join(path): x for path, x in flatten_dict(params).items()}
@@ -292,12 +292,12 @@ def write_model(target: str | os.PathLike, described: ModelSpec, params: dict, *
     return {"tensors": len(tensors), "bytes": sum(tensor.num_bytes for tensor in tensors), "path": str(target)}
 
 
-def _computes_other_logits(published: dict, described: ModelSpec) -> bool:
+def _computes_other_logits(published: dict, form: ModuleType, described: ModelSpec) -> bool:
     """Whether other implementations of this model_type would compute other logits: by who sees whom, or shifted."""
     kind, objective = published["model_type"], described.objective
     if kind in OWN_MODEL_TYPES:
         return False
-    if kind in CAUSAL:
+    if kind in getattr(form, "CAUSAL", ()):
         return not objective.causal or bool(described.model.target_shift)
     return not objective.causal and objective.block_size < described.length
 

@@ -1,4 +1,4 @@
-"""Modules from outside the package that add objectives, networks, schedules, samplers or corpora to its registries.
+"""Modules from outside the package that add objectives, networks, schedules and other things to its registries.
 
 A module registers what it has when it is imported, and importing it runs its code. So only what the user names is
 imported: `--import=MODULE` of a command, the variable BD3LM_IMPORT (modules with commas between them), and installed

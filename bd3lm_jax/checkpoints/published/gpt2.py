@@ -19,7 +19,7 @@ from bd3lm_jax.checkpoints.published.mapping import (
 )
 from bd3lm_jax.models.gpt2 import GPT2Config
 
-MODEL_TYPES = (GPT2Config.kind,)
+MODEL_TYPES = CAUSAL = (GPT2Config.kind,)
 CONFIG_KEYS = {"vocab_size": int, "n_positions": int, "n_embd": int, "n_layer": int, "n_head": int,
                "layer_norm_epsilon": float}
 CHOICES = {

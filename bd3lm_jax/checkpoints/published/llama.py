@@ -28,7 +28,8 @@ from bd3lm_jax.checkpoints.published.mapping import (
 from bd3lm_jax.diffusion import Masked
 from bd3lm_jax.models.llama import LINEAR, LLAMA3, LlamaConfig, rope_frequencies
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "Dream")
+CAUSAL = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = (*CAUSAL, "Dream")
 CONFIG_KEYS = {
     "vocab_size": int, "hidden_size": int, "intermediate_size": int, "num_hidden_layers": int,
     "num_attention_heads": int, "max_position_embeddings": int, "rms_norm_eps": float,
