@@ -1,7 +1,7 @@
-"""The resolved configuration of a run: frozen dataclasses, no defaults (defaults live in `configs/`).
+"""The resolved configuration of a run: frozen dataclasses.
 
-`Config.from_dict` turns a nested mapping (an ml_collections ConfigDict, a `config.json`) into dataclasses. A key that
-nobody reads, a missing key and a wrong type are errors that name the key.
+`Config.from_dict` turns a nested mapping (an ml_collections ConfigDict, a `config.json`) into dataclasses. A missing
+key has the default of its dataclass. A key that nobody reads and a wrong type are errors that name the key.
 """
 
 import dataclasses
@@ -10,8 +10,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from bd3lm_jax import unused_keys
-from bd3lm_jax.core import plugins, renamed_keys
+from bd3lm_jax import models, unused_keys
+from bd3lm_jax.core import migrations, plugins
 from bd3lm_jax.core.errors import lookup
 from bd3lm_jax.core.jax_settings import check_seed
 from bd3lm_jax.core.schema import (
@@ -26,7 +26,17 @@ from bd3lm_jax.core.schema import (
     OptimConfig,
     TrainConfig,
 )
-from bd3lm_jax.core.typed import Nested, as_mapping, as_section, as_type, check, check_known_keys, flatten, one_of
+from bd3lm_jax.core.typed import (
+    Nested,
+    as_mapping,
+    as_section,
+    as_type,
+    check,
+    check_known_keys,
+    default_values,
+    flatten,
+    one_of,
+)
 from bd3lm_jax.data import corpora, density
 from bd3lm_jax.diffusion import OBJECTIVES
 from bd3lm_jax.diffusion.adaptive_noise import FixedNoise
@@ -36,6 +46,7 @@ from bd3lm_jax.models import BACKBONES, layers, lora, trunk
 from bd3lm_jax.models.trunk import is_time_conditioned
 from bd3lm_jax.scoring import annealing, curriculum, response_mask, target_shift
 
+NETWORK, OBJECTIVE = "dit", "masked"  # the kinds of `model` and `diffusion` that name none
 SAME_AS_INIT = "init_from"  # as model.kind: the network whose weights start the run (adapt.resolve)
 # Sections and keys that may differ when a run goes on. More steps change a decaying learning rate from there on.
 RESUMABLE = ("mesh", "log", "checkpoint", "eval", "train.steps", "data.cache_dir", "data.workers", "compute.attention",
@@ -131,14 +142,14 @@ class Config:
 
     @classmethod
     def from_dict(cls, mapping: "Nested | Config", stored: bool = False) -> "Config":
-        """Validate a nested mapping; a Config stays what it is. UserError for an unknown, missing or ill-typed key, and
-        unless it is that of a run which was `stored` for one that is set and has no effect. Reads no checkpoint: a
-        mapping whose network is that of `train.init_from` goes through `adapt.resolve` first."""
+        """Validate a nested mapping; a Config stays what it is. UserError for an unknown or ill-typed key, and unless
+        it is that of a run which was `stored` for one that is set and has no effect. Reads no file: a mapping whose
+        network is that of `train.init_from` goes through `adapt.resolve` first."""
         if isinstance(mapping, Config):
             return mapping
         mapping, sections = read_sections(mapping)
         section = dict(as_mapping("model", mapping["model"]).items())
-        kind = section.pop("kind", "")
+        kind = section.pop("kind", NETWORK)
         check(kind != SAME_AS_INIT,
               f"model.kind='{SAME_AS_INIT}' takes the network of train.init_from, and Config.from_dict reads no "
               "checkpoint: give it adapt.resolve(config)")
@@ -195,16 +206,24 @@ class Config:
                 for key in sorted((here.keys() | there.keys()) - without_effect) if here.get(key) != there.get(key)]
 
 
+def default_dict(network: str = NETWORK, objective: str = OBJECTIVE) -> dict[str, Any]:
+    """A whole config as a nested dict, every key at its default. What is no registered network or objective has no
+    keys."""
+    return {"seed": 0, "model": models.default_section(network) if network in BACKBONES else {},
+            "diffusion": {"kind": objective} | default_values(OBJECTIVES[objective]) if objective in OBJECTIVES else {},
+            **{name: default_values(kind) for name, kind in SECTIONS.items()}}
+
+
 def read_sections(mapping: Nested) -> tuple[dict, dict[str, Any]]:
     """A config as a dict, and its sections by name, all but the network. UserError as for `Config.from_dict`."""
     plugins.load_installed()
-    mapping = dict(as_mapping("", mapping).items())
+    mapping = default_dict() | dict(as_mapping("", mapping).items())
     check_known_keys("", mapping, [field.name for field in dataclasses.fields(Config)])
     sections = {name: as_section(name, mapping[name], kind) for name, kind in SECTIONS.items()}
     corpora.check(sections["data"])
     one_of("compute.remat", sections["compute"].remat, tuple(layers.REMAT))
     section = dict(as_mapping("diffusion", mapping["diffusion"]).items())
-    kind = lookup(OBJECTIVES, section.pop("kind", ""), "objective diffusion.kind")
+    kind = lookup(OBJECTIVES, section.pop("kind", OBJECTIVE), "objective diffusion.kind")
     return mapping, sections | {"diffusion": as_section("diffusion", section, kind)}
 
 
@@ -232,7 +251,7 @@ def noise_schedule(noise: NoiseConfig, objective: Any, vocab_size: int) -> Fixed
 
 def decisive_hash(nested: Mapping) -> str:
     """`Config.sha256` of a config as `to_dict` gives it, also of one that an earlier version wrote."""
-    by_first_name = {renamed_keys.first_name(key): value for key, value in _decisive(nested).items()}
+    by_first_name = {migrations.first_name(key): value for key, value in _decisive(nested).items()}
     return hashlib.sha256(json.dumps(by_first_name, sort_keys=True).encode()).hexdigest()
 
 

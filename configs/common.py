@@ -1,7 +1,8 @@
-"""What every config starts from: all keys with the recipe of BD3-LM (arXiv 2503.09573) as their values.
+"""What presets share: the arguments that they take, and what differs by algorithm, network and size.
 
 A config takes one string of comma-separated words after the colon, `--config=configs/lm1b.py:medium,block_size=8`;
-`parse` reads it. What the keys mean is said in bd3lm_jax/config.py.
+`parse` reads it. The keys, their meaning and their defaults, the recipe of BD3-LM (arXiv 2503.09573), are in
+bd3lm_jax/core/schema.py, those of `model` and `diffusion` in the files of the networks and objectives.
 """
 
 from collections.abc import Callable
@@ -10,8 +11,9 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference
 
-from bd3lm_jax import models
-from bd3lm_jax.core.renamed_keys import RENAMED
+from bd3lm_jax import diffusion, models
+from bd3lm_jax.config import default_dict
+from bd3lm_jax.core.migrations import RENAMED
 from bd3lm_jax.models.shared import SIZES
 
 
@@ -23,38 +25,17 @@ class Operation(NamedTuple):
 
 
 BLOCK_SIZE = "block_size"  # stands for the block size of the run
-MASKED = {  # masked diffusion in blocks with the exact-count estimator of its bound
-    "block_size": BLOCK_SIZE, "schedule": "loglinear", "corruption": "exact_count", "count_probs": (),
-    "complement": False, "clip_low": 0.0, "clip_high": 1.0, "eps": 1e-3,
-}
-OBJECTIVES = {  # beside masked diffusion: algo=NAME -> its `diffusion` section, and what changes elsewhere
-    "ar": ({"kind": "ar", "bos": True}, {"model.adaln": False}),
-    "sedd": ({"kind": "sedd", "block_size": BLOCK_SIZE, "corruption": "bernoulli", "eps": 1e-3},
-             {"model.time_conditioning": True}),
-    "sedd_uniform": ({"kind": "sedd_uniform", "block_size": BLOCK_SIZE, "vocab_size": -1, "eps": 1e-3},
-                     {"model.time_conditioning": True}),
-    "d3pm": ({"kind": "d3pm", "block_size": BLOCK_SIZE, "steps": 1000, "hybrid": 0.01}, {}),
-    "md4": ({"kind": "md4", "block_size": BLOCK_SIZE, "schedule": "cosine", "clip": 1e-4}, {}),
-    "genmd4": ({"kind": "genmd4", "block_size": BLOCK_SIZE, "power": 1.0, "eps": 1e-4}, {"train.noise_samples": 2}),
-    "uniform": ({"kind": "uniform", "block_size": BLOCK_SIZE, "vocab_size": -1, "eps": 1e-3},
-                {"model.time_conditioning": True}),
-    "diffusionbert": ({"kind": "diffusionbert", "block_size": BLOCK_SIZE, "strength": 0.3},
-                      {"data.density": "frequency"}),
-    "llada": ({"kind": "llada", "block_size": BLOCK_SIZE, "complement": False, "random_length": 0.01, "sft": False,
-               "normalise": "tokens"}, {}),
-    "roberta_diffusion": ({"kind": "roberta_diffusion", "block_size": BLOCK_SIZE,
-                           "rates": (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1), "protected": 16,
-                           "special_ids": ()}, {}),
-    "levels": ({"kind": "levels", "block_size": BLOCK_SIZE, "ramp": 0.5}, {}),
-    "mixed": ({"kind": "mixed", "block_size": 16, "sizes": (1, 2, 4, 8, 16), "schedule": "loglinear",
-               "corruption": "exact_count", "complement": False, "eps": 1e-3}, {}),
-    "adversarial": ({"kind": "adversarial", "block_size": BLOCK_SIZE, "rate": 0.5, "complement": False,
-                     "importance": False, "hidden_size": 32, "score_limit": 3.0}, {"train.noise_samples": 2}),
-    "ssd_lm": ({"kind": "ssd_lm", "block_size": BLOCK_SIZE, "scale": 5.0}, {"model.time_conditioning": True}),
-    "cap": ({"kind": "cap", **MASKED, "coefficient": 1.0}, {}),
-    "priority": ({"kind": "priority", "block_size": BLOCK_SIZE, "form": "exact_count", "weight": 2.0, "hard": False,
-                  "complement": False, "importance": False, "rate_low": 1e-3, "rate_high": 1.0},
-                 {"data.density": "unigram:0.5"}),
+OBJECTIVES = {  # algo=NAME: what differs from the defaults of diffusion.kind=NAME, and what changes in other sections
+    "ar": ({}, {"model.adaln": False}),
+    "sedd": ({}, {"model.time_conditioning": True}),
+    "sedd_uniform": ({}, {"model.time_conditioning": True}),
+    "genmd4": ({}, {"train.noise_samples": 2}),
+    "uniform": ({}, {"model.time_conditioning": True}),
+    "diffusionbert": ({}, {"data.density": "frequency"}),
+    "mixed": ({"block_size": diffusion.Mixed.block_size}, {}),
+    "adversarial": ({}, {"train.noise_samples": 2}),
+    "ssd_lm": ({}, {"model.time_conditioning": True}),
+    "priority": ({}, {"data.density": "unigram:0.5"}),
 }
 # argument of adaptations -> model.target_shift
 SHIFTED = {"source": "source", "block": "block", "row": "row", "none": ""}
@@ -62,46 +43,13 @@ CLIPS = {4: (0.45, 0.95), 16: (0.3, 0.8)}  # the paper's mask probabilities by b
 
 
 def base() -> ConfigDict:
-    """Every key of every section: BD3-LM's recipe at its small size, on the embedded corpus."""
-    return _sections({
-        "seed": 0,
-        "model": models.default_section("dit"),
-        "diffusion": {
-            "kind": "masked", "block_size": 4, "schedule": "loglinear", "corruption": "bernoulli", "count_probs": (),
-            "complement": False, "clip_low": 0.0, "clip_high": 1.0, "eps": 1e-3,
-        },
-        "data": {
-            "source": "austen", "path": "", "name": "", "field": "text", "tokenizer": "bpe:2048", "seq_len": 256,
-            "packing": "wrap", "valid_fraction": 0.01, "cache_dir": "", "workers": 2, "density": "",
-            "density_fraction": 1.0, "mixture": (),
-        },
-        "optim": {
-            "lr": 3e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0,
-            "warmup_steps": 2500, "schedule": "constant", "final_lr_fraction": 0.0, "decay_fraction": 0.2,
-            "ema_decay": 0.9999,
-        },
-        "train": {
-            "steps": 1_000_000, "batch_size": 512, "noise_samples": 1, "init_from": "", "block_sizes": (),
-            "anneal_steps": 0,
-            "lora_rank": 0, "lora_alpha": 16.0,
-        },
-        "compute": {
-            "dtype": "auto", "attention": "auto", "layers": "scan", "remat": "none", "microbatch": 0, "loss_chunk": 0,
-        },
-        "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "expert": 1, "slices": 1},
-        "log": {"every": 100},
-        "checkpoint": {"every": 10_000, "keep": 2, "keep_best": 1},
-        "eval": {"every": 10_000, "rows": 4096, "batch_size": 32, "mc_samples": 1, "report_rows": 0, "num_samples": 4,
-                 "sample_length": 256},
-        "noise": {
-            "adaptive_noise": "none", "clip_widths": (0.5, 0.6, 0.7, 0.8, 0.9), "clip_stride": 0.05, "clip_batches": 1,
-            "count_floor": 0.1, "count_decay": 0.99,
-        },
-    })
+    """Every key of every section at its default."""
+    return ConfigDict({name: section(name, values) if isinstance(values, dict) else values
+                       for name, values in default_dict().items()})
 
 
 class _Fields(dict):
-    """The values of a section, by their first names as well (bd3lm_jax/core/renamed_keys.py)."""
+    """The values of a section, by their first names as well (bd3lm_jax/core/migrations.py)."""
 
     def __init__(self, values: dict, names: dict[str, str]):
         super().__init__(values)
@@ -158,28 +106,32 @@ def parse(arg: str, **defaults: str | int) -> SimpleNamespace:
 
 
 def algorithms() -> tuple[str, ...]:
-    """What `algo` may be; a plug-in adds to OBJECTIVES."""
-    return "bd3lm", "mdlm", *OBJECTIVES
+    """What `algo` may be: objectives by their kinds, and names that a plug-in adds to OBJECTIVES."""
+    kinds = (kind for kind in diffusion.OBJECTIVES if kind != "masked")
+    return tuple(dict.fromkeys(("bd3lm", "mdlm", *kinds, *OBJECTIVES)))
+
+
+def algorithm(algo: str) -> tuple[dict, dict]:
+    """The section `diffusion` of an objective, and the keys that it changes elsewhere."""
+    given, changes = OBJECTIVES.get(algo, ({}, {}))
+    defaults = default_dict(objective=given.get("kind", algo))["diffusion"]
+    in_blocks = {"block_size": BLOCK_SIZE} if "block_size" in defaults else {}
+    return defaults | in_blocks | given, changes
 
 
 def set_algo(config: ConfigDict, algo: str, block_size: int) -> None:
     """Masked diffusion with `block_size` (0: one block a row, MDLM), or another objective."""
     size = block_size or config.data.get_oneway_ref("seq_len")
-    if algo not in OBJECTIVES:
+    if algo in ("bd3lm", "mdlm"):
         config.diffusion.block_size = size
         return
-    diffusion, changes = OBJECTIVES[algo]
+    objective, changes = algorithm(algo)
     config.diffusion = section("diffusion", {key: size if value == BLOCK_SIZE else value
-                                              for key, value in diffusion.items()})
+                                             for key, value in objective.items()})
     for key, value in changes.items():
         changed, _, name = key.partition(".")
         if name in config[changed]:  # other backbones have no such input
             config[changed][name] = value
-
-
-def _sections(config: dict) -> ConfigDict:
-    return ConfigDict({name: section(name, values) if isinstance(values, dict) else values
-                       for name, values in config.items()})
 
 
 def computed(function: Callable, *references: FieldReference) -> FieldReference:
@@ -229,7 +181,7 @@ def set_size(config: ConfigDict, size: str) -> None:
 
 
 def _in_blocks(algo: str) -> bool:
-    return algo == "bd3lm" or algo in OBJECTIVES and BLOCK_SIZE in OBJECTIVES[algo][0].values()
+    return algo == "bd3lm" or algo != "mdlm" and BLOCK_SIZE in algorithm(algo)[0].values()
 
 
 def _whole(key: str, value: str) -> int:

@@ -15,7 +15,7 @@ from typing import Any, cast
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from bd3lm_jax.core import paths, remote, renamed_keys, synonyms
+from bd3lm_jax.core import migrations, paths, remote, synonyms
 from bd3lm_jax.core.errors import UserError, nearest
 from launch import flag_names, texts
 
@@ -30,7 +30,7 @@ CONFIG_HELP = """
   --config=NAME[:args]      the run's configuration: a preset of this package, e.g. tiny (the default), found from any
                             folder, or a file FILE.py; its docstring says which args it takes
   --config.KEY=VALUE        change one key, e.g. --config.optim.lr=1e-3 --config.train.steps=2000;
-                            values in configs/common.py, meanings in bd3lm_jax/config.py"""
+                            defaults and meanings in bd3lm_jax/core/schema.py"""
 
 
 def parse_flags(define: Callable[[flags.FlagValues], None], argv: Sequence[str],
@@ -233,10 +233,10 @@ def _known_overrides(words: Sequence[str], known: list[str]) -> list[str]:
     result, spelled = [], {}
     for word in words:
         given = override_key(word)
-        key = given if given in known else renamed_keys.current_name(given)
+        key = given if given in known else migrations.current_name(given)
         if key not in known:
             raise UserError(f"unknown config key '{given}': {_nearest_key(given, known)}")
-        renamed_keys.check_one_name(spelled.setdefault(key, given), given)
+        migrations.check_one_name(spelled.setdefault(key, given), given)
         result.append(word.replace(given, key, 1))
     return result
 
@@ -349,20 +349,35 @@ def _get_config(spec: str) -> ConfigDict:
         config = ConfigDict(cast(dict, config))
         _check_keys(path, config)
     _use_current_names(config)
+    _add_defaults(config)
     return config
 
 
 def _use_current_names(config: ConfigDict) -> None:
     """Keys that a config file sets by their first names get today's, with the references among them."""
-    for section, names in renamed_keys.RENAMED.items():
+    for section, names in migrations.RENAMED.items():
         values: Any = config.get(section)
         for first, current in names.items() if isinstance(values, ConfigDict) else ():
             if first in values.keys():
                 if current in values.keys():
-                    renamed_keys.check_one_name(f"{section}.{first}", f"{section}.{current}")
+                    migrations.check_one_name(f"{section}.{first}", f"{section}.{current}")
                 value = dict(values.items(preserve_field_references=True))[first]
                 del values[first]
                 values[current] = value
+
+
+def _add_defaults(config: ConfigDict) -> None:
+    """Keys that a config file leaves out, at their defaults: --config.KEY=VALUE may name them."""
+    from bd3lm_jax.config import NETWORK, OBJECTIVE, default_dict
+
+    sections: dict[str, Any] = {name: values for name, values in config.items() if isinstance(values, ConfigDict)}
+    kinds = (sections.get(name, {}).get("kind", kind) for name, kind in (("model", NETWORK), ("diffusion", OBJECTIVE)))
+    with config.unlocked():
+        for name, default in default_dict(*kinds).items():
+            if name not in config:
+                config[name] = ConfigDict(default) if isinstance(default, dict) else default
+            for key in default.keys() - sections[name].keys() if name in sections else ():
+                sections[name][key] = default[key]
 
 
 def _check_keys(path: str, config: ConfigDict) -> None:

@@ -43,10 +43,9 @@ def define(values: flags.FlagValues) -> None:
 
 def main(args: flags.FlagValues) -> dict:
     from bd3lm_jax.evaluation.convert import convert
-    from configs.common import base
     from launch.arguments import required
 
     source, target = required(args, "from"), required(args, "to")
     names = ("dtype", "check", "weights", "tokenizer", "length", "allow_pickle")
     options: dict[str, Any] = {name: args[name].value for name in names}
-    return convert(source, target, form=args.format, base=base().to_dict(), max_shard=args.max_shard_size, **options)
+    return convert(source, target, form=args.format, max_shard=args.max_shard_size, **options)

@@ -24,7 +24,7 @@ import sys
 from absl import flags
 
 from bd3lm_jax.core.errors import UserError, program
-from bd3lm_jax.core.renamed_keys import current_name
+from bd3lm_jax.core.migrations import current_name
 from launch import arguments
 
 TAKES_CONFIG = True

@@ -41,7 +41,7 @@ CONFIGS = {"tiny": tiny, "austen": austen, "lm1b": lm1b, "owt": owt, "llama_8b":
 # They begin with a directory.
 ADAPTING = {"adapt": adapt, "sft": sft, "roberta_wikitext": roberta_wikitext, "sapiens": sapiens,
             "smollm2": smollm2}
-OTHERS = [name for name in common.OBJECTIVES if name != "ar"]
+OTHERS = [name for name in common.algorithms()[2:] if name != "ar"]
 ALGORITHMS = ("", "algo=mdlm", "algo=ar", "block_size=1", "block_size=16", "block_size=4,algo=bd3lm")
 SIZES_AND_ALGORITHMS = [",".join(filter(None, words))
                         for words in itertools.product(("", "tiny", "size=small", "medium"), ALGORITHMS)]
@@ -77,11 +77,26 @@ def test_builds_and_validates(name, arg):
     make_schedule(config.optim, config.train.steps)  # warm-up and decay fit into the steps
 
 
-@pytest.mark.parametrize("algo", common.OBJECTIVES)
+@pytest.mark.parametrize("algo", common.algorithms()[2:])
 def test_every_objective_has_a_config(algo):
     config = Config.from_dict(tiny.get_config(f"algo={algo}"))
-    assert config.diffusion.kind == common.OBJECTIVES[algo][0]["kind"]
+    assert config.diffusion.kind == algo
     assert Config.from_dict(config.to_dict()) == config
+
+
+def test_keys_that_a_config_leaves_out_have_their_defaults(tmp_path):
+    assert Config.from_dict({}).to_dict() == Config.from_dict(common.base()).to_dict()
+    (tmp_path / "few.py").write_text("""
+def get_config():
+    return {"model": {"kind": "gpt2", "num_layers": 2}, "diffusion": {"kind": "llada"}, "train": {"batch": 8}}
+""")
+    config = load_config(str(tmp_path / "few.py"), ["--config.train.steps=7", "--config.diffusion.block_size=8",
+                                                    "--config.log.every=3"])
+    expected = common.base()
+    common.set_model(expected, "gpt2")
+    common.set_algo(expected, "llada", 8)
+    expected.model.num_layers, expected.train.batch_size, expected.train.steps, expected.log.every = 2, 8, 7, 3
+    assert config == Config.from_dict(expected)
 
 
 @pytest.mark.parametrize("name", CONFIGS | ADAPTING)

@@ -30,9 +30,8 @@ DOCUMENTS = st.one_of(st.text(st.characters(), max_size=20), values)  # with lon
 
 
 def config(directory, source, **changes):
-    fields = {"source": source, "path": str(directory), "name": "", "field": "text", "tokenizer": "bytes",
-              "seq_len": 16, "packing": "wrap", "valid_fraction": 0.2, "cache_dir": str(directory / "cache"),
-              "workers": 1, "density": "", "density_fraction": 1.0, "mixture": ()}
+    fields = {"source": source, "path": str(directory), "tokenizer": "bytes", "seq_len": 16, "valid_fraction": 0.2,
+              "cache_dir": str(directory / "cache"), "workers": 1}
     return DataConfig(**fields | changes)
 
 

@@ -7,9 +7,7 @@ from bd3lm_jax import unused_keys
 from bd3lm_jax.checkpoints import rundir
 from bd3lm_jax.config import Config
 from bd3lm_jax.core.errors import UserError
-from bd3lm_jax.core.typed import flatten
 from bd3lm_jax.data.tokenizers import ByteTokenizer
-from bd3lm_jax.models import default_section
 from configs import common, tiny
 from launch.arguments import load_config
 
@@ -67,21 +65,11 @@ def test_keys_with_an_effect_and_what_presets_leave_behind(words):
     load_config("configs/tiny.py", [f"--config.{word}" for word in words])
 
 
-@pytest.mark.parametrize("algo", ("bd3lm", "mdlm", *common.OBJECTIVES))
+@pytest.mark.parametrize("algo", common.algorithms())
 def test_presets_set_nothing_without_effect(algo):
     config = Config.from_dict(tiny.get_config(f"algo={algo}"))
     named = {rule.key for rule in unused_keys.RULES} - {"eval.rows"}  # of the preset, as no other is
     unused_keys.check(config, named)
-
-
-def test_rules_say_what_base_configs_hold():
-    """The value that says that a key is not used is the one that it has when nobody sets it."""
-    values, networks = flatten(common.base().to_dict()), default_section("modernbert")
-    for rule in unused_keys.RULES:
-        section, _, name = rule.key.partition(".")
-        kinds = [section for section, _ in common.OBJECTIVES.values() if name in section]
-        usual = values.get(rule.key, kinds[0].get(name) if kinds else None)
-        assert rule.unused == (networks[name] if rule.by == "model.local_layers" else usual), rule.key
 
 
 def test_a_run_of_an_earlier_version_opens_and_goes_on(tmp_path):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from bd3lm_jax import models
 from bd3lm_jax.checkpoints import hf, rundir
 from bd3lm_jax.config import SAME_AS_INIT, Config, read_sections
-from bd3lm_jax.core import jax_settings, renamed_keys
+from bd3lm_jax.core import jax_settings, migrations
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.core.log import note
 from bd3lm_jax.core.typed import Nested, as_mapping
@@ -73,7 +73,7 @@ def _network_of(overrides: Mapping, path: str, objective: Any, length: int) -> d
         raise UserError(f"model.kind='{SAME_AS_INIT}' takes the network of train.init_from, which is ''")
     source = read_source(path)
     own = {"kind": source.model.kind, **dataclasses.asdict(source.model)}
-    overrides = renamed_keys.with_known_names("model", {key: x for key, x in overrides.items() if key != "kind"}, own)
+    overrides = migrations.with_known_names("model", {key: x for key, x in overrides.items() if key != "kind"}, own)
     if overrides.get("target_shift") == target_shift.INHERIT:
         del overrides["target_shift"]
         if "target_shift" in own:

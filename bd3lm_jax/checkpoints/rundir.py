@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from bd3lm_jax.config import Config, decisive_hash
-from bd3lm_jax.core import files, lock, plugins, renamed_keys
+from bd3lm_jax.core import files, lock, migrations, plugins
 from bd3lm_jax.core.checksummed import CHECKSUM_KEY, ChecksumError, add_checksum, verify_checksum
 from bd3lm_jax.core.errors import RunError, UserError, command_line
 from bd3lm_jax.core.log import METRICS_FILE, note_once
@@ -27,20 +27,6 @@ IMPORTS = "imports"  # key of config.json: modules that register what the run us
 RUN_OUTPUTS = ("checkpoints", "samples", "plots", "profile", METRICS_FILE, "report.json", "documents.npz",
                "watch.jsonl")
 HASH, FILES = "config_sha256", "files_sha256"  # keys of config.json beside the config itself
-MIGRATIONS = {  # keys that the run directories of earlier versions lack, with values that mean what these runs did
-    "noise": {"adaptive_noise": "none", "clip_widths": [0.5, 0.6, 0.7, 0.8, 0.9], "clip_stride": 0.05,
-              "clip_batches": 1,
-              "count_floor": 0.1, "count_decay": 0.99},
-    "train": {"noise_samples": 1, "block_sizes": [], "anneal_steps": 0, "lora_rank": 0, "lora_alpha": 16.0},
-    "data": {"density": "", "density_fraction": 1.0, "mixture": []},
-    "compute": {"loss_chunk": 0},
-    "checkpoint": {"keep_best": 0},
-    "mesh": {"expert": 1, "slices": 1},
-    "eval": {"report_rows": 0},
-}
-MIGRATIONS_BY_KIND = {  # the same for objectives and networks
-    "masked": {"complement": False}, "dit": {"decoder_layers": 0, "target_shift": ""},
-}
 
 
 def resolve(config: Config, tokenizer: Tokenizer) -> Config:
@@ -138,7 +124,7 @@ def _read(path: Path, stored: dict) -> tuple[Config, Tokenizer]:
 
 
 def _config(stored: dict) -> Config:
-    return Config.from_dict(_migrate(_own(stored)), stored=True)
+    return Config.from_dict(migrations.migrate(_own(stored)), stored=True)
 
 
 def _own(stored: dict) -> dict:
@@ -197,16 +183,6 @@ def _stored(path: Path) -> dict:
         note_once(f"warning: {path / CONFIG} was changed since training wrote it, in keys that do not decide what is "
                   "learned; give them to train as --config.KEY=value instead")
     return stored
-
-
-def _migrate(stored: dict) -> dict:
-    sections = {name: as_mapping(name, stored.get(name, {})) for name in (*MIGRATIONS, "model", "diffusion")}
-    missing = MIGRATIONS | {
-        name: MIGRATIONS_BY_KIND.get(str(sections[name].get("kind")), {})
-        for name in ("model", "diffusion")
-    }
-    return stored | {name: keys | renamed_keys.with_known_names(name, sections[name], keys)
-                     for name, keys in missing.items()}
 
 
 def check_tokenizer(tokenizer: Tokenizer, identity: str, owner: str) -> None:

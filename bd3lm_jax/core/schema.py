@@ -1,4 +1,5 @@
-"""The sections of a configuration that no registry decides: frozen dataclasses, each with the checks of its own values.
+"""The sections of a configuration that no registry decides: frozen dataclasses with the defaults of all keys, BD3-LM's
+recipe (arXiv 2503.09573) on the embedded corpus, and the checks of their values.
 
 `config.py` puts them together with a network and an objective, and checks what registries know of them.
 """
@@ -12,21 +13,25 @@ from bd3lm_jax.core.typed import check, one_of
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is read and how it becomes rows of `length` tokens."""
+    """What is read and how it becomes rows of `seq_len` tokens."""
 
-    source: str  # "austen" (embedded), "text", "jsonl", "sft" (prompts and answers), "tfds", ...: corpora.SOURCES
-    path: str  # file or directory, here or of another file system (gs://); "" for embedded ones
-    name: str  # TFDS name, e.g. "lm1b"; of "text" how it was tokenised, of "sft" how a dialogue is written; else ""
-    field: str  # JSONL or TFDS key that holds the text
-    tokenizer: str  # "bytes", "gpt2", "bert-base-uncased", "bpe:2048" (trained on the corpus), or a tokenizer.json
-    seq_len: int  # tokens a row
-    packing: str  # "wrap", "pack", "pad"
-    valid_fraction: float  # held out from the end of a local source that names no valid split
-    cache_dir: str  # prepared rows; "" = ~/.cache/bd3lm_jax (or $BD3LM_CACHE)
-    workers: int  # threads that read batches ahead of the step
-    density: str  # how much each token tells (density.SOURCES), for objectives that need it; "" = none
-    density_fraction: float  # part of the documents that are annotated; the density of others is 0
-    mixture: tuple[tuple[str, float], ...]  # of source "mixture": sources and their rates (data/mixture.py); else ()
+    # "austen" (embedded), "text", "jsonl", "sft" (prompts and answers), "tfds", ...: corpora.SOURCES
+    source: str = "austen"
+    path: str = ""  # file or directory, here or of another file system (gs://); "" for embedded ones
+    # TFDS name, e.g. "lm1b"; of "text" how it was tokenised, of "sft" how a dialogue is written; else ""
+    name: str = ""
+    field: str = "text"  # JSONL or TFDS key that holds the text
+    # "bytes", "gpt2", "bert-base-uncased", "bpe:2048" (trained on the corpus), or a tokenizer.json
+    tokenizer: str = "bpe:2048"
+    seq_len: int = 256  # tokens a row
+    packing: str = "wrap"  # "wrap", "pack", "pad"
+    valid_fraction: float = 0.01  # held out from the end of a local source that names no valid split
+    cache_dir: str = ""  # prepared rows; "" = ~/.cache/bd3lm_jax (or $BD3LM_CACHE)
+    workers: int = 2  # threads that read batches ahead of the step
+    density: str = ""  # how much each token tells (density.SOURCES), for objectives that need it; "" = none
+    density_fraction: float = 1.0  # part of the documents that are annotated; the density of others is 0
+    # of source "mixture": sources and their rates (data/mixture.py); else ()
+    mixture: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self):
         expand_fields(self, "data.", ("cache_dir", "tokenizer"))
@@ -42,19 +47,20 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with warm-up, clipping and an exponential moving average (BD3-LM's recipe in `configs/common.py`)."""
+    """AdamW with warm-up, clipping and an exponential moving average."""
 
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float  # of matrices (with train.lora_rank: of their factors), never norms, biases and embeddings
-    clip_norm: float  # 0 = off
-    warmup_steps: int  # a tenth of train.steps where these leave no room for them (optim.warmup_steps)
-    schedule: str  # "constant", "cosine", "wsd" (warm-up, stable, decay)
-    final_lr_fraction: float  # learning rate of the last update of cosine and wsd, as a fraction of lr
-    decay_fraction: float  # wsd: the part of the steps spent decaying, at least one step
-    ema_decay: float  # 0 = off; warmed up as min(ema_decay, (1 + n) / (10 + n))
+    lr: float = 3e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    # of matrices (with train.lora_rank: of their factors), never norms, biases and embeddings
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0  # 0 = off
+    warmup_steps: int = 2500  # a tenth of train.steps where these leave no room for them (optim.warmup_steps)
+    schedule: str = "constant"  # "constant", "cosine", "wsd" (warm-up, stable, decay)
+    final_lr_fraction: float = 0.0  # learning rate of the last update of cosine and wsd, as a fraction of lr
+    decay_fraction: float = 0.2  # wsd: the part of the steps spent decaying, at least one step
+    ema_decay: float = 0.9999  # 0 = off; warmed up as min(ema_decay, (1 + n) / (10 + n))
 
     def __post_init__(self):
         one_of("optim.schedule", self.schedule, ("constant", "cosine", "wsd"))
@@ -72,15 +78,16 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    steps: int
-    batch_size: int  # rows a step, over all devices
-    noise_samples: int  # noised copies of each row; they share one pass of the clean stream
-    init_from: str  # run or published checkpoint whose (EMA) weights start this run (docs/adapt.md); "" = random
+    steps: int = 1_000_000
+    batch_size: int = 512  # rows a step, over all devices
+    noise_samples: int = 1  # noised copies of each row; they share one pass of the clean stream
+    init_from: str = ""  # run or published checkpoint whose (EMA) weights start this run (docs/adapt.md); "" = random
     # Curriculum: from step s on blocks of n tokens, ((s, n), ...), e.g. ((0, 1), (1000, 4)); () = diffusion.block_size
-    block_sizes: tuple[tuple[int, int], ...]
-    anneal_steps: int  # steps over which causal attention opens to what the objective wants (annealing.py); 0 = at once
-    lora_rank: int  # rank of the updates of frozen matrices (lora.py); 0 = all weights are trained
-    lora_alpha: float  # an update counts lora_alpha / lora_rank
+    block_sizes: tuple[tuple[int, int], ...] = ()
+    # steps over which causal attention opens to what the objective wants (annealing.py); 0 = at once
+    anneal_steps: int = 0
+    lora_rank: int = 0  # rank of the updates of frozen matrices (lora.py); 0 = all weights are trained
+    lora_alpha: float = 16.0  # an update counts lora_alpha / lora_rank
 
     def __post_init__(self):
         expand_fields(self, "train.", ("init_from",))
@@ -98,13 +105,14 @@ class NoiseConfig:
     """Training noise that is chosen from the data (diffusion/clip.py), in place of what `diffusion` says."""
 
     # "none", "clip" (search for the best interval, every eval.every steps), "counts" (law of the count),
-    adaptive_noise: str
     # "running_loss" (the density of every token id)
-    clip_widths: tuple[float, ...]  # of the intervals, inside diffusion.clip_low .. diffusion.clip_high
-    clip_stride: float  # between the intervals of a width
-    clip_batches: int  # batches a search
-    count_floor: float  # part of its uniform probability that every count keeps
-    count_decay: float  # of the running averages by count or by token id, a step
+    adaptive_noise: str = "none"
+    # of the intervals, inside diffusion.clip_low .. diffusion.clip_high
+    clip_widths: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
+    clip_stride: float = 0.05  # between the intervals of a width
+    clip_batches: int = 1  # batches a search
+    count_floor: float = 0.1  # part of its uniform probability that every count keeps
+    count_decay: float = 0.99  # of the running averages by count or by token id, a step
 
     def __post_init__(self):
         one_of("noise.adaptive_noise", self.adaptive_noise, ("none", "clip", "counts", "running_loss"))
@@ -121,12 +129,13 @@ class NoiseConfig:
 class ComputeConfig:
     """How the same numbers are computed; only dtype changes them beyond rounding."""
 
-    dtype: str  # "auto" (bfloat16 on accelerators, float32 on CPU), "float32", "bfloat16"
-    attention: str  # backend name, "auto"
-    layers: str  # "scan", "unroll"
-    remat: str  # what is computed again to save memory: "none", "dots", "attention", "full" (models.layers.REMAT)
-    microbatch: int  # rows a forward pass, over all devices; 0 = the whole batch
-    loss_chunk: int  # positions that go through the output layer at a time, a device; 0 = automatic
+    dtype: str = "auto"  # "auto" (bfloat16 on accelerators, float32 on CPU), "float32", "bfloat16"
+    attention: str = "auto"  # backend name, "auto"
+    layers: str = "scan"  # "scan", "unroll"
+    # what is computed again to save memory: "none", "dots", "attention", "full" (models.layers.REMAT)
+    remat: str = "none"
+    microbatch: int = 0  # rows a forward pass, over all devices; 0 = the whole batch
+    loss_chunk: int = 0  # positions that go through the output layer at a time, a device; 0 = automatic
 
     def __post_init__(self):
         one_of("compute.dtype", self.dtype, ("auto", "float32", "bfloat16"))
@@ -140,9 +149,9 @@ class ComputeConfig:
 class MeshConfig:
     """Devices an axis of one slice; one may be -1 (what is left)."""
 
-    data: int
-    fsdp: int
-    tensor: int
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
     expert: int = 1  # most networks have no experts
     slices: int = 1  # that the run spans, each with such axes; -1: as many as there are
 
@@ -154,7 +163,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    every: int  # steps between logged lines
+    every: int = 100  # steps between logged lines
 
     def __post_init__(self):
         check(self.every >= 1, f"log.every is {self.every}, expected at least 1")
@@ -162,9 +171,9 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    every: int  # steps between saves; the last step is always saved
-    keep: int  # latest checkpoints kept
-    keep_best: int  # checkpoints kept beside them: those of the lowest bound, of the steps that were validated
+    every: int = 10_000  # steps between saves; the last step is always saved
+    keep: int = 2  # latest checkpoints kept
+    keep_best: int = 1  # checkpoints kept beside them: those of the lowest bound, of the steps that were validated
 
     def __post_init__(self):
         check(self.every >= 1, f"checkpoint.every is {self.every}, expected at least 1")
@@ -174,13 +183,13 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    every: int  # steps between validations; the last step is always validated
-    rows: int  # rows of the validation split used while training; 0 = all
-    batch_size: int  # rows a forward pass, over all devices
-    mc_samples: int
-    report_rows: int  # rows of each split in the closing report; 0 = all
-    num_samples: int  # texts in the closing report
-    sample_length: int  # tokens of each; never more than data.seq_len
+    every: int = 10_000  # steps between validations; the last step is always validated
+    rows: int = 4096  # rows of the validation split used while training; 0 = all
+    batch_size: int = 32  # rows a forward pass, over all devices
+    mc_samples: int = 1
+    report_rows: int = 0  # rows of each split in the closing report; 0 = all
+    num_samples: int = 4  # texts in the closing report
+    sample_length: int = 256  # tokens of each; never more than data.seq_len
 
     def __post_init__(self):
         for name in ("every", "batch_size", "mc_samples"):

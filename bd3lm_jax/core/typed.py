@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, get_args, get_origin
 
-from bd3lm_jax.core import renamed_keys, synonyms
+from bd3lm_jax.core import migrations, synonyms
 from bd3lm_jax.core.errors import UserError, nearest
 
 
@@ -61,10 +61,17 @@ def check_known_keys(prefix: str, mapping: Mapping, allowed_keys: list[str]) -> 
     check(not missing, f"missing config key '{prefix}{missing[0] if missing else ''}'")
 
 
+def default_values(kind: Any) -> dict[str, Any]:
+    """The keys of a section, the dataclass `kind`, that have defaults, with them."""
+    return {field.name: field.default for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING}
+
+
 def as_section(name: str, values: Any, kind: type) -> Any:
-    """A section of a config as the dataclass `kind`. UserError for an unknown, missing or ill-typed key."""
+    """A section of a config as the dataclass `kind`, keys that it lacks at their defaults. UserError for an unknown or
+    ill-typed key, and for a missing one without a default."""
     fields: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}
-    values = renamed_keys.with_known_names(name, dict(as_mapping(name, values).items()), fields)
+    values = migrations.with_known_names(name, dict(as_mapping(name, values).items()), fields)
+    values = default_values(kind) | values
     check_known_keys(f"{name}.", values, list(fields))
     return kind(**{key: as_type(f"{name}.{key}", values[key], fields[key]) for key in fields})
 

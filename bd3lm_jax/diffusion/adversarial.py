@@ -44,12 +44,12 @@ class Adversarial(LearnedNoise):
 
     kind: ClassVar[str] = "adversarial"
     title: ClassVar[str] = "adversarial masks"
-    block_size: int  # tokens a block
-    rate: float  # part of a block's tokens that is masked, at least one; 0: every count 1..n equally often
-    complement: bool  # every second copy masks what the one before left unmasked
-    importance: bool  # weights that make up for the scorer's choice
-    hidden_size: int  # width of the scorer
-    score_limit: float  # scores lie between minus and plus this
+    block_size: int = 4  # tokens a block
+    rate: float = 0.5  # part of a block's tokens that is masked, at least one; 0: every count 1..n equally often
+    complement: bool = False  # every second copy masks what the one before left unmasked
+    importance: bool = False  # weights that make up for the scorer's choice
+    hidden_size: int = 32  # width of the scorer
+    score_limit: float = 3.0  # scores lie between minus and plus this
 
     def __post_init__(self):
         for name in ("block_size", "hidden_size"):

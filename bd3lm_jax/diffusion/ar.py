@@ -29,7 +29,7 @@ class AR(Objective):
     supports_target_shift: ClassVar[bool] = False
     uses_mask_token: ClassVar[bool] = False
     block_size: ClassVar[int] = 1
-    bos: bool
+    bos: bool = True
 
     @property
     def is_bound(self) -> bool:

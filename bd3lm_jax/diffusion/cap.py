@@ -30,7 +30,8 @@ class Cap(Masked):
 
     kind: ClassVar[str] = "cap"
     title: ClassVar[str] = "CAP"
-    coefficient: float  # nats of loss a nat of entropy
+    corruption: str = "exact_count"
+    coefficient: float = 1.0  # nats of loss a nat of entropy
 
     def __post_init__(self):
         super().__post_init__()

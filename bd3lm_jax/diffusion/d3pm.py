@@ -25,9 +25,9 @@ class D3PM(Objective):
 
     kind: ClassVar[str] = "d3pm"
     title: ClassVar[str] = "D3PM"
-    block_size: int  # tokens a block
-    steps: int  # T
-    hybrid: float  # weight of the plain cross-entropy; 0: the bound
+    block_size: int = 4  # tokens a block
+    steps: int = 1000  # T
+    hybrid: float = 0.01  # weight of the plain cross-entropy; 0: the bound
 
     def __post_init__(self):
         for name in ("block_size", "steps"):

@@ -36,8 +36,8 @@ class DiffusionBERT(Objective):
     kind: ClassVar[str] = "diffusionbert"
     title: ClassVar[str] = "DiffusionBERT"
     extra_batch_keys: ClassVar[tuple[str, ...]] = ("density",)
-    block_size: int
-    strength: float  # lambda; 0 is the uniform schedule
+    block_size: int = 4
+    strength: float = 0.3  # lambda; 0 is the uniform schedule
 
     def __post_init__(self):
         super().__post_init__()

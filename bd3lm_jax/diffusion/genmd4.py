@@ -36,9 +36,9 @@ class GenMD4(LearnedNoise):
     title: ClassVar[str] = "GenMD4"
     noise_sample_multiple: ClassVar[int] = 2
     bound: ClassVar[None] = None  # for a network alone, without w
-    block_size: int  # tokens a block
-    power: float  # every w at the start
-    eps: float  # e
+    block_size: int = 4  # tokens a block
+    power: float = 1.0  # every w at the start
+    eps: float = 1e-4  # e
 
     def __post_init__(self):
         super().__post_init__()

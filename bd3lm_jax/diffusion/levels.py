@@ -29,8 +29,8 @@ class Levels(Objective):
     kind: ClassVar[str] = "levels"
     title: ClassVar[str] = "levels by position"
     is_bound: ClassVar[bool] = True
-    block_size: int
-    ramp: float  # part of the time in which noise comes in from the right; N / (N + T) in the paper's notation
+    block_size: int = 4
+    ramp: float = 0.5  # part of the time in which noise comes in from the right; N / (N + T) in the paper's notation
 
     def __post_init__(self):
         super().__post_init__()

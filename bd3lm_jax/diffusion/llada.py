@@ -39,11 +39,11 @@ class LLaDA(Objective):
 
     kind: ClassVar[str] = "llada"
     title: ClassVar[str] = "LLaDA"
-    block_size: int
-    complement: bool
-    random_length: float
-    sft: bool
-    normalise: str
+    block_size: int = 4
+    complement: bool = False
+    random_length: float = 0.01
+    sft: bool = False
+    normalise: str = "tokens"
 
     def __post_init__(self):
         super().__post_init__()

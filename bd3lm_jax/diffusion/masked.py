@@ -48,14 +48,16 @@ class Masked(Objective):
 
     kind: ClassVar[str] = "masked"
     title: ClassVar[str] = "BD3-LM"
-    block_size: int  # tokens a block
-    schedule: str  # name for `schedule.get_schedule`; `exact_count` does not depend on it
-    corruption: str  # "exact_count", "bernoulli"
-    count_probs: tuple[float, ...]  # exact_count: relative probability of masking 1..block_size tokens; () = uniform
-    complement: bool  # exact_count: every second copy masks what the one before left unmasked
-    clip_low: float  # bernoulli: smallest mask probability of the clipped schedule; 0 with clip_high = 1 is unclipped
-    clip_high: float
-    eps: float  # bernoulli: no mask probability below this
+    block_size: int = 4  # tokens a block
+    schedule: str = "loglinear"  # name for `schedule.get_schedule`; `exact_count` does not depend on it
+    corruption: str = "bernoulli"  # "exact_count", "bernoulli"
+    # exact_count: relative probability of masking 1..block_size tokens; () = uniform
+    count_probs: tuple[float, ...] = ()
+    complement: bool = False  # exact_count: every second copy masks what the one before left unmasked
+    # bernoulli: smallest mask probability of the clipped schedule; 0 with clip_high = 1 is unclipped
+    clip_low: float = 0.0
+    clip_high: float = 1.0
+    eps: float = 1e-3  # bernoulli: no mask probability below this
 
     def __post_init__(self):
         super().__post_init__()
@@ -93,8 +95,7 @@ class Masked(Objective):
     @classmethod
     def uniform_counts(cls, block_size: int) -> "Masked":
         """The plain bound: every number of masked tokens equally likely."""
-        return cls(block_size=block_size, schedule="loglinear", corruption="exact_count", count_probs=(),
-                   complement=False, clip_low=0.0, clip_high=1.0, eps=1e-3)
+        return cls(block_size, corruption="exact_count")
 
     @property
     def _clipped(self) -> bool:

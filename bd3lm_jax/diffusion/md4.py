@@ -27,9 +27,9 @@ class MD4(Objective):
 
     kind: ClassVar[str] = "md4"
     title: ClassVar[str] = "MD4"
-    block_size: int  # tokens a block
-    schedule: str  # "linear", "cosine", "polynomial:p"
-    clip: float  # 1e-4 as published
+    block_size: int = 4  # tokens a block
+    schedule: str = "cosine"  # "linear", "cosine", "polynomial:p"
+    clip: float = 1e-4  # 1e-4 as published
 
     def __post_init__(self):
         super().__post_init__()

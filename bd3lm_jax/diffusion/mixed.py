@@ -29,12 +29,12 @@ class Mixed(Objective):
     kind: ClassVar[str] = "mixed"
     title: ClassVar[str] = "mixed block sizes"
     supports_target_shift: ClassVar[bool] = False
-    block_size: int  # one of `sizes`: what evaluation and sampling use unless they are told another
-    sizes: tuple[int, ...]  # tokens a block, rising: multiples of the first, divisors of the last
-    schedule: str  # these four as for `Masked`
-    corruption: str
-    complement: bool
-    eps: float
+    block_size: int = 16  # one of `sizes`: what evaluation and sampling use unless they are told another
+    sizes: tuple[int, ...] = (1, 2, 4, 8, 16)  # tokens a block, rising: multiples of the first, divisors of the last
+    schedule: str = "loglinear"  # these four as for `Masked`
+    corruption: str = "exact_count"
+    complement: bool = False
+    eps: float = 1e-3
 
     def __post_init__(self):
         sizes = self.sizes

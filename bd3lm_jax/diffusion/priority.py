@@ -57,14 +57,14 @@ class Priority(Objective):
     kind: ClassVar[str] = "priority"
     title: ClassVar[str] = "priority masks"
     extra_batch_keys: ClassVar[tuple[str, ...]] = ("density",)
-    block_size: int  # tokens a block
-    form: str  # "exact_count", "bernoulli"
-    weight: float  # w: a dense token is masked so many times as often; below 1: less often
-    hard: bool  # w = infinity, whatever `weight` says
-    complement: bool  # every second copy masks what the one before left unmasked
-    importance: bool  # exact_count: importance weights, so that the loss is the bound
-    rate_low: float  # smallest and largest mask rate
-    rate_high: float
+    block_size: int = 4  # tokens a block
+    form: str = "exact_count"  # "exact_count", "bernoulli"
+    weight: float = 2.0  # w: a dense token is masked so many times as often; below 1: less often
+    hard: bool = False  # w = infinity, whatever `weight` says
+    complement: bool = False  # every second copy masks what the one before left unmasked
+    importance: bool = False  # exact_count: importance weights, so that the loss is the bound
+    rate_low: float = 1e-3  # smallest and largest mask rate
+    rate_high: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()

@@ -26,10 +26,10 @@ class RobertaDiffusion(Objective):
 
     kind: ClassVar[str] = "roberta_diffusion"
     title: ClassVar[str] = "RoBERTa diffusion"
-    block_size: int
-    rates: tuple[float, ...]
-    protected: int
-    special_ids: tuple[int, ...]
+    block_size: int = 4
+    rates: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+    protected: int = 16
+    special_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
         super().__post_init__()

@@ -39,9 +39,9 @@ class SEDD(Objective):
     title: ClassVar[str] = "SEDD"
     needs_time_conditioning: ClassVar[bool] = True
     predicts_scores: ClassVar[bool] = True
-    block_size: int  # tokens a block
-    corruption: str  # "bernoulli" (as published), "exact_count"
-    eps: float  # e
+    block_size: int = 4  # tokens a block
+    corruption: str = "bernoulli"  # "bernoulli" (as published), "exact_count"
+    eps: float = 1e-3  # e
 
     def __post_init__(self):
         Masked(**self._masked())

@@ -57,8 +57,8 @@ class SSDLM(Objective):
     reads_soft_inputs: ClassVar[bool] = True
     supports_target_shift: ClassVar[bool] = False
     sampler: ClassVar[str] = "simplex"
-    block_size: int  # tokens a block; 25 in the paper
-    scale: float  # K: logits of clean tokens are +-K; 5 in the paper
+    block_size: int = 4  # tokens a block; 25 in the paper
+    scale: float = 5.0  # K: logits of clean tokens are +-K; 5 in the paper
 
     def __post_init__(self):
         super().__post_init__()

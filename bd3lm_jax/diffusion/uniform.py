@@ -35,9 +35,9 @@ class Uniform(Objective):
     uses_mask_token: ClassVar[bool] = False
     can_resample_tokens: ClassVar[bool] = True
     sampler: ClassVar[str] = "uniform"
-    block_size: int  # tokens a block
-    vocab_size: int  # ids, the mask token's among them; -1: the model's
-    eps: float
+    block_size: int = 4  # tokens a block
+    vocab_size: int = -1  # ids, the mask token's among them; -1: the model's
+    eps: float = 1e-3
 
     def __post_init__(self):
         super().__post_init__()

@@ -4,7 +4,6 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +40,13 @@ SIGMA = 0.5  # noise level at which a time-conditioned network is checked
 
 @jax_settings.pinned()
 def convert(source: str | os.PathLike, target: str | os.PathLike, *, form: str, dtype: str, check: int, max_shard: str,
-            weights: str, tokenizer: str, length: int, allow_pickle: bool, base: Mapping) -> dict[str, Any]:
+            weights: str, tokenizer: str, length: int, allow_pickle: bool) -> dict[str, Any]:
     """The `convert` command: write the model in `source` to the new directory `target`.
 
     form: "hf", or "native" for a run directory. dtype: of the written parameters, a run directory has float32. check:
     compare the logits of so many random tokens before and after. max_shard: of a file, e.g. "5GB". weights: "ema" or
     "params". tokenizer: as `data.tokenizer`, for a source that brings none; "" for its own. length: tokens a row in the
-    config of a run directory, 0 for the model's context. base: nested mapping of a whole config, for the sections of a
-    run directory that a published checkpoint does not know.
+    config of a run directory, 0 for the model's context; the keys that the model does not decide have their defaults.
 
     Returns tensors, bytes, path, dtype and format; with `check` also checked_tokens, max_difference (of the logits) and
     largest_logit. Raises UserError for wrong input; `target` is whole or not there.
@@ -80,7 +78,7 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, form: str, 
                       Origin(Path(source).name, None, None, {}, "", 0))
             written = _write_published(model, Path(source), Path(target), dtype, shard, origin)
         else:
-            written = _write_run(model, Path(source), Path(target), length, base)
+            written = _write_run(model, Path(source), Path(target), length)
     log.note(f"{written['tensors']} tensors, {written['bytes']:,} bytes in {target}")
     result = {**written, "dtype": dtype, "format": form}
     if not check:
@@ -158,8 +156,8 @@ def _with_chat_template(files: dict[str, bytes], chat: dict[str, bytes]) -> dict
     return files | {name: x for name, x in chat.items() if name not in (CONFIG_FILE, SPECIAL_FILE)} | config
 
 
-def _write_run(model: LM, source: Path, target: Path, length: int, base: Mapping) -> dict:
-    """A run directory of step 0, whose config is `base` but for what the model says."""
+def _write_run(model: LM, source: Path, target: Path, length: int) -> dict:
+    """A run directory of step 0, whose config has the defaults but for what the model says."""
     from bd3lm_jax.checkpoints.checkpoint import Checkpoints
     from bd3lm_jax.core.state import TrainState
 
@@ -175,8 +173,8 @@ def _write_run(model: LM, source: Path, target: Path, length: int, base: Mapping
         objective = model.config.at_block_size(length).diffusion
     sections = {name: {"kind": section.kind, **dataclasses.asdict(section)}
                 for name, section in (("model", model.config.model), ("diffusion", objective))}
-    data = {**base["data"], "tokenizer": str(target / rundir.TOKENIZER), "seq_len": length}
-    config = Config.from_dict({**base, **sections, "data": data}, stored=True)
+    data = {"tokenizer": str(target / rundir.TOKENIZER), "seq_len": length}
+    config = Config.from_dict(sections | {"data": data}, stored=True)
     state = TrainState(step=jnp.zeros((), jnp.int32), params=model.params, ema={}, opt_state={})
     meta = {"tokenizer": model.tokenizer.identity, "config_sha256": config.sha256(), "losses": []}
     with write.atomic_directory(target) as work:

@@ -74,7 +74,7 @@ def _devices() -> str:
     except (AssertionError, RuntimeError) as error:
         raise RunError(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} names no device that is there ({error}): "
                        "unset it, or install jax for that device") from None
-    mesh = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1, slices=-1))
+    mesh = make_mesh(MeshConfig(slices=-1))
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     return (f"{len(devices)} {jax.default_backend()} ({devices[0].device_kind}), {jax.process_count()} process(es), "
             f"{os.cpu_count()} CPU cores, mesh {sizes}")
@@ -84,9 +84,7 @@ def _cache_directory() -> str:
     from bd3lm_jax.config import DataConfig
     from bd3lm_jax.data.prepare import cache_directory
 
-    path = cache_directory(DataConfig(source="austen", path="", name="", field="text", tokenizer="bytes", seq_len=1,
-                                      packing="wrap", valid_fraction=0.5, cache_dir="", workers=1,
-                                      density="", density_fraction=1.0, mixture=()))
+    path = cache_directory(DataConfig())
     with tempfile.TemporaryFile(dir=path):
         return f"{path} can be written"
 

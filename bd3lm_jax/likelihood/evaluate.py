@@ -96,7 +96,7 @@ class LoadedRun(NamedTuple):
 
 def open_run(workdir: str, options: ModelOptions = ModelOptions()) -> LoadedRun:
     """A checkpoint of a run, or a published one (`hf.local`), over all devices."""
-    mesh, path = sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1, slices=-1)), local(workdir)
+    mesh, path = sharding.make_mesh(MeshConfig(slices=-1)), local(workdir)
     if is_published(path):
         refuse_step(workdir, options.step)
         run = restore_published(path, options.weights, mesh, options.length)

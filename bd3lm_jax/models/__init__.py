@@ -3,11 +3,11 @@
 A module outside the package adds a network by the same line, `BACKBONES[name] = Entry(...)`.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from bd3lm_jax.core.typed import default_values
 from bd3lm_jax.models import bert, dit, gpt2, llama, modernbert, moe, shared, trunk
 from bd3lm_jax.models.shared import ModelConfig
 from bd3lm_jax.models.trunk import Backbone
@@ -44,7 +44,7 @@ def build(config, dtype) -> Backbone:
 
 def default_section(kind: str) -> dict[str, Any]:
     """The section `model` of a config with a network, all of its keys at their defaults."""
-    return {"kind": kind} | {field.name: field.default for field in dataclasses.fields(BACKBONES[kind].Config)}
+    return {"kind": kind} | default_values(BACKBONES[kind].Config)
 
 
 def sharding_rules(config) -> Rules:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from bd3lm_jax.config import Config
-from bd3lm_jax.core import checksummed, files, plots, renamed_keys
+from bd3lm_jax.core import checksummed, files, migrations, plots
 from bd3lm_jax.core.errors import UserError, command_line
 from bd3lm_jax.core.log import note, note_once, pluralize, save, spinner, table
 from bd3lm_jax.core.stats import format_interval, format_number
@@ -84,7 +84,7 @@ def read_finished_report(run: Any) -> dict | None:
 
 def _settings(config: Config) -> dict:
     """What decides the report of a run beside its weights."""
-    by_first_name = {renamed_keys.first_name(f"eval.{name}").partition(".")[2]: getattr(config.eval, name)
+    by_first_name = {migrations.first_name(f"eval.{name}").partition(".")[2]: getattr(config.eval, name)
                      for name in SETTINGS}
     return {"config_sha256": config.sha256(), **by_first_name}
 

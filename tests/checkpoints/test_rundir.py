@@ -8,6 +8,7 @@ from toy_runs import toy_config
 
 from bd3lm_jax.checkpoints import rundir
 from bd3lm_jax.config import Config, decisive_hash
+from bd3lm_jax.core import migrations
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data.tokenizers import ByteTokenizer, get_tokenizer
 
@@ -152,8 +153,8 @@ def test_a_directory_of_an_earlier_version_goes_on_as_it_was(tmp_path, config):
     rundir.create_or_validate(tmp_path / "run", config, BYTES)
     path = tmp_path / "run" / "config.json"
     stored = json.loads(path.read_text())
-    for section, keys in {**rundir.MIGRATIONS, "diffusion": rundir.MIGRATIONS_BY_KIND["masked"],
-                          "model": rundir.MIGRATIONS_BY_KIND["dit"]}.items():
+    for section, keys in {**migrations.MIGRATIONS, "diffusion": migrations.MIGRATIONS_BY_KIND["masked"],
+                          "model": migrations.MIGRATIONS_BY_KIND["dit"]}.items():
         stored[section] = {key: value for key, value in stored[section].items() if key not in keys}
     for key in ("noise", "crc32", "files_sha256", "config_sha256"):
         del stored[key]

@@ -27,9 +27,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def place(run, tmp_path):
-    base = toy_dict(run, {})
-    found = full_disk.Place(tmp_path / "full", run / "text.txt", run / "run", run / "published", base)
-    return full_disk.prepare_place(tmp_path, found.text, found.run, base)
+    return full_disk.prepare_place(tmp_path, run / "text.txt", run / "run")
 
 
 @pytest.mark.ci_slow
@@ -42,7 +40,7 @@ def test_says_so_and_leaves_nothing(place, name, monkeypatch):
 def test_a_writer_that_does_otherwise_is_found(tmp_path, monkeypatch):
     directory = tmp_path / "full"
     directory.mkdir()
-    place = full_disk.Place(directory, tmp_path, tmp_path, tmp_path, {})
+    place = full_disk.Place(directory, tmp_path, tmp_path, tmp_path)
 
     def torn(place):
         (place.directory / "a").write_bytes(bytes(100))

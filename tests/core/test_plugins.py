@@ -65,7 +65,7 @@ BACKBONES["small"] = Entry(Small, dit.build, dit.SHARDING)
 SCHEDULES["cubic"] = Cubic(3.0)
 SAMPLERS["rightmost"] = Sampler(rightmost)
 SOURCES["numbers"] = numbers
-common.OBJECTIVES["halves"] = ({**common.MASKED, "kind": "halves"}, {})
+common.OBJECTIVES["halves"] = ({"corruption": "exact_count"}, {})
 '''
 REGISTRIES = (OBJECTIVES, BACKBONES, SCHEDULES, SAMPLERS, SOURCES, common.OBJECTIVES)
 SMALL = ("--config.model.num_layers=1", "--config.model.hidden_size=32", "--config.model.num_heads=2",

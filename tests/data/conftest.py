@@ -8,9 +8,8 @@ def data_config(tmp_path):
     """A DataConfig of the embedded corpus with its cache in tmp_path; keywords change fields."""
 
     def make(**changes) -> DataConfig:
-        fields = {"source": "austen", "path": "", "name": "", "field": "text", "tokenizer": "bytes", "seq_len": 32,
-                  "packing": "wrap", "valid_fraction": 0.1, "cache_dir": str(tmp_path / "cache"), "workers": 1,
-                  "density": "", "density_fraction": 1.0, "mixture": ()}
+        fields = {"tokenizer": "bytes", "seq_len": 32, "valid_fraction": 0.1, "cache_dir": str(tmp_path / "cache"),
+                  "workers": 1}
         return DataConfig(**fields | changes)
 
     return make

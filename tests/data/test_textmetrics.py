@@ -9,8 +9,7 @@ from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data import textmetrics
 from bd3lm_jax.data.corpora import join_documents, load_documents
 
-AUSTEN = DataConfig(source="austen", path="", name="", field="", tokenizer="bytes", seq_len=1, packing="wrap",
-                    valid_fraction=0.1, cache_dir="", workers=1, density="", density_fraction=1.0, mixture=())
+AUSTEN = DataConfig(tokenizer="bytes")
 
 
 def slow_nats(train: list, test: list, vocab: int, order: int) -> float:

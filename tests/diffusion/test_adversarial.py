@@ -23,7 +23,6 @@ from bd3lm_jax.parallel import sharding
 from bd3lm_jax.scoring import parameters
 from bd3lm_jax.scoring.score import SpecialIds
 from bd3lm_jax.training.step import make_step
-from configs import common
 
 SIZE, VOCAB, WIDTH = 4, 6, 3
 PLAIN = Adversarial(block_size=SIZE, rate=0.5, complement=False, importance=False, hidden_size=5, score_limit=3.0)
@@ -218,7 +217,7 @@ def test_when_it_is_a_bound_and_what_is_refused():
 
 def trained():
     """A network and its adversary on rows whose even letters are all the same: masks of the others cost more."""
-    section = {"kind": "adversarial", **common.OBJECTIVES["adversarial"][0], "block_size": 8}
+    section = {"kind": "adversarial", "block_size": 8}
     config = toy_config(Path("unused"), {"diffusion": section, "train.noise_samples": 2, "train.batch_size": 8,
                                          "compute.microbatch": 4, "optim.ema_decay": 0.0})
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=MASK + 1))

@@ -18,9 +18,8 @@ from bd3lm_jax.models import forward, trunk
 from bd3lm_jax.models.forward import DEFAULT_EXECUTION
 from bd3lm_jax.scoring.score import LossInputs, SpecialIds, total_loss
 from bd3lm_jax.training.step import make_step
-from configs import common
 
-SECTION = {"kind": "cap", **common.MASKED, "block_size": 8, "coefficient": 0.7}
+SECTION = {"kind": "cap", "block_size": 8, "coefficient": 0.7}
 BATCH, PADDING = 4, 10
 
 

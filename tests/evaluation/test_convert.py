@@ -24,7 +24,6 @@ from bd3lm_jax.core import log
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data.chat_template import ChatTemplate
 from bd3lm_jax.evaluation.convert import convert
-from configs.common import base
 
 BD3LM = ("bd3lm_block4", "bd3lm_time_conditioned", "bd3lm_block32_is_mdlm", "ar", "sedd")
 OTHERS = tuple(f"hf/{name}" for name in ("llama", "qwen2", "llada", "dream", "llada2_moe", "bert", "roberta",
@@ -33,7 +32,7 @@ OTHERS = tuple(f"hf/{name}" for name in ("llama", "qwen2", "llada", "dream", "ll
 
 def converted(source, target, **changes):
     options = {"form": "hf", "dtype": "float32", "check": 0, "max_shard": "5GB", "weights": "ema", "tokenizer": "",
-               "length": 0, "allow_pickle": False, "base": base().to_dict()}
+               "length": 0, "allow_pickle": False}
     return convert(source, target, **options | changes)
 
 
@@ -260,9 +259,7 @@ def test_figures_are_those_of_the_weights(tmp_path, step, ema, weights, known):
     ("/cache/hub/models--org--my--model/snapshots/0a1b", 0, "org/my--model", "`org/my--model`. Written"),
 ])
 def test_the_card_names_what_was_adapted(source, rank, name, said):
-    values = base().to_dict()["data"]
-    data = DataConfig(**values | {"tokenizer": source, "source": "text", "path": "/home/someone/a.txt"} if name
-                      else values)
+    data = DataConfig(tokenizer=source, source="text", path="/home/someone/a.txt") if name else DataConfig()
     origin = Origin("run", data, 3, {}, base_name(source) if source else "", rank)
     text = card("named", hf.from_hf_config(GOLDEN / "bd3lm_block4"), 10, "float32", origin, True)
     assert said in text and "/home" not in text and "/cache" not in text

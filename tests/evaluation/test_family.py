@@ -11,7 +11,6 @@ from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.evaluation import family
 from bd3lm_jax.experiments.bench.family import runs_of
 from bd3lm_jax.training.train import train
-from configs import common
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +18,7 @@ def runs(tmp_path_factory):
     directory = tmp_path_factory.mktemp("family")
     write_text(directory / "text.txt", 60)
     changes = {"ar": {"diffusion": AR, "model.adaln": False}, "blocks": {"diffusion.block_size": 4},
-               **{algo: {"diffusion": common.OBJECTIVES[algo][0] | {"block_size": 4}} for algo in ("d3pm", "uniform")}}
+               **{algo: {"diffusion": {"kind": algo, "block_size": 4}} for algo in ("d3pm", "uniform")}}
     return {name: train(toy_config(directory, change), str(directory / name))["workdir"]
             for name, change in changes.items()}
 

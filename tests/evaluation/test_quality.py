@@ -132,8 +132,7 @@ def test_documents_of_real_text_end(lm):
 
 def test_the_scorers_own_corpus_is_the_reference(tmp_path, monkeypatch, tables):
     (tmp_path / "test.txt").write_text("abab\ncd\n")
-    data = DataConfig(source="text", path=str(tmp_path), name="", field="", tokenizer="", seq_len=8, packing="wrap",
-                      valid_fraction=0.1, cache_dir="", workers=1, density="", density_fraction=1.0, mixture=())
+    data = DataConfig(source="text", path=str(tmp_path))
     toy = make_lm(AR(bos=True), tokenizer=LETTERS)
     own = bd3lm_jax.LM(dataclasses.replace(toy.config, data=data), toy.params, LETTERS, toy.model, CONTEXT)
     monkeypatch.setattr(quality, "load", lambda path, weights: own)

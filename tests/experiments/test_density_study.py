@@ -15,9 +15,8 @@ from bd3lm_jax.experiments.bench import bench
 from bd3lm_jax.experiments.density_study import TaggedRows, masked_runs, study
 from bd3lm_jax.likelihood.evaluate import open_run
 from bd3lm_jax.training.train import train
-from configs import common
 
-PRIORITY = {**common.OBJECTIVES["priority"][0], "block_size": 4}
+PRIORITY = {"kind": "priority", "block_size": 4}
 
 
 @pytest.fixture(scope="module")

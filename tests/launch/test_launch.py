@@ -140,7 +140,7 @@ def test_bad_text_file(capsys, tmp_path, content, message):
 @pytest.mark.parametrize(("source", "message"), [
     ("def get_config(:\n", "line 1"),
     ("x = 1\n", "has no function get_config"),
-    ("def get_config():\n    return {}\n", "missing config key"),
+    ("def get_config():\n    return {'train': {}, 'optimizer': {}}\n", "unknown config key 'optimizer'"),
 ])
 def test_bad_config_file(capsys, tmp_path, source, message):
     path = tmp_path / "mine.py"

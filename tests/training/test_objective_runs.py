@@ -20,7 +20,7 @@ pytestmark = pytest.mark.ci_slow
 def trained(directory, algo, **changes):
     """A run of two steps; its result and metrics."""
     write_text(directory / "text.txt", 200)
-    section, others = common.OBJECTIVES[algo]
+    section, others = common.algorithm(algo)
     section = {key: 8 if value == common.BLOCK_SIZE else value for key, value in section.items()}
     changes = {"diffusion": section, "train.steps": 2, **others, **changes}
     result = train(toy_config(directory, changes), str(directory / "run"))

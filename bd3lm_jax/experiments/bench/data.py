@@ -50,9 +50,8 @@ def run_case(case: Case, rounds: int) -> list[dict]:
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         for layout in LAYOUTS:
-            data = DataConfig(source="text" if case.path else "austen", path=case.path, name="", field="text",
-                              tokenizer=case.tokenizer, seq_len=case.length, packing=layout, valid_fraction=0.01,
-                              cache_dir=directory, workers=1, density="", density_fraction=1.0, mixture=())
+            data = DataConfig(source="text" if case.path else "austen", path=case.path, tokenizer=case.tokenizer,
+                              seq_len=case.length, packing=layout, cache_dir=directory, workers=1)
             rows += preparing(case, data, rounds) + reading(case, data, rounds)
     return rows
 

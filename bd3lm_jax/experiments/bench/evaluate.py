@@ -47,15 +47,14 @@ def run_case(case: step.Case, rounds: int) -> list[dict]:
     with tempfile.TemporaryDirectory() as directory:
         text = np.random.default_rng(0).integers(97, 123, case.batch * BATCHES * case.length - 1, np.uint8).tobytes()
         (Path(directory) / "text.txt").write_bytes(text + b"\n")
-        data = DataConfig(source="text", path=f"{directory}/text.txt", name="", field="text", tokenizer="bytes",
-                          seq_len=case.length, packing="wrap", valid_fraction=0.01, cache_dir=directory, workers=1,
-                          density="", density_fraction=1.0, mixture=())
+        data = DataConfig(source="text", path=f"{directory}/text.txt", tokenizer="bytes", seq_len=case.length,
+                          cache_dir=directory, workers=1)
         tokenizer = get_tokenizer("bytes", tuple)
         rows = prepare(data, "all", case.block_size, tokenizer)
         config = step.config_of(case, "two_stream", "none")
         config = dataclasses.replace(config, data=data, eval=EvalConfig(
             every=1, rows=0, batch_size=case.batch, mc_samples=1, report_rows=0, num_samples=0, sample_length=1))
-        mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1))
+        mesh = sharding.make_mesh(MeshConfig())
         model = models.build(config.model, compute_dtype("auto"))
         special = SpecialIds(tokenizer.mask_id, tokenizer.end_id)
         evaluator = Evaluator(config, model, special, mesh)

@@ -42,9 +42,8 @@ def prepare_at_once(home: Path, rounds: int, seed: int, processes: int, killed: 
     """Rows in parts and a trained tokenizer, by so many processes in an empty cache, `killed` of them at random
     moments: all others get what one alone gets, and the next call leaves nothing beside it."""
     began, outcomes, details = time.monotonic(), collections.Counter(), []
-    data = DataConfig(source="text", path=str(home / TEXT), name="", field="text", tokenizer=TOKENIZER, seq_len=32,
-                      packing="wrap", valid_fraction=0.1, cache_dir=str(home / "alone"), workers=1, density="",
-                      density_fraction=1.0, mixture=())
+    data = DataConfig(source="text", path=str(home / TEXT), tokenizer=TOKENIZER, seq_len=32, valid_fraction=0.1,
+                      cache_dir=str(home / "alone"), workers=1)
     expected = concurrent_prepare.content(data)
     for i in range(rounds):
         with tempfile.TemporaryDirectory(dir=home) as cache:
@@ -135,13 +134,11 @@ class _Retention:
 
 def fill_the_disk(runs: Runs) -> dict:
     """Each writer once, while files cannot grow."""
-    from configs.common import base
-
     began, outcomes, details = time.monotonic(), collections.Counter(), []
     for i, name in enumerate(full_disk.WRITERS):
         home = runs.home / f"full-{i}"
         home.mkdir()
-        place = full_disk.prepare_place(home, runs.home / TEXT, runs.whole, base().to_dict())
+        place = full_disk.prepare_place(home, runs.home / TEXT, runs.whole)
         found = full_disk.outcome(name, place)
         outcomes["one line, exit code 1, nothing left" if not found else "otherwise"] += 1
         details += [f"{name}: {found}"] if found else []

@@ -32,14 +32,13 @@ WRITERS: dict[str, Callable[["Place"], None]] = {}
 class Place(NamedTuple):
     """directory: an empty one to write in. text: a file of documents. run: a run directory of one checkpoint or more.
 
-    published: the same run in Hugging Face layout. base: nested mapping of a whole config.
+    published: the same run in Hugging Face layout.
     """
 
     directory: Path
     text: Path
     run: Path
     published: Path
-    base: dict
 
 
 def _writer(name: str) -> Callable:
@@ -76,9 +75,8 @@ def full() -> Iterator[None]:
 
 
 def data_config(place: Place, **changes) -> DataConfig:
-    return DataConfig(**{"source": "text", "path": str(place.text), "name": "", "field": "text", "tokenizer": "bytes",
-                         "seq_len": 32, "packing": "wrap", "valid_fraction": 0.1, "cache_dir": str(place.directory),
-                         "workers": 1, "density": "", "density_fraction": 1.0, "mixture": ()} | changes)
+    return DataConfig(**{"source": "text", "path": str(place.text), "tokenizer": "bytes", "seq_len": 32,
+                         "valid_fraction": 0.1, "cache_dir": str(place.directory), "workers": 1} | changes)
 
 
 @_writer("prepare")
@@ -112,7 +110,7 @@ def _native(place: Place) -> None:
 
 def _convert(place: Place, source: Path, form: str) -> None:
     convert.convert(source, place.directory / "made" / "model", form=form, dtype="float32", check=0, max_shard="5GB",
-                    weights="ema", tokenizer="", length=0, allow_pickle=False, base=place.base)
+                    weights="ema", tokenizer="", length=0, allow_pickle=False)
 
 
 @_writer("weights in several files")
@@ -168,9 +166,9 @@ def _old(place: Place) -> str:
     return str(place.directory / "old")
 
 
-def prepare_place(home: Path, text: Path, run: Path, base: dict) -> Place:
+def prepare_place(home: Path, text: Path, run: Path) -> Place:
     """A place whose `directory` holds one old file; with room."""
-    place = Place(home / "full", text, run, home / "published", base)
+    place = Place(home / "full", text, run, home / "published")
     place.directory.mkdir()
     (place.directory / "old").write_text("as it was")
     if not hf.is_published(place.published):

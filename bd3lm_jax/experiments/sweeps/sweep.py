@@ -20,7 +20,7 @@ from typing import Any
 
 from bd3lm_jax.checkpoints import rundir
 from bd3lm_jax.config import Config
-from bd3lm_jax.core import renamed_keys
+from bd3lm_jax.core import migrations
 from bd3lm_jax.core.checksummed import verify_checksum
 from bd3lm_jax.core.errors import Preempted, RunError, UserError, WatchdogTimeout
 from bd3lm_jax.core.log import note, note_once, pluralize, save
@@ -148,7 +148,7 @@ class Run:
     """
 
     def __init__(self, point: Point, directory: Path):
-        first_name = run_name({renamed_keys.first_name(key): value for key, value in point.overrides.items()})
+        first_name = run_name({migrations.first_name(key): value for key, value in point.overrides.items()})
         is_there = (directory / first_name).exists()  # begun by an earlier version
         self.point, self.name = point, first_name if is_there else run_name(point.overrides)
         self.workdir = directory / self.name

@@ -83,5 +83,5 @@ def test_neutral_keys_are_passed_over(tmp_path):
 def test_gguf_is_not_written(tmp_path):
     with pytest.raises(UserError, match="x.gguf: GGUF files are read and not written: give a directory"):
         convert("anything", tmp_path / "x.gguf", form="hf", dtype="float32", check=0, max_shard="5GB", weights="ema",
-                tokenizer="", length=0, allow_pickle=False, base={})
+                tokenizer="", length=0, allow_pickle=False)
     assert not (tmp_path / "x.gguf").exists()

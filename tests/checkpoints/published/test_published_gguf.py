@@ -17,7 +17,6 @@ from bd3lm_jax.checkpoints.published.gguf import read_tokenizer
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data.chat_template import ChatTemplate
 from bd3lm_jax.evaluation.convert import convert
-from configs.common import base
 
 WORDS = ["<|endoftext|>", "a", "b", "c", "Ġ", "ab", "Ġa", "1", "2", "Ġab", "12"]
 MERGES = ["a b", "Ġ a", "Ġ ab", "1 2"]
@@ -48,7 +47,7 @@ def test_its_chat_templates_are_read_and_handed_on(tmp_path, others):
     path = written(tmp_path / "beside" / "model.gguf", "llama", change)
     (path.parent / "tokenizer_config.json").write_text('{"bos_token": "c", "chat_template": "of another model"}')
     options = {"dtype": "float32", "check": 0, "max_shard": "5GB", "weights": "ema", "tokenizer": "", "length": 0,
-               "allow_pickle": False, "base": base().to_dict()}
+               "allow_pickle": False}
     convert(path, tmp_path / "hf", form="hf", **options)
     convert(path, tmp_path / "run", form="native", **options)
     convert(tmp_path / "run", tmp_path / "back", form="hf", **options)

@@ -6,7 +6,7 @@ import pytest
 
 from bd3lm_jax.checkpoints import rundir
 from bd3lm_jax.config import Config, decisive_hash
-from bd3lm_jax.core import renamed_keys
+from bd3lm_jax.core import migrations
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.core.typed import flatten
 from bd3lm_jax.data.tokenizers import ByteTokenizer
@@ -42,7 +42,7 @@ def config_file(tmp_path):
 
 
 def with_first_names(nested: dict) -> dict:
-    return {section: {renamed_keys.first_name(f"{section}.{key}").partition(".")[2]: value
+    return {section: {migrations.first_name(f"{section}.{key}").partition(".")[2]: value
                       for key, value in values.items()} if isinstance(values, dict) else values
             for section, values in nested.items()}
 
@@ -50,7 +50,17 @@ def with_first_names(nested: dict) -> dict:
 def test_hashes_stay_what_they_were():
     config = load_config("tiny", [])
     assert config.sha256() == decisive_hash(with_first_names(config.to_dict())) == FIRST_HASH
-    assert renamed_keys.first_name("train.steps") == renamed_keys.current_name("train.steps") == "train.steps"
+
+
+def test_names():
+    assert migrations.current_name("train.batch") == "train.batch_size" != "train.batch"
+    assert migrations.first_name("train.batch_size") == "train.batch"
+    assert migrations.first_name("train.steps") == migrations.current_name("train.steps") == "train.steps"
+    for section, names in migrations.RENAMED.items():
+        assert not names.keys() & set(names.values())
+        for first, current in names.items():
+            assert migrations.current_name(f"{section}.{first}") == f"{section}.{current}"
+            assert migrations.first_name(f"{section}.{current}") == f"{section}.{first}"
 
 
 @pytest.mark.parametrize("spec", ["tiny", "tiny:algo=adversarial"])
