@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from bd3lm_jax import models, unused_keys
 from bd3lm_jax.core import migrations, plugins
@@ -51,29 +51,15 @@ SAME_AS_INIT = "init_from"  # as model.kind: the network whose weights start the
 # Sections and keys that may differ when a run goes on. More steps change a decaying learning rate from there on.
 RESUMABLE = ("mesh", "log", "checkpoint", "eval", "train.steps", "data.cache_dir", "data.workers", "compute.attention",
              "compute.layers", "compute.remat", "compute.microbatch", "compute.loss_chunk")
-NO_RUN: dict[str, Any] = dict.fromkeys(SECTIONS)  # the sections of a checkpoint that is no run's
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """A whole run. `model` and `diffusion` are the dataclasses of the registered backbone and objective.
+class LMConfig:
+    """What a language model is, also one of a published checkpoint: its network and the objective it was trained with,
+    the dataclasses of a registered backbone and objective."""
 
-    A published checkpoint knows only `model` and `diffusion`: its other sections are None (NO_RUN). Their types are
-    those of a run, which all but the facade deal with.
-    """
-
-    seed: int
     model: Any
     diffusion: Any
-    data: DataConfig
-    optim: OptimConfig
-    train: TrainConfig
-    compute: ComputeConfig
-    mesh: MeshConfig
-    log: LogConfig
-    checkpoint: CheckpointConfig
-    eval: EvalConfig
-    noise: NoiseConfig = NO_RUN["noise"]
 
     def __post_init__(self):
         check(not self.diffusion.needs_time_conditioning or is_time_conditioned(self.model),
@@ -85,10 +71,53 @@ class Config:
     def block_size(self) -> int:
         return self.diffusion.block_size
 
-    def with_vocab(self, size: int) -> "Config":
-        """The same run over `size` ids; -1: those of its tokenizer, once it is known."""
+    @property
+    def trained_block_sizes(self) -> tuple[int, ...]:
+        """Block sizes at which the model can be used."""
+        return self.diffusion.block_sizes
+
+    def with_vocab(self, size: int) -> Self:
+        """The same over `size` ids; -1: those of its tokenizer, once it is known."""
         return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab_size=size),
                                    diffusion=self.diffusion.with_vocab_size(size))
+
+    def at_block_size(self, size: int) -> Self:
+        """The same with blocks of another size; a mixed objective becomes the masked one of that size."""
+        return dataclasses.replace(self, diffusion=self.diffusion.at(size))
+
+    def at_trained_block_size(self, size: int) -> Self:
+        """As `at_block_size`. UserError unless the model was trained with that block size."""
+        allowed_sizes = self.trained_block_sizes
+        check(size in allowed_sizes, f"block_size is {size}, expected {'one of ' if len(allowed_sizes) > 1 else ''}"
+              f"{', '.join(map(str, allowed_sizes))}, what the model was trained with")
+        return self if self.trained_block_sizes == (size,) else self.at_block_size(size)
+
+    def to_dict(self) -> dict:
+        """Nested plain dict, with `kind` for the model and the objective."""
+        result = dataclasses.asdict(self)
+        for name, section in (("model", self.model), ("diffusion", self.diffusion)):
+            result[name] = {"kind": section.kind, **result[name]}
+        return result
+
+    def sha256(self) -> str:
+        """Hash of everything that decides what is learned (see RESUMABLE for what is left out)."""
+        return decisive_hash(self.to_dict())
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(LMConfig):
+    """A whole run."""
+
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    compute: ComputeConfig = ComputeConfig()
+    mesh: MeshConfig = MeshConfig()
+    log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    noise: NoiseConfig = NoiseConfig()
 
     def block_size_at(self, step: int) -> int:
         """Of the update that follows `step` updates: by the curriculum, if there is one."""
@@ -105,25 +134,9 @@ class Config:
                                                                                                  anneal_steps=0))
 
     @property
-    def trained_block_sizes(self) -> tuple[int, ...]:
-        """Block sizes at which the model can be used."""
-        return self.diffusion.block_sizes
-
-    def at_block_size(self, size: int) -> "Config":
-        """The same with blocks of another size; a mixed objective becomes the masked one of that size."""
-        return dataclasses.replace(self, diffusion=self.diffusion.at(size))
-
-    def at_trained_block_size(self, size: int) -> "Config":
-        """As `at_block_size`. UserError unless the model was trained with that block size."""
-        allowed_sizes = self.trained_block_sizes
-        check(size in allowed_sizes, f"block_size is {size}, expected {'one of ' if len(allowed_sizes) > 1 else ''}"
-              f"{', '.join(map(str, allowed_sizes))}, what the model was trained with")
-        return self if self.trained_block_sizes == (size,) else self.at_block_size(size)
-
-    @property
     def schedule(self) -> FixedNoise:
         """What chooses the training noise from the data."""
-        return noise_schedule(self.noise, self.diffusion, self.model.vocab_size) if self.noise else FixedNoise()
+        return noise_schedule(self.noise, self.diffusion, self.model.vocab_size)
 
     @property
     def execution(self) -> trunk.Execution:
@@ -135,8 +148,8 @@ class Config:
     @property
     def batch_arrays(self) -> tuple[str, ...]:
         """Names of the arrays that a batch brings beside tokens, segments and positions."""
-        from_schedule = ("density",) if self.noise and self.noise.adaptive_noise == "running_loss" else ()
-        from_data = ("prompt",) if self.data and self.data.source == "sft" else ()
+        from_schedule = ("density",) if self.noise.adaptive_noise == "running_loss" else ()
+        from_data = ("prompt",) if self.data.source == "sft" else ()
         return tuple(name for name in dict.fromkeys((*self.diffusion.extra_batch_keys, *from_data))
                      if name not in from_schedule)
 
@@ -189,14 +202,7 @@ class Config:
 
     def to_dict(self) -> dict:
         """Nested plain dict, with `kind` for the model and the objective; `from_dict` inverts it."""
-        result = dataclasses.asdict(self)
-        result["model"] = {"kind": self.model.kind, **result["model"]}
-        result["diffusion"] = {"kind": self.diffusion.kind, **result["diffusion"]}
-        return result
-
-    def sha256(self) -> str:
-        """Hash of everything that decides what is learned (see RESUMABLE for what is left out)."""
-        return decisive_hash(self.to_dict())
+        return {"seed": self.seed, **super().to_dict()}
 
     def differing_keys(self, other: "Config") -> list[str]:
         """`key: here != there` for every decisive key whose value differs and has an effect in one of them."""

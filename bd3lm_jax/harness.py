@@ -169,7 +169,7 @@ class Harness:
     def _prefix_ids(self) -> list[int]:
         """What a text without context begins with: the end token before it, unless the model puts one there itself or
         has learnt rows that all begin with a document."""
-        objective, data = self.lm.config.diffusion, self.lm.config.data
+        objective, data = self.lm.config.diffusion, self.lm.data
         known = objective.begins_with_end_token or not objective.causal and data is not None and data.packing == "pack"
         return [] if known else [self.lm.special.end]
 

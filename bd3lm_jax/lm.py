@@ -12,7 +12,7 @@ import numpy as np
 from bd3lm_jax import models
 from bd3lm_jax.checkpoints.published import ModelSpec
 from bd3lm_jax.checkpoints.published.mapping import check_bos, check_mask
-from bd3lm_jax.config import NO_RUN, Config, DataConfig
+from bd3lm_jax.config import Config, DataConfig, LMConfig
 from bd3lm_jax.core import jax_settings, plugins, stats
 from bd3lm_jax.core.errors import UserError, command_line
 from bd3lm_jax.data.tokenizers import Tokenizer
@@ -64,13 +64,13 @@ def load(path: str | Path, weights: str = "ema", dtype: str = "float32", allow_p
         found, params = hf.read_model(path, dtype=dtype, weights=weights, allow_pickle=allow_pickle)
         return published(found, params, hf.read_tokenizer(path, found), dtype, name)
     run = restore.restore(path, weights, dtype, None, step)
-    return LM(run.config, run.params, run.tokenizer, run.model, run.config.data.seq_len,
-              CheckpointId(run.step, run.meta["config_sha256"]), name=name)
+    return LM(run.config, run.params, run.tokenizer, run.model, run.data.seq_len,
+              CheckpointId(run.step, run.config_sha256), name=name)
 
 
 def published(found: ModelSpec, params: dict, tokenizer: Tokenizer | None, dtype: str, name: str = "") -> "LM":
     """The model of a published checkpoint; its tokenizer knows the mask token (`hf.with_network_mask`)."""
-    config = Config(0, found.model, found.objective, **NO_RUN)
+    config = LMConfig(found.model, found.objective)
     return LM(config, params, tokenizer, models.build(found.model, jnp.dtype(dtype)), found.length,
               mask_id=found.mask_id if tokenizer is None else None, any_length=True, name=name)
 
@@ -78,13 +78,13 @@ def published(found: ModelSpec, params: dict, tokenizer: Tokenizer | None, dtype
 class LM:
     """`config`, `params`, `tokenizer` (None if the checkpoint brings none) and what can be done with them.
 
-    context: the most tokens a row may hold (what the model was trained on). trained: None if it is no run's.
-    mask_id: -1 if there is no mask token; None for the tokenizer's, and without tokenizer the last one. any_length: it
-    was trained on rows of many lengths, as published checkpoints are; a run only knows the rows of its config. name:
-    for people, the path it was loaded from.
+    config: the network and its objective; of a run all of its Config. context: the most tokens a row may hold (what the
+    model was trained on). trained: None if it is no run's. mask_id: -1 if there is no mask token; None for the
+    tokenizer's, and without tokenizer the last one. any_length: it was trained on rows of many lengths, as published
+    checkpoints are; a run only knows the rows of its config. name: for people, the path it was loaded from.
     """
 
-    def __init__(self, config: Config, params: dict[str, Any], tokenizer: Tokenizer | None, model: Backbone,
+    def __init__(self, config: LMConfig, params: dict[str, Any], tokenizer: Tokenizer | None, model: Backbone,
                  context: int, trained: CheckpointId | None = None, mask_id: int | None = None,
                  any_length: bool = False,
                  name: str = ""):
@@ -109,12 +109,17 @@ class LM:
             mask_id, end_id = self.tokenizer.mask_id, self.tokenizer.end_id
         return SpecialIds(mask_id if self._mask_id is None else self._mask_id, end_id)
 
-    def corpus(self, path: str) -> DataConfig:
-        """What the run in `path` was trained on. UserError for a published checkpoint, which brings no corpus."""
-        if self.config.data is None:
+    @property
+    def data(self) -> DataConfig | None:
+        """What it was trained on; None for a published checkpoint, which brings no corpus."""
+        return self.config.data if isinstance(self.config, Config) else None
+
+    def run_config(self, path: str) -> Config:
+        """The config of the run in `path`. UserError for a published checkpoint, which brings no corpus."""
+        if not isinstance(self.config, Config):
             raise UserError(f"{path} is a published checkpoint, which brings no corpus: give a run directory ("
                             f"{command_line('convert')} --format=native makes one)")
-        return self.config.data
+        return self.config
 
     def at_block_size(self, size: int) -> "LM":
         """This model with blocks of `size` tokens, one of those that it was trained with (`diffusion.kind="mixed"`)."""
@@ -209,7 +214,7 @@ class LM:
             low, high = mean - margin, mean + margin
         return NLL(per_token, mean, (low, high), float(per_token.sum()))
 
-    def _for_rows(self, length: int) -> Config:
+    def _for_rows(self, length: int) -> LMConfig:
         """The config for rows of `length` tokens: a block that is longer than the row is the row, and nothing is
         padded to a context of thousands of tokens."""
         objective = self.config.diffusion

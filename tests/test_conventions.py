@@ -44,7 +44,7 @@ def evaluator(tmp_path, objective):
     config = toy_config(tmp_path, {"eval.batch_size": 4})
     object.__setattr__(config, "diffusion", objective)
     object.__setattr__(config, "model", lm.config.model)
-    return lm, Evaluator(config, lm.model, SpecialIds(MASK, END), sharding.make_mesh(config.mesh))
+    return lm, Evaluator(config, lm.model, SpecialIds(MASK, END), sharding.make_mesh(config.mesh), 4, config.execution)
 
 
 def by_hand(lm, stride, first):

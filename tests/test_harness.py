@@ -1,7 +1,6 @@
 """The methods that lm-evaluation-harness calls, on stand-ins for its requests; and the harness itself if installed."""
 
 import copy
-import dataclasses
 import functools
 import sys
 import types
@@ -12,6 +11,7 @@ from scipy.special import log_softmax
 from toy_lm import CONTEXT, make_lm, masked
 
 from bd3lm_jax import harness
+from bd3lm_jax.config import Config, DataConfig
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.likelihood import conditional
@@ -119,7 +119,7 @@ def test_rolling_bound_of_whole_blocks(make, monkeypatch):
     follows, = conditional.score(model.lm, [[END]], [ids], estimator="exact", draws=1, seed=0, greedy=False, batch=1)
     assert model.loglikelihood_rolling(asked(("abcefghijkla",))) == pytest.approx([follows.nats], rel=1e-5)
     monkeypatch.setattr(model, "lm", copy.copy(model.lm))
-    model.lm.config = dataclasses.replace(model.lm.config, data=types.SimpleNamespace(packing="pack"))
+    model.lm.config = Config(model.lm.config.model, model.lm.config.diffusion, data=DataConfig(packing="pack"))
     expected = -model.lm.nll(ids[None], estimator="exact").total
     assert model.loglikelihood_rolling(asked(("abcefghijkla",))) == pytest.approx([expected], rel=1e-5)
     assert abs(expected - follows.nats) > 1e-3

@@ -1,5 +1,6 @@
 """The trained model of a run directory or of a published checkpoint, as evaluation and generation need it."""
 
+import dataclasses
 import os
 from typing import Any, NamedTuple
 
@@ -12,11 +13,12 @@ from bd3lm_jax.checkpoints.checkpoint import Checkpoints
 from bd3lm_jax.checkpoints.checkpoint_selection import LATEST
 from bd3lm_jax.checkpoints.published import ModelSpec
 from bd3lm_jax.checkpoints.published.mapping import check_mask
-from bd3lm_jax.config import NO_RUN, ComputeConfig, Config, DataConfig, EvalConfig
+from bd3lm_jax.config import DataConfig, LMConfig
 from bd3lm_jax.core import compile_cache, jax_settings
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.models import Backbone, forward, lora
+from bd3lm_jax.models.trunk import Execution
 from bd3lm_jax.parallel import sharding
 from bd3lm_jax.scoring import parameters
 
@@ -24,12 +26,18 @@ PUBLISHED_LENGTH, PUBLISHED_BATCH = 1024, 8  # tokens a row at most, and rows a 
 
 
 class RestoredModel(NamedTuple):
-    config: Config
+    """A model with what evaluation takes from its run: its corpus and how that becomes rows (data), rows a pass, how
+    passes are computed."""
+
+    config: LMConfig
+    data: DataConfig
     tokenizer: Tokenizer
     model: Backbone
     params: Any
-    meta: dict
+    config_sha256: str
     step: int
+    batch_size: int
+    execution: Execution
 
 
 def restore(workdir: str | os.PathLike, weights: str, dtype: str | None, mesh: Mesh | None,
@@ -52,7 +60,8 @@ def restore(workdir: str | os.PathLike, weights: str, dtype: str | None, mesh: M
     with Checkpoints(workdir, 1, read_only=True) as checkpoints:
         params, meta, found = checkpoints.restore_params(weights, abstract, step)
     rundir.check_tokenizer(tokenizer, meta["tokenizer"], f"the checkpoint in {workdir}")
-    return RestoredModel(config, tokenizer, model, lora.merge_lora_jitted(params, config.train), meta, found)
+    return RestoredModel(config, config.data, tokenizer, model, lora.merge_lora_jitted(params, config.train),
+                         meta["config_sha256"], found, config.eval.batch_size, config.execution)
 
 
 def refuse_step(path: str | os.PathLike, step: int | str) -> None:
@@ -62,7 +71,7 @@ def refuse_step(path: str | os.PathLike, step: int | str) -> None:
 
 
 def restore_published(path: str | os.PathLike, weights: str, mesh: Mesh, length: int) -> RestoredModel:
-    """A published checkpoint as if it were a run of step 0 without a corpus of its own.
+    """A published checkpoint, at step 0. It brings no corpus of its own: `data` only says how texts become rows.
 
     length: tokens a row, 0 for its context or PUBLISHED_LENGTH, if that is less. A model with one block a row has
     blocks of that length. Raises UserError as `hf.read_model`, without a tokenizer or the mask token that the objective
@@ -70,13 +79,13 @@ def restore_published(path: str | os.PathLike, weights: str, mesh: Mesh, length:
     """
     dtype = forward.compute_dtype("auto")
     found, params = hf.read_model(path, dtype="float32", weights=weights, mesh=mesh)
-    config, tokenizer = published_config(path, found, length)
-    return RestoredModel(config, tokenizer, models.build(found.model, dtype), params,
-                         {"config_sha256": config.sha256()}, 0)
+    config, data, tokenizer = published_config(path, found, length)
+    return RestoredModel(config, data, tokenizer, models.build(found.model, dtype), params, config.sha256(), 0,
+                         PUBLISHED_BATCH, dataclasses.replace(forward.DEFAULT_EXECUTION, one_document=True))
 
 
-def published_config(path: str | os.PathLike, found: ModelSpec, length: int) -> tuple[Config, Tokenizer]:
-    """Config and tokenizer of `restore_published`, of what `hf.describe` found in a published checkpoint."""
+def published_config(path: str | os.PathLike, found: ModelSpec, length: int) -> tuple[LMConfig, DataConfig, Tokenizer]:
+    """Config, rows and tokenizer of `restore_published`, of what `hf.from_hf_config` finds."""
     tokenizer = hf.read_tokenizer(path, found)
     if tokenizer is None:
         raise UserError(f"{path} brings no tokenizer, which texts need: put its tokenizer.json there")
@@ -84,16 +93,9 @@ def published_config(path: str | os.PathLike, found: ModelSpec, length: int) -> 
     length = length or min(found.length, PUBLISHED_LENGTH)
     if length > found.length:
         raise UserError(f"--length={length} is more than the {found.length} tokens that {path} was trained on")
-    config = Config(0, found.model, found.objective, **NO_RUN | {
-        "data": DataConfig(source="austen", path="", name="", field="text", tokenizer="", seq_len=length,
-                           packing="wrap", valid_fraction=0.01, cache_dir="", workers=1, density="",
-                           density_fraction=1.0, mixture=()),
-        "compute": ComputeConfig(dtype="auto", attention="auto", layers="scan", remat="none", microbatch=0,
-                                 loss_chunk=0),
-        "eval": EvalConfig(every=1, rows=0, batch_size=PUBLISHED_BATCH, mc_samples=1, report_rows=0, num_samples=0,
-                           sample_length=0)})
+    config = LMConfig(found.model, found.objective)
     if config.block_size >= found.length:  # one block a row
         config = config.at_block_size(length)
     if length % config.block_size:
         raise UserError(f"--length={length} is no multiple of the block size of {path}, {config.block_size}")
-    return config, tokenizer
+    return config, DataConfig(tokenizer="", seq_len=length), tokenizer

@@ -126,36 +126,36 @@ def convention_for(configs: Iterable[Any], *, context_mode: str, stride: int, fi
     return ScoringConvention(context_mode, stride, first_token or ("predict" if all_predict else "skip"), end_token)
 
 
-def open_text(config: Any, tokenizer: Tokenizer, *, data: str, split: str, data_dir: str,
+def open_text(own: DataConfig, block_size: int, tokenizer: Tokenizer, *, data: str, split: str, data_dir: str,
               convention: ScoringConvention) -> Text:
-    """A text as rows for the model of a Config, tokenised and laid out as in its training.
+    """A text as rows for a model, tokenised and laid out as in its training.
 
-    data: OWN for the run's own corpus, a source of its mixture as it is written there, a name in DOMAINS, a .txt or
-    .jsonl file (all of it, whatever the split) or a directory of them. split: of the run's own corpus, of its sources,
-    of austen and of directories. data_dir: where the files of domains are, NAME.txt or NAME.jsonl (also .xz, .gz); ""
-    for none.
+    own: the model's own corpus, and how its rows are laid out. data: OWN for that corpus, a source of its mixture as it
+    is written there, a name in DOMAINS, a .txt or .jsonl file (all of it, whatever the split) or a directory of them.
+    split: of the own corpus, of its sources, of austen and of directories. data_dir: where the files of domains are,
+    NAME.txt or NAME.jsonl (also .xz, .gz); "" for none.
 
     Raises UserError for a text that is empty, shorter than a block or foreign to the tokenizer, Missing (which is one)
     for a known domain that is not there.
     """
-    stride = convention.stride_for(config.data.seq_len, config.block_size)
-    found = _find(config.data, data, split, data_dir)
+    stride = convention.stride_for(own.seq_len, block_size)
+    found = _find(own, data, split, data_dir)
     corpus = _plain(found.corpus, found.style)
     name = data or found.source
     check_overlap(corpus.documents(), tokenizer, name)
     is_sliding = convention.context_mode == "sliding"
-    section = dataclasses.replace(config.data, packing="wrap") if is_sliding else config.data
-    rows = prepare_corpus(corpus, found.source, found.split, section, config.block_size, tokenizer)
-    if rows.meta["tokens"] < config.block_size:
+    section = dataclasses.replace(own, packing="wrap") if is_sliding else own
+    rows = prepare_corpus(corpus, found.source, found.split, section, block_size, tokenizer)
+    if rows.meta["tokens"] < block_size:
         raise UserError(f"the {found.split} split of '{name}' holds {rows.meta['tokens']} tokens, fewer than one block "
-                        f"of {config.block_size}: give more text")
+                        f"of {block_size}: give more text")
     words_D = None
     if found.word_ppl:
         end = convention.end_token == "count"
         words_D = np.array([len(document.split()) + end for document in _not_blank(found.corpus, found.style)],
                            np.float64)
     rows = RowsWithBytes(rows, tokenizer, _bytes_of(corpus))
-    rows = rows_to_score(rows, convention, within_documents=config.data.packing != "wrap", block_size=config.block_size,
+    rows = rows_to_score(rows, convention, within_documents=own.packing != "wrap", block_size=block_size,
                          end_id=tokenizer.end_id)
     changed = count_lossy_documents(corpus.documents(), tokenizer)
     warn_if_lossy(changed, rows.meta["documents"], name)

@@ -113,9 +113,9 @@ class Rows:
         return result.reshape(num, self.length)
 
 
-def cache_directory(data: DataConfig) -> Path:
-    """`data.cache_dir`, else `paths.default_cache`; created if missing."""
-    path = Path(paths.local(data.cache_dir)) if data.cache_dir else paths.default_cache()
+def cache_directory(cache_dir: str) -> Path:
+    """`data.cache_dir`, or for "" `paths.default_cache`; created if missing."""
+    path = Path(paths.local(cache_dir)) if cache_dir else paths.default_cache()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -133,7 +133,8 @@ def prepare_tokenizer(data: DataConfig) -> Tokenizer:
     if not data.tokenizer.startswith("bpe:"):
         return get_tokenizer(data.tokenizer, tuple)
     corpus = corpora.open_corpus(data, "train")
-    path = cache_directory(data) / f"tokenizer-{manifest.digest([FORMAT, data.tokenizer, corpus.fingerprint()])}.json"
+    identity = manifest.digest([FORMAT, data.tokenizer, corpus.fingerprint()])
+    path = cache_directory(data.cache_dir) / f"tokenizer-{identity}.json"
     if _is_sealed(path):
         return load_tokenizer(path)
     with _disk_errors(path.parent), lock.hold_waiting(workspace.lock_file(path), "trains the same tokenizer"):
@@ -199,7 +200,7 @@ def prepare_corpus(corpus: Corpus, source: str, split: str, data: DataConfig, bl
                 "block_size": block_size if data.packing == "pack" else 0}
     if density is not None:
         identity["density"] = density.identity
-    path = cache_directory(data) / f"{source}-{split}-{manifest.digest(identity)}"
+    path = cache_directory(data.cache_dir) / f"{source}-{split}-{manifest.digest(identity)}"
     while (damage := _damage(path, identity)) is not None:
         with _disk_errors(path.parent), workspace.directory(path, "prepares the same rows") as work:
             if path.exists() and (damage == ABSENT or not _discard_damaged(path, identity, work)):

@@ -30,7 +30,7 @@ def curve(workdir: str, *, split: str = "test", estimator: EstimatorOptions = Es
     if len(sizes) < 2:
         raise UserError(f"{workdir} was trained with blocks of {min(sizes)} tokens only: a curve needs a model of "
                         "diffusion.kind='mixed'")
-    corpus = lm.corpus(workdir)
+    corpus = lm.run_config(workdir).data
     assert lm.tokenizer is not None  # what has a corpus is a run, which brings its tokenizer
     text, rows = RowsWithBytes(prepare(corpus, split, lm.config.block_size, lm.tokenizer), lm.tokenizer), []
     for size in sizes:

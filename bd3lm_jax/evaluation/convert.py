@@ -105,12 +105,13 @@ def _described(model: LM) -> ModelSpec:
 def _origin(model: LM, run: Path, weights: str) -> Origin:
     """What the card says of a run. The figures of its report are those of the last step and of the average if one was
     kept: of other weights none were measured."""
+    config = model.run_config(str(run))
     assert model.trained is not None  # it is a run's
-    found, step, train = report.read(run) or {}, model.trained.step, model.config.train
-    measured = found.get("step") == step and (weights == "ema" or not model.config.optim.ema_decay)
+    found, step, train = report.read(run) or {}, model.trained.step, config.train
+    measured = found.get("step") == step and (weights == "ema" or not config.optim.ema_decay)
     results = {split: figures for split, figures in found.items() if split in SPLITS} if measured else {}
     base = base_name(train.init_from) if train.init_from else ""
-    return Origin(run.name, model.config.data, step, results, base, train.lora_rank)
+    return Origin(run.name, config.data, step, results, base, train.lora_rank)
 
 
 def _write_published(model: LM, source: Path, target: Path, dtype: str, max_shard: int, origin: Origin) -> dict:

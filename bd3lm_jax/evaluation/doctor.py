@@ -81,10 +81,9 @@ def _devices() -> str:
 
 
 def _cache_directory() -> str:
-    from bd3lm_jax.config import DataConfig
     from bd3lm_jax.data.prepare import cache_directory
 
-    path = cache_directory(DataConfig())
+    path = cache_directory("")
     with tempfile.TemporaryFile(dir=path):
         return f"{path} can be written"
 

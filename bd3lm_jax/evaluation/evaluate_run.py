@@ -34,7 +34,7 @@ def evaluate_run(workdir: str, *, text: TextOptions = TextOptions(), estimator: 
     newest = dataclasses.replace(model, block_size=0, step="latest")
     other = open_run(paths[baseline], newest)._replace(workdir=baseline) if baseline else None
     convention = text.convention_for([side.config for side in (run, other) if side is not None])
-    scored = text.open(run.config, run.tokenizer, convention)
+    scored = text.open(run.data, run.config.block_size, run.tokenizer, convention)
     measured = run.evaluator.measure(run.params, scored.rows, estimator)
     result = {**scored.describe(measured), "step": run.step, "config_sha256": run.config_sha256}
     show(workdir, f"{scored.name}, {scored.split}", result, measured.nll_by_count)

@@ -54,7 +54,7 @@ def compare(workdirs: Sequence[str], *, split: str, scorer: str, texts: int, dra
     for workdir, title in zip(workdirs, run_titles(configs)):
         began = time.perf_counter()
         run = open_run(workdir)
-        text = options.open(run.config, run.tokenizer, convention)
+        text = options.open(run.data, run.config.block_size, run.tokenizer, convention)
         row = {"name": Path(workdir).name, "title": title, "workdir": str(workdir), "kind": run.config.diffusion.kind,
                "block_size": run.config.block_size, "step": run.step, "params": _size(run.params),
                "first_token": convention.first_token}
@@ -122,7 +122,7 @@ def _texts(run, scorer_model: Scorer | None, texts: int, seed: int) -> dict[str,
                                          "no_texts"))
     if scorer_model is None:
         return row
-    lm = LM(run.config, run.params, run.tokenizer, run.evaluator.model, run.config.data.seq_len)
+    lm = LM(run.config, run.params, run.tokenizer, run.evaluator.model, run.data.seq_len)
     try:
         samples = generate_texts(lm, {}, texts, lm.context, lm.context, seed)
     except UserError as error:

@@ -155,7 +155,7 @@ def _real_texts(tokens: Any, reference: str, split: str) -> tuple[list[str] | No
         if not documents:
             raise UserError(f"--reference={reference} holds no text that is not blank")
         return documents, reference
-    data = tokens.lm.config.data
+    data = tokens.lm.data
     if data is None:
         log.note("no real text beside the samples: the scorer brings no corpus; use --reference=FILE")
         return None, None

@@ -53,7 +53,7 @@ class Scorer:
             raise UserError(f"a stride of {self.stride} tokens does not go with the scorer's window of {self.window}: "
                             f"expected 1 to {self.window - self.first}")
         self.separator = (lm.special.end,)
-        self._lines = getattr(lm.config.data, "source", "") in LINES
+        self._lines = lm.data is not None and lm.data.source in LINES
 
     def encode(self, text: str) -> np.ndarray:
         """int32 [n]. Where the scorer's corpus has a document a line, a newline is the end token."""

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 from bd3lm_jax.checkpoints import hf, rundir
 from bd3lm_jax.checkpoints.restore import published_config
+from bd3lm_jax.config import DataConfig, LMConfig
 from bd3lm_jax.core import jax_settings, log, plots
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.core.stats import format_interval
 from bd3lm_jax.data.domains import DOMAINS, OWN, MissingText, Text
+from bd3lm_jax.data.tokenizers import Tokenizer
 from bd3lm_jax.likelihood import compare
 from bd3lm_jax.likelihood.evaluate import LikelihoodResult, LoadedRun, open_run
 from bd3lm_jax.likelihood.options import EstimatorOptions, ModelOptions, TextOptions
@@ -53,19 +55,19 @@ def evaluate_suite(workdirs: Sequence[str], *, text: TextOptions = TextOptions()
     if length and len(own) == len(paths):
         raise UserError(f"--length={length} is for published checkpoints: runs have the length they were trained with")
     runs = [
-        rundir.read(path) if path in own else published_config(path, hf.from_hf_config(path), length) for path in paths
+        _own_rows(path) if path in own else published_config(path, hf.from_hf_config(path), length) for path in paths
     ]
-    convention = text.convention_for([config for config, _ in runs])
+    convention = text.convention_for([config for config, *_ in runs])
     skipped, texts = {}, {}
-    for workdir, (config, tokenizer) in zip(workdirs, runs):
+    for workdir, (config, data, tokenizer) in zip(workdirs, runs):
         for name in _names(runs, len(own)):
             try:
-                opened = dataclasses.replace(text, data=name).open(config, tokenizer, convention)
+                opened = dataclasses.replace(text, data=name).open(data, config.block_size, tokenizer, convention)
                 texts.setdefault(workdir, []).append(opened)
             except UserError as error:
                 if name != OWN and not isinstance(error, MissingText):
                     raise
-                skipped[name or config.data.source] = str(error)
+                skipped[name or data.source] = str(error)
     for name, reason in skipped.items():
         log.note(f"skipped {name}: {reason}")
     if not texts:
@@ -82,9 +84,14 @@ def evaluate_suite(workdirs: Sequence[str], *, text: TextOptions = TextOptions()
     return {"domains": results, "skipped": skipped, "plot": str(plot), "wall_s": time.perf_counter() - began}
 
 
+def _own_rows(path: str) -> tuple[LMConfig, DataConfig, Tokenizer]:
+    config, tokenizer = rundir.read(path)
+    return config, config.data, tokenizer
+
+
 def _names(runs, own_corpora: int) -> list[str]:
     """The run's own corpus, unless there are several models, or it has none or one of the domains; then the domains."""
-    own = [] if len(runs) > 1 or not own_corpora or runs[0][0].data.source in DOMAINS else [OWN]
+    own = [] if len(runs) > 1 or not own_corpora or runs[0][1].source in DOMAINS else [OWN]
     return [*own, *DOMAINS]
 
 

@@ -65,7 +65,7 @@ def tune_sampling(workdir: str, *, scorer: str, rounds: int, texts: int) -> dict
     lm = load(workdir)
     if lm.tokenizer is None:
         raise UserError(f"{workdir} has no tokenizer and no data: the settings of a run directory can be measured")
-    corpus = lm.corpus(workdir)
+    corpus = lm.run_config(workdir).data
     assert lm.trained is not None  # what has a corpus is a run
     if not os.access(workdir, os.W_OK):
         raise UserError(f"cannot write in {workdir}, where {FILE} goes: use a copy of the run directory")

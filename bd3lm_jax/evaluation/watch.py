@@ -153,7 +153,8 @@ class _RunFollower:
             self._sha256, block_size = config.sha256(), self._model.block_size
             config = config.at_trained_block_size(block_size) if block_size else config
             estimators.make(self._estimator.estimator or default_estimator(config), config)
-            self._text = self._text_options.open(config, tokenizer, self._text_options.convention_for([config]))
+            self._text = self._text_options.open(config.data, config.block_size, tokenizer,
+                                                 self._text_options.convention_for([config]))
             self.lines = [line for line in log.read_lines(self._workdir / FILE, _is_evaluation)
                           if line["asked"] == self._record and line["config_sha256"] == self._sha256]
             self._done_steps = {line["step"] for line in self.lines}

@@ -48,14 +48,13 @@ def study(workdirs: list[str], *, split: str, batch: int, draws: int, seed: int)
         raise UserError(f"batch is {batch} and draws {draws}, expected an even batch of at least 2 and 2 draws")
     runs = {workdir: load(workdir) for workdir in workdirs}
     _check(runs)
-    for workdir, lm in runs.items():
-        lm.corpus(workdir)  # raises where there is none
-    tags = _tags([lm.config for lm in runs.values()])
-    first = next(iter(runs.values()))
-    measure, rows = jax.jit(make_measure(first)), []
+    configs = {workdir: lm.run_config(workdir) for workdir, lm in runs.items()}
+    tags = _tags(list(configs.values()))
+    first_dir, first = next(iter(runs.items()))
+    measure, rows = jax.jit(make_measure(first, configs[first_dir])), []
     for workdir, lm in runs.items():
         log.note(f"{workdir}: scoring")
-        row = {"run": workdir, "masks": describe(lm.config), "block_size": lm.config.block_size,
+        row = {"run": workdir, "masks": describe(configs[workdir]), "block_size": lm.config.block_size,
                "bounds": _bounds(workdir, tags, split, draws=1, seed=seed)}
         rows.append(row | _noise(lm, first, measure, split, batch, draws, seed) | _norms(workdir))
     _show(rows, f"{split}, tagged by {tags}")
@@ -68,7 +67,7 @@ def _check(runs: dict[str, LM]) -> None:
         if not lm.config.diffusion.uses_mask_token or trunk.is_time_conditioned(lm.config.model):
             raise UserError(f"{workdir} predicts no masked tokens without a noise level: give masked models with "
                             "model.time_conditioning=False")
-        if "density" in lm.config.diffusion.extra_batch_keys and not lm.corpus(workdir).density:
+        if "density" in lm.config.diffusion.extra_batch_keys and not lm.run_config(workdir).data.density:
             raise UserError(f"{workdir} learnt its densities (noise.adaptive_noise='running_loss'), which are not "
                             "measured here: give runs with data.density")
         if _comparable(lm) != _comparable(first):
@@ -144,7 +143,7 @@ class TaggedRows:
 
 def _bounds(workdir: str, tags: str, split: str, draws: int, seed: int) -> dict[str, dict]:
     run = open_run(workdir)
-    data = dataclasses.replace(run.config.data, density=tags, density_fraction=1.0)
+    data = dataclasses.replace(run.data, density=tags, density_fraction=1.0)
     parts = DOMAINS.get(data.source, (data.source,)) if tags in BY_TEXT else (data.source,)
     found = {}
     for source in parts:
@@ -157,9 +156,9 @@ def _bounds(workdir: str, tags: str, split: str, draws: int, seed: int) -> dict[
 
 def _noise(lm: LM, first: LM, measure, split: str, batch: int, draws: int, seed: int) -> dict[str, float]:
     """Lengths of masked runs, and the variance of the gradient."""
-    config, objective = lm.config, lm.config.diffusion
-    assert lm.tokenizer is not None  # of a run
-    loader = Loader(prepare(config.data, split, config.block_size, lm.tokenizer), batch, seed, None)
+    objective = lm.config.diffusion
+    assert lm.tokenizer is not None and lm.data is not None  # of a run
+    loader = Loader(prepare(lm.data, split, lm.config.block_size, lm.tokenizer), batch, seed, None)
     noise_samples = objective.noise_sample_multiple
     draw = jax.jit(objective.corrupt, static_argnums=(3, 4, 5))
     lengths, gradients, losses = [], [], []

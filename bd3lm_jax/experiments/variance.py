@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import stdtrit
 
+from bd3lm_jax.config import Config
 from bd3lm_jax.core import jax_settings, log
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data.loader import Loader
@@ -65,11 +66,11 @@ def study(workdir: str, *, split: str, batch: int, draws: int, seed: int) -> lis
 
     lm = load(workdir)
     _check(lm, workdir, batch, draws)
-    size, corpus = lm.config.block_size, lm.corpus(workdir)
+    size, config = lm.config.block_size, lm.run_config(workdir)
     assert lm.tokenizer is not None  # of a run
-    loader = Loader(prepare(corpus, split, size, lm.tokenizer), batch, seed, None)
+    loader = Loader(prepare(config.data, split, size, lm.tokenizer), batch, seed, None)
     batches = [loader.get(step)[1] for step in range(draws)]
-    measure = jax.jit(make_measure(lm))
+    measure = jax.jit(make_measure(lm, config))
     uniform = Masked.uniform_counts(size)
     objectives = {**{name: bernoulli_objective(name, size) for name in BERNOULLI}, UNIFORM: uniform}
     best = _best_counts(uniform, lm, measure, batches, seed + 1)
@@ -139,18 +140,17 @@ def _truncated(prob_T, size, low, high):
     return np.stack([(counts_TxU == k).mean(1) for k in range(1, size + 1)], axis=1)
 
 
-def make_measure(lm: LM):
+def make_measure(lm: LM, config: Config):
     """`f(params, noised, rows)` -> cross-entropies `[B, 1, L]` (0 where nothing is masked), and |g1 - g2|^2 / 2.
 
     g1 and g2 are the gradients of the mean loss of each half of the rows.
     """
-    execution = lm.config.execution
 
     def half(params, noised, rows):
         def loss(params, weight_BxMxL):
-            scored = score(lm.model, params, lm.config.diffusion, noised.replace(weight_BxMxL=weight_BxMxL),
-                           rows, execution, lm.special.end)
-            return total_loss(lm.model, params, scored, lm.special.mask, lm.config.compute.loss_chunk)
+            scored = score(lm.model, params, config.diffusion, noised.replace(weight_BxMxL=weight_BxMxL),
+                           rows, config.execution, lm.special.end)
+            return total_loss(lm.model, params, scored, lm.special.mask, config.compute.loss_chunk)
         grads, losses = jax.grad(loss, argnums=(0, 1))(params, noised.weight_BxMxL)
         tokens = jnp.sum(rows["segments"] != 0)
         return jax.tree.map(lambda g: g / tokens, grads), jnp.where(noised.weight_BxMxL > 0, losses, 0)
@@ -170,7 +170,7 @@ def _draws(objective: Masked, lm: LM, measure, batches: list[dict], seed: int):
     for step, rows in enumerate(batches):
         key = jax.random.fold_in(jax_settings.key(seed), step)
         noised = draw(key, rows["tokens"], rows["segments"], 1, lm.special.mask, lm.special.end)
-        noised = noised.replace(capacity=lm.config.data.seq_len)  # one program for all schedules
+        noised = noised.replace(capacity=lm.context)  # one program for all schedules
         losses, gradient = measure(lm.params, noised, rows)
         yield noised, rows, losses, gradient
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bd3lm_jax.config import Config
+from bd3lm_jax.config import LMConfig
 from bd3lm_jax.core import log, stats
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.core.stats import Estimates, format_interval, format_number
@@ -36,8 +36,8 @@ def against(run: LoadedRun, text: Text, candidate: LikelihoodResult, other: Load
     Monte-Carlo error (None where the pairing leaves no error at all).
     """
     config = other.config
-    same_corpus = dataclasses.replace(run.config.data, seq_len=config.data.seq_len, packing=config.data.packing)
-    other_text = options.open(dataclasses.replace(config, data=same_corpus), other.tokenizer, text.convention)
+    same_corpus = dataclasses.replace(run.data, seq_len=other.data.seq_len, packing=other.data.packing)
+    other_text = options.open(same_corpus, config.block_size, other.tokenizer, text.convention)
     other_rows = other_text.rows
     estimator = _counterpart(candidate.estimator, config)
     same_rows = other_rows.meta["hash"] == text.rows.meta["hash"]
@@ -88,7 +88,7 @@ def as_result(found: stats.Interval, comparable: bool) -> dict[str, Any]:
             "p_value": found.p_value, **missing}
 
 
-def _counterpart(estimator: Any, config: Config) -> Any:
+def _counterpart(estimator: Any, config: LMConfig) -> Any:
     """The same estimator for the other model: `estimator` itself where its masks fit (also with a law of counts that it
     has learnt), else one of its own, or the best one."""
     try:

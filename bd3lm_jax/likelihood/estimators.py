@@ -38,7 +38,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bd3lm_jax.config import Config
+from bd3lm_jax.config import LMConfig
 from bd3lm_jax.core.errors import UserError, command_line, lookup
 from bd3lm_jax.diffusion.masked import Masked, Uniforms
 from bd3lm_jax.diffusion.noised import Noised
@@ -236,21 +236,21 @@ def lattice(key, index, number: int, blocks: int) -> jax.Array:
     return ((start_K + jnp.asarray(index)[..., None] * blocks * steps) % total + 0.5) / total
 
 
-def is_exact(config: Config) -> bool:
+def is_exact(config: LMConfig) -> bool:
     """Whether one pass gives the likelihood itself: AR, and blocks of one token without a noise level as input."""
     objective = config.diffusion
     return objective.exact_likelihood or (objective.uses_mask_token and config.block_size == 1 and
                                 not trunk.is_time_conditioned(config.model))
 
 
-def default_estimator(config: Config) -> str:
+def default_estimator(config: LMConfig) -> str:
     """"nll" where the likelihood is exact, "exact_count" for networks that predict masked tokens, else "native"."""
     if is_exact(config):
         return "nll"
     return "exact_count" if config.diffusion.uses_mask_token else "native"
 
 
-def make(name: str, config: Config):
+def make(name: str, config: LMConfig):
     """The estimator of that name for a model; where one pass is exact, all but "bernoulli" are that pass.
 
     Raises UserError for an unknown name, and for a model that the estimator is not meant for.
@@ -267,21 +267,21 @@ def make(name: str, config: Config):
 
 
 def _counts(name: str, kind: type):
-    def build(config: Config):
+    def build(config: LMConfig):
         if is_exact(config):
             return _nll(config)
         return kind(name, dataclasses.replace(Masked.uniform_counts(config.block_size), complement=True))
     return build
 
 
-def _bernoulli(config: Config) -> MonteCarlo:
+def _bernoulli(config: LMConfig) -> MonteCarlo:
     if not config.diffusion.uses_mask_token:
         raise UserError("estimator 'bernoulli' masks tokens, which an autoregressive model does not: use nll")
     return MonteCarlo("bernoulli", dataclasses.replace(Masked.uniform_counts(config.block_size), corruption="bernoulli",
                                                        eps=EPS))
 
 
-def _exact(config: Config):
+def _exact(config: LMConfig):
     if is_exact(config):
         return _nll(config)
     if trunk.is_time_conditioned(config.model):
@@ -293,14 +293,14 @@ def _exact(config: Config):
     return Exhaustive(config.block_size)
 
 
-def _nll(config: Config) -> SinglePass:
+def _nll(config: LMConfig) -> SinglePass:
     if not is_exact(config):
         raise UserError(f"estimator 'nll' is exact only for AR and for block size 1 without time conditioning, this "
                         f"model has block size {config.block_size}: use exact_count")
     return SinglePass(config.diffusion if config.diffusion.exact_likelihood else Masked.uniform_counts(1))
 
 
-def _native(config: Config):
+def _native(config: LMConfig):
     objective = config.diffusion
     if objective.exact_likelihood:
         return _nll(config)

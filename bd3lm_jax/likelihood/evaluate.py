@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from bd3lm_jax.checkpoints.hf import is_published, local
 from bd3lm_jax.checkpoints.restore import refuse_step, restore, restore_published
-from bd3lm_jax.config import Config, MeshConfig
+from bd3lm_jax.config import DataConfig, LMConfig, MeshConfig
 from bd3lm_jax.core import jax_settings, log, stats
 from bd3lm_jax.core.errors import RunError, UserError
 from bd3lm_jax.core.stats import ppl_of
@@ -86,7 +86,8 @@ class LoadedRun(NamedTuple):
     """A run that is ready to be measured."""
 
     workdir: str
-    config: Config
+    config: LMConfig
+    data: DataConfig
     tokenizer: Any
     params: Any
     evaluator: "Evaluator"
@@ -103,10 +104,9 @@ def open_run(workdir: str, options: ModelOptions = ModelOptions()) -> LoadedRun:
     else:
         run = restore(path, options.weights, None, mesh, options.step)
     config = run.config.at_trained_block_size(options.block_size) if options.block_size else run.config
-    batch_size = options.batch_size or config.eval.batch_size
-    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=batch_size))
-    evaluator = Evaluator(config, run.model, SpecialIds(run.tokenizer.mask_id, run.tokenizer.end_id), mesh)
-    return LoadedRun(workdir, config, run.tokenizer, run.params, evaluator, run.step, run.meta["config_sha256"])
+    evaluator = Evaluator(config, run.model, SpecialIds(run.tokenizer.mask_id, run.tokenizer.end_id), mesh,
+                          options.batch_size or run.batch_size, run.execution)
+    return LoadedRun(workdir, config, run.data, run.tokenizer, run.params, evaluator, run.step, run.config_sha256)
 
 
 class _Round(NamedTuple):
@@ -121,13 +121,17 @@ class _Round(NamedTuple):
 
 
 class Evaluator:
-    """Likelihood of prepared rows under one model; compiles once for each estimator and number of draws."""
+    """Likelihood of prepared rows under one model; compiles once for each estimator and number of draws.
 
-    def __init__(self, config: Config, model: Backbone, special: SpecialIds, mesh):
+    batch_size: rows a pass, rounded up to a multiple of the devices.
+    """
+
+    def __init__(self, config: LMConfig, model: Backbone, special: SpecialIds, mesh, batch_size: int,
+                 execution: Execution):
         self.config, self.model, self.special, self.mesh = config, model, special, mesh
-        self.execution = dataclasses.replace(config.execution, remat="none")
+        self.execution = dataclasses.replace(execution, remat="none")
         devices = sharding.num_row_shards(mesh)
-        self.batch = -(-config.eval.batch_size // devices) * devices
+        self.batch = -(-batch_size // devices) * devices
         self.sharding = batch_sharding(mesh)
         self._programs = {}
         self.alive: Callable[[], object] = lambda: None  # called after every batch

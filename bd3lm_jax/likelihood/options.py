@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from bd3lm_jax.core.schema import DataConfig
 from bd3lm_jax.data import domains
 from bd3lm_jax.data.domains import Text
 from bd3lm_jax.data.tokenizers import Tokenizer
@@ -41,9 +42,9 @@ class TextOptions:
         return domains.convention_for(configs, context_mode=self.context_mode, stride=self.stride,
                                       first_token=self.first_token, end_token=self.end_token)
 
-    def open(self, config: Any, tokenizer: Tokenizer, convention: ScoringConvention) -> Text:
-        """The text as rows for the model of a Config (`domains.open_text`)."""
-        return domains.open_text(config, tokenizer, data=self.data, split=self.split, data_dir=self.data_dir,
+    def open(self, own: DataConfig, block_size: int, tokenizer: Tokenizer, convention: ScoringConvention) -> Text:
+        """The text as rows for a model (`domains.open_text`)."""
+        return domains.open_text(own, block_size, tokenizer, data=self.data, split=self.split, data_dir=self.data_dir,
                                  convention=convention)
 
 

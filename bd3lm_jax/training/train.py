@@ -103,7 +103,8 @@ def _train(run: Run, stop: distributed.Stop, profile: bool, stuck_after: float) 
         stored = distributed.broadcast_from_process0(report.read_finished_report(run)) if start == steps else None
         if stored:
             return stored.get("valid", {}), None
-        evaluator = Evaluator(config, program.model, program.special, program.mesh)
+        evaluator = Evaluator(config, program.model, program.special, program.mesh, config.eval.batch_size,
+                              config.execution)
         evaluator.alive = lambda: (watchdog.done(), stop.alive())
         validator, selector = Validator(run, evaluator), NoiseSelector(config, program.model, program.special,
                                                                        program.mesh)

@@ -78,7 +78,7 @@ def test_a_mask_token_is_never_invented(tmp_path, capsys):
     (directory / "config.json").write_text(json.dumps(config | {"mask_token_id": None}))
     write_words(tmp_path / "text.txt", 4)
     lm = bd3lm_jax.load(directory)
-    assert (lm.special.mask, lm.special.end) == (-1, 56) and lm.logits([[1, 2]]).shape == (1, 2, 59)
+    assert lm.data is None and (lm.special.mask, lm.special.end) == (-1, 56) and lm.logits([[1, 2]]).shape == (1, 2, 59)
     with pytest.raises(UserError, match="this model fills in masked tokens, and neither its config.json"):
         lm.nll([[1, 2]])
     for argv in (["eval", f"--workdir={directory}", f"--data={tmp_path / 'text.txt'}"],

@@ -108,7 +108,7 @@ def test_without_a_home_that_can_be_written_the_cache_is_a_private_temporary_dir
     monkeypatch.delenv("HOME", raising=False)
     if home is not None:
         monkeypatch.setenv("HOME", home)
-    found = cache_directory(toy_config(tmp_path, {"data.cache_dir": ""}).data)
+    found = cache_directory("")
     assert found == tmp_path / f"bd3lm_jax-{os.getuid()}" and found.stat().st_mode & 0o777 == 0o700
     found.chmod(0o777)
     with pytest.raises(UserError, match="is not a private directory of yours"):

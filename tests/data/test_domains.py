@@ -25,8 +25,8 @@ def opened(tmp_path, monkeypatch):
 
     def get(data, split="valid", data_dir="", convention=PLAIN, changes=None):
         config = toy_config(tmp_path, changes)
-        return open_text(config, prepare_tokenizer(config.data), data=data, split=split, data_dir=data_dir,
-                         convention=convention)
+        return open_text(config.data, config.block_size, prepare_tokenizer(config.data), data=data, split=split,
+                         data_dir=data_dir, convention=convention)
 
     return get
 

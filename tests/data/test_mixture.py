@@ -160,8 +160,8 @@ def test_validation_is_over_all_and_over_each(mixed_config):
     config = SimpleNamespace(data=data, block_size=BLOCK, diffusion=SimpleNamespace(causal=False))
     convention = SimpleNamespace(context_mode="independent", stride=0, first_token="predict", end_token="count",
                                  stride_for=lambda *sizes: 0)
-    texts = {name: list(open_text(config, ByteTokenizer(), data=name, split="valid", data_dir="",
-                                  convention=convention).corpus.documents())
+    texts = {name: list(open_text(config.data, config.block_size, ByteTokenizer(), data=name, split="valid",
+                                  data_dir="", convention=convention).corpus.documents())
              for name in ("", "mixture", *(spec for spec, _ in data.mixture))}
     everything, again, first, second = texts.values()
     assert everything == again == first + second and len(first) == 4 and len(second) == 3

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import math
 import sys
@@ -10,7 +9,7 @@ import pytest
 from toy_lm import CONTEXT, END, LETTERS, make_ids, make_lm
 
 import bd3lm_jax
-from bd3lm_jax.config import DataConfig
+from bd3lm_jax.config import Config, DataConfig
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.data import textmetrics
 from bd3lm_jax.diffusion import AR
@@ -134,7 +133,8 @@ def test_the_scorers_own_corpus_is_the_reference(tmp_path, monkeypatch, tables):
     (tmp_path / "test.txt").write_text("abab\ncd\n")
     data = DataConfig(source="text", path=str(tmp_path))
     toy = make_lm(AR(bos=True), tokenizer=LETTERS)
-    own = bd3lm_jax.LM(dataclasses.replace(toy.config, data=data), toy.params, LETTERS, toy.model, CONTEXT)
+    config = Config(toy.config.model, toy.config.diffusion, data=data)
+    own = bd3lm_jax.LM(config, toy.params, LETTERS, toy.model, CONTEXT)
     monkeypatch.setattr(quality, "load", lambda path, weights: own)
     path = write(tmp_path / "a.json", ["aaa", "bbbbb"])
     result = evaluate_samples([path], replace(OPTIONS, reference=""))

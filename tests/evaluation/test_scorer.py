@@ -1,4 +1,3 @@
-import dataclasses
 import types
 
 import numpy as np
@@ -7,6 +6,7 @@ from grids import some
 from toy_lm import CONTEXT, END, LETTERS, make_ids, make_lm, masked
 
 import bd3lm_jax
+from bd3lm_jax.config import Config
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.evaluation.scorer import Scorer, Words, windows
@@ -57,7 +57,7 @@ def test_a_newline_is_an_end_where_documents_are_lines():
     lm = make_lm(AR(bos=True), tokenizer=LETTERS)
     assert scorer().encode("abc").tolist() == [0, 1, 2]
     data = types.SimpleNamespace(source="text")
-    config = dataclasses.replace(lm.config, data=data)
+    config = Config(lm.config.model, lm.config.diffusion, data=data)
     lines = Scorer(bd3lm_jax.LM(config, lm.params, LETTERS, lm.model, CONTEXT), "toy", 0)
     assert lines.encode("ab\nc").tolist() == [0, 1, END, 2]
     assert lines.encode("").tolist() == []

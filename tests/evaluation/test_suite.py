@@ -83,7 +83,8 @@ def test_differences_are_paired_by_document(home, both):
     nats = []
     for name in ("blocks", "ar"):
         run = open_run(str(home / name))
-        text = domains.open_text(run.config, run.tokenizer, data="far", split="test", data_dir=str(home),
+        text = domains.open_text(run.data, run.config.block_size, run.tokenizer, data="far", split="test",
+                                 data_dir=str(home),
                                  convention=domains.ScoringConvention("independent", 0, "predict", "count"))
         nats.append(run.evaluator.measure(run.params, text.rows, EstimatorOptions()).documents_UxN.mean(0))
     size = np.array([len(line) + 1 for line in (home / "far.txt").read_text().splitlines()])

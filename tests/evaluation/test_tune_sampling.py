@@ -11,6 +11,7 @@ from toy_lm import CONTEXT, LETTERS, make_lm, masked
 from toy_runs import toy_config, write_text
 
 import bd3lm_jax
+from bd3lm_jax.config import Config
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion import AR
 from bd3lm_jax.diffusion.mixed import Mixed
@@ -110,7 +111,7 @@ def test_the_file_is_what_sample_reads(tmp_path, monkeypatch, scored):
     monkeypatch.setattr(tune_sampling, "prepare", lambda *arguments: None)
     monkeypatch.setattr(tune_sampling.cache_cost, "nll_cost", lambda *arguments, seed: [])
     monkeypatch.setattr(tune_sampling, "candidates", lambda lm: SWEEP[:1])
-    object.__setattr__(lm.config, "data", toy_config(tmp_path).data)
+    lm.config = Config(lm.config.model, lm.config.diffusion, data=toy_config(tmp_path).data)
     result = tune_sampling.tune_sampling(str(tmp_path), scorer="judge" * scored, rounds=1, texts=2)
     written = json.loads((tmp_path / "sampling.json").read_text())
     assert written.pop("crc32") and written.keys() == result.keys() and len(written["measured"]) == 1

@@ -41,4 +41,4 @@ def causal_config(length: int, bos: bool, layout: str = "wrap") -> Config:
 
 def opened(name: str, config: Config, tokenizer, cost) -> LoadedRun:
     """A model as `evaluate.open_run` gives it."""
-    return LoadedRun(name, config, tokenizer, None, Costs(cost), 1, "hash")
+    return LoadedRun(name, config, config.data, tokenizer, None, Costs(cost), 1, "hash")

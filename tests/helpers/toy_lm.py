@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import bd3lm_jax
-from bd3lm_jax.config import Config
+from bd3lm_jax.config import LMConfig
 from bd3lm_jax.diffusion import Masked
 from bd3lm_jax.models import build, trunk
 from bd3lm_jax.models.dit import DiTConfig
@@ -45,9 +45,7 @@ def make_lm(objective=masked(4), time_conditioning=False, tokenizer=None):
     random = np.random.default_rng(0)
     params = jax.tree_util.tree_map_with_path(
         lambda path, x: jnp.asarray((path[-1].key == "scale") + 0.2 * random.normal(size=x.shape), jnp.float32), shapes)
-    whole = Config(seed=0, model=config, diffusion=objective, data=None, optim=None, train=None, compute=None,
-                   mesh=None, log=None, checkpoint=None, eval=None)
-    return bd3lm_jax.LM(whole, params, tokenizer, model, CONTEXT)
+    return bd3lm_jax.LM(LMConfig(config, objective), params, tokenizer, model, CONTEXT)
 
 
 def make_ids(*shape, seed=1):

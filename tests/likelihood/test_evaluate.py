@@ -47,7 +47,9 @@ def prepared(home):
             model, params = network(config, scale=0.15)
             tokenizer = prepare_tokenizer(config.data)
             rows = RowsWithBytes(prepare(config.data, split, config.block_size, tokenizer), tokenizer)
-            known[key] = Evaluator(config, model, SPECIAL, sharding.make_mesh(config.mesh)), model, params, rows
+            evaluator = Evaluator(config, model, SPECIAL, sharding.make_mesh(config.mesh), config.eval.batch_size,
+                                  config.execution)
+            known[key] = evaluator, model, params, rows
         return known[key]
 
     return get

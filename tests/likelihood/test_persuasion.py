@@ -40,8 +40,8 @@ def persuasion(tokenizers):
         key = tokenizer, length, convention, layout
         if key not in known:
             config = causal_config(length, convention.first_token == "predict", layout)
-            known[key] = config, open_text(config, tokenizers[tokenizer], data="austen", split="test", data_dir="",
-                                           convention=convention)
+            known[key] = config, open_text(config.data, config.block_size, tokenizers[tokenizer], data="austen",
+                                           split="test", data_dir="", convention=convention)
         return known[key]
 
     return get
@@ -135,7 +135,8 @@ def test_eval_against_a_model_that_scores_other_tokens(persuasion, tokenizers, o
 def test_a_tokenizer_that_loses_text_is_not_compared_with_others(persuasion, tokenizers, capsys):
     _, known = persuasion()
     config = causal_config(128, True)
-    lossy = open_text(config, tokenizers["bert"], data="austen", split="test", data_dir="", convention=WHOLE)
+    lossy = open_text(config.data, config.block_size, tokenizers["bert"], data="austen", split="test", data_dir="",
+                      convention=WHOLE)
     assert (known.changed, lossy.changed) == (0, 1034)  # of 1,035
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert "does not give back 1034 of 1035 documents of austen" in warning
@@ -156,7 +157,7 @@ def test_a_tokenizer_that_loses_text_is_not_compared_with_others(persuasion, tok
 def test_few_documents(persuasion, tmp_path, tokenizers, documents):
     lines = list(persuasion()[1].corpus.documents())[5:5 + documents]
     (tmp_path / "few.txt").write_text("\n".join(lines))
-    text = open_text(causal_config(16, True), tokenizers["bpe"], data=str(tmp_path / "few.txt"), split="test",
+    text = open_text(causal_config(16, True).data, 1, tokenizers["bpe"], data=str(tmp_path / "few.txt"), split="test",
                      data_dir="", convention=WHOLE)
     result = scored(text, lambda ids, sizes: np.log(2.0 + ids)).result
     assert result["documents"] == documents and result["bits_per_byte"] > 0

@@ -53,6 +53,7 @@ def test_a_run(tmp_path, mixed):
     ids = [Loader(rows, 8, again.seed, None).get(step)[0] for step in range(3)]
     assert sum((x < len(rows.parts[0])).sum() for x in ids) == 18
     names = ["", *(spec for spec, _ in again.data.mixture)]
-    texts = [domains.open_text(again, tokenizer, data=name, split="valid", data_dir="", convention=INDEPENDENT)
+    texts = [domains.open_text(again.data, again.block_size, tokenizer, data=name, split="valid", data_dir="",
+                               convention=INDEPENDENT)
              for name in names]
     assert [text.rows.meta["documents"] for text in texts] == [100, 60, 40]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bd3lm_jax import models
-from bd3lm_jax.config import DataConfig, EvalConfig, MeshConfig
+from bd3lm_jax.config import DataConfig, MeshConfig
 from bd3lm_jax.core import jax_settings
 from bd3lm_jax.data.prepare import prepare
 from bd3lm_jax.data.tokenizers import get_tokenizer
@@ -51,13 +51,11 @@ def run_case(case: step.Case, rounds: int) -> list[dict]:
                           cache_dir=directory, workers=1)
         tokenizer = get_tokenizer("bytes", tuple)
         rows = prepare(data, "all", case.block_size, tokenizer)
-        config = step.config_of(case, "two_stream", "none")
-        config = dataclasses.replace(config, data=data, eval=EvalConfig(
-            every=1, rows=0, batch_size=case.batch, mc_samples=1, report_rows=0, num_samples=0, sample_length=1))
+        config = dataclasses.replace(step.config_of(case, "two_stream", "none"), data=data)
         mesh = sharding.make_mesh(MeshConfig())
         model = models.build(config.model, compute_dtype("auto"))
         special = SpecialIds(tokenizer.mask_id, tokenizer.end_id)
-        evaluator = Evaluator(config, model, special, mesh)
+        evaluator = Evaluator(config, model, special, mesh, case.batch, config.execution)
         with jax.set_mesh(mesh):
             params = jax.jit(lambda: trunk.init(model, jax_settings.key(0)))()
             forward = _forward(evaluator, params, rows)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bd3lm_jax import models
-from bd3lm_jax.config import NO_RUN, Config
+from bd3lm_jax.config import LMConfig
 from bd3lm_jax.core import jax_settings
 from bd3lm_jax.diffusion import AR, Masked
 from bd3lm_jax.experiments.bench.runner import Limit, Variant, compare
@@ -81,11 +81,10 @@ def run_case(sizes: dict, length: int, size: int, batch: int, rounds: int) -> li
 
 def make_lm(sizes: dict, objective: Any, length: int) -> LM:
     """A fresh network (all tokens are alike to it) without a tokenizer, so without end token."""
-    config = DiTConfig(mlp_ratio=4, dropout=0.0, adaln=objective.draws_noise, cond_dim=128, time_conditioning=False,
-                       rope_theta=1e4, **sizes)
+    config = DiTConfig(dropout=0.0, adaln=objective.draws_noise, **sizes)
     model = models.build(config, compute_dtype("auto"))
     params = jax.jit(functools.partial(trunk.init, model))(jax_settings.key(0))
-    return LM(Config(0, config, objective, **NO_RUN), params, None, model, length)
+    return LM(LMConfig(config, objective), params, None, model, length)
 
 
 class Denoising(NamedTuple):

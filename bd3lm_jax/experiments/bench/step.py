@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from bd3lm_jax import models
-from bd3lm_jax.config import NO_RUN, ComputeConfig, Config, DataConfig, OptimConfig, TrainConfig
+from bd3lm_jax.config import ComputeConfig, Config, DataConfig, OptimConfig, TrainConfig
 from bd3lm_jax.core import jax_settings
 from bd3lm_jax.core.state import TrainState
 from bd3lm_jax.diffusion.ar import AR
@@ -122,21 +122,13 @@ def config_of(case: Case, name: str, remat: str) -> Config:
     objective, noise_samples = _objective(name, case)
     decoder_layers = max(case.layers // SPLIT[name], 1) if name in SPLIT else 0
     return Config(
-        seed=0,
         model=DiTConfig(vocab_size=case.vocab, num_layers=case.layers, hidden_size=case.width, num_heads=case.heads,
-                        mlp_ratio=4,
-                        dropout=0.0, adaln=True, cond_dim=128, time_conditioning=False, rope_theta=1e4,
-                        decoder_layers=decoder_layers),
+                        dropout=0.0, decoder_layers=decoder_layers),
         diffusion=objective,
-        data=DataConfig(source="austen", path="", name="", field="text", tokenizer="bytes", seq_len=case.length,
-                        packing="wrap", valid_fraction=0.01, cache_dir="", workers=1, density="", density_fraction=1.0,
-                        mixture=()),
-        optim=OptimConfig(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0, warmup_steps=0,
-                          schedule="constant", final_lr_fraction=0.0, decay_fraction=0.0, ema_decay=0.0),
-        train=TrainConfig(steps=1, batch_size=case.batch, noise_samples=noise_samples, init_from="", block_sizes=(),
-                          anneal_steps=0, lora_rank=0, lora_alpha=1.0),
-        compute=ComputeConfig(dtype="auto", attention="auto", layers="scan", remat=remat, microbatch=0, loss_chunk=0),
-        mesh=NO_RUN["mesh"], log=NO_RUN["log"], checkpoint=NO_RUN["checkpoint"], eval=NO_RUN["eval"])
+        data=DataConfig(seq_len=case.length),
+        optim=OptimConfig(lr=1e-3, warmup_steps=0, ema_decay=0.0),
+        train=TrainConfig(steps=1, batch_size=case.batch, noise_samples=noise_samples),
+        compute=ComputeConfig(remat=remat))
 
 
 def measured(name: str, case: Case, remat: str, abstract: bool) -> Variant:
