@@ -17,7 +17,7 @@ from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.diffusion.masked import Masked, cross_entropy_subs
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Cap(Masked):
     """As `Masked`, with the entropies of right predictions.
 

@@ -28,7 +28,7 @@ class Uniforms(NamedTuple):
     count_BxPxK: jax.Array | None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)  # so that fields of a subclass need no defaults
 class Masked(Objective):
     """Masked diffusion with one noise level a block.
 
@@ -95,7 +95,7 @@ class Masked(Objective):
     @classmethod
     def uniform_counts(cls, block_size: int) -> "Masked":
         """The plain bound: every number of masked tokens equally likely."""
-        return cls(block_size, corruption="exact_count")
+        return cls(block_size=block_size, corruption="exact_count")
 
     @property
     def _clipped(self) -> bool:
