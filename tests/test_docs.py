@@ -52,7 +52,7 @@ NOT_RUN = {  # part of a command -> why it is only parsed
 EVERY_DAY = ("eval --workdir=runs/tiny --split", "sample --workdir=runs/tiny",
              "infill", "sweep --config=configs/tiny.py --dry_run")  # of the README, in the default run
 FILES = {("objectives.md", 0): "my_objective.py", ("sweeps.md", 0): "mine.py",
-         **{("extend.md", number): "" for number in range(5)}}
+         **{("extend.md", number): "" for number in range(6)}}
 NOT_HERE = {"SmolLM2-135M.gguf", "llama-3.2-1b", "mdlm"}  # checkpoints that snippets load from elsewhere
 RUNS = {"ar": "algo=ar", "tiny-ar": "algo=ar", "mdlm": "algo=mdlm", "mixed": "algo=mixed", "sedd": "algo=sedd",
         "uniform": "algo=uniform", "ssd": "algo=ssd_lm,block_size=16"}  # trained by other commands; else as runs/tiny
@@ -304,7 +304,8 @@ def test_contributing_names_what_is_there():
     assert len(paths) > 10 and len(rooms) > 10
     assert [path for path in paths + [f"bd3lm_jax/{room}" for room in rooms] if not (ROOT / path).exists()] == []
     registries = re.findall(r"`([A-Z]+)` in `([\w./]+\.py)`", text)
-    assert registries and all(f"\n{name} = {{" in (ROOT / path).read_text() for name, path in registries)
+    assert registries and all(re.search(rf"^{name}\b.* = [{{(]", (ROOT / path).read_text(), re.MULTILINE)
+                              for name, path in registries)
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))],

@@ -1,5 +1,6 @@
 """What is added from outside the package, each in one file of examples/plugins: it does what it says."""
 
+import csv
 import dataclasses
 import importlib
 import json
@@ -15,6 +16,8 @@ from toy_lm import make_ids, make_lm, masked
 from toy_runs import run_python, toy_dict, write_text
 
 import bd3lm_jax
+from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.core.log import read_metrics
 from bd3lm_jax.data import corpora
 from bd3lm_jax.data.corpora import SOURCES
 from bd3lm_jax.diffusion import OBJECTIVES
@@ -22,10 +25,11 @@ from bd3lm_jax.diffusion.schedule import SCHEDULES
 from bd3lm_jax.generation import stream
 from bd3lm_jax.generation.options import make_options
 from bd3lm_jax.generation.sampling import SAMPLERS
+from bd3lm_jax.training.trackers import TRACKERS
 from bd3lm_jax.training.train import train
 
 FOLDER = ROOT / "examples" / "plugins"
-REGISTRIES = (OBJECTIVES, SCHEDULES, SAMPLERS, SOURCES)
+REGISTRIES = (OBJECTIVES, SCHEDULES, SAMPLERS, SOURCES, TRACKERS)
 
 
 @pytest.fixture
@@ -106,6 +110,55 @@ def test_the_corpus_has_every_sum_once(example):
     assert len({SOURCES["sums"](None, split).fingerprint() for split in documents}) == 3
 
 
+@of("tracker")
+def test_the_tracker_gets_every_line_and_goes_on(example, tmp_path):
+    write_text(tmp_path / "text.txt", 60)
+    for steps in (2, 4):
+        train(toy_dict(tmp_path, {"train.steps": steps, "log.trackers": ("csv",)}), tmp_path / "run")
+    lines = read_metrics(tmp_path / "run")
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [float(row["train/loss"]) for row in rows] == [line["train/loss"] for line in lines]
+    assert [row["valid/nll"] != "" for row in rows] == ["valid/nll" in line for line in lines] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("where", ["open", "metrics", "close"])
+def test_a_tracker_that_fails_is_dropped_and_the_run_goes_on(where, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    class Failing:
+        def __init__(self, *arguments):
+            self.call("open")
+
+        def metrics(self, step, values):
+            self.call("metrics")
+
+        def close(self):
+            self.call("close")
+
+        def call(self, name):
+            calls.append(name)
+            if name == where:
+                raise OSError("no network")
+
+    monkeypatch.setitem(TRACKERS, "failing", Failing)
+    write_text(tmp_path / "text.txt", 60)
+    config = toy_dict(tmp_path, {"train.steps": 2, "log.trackers": ("failing",)})
+    assert train(config, tmp_path / "run")["step"] == 2
+    assert calls == {"open": ["open"], "metrics": ["open", "metrics"],
+                     "close": ["open", "metrics", "metrics", "close"]}[where]
+    warning = "warning: tracker 'failing' failed and gets nothing more: OSError: no network"
+    assert capsys.readouterr().err.count(warning) == 1
+
+
+def test_an_unknown_tracker_is_one_line(tmp_path):
+    write_text(tmp_path / "text.txt", 60)
+    with pytest.raises(UserError, match="unknown tracker log.trackers 'tensorbord'"):
+        train(toy_dict(tmp_path, {"log.trackers": ("tensorbord",)}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 NETWORK_RUN = """
 import json, sys
 from pathlib import Path
@@ -117,6 +170,7 @@ from bd3lm_jax.core.schema import MeshConfig
 from bd3lm_jax.models import sharding_rules
 from bd3lm_jax.parallel import sharding
 from bd3lm_jax.planning import flops
+from bd3lm_jax.training.trackers import TRACKERS
 from bd3lm_jax.training.train import train
 from configs import common, tiny
 from toy_runs import LENGTH, toy_dict

@@ -202,11 +202,15 @@ class RunLog:
     """The log of one run; a context manager. Only the first process writes, `quiet` silences stderr.
 
     `start_step`: updates done when this log begins. Lines of later steps, left by a run that was killed after its last
-    checkpoint, are removed (all lines if it is 0), so that no step appears twice.
+    checkpoint, are removed (all lines if it is 0), so that no step appears twice. listeners: called with every line, on
+    the first process.
     """
 
-    def __init__(self, workdir: str | os.PathLike, total_steps: int, quiet: bool = False, start_step: int = 0):
+    def __init__(self, workdir: str | os.PathLike, total_steps: int, quiet: bool = False, start_step: int = 0,
+                 listeners: Sequence[Callable[[int, Mapping[str, Any]], object]] = ()):
         import jax
+
+        self._listeners = listeners
 
         self._is_writer = jax.process_index() == 0
         self._quiet = quiet or not self._is_writer
@@ -244,6 +248,8 @@ class RunLog:
         with _full_disk(self._path):
             self._file.write(_line({"step": step, **values}))
             self._file.flush()
+        for listener in self._listeners:
+            listener(step, values)
 
     def sync(self) -> None:
         """Wait until all lines are on the disk; call it before what they tell of is saved."""

@@ -164,6 +164,7 @@ class MeshConfig:
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
     every: int = 100  # steps between logged lines
+    trackers: tuple[str, ...] = ()  # where metrics go beside metrics.jsonl: names of training.trackers.TRACKERS
 
     def __post_init__(self):
         check(self.every >= 1, f"log.every is {self.every}, expected at least 1")

@@ -29,7 +29,7 @@ from bd3lm_jax.models import forward
 from bd3lm_jax.parallel import distributed, replicas, sharding
 from bd3lm_jax.parallel.watchdog import Watchdog
 from bd3lm_jax.scoring.score import SpecialIds
-from bd3lm_jax.training import memory, optim, profiling, report
+from bd3lm_jax.training import memory, optim, profiling, report, trackers
 from bd3lm_jax.training.callbacks import (
     Alive,
     Callback,
@@ -44,6 +44,7 @@ from bd3lm_jax.training.metrics import Clock, Logging
 from bd3lm_jax.training.noise import NoiseSelector
 from bd3lm_jax.training.profiling import Profiler
 from bd3lm_jax.training.program import Program
+from bd3lm_jax.training.trackers import Trackers
 from bd3lm_jax.training.validation import Validator
 
 PREFETCH = 2  # batches placed ahead of the step, at least
@@ -109,7 +110,9 @@ def _train(run: Run, stop: distributed.Stop, profile: bool, stuck_after: float) 
         validator, selector = Validator(run, evaluator), NoiseSelector(config, program.model, program.special,
                                                                        program.mesh)
         loader = Loader(run.rows["train"], config.train.batch_size, config.seed, sharding.batch_sharding(program.mesh))
-        with (RunLog(run.workdir, steps, start_step=start) as log,
+        names = config.log.trackers if jax.process_index() == 0 else ()
+        with (Trackers(names, run.workdir, config.to_dict(), start) as tracking,
+              RunLog(run.workdir, steps, start_step=start, listeners=(tracking.metrics,)) as log,
               Profiler(run.workdir, start + profiling.FIRST, profiling.STEPS if profile else 0) as profiler):
             _loop(run, now, loader, clock, stop, log, [
                 profiler,
@@ -131,6 +134,7 @@ def set_up(config: Config, workdir: str | os.PathLike, exit_stack: contextlib.Ex
     """Read the data, check everything that can be wrong and claim the run directory, which stays locked until
     `exit_stack` is closed; nothing is computed yet."""
     replicas.check_start()
+    trackers.check(config.log.trackers)
     distributed.assert_equal_across_processes(flatten(config.to_dict()), "configuration")
     mesh = sharding.make_mesh(config.mesh)
     tokenizer = adapt.add_mask_token(config, distributed.process0_first(lambda: prepare_tokenizer(config.data)))

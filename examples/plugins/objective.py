@@ -1,6 +1,7 @@
 """An objective with inputs of its own: the network reads mixtures of tokens instead of tokens.
 
-    python -m launch train --import=examples.plugins.objective --config.diffusion.kind=smoothed --workdir=runs/smoothed
+    python -m launch train --import=examples.plugins.objective --config=configs/tiny.py:algo=smoothed,block_size=4 \
+        --workdir=runs/smoothed
 """
 
 import dataclasses
