@@ -239,7 +239,8 @@ def read_config(path: Path) -> tuple[dict, ModuleType]:
     kind = kind.removeprefix(OWN_PREFIX) if isinstance(kind, str) else kind
     inner = published.get("text_config") if isinstance(published, dict) else None
     hint = " (its text_config is that of a model for text: take that model alone)" if isinstance(inner, dict) else ""
-    require(kind in list(FORMATS), f"{path}: model_type is {kind!r}{hint}, supported: {', '.join(FORMATS)}")
+    if not isinstance(kind, str) or kind not in FORMATS:
+        raise UserError(f"{path}: model_type is {kind!r}{hint}, supported: {', '.join(FORMATS)}")
     return published | {"model_type": kind}, FORMATS[kind]
 
 
