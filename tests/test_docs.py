@@ -52,7 +52,7 @@ NOT_RUN = {  # part of a command -> why it is only parsed
 EVERY_DAY = ("eval --workdir=runs/tiny --split", "sample --workdir=runs/tiny",
              "infill", "sweep --config=configs/tiny.py --dry_run")  # of the README, in the default run
 FILES = {("objectives.md", 0): "my_objective.py", ("sweeps.md", 0): "mine.py",
-         **{("extend.md", number): "" for number in range(6)}}
+         **{("extend.md", number): "" for number, _ in enumerate((ROOT / "examples" / "plugins").glob("*.py"))}}
 NOT_HERE = {"SmolLM2-135M.gguf", "llama-3.2-1b", "mdlm"}  # checkpoints that snippets load from elsewhere
 RUNS = {"ar": "algo=ar", "tiny-ar": "algo=ar", "mdlm": "algo=mdlm", "mixed": "algo=mixed", "sedd": "algo=sedd",
         "uniform": "algo=uniform", "ssd": "algo=ssd_lm,block_size=16"}  # trained by other commands; else as runs/tiny

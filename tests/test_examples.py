@@ -11,25 +11,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from places import ROOT
+from safetensors.numpy import load_file
 from toy_docs import FENCE
 from toy_lm import make_ids, make_lm, masked
 from toy_runs import run_python, toy_dict, write_text
 
 import bd3lm_jax
+from bd3lm_jax.checkpoints import hf
+from bd3lm_jax.checkpoints.published import FORMATS, ModelSpec
+from bd3lm_jax.core import plugins
 from bd3lm_jax.core.errors import UserError
 from bd3lm_jax.core.log import read_metrics
 from bd3lm_jax.data import corpora
 from bd3lm_jax.data.corpora import SOURCES
-from bd3lm_jax.diffusion import OBJECTIVES
+from bd3lm_jax.diffusion import AR, OBJECTIVES
 from bd3lm_jax.diffusion.schedule import SCHEDULES
 from bd3lm_jax.generation import stream
 from bd3lm_jax.generation.options import make_options
 from bd3lm_jax.generation.sampling import SAMPLERS
+from bd3lm_jax.models import build, trunk
+from bd3lm_jax.models.gpt2 import GPT2Config
 from bd3lm_jax.training.trackers import TRACKERS
 from bd3lm_jax.training.train import train
+from launch.__main__ import main
 
 FOLDER = ROOT / "examples" / "plugins"
-REGISTRIES = (OBJECTIVES, SCHEDULES, SAMPLERS, SOURCES, TRACKERS)
+REGISTRIES = (OBJECTIVES, SCHEDULES, SAMPLERS, SOURCES, FORMATS, TRACKERS)
 
 
 @pytest.fixture
@@ -157,6 +164,62 @@ def test_an_unknown_tracker_is_one_line(tmp_path):
     with pytest.raises(UserError, match="unknown tracker log.trackers 'tensorbord'"):
         train(toy_dict(tmp_path, {"log.trackers": ("tensorbord",)}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+FAMILY = GPT2Config(vocab_size=13, num_layers=2, hidden_size=8, num_heads=2, intermediate_size=12, dropout=0.0,
+                    positions=16)
+
+
+def family_params():
+    """Random everywhere: values that begin at zero would hide what is mixed up."""
+    draw = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: trunk.init(build(FAMILY, jnp.float32), jax.random.key(0)))
+    params = jax.tree.map(lambda x: draw.normal(size=x.shape).astype(np.float32), shapes)
+    params["embed"]["embedding"][FAMILY.vocab_size:] = 0  # padding, which no file holds
+    return params
+
+
+def write_family(path, objective):
+    hf.write_model(path, ModelSpec(FAMILY, objective, 16, 12), family_params(), dtype="float32", max_shard=10**9,
+                   model_type="my_gpt", files={})
+
+
+@of("checkpoint_family")
+@pytest.mark.parametrize("objective, model_type", [
+    (AR(bos=False), "my_gpt"), (masked(4), "bd3lm_my_gpt"), (masked(16), "bd3lm_my_gpt")], ids=["ar", "blocks", "row"])
+def test_a_family_of_checkpoints_goes_out_and_in(example, tmp_path, objective, model_type):
+    write_family(tmp_path / "out", objective)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == model_type
+    spec, params = hf.read_model(tmp_path / "out")
+    assert spec == ModelSpec(FAMILY, objective, 16, 12)
+    jax.tree.map(np.testing.assert_array_equal, params, family_params())
+    stored, blocks = load_file(tmp_path / "out" / "model.safetensors"), family_params()["blocks"]
+    np.testing.assert_array_equal(stored["layers.1.qkv.weight"], blocks["qkv"]["kernel"][1].reshape(8, 24).T)
+    np.testing.assert_array_equal(stored["layers.0.out.weight"], blocks["out"]["kernel"][0].reshape(8, 8).T)
+    assert stored["tokens.weight"].shape == (13, 8) and len(stored) == 4 + 2 * 12
+
+
+def test_a_family_is_converted_by_its_file_alone(tmp_path, monkeypatch, capsys):
+    """From a folder that holds a copy of the file and nothing else."""
+    name = "family_of_my_own"
+    (tmp_path / f"{name}.py").write_bytes((FOLDER / "checkpoint_family.py").read_bytes())
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    try:
+        importlib.import_module(name)
+        write_family(tmp_path / "out", masked(4))
+        del FORMATS["my_gpt"], sys.modules[name]
+        with pytest.raises(UserError, match="model_type is 'my_gpt', supported: bd3lm"):
+            bd3lm_jax.load(tmp_path / "out")
+        assert main(["convert", f"--import={name}", "--from=out", "--to=again", "--check=0"]) == 0, capsys.readouterr()
+        for file in ("model.safetensors", "config.json"):
+            assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
+        lm = bd3lm_jax.load(tmp_path / "again")
+        assert lm.logits(jnp.full((1, 8), 12)).shape == (1, 8, 13)
+    finally:
+        FORMATS.pop("my_gpt", None)
+        sys.modules.pop(name, None)
+        plugins._requested.clear()
 
 
 NETWORK_RUN = """
