@@ -76,6 +76,14 @@ class LMConfig:
         """Block sizes at which the model can be used."""
         return self.diffusion.block_sizes
 
+    @property
+    def autoregressive(self) -> Self | None:
+        """The same weights as an autoregressive model; None where they were not trained as one."""
+        objective = self.diffusion.autoregressive(bos_in_context=self.model.target_shift == "block")
+        if objective is None:
+            return None
+        return dataclasses.replace(self, diffusion=objective, model=dataclasses.replace(self.model, target_shift=""))
+
     def with_vocab(self, size: int) -> Self:
         """The same over `size` ids; -1: those of its tokenizer, once it is known."""
         return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab_size=size),
@@ -180,6 +188,9 @@ class Config(LMConfig):
         check(not config.model.first_noised_layer or config.diffusion.draws_noise and block_size < length,
               "model.decoder_layers splits the network by clean and noised blocks, and this objective has no clean "
               f"blocks before noised ones: use 0, or blocks shorter than data.seq_len={length}")
+        check(not config.diffusion.needs_clean_stream or block_size < length,
+              f"diffusion.block_size={block_size} with data.seq_len={length} is one block a row, which leaves "
+              f"diffusion.kind='{config.diffusion.kind}' no clean stream: use smaller blocks, e.g. block_size=4")
         noise_samples = config.train.noise_samples
         check(noise_samples == 1 or config.diffusion.draws_noise,
               f"train.noise_samples={noise_samples}: an autoregressive model has nothing noised, use 1")

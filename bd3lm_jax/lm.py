@@ -24,6 +24,8 @@ from bd3lm_jax.likelihood import conditional, estimators, evaluate
 from bd3lm_jax.models import Backbone, forward, trunk
 from bd3lm_jax.scoring.score import SpecialIds
 
+AUTOREGRESSIVE = "ar"  # the sampler that means the other mode of a model with two
+
 
 class NLL(NamedTuple):
     """Nats. per_token `[B, L]`: entry i belongs to token i (contributions that sum to the estimate). mean and its
@@ -132,8 +134,28 @@ class LM:
                              name=self.name)
         return known[size]
 
-    def resolve_block_size(self, options: dict[str, Any]) -> tuple["LM", dict[str, Any]]:
-        """For a model with several block sizes: this model at the one that generation options name, and the others."""
+    @functools.cached_property
+    def autoregressive(self) -> "LM":
+        """The same weights as an autoregressive model. UserError for a model that was not trained as one, too."""
+        if self.config.diffusion.causal:
+            return self
+        config = self.config.autoregressive
+        if config is None:
+            raise UserError(f"sampler '{AUTOREGRESSIVE}' is for models that predict the next token, and this one is of "
+                            f"kind '{self.config.diffusion.kind}': train with algo=joint, or use "
+                            f"{self.config.diffusion.sampler}")
+        return LM(config, self.params, self.tokenizer, self.model._replace(config=config.model), self.context,
+                  self.trained, self._mask_id, self._any_length, self.name)
+
+    def for_estimator(self, estimator: str) -> "LM":
+        """This model as an estimator measures it: "nll" as an autoregressive one where it is one, too."""
+        return self.autoregressive if estimator == "nll" and self.config.autoregressive else self
+
+    def resolve_options(self, options: dict[str, Any]) -> tuple["LM", dict[str, Any]]:
+        """This model as generation options name it, and the options that are left: the sampler "ar" writes
+        autoregressively, and of a model with several block sizes one may be named."""
+        if options.get("sampler") == AUTOREGRESSIVE:
+            return self.autoregressive, {**options, "sampler": self.autoregressive.config.diffusion.sampler}
         size = options.get("block_size")
         if self.config.diffusion.kind != "mixed" or size in (None, AUTO):
             return self, options
@@ -184,9 +206,13 @@ class LM:
         tokens: ids `[B, L]`, any L up to the context. weights: `[B, L]`, which tokens count and how much (None: all;
         for AR without a beginning token position 0 counts 0). What has weight 0 at the beginning of a row is given,
         that is, never masked: the bound is that of the rest after this prompt. Weights of 0 behind it only count
-        nothing. estimator: see `estimators.py` ("importance" learns from a whole split: `python -m launch eval`).
+        nothing. estimator: see `estimators.py` ("importance" learns from a whole split: `python -m launch eval`); "nll"
+        of a model that also predicts the next token is the likelihood under its autoregressive mode.
         draws: independent ones.
         """
+        lm = self.for_estimator(estimator)
+        if lm is not self:
+            return lm.nll(tokens, weights=weights, estimator=estimator)
         tokens = np.asarray(self._check_ids(tokens))
         self._check_mask()
         check_bos(self.config.diffusion, self.config.model, self.special.end)
@@ -247,7 +273,7 @@ class LM:
         is keyed by (seed, i), whatever else is in the batch.
         """
         self._check_mask()
-        lm, options = self.resolve_block_size(options)
+        lm, options = self.resolve_options(options)
         return generation.generate(lm.at_length(length), prompts, num, length, lm._options(options))
 
     def stream(self, prompt=None, *, length: int, **options) -> Iterator[stream.Committed | stream.Revision]:
@@ -256,13 +282,13 @@ class LM:
         The same tokens as `generate` writes with the same options.
         """
         self._check_mask()
-        lm, options = self.resolve_block_size(options)
+        lm, options = self.resolve_options(options)
         return jax_settings.iterate(stream.watch(lm.at_length(length), prompt, length, lm._options(options)))
 
     @jax_settings.pinned()
     def infill(self, texts, *, draws: int = 4, **options) -> list[infill.Infill]:
         """Fill `[MASK]`, `[MASK:n]` and `[MASK:a-b]` in texts; see `infill.infill`."""
-        lm, options = self.resolve_block_size(options)
+        lm, options = self.resolve_options(options)
         return infill.infill(lm, texts, lm._options(options), draws=draws)
 
     def _options(self, given: dict[str, Any]) -> Options:
@@ -274,15 +300,15 @@ class LM:
               greedy: bool = False, batch: int = 16) -> list[conditional.Score]:
         """Log-likelihood of each continuation after its prompt: exact for AR and block size 1, else a lower bound with
         its Monte-Carlo error; see `conditional.score`."""
-        return conditional.score(self, prompts, continuations, estimator=estimator, draws=draws, seed=seed,
-                                 greedy=greedy, batch=batch)
+        return conditional.score(self.for_estimator(estimator), prompts, continuations, estimator=estimator,
+                                 draws=draws, seed=seed, greedy=greedy, batch=batch)
 
     @jax_settings.pinned()
     def choose(self, prompt, options, *, normalise: str = "none", estimator: str = "exact_count", draws: int = 4,
                seed: int = 0, batch: int = 16) -> conditional.Choice:
         """The likeliest of several continuations under common masks; see `conditional.choose`."""
-        return conditional.choose(self, prompt, options, normalise=normalise, estimator=estimator, draws=draws,
-                                  seed=seed, batch=batch)
+        return conditional.choose(self.for_estimator(estimator), prompt, options, normalise=normalise,
+                                  estimator=estimator, draws=draws, seed=seed, batch=batch)
 
     def _scores(self, estimator, objective):
         """Jitted once for each estimator and objective."""
@@ -320,8 +346,8 @@ class LM:
             noised_sigma = None if sigma is None else sigma[:, None]
             clean_sigma = sigma if sigma is not None and sigma.shape[1] == 1 else None
             h = forward.two_stream(self.model, params, xt[:, None], x0, position, segment, block_size=size,
-                                   sigma_BxMxn=noised_sigma, clean_sigma_Bx1=clean_sigma,
-                                   execution=forward.DEFAULT_EXECUTION)
+                                   rule=self.config.diffusion.attention_rule, sigma_BxMxn=noised_sigma,
+                                   clean_sigma_Bx1=clean_sigma, execution=forward.DEFAULT_EXECUTION)
             return trunk.logits(self.model, params, h, noised_sigma)[:, 0, :length]
         return two_stream
 

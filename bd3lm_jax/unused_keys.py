@@ -44,7 +44,7 @@ def default_of(config: Any, key: str) -> Any:
 
 
 LOCAL = ("text", "jsonl", "sft")
-MASKED = ("masked", "cap", "mixed")
+MASKED = ("masked", "cap", "mixed", "joint")
 RULES = (
     _rule("diffusion.schedule", "diffusion.corruption", "bernoulli", kinds=MASKED),
     _rule("diffusion.eps", "diffusion.corruption", "bernoulli", kinds=MASKED),

@@ -100,7 +100,7 @@ def parse(arg: str, **defaults: str | int) -> SimpleNamespace:
     if "block_size" in given and not _in_blocks(options.algo):
         raise ValueError(f"config argument block_size={given['block_size']} has no effect with algo={options.algo}: "
                          "leave it out")
-    if "block_size" in defaults and "block_size" not in given and options.algo != "bd3lm":
+    if "block_size" in defaults and "block_size" not in given and options.algo not in ("bd3lm", "joint"):
         options.block_size = 0  # one block a row
     return options
 

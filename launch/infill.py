@@ -48,7 +48,8 @@ def main(args: flags.FlagValues) -> dict:
         raise UserError(f"nothing to fill: give --text or --file, with holes: {infill.MARKERS}")
     lm = bd3lm_jax.load(workdir, weights=args.weights)
     sampler = {name: args[name].value for name in ("steps", "threshold", "temperature", "top_k", "top_p")}
-    options = make_options(sampler=args.sampler, seed=args.seed, **sampler)
+    lm, chosen = lm.resolve_options({"sampler": args.sampler, "seed": args.seed, **sampler})
+    options = make_options(**chosen)
     with log.spinner("compiling and filling"):
         filled = infill.infill(lm, texts, options, draws=args.mc_samples)
     for one in filled:

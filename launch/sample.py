@@ -64,7 +64,8 @@ def _define_speed(values: flags.FlagValues) -> None:
     flags.DEFINE_string("sampler", "first_hitting", "first_hitting, ancestral, ancestral_cosine; several tokens at "
                         "once: random_order, threshold, factor, entropy_bound, confidence, margin, entropy; "
                         "remdm_cap, remdm_rescale, remdm_confidence, remdm_loop; iterative; analytic (SEDD); uniform "
-                        "(uniform-state diffusion); simplex (of simplex diffusion)", flag_values=values)
+                        "(uniform-state diffusion); simplex (of simplex diffusion); ar (autoregressively, of a joint "
+                        "model)", flag_values=values)
     flags.DEFINE_integer("steps", None, "of the sampler, a block; by default its usual ones", lower_bound=1,
                          flag_values=values)
     flags.DEFINE_float("threshold", None, "the sampler's number: probability, factor, nats, eta; by default its usual "
@@ -126,7 +127,8 @@ def main(args: flags.FlagValues) -> dict:
 
     lm = bd3lm_jax.load(workdir, weights=args.weights, step=step)
     chosen, source = _choose(args, lm)
-    lm, chosen = lm.resolve_block_size(chosen)
+    name = chosen["sampler"]
+    lm, chosen = lm.resolve_options(chosen)
     length, options = args.length or min(256, lm.context), make_options(**chosen)
     lm = lm.at_length(length)
     start = time.perf_counter()
@@ -136,7 +138,7 @@ def main(args: flags.FlagValues) -> dict:
         with spinner("compiling and writing"):
             samples = lm.generate(args.prompt, num=args.num_samples, length=length, **chosen)
     seconds = time.perf_counter() - start
-    sampler = _sampler_settings(lm, options) | {"source": source}
+    sampler = _sampler_settings(lm, options) | {"name": name, "source": source}
     origins = [(index, prompt) for index, prompt in enumerate(args.prompt or ()) for _ in range(args.num_samples)]
     origins = origins or [(None, None)] * len(samples)
     _print_samples(samples, origins, sampler)

@@ -65,7 +65,7 @@ def test_builds_and_validates(name, arg):
     config = Config.from_dict(CONFIGS[name].get_config(arg))
     length = config.data.seq_len
     algo = dict(word.split("=") for word in arg.split(",") if "=" in word).get("algo", "bd3lm")
-    expected = {"ar": 1, "bd3lm": 32 if name == "llada2_flash" else 4, "mixed": 16}.get(algo, length)
+    expected = {"ar": 1, "joint": 4, "bd3lm": 32 if name == "llada2_flash" else 4, "mixed": 16}.get(algo, length)
     for word in arg.split(","):
         if word.startswith("block_size="):
             expected = int(word.removeprefix("block_size="))

@@ -10,6 +10,7 @@ from bd3lm_jax.diffusion.cap import Cap
 from bd3lm_jax.diffusion.d3pm import D3PM
 from bd3lm_jax.diffusion.diffusionbert import DiffusionBERT
 from bd3lm_jax.diffusion.genmd4 import GenMD4
+from bd3lm_jax.diffusion.joint import Joint
 from bd3lm_jax.diffusion.levels import Levels
 from bd3lm_jax.diffusion.llada import LLaDA
 from bd3lm_jax.diffusion.masked import Masked
@@ -23,4 +24,4 @@ from bd3lm_jax.diffusion.uniform import SEDDUniform, Uniform
 
 OBJECTIVES = {objective.kind: objective for objective in (
     Masked, AR, SEDD, D3PM, MD4, GenMD4, Uniform, SEDDUniform, DiffusionBERT, LLaDA, RobertaDiffusion, Levels, Mixed,
-    Cap, SSDLM, Adversarial, Priority)}
+    Cap, SSDLM, Adversarial, Priority, Joint)}

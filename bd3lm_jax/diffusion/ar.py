@@ -77,13 +77,13 @@ class AR(Objective):
 
     def previous_tokens(self, x0_BxL: jax.Array, segment_BxL: jax.Array, end_id: int) -> jax.Array:
         """The previous token of the segment at every position, `end_id` at its first. Returns ids [B, L]."""
-        return jnp.where(_starts(segment_BxL), end_id, jnp.roll(x0_BxL, 1, axis=-1))
+        return jnp.where(starts(segment_BxL), end_id, jnp.roll(x0_BxL, 1, axis=-1))
 
     def predicted_tokens(self, segment_BxL: jax.Array) -> jax.Array:
         predicted_BxL = super().predicted_tokens(segment_BxL)
-        return predicted_BxL if self.bos else predicted_BxL & ~_starts(segment_BxL)
+        return predicted_BxL if self.bos else predicted_BxL & ~starts(segment_BxL)
 
 
-def _starts(segment_BxL):
+def starts(segment_BxL):
     """Where a segment begins: position 0, and wherever the segment id changes."""
     return (segment_BxL != jnp.roll(segment_BxL, 1, axis=-1)).at[..., 0].set(True)

@@ -13,10 +13,13 @@ class NetworkInputs:
     clean: ids `[B, L]`, of the one stream where there is one. position, segment: int32 `[B, L]`, of both streams.
     block_size: tokens a block, the largest where rows differ. noised: ids `[B, M, L]`, or float `[B, M, L, V]`, a
     distribution over the vocabulary at every place; None: one stream. rule: which tokens a clean token attends to,
-    "block_causal", "causal" or "bidirectional" (with a noised stream always the first). sigma: noise level of each K-th
+    "block_causal", "causal" or "bidirectional". sigma: noise level of each K-th
     part of the row, for networks that take it: `[B, M, K]`, of one stream `[B, K]`. size: tokens a block of each row,
     where these differ, multiples of min_block_size. max_visible_position: the last position that each token attends
     to; None: to the end of its block. one_document: whether every row holds one document; None: as the data says.
+    clean_outputs: whether the hidden states of the clean stream beside a noised one are wanted too, each of which
+    predicts the token after it. clean_places: (position, segment) of that clean stream where they are not those of the
+    row; None: they are.
     """
 
     clean_BxL: jax.Array
@@ -30,6 +33,8 @@ class NetworkInputs:
     min_block_size: int | None = None
     max_visible_position_BxL: jax.Array | None = None
     one_document: bool | None = None
+    clean_outputs: bool = False
+    clean_places: tuple[jax.Array, jax.Array] | None = None
 
     def replace(self, **changes) -> "NetworkInputs":
         return dataclasses.replace(self, **changes)

@@ -18,3 +18,4 @@ class Noised(flax.struct.PyTreeNode):
     capacity: int = flax.struct.field(pytree_node=False)  # no copy of a row has more masked tokens than this
     size_B: jax.Array | None = None  # int32 tokens a block of each row, where these differ (Mixed)
     extra: Any = None  # tree of arrays [B, ...] that the objective wants back
+    clean: "Noised | None" = None  # what the clean stream predicts too, one copy whose weights count beside the others

@@ -37,7 +37,8 @@ class Objective:
 
     title: its name in tables and pictures; "" for its kind.
     causal: the network reads one stream, the tokens before; else noised blocks and the clean text before them.
-    attention_rule: which tokens a plain pass over one stream sees ("causal", "block_causal").
+    attention_rule: which clean tokens a clean token attends to ("causal", "block_causal"), in a plain pass as well.
+    needs_clean_stream: there must be blocks before others, fewer tokens a block than a row has.
     exact_likelihood: one pass gives the likelihood itself, and not only where blocks have one token.
     draws_noise: `corrupt` noises tokens of the segments it is given. Else these say where documents begin.
     weights_decide_inputs: the network does not read tokens of weight 0, so weights may not be changed after `corrupt`.
@@ -64,6 +65,7 @@ class Objective:
     title: ClassVar[str] = ""
     causal: ClassVar[bool] = False
     attention_rule: ClassVar[str] = "block_causal"
+    needs_clean_stream: ClassVar[bool] = False
     exact_likelihood: ClassVar[bool] = False
     draws_noise: ClassVar[bool] = True
     weights_decide_inputs: ClassVar[bool] = False
@@ -91,6 +93,14 @@ class Objective:
     def bound(self) -> "Objective | None":
         return self if self.is_bound else None
 
+    def autoregressive(self, bos_in_context: bool) -> "Objective | None":
+        """The objective by which the same weights are an autoregressive model; None where they are none.
+
+        bos_in_context: the network reads every token one place later, behind an end token that all attend to.
+        """
+        del bos_in_context
+        return None
+
     @property
     def predicts_unseen_tokens(self) -> bool:
         """Whether the network gives tokens that it does not see a probability, so that part of a text can be scored."""
@@ -110,6 +120,11 @@ class Objective:
     def begins_with_end_token(self) -> bool:
         """Whether the network reads the end token before the first token of a text."""
         return False
+
+    @property
+    def bos_in_context(self) -> bool:
+        """Whether that end token takes a place of its own, to which all tokens attend."""
+        return self.begins_with_end_token
 
     @property
     def needs_density_tags(self) -> bool:
@@ -169,7 +184,8 @@ class Objective:
         """What the network reads. rows: `tokens`, `positions` and `segments`, int32 `[B, L]` each."""
         del vocab_size
         return NetworkInputs(rows["tokens"], rows["positions"], rows["segments"], self.block_size,
-                             noised=noised.xt_BxMxL, sigma=noised.sigma_BxMxK)
+                             noised=noised.xt_BxMxL, rule=self.attention_rule, sigma=noised.sigma_BxMxK,
+                             clean_outputs=noised.clean is not None)
 
     def outputs(self, noised_BxMxLxD: Any, clean_BxLxD: Any) -> jax.Array:
         """What predicts the tokens of every copy, `[B, M, L, D]`, of a pass's hidden states; one of them is None."""

@@ -104,7 +104,7 @@ def _score_block(lm, params, noised, rows: _Rows, cache: Cache, block):
         sigma = jax.lax.dynamic_slice_in_dim(noised.sigma_BxMxK, block, 1, axis=2)
     stream, size = Stream(_block_slice(lm, noised.xt_BxMxL, block), *where, sigma), lm.config.block_size
     h = trunk.decode(lm.model, params, stream, None, cache, None, block_size=size, execution=UNROLLED).noised
-    updated = _prefill(lm, params, Stream(tokens, *where), cache, block, "block_causal").cache
+    updated = _prefill(lm, params, Stream(tokens, *where), cache, block, lm.config.diffusion.attention_rule).cache
     return trunk.logits(lm.model, params, h, sigma), updated
 
 

@@ -29,14 +29,15 @@ def evaluate_run(workdir: str, *, text: TextOptions = TextOptions(), estimator: 
     if model.length and not published_paths:
         raise UserError(f"--length={model.length} is for published checkpoints: {workdir} has the length it was "
                         "trained with")
-    run = open_run(paths[workdir], model)._replace(workdir=workdir)
+    run = open_run(paths[workdir], model)._replace(workdir=workdir).for_estimator(estimator.estimator)
     estimators.make(estimator.estimator or default_estimator(run.config), run.config)  # refuse before a text is read
     newest = dataclasses.replace(model, block_size=0, step="latest")
     other = open_run(paths[baseline], newest)._replace(workdir=baseline) if baseline else None
     convention = text.convention_for([side.config for side in (run, other) if side is not None])
     scored = text.open(run.data, run.config.block_size, run.tokenizer, convention)
     measured = run.evaluator.measure(run.params, scored.rows, estimator)
-    result = {**scored.describe(measured), "step": run.step, "config_sha256": run.config_sha256}
+    result = {**scored.describe(measured), **run.evaluator.autoregressive_summary(run.params, scored.rows),
+              "step": run.step, "config_sha256": run.config_sha256}
     show(workdir, f"{scored.name}, {scored.split}", result, measured.nll_by_count)
     if other is not None:
         result["against"] = compare.against(run, scored, measured, other, text, estimator.draws)
@@ -46,7 +47,9 @@ def evaluate_run(workdir: str, *, text: TextOptions = TextOptions(), estimator: 
 
 def show(workdir: str, text: str, result: dict, by_count: dict) -> None:
     """Tables for people: the likelihood with both parts of its error, and by masked tokens of a block."""
-    figures = (("nats/token", "nll", ".4f"), ("perplexity", "ppl", ".2f"), ("bits/byte", "bits_per_byte", ".4f"))
+    figures = [("nats/token", "nll", ".4f"), ("perplexity", "ppl", ".2f"), ("bits/byte", "bits_per_byte", ".4f")]
+    if "ar_nll" in result:
+        figures += [(f"AR mode, {name}", f"ar_{key}", form) for name, key, form in figures]
     log.table(f"{workdir}, {text}: {log.pluralize(result['documents'], 'document')}, {result['tokens']} tokens, "
               f"{result['estimator']}, {log.pluralize(result['draws'], 'draw')}", ("", "value", "95 % interval"),
               [(name, format_number(result[key], form), format_interval(result[f"{key}_ci95"], form))

@@ -40,6 +40,7 @@ class Scorer:
     def __init__(self, lm: LM, path: str, stride: int):
         """stride: 0 for half a window. Raises UserError if the model has no tokenizer, gives a bound only, or the
         stride does not go with its window."""
+        lm = lm.for_estimator("nll")
         if lm.tokenizer is None:
             raise UserError(f"scorer {path} has no tokenizer, which texts need: put its tokenizer.json there")
         if not estimators.is_exact(lm.config):

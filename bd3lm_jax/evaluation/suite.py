@@ -73,7 +73,8 @@ def evaluate_suite(workdirs: Sequence[str], *, text: TextOptions = TextOptions()
     if not texts:
         raise UserError("none of the texts is here: see the lines above")
     scored = [_score(open_run(path, dataclasses.replace(model, length=0 if path in own else length))
-                     ._replace(workdir=workdir), texts[workdir], estimator) for workdir, path in zip(workdirs, paths)]
+                     ._replace(workdir=workdir).for_estimator(estimator.estimator), texts[workdir], estimator)
+              for workdir, path in zip(workdirs, paths)]
     for others in scored[1:]:
         for first, other in zip(scored[0], others):
             other.result["against"] = difference(other, first)
@@ -100,7 +101,8 @@ def _score(run: LoadedRun, texts: Sequence[Text], estimator: EstimatorOptions) -
     for text in texts:
         log.note(f"{run.workdir}: {text.name}, {log.pluralize(len(text.rows), 'row')}")
         measured = run.evaluator.measure(run.params, text.rows, estimator)
-        result = {**text.describe(measured), "workdir": run.workdir, "step": run.step,
+        result = {**text.describe(measured), **run.evaluator.autoregressive_summary(run.params, text.rows),
+                  "workdir": run.workdir, "step": run.step,
                   "config_sha256": run.config_sha256}
         scored.append(Scored(run.workdir, text, measured, result))
     return scored

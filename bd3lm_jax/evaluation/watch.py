@@ -137,7 +137,7 @@ class _RunFollower:
             return
         assert self._run is not None and self._text is not None
         measured = self._run.evaluator.measure(params, self._text.rows, self._estimator)
-        result = self._text.describe(measured)
+        result = self._text.describe(measured) | self._run.evaluator.autoregressive_summary(params, self._text.rows)
         line = {"step": step, **result, "config_sha256": self._sha256, "asked": self._record}
         log.append(self._workdir / FILE, line)
         self._done_steps.add(step)

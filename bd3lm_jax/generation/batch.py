@@ -132,7 +132,7 @@ def start_rows(lm, plan: Plan, prefill: int, params, request: Request, tokens_Bx
     """Progress before anything is written, with `prefill` (static) places from `origin` on in the cache, of which the
     first `stored` of the row count."""
     ids = jnp.where(request.given, tokens_BxL, plan.settings.mask_id)
-    if lm.config.diffusion.begins_with_end_token:
+    if lm.config.diffusion.bos_in_context:
         ids = jnp.pad(ids, ((0, 0), (1, 0)), constant_values=lm.special.end)
     ids, given = (jax.lax.dynamic_slice_in_dim(x, origin, prefill, axis=1) for x in (ids, request.given))
     real = plan.extent.is_prefilled(given, origin + jnp.arange(prefill), stored)

@@ -28,7 +28,7 @@ class BlockDenoiser(NamedTuple):
     diffusion the canvas is a distribution at every place, `[B, S, V]`.)
 
     slots: tokens that the cache holds, a multiple of the block size. dtype: of the cache, see
-    `trunk.new_cache`. sigma_max: as `Objective.sigma_max`.
+    `trunk.new_cache`. sigma_max, rule: as `Objective.sigma_max` and `attention_rule`.
     """
 
     model: Backbone
@@ -36,6 +36,7 @@ class BlockDenoiser(NamedTuple):
     slots: int
     dtype: str
     sigma_max: float = math.inf
+    rule: str = "block_causal"
 
     def num_prefilled(self, first_block: int) -> int:
         """Tokens for `prefill`: all blocks before `first_block` but the last one, which the first call stores."""
@@ -44,7 +45,7 @@ class BlockDenoiser(NamedTuple):
     def prefill(self, params, ids_BxN, real_BxN, origin) -> Cache:
         """A cache that holds N <= slots (static) tokens from row position `origin` on, a multiple of the block size;
         those that are not `real` stay unseen."""
-        return _store(self, params, ids_BxN, real_BxN, origin, self.block_size, "block_causal")
+        return _store(self, params, ids_BxN, real_BxN, origin, self.block_size, self.rule)
 
     def __call__(self, params, canvas_BxS, block, previous: PreviousBlock | None, positions_BxP, level_B, cache):
         size, start = self.block_size, block * self.block_size
@@ -58,7 +59,7 @@ class BlockDenoiser(NamedTuple):
             clean = Stream(previous.ids, before, before // size, previous.real.astype(jnp.int32))
         slot, cache = _make_room(self, cache, start - size, clean)
         out = trunk.decode(self.model, params, noised, clean, cache, slot, block_size=size, execution=UNROLLED,
-                           output_positions_BxP=positions_BxP)
+                           rule=self.rule, output_positions_BxP=positions_BxP)
         return trunk.logits(self.model, params, out.noised[:, 0], sigma), out.cache
 
 
@@ -139,28 +140,27 @@ def _shift_right(first_B, ids_BxS):
 class CausalDenoiser(NamedTuple):
     """Autoregression as blocks of one token: the clean stream is the token before, whose output predicts the canvas.
 
-    bos: the row begins with the end token `end_id`, which takes cache slot and position 0.
+    bos_in_context: the row begins with the end token `end_id`, which takes cache slot and position 0. Otherwise that
+    token is read for the first canvas alone, and the next token takes its place.
     """
 
     model: Backbone
     slots: int
     dtype: str
-    bos: bool
+    bos_in_context: bool
     end_id: int
 
     def num_prefilled(self, first_block: int) -> int:
-        """Tokens for `prefill`; with `bos` the beginning counts as one of them."""
-        return first_block if self.bos else max(first_block - 1, 0)
+        """Tokens for `prefill`; with `bos_in_context` the beginning counts as one of them."""
+        return first_block if self.bos_in_context else max(first_block - 1, 0)
 
     def prefill(self, params, ids_BxN, real_BxN, origin) -> Cache:
-        """As `BlockDenoiser.prefill`; with `bos`, ids are those of the row with its beginning."""
+        """As `BlockDenoiser.prefill`; with `bos_in_context`, ids are those of the row with its beginning."""
         return _store(self, params, ids_BxN, real_BxN, origin, 1, "causal")
 
     def __call__(self, params, canvas_Bx1, block, previous: PreviousBlock, positions_BxP, level_B, cache):
-        at = block if self.bos else block - 1
-        ids, real = previous.ids, previous.real
-        if self.bos:
-            ids, real = jnp.where(block > 0, ids, self.end_id), real | (block == 0)
+        at = block if self.bos_in_context else jnp.maximum(block - 1, 0)
+        ids, real = jnp.where(block > 0, previous.ids, self.end_id), previous.real | (block == 0)
         position = jnp.full_like(ids, 0) + at
         clean = Stream(ids, position, position, real.astype(jnp.int32))
         slot, cache = _make_room(self, cache, at, clean)
@@ -174,6 +174,7 @@ class UncachedDenoiser(NamedTuple):
     model: Backbone
     block_size: int
     length: int
+    rule: str = "block_causal"
 
     def prefill(self, params, ids_BxN, real_BxN, origin):
         """Ids and which of them are real, `[B, L]`; origin is 0."""
@@ -196,7 +197,8 @@ class UncachedDenoiser(NamedTuple):
         noised = Stream(canvas_BxS[:, None], position, ones * block, ones)
         batch, slots = ids.shape
         empty = trunk.new_cache(self.model, params, batch, slots, "compute")
-        both_streams = trunk.decode(self.model, params, noised, clean, empty, 0, block_size=size, execution=UNROLLED)
+        both_streams = trunk.decode(self.model, params, noised, clean, empty, 0, block_size=size, rule=self.rule,
+                                    execution=UNROLLED)
         h = jnp.take_along_axis(both_streams.noised[:, 0], positions_BxP[..., None], axis=1)
         return trunk.logits(self.model, params, h), cache
 

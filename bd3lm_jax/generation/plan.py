@@ -54,7 +54,7 @@ def make_plan(lm, options: Options, row_length: int) -> Plan:
                         steps=options.steps or sampler.steps or window, filters=options.filters,
                         mask_id=lm.special.mask, end_id=lm.special.end,
                         min_entropy=options.min_entropy, draw_all=draw_all)
-    ring = max((lm.context // size - 1) * size, size) + objective.begins_with_end_token  # which takes a slot of its own
+    ring = max((lm.context // size - 1) * size, size) + objective.bos_in_context  # which takes a slot of its own
     slots = min(row_length, ring) if options.window else row_length + spare
     return Plan(sampler.transition(objective, settings.steps), extent, settings, slots, options.cache_dtype,
                 options.approximate_cache, bool(options.guidance))
@@ -65,13 +65,13 @@ def make_denoiser(lm, plan: Plan):
     objective, size = lm.config.diffusion, plan.settings.block_size
     storage = plan.slots, plan.cache_dtype
     if objective.causal:
-        return CausalDenoiser(lm.model, *storage, objective.bos, lm.special.end)
+        return CausalDenoiser(lm.model, *storage, objective.bos_in_context, lm.special.end)
     if isinstance(plan.extent, AutoSizes):
         return AutoSizeDenoiser(lm.model, size, *storage, objective.sigma_max)
     if plan.approximate_cache:
         return ApproximateDenoiser(lm.model, size, plan.slots, plan.approximate_cache, plan.settings.mask_id,
                                    plan.cache_dtype, objective.sigma_max)
-    denoiser = BlockDenoiser(lm.model, size, *storage, objective.sigma_max)
+    denoiser = BlockDenoiser(lm.model, size, *storage, objective.sigma_max, objective.attention_rule)
     form = lm.config.model.target_shift
     return ShiftedDenoiser(denoiser, form, lm.special.end) if form else denoiser
 

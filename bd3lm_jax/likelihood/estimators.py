@@ -14,6 +14,7 @@ importance   exact_count with pi learnt from the first rows: pi(k) ~ sd of the m
 bernoulli    the paper's: t uniform in [eps, 1], every token masked with probability t, weight (1 - eps) / t. It omits
              t < eps: eps times the cross-entropy of a token masked almost alone.
 nll          where one pass gives the likelihood itself: autoregression, and blocks of one token without a noise level.
+             Of a model that is autoregressive as well (`Config.autoregressive`) callers take that mode for it.
 native       the objective's own loss, with the corruption and weights that make it a bound (`Objective.bound`): for
              networks that predict no masked tokens, and to compare with the others.
 
@@ -245,7 +246,7 @@ def is_exact(config: LMConfig) -> bool:
 
 def default_estimator(config: LMConfig) -> str:
     """"nll" where the likelihood is exact, "exact_count" for networks that predict masked tokens, else "native"."""
-    if is_exact(config):
+    if is_exact(config) and config.autoregressive is None:  # where "nll" is the likelihood under that mode
         return "nll"
     return "exact_count" if config.diffusion.uses_mask_token else "native"
 

@@ -6,6 +6,7 @@ noise is a function of (seed, round, row, replicate, draw) alone.
 
 import collections
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -94,6 +95,12 @@ class LoadedRun(NamedTuple):
     step: int
     config_sha256: str
 
+    def for_estimator(self, name: str) -> "LoadedRun":
+        """The run as an estimator measures it: "nll" as an autoregressive model where it is one, too."""
+        if name != "nll" or self.evaluator.autoregressive is None:
+            return self
+        return self._replace(config=self.evaluator.autoregressive.config, evaluator=self.evaluator.autoregressive)
+
 
 def open_run(workdir: str, options: ModelOptions = ModelOptions()) -> LoadedRun:
     """A checkpoint of a run, or a published one (`hf.local`), over all devices."""
@@ -135,6 +142,26 @@ class Evaluator:
         self.sharding = batch_sharding(mesh)
         self._programs = {}
         self.alive: Callable[[], object] = lambda: None  # called after every batch
+
+    @functools.cached_property
+    def autoregressive(self) -> "Evaluator | None":
+        """The evaluator of the same weights as an autoregressive model; None where they were not trained as one."""
+        config = self.config.autoregressive
+        if config is None:
+            return None
+        evaluator = Evaluator(config, self.model._replace(config=config.model), self.special, self.mesh)
+        evaluator.alive = lambda: self.alive()
+        return evaluator
+
+    def autoregressive_summary(self, params, rows: TokenRows, num_rows: int = 0) -> dict:
+        """The exact likelihood under the autoregressive mode of a model that has one, its keys with "ar_" before them;
+        {} for others."""
+        if self.autoregressive is None:
+            return {}
+        options = EstimatorOptions("nll", 1, 0)
+        summary = self.autoregressive.measure(params, rows, options, num_rows=num_rows).summary(rows)
+        return {f"ar_{name}{end}": summary[f"{name}{end}"] for name in ("nll", "ppl", "bits_per_byte")
+                for end in ("", "_ci95")}
 
     def run(self, params, rows: TokenRows, *, estimator: str, draws: int, seed: int, num_rows: int = 0) -> dict:
         """NLL of the first `num_rows` rows (0: all) in nats per token, with intervals.

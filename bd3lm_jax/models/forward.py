@@ -36,11 +36,14 @@ def one_stream(*args, **kwargs) -> jax.Array:
 
 
 def two_stream_out(model: Backbone, params: dict, xt_BxMxL, x0_BxL, position_BxL, segment_BxL, *, block_size: int,
-                   sizes: RowBlockSizes | None = None, sigma_BxMxn=None, clean_sigma_Bx1=None, execution: Execution,
+                   sizes: RowBlockSizes | None = None, rule: str = "block_causal", clean_outputs: bool = False,
+                   clean_places=None, sigma_BxMxn=None, clean_sigma_Bx1=None, execution: Execution,
                    dropout_keys=None, max_visible_position_BxL=None) -> ForwardOutput:
     """M noised copies, every block seeing the clean blocks before it (BD3-LM eq. 6).
 
-    The last clean block is read by nobody and left out; with one block a row (MDLM) there is no clean stream.
+    The last clean block is read by nobody and left out, unless `clean_outputs` are wanted; with one block a row (MDLM)
+    there is no clean stream then. rule, clean_outputs: as in `trunk.two_streams`. clean_places: position and segment of
+    the clean stream where they are not those of the row.
     xt: ids, or float `[B, M, L, V]` as in `trunk.Stream`. sizes: of each row's blocks where they differ; block_size is
     then the largest, and only the smallest is left out. sigma: noise level of each n-th part of the row, clean_sigma:
     one for the whole row (published checkpoints); None is the constant 0 (and all that networks without time
@@ -50,13 +53,15 @@ def two_stream_out(model: Backbone, params: dict, xt_BxMxL, x0_BxL, position_BxL
     block = position_BxL // (block_size if sizes is None else sizes.size_B[:, None])
     min_block_size = None if sizes is None else sizes.min_block_size
     noised = Stream(xt_BxMxL, position_BxL, block, segment_BxL, sigma_BxMxn, max_visible_position_BxL)
-    clean, clean_length = None, length - (min_block_size or block_size)
+    clean, clean_length = None, length if clean_outputs else length - (min_block_size or block_size)
     if clean_length > 0:
+        position_BxL, segment_BxL = clean_places or (position_BxL, segment_BxL)
         max_visible_position = None if max_visible_position_BxL is None else max_visible_position_BxL[:, :clean_length]
         clean = Stream(x0_BxL[:, :clean_length], position_BxL[:, :clean_length], block[:, :clean_length],
                        segment_BxL[:, :clean_length], clean_sigma_Bx1, max_visible_position)
     return trunk.two_streams(model, params, noised, clean, block_size=block_size, execution=execution,
-                             dropout_keys=dropout_keys, min_block_size=min_block_size)
+                             rule=rule, clean_outputs=clean_outputs, dropout_keys=dropout_keys,
+                             min_block_size=min_block_size)
 
 
 def one_stream_out(model: Backbone, params: dict, ids_BxL, position_BxL, segment_BxL, *, rule: str, block_size: int,

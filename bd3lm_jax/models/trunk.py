@@ -130,15 +130,18 @@ def _stored_shapes(model, params):
 
 
 def two_streams(model: Backbone, params: dict, noised: Stream, clean: Stream | None, *, block_size: int,
-                execution: Execution, dropout_keys=None, min_block_size: int | None = None,
-                output_positions_BxP=None) -> ForwardOutput:
+                execution: Execution, rule: str = "block_causal", clean_outputs: bool = False, dropout_keys=None,
+                min_block_size: int | None = None, output_positions_BxP=None) -> ForwardOutput:
     """The pass of training and of bounds over whole rows: hidden states of the noised stream.
 
-    Noised tokens attend to earlier clean blocks and their own block, clean tokens to clean blocks up to their own.
+    Noised tokens attend to earlier clean blocks and their own block, clean tokens to clean ones by `rule`.
 
     Args:
         clean: without its last block, which nobody reads; None where a row is one block. Its last layer computes keys
             and values only.
+        rule: "block_causal" (up to the end of their block) or "causal".
+        clean_outputs: the hidden states of the clean stream are returned as well, and all of it goes through the last
+            layer.
         block_size: blocks begin at row indices that are multiples of it.
         dropout_keys: one typed key a row `[B]`; None: no dropout.
         min_block_size: as in `MaskSpec`, for rows with blocks of several sizes.
@@ -146,13 +149,13 @@ def two_streams(model: Backbone, params: dict, noised: Stream, clean: Stream | N
             goes through the last layer's MLP.
     """
     streams = {"noised": noised} if clean is None else {"noised": noised, "clean": clean}
-    spec = MaskSpec(rule="block_causal", block_size=block_size, aligned=True, one_document=execution.one_document,
+    spec = MaskSpec(rule=rule, block_size=block_size, aligned=True, one_document=execution.one_document,
                     noised=noised.tokens(True), clean=None if clean is None else clean.tokens(False), cache=None,
                     min_block_size=min_block_size)
     h, inputs = _enter(model, params, streams, spec, execution, dropout_keys)
     h, _, aux = run_layers(model.groups, params, inputs, h, None, execution, model.config.first_noised_layer,
-                           _last_layer(clean, output_positions_BxP))
-    return ForwardOutput(h["noised"], None, None, aux)
+                           None if clean_outputs else _last_layer(clean, output_positions_BxP))
+    return ForwardOutput(h["noised"], h["clean"] if clean_outputs else None, None, aux)
 
 
 def prefill(model: Backbone, params: dict, clean: Stream, cache: Cache | None = None, write_at=None, *, rule: str,
@@ -170,16 +173,17 @@ def prefill(model: Backbone, params: dict, clean: Stream, cache: Cache | None = 
 
 
 def decode(model: Backbone, params: dict, noised: Stream, clean: Stream | None, cache: Cache, write_at, *,
-           block_size: int, execution: Execution, output_positions_BxP=None) -> ForwardOutput:
+           block_size: int, execution: Execution, rule: str = "block_causal",
+           output_positions_BxP=None) -> ForwardOutput:
     """A pass of generation: hidden states of one noised block behind the cache.
 
     Args:
         clean: the block just finished, whose keys and values go to cache slots `write_at`; None: there is none. Both go
             through the weights as one row where they have the same noise level, the constant 0.
-        block_size, output_positions_BxP: as in `two_streams`.
+        block_size, rule, output_positions_BxP: as in `two_streams`.
     """
     streams = {"noised": noised} if clean is None else {"noised": noised, "clean": clean}
-    spec = MaskSpec(rule="block_causal", block_size=block_size, aligned=False, one_document=execution.one_document,
+    spec = MaskSpec(rule=rule, block_size=block_size, aligned=False, one_document=execution.one_document,
                     noised=noised.tokens(True), clean=None if clean is None else clean.tokens(False),
                     cache=None if cache.empty else cache.tokens())
     h, inputs = _enter(model, params, streams, spec, execution, None)

@@ -62,8 +62,8 @@ def parts(model_config: Any, objective: Any, *, batch: int, length: int, noise_s
     sizes = objective.block_sizes
     objectives = [objective.at(size) for size in sizes] if len(sizes) > 1 else [objective]
     layers, attention = np.mean([_body(model, params, one, batch, length, noise_samples) for one in objectives], axis=0)
-    scored = scored_positions(objective, batch, length, noise_samples, schedule)
-    return Parts(float(layers), float(attention), _head(model, params, (batch, noise_samples, scored)))
+    head = sum(_head(model, params, shape) for shape in _scored(objective, batch, length, noise_samples, schedule))
+    return Parts(float(layers), float(attention), head)
 
 
 def _body(model, params, objective, batch: int, length: int, noise_samples: int) -> tuple[float, float]:
@@ -78,7 +78,7 @@ def _body(model, params, objective, batch: int, length: int, noise_samples: int)
         on_noised = _layer(model, block, layer, params, (batch, noised_views, length), level)
         on_clean = _layer(model, block, layer, params, (batch, clean), (1, 1))
         # The layer, if any, whose clean stream gives only keys and values.
-        peeled = int(noised_views > 0 and index == len(model.groups) - 1)
+        peeled = int(clean < length and index == len(model.groups) - 1)
         noised_layers = layer_count - min(max(model_config.first_noised_layer - first, 0), layer_count)
         first += layer_count
         clean_pairs, noised_pairs = _pairs(objective, length, noise_samples, getattr(block, "window", None))
@@ -94,6 +94,12 @@ def _body(model, params, objective, batch: int, length: int, noise_samples: int)
 def scored_positions(objective: Any, batch: int, length: int, noise_samples: int, schedule: Any = None) -> int:
     """Positions of a copy that reach the output layer: the static capacity of the objective's masks, or of those that
     a schedule may choose."""
+    return _scored(objective, batch, length, noise_samples, schedule)[0][-1]
+
+
+def _scored(objective, batch: int, length: int, noise_samples: int, schedule) -> list[tuple[int, int, int]]:
+    """Shapes `[B, M, C]` of the positions that reach the output layer: of the copies, and of a clean stream that
+    predicts, too."""
     def noised(ids):
         arrays: dict[str, Any] = {name: jnp.zeros(ids.shape) for name in objective.extra_batch_keys}
         if hasattr(schedule, "distribution"):
@@ -103,7 +109,9 @@ def scored_positions(objective: Any, batch: int, length: int, noise_samples: int
             arrays["learned_params"] = {**learned, "embedding": jnp.zeros((1, 1))}
         return objective.corrupt(jax_settings.key(0), ids, ids, noise_samples, 0, 0, **arrays)
 
-    return min(jax.eval_shape(noised, jax.ShapeDtypeStruct((batch, length), jnp.int32)).capacity, length)
+    drawn = jax.eval_shape(noised, jax.ShapeDtypeStruct((batch, length), jnp.int32))
+    of_clean = [(batch, 1, length)] if drawn.clean is not None else []
+    return [(batch, noise_samples, min(drawn.capacity, length)), *of_clean]
 
 
 def count(function: Callable, *args: Any) -> int:
@@ -148,12 +156,16 @@ def _layer(model, block, layer, params, shape, level) -> _Layer:
 
 def _pairs(objective, length: int, noise_samples: int, window: int | None) -> tuple[float, float]:
     """Pairs (query, key) that see each other in one row and layer: clean queries, noised queries."""
-    size, place = objective.block_size, np.arange(length)
-    reach = length if window is None else window
-    last = np.minimum(place // size * size + size - 1, place + reach)
-    pairs = last - np.maximum(place - reach, 0) + 1  # of each query, whichever stream its keys are in
-    noised_views, clean = objective.stream_lengths(length, noise_samples)
-    return float(pairs[:clean].sum()), float(noised_views * pairs.sum())
+    reach, place = length if window is None else window, np.arange(length)
+
+    def pairs(size: int) -> np.ndarray:
+        """Of each query whose reach ends with its part of `size` tokens, whichever stream its keys are in."""
+        last = np.minimum(place // size * size + size - 1, place + reach)
+        return last - np.maximum(place - reach, 0) + 1
+
+    copies, clean = objective.stream_lengths(length, noise_samples)
+    of_clean = pairs(1 if objective.attention_rule == "causal" else objective.block_size)[:clean]
+    return float(of_clean.sum()), float(copies * pairs(objective.block_size).sum())
 
 
 def _head(model, params, shape) -> int:

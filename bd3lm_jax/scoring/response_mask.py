@@ -28,7 +28,9 @@ class ResponseMask(Transform):
         return jnp.where(batch["prompt"] == 0, segment_BxL, 0) if self.draws_noise else segment_BxL
 
     def noised(self, noised: Noised, batch: dict) -> Noised:
-        return noised.replace(weight_BxMxL=jnp.where(batch["prompt"][:, None] == 0, noised.weight_BxMxL, 0))
+        clean = noised.clean and self.noised(noised.clean, batch)
+        return noised.replace(weight_BxMxL=jnp.where(batch["prompt"][:, None] == 0, noised.weight_BxMxL, 0),
+                              clean=clean)
 
 
 def check(config: Any) -> None:

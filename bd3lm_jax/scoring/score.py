@@ -32,7 +32,8 @@ class LossInputs(NamedTuple):
 
     features_BxMxCxD go into the output layer; weight_BxMxC is 0 where a position does not count; index_BxMxC says where
     in the row it stands; xt_BxMxC and sigma_BxMxC: the noised token there and its level (for an objective's own loss).
-    tokens_B: tokens of the row. aux: the network's own loss, a sum over tokens as the others.
+    tokens_B: tokens of the row. aux: the network's own loss, a sum over tokens as the others. clean: the same of what
+    the clean stream predicts, one copy, under plain cross-entropy; None: nothing.
     """
 
     features_BxMxCxD: jax.Array
@@ -43,6 +44,7 @@ class LossInputs(NamedTuple):
     sigma_BxMxC: Any = None
     tokens_B: Any = None
     aux: jax.Array | float = 0.0
+    clean: "LossInputs | None" = None
 
 
 def score(model: Backbone, params: dict, objective: Objective, noised: Noised, rows: dict, execution: Execution,
@@ -58,7 +60,11 @@ def score(model: Backbone, params: dict, objective: Objective, noised: Noised, r
     inputs = apply(transforms, "inputs", objective.inputs(noised, rows, model.config.vocab_size), rows)
     out = _forward(model, params, inputs, execution, rows.get("dropout_keys"))
     h_BxMxLxD = apply(transforms, "outputs", objective.outputs(out.noised, out.clean))
-    return _at_loss_positions(model, params, h_BxMxLxD, noised, rows)._replace(aux=out.aux)
+    scored = _at_loss_positions(model, params, h_BxMxLxD, noised, rows)._replace(aux=out.aux)
+    if noised.clean is None:
+        return scored
+    h_BxLxD = apply(transforms, "clean_outputs", out.clean, rows)
+    return scored._replace(clean=_at_loss_positions(model, params, h_BxLxD[:, None], noised.clean, rows))
 
 
 def _forward(model, params, inputs: NetworkInputs, execution, dropout_keys) -> trunk.ForwardOutput:
@@ -74,8 +80,9 @@ def _forward(model, params, inputs: NetworkInputs, execution, dropout_keys) -> t
     if inputs.size_B is not None and inputs.min_block_size is not None:
         sizes = forward.RowBlockSizes(inputs.size_B, inputs.min_block_size)
     return forward.two_stream_out(model, params, inputs.noised, inputs.clean_BxL, *places, block_size=inputs.block_size,
-                                  sizes=sizes, sigma_BxMxn=sigma, execution=execution, dropout_keys=dropout_keys,
-                                  max_visible_position_BxL=inputs.max_visible_position_BxL)
+                                  sizes=sizes, rule=inputs.rule, clean_outputs=inputs.clean_outputs,
+                                  clean_places=inputs.clean_places, sigma_BxMxn=sigma, execution=execution,
+                                  dropout_keys=dropout_keys, max_visible_position_BxL=inputs.max_visible_position_BxL)
 
 
 def _at_loss_positions(model, params, h_BxMxLxD, noised: Noised, rows: dict) -> LossInputs:
@@ -116,6 +123,9 @@ def row_losses(model: Backbone, params: dict, scored: LossInputs, mask_id: int, 
 def total_loss(model: Backbone, params: dict, scored: LossInputs, mask_id: int, chunk: int,
                loss: Loss = Loss()) -> jax.Array:
     """Sum of weight * loss over all positions of `scored`, in nats; other arguments as for `row_losses`."""
+    if scored.clean is not None:
+        of_clean = total_loss(model, params, scored.clean, mask_id, chunk)
+        return of_clean + total_loss(model, params, scored._replace(clean=None), mask_id, chunk, loss)
     token_loss, mean_term = loss
     features, target, weight = _group_by_device(scored.features_BxMxCxD, scored.target_BxMxC, scored.weight_BxMxC)
     if token_loss is None:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from bd3lm_jax.core.errors import UserError
+from bd3lm_jax.diffusion.ar import starts
 from bd3lm_jax.diffusion.network_inputs import NetworkInputs
 from bd3lm_jax.scoring.transform import Transform
 
@@ -34,12 +35,45 @@ def inherited_shift(source_model: Any, was_causal: bool, objective: Any, length:
 
 
 def for_model(model_config: Any, end_id: int) -> tuple[Transform, ...]:
-    """The transform that such a network needs in every pass; none for outputs in the place of their tokens.
+    """The transform that such a network needs in every pass.
 
     end_id: the token before the first one.
     """
     form = model_config.target_shift
-    return {"": (), "row": (RowShift(),), "block": (BlockShift(end_id),)}[form]
+    return {"": (OwnPlace(end_id),), "row": (RowShift(),), "block": (BlockShift(end_id),)}[form]
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnPlace(Transform):
+    """In form "": tokens in their own places, also those of a clean stream whose outputs predict the tokens after them.
+
+    What predicts the first token of a document is an end token that attends to itself alone. It stands in the place of
+    the document's last token, which no other token reads and whose output predicts nothing.
+    """
+
+    end_id: int
+
+    def inputs(self, inputs: NetworkInputs, rows: dict) -> NetworkInputs:
+        if not inputs.clean_outputs:
+            return inputs
+        position_BxL, segment_BxL = inputs.position_BxL, inputs.segment_BxL
+        last_BxL = _is_last(segment_BxL)
+        places = (jnp.where(last_BxL, 0, position_BxL),
+                  jnp.where(last_BxL, segment_BxL + segment_BxL.shape[1], segment_BxL))
+        return inputs.replace(clean_BxL=jnp.where(last_BxL, self.end_id, inputs.clean_BxL), clean_places=places,
+                              one_document=False)
+
+    def clean_outputs(self, h_BxLxD: jax.Array, rows: dict) -> jax.Array:
+        length, segment_BxL = h_BxLxD.shape[1], rows["segments"]
+        place_L = jnp.arange(length)
+        last_BxL = jax.lax.cummin(jnp.where(_is_last(segment_BxL), place_L, length - 1), axis=1, reverse=True)
+        source_BxL = jnp.where(starts(segment_BxL), last_BxL, place_L - 1)
+        return jnp.take_along_axis(h_BxLxD, source_BxL[..., None], axis=1)
+
+
+def _is_last(segment_BxL):
+    """Where the last token of a document stands."""
+    return (segment_BxL != jnp.roll(segment_BxL, -1, axis=-1)).at[..., -1].set(True) & (segment_BxL != 0)
 
 
 class RowShift(Transform):

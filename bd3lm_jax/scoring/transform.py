@@ -12,7 +12,7 @@ class Transform:
     """Leaves everything as it is; what wraps an objective overrides what it changes.
 
     The first three are of a step: `prepare_rows` and the next two see the whole batch, `params` every microbatch.
-    `inputs` and `outputs` are of a pass.
+    `inputs`, `outputs` and `clean_outputs` are of a pass.
     """
 
     def maskable_segments(self, segment_BxL: jax.Array, batch: dict) -> jax.Array:
@@ -42,6 +42,11 @@ class Transform:
     def outputs(self, h_BxMxLxD: jax.Array) -> jax.Array:
         """The hidden states that predict the tokens."""
         return h_BxMxLxD
+
+    def clean_outputs(self, h_BxLxD: jax.Array, rows: dict) -> jax.Array:
+        """The hidden states of a clean stream that predict the tokens, from what stands in their places."""
+        del rows
+        return h_BxLxD
 
 
 def apply(transforms: tuple[Transform, ...], hook: str, value: Any, *arguments: Any) -> Any:

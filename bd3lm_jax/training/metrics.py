@@ -84,7 +84,9 @@ class Logging(Callback):
         by_count, size, (low, high) = valid["nll_by_count"], self.objective.block_size, valid["nll_ci95"]
         shown = [k for k in by_count if size <= SHOWN_COUNTS or k == size or k & (k - 1) == 0]
         nll = f"{format_number(valid['nll'], '.4f')} ({format_interval((low, high), '.4f')})"
+        nll += f", {format_number(valid['ar_nll'], '.4f')} autoregressively" if "ar_nll" in valid else ""
         self.log.note(f"step {step}: valid nll {nll}, {format_number(valid['bits_per_byte'], '.3f')} bits per byte")
-        return {**{f"valid/{name}": valid[name] for name in ("nll", "ppl", "bits_per_byte")},
+        names = ("nll", "ppl", "bits_per_byte", "ar_nll", "ar_ppl", "ar_bits_per_byte")
+        return {**{f"valid/{name}": valid[name] for name in names if name in valid},
                 "valid/nll_low": low, "valid/nll_high": high,
                 **{f"valid/nll_at_{k}_masked": by_count[k] for k in shown}}

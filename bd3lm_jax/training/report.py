@@ -40,6 +40,7 @@ def write_report(run: Any, weights: Any, valid: dict, evaluator: Any) -> None:
         with spinner("measuring the test split"):
             estimate = evaluator.run(weights, rows, estimator=valid["estimator"], draws=config.eval.mc_samples,
                                      seed=config.seed, num_rows=config.eval.report_rows)
+            estimate |= evaluator.autoregressive_summary(weights, rows, config.eval.report_rows)
         splits["test"] = (rows, estimate)
     if jax.process_index() > 0:
         return
@@ -115,9 +116,11 @@ def _test_rows(run):
 
 def _likelihood_table(run, split: str, rows, estimate: dict) -> None:
     per_token = rows.meta["bytes"] * np.log(2) / rows.meta["tokens"]
-    lines = [("this model", format_number(estimate["bits_per_byte"], ".3f"),
-              format_interval(estimate["bits_per_byte_ci95"], ".3f"), format_number(estimate["nll"], ".4f"),
-              format_number(estimate["ppl"], ".1f"))]
+    modes = [("this model", "")] + [("its autoregressive mode", "ar_")] * ("ar_nll" in estimate)
+    lines = [(name, format_number(estimate[f"{mode}bits_per_byte"], ".3f"),
+              format_interval(estimate[f"{mode}bits_per_byte_ci95"], ".3f"),
+              format_number(estimate[f"{mode}nll"], ".4f"), format_number(estimate[f"{mode}ppl"], ".1f"))
+             for name, mode in modes]
     try:
         with spinner(f"counting models for comparison, {split}"):
             count_models = _count_models(run, split, rows)

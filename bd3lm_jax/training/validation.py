@@ -33,11 +33,12 @@ class Validator:
             return {}
         with spinner("validating"):
             options = EstimatorOptions(draws=config.eval.mc_samples if is_final else 1, seed=config.seed)
-            measured = self.evaluator.measure(self.weights(state), rows, options,
-                                              num_rows=config.eval.report_rows if is_final else config.eval.rows)
+            weights, num_rows = self.weights(state), config.eval.report_rows if is_final else config.eval.rows
+            measured = self.evaluator.measure(weights, rows, options, num_rows=num_rows)
+            of_other_mode = self.evaluator.autoregressive_summary(weights, rows, num_rows)
         if is_final and jax.process_index() == 0:
             paired.save(self.run.workdir, measured, rows)
-        return measured.summary(rows)
+        return measured.summary(rows) | of_other_mode
 
     def best_checkpoint_bound(self, state: TrainState, valid: dict, is_final: bool) -> float | None:
         """The bound that tells the best checkpoint: of the same rows with the same noise at every step.

@@ -44,7 +44,7 @@ def test_the_model_takes_every_candidate(objective, monkeypatch):
     lm = make_lm(objective, tokenizer=LETTERS)
     found = tune_sampling.candidates(lm)
     for setting in found:
-        at, rest = lm.resolve_block_size(setting)
+        at, rest = lm.resolve_options(setting)
         check_options(at, make_options(**rest))
     names = [tune_sampling.name_of(setting) for setting in found]
     assert names[0] == "first_hitting" and len(set(names)) == len(names)

@@ -13,6 +13,7 @@ from toy_runs import quick_jit
 from bd3lm_jax import models
 from bd3lm_jax.diffusion.ar import AR
 from bd3lm_jax.diffusion.clip import ClipSearch, CountSchedule
+from bd3lm_jax.diffusion.joint import Joint
 from bd3lm_jax.diffusion.masked import Masked
 from bd3lm_jax.diffusion.mixed import Mixed
 from bd3lm_jax.models import forward, trunk
@@ -64,6 +65,19 @@ def test_blocks_of_several_sizes_by_hand():
 def test_autoregressive_by_hand():
     pairs = 12 * sum(position + 1 for position in range(LENGTH))
     assert paper_step(AR(bos=True), 1) == pytest.approx(by_hand(LENGTH, 0, 12, pairs, LENGTH), rel=1e-3)
+
+
+@pytest.mark.parametrize(("size", "noise_samples", "ratio"), [(4, 1, 1.222), (4, 2, 1.141), (16, 1, 1.232)])
+def test_a_clean_stream_that_predicts_by_hand(size, noise_samples, ratio):
+    """All clean tokens go through all layers and the head; they see half as many within their blocks."""
+    joint = Joint(**dataclasses.asdict(Masked.uniform_counts(size)), ar_weight=1.0)
+    noised_pairs = noise_samples * sum(size * (block * size + size) for block in range(LENGTH // size))
+    pairs = 12 * (noised_pairs + sum(position + 1 for position in range(LENGTH)))
+    scored = noise_samples * flops.scored_positions(joint, 1, LENGTH, noise_samples) + LENGTH
+    expected = by_hand(LENGTH, noise_samples * LENGTH, 12, pairs, scored)
+    found = paper_step(joint, noise_samples)
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert found / paper_step(Masked.uniform_counts(size), noise_samples) == pytest.approx(ratio, abs=0.01)
 
 
 @pytest.mark.parametrize(("noise_samples", "limit"), [(1, 1.55), (2, 1.22), (3, 1.12)])

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from toy_evaluation import evaluated
-from toy_runs import LENGTH, toy_config, write_text
+from toy_runs import LENGTH, run_python, toy_config, write_text
 
 import bd3lm_jax
 from bd3lm_jax.core.errors import UserError
@@ -66,3 +66,48 @@ def test_a_split_network_trains_and_writes(tmp_path):
     assert len(lm.generate(num=1, length=16)) == 1
     with pytest.raises(UserError, match="split network"):
         lm.logits(np.zeros((1, 8), np.int32))
+
+
+@pytest.mark.ci_slow
+def test_a_run_with_two_likelihoods(tmp_path):
+    """Both are validated, reported and measured; one checkpoint writes both ways."""
+    result, lines = trained(tmp_path, "joint", **{"eval.num_samples": 1, "eval.sample_length": 8,
+                                                  "train.noise_samples": 2})
+    assert result["train_nll"] is None and not any("train/nll" in line for line in lines)
+    valid = report.read(tmp_path / "run")["valid"]
+    assert lines[-1]["valid/ar_nll"] == valid["ar_nll"] and valid["estimator"] == "exact_count"
+    found, exact = evaluated(tmp_path / "run"), evaluated(tmp_path / "run", estimator="nll")
+    for key in ("nll", "ppl", "bits_per_byte"):
+        low, high = found[f"ar_{key}_ci95"]
+        assert low < found[f"ar_{key}"] < high and found[f"ar_{key}"] == exact[key] != found[key]
+    assert exact["estimator"] == "nll" and exact["tokens"] == found["tokens"] and "ar_nll" not in exact
+    lm = bd3lm_jax.load(str(tmp_path / "run"))
+    texts = {sampler: lm.generate(num=2, length=16, sampler=sampler) for sampler in ("ar", "first_hitting")}
+    assert all(len(found) == 2 for found in texts.values()) and texts["ar"] != texts["first_hitting"]
+    assert list(lm.generate(num=1, length=16, sampler="ar"))[0] == texts["ar"][0]
+
+
+@pytest.mark.ci_slow
+def test_two_likelihoods_on_eight_devices(tmp_path):
+    """Losses of the steps and both likelihoods are those of one device."""
+    here, lines = trained(tmp_path, "joint")
+    code = """
+        import sys
+        from pathlib import Path
+        import jax
+        from toy_runs import toy_config
+        from bd3lm_jax.training.train import train
+        from configs import common
+        section = common.algorithm("joint")[0] | {"block_size": 8}
+        assert len(jax.devices()) == 8
+        config = toy_config(Path(sys.argv[1]), {"diffusion": section, "train.steps": 2, "mesh.data": 4, "mesh.fsdp": 2})
+        train(config, sys.argv[1] + "/eight")
+    """
+    done = run_python(code, tmp_path, devices=8)
+    assert done.returncode == 0, done.stderr
+    there = [json.loads(line) for line in (tmp_path / "eight" / "metrics.jsonl").read_text().splitlines()]
+    assert len(there) == len(lines)
+    for ours, theirs in zip(lines, there):
+        for key in ("train/loss", "valid/nll", "valid/ar_nll"):
+            assert (key in ours) == (key in theirs)
+            assert key not in ours or ours[key] == pytest.approx(theirs[key], rel=1e-4)
