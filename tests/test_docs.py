@@ -54,8 +54,9 @@ EVERY_DAY = ("eval --workdir=runs/tiny --split", "sample --workdir=runs/tiny",
 FILES = {("objectives.md", 0): "my_objective.py", ("sweeps.md", 0): "mine.py",
          **{("extend.md", number): "" for number, _ in enumerate((ROOT / "examples" / "plugins").glob("*.py"))}}
 NOT_HERE = {"SmolLM2-135M.gguf", "llama-3.2-1b", "mdlm"}  # checkpoints that snippets load from elsewhere
-RUNS = {"ar": "algo=ar", "tiny-ar": "algo=ar", "mdlm": "algo=mdlm", "mixed": "algo=mixed", "sedd": "algo=sedd",
-        "uniform": "algo=uniform", "ssd": "algo=ssd_lm,block_size=16"}  # trained by other commands; else as runs/tiny
+RUNS = {"ar": "algo=ar", "tiny-ar": "algo=ar", "mdlm": "algo=mdlm", "mixed": "algo=mixed", "joint": "algo=joint",
+        "sedd": "algo=sedd", "uniform": "algo=uniform",
+        "ssd": "algo=ssd_lm,block_size=16"}  # trained by other commands; else as runs/tiny
 TINY = ("--config.model.num_layers=1", "--config.model.hidden_size=32", "--config.model.num_heads=2",
         "--config.data.tokenizer=bytes")
 SHORT = ("--config.train.steps=3", "--config.train.batch_size=4", "--config.optim.warmup_steps=0",

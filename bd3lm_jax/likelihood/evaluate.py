@@ -149,7 +149,8 @@ class Evaluator:
         config = self.config.autoregressive
         if config is None:
             return None
-        evaluator = Evaluator(config, self.model._replace(config=config.model), self.special, self.mesh)
+        evaluator = Evaluator(config, self.model._replace(config=config.model), self.special, self.mesh, self.batch,
+                              self.execution)
         evaluator.alive = lambda: self.alive()
         return evaluator
 
