@@ -233,7 +233,6 @@ from bd3lm_jax.core.schema import MeshConfig
 from bd3lm_jax.models import sharding_rules
 from bd3lm_jax.parallel import sharding
 from bd3lm_jax.planning import flops
-from bd3lm_jax.training.trackers import TRACKERS
 from bd3lm_jax.training.train import train
 from configs import common, tiny
 from toy_runs import LENGTH, toy_dict
