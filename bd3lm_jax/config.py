@@ -142,9 +142,9 @@ class Config(LMConfig):
                                                                                                  anneal_steps=0))
 
     @property
-    def schedule(self) -> FixedNoise:
+    def adaptive_noise(self) -> FixedNoise:
         """What chooses the training noise from the data."""
-        return noise_schedule(self.noise, self.diffusion, self.model.vocab_size)
+        return make_adaptive_noise(self.noise, self.diffusion, self.model.vocab_size)
 
     @property
     def execution(self) -> trunk.Execution:
@@ -198,7 +198,7 @@ class Config(LMConfig):
         check(noise_samples % group == 0,
               f"train.noise_samples={noise_samples} is no multiple of {group}: diffusion.kind="
               f"'{config.diffusion.kind}' draws so many copies together here, use {-(-noise_samples // group) * group}")
-        noise_schedule(config.noise, config.diffusion, config.model.vocab_size)  # raises if they do not go together
+        make_adaptive_noise(config.noise, config.diffusion, config.model.vocab_size)  # or an error
         curriculum.check(config)
         annealing.check(config)
         target_shift.check(config)
@@ -244,7 +244,7 @@ def read_sections(mapping: Nested) -> tuple[dict, dict[str, Any]]:
     return mapping, sections | {"diffusion": as_section("diffusion", section, kind)}
 
 
-def noise_schedule(noise: NoiseConfig, objective: Any, vocab_size: int) -> FixedNoise:
+def make_adaptive_noise(noise: NoiseConfig, objective: Any, vocab_size: int) -> FixedNoise:
     """What chooses the noise of an objective. UserError if they do not go together."""
     if noise.adaptive_noise == "none":
         return FixedNoise()

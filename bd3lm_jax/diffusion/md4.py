@@ -11,7 +11,7 @@ from bd3lm_jax.diffusion.noised import Noised
 from bd3lm_jax.diffusion.objective import Objective
 from bd3lm_jax.diffusion.schedule import get_schedule
 
-SCHEDULES = {"linear": "loglinear", "cosine": "sine"}  # names of MD4 -> of schedule.py; and "polynomial:p"
+MD4_NAMES = {"linear": "loglinear", "cosine": "sine"}  # names of MD4 -> of schedule.py; and "polynomial:p"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class MD4(Objective):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.schedule not in SCHEDULES and not self.schedule.startswith("polynomial:"):
+        if self.schedule not in MD4_NAMES and not self.schedule.startswith("polynomial:"):
             raise UserError(f"diffusion.schedule is '{self.schedule}', expected linear, cosine or polynomial:p for "
                             "diffusion.kind='md4'")
         get_schedule(self._name)
@@ -50,7 +50,7 @@ class MD4(Objective):
 
     @property
     def _name(self) -> str:
-        return SCHEDULES.get(self.schedule, self.schedule)
+        return MD4_NAMES.get(self.schedule, self.schedule)
 
     def corrupt(self, key: jax.Array, x0_BxL: jax.Array, segment_BxL: jax.Array, noise_samples: int, mask_id: int,
                 end_id: int) -> Noised:

@@ -10,6 +10,7 @@ All methods take and return float arrays of any one shape; t in (0, 1], since ev
 
 import dataclasses
 import math
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,19 @@ import jax.numpy as jnp
 from bd3lm_jax.core.errors import UserError, nearest
 
 MAX_STRATA = 2**22  # a stratum's index and the jitter inside it share the 24 bits of a float32
+
+
+class Schedule(Protocol):
+    """What the docstring of this file says, as methods of t or of a mask probability, arrays of any shape."""
+
+    def mask_prob(self, t):
+        ...
+
+    def weight(self, t):
+        ...
+
+    def inverse(self, mask_prob):
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +91,7 @@ class Logarithmic:
         return jnp.expm1(mask_prob * math.log(2))
 
 
-SCHEDULES = {
+SCHEDULES: dict[str, Schedule] = {
     "loglinear": Power(1.0),
     "cosine": Cosine(),
     "square": Power(2.0),
@@ -87,7 +101,7 @@ SCHEDULES = {
 }
 
 
-def get_schedule(name: str) -> Power | Cosine | Sine | Logarithmic:
+def get_schedule(name: str) -> Schedule:
     """The schedule of that name: a key of SCHEDULES, or `polynomial:3` for 1 - alpha = t**3.
 
     Raises:

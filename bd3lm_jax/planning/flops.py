@@ -29,25 +29,25 @@ class Parts(NamedTuple):
 
 
 def train_step(model_config: Any, objective: Any, *, batch: int, length: int, noise_samples: int,
-               schedule: Any = None) -> float:
+               adaptive_noise: Any = None) -> float:
     """FLOPs that a step on `batch` rows of `length` tokens needs, over all devices; `noise_samples` noised copies a
     row.
 
-    schedule: what chooses the noise from the data (`Config.schedule`); None: the objective's own noise.
+    adaptive_noise: what chooses the noise from the data (`Config.adaptive_noise`); None: the objective's own noise.
     """
     return 3 * forward(model_config, objective, batch=batch, length=length, noise_samples=noise_samples,
-                       schedule=schedule)
+                       adaptive_noise=adaptive_noise)
 
 
 def forward(model_config: Any, objective: Any, *, batch: int, length: int, noise_samples: int,
-            schedule: Any = None) -> float:
-    """FLOPs of the forward pass of `train_step`; without a schedule also that of the likelihood bound."""
+            adaptive_noise: Any = None) -> float:
+    """FLOPs of the forward pass of `train_step`; without such a choice also that of the likelihood bound."""
     return sum(parts(model_config, objective, batch=batch, length=length, noise_samples=noise_samples,
-                     schedule=schedule))
+                     adaptive_noise=adaptive_noise))
 
 
 def parts(model_config: Any, objective: Any, *, batch: int, length: int, noise_samples: int,
-          schedule: Any = None) -> Parts:
+          adaptive_noise: Any = None) -> Parts:
     """FLOPs of a forward pass by part. Rows hold one document each (packed rows need less attention).
 
     Rows whose blocks are of several sizes (`mixed`) count as the mean over these sizes.
@@ -55,14 +55,15 @@ def parts(model_config: Any, objective: Any, *, batch: int, length: int, noise_s
     Args:
         model_config: of any registered backbone, with its vocabulary size.
         objective: of any registered kind; one that is `causal` reads a single stream.
-        schedule: as in `train_step`.
+        adaptive_noise: as in `train_step`.
     """
     model = models.build(model_config, jnp.float32)
     params = jax.eval_shape(lambda: trunk.init(model, jax_settings.key(0)))
     sizes = objective.block_sizes
     objectives = [objective.at(size) for size in sizes] if len(sizes) > 1 else [objective]
     layers, attention = np.mean([_body(model, params, one, batch, length, noise_samples) for one in objectives], axis=0)
-    head = sum(_head(model, params, shape) for shape in _scored(objective, batch, length, noise_samples, schedule))
+    shapes = _scored(objective, batch, length, noise_samples, adaptive_noise)
+    head = sum(_head(model, params, shape) for shape in shapes)
     return Parts(float(layers), float(attention), head)
 
 
@@ -91,19 +92,20 @@ def _body(model, params, objective, batch: int, length: int, noise_samples: int)
     return layers, attention
 
 
-def scored_positions(objective: Any, batch: int, length: int, noise_samples: int, schedule: Any = None) -> int:
+def scored_positions(objective: Any, batch: int, length: int, noise_samples: int, adaptive_noise: Any = None) -> int:
     """Positions of a copy that reach the output layer: the static capacity of the objective's masks, or of those that
-    a schedule may choose."""
-    return _scored(objective, batch, length, noise_samples, schedule)[0][-1]
+    adaptive noise may choose."""
+    return _scored(objective, batch, length, noise_samples, adaptive_noise)[0][-1]
 
 
-def _scored(objective, batch: int, length: int, noise_samples: int, schedule) -> list[tuple[int, int, int]]:
+def _scored(objective, batch: int, length: int, noise_samples: int, adaptive_noise) -> list[tuple[int, int, int]]:
     """Shapes `[B, M, C]` of the positions that reach the output layer: of the copies, and of a clean stream that
     predicts, too."""
     def noised(ids):
         arrays: dict[str, Any] = {name: jnp.zeros(ids.shape) for name in objective.extra_batch_keys}
-        if hasattr(schedule, "distribution"):
-            arrays["distribution"] = schedule.distribution(schedule.init_state(), length // objective.block_size)
+        if hasattr(adaptive_noise, "distribution"):
+            blocks = length // objective.block_size
+            arrays["distribution"] = adaptive_noise.distribution(adaptive_noise.init_state(), blocks)
         if objective.learns:
             learned = objective.init_learned_params(jax_settings.key(0), 1, 1)
             arrays["learned_params"] = {**learned, "embedding": jnp.zeros((1, 1))}

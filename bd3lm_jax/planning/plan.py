@@ -74,7 +74,7 @@ def phases(config: Config) -> dict[int, tuple[float, float]]:
         at = config.in_phase(size, False)
         compiled_by_name[size] = part, flops.train_step(at.model, at.diffusion, batch=at.train.batch_size,
                                                         length=at.data.seq_len, noise_samples=at.train.noise_samples,
-                                                        schedule=at.schedule)
+                                                        adaptive_noise=at.adaptive_noise)
     return {size: both for size, both in compiled_by_name.items() if both[0]}
 
 

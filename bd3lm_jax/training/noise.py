@@ -28,7 +28,7 @@ class NoiseSelector:
     """Chooses the noise of a run at its validations, where that needs passes of its own; tells what was chosen."""
 
     def __init__(self, config: Config, model: Backbone, special: SpecialIds, mesh: jax.sharding.Mesh):
-        self.config, self.schedule, self.replicated = config, config.schedule, NamedSharding(mesh, P())
+        self.config, self.adaptive_noise, self.replicated = config, config.adaptive_noise, NamedSharding(mesh, P())
         self._moments = jax.jit(make_block_moments(config, model, special), out_shardings=self.replicated)
 
     def __call__(self, state: TrainState, batch: Callable[[int], dict], step: int) -> tuple[TrainState, dict]:
@@ -38,22 +38,23 @@ class NoiseSelector:
         on, which the network has not been trained on in this epoch. It is not repeated at a last step that is no
         multiple of `eval.every`: a run that stops there and goes on has the noise of one that never stopped.
         """
-        if len(self.schedule.candidates) and step % self.config.eval.every == 0:
+        if len(self.adaptive_noise.candidates) and step % self.config.eval.every == 0:
             batches = [batch(step + i) for i in range(self.config.noise.clip_batches)]
             key = jax.random.fold_in(jax.random.fold_in(jax_settings.key(self.config.seed), step), CLIP_SEARCH_FOLD)
             interval = self._search(state.ema or state.params, key, batches)
-            state = state.replace(noise=jax.device_put(self.schedule.state_for_interval(interval), self.replicated))
+            noise = self.adaptive_noise.state_for_interval(interval)
+            state = state.replace(noise=jax.device_put(noise, self.replicated))
         return state, self.as_metrics(state)
 
     def as_metrics(self, state: TrainState) -> dict[str, list[float]]:
         """The noise of a state: `clip` or `count_probs`."""
-        return self.schedule.as_metrics(jax.device_get(state.noise))
+        return self.adaptive_noise.as_metrics(jax.device_get(state.noise))
 
     def _search(self, params, key, batches: list[dict]) -> np.ndarray:
         """The candidate interval `[2]` whose blocks' loss has the least relative variance; all see the same draws."""
-        candidates = np.array([self.schedule.whole_range, *self.schedule.candidates])
+        candidates = np.array([self.adaptive_noise.whole_range, *self.adaptive_noise.candidates])
         parts = [[block_until_ready_if_simulated(self._moments(params, jax.random.fold_in(key, i),
-                                                               self.schedule.state_for_interval(interval), batch))
+                                                               self.adaptive_noise.state_for_interval(interval), batch))
                   for i, batch in enumerate(batches)] for interval in candidates]
         moments_3xI = np.array(jax.device_get(parts), np.float64).sum(1).T
         variance = relative_variance(*moments_3xI)
@@ -66,7 +67,7 @@ class NoiseSelector:
 def make_block_moments(config: Config, model: Backbone, special: SpecialIds):
     """`f(params, key, noise, batch)` -> float32 `[3]`: blocks, and the sums of their losses and of these squared.
 
-    A loss is that of training with the schedule's state `noise`, in nats a token.
+    A loss is that of training with the state `noise` of the adaptive noise, in nats a token.
     """
     execution = config.execution
 

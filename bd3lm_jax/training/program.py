@@ -106,4 +106,4 @@ def _initial_state(config: Config, model: Backbone, tx: optax.GradientTransforma
     params = parameters.init(model, config.diffusion, config.train.lora_rank, jax_settings.key(config.seed))
     ema = jax.tree.map(jnp.copy, params) if config.optim.ema_decay > 0 else {}
     opt_state = tx.init(trainable_params(params))
-    return TrainState(jnp.zeros((), jnp.int32), params, ema, opt_state, config.schedule.init_state())
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, opt_state, config.adaptive_noise.init_state())

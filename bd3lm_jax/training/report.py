@@ -54,7 +54,7 @@ def write_report(run: Any, weights: Any, valid: dict, evaluator: Any) -> None:
         points = zip(*sorted(valid["nll_by_count"].items()))
         plots.nll_by_count(Path(run.workdir) / "plots" / "nll_by_count.png", *points)
     plots.loss_curve(run.workdir)
-    if config.schedule.changes_distribution:
+    if config.adaptive_noise.changes_distribution:
         plots.noise_over_steps(run.workdir)
     if config.eval.num_samples and jax.process_count() > 1:
         note(f"no samples of a run of many processes: {command_line('sample')} --workdir={run.workdir}")

@@ -59,7 +59,7 @@ def make_step(config: Config, model: Backbone, tx: optax.GradientTransformation,
 
 def make_gradients(config: Config, model: Backbone, special: SpecialIds):
     """`f(params, rows)` -> summed loss, its gradient in what is trained, statistics of the noise; sums over rows."""
-    objective, noise, transforms = config.diffusion, config.schedule, transforms_of(config)
+    objective, noise, transforms = config.diffusion, config.adaptive_noise, transforms_of(config)
     differentiated = (0, 1) if noise.learns or objective.learns else (0,)
 
     def loss_of(trainable, weight_BxMxL, params, rows):
@@ -86,7 +86,7 @@ def make_update(config: Config, tx: optax.GradientTransformation):
         updates, opt_state = tx.update(grads, opt_state, trainable_params(params))
         params = params | optax.apply_updates(trainable_params(params), updates)
         ema = optim.update_ema(ema, params, config.optim.ema_decay, step + 1)
-        return params, ema, opt_state, config.schedule.update_state(noise, batch_statistics)
+        return params, ema, opt_state, config.adaptive_noise.update_state(noise, batch_statistics)
 
     return update
 
@@ -99,7 +99,7 @@ def draw_noise(config: Config, special: SpecialIds, key: jax.Array, batch: dict,
     """
     objective, transforms = config.diffusion, transforms_of(config)
     arguments = {name: batch[name] for name in config.batch_arrays if name in objective.extra_batch_keys}
-    arguments |= corrupt_arguments(params) | config.schedule.corrupt_arguments(noise, batch["tokens"])
+    arguments |= corrupt_arguments(params) | config.adaptive_noise.corrupt_arguments(noise, batch["tokens"])
     maskable_BxL = apply(transforms, "maskable_segments", batch["segments"], batch)
     noised = objective.corrupt(key, batch["tokens"], maskable_BxL, noise_samples, special.mask, special.end,
                                **arguments)

@@ -5,16 +5,16 @@
 
 import jax.numpy as jnp
 
-from bd3lm_jax.generation.sampling.steps import SAMPLERS, Plan, Sampler
+from bd3lm_jax.generation.sampling.steps import SAMPLERS, Sampler, all_masked, one_position
 
 
 def right_to_left(key, row, steps, threshold):
-    """The plan of one step for one row: which masked positions `[S]` are revealed, and the noise level before and
-    after. The same arguments for every sampler (`reveal.Planner`)."""
-    del key, steps, threshold
+    """The plan of one step for one row, whose masked positions are `row.masked` `[S]`: which of them are revealed. The
+    arguments are those of every sampler (`reveal.Planner`)."""
     place = jnp.arange(row.masked.shape[0])
-    reveal = place == jnp.max(jnp.where(row.masked, place, -1))
-    return Plan(reveal, jnp.zeros_like(reveal), row.level, row.level)
+    last = jnp.max(jnp.where(row.masked, place, -1))
+    return all_masked(key, row, steps, threshold)._replace(reveal=place == last)
 
 
-SAMPLERS["right_to_left"] = Sampler(right_to_left)
+# most: the output layer runs on one position, all that a step reveals
+SAMPLERS["right_to_left"] = Sampler(right_to_left, most=one_position)

@@ -132,7 +132,7 @@ def test_noise_from_the_data_scores_what_it_may_mask(size):
     scored = flops.scored_positions(counts, 4, LENGTH, 1, learnt)
     assert scored - size < most_masked(counts, learnt, state) <= scored
     assert scored > 1.2 * flops.scored_positions(counts, 4, LENGTH, 1)
-    head = [flops.parts(SMALL, counts, batch=4, length=LENGTH, noise_samples=1, schedule=x).head
+    head = [flops.parts(SMALL, counts, batch=4, length=LENGTH, noise_samples=1, adaptive_noise=x).head
             for x in (learnt, None)]
     assert head[0] / head[1] == pytest.approx(scored / flops.scored_positions(counts, 4, LENGTH, 1), rel=1e-3)
 

@@ -57,7 +57,7 @@ def test_steps_learn_the_squared_mean_losses_of_their_own_noise(microbatch):
     tx, traces = optax.sgd(0.1), []
     step = make_step(config, model, tx, SPECIAL)
     run = quick_jit(lambda state, batch: traces.append(1) or step(state, batch))
-    state = TrainState(jnp.int32(0), params, {}, tx.init(params), config.schedule.init_state())
+    state = TrainState(jnp.int32(0), params, {}, tx.init(params), config.adaptive_noise.init_state())
 
     def expected(state, batch):
         key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))[0]
@@ -107,13 +107,13 @@ def test_block_losses():
 def chooser_and_state():
     config = toy_config(Path("unused"), {**CLIP, "noise.clip_batches": 2, "eval.every": 5, "train.batch_size": BATCH})
     model, params = network(config)
-    state = TrainState(jnp.int32(0), params, {}, (), config.schedule.init_state())
+    state = TrainState(jnp.int32(0), params, {}, (), config.adaptive_noise.init_state())
     return NoiseSelector(config, model, SPECIAL, sharding.make_mesh(config.mesh)), state
 
 
 def test_a_search_sums_over_batches_and_chooses_the_least_relative_variance():
     chooser, state = chooser_and_state()
-    candidates = chooser.schedule.candidates.tolist()
+    candidates = chooser.adaptive_noise.candidates.tolist()
     seen, keys = [], []
 
     def moments(params, key, noise, batch):
@@ -138,7 +138,8 @@ def test_a_search_sums_over_batches_and_chooses_the_least_relative_variance():
 @pytest.mark.ci_slow
 def test_moments_are_those_of_the_block_losses_of_training():
     chooser, state = chooser_and_state()
-    batch, noise, key = make_batch(), chooser.schedule.state_for_interval(np.array([0.25, 0.75])), jax.random.key(4)
+    noise = chooser.adaptive_noise.state_for_interval(np.array([0.25, 0.75]))
+    batch, key = make_batch(), jax.random.key(4)
     config, model = chooser.config, network(chooser.config)[0]
 
     def losses(params, batch):

@@ -39,7 +39,8 @@ class Row(NamedTuple):
 
 class Plan(NamedTuple):
     """reveal `[S]` bool: positions that become tokens (written ones are redrawn). remask `[S]` bool: positions that are
-    masks afterwards. level: mask probability that the network is told. next_level: mask probability after the step."""
+    masks afterwards. level: mask probability that the network is told, that of the row's clock or, without a clock, the
+    part of the window that is masked (`steps.all_masked`). next_level: what the row's clock shows after the step."""
 
     reveal: jax.Array
     remask: jax.Array

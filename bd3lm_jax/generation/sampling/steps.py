@@ -1,7 +1,7 @@
 """The samplers: which positions of a block become tokens next, which become masks again, and at which noise level the
 network is asked. Each is a plan, or a plan and a choice, pure functions of one row: see `reveal.py`.
 
-Adding a sampler = one function and one line in SAMPLERS.
+Adding a sampler = one function and one line in SAMPLERS, whose `most` says on how many positions the output layer runs.
 """
 
 import functools

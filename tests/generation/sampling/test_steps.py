@@ -253,15 +253,3 @@ def test_rounding_does_not_order_positions(sampler, level):
         np.asarray(choose(sampler, planned, TokenStats(*(np.float32(x) for x in token_stats)), 5, index, threshold))
         for token_stats in (plain, noisy))
     np.testing.assert_array_equal(found, expected)
-
-
-def test_registry():
-    """What is compiled differently: samplers that need few positions of the head, those with steps that do nothing,
-    those that look at the output, and those that change what they wrote."""
-    assert {name: sampler.most(16, 5) for name, sampler in SAMPLERS.items() if sampler.most(16, 5) != 16} == {
-        "first_hitting": 1, "random_order": 4}
-    assert [name for name, sampler in SAMPLERS.items() if sampler.may_skip_forward] == [
-        "ancestral", "ancestral_cosine", "remdm_cap", "remdm_rescale", "remdm_confidence", "remdm_loop"]
-    assert CHOOSERS == ["confidence", "margin", "entropy", "threshold", "factor", "entropy_bound"]
-    rewriting = [name for name, sampler in SAMPLERS.items() if sampler.can_remask]
-    assert rewriting == ["remdm_cap", "remdm_rescale", "remdm_confidence", "remdm_loop", "iterative"]
