@@ -10,7 +10,7 @@ All methods take and return float arrays of any one shape; t in (0, 1], since ev
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,13 @@ MAX_STRATA = 2**22  # a stratum's index and the jitter inside it share the 24 bi
 class Schedule(Protocol):
     """What the docstring of this file says, as methods of t or of a mask probability, arrays of any shape."""
 
-    def mask_prob(self, t):
+    def mask_prob(self, t) -> Any:
         ...
 
-    def weight(self, t):
+    def weight(self, t) -> Any:
         ...
 
-    def inverse(self, mask_prob):
+    def inverse(self, mask_prob) -> Any:
         ...
 
 
