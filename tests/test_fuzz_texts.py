@@ -124,7 +124,7 @@ FOREIGN = json.loads(OURS["model"])
 
 def model_of(tokenizer):
     """What the encoding of prompts reads of a model."""
-    diffusion = SimpleNamespace(causal=False, bos=False)
+    diffusion = SimpleNamespace(causal=False, bos=False, predicts_first_token=True, begins_with_end_token=False)
     model = SimpleNamespace(vocab_size=tokenizer.vocab_size, positions=None)
     return SimpleNamespace(tokenizer=tokenizer, context=64, special=SimpleNamespace(mask=tokenizer.mask_id),
                            config=SimpleNamespace(model=model, diffusion=diffusion))

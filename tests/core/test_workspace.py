@@ -74,7 +74,7 @@ def test_one_at_a_time_though_the_lock_file_goes_each_time(tmp_path):
 def test_who_waits_says_for_whom(tmp_path, builder, monkeypatch, capsys):
     monkeypatch.setattr(lock, "WAIT_S", 0.1)
     process, name = builder
-    threading.Timer(1.0, process.kill).start()
+    threading.Timer(1.0, lambda: (process.kill(), process.wait())).start()
     with workspace.directory(tmp_path / "rows", "builds the same rows"):
         assert name not in os.listdir(tmp_path)  # its process was killed
     host = socket.gethostname()

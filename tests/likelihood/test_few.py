@@ -55,7 +55,7 @@ def test_a_run_whose_validation_split_is_one_document(tmp_path, capsys):
     compared = evaluated(workdir, baseline=str(workdir))["against"]
     assert compared["difference"] == 0 and math.isnan(compared["p_value"]) and compared["ci95_missing"]
     options = {"form": "hf", "dtype": "float32", "check": 0, "max_shard": "5GB", "weights": "ema", "tokenizer": "",
-               "length": 0, "allow_pickle": False, "base": {}}
+               "length": 0, "allow_pickle": False}
     convert(workdir, tmp_path / "out", **options)
     assert f"| {valid['nll']:.4f} | none | {valid['ppl']:.2f} | none |" in (tmp_path / "out" / "README.md").read_text()
     told = capsys.readouterr().err

@@ -99,7 +99,8 @@ def test_the_embedded_corpus_is_tested_too(run, capsys, monkeypatch):
     monkeypatch.setattr(report, "_test_rows", lambda run: run.rows["valid"])
     monkeypatch.setattr(report, "_count_models", lambda run, split, rows: {f"counts of {split}": 3.0})
     other = types.SimpleNamespace(**vars(run) | {"config": austen})
-    report.write_report(other, params, ESTIMATE, types.SimpleNamespace(run=evaluate))
+    report.write_report(other, params, ESTIMATE, types.SimpleNamespace(
+        run=evaluate, autoregressive_summary=lambda *arguments: {}))
     assert calls == [{"estimator": "exact_count", "draws": austen.eval.mc_samples, "seed": austen.seed, "num_rows": 0}]
     shown = capsys.readouterr().err
     assert "test: bound on the NLL, 33 documents" in shown and "counts of test" in shown and "counts of valid" in shown
